@@ -1,0 +1,37 @@
+# make demo | test | lint | clean ; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+install: $(INSTALLED)  ## virtual environment and install
+
+demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
+	$(BIN)/undo run configs/arithmetic-cpu.yaml
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## format and lint
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff format .
+	$(BIN)/ruff check .
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
+
+.PHONY: help install demo test lint clean

@@ -1,0 +1,20 @@
+"""Kernels for UNDO: vocabulary losses without logits, in-place parameter noise, RMU activation losses.
+
+Knows tensors; knows no model, no configuration and no dataset. Arguments are checked by the public face,
+``undo_core.ops``; the functions here may assume that they are right.
+"""
+
+from undo_kernels import cpu, reference
+from undo_kernels.library import BackendWarning, backend, backends_of, implementation, ops, requested_backend, unavailable
+
+__all__ = [
+    "BackendWarning",
+    "backend",
+    "backends_of",
+    "cpu",
+    "implementation",
+    "ops",
+    "reference",
+    "requested_backend",
+    "unavailable",
+]

@@ -1,0 +1,108 @@
+"""Every op's backends and the choice between them.
+
+A backend module registers its implementation of an op under one name::
+
+    @register("linear_kl_div", "reference")
+    def linear_kl_div(...): ...
+
+and a face asks for it with ``implementation("linear_kl_div", device)``. The preference is Triton on GPUs, C++ on CPUs and
+the plain-PyTorch reference everywhere. ``UNDO_BACKEND=triton|cpu|reference`` or ``with backend("reference"):`` override it;
+an op that cannot follow the override, or whose preferred backend could not be built, falls back to the reference and says
+so once, loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("triton", "cpu", "reference")
+
+_implementations: dict[str, dict[str, Callable]] = {}
+_unavailable: dict[str, str] = {}  # backend -> why it cannot be used in this process
+_warned: set[tuple[str, str]] = set()
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("undo_backend", default=None)
+
+
+class BackendWarning(UserWarning):
+    """An op runs on another backend than the one that was asked for or preferred."""
+
+
+def register(op: str, backend: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as ``op``'s implementation on ``backend``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted one of {BACKENDS}")
+
+    def decorate(function: Callable) -> Callable:
+        _implementations.setdefault(op, {})[backend] = function
+        return function
+
+    return decorate
+
+
+def mark_unavailable(backend: str, reason: str) -> None:
+    """Record why ``backend`` cannot be used in this process; fallbacks quote the reason."""
+    _unavailable[backend] = reason
+
+
+def requested_backend() -> str | None:
+    """The backend asked for by the context manager or ``UNDO_BACKEND``; None when the preference decides."""
+    name = _override.get() or os.environ.get("UNDO_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"UNDO_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on backend ``name`` ("triton", "cpu" or "reference")."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """The backends that implement ``op`` in this process, in order of preference."""
+    return tuple(name for name in BACKENDS if name in _implementations.get(op, {}))
+
+
+def ops() -> tuple[str, ...]:
+    """Every registered op, sorted by name."""
+    return tuple(sorted(_implementations))
+
+
+def unavailable() -> dict[str, str]:
+    """Backends that cannot be used in this process, with the reason."""
+    return dict(_unavailable)
+
+
+def implementation(op: str, device: torch.device) -> Callable:
+    """The function that runs ``op`` on tensors of ``device``: the requested backend, else the preferred one."""
+    available = _implementations[op]
+    wanted = requested_backend()
+    if wanted is not None:
+        if wanted in available and wanted not in _unavailable:
+            return available[wanted]
+        reason = _unavailable.get(wanted, "this op has no such implementation")
+        _warn_once(op, wanted, reason)
+        return available["reference"]
+    preferred = "cpu" if device.type == "cpu" else "triton"
+    if preferred in _unavailable and preferred in available:
+        _warn_once(op, preferred, _unavailable[preferred])
+        return available["reference"]
+    return available.get(preferred, available["reference"])
+
+
+def _warn_once(op: str, name: str, reason: str) -> None:
+    if (op, name) not in _warned:
+        _warned.add((op, name))
+        warnings.warn(f"undo_kernels: {op} runs on the reference backend, not {name}: {reason}", BackendWarning, stacklevel=3)

@@ -1,0 +1,85 @@
+"""Projection to logits: ``z = softcap(scale * (h @ W.T + b)) / temperature``, in float32 at least.
+
+The reference holds ``[rows, V]``; that is what the fused backends exist to avoid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden states and the head that turns them into logits.
+
+    Attributes:
+        hidden: ``[rows, d]``.
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        scale: factor on ``h @ W.T + b``.
+        softcap: ``c`` of ``c * tanh(z / c)``, or None.
+        temperature: divides the capped logits.
+        vocab_size: rows of the weight from here on are padding and take no part; None for all.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    vocab_size: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    def take(self, rows: torch.Tensor | slice) -> Projection:
+        """The same head on some of the rows."""
+        return Projection(
+            self.hidden[rows], self.weight, self.bias, self.scale, self.softcap, self.temperature, self.vocab_size
+        )
+
+    def logits(self) -> torch.Tensor:
+        """``[rows, vocabulary]`` in float32, or float64 where an operand is."""
+        dtype = compute_dtype(self.hidden, self.weight)
+        z = self.hidden.to(dtype) @ self.weight[: self.vocabulary].to(dtype).T
+        if self.bias is not None:
+            z = z + self.bias[: self.vocabulary].to(dtype)
+        return shape_logits(z, self.scale, self.softcap, self.temperature)
+
+
+class GivenLogits(Projection):
+    """Logits that exist already, in the place of hidden states."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.hidden.shape[-1] if self.vocab_size is None else self.vocab_size
+
+    def take(self, rows: torch.Tensor | slice) -> Projection:
+        return GivenLogits(self.hidden[rows], self.weight, temperature=self.temperature, vocab_size=self.vocab_size)
+
+    def logits(self) -> torch.Tensor:
+        z = self.hidden[:, : self.vocabulary]
+        z = z if z.dtype == torch.float64 else z.float()
+        return z if self.temperature == 1.0 else z / self.temperature
+
+
+def shape_logits(z: torch.Tensor, scale: float, softcap: float | None, temperature: float) -> torch.Tensor:
+    """Scale, softcap and temperature of raw products."""
+    if scale != 1.0:
+        z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z if temperature == 1.0 else z / temperature
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 where an operand is, else float32: no logit is ever rounded to 16 bits."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,191 @@
+"""In-place noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``, in the roundings that every backend repeats bit for bit.
+
+float32, 16-bit types in float32, with the 32-bit Philox word ``w`` of an element (``rn`` is one rounding to float32, never
+contracted into a fused multiply-add)::
+
+    uniform   n = 2 * (w >> 8) + 1 - 2**24                    an odd integer, exact, mean zero
+              theta' = rn(rn(k * theta) + rn(c * n)),         c = alpha * beta * limit / 2**24
+    normal    theta' = rn(rn(k * theta) + rn(c * g)),         c = alpha * beta * std
+
+with ``k = 1 - alpha`` and ``c`` computed in double and rounded once. ``g`` is Box-Muller on the lanes (0, 1) and (2, 3) of a block:
+``u = (2 * (w_even >> 9) + 1) * 2**-24``, ``v = n_odd * 2**-24``, ``r = sqrt(-2 * log(u))``, even lanes ``rn(r * cos(pi * v))``, odd
+lanes ``rn(r * sin(pi * v))``. Logarithm, sine and cosine are the polynomials below in Horner form, each product and sum rounded;
+the square root is correctly rounded.
+
+Xavier's ``limit = sqrt(6 / (fan_in + fan_out))`` and ``std = sqrt(2 / (fan_in + fan_out))`` come from the full shape: fan_in is
+``shape[1] * r``, fan_out ``shape[0] * r`` with ``r`` the product of the further extents, as ``torch.nn.init`` has it.
+
+16-bit results are rounded stochastically with the word of stream 1: up with the probability that the lost part has.
+Temporaries: about 100 bytes for each of 2**16 elements at a time; nothing of the tensor's size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from undo_kernels.library import register
+from undo_kernels.reference.philox import DRAW, ROUND, name_hash, words
+
+LAWS = ("xavier_uniform", "xavier_normal", "normal")
+BLOCK = 1 << 16
+
+_LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.1666848063468933, 0.14249935746192932)
+_LOG += (-0.12411050498485565, 0.11661511659622192, -0.115712009370327, 0.07149753719568253)
+_SIN = (3.1415927410125732, -5.167712688446045, 2.5501625537872314, -0.5992020964622498, 0.08100174367427826)
+_COS = (1.0, -4.934802055358887, 4.058707237243652, -1.335044503211975, 0.23132924735546112)
+_LN2_HIGH, _LN2_LOW = (
+    0.693145751953125,
+    1.42860682030941723212e-6,
+)  # the first has 15 bits: its multiples by an exponent are exact
+
+
+def amplitude(law: str, shape: tuple[int, ...], std: float | None) -> float:
+    """Scale of ``N`` in double: what multiplies the integer ``n`` (uniform) or the standard normal ``g``."""
+    if law == "normal":
+        return float(std)
+    spread = math.prod(shape[2:])
+    fans = (shape[0] + shape[1]) * spread
+    return math.sqrt(6.0 / fans) / 2.0**24 if law == "xavier_uniform" else math.sqrt(2.0 / fans)
+
+
+@register("noise_", "reference")
+@torch.no_grad()
+def noise_tensor_(
+    tensor: torch.Tensor,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    start: int,
+    alpha: float,
+    beta: float,
+    seed: int,
+    law: str,
+    std: float | None,
+    stochastic_rounding: bool,
+) -> None:
+    """Noise a contiguous tensor in place: the elements ``start ..`` of the parameter ``name`` of full ``shape``."""
+    flat, hashed = tensor.view(-1), name_hash(name)
+    scale = alpha * beta * amplitude(law, shape, std)
+    for first in range(0, flat.numel(), BLOCK):
+        part = flat[first : first + BLOCK]
+        drawn = standard(law, seed, hashed, start + first, part.numel(), part.device)
+        combine_(part, drawn, 1.0 - alpha, scale, stochastic_rounding, seed, hashed, start + first)
+
+
+@register("shrink_", "reference")
+@torch.no_grad()
+def shrink_tensor_(
+    tensor: torch.Tensor, *, name: str, start: int, alpha: float, target: float, seed: int, stochastic_rounding: bool
+) -> None:
+    """``theta' = rn(rn(k * theta) + rn(alpha * target))`` in place: a parameter without noise shrinks toward ``target``."""
+    flat, hashed = tensor.view(-1), name_hash(name)
+    for first in range(0, flat.numel(), BLOCK):
+        part = flat[first : first + BLOCK]
+        ones = torch.ones(part.numel(), dtype=torch.float32, device=part.device)
+        combine_(part, ones, 1.0 - alpha, alpha * target, stochastic_rounding, seed, hashed, start + first)
+
+
+def replay(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    law: str = "xavier_uniform",
+    std: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """``N`` of a whole parameter, for audit; ``shape``, on the CPU."""
+    drawn = standard(law, seed, name_hash(name), 0, math.prod(shape), "cpu")
+    return (drawn.double() * amplitude(law, shape, std)).to(dtype).view(shape)
+
+
+def standard(law: str, seed: int, hashed: int, start: int, count: int, device: torch.device | str) -> torch.Tensor:
+    """``n`` (uniform) or ``g`` (normal) of the flat indices ``start .. start + count``, ``[count]`` float32."""
+    if law == "xavier_uniform":
+        return _odd_integer(words(seed, hashed, DRAW, start, count, device))
+    first = start - start % 4
+    lanes = words(seed, hashed, DRAW, first, (start + count - first + 3) // 4 * 4, device).view(-1, 2, 2)
+    radius = torch.sqrt(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
+    sine, cosine = _sincospi(_odd_integer(lanes[..., 1]) * 2.0**-24)
+    return torch.stack([radius * cosine, radius * sine], dim=-1).view(-1)[start - first : start - first + count]
+
+
+def combine_(
+    part: torch.Tensor, drawn: torch.Tensor, keep: float, scale: float, stochastic: bool, seed: int, hashed: int, start: int
+) -> None:
+    """``part <- rn(rn(keep * part) + rn(scale * drawn))``, in float64 for float64, else in float32 and rounded to the part's dtype."""
+    if part.dtype == torch.float64:
+        part.mul_(keep).add_(drawn.double().mul_(scale))
+        return
+    rounded = torch.tensor([keep, scale], dtype=torch.float64).float().tolist()
+    result = (part.float() * rounded[0]) + (drawn * rounded[1])
+    if stochastic and part.dtype in (torch.bfloat16, torch.float16):
+        result = round_stochastically(result, part.dtype, words(seed, hashed, ROUND, start, part.numel(), part.device))
+    part.copy_(result)
+
+
+def round_stochastically(value: torch.Tensor, dtype: torch.dtype, word: torch.Tensor) -> torch.Tensor:
+    """float32 values on the grid of a 16-bit ``dtype``, up in magnitude with the probability of the part that is lost.
+
+    Exact on the grid; subnormals have their own spacing. What round-to-nearest would make infinite stays infinite, and what it
+    would keep finite stays finite.
+    """
+    info = torch.finfo(dtype)
+    fraction_bits = -round(math.log2(info.eps))
+    smallest = round(math.log2(info.smallest_normal))
+    magnitude = value.abs()
+    exponent = torch.frexp(magnitude).exponent - 1
+    spacing = _power_of_two(exponent.clamp_min(smallest) - fraction_bits)
+    quotient = magnitude.double() / spacing  # exact; float64 since 1 / spacing overflows float32 for bfloat16's subnormals
+    low = quotient.floor()
+    up = (word >> 8).double() * 2.0**-24 < quotient - low
+    rounded = (low + up) * spacing
+    nearest_is_finite = magnitude.to(dtype).isfinite()
+    rounded = torch.where(nearest_is_finite, rounded.clamp_max(info.max), torch.full_like(rounded, math.inf))
+    rounded = torch.where(value.isfinite(), rounded, magnitude.double())
+    return torch.copysign(rounded, value.double()).float()
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def _odd_integer(word: torch.Tensor) -> torch.Tensor:
+    return ((word >> 8) * 2 + (1 - 2**24)).float()
+
+
+def _horner(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x
+        value = value + coefficient
+    return value
+
+
+def _log(u: torch.Tensor) -> torch.Tensor:
+    """Logarithm of float32 ``u`` in (0, 1): ``u = m * 2**e`` with ``m`` in [sqrt(1/2), sqrt(2)), then a polynomial in ``m - 1``."""
+    bits = u.view(torch.int32)
+    exponent = ((bits - 0x3F3504F3) >> 23).to(torch.int32)
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    square = f * f
+    e = exponent.float()
+    tail = f * square
+    tail = tail * _horner(_LOG, f)
+    tail = tail + e * _LN2_LOW
+    tail = tail - square * 0.5
+    return (tail + f) + e * _LN2_HIGH
+
+
+def _sincospi(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sine and cosine of ``pi * x`` for float32 ``x`` in (-1, 1)."""
+    quadrant = torch.floor(x * 2.0 + 0.5)
+    r = x - quadrant * 0.5
+    square = r * r
+    sine, cosine = r * _horner(_SIN, square), _horner(_COS, square)
+    q = quadrant.to(torch.int64) & 3
+    swapped = q & 1 == 1
+    s = torch.where(swapped, cosine, sine)
+    c = torch.where(swapped, sine, cosine)
+    return torch.where(q >= 2, -s, s), torch.where((q == 1) | (q == 2), -c, c)

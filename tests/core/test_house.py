@@ -1,0 +1,90 @@
+"""Rules of the house: imports go one way, and the repository shadows nobody's package."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A module may import modules of its own rank (where they are one concern) and of lower ranks.
+RANKS = [
+    {"undo_core.cli", "undo_core.__main__"},
+    {"undo_core.commands"},
+    {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
+    {"undo_core.stages", "undo_core.report", "undo_core.config"},
+    {"undo_core.unlearn", "undo_core.noise", "undo_core.distill", "undo_core.relearn", "undo_core.evaluate", "undo_core.store"},
+    {"undo_core.training", "undo_core.data", "undo_core.ops", "undo_core.models", "undo_core.files"},
+    {"undo_kernels"},
+]
+
+
+def rank(module: str) -> int | None:
+    for index, names in enumerate(RANKS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return index
+    return None
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [(ROOT, path) for path in (ROOT / "undo_core").rglob("*.py")]
+    files += [(ROOT / "kernels", path) for path in (ROOT / "kernels" / "undo_kernels").rglob("*.py")]
+    return [(".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"), path) for base, path in files]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_go_one_way(module, path):
+    if module == "undo_core":  # the public face names everything, lazily
+        return
+    own = rank(module)
+    assert own is not None, f"{module} has no rank: add it to RANKS"
+    for name in imports(path):
+        other = rank(name)
+        assert other is None or other >= own, f"{module} imports {name}, which stands above it"
+
+
+def test_kernels_import_without_the_method():
+    program = """
+        import sys
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {"transformers", "undo_core", "safetensors", "tokenizers", "jsonargparse", "rich"}:
+                    raise ImportError(f"{name} is not for the kernels")
+        sys.meta_path.insert(0, Refuse())
+        import undo_kernels
+        assert undo_kernels.ops()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT)
+
+
+def test_no_kernels_package_is_shadowed(tmp_path):
+    stand_in = tmp_path / "kernels"
+    stand_in.mkdir()
+    (stand_in / "__init__.py").write_text("STAND_IN = True\n")
+    program = "import kernels, sys; sys.exit(0 if getattr(kernels, 'STAND_IN', False) else 1)"
+    for extra in ([], ["-m", "undo_core", "--help"]):
+        command = [sys.executable, *extra] if extra else [sys.executable, "-c", program]
+        environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin"}
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_nothing_is_unpickled():
+    banned = {"torch.load", "pickle", "joblib", "dill", "trust_remote_code=True"}
+    for _, path in modules():
+        text = path.read_text()
+        assert not [word for word in banned if word in text], path

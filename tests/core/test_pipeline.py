@@ -1,0 +1,247 @@
+"""The whole method at a size that takes seconds: keys, resume, controls, attack."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from undo_core.cli import main
+from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
+from undo_core.files import hash_file, read_json
+from undo_core.pipeline import attack_stage, plan_run, run
+from undo_core.relearn import AttackConfig
+from undo_core.stages import FUNCTIONS
+from undo_core.store import Stage, Store
+from undo_core.training import TrainConfig
+from undo_core.unlearn import UnlearnConfig
+
+TINY = """
+name: tiny
+output: {output}
+data: {{kind: arithmetic-compact, train_rows: 400, eval_prompts: 40}}
+model:
+  config:
+    model_type: gemma2
+    hidden_size: 16
+    intermediate_size: 32
+    num_hidden_layers: 2
+    num_attention_heads: 2
+    num_key_value_heads: 1
+    head_dim: 8
+    max_position_embeddings: 64
+    sliding_window: 64
+pretrain: {{stop_retain: 0.9, stop_forget: 0.95, train: {{steps: 6, batch_size: 16, lr: 1.0e-3, eval_every: 3}}}}
+unlearn: {{train: {{steps: 4, batch_size: 8, lr: 1.0e-3}}}}
+noise: {{alphas: [0.3, 0.7]}}
+distill: {{train: {{steps: 6, batch_size: 16, lr: 1.0e-3, eval_every: 2}}}}
+controls: {{oracle_steps: 3}}
+relearn: {{rates: [1.0e-3, 2.0e-3], evaluate_at: [0, 2, 4], headline_step: 4, extend: 1, batch_size: 8}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run: its folder and its configuration file."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY.format(output=folder / "out"))
+    assert main(["run", str(config)]) == 0
+    return folder / "out", config
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_every_stage_folder_loads(finished):
+    output, _ = finished
+    stages = [path for path in (output / "stages").iterdir() if not path.name.startswith(".")]
+    kinds = {path.name.split("-")[0] for path in stages}
+    assert kinds == {"prepare", "pretrain", "initialise", "unlearn", "noise", "distill", "relearn"}
+    for path in stages:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        assert model.config.vocab_size == len(tokenizer) == 17
+        manifest = read_json(path / "manifest.json")
+        assert (
+            manifest["kind"] in path.name
+            and manifest["settings"]
+            and manifest["versions"]["torch"]
+            and manifest["peak_bytes"] > 0
+        )
+        assert manifest["outputs"]["model.safetensors"] == hash_file(path / "model.safetensors")
+    assert not list((output / "stages").glob(".*")), "nothing half-made is left"
+
+
+def test_results_hold_every_model(finished):
+    results = read_json(finished[0] / "results-seed0.json")
+    names = [model["name"] for model in results["models"]]
+    assert names == ["original", "unlearn", "undo-0.3", "undo-0.7", "random", "filter", "oracle"]
+    for model in results["models"]:
+        assert model["metrics"]["forget"]["n"] == 40 and 0 <= model["metrics"]["retain"]["value"] <= 1
+        assert (model["attack"] is None) == (model["name"] == "original")
+        if model["attack"]:
+            assert len(model["attack"]["curves"]) == 3, "two rates and one extension"
+            assert all(len(curve["forget"]) == 3 for curve in model["attack"]["curves"])
+    student = results["models"][2]["training"]
+    assert student["limit_reached"] == (student["stop_step"] is None)
+    unlearned = results["models"][1]["training"]
+    assert unlearned["labelled_forget_tokens"] > 0 and student["tokens"] > unlearned["tokens"]
+    assert (finished[0] / "report" / "report.html").exists()
+
+
+def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
+    output, config = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+
+    def refuse(*_):
+        raise AssertionError("a stage was run again")
+
+    for kind in FUNCTIONS:
+        monkeypatch.setitem(FUNCTIONS, kind, refuse)
+    assert main(["run", str(config)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    assert capsys.readouterr().out.strip().endswith("report.html")
+
+
+def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path):
+    reference, config = finished
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
+    kills = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = output / "stages"
+        while not started.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0.0, 2.0))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert kills
+    assert weights(output / "stages") == weights(reference / "stages")
+    got, wanted = (read_json(folder / "results-seed0.json") for folder in (output, reference))
+    assert [m["metrics"] for m in got["models"]] == [m["metrics"] for m in wanted["models"]]
+
+
+def small(**changes) -> RunConfig:
+    values = {
+        "name": "small",
+        "output": "unused",
+        "data": DataConfig(),
+        "model": ModelConfig(config={"model_type": "gemma2"}),
+        "pretrain": PretrainConfig(),
+        "unlearn": UnlearnConfig(),
+        "noise": NoiseConfig(alphas=[0.2, 0.6]),
+        "distill": DistillConfig(),
+        "relearn": AttackConfig(),
+        "controls": ControlsConfig(),
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def keys(config: RunConfig) -> dict[str, str]:
+    return {model.name: model.stage.key for model in plan_run(config).models}
+
+
+def test_a_sweep_shares_what_it_can():
+    base = keys(small())
+    other = keys(small(noise=NoiseConfig(alphas=[0.6, 0.9])))
+    assert {name for name in base if name in other and base[name] == other[name]} == {
+        "original",
+        "unlearn",
+        "undo-0.6",
+        "random",
+        "filter",
+    }
+    other = keys(small(unlearn=UnlearnConfig(method="graddiff")))
+    assert (
+        base["original"] == other["original"] and base["unlearn"] != other["unlearn"] and base["undo-0.6"] != other["undo-0.6"]
+    )
+    assert not set(base.values()) & set(keys(small(seed=1)).values())
+    config = small(noise=NoiseConfig(seed=3))
+    assert keys(config)["random"] == base["random"] and "undo-0.6" in keys(config)
+
+
+def test_every_setting_is_part_of_the_key():
+    config = small()
+    plan = plan_run(config)
+    stage = attack_stage(config, plan, plan.models[1], 1e-3)
+    for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7)):
+        changed = small(relearn=dataclasses.replace(config.relearn, **{name: value}))
+        assert attack_stage(changed, plan_run(changed), plan.models[1], 1e-3).key != stage.key
+    train = TrainConfig()
+    base = plan_run(small(distill=DistillConfig(train=train))).models[2].stage.key
+    for field in dataclasses.fields(TrainConfig):
+        if field.name == "schedule":
+            value = "linear"
+        else:
+            value = {"min_lr": 0.1, "micro_batch_size": 3, "seed": 11}.get(
+                field.name, (getattr(train, field.name) or 0) * 0.5 + 0.25
+            )
+        if field.type in ("int", "int | None") and field.name not in ("micro_batch_size", "seed"):
+            value = getattr(train, field.name) + 1
+        changed = dataclasses.replace(train, **{field.name: value})
+        assert plan_run(small(distill=DistillConfig(train=changed))).models[2].stage.key != base, field.name
+
+
+def test_a_failed_stage_leaves_no_folder(tmp_path):
+    def fail(work):
+        (work.output / "half").write_text("x")
+        raise RuntimeError("half way")
+
+    store = Store(tmp_path, {"x": fail})
+    stage = Stage("x", {"a": 1})
+    with pytest.raises(RuntimeError, match="half way"):
+        store.ensure(stage)
+    assert not store.folder(stage).exists() and not store.done(stage)
+    store = Store(tmp_path, {"x": lambda work: {"fine": not list(work.output.iterdir())}})
+    assert read_json(store.ensure(stage) / "manifest.json")["fine"], "the second try starts from an empty folder"
+
+
+def test_two_processes_share_the_work(finished, tmp_path):
+    _, config = finished
+    command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={tmp_path / 'shared'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert weights(tmp_path / "shared" / "stages") == weights(finished[0] / "stages")
+
+
+def test_run_is_a_function_too(tmp_path):
+    config = small(
+        output=str(tmp_path),
+        data=DataConfig(train_rows=100, eval_prompts=20),
+        model=ModelConfig(
+            config={
+                "model_type": "llama",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            }
+        ),
+        pretrain=PretrainConfig(train=TrainConfig(steps=2, batch_size=4)),
+        unlearn=UnlearnConfig(train=TrainConfig(steps=1, batch_size=4)),
+        noise=NoiseConfig(alphas=[0.5]),
+        distill=DistillConfig(recover=None, train=TrainConfig(steps=2, batch_size=4)),
+        relearn=AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
+        controls=ControlsConfig(filter=False, random=False),
+    )
+    page = run(config, "test")
+    assert page.is_file() and [m["name"] for m in json.loads((tmp_path / "results-seed0.json").read_text())["models"]] == [
+        "original",
+        "unlearn",
+        "undo-0.5",
+    ]

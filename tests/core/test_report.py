@@ -1,0 +1,345 @@
+"""The report: R, C and worst cases against sums done by hand, what is left out and why, and the files it writes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from undo_core.report import derive, terminal_table, write_report
+from undo_core.report.figures import spread_apart
+from undo_core.report.metrics import ratio_of_robustness
+
+STEPS = [0, 20, 100]
+RATES = [1e-3, 4e-3]
+FIGURES = ["relearning", "compute", "tradeoff", "training", "rates"]
+
+
+def score(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 500}
+
+
+def attack(*curves: list[float]) -> dict[str, Any]:
+    """An attack with one forget curve per rate; its retain performance is 0.9, 0.8, 0.7 in that order of rates."""
+    return {
+        "rates": RATES,
+        "steps": STEPS,
+        "extended": False,
+        "worst_at_end_of_grid": False,
+        "curves": [
+            {
+                "rate": rate,
+                "stage": "relearn-0",
+                "forget": [score(v) for v in curve],
+                "retain": [score(0.9 - 0.1 * i)] * len(STEPS),
+            }
+            for i, (rate, curve) in enumerate(zip(RATES, curves, strict=True))
+        ],
+    }
+
+
+def trained(steps: int, flops: float, reached: bool = True) -> dict[str, Any]:
+    stops = {"stop_step": steps, "stop_tokens": 10 * steps, "stop_flops": flops} if reached else {}
+    return {
+        "steps": steps,
+        "tokens": 10 * steps,
+        "flops": flops,
+        "seconds": 3.0,
+        "limit_reached": not reached,
+        "stop_step": None,
+        "stop_tokens": None,
+        "stop_flops": None,
+        **stops,
+        "labelled_forget_tokens": 7,
+        "labelled_retain_tokens": 9,
+        "peak_bytes": 1 << 20,
+        "history": [{"step": s, "retain": 0.9 * s / steps, "loss": 1.0} for s in range(0, steps + 1, 20)],
+    }
+
+
+def model(kind: str, training: dict[str, Any], attacked: dict[str, Any] | None, alpha: float | None = None) -> dict[str, Any]:
+    metrics = {name: score(value) for name, value in {"retain": 0.95, "forget": 0.05, "heldout_forget": 0.06}.items()}
+    metrics["retain"]["groups"] = {"+": score(0.96), "-": score(0.94)}
+    name = f"undo-{alpha:g}" if alpha is not None else kind
+    return {
+        "name": name,
+        "kind": kind,
+        "alpha": alpha,
+        "stage": "s",
+        "metrics": metrics,
+        "training": training,
+        "attack": attacked,
+    }
+
+
+def run(seed: int = 0, kind: str = "accuracy") -> dict[str, Any]:
+    """Worst cases at step 100: unlearn 0.9, UNDO 0.7 and 0.5, random 0.4, filter 0.3; S: 100, 300, 450 and 500 steps.
+
+    With a loss, each value v is replaced by 1 - v: the same differences, the other sign.
+    """
+
+    def curves(*values: list[float]) -> dict[str, Any]:
+        return attack(*[[v if kind == "accuracy" else 1 - v for v in curve] for curve in values])
+
+    return {
+        "format": 1,
+        "name": "small",
+        "seed": seed,
+        "command": f"undo run small.yaml --seed {seed}",
+        "versions": {"torch": "2"},
+        "machine": {"device": "a processor"},
+        "config": {"name": "small", "output": f"out-{seed}", "seed": seed, "unlearn": {"method": "maxent"}},
+        "metric": {"kind": kind, "headline_step": 100, "retain_target": 0.9, "eval_splits": {"test_retain": 500}},
+        "models": [
+            model("original", trained(400, 4e9), None),
+            model("unlearn", trained(40, 1e8, False), curves([0.05, 0.6, 0.8], [0.05, 0.5, 0.9])),
+            model("undo", trained(100, 5e8), curves([0.05, 0.2, 0.7], [0.05, 0.3, 0.6]), 0.2),
+            model("undo", trained(300, 15e8), curves([0.05, 0.2, 0.4], [0.05, 0.1, 0.5]), 0.6),
+            model("random", trained(450, 2e9), curves([0.05, 0.2, 0.4], [0.05, 0.1, 0.3])),
+            model("filter", trained(500, 1e9), curves([0.05, 0.2, 0.3], [0.05, 0.1, 0.2])),
+        ],
+    }
+
+
+def by_name(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {m.name: m for m in derive(results, "title").models}
+
+
+def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(m for m in result["models"] if m["name"] == name)
+
+
+def censor(result: dict[str, Any], name: str) -> None:
+    entry(result, name)["training"] |= {"stop_step": None, "stop_tokens": None, "stop_flops": None, "limit_reached": True}
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_r_c_and_worst_cases_by_hand(kind: str) -> None:
+    models = by_name([run(kind=kind)])
+    worst = models["undo-0.2"].worst
+    expected = {0: 0.05, 20: 0.3, 100: 0.7}
+    assert {s: worst[s].mean for s in STEPS} == pytest.approx(
+        expected if kind == "accuracy" else {s: 1 - v for s, v in expected.items()}
+    )
+    assert worst[20].rates == [4e-3] and worst[100].rates == [1e-3]  # the worst rate is chosen anew at each step
+    assert worst[20].points[0].retain == pytest.approx(0.8) and worst[100].points[0].retain == pytest.approx(0.9)
+    # (0.7 - 0.9) / (0.3 - 0.9), (0.5 - 0.9) / (0.3 - 0.9), (0.4 - 0.9) / (0.3 - 0.9); signs cancel for a loss
+    assert models["undo-0.2"].robustness.mean == pytest.approx(1 / 3)
+    assert models["undo-0.6"].robustness.mean == pytest.approx(2 / 3)
+    assert models["random"].robustness.mean == pytest.approx(5 / 6)
+    # 300 / 500 steps, 3000 / 5000 tokens, 1.5e9 / 1e9 FLOPs
+    assert {unit: c.mean for unit, c in models["undo-0.6"].compute.items()} == pytest.approx(
+        {"steps": 0.6, "tokens": 0.6, "flops": 1.5}
+    )
+    assert not models["unlearn"].robustness and not models["filter"].compute["steps"]
+    assert list(models) == ["original", "unlearn", "undo-0.2", "undo-0.6", "random", "filter"]
+
+
+def test_three_seeds_give_means_ranges_and_every_point() -> None:
+    results = [run(seed) for seed in (2, 0, 1)]
+    for result, value, steps in zip(results, (0.5, 0.4, 0.6), (300, 200, 400), strict=True):
+        entry(result, "undo-0.6")["attack"] = attack([0.05, 0.2, 0.2], [0.05, 0.1, value])
+        entry(result, "undo-0.6")["training"] = trained(steps, 1e9)
+    found = by_name(results)["undo-0.6"]
+    # R per seed: (v - 0.9) / -0.6 for v = 0.4, 0.6, 0.5 in seeds 0, 1, 2
+    assert {p.seed: p.value for p in found.robustness.points} == pytest.approx({0: 5 / 6, 1: 1 / 2, 2: 2 / 3})
+    assert found.robustness.mean == pytest.approx(2 / 3) and found.robustness.spread == pytest.approx((1 / 2, 5 / 6))
+    assert found.compute["steps"].mean == pytest.approx(0.6) and found.compute["steps"].spread == pytest.approx((0.4, 0.8))
+    assert found.worst[100].mean == pytest.approx(0.5) and found.worst[100].spread == pytest.approx((0.4, 0.6))
+
+
+def test_one_seed_shows_the_interval_of_its_evaluation() -> None:
+    assert by_name([run()])["undo-0.2"].worst[100].spread == pytest.approx((0.68, 0.72))
+
+
+def test_a_censored_student_has_no_r_and_no_c() -> None:
+    results = [run(0), run(1)]
+    censor(results[0], "undo-0.6")
+    found = by_name(results)["undo-0.6"]
+    assert found.censored == (0,)
+    for stat in (found.robustness, *found.compute.values()):
+        assert [p.seed for p in stat.points] == [1] and stat.missing == {0: "the model is censored"}
+    assert found.worst[100].points[0].seed == 0  # what was measured is still shown
+
+
+def test_censored_data_filtering_leaves_nothing_to_compare_with() -> None:
+    result = run()
+    censor(result, "filter")
+    found = by_name([result])["undo-0.6"]
+    for stat in (found.robustness, *found.compute.values()):
+        assert not stat and stat.missing == {0: "data filtering is censored"}
+
+
+def test_without_a_retain_target_nothing_is_censored_and_c_is_not_given() -> None:
+    result = run()
+    result["metric"]["retain_target"] = None
+    censor(result, "undo-0.6")
+    found = by_name([result])["undo-0.6"]
+    assert found.censored == () and found.robustness.mean == pytest.approx(2 / 3)
+    assert found.compute["steps"].missing == {0: "no retain target to train to"}
+
+
+def test_data_filtering_that_needed_no_training_gives_no_c() -> None:
+    result = run()
+    entry(result, "filter")["training"] |= {"steps": 0, "stop_step": 0, "stop_tokens": 0, "stop_flops": 0.0}
+    found = by_name([result])["undo-0.6"]
+    assert {reason for c in found.compute.values() for reason in c.missing.values()} == {
+        "data filtering met the retain target before training"
+    }
+    assert found.robustness.mean == pytest.approx(2 / 3)
+
+
+def test_small_denominators_give_no_r() -> None:
+    assert ratio_of_robustness(0.7, 0.9, 0.8) == pytest.approx(2.0)  # 0.1 itself is enough, rounding aside
+    assert ratio_of_robustness(0.7, 0.8, 0.9) == pytest.approx(-1.0)
+    assert "0.099" in str(ratio_of_robustness(0.7, 0.801, 0.9))
+    result = run()
+    entry(result, "filter")["attack"] = attack([0.05, 0.2, 0.85], [0.05, 0.1, 0.2])
+    found = by_name([result])["undo-0.6"]
+    assert found.robustness.missing == {0: "P_filter - P_unlearn is -0.050, under 0.1 in size"}
+    assert found.compute["steps"].mean == pytest.approx(0.6)  # C stands
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_order_over_alpha(kind: str) -> None:
+    results = [run(seed, kind) for seed in range(2)]
+    raised = attack([0.05, 0.2, 0.74], [0.05, 0.1, 0.2]) if kind == "accuracy" else attack([0.95, 0.8, 0.26], [0.95, 0.9, 0.8])
+    entry(results[1], "undo-0.6")["attack"] = raised
+    first, second, mean = derive(results, "title").orders
+    assert first.holds and [name for name, _ in first.chain] == ["undo-0.2", "undo-0.6", "random"]
+    assert second.holds is False
+    (rise,) = second.rises
+    assert (rise["from"], rise["to"]) == ("undo-0.2", "undo-0.6")
+    assert rise["by"] == pytest.approx(0.04) and rise["intervals_overlap"]  # 0.7 and 0.74, each +- 0.02
+    assert mean.seed is None and mean.holds  # 0.7, 0.62, 0.4
+    censor(results[1], "undo-0.6")
+    _, second, mean = derive(results, "title").orders
+    assert second.holds and second.left_out == mean.left_out == ["undo-0.6"]
+
+
+class Page(HTMLParser):
+    """Collects what a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+
+@pytest.mark.parametrize(("kind", "seeds"), [("accuracy", 1), ("accuracy", 3), ("loss", 1)])
+def test_the_folder(tmp_path: Any, kind: str, seeds: int) -> None:
+    results = [run(seed, kind) for seed in range(seeds)]
+    before = copy.deepcopy(results)
+    path = write_report(results, tmp_path / "report", "A <title>")
+    assert results == before
+    assert path == tmp_path / "report" / "report.html"
+    names = {p.name for p in path.parent.iterdir()}
+    assert names == {"report.html", "report.json", "table.md", *(f"{name}.png" for name in FIGURES)}
+    for name in FIGURES:
+        assert (path.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    text = path.read_text()
+    page = Page()
+    page.feed(text)
+    assert len(page.sources) == len(FIGURES) and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert not {"script", "link", "iframe"} & set(page.tags) and "url(" not in text
+    assert "A &lt;title&gt;" in text and "undo run small.yaml --seed 0" in text
+    numbers = json.loads((path.parent / "report.json").read_text())
+    undo = next(m for m in numbers["models"] if m["name"] == "undo-0.6")
+    assert undo["R"]["mean"] == pytest.approx(2 / 3) and len(undo["R"]["points"]) == seeds
+    assert undo["C"]["flops"]["mean"] == pytest.approx(1.5)
+    row = next(line for line in (path.parent / "table.md").read_text().splitlines() if line.startswith("| UNDO α=0.6"))
+    assert "0.67" in row and "1.50" in row and "at 4e-3" in row
+
+
+def test_the_same_results_give_the_same_files(tmp_path: Any) -> None:
+    for name in ("one", "two"):
+        write_report([run()], tmp_path / name, "title")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_missing_parts_are_left_out_and_said(tmp_path: Any) -> None:
+    write_report([run()], tmp_path, "title")
+    result = run()
+    result["models"] = [m for m in result["models"] if m["kind"] in ("original", "unlearn") or m["alpha"] == 0.6]
+    for part in result["models"]:
+        part["attack"] = None
+    text = write_report([result], tmp_path, "title").read_text()
+    assert "No model was attacked" in text and "no data filtering" in text
+    # figures of the earlier report that this one does not have are gone
+    assert {p.stem for p in tmp_path.glob("*.png")} == {"tradeoff", "training"}
+    result["models"] = result["models"][:1]
+    result["models"][0] |= {"training": None, "metrics": {"retain": score(0.9), "forget": score(0.8)}}
+    assert "original" in write_report([result], tmp_path, "title").read_text()
+
+
+def test_a_diverged_attack_and_the_end_of_the_grid(tmp_path: Any) -> None:
+    result = run(kind="loss")
+    part = entry(result, "undo-0.6")["attack"]
+    part["worst_at_end_of_grid"] = True
+    for curve in part["curves"]:
+        curve["forget"][-1] = curve["retain"][-1] = {"value": 3.4e38, "low": 3.4e38, "high": 3.4e38, "n": 500}
+    text = write_report([result], tmp_path, "title").read_text()
+    assert "diverged" in text and "a stronger attack may" in text
+    assert not by_name([result])["undo-0.6"].robustness
+
+
+def test_the_opening_quotes_the_numbers() -> None:
+    from undo_core.report.words import opening
+
+    result = run()
+    text = opening(derive([result], "title")).replace("\u00a0", " ")
+    assert "the unlearn-only model is at 90.0 %, UNDO between 50.0 (α = 0.6) and 70.0 % (α = 0.2)" in text
+    assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "One seed" in text
+    censor(result, "undo-0.6")
+    text = opening(derive([result], "title")).replace("\u00a0", " ")
+    assert "UNDO at 70.0 % (α = 0.2)" in text and "Censored" in text and "R = 0.67" not in text
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_terminal_table_fits_80_columns(seeds: int) -> None:
+    results = [run(seed) for seed in range(seeds)]
+    censor(results[0], "undo-0.6")
+    console = Console(width=80, record=True, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(results))
+    text = console.export_text()
+    assert "…" not in text and "data filtering" in text and "censored" in text
+    assert "90.0" in text and "0.33" in text
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="results: got none"):
+        derive([], "title")
+    with pytest.raises(ValueError, match="each seed once"):
+        derive([run(), run()], "title")
+    with pytest.raises(ValueError, match="format 2, wanted 1"):
+        derive([run() | {"format": 2}], "title")
+    other = run(1)
+    other["config"]["unlearn"]["method"] = "rmu"
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 differ in unlearn\.method"):
+        derive([run(), other], "title")
+    with pytest.raises(ValueError, match=r"differ in metric\.kind"):
+        derive([run(), run(1, "loss")], "title")
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_labels_stay_apart_in_order_and_in_range(values: list[float]) -> None:
+    places = spread_apart(sorted(values), 0.05, 0.0, 1.0)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(places))
+    assert places[0] >= -1e-9 and places[-1] <= 1 + 1e-9
+
+
+def test_labels_with_room_stay_where_they_are() -> None:
+    assert spread_apart([0.2, 0.5, 0.9], 0.05, 0.0, 1.0) == pytest.approx([0.2, 0.5, 0.9])

@@ -1,0 +1,160 @@
+import json
+import math
+
+import pytest
+import torch
+
+from undo_core.training import DivergedError, TrainConfig, as_source, rows_source, train
+from undo_core.training.losses import cross_entropy
+
+
+def loss(model, batches, counted):
+    return cross_entropy(model, batches["text"], counted["text"])
+
+
+def config(**changes):
+    return TrainConfig(**{"steps": 12, "batch_size": 16, "lr": 3e-3, "schedule": "cosine", "warmup": 2, **changes})
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_loss_falls(tiny, rows):
+    model = tiny()
+    result = train(model, loss, {"text": rows_source(rows, 16, 0)}, config(steps=80, eval_every=20), progress=False)
+    losses = [entry["loss"] for entry in result.history[1:]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (
+        result.steps == 80 and result.positions == {"text": 80 * 16 * 8} and result.stopped is None and not result.limit_reached
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 5, 16])
+def test_micro_batches_do_not_change_the_gradient(tiny, rows, micro):
+    whole, split = tiny(), tiny()
+    train(whole, loss, {"text": rows_source(rows, 16, 0)}, config(steps=1, lr=0.0, clip=0.0, warmup=0), progress=False)
+    from undo_core.training.loop import _accumulate
+
+    batch = rows_source(rows, 16, 0)(0)
+    for model, size in ((whole, None), (split, micro)):
+        _accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-8)  # the model's norms compute in float32
+
+
+def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, rows, tmp_path):
+    def run(folder, source):
+        model = tiny()
+        evaluate = lambda m: {"norm": float(weights(m).norm())}  # noqa: E731
+        settings = config(eval_every=3)
+        return model, train(
+            model, loss, {"text": source}, settings, evaluate=evaluate, folder=folder, checkpoint_seconds=0.0, progress=False
+        )
+
+    plain = rows_source(rows, 16, 0)
+    (tmp_path / "whole").mkdir()
+    model, whole = run(tmp_path / "whole", plain)
+    for kill in (1, 5, 6, 11):
+        folder = tmp_path / f"killed-{kill}"
+        folder.mkdir()
+
+        def dying(step, kill=kill):
+            if step == kill:
+                raise KeyboardInterrupt
+            return plain(step)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, dying)
+        resumed, result = run(folder, plain)
+        assert torch.equal(weights(resumed), weights(model))
+        assert result.history == whole.history and result.tokens == whole.tokens
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 3, 6, 9, 12]
+
+
+def test_a_torn_checkpoint_is_never_loaded(tiny, rows, tmp_path):
+    train(tiny(), loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, checkpoint_seconds=0.0, progress=False)
+    torn = tmp_path / "checkpoint" / "writing"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"torn")
+    model = tiny()
+    result = train(model, loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, progress=False)
+    assert result.steps == 12
+
+
+def test_the_stop_rule_ends_it_and_a_limit_is_reported(tiny, rows):
+    seen = iter([0.1, 0.5, 0.95, 1.0])
+    source = {"text": rows_source(rows, 16, 0)}
+    run = lambda values, wanted: train(  # noqa: E731
+        tiny(),
+        loss,
+        source,
+        config(eval_every=4),
+        evaluate=lambda m: {"x": next(values)},
+        stop=lambda v: v["x"] >= wanted,
+        progress=False,
+    )
+    result = run(seen, 0.9)
+    assert result.steps == 8 and result.stopped and not result.limit_reached
+    result = run(iter([0.1] * 9), 0.9)
+    assert result.steps == 12 and result.stopped is False and result.limit_reached
+
+
+def test_evaluations_happen_where_asked(tiny, rows):
+    steps = []
+    source = {"text": rows_source(rows, 16, 0)}
+    result = train(tiny(), loss, source, config(), evaluate=lambda m: {"x": 0.0}, evaluate_at=[0, 1, 7, 12], progress=False)
+    steps = [entry["step"] for entry in result.history]
+    assert steps == [0, 1, 7, 12]
+
+
+def test_a_diverged_run_says_so(tiny, rows):
+    with pytest.raises(DivergedError, match="lower lr"):
+        train(tiny(), lambda *a: loss(*a) * math.nan, {"text": rows_source(rows, 16, 0)}, config(), progress=False)
+
+
+def test_rates():
+    cosine = TrainConfig(steps=110, lr=1.0, min_lr=0.1, schedule="cosine", warmup=10)
+    assert cosine.rate(0) == pytest.approx(0.1) and cosine.rate(9) == 1.0 and cosine.rate(10) == 1.0
+    assert (
+        cosine.rate(60) == pytest.approx(0.55)
+        and cosine.rate(110) == pytest.approx(0.1)
+        and cosine.rate(999) == pytest.approx(0.1)
+    )
+    linear = TrainConfig(steps=100, lr=1.0, schedule="linear")
+    assert linear.rate(50) == pytest.approx(0.5) and linear.rate(100) == 0.0
+    assert TrainConfig(lr=0.3).rate(10**6) == 0.3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": -1},
+        {"batch_size": 0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"beta2": 1.0},
+        {"schedule": "x"},
+        {"micro_batch_size": 0},
+    ],
+)
+def test_bad_settings_name_the_key(bad):
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))}: got"):
+        TrainConfig(**bad)
+
+
+def test_iterables_of_batches(rows):
+    ids = rows.input_ids.long()
+    source = as_source(
+        [{"input_ids": ids[:4], "labels": ids[:4].masked_fill(ids[:4] == 0, -100)}, ids[4:8]], size=4, seed=0, name="text"
+    )
+    first, second, again = source(0), source(1), source(2)
+    assert torch.equal(first.input_ids, again.input_ids) and first.counted == int((ids[:4, 1:] != 0).sum())
+    assert second.counted == 4 * 7
+    with pytest.raises(ValueError, match=r"^text: got an iterable with no batches"):
+        as_source(iter([]), size=4, seed=0, name="text")(0)
+    with pytest.raises(ValueError, match=r"^text: got int"):
+        as_source(3, size=4, seed=0, name="text")
+    with pytest.raises(ValueError, match=r"^text: got input_ids of shape"):
+        as_source([torch.zeros(3)], size=4, seed=0, name="text")(0)

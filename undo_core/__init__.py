@@ -1,0 +1,26 @@
+"""UNDO: unlearn, noise, distill on outputs. Robust unlearning for language models (arXiv 2506.06278).
+
+>>> from undo_core import distill, noise_, relearn, unlearn
+"""
+
+from undo_core.version import __version__  # isort: skip
+from undo_core import ops
+from undo_core.distill import distill
+from undo_core.evaluate import evaluate
+from undo_core.noise import noise_
+from undo_core.relearn import AttackConfig, relearn
+from undo_core.training.config import TrainConfig
+from undo_core.unlearn import UnlearnConfig, unlearn
+
+__all__ = [
+    "AttackConfig",
+    "TrainConfig",
+    "UnlearnConfig",
+    "__version__",
+    "distill",
+    "evaluate",
+    "noise_",
+    "ops",
+    "relearn",
+    "unlearn",
+]

@@ -1,0 +1,105 @@
+"""The command line: ``undo run | plan | doctor | report`` and every stage alone, on Hugging Face checkpoint folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from transformers.utils.logging import disable_progress_bar
+
+from undo_core import commands
+from undo_core.config import RunConfig
+
+_RUN = """Run everything that CONFIG describes and is not there yet, then report.
+
+  undo run configs/arithmetic-cpu.yaml
+  undo run configs/arithmetic-cpu.yaml --seed=1 --noise.alphas='[0.3,0.6]' --output=runs/mine
+
+Any key of the configuration can be overridden with --key=value, nested keys with dots. Killed at any moment, the same
+command continues where it was. Finished stages are kept in OUTPUT/stages and shared by every run with the same OUTPUT.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``undo``; returns the exit code: 0, 1 for a failure at work, 2 for a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(_config_first(arguments))
+        if parsed.subcommand is None:
+            parser.print_help()
+            return 2
+        return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
+    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"undo: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("undo: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="undo", description="UNDO: robust unlearning for language models.", exit_on_error=False)
+    subcommands = parser.add_subcommands(required=False)
+    for name, text in (("run", _RUN), ("plan", "Print the stages of CONFIG with steps, tokens, memory and time; run nothing.")):
+        sub = ArgumentParser(description=text, exit_on_error=False, usage=f"undo {name} CONFIG [--key=value ...]")
+        sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
+        sub.add_class_arguments(RunConfig)
+        subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
+    for name, function in commands.COMMANDS.items():
+        sub = ArgumentParser(description=function.__doc__, exit_on_error=False)
+        settings = _settings_class(function)
+        sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
+        if settings:
+            sub.add_class_arguments(settings)
+        subcommands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
+    return parser
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it."""
+    if len(arguments) > 1 and arguments[0] in ("run", "plan") and not arguments[1].startswith("-"):
+        path = Path(arguments[1])
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"config: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
+            )
+        return [arguments[0], "--config", str(path), *arguments[2:]]
+    return arguments
+
+
+def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
+    name = parsed.subcommand
+    values = parser.instantiate(parsed)[name]
+    if name in ("run", "plan"):
+        config = RunConfig(**{key: value for key, value in vars(values).items() if key != "config"})
+        return commands.run(config, command) if name == "run" else commands.plan(config)
+    function = commands.COMMANDS[name]
+    arguments = dict(vars(values))
+    settings = _settings_class(function)
+    if settings:
+        names = [field.name for field in dataclasses.fields(settings)]
+        arguments["config"] = settings(**{key: arguments.pop(key) for key in names})
+    return function(**arguments)
+
+
+def _settings_class(function: Callable[..., int]) -> type | None:
+    """The dataclass of the command's ``config`` argument, whose fields are flags of the command."""
+    hint = typing.get_type_hints(function).get("config")
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""What each subcommand of ``undo`` does. Docstrings are its help; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from undo_core.config import DataConfig, ModelConfig, RunConfig
+from undo_core.relearn import AttackConfig, extension_of, with_seed
+from undo_core.training.config import TrainConfig
+from undo_core.training.progress import console
+from undo_core.unlearn.config import UnlearnConfig
+
+
+def run(config: RunConfig, command: str) -> int:
+    """Run a configuration."""
+    from undo_core.pipeline import run as run_pipeline
+
+    run_pipeline(config, command)
+    return 0
+
+
+def plan(config: RunConfig) -> int:
+    """Print what a configuration would do."""
+    from undo_core.plan import plan_table
+
+    console.print(plan_table(config))
+    return 0
+
+
+def prepare(output: str, data: DataConfig, model: ModelConfig, seed: int = 0) -> int:
+    """Tokenise and split the data into OUTPUT, beside the model that it is for.
+
+    Args:
+        output: folder to make; the other commands take it as DATA.
+        data: what is retained and what is forgotten.
+        model: an architecture to initialise, or the folder of a checkpoint, whose tokenizer is then used.
+        seed: of everything that is drawn.
+    """
+    from undo_core.pipeline import prepare_stage
+
+    stage = prepare_stage(data, model, seed)
+    return _build(Path(output), "prepare", stage.settings, {})
+
+
+def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnConfig()) -> int:
+    """Suppress the forget rows' capability in the checkpoint MODEL and write the result to OUTPUT.
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        output: folder to make.
+        data: folder made by ``undo prepare``.
+        config: method and training.
+    """
+    return _build(Path(output), "unlearn", dataclasses.asdict(config), {"prepared": data, "model": model})
+
+
+def noise(
+    model: str,
+    output: str,
+    alpha: float,
+    beta: float = 0.1,
+    seed: int = 0,
+    law: Literal["xavier_uniform", "xavier_normal"] = "xavier_uniform",
+) -> int:
+    """Damage the checkpoint MODEL and write the result to OUTPUT: theta <- (1 - alpha) * theta + alpha * beta * N.
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        output: folder to make.
+        alpha: strength, in [0, 1].
+        beta: scale of the noise.
+        seed: of N.
+        law: of N.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: got {alpha}, wanted a number in [0, 1]")
+    return _build(Path(output), "noise", {"alpha": alpha, "beta": beta, "seed": seed, "law": law}, {"model": model})
+
+
+def distill(
+    teacher: str,
+    student: str,
+    output: str,
+    data: str,
+    train: TrainConfig = TrainConfig(),
+    recover: float | None = 0.05,
+) -> int:
+    """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
+
+    Args:
+        teacher: Hugging Face checkpoint folder of the suppressed model.
+        student: Hugging Face checkpoint folder of the damaged model.
+        output: folder to make.
+        data: folder made by ``undo prepare``.
+        train: optimizer, rates, batch sizes.
+        recover: stop within this of the teacher's retain performance (absolute accuracy, relative loss); null trains for train.steps.
+    """
+    inputs = {"prepared": data, "teacher": teacher, "student": student}
+    return _build(Path(output), "distill", {"train": dataclasses.asdict(train), "recover": recover}, inputs)
+
+
+def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
+    """Attack the checkpoint MODEL at every learning rate; one folder a rate under OUTPUT, and the curves in OUTPUT/curves.json.
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        output: folder to make.
+        data: folder made by ``undo prepare``.
+        config: the grid and the evaluations.
+    """
+    from undo_core.data.rows import Rows
+    from undo_core.files import read_json, write_json
+    from undo_core.stages import split_path
+    from undo_core.store import MANIFEST
+
+    config = with_seed(config, 0)
+    settings = dataclasses.asdict(config)
+    for name in ("rates", "extend"):
+        del settings[name]
+    _prepared(Path(data))
+    accuracy = Rows.load(split_path(Path(data), "test_forget")).answer_mask is not None
+    curves: dict[float, list[dict[str, Any]]] = {}
+    rates = list(config.rates)
+    while rates:
+        rate = rates.pop(0)
+        folder = Path(output) / f"rate-{rate:g}"
+        _build(folder, "relearn", {**settings, "rate": rate}, {"prepared": data, "model": model}, quiet=True)
+        curves[rate] = read_json(folder / MANIFEST)["curve"]
+        line = "  ".join(f"{point['step']}: {point['forget']['value']:.3f}" for point in curves[rate])
+        console.print(f"rate {rate:g}   forget at step  {line}")
+        if not rates and len(curves) < len(config.rates) + config.extend:
+            headline = {
+                r: next(p["forget"]["value"] for p in c if p["step"] == config.headline_step) for r, c in curves.items()
+            }
+            beyond = extension_of(headline, accuracy)
+            rates = [] if beyond is None else [beyond]
+    path = Path(output) / "curves.json"
+    write_json(path, {f"{rate:g}": curve for rate, curve in sorted(curves.items())})
+    console.print(str(path))
+    return 0
+
+
+def evaluate(model: str, data: str) -> int:
+    """Print the checkpoint MODEL's test metrics as JSON, with 95 % intervals.
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        data: folder made by ``undo prepare``.
+    """
+    import json
+
+    from undo_core.stages import evaluate_folder
+
+    _checkpoint("model", Path(model))
+    _prepared(Path(data))
+    print(json.dumps(evaluate_folder(Path(model), Path(data)), indent=1))
+    return 0
+
+
+def report(results: list[str], output: str, title: str = "UNDO") -> int:
+    """Write figures, tables and report.html to OUTPUT from results.json files, one per seed.
+
+    Args:
+        results: results-seedN.json files written by ``undo run``.
+        output: folder to make.
+        title: of the page.
+    """
+    from undo_core.files import read_json
+    from undo_core.report import terminal_table, write_report
+
+    loaded = []
+    for path in map(Path, results):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"results: got {path}, which is not a file; wanted a results-seedN.json written by undo run"
+            )
+        loaded.append(read_json(path))
+    page = write_report(loaded, Path(output), title)
+    console.print(terminal_table(loaded))
+    console.print(str(page))
+    return 0
+
+
+def doctor() -> int:
+    """Print versions, devices and backends, and whether each kernel works."""
+    from undo_core.doctor import run_doctor
+
+    return run_doctor()
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__: function for function in (prepare, unlearn, noise, distill, relearn, evaluate, report, doctor)
+}
+
+
+def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[str, str], quiet: bool = False) -> int:
+    """Run one stage function from folders to ``output``; what is there already and was made alike is kept."""
+    from undo_core.files import hash_file, read_json
+    from undo_core.stages import FUNCTIONS
+    from undo_core.store import MANIFEST, build_folder
+
+    folders = {name: Path(folder) for name, folder in inputs.items()}
+    for name, folder in folders.items():
+        _prepared(folder) if name == "prepared" else _checkpoint(name, folder)
+    sources = {
+        name: {path.name: hash_file(path) for path in sorted(folder.rglob("*.safetensors"))} for name, folder in folders.items()
+    }
+    description = {"kind": kind, "settings": settings, "sources": sources}
+    if output.exists():
+        manifest = output / MANIFEST
+        if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
+            if not quiet:
+                console.print(f"{output}: already there, made from the same inputs and settings")
+            return 0
+        raise FileExistsError(f"output: got {output}, which exists and was made otherwise; wanted a new folder")
+    build_folder(output, FUNCTIONS[kind], settings, folders, kind, description)
+    if not quiet:
+        console.print(str(output))
+    return 0
+
+
+def _checkpoint(name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: got {folder}, which has no config.json; wanted a Hugging Face checkpoint folder")
+
+
+def _prepared(folder: Path) -> None:
+    if not (folder / "data").is_dir():
+        raise FileNotFoundError(f"data: got {folder}, which has no data/; wanted a folder made by `undo prepare`")

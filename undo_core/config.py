@@ -1,0 +1,197 @@
+"""Settings of a run: dataclasses, read from YAML once, at the edge."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from undo_core.relearn import AttackConfig
+from undo_core.training.config import TrainConfig
+from undo_core.unlearn.config import UnlearnConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is retained and what is forgotten.
+
+    Attributes:
+        kind: arithmetic-compact (17 characters, one problem a row), arithmetic (the published generator), text (files).
+        seed: of the draws and of the held-out choice; None derives it from the run's seed.
+        train_rows: problems drawn for each of retain and forget (arithmetic).
+        eval_prompts: prompts of each group in each evaluation split (arithmetic).
+        held_out: share of operand pairs that no stage ever sees (arithmetic-compact).
+        length: tokens in a packed row (arithmetic, text).
+        retain: files (.txt, .jsonl, .parquet) or hf://name[:config:split] of what is retained (text).
+        forget: the same, of what is forgotten (text).
+        valid_fraction: share of the documents in each of the validation and the test split (text).
+        tokenizer: folder of a tokenizer; None builds one: characters for arithmetic, byte-level BPE for text.
+        vocab_size: of the BPE tokenizer (text).
+    """
+
+    kind: Literal["arithmetic-compact", "arithmetic", "text"] = "arithmetic-compact"
+    seed: int | None = None
+    train_rows: int = 100_000
+    eval_prompts: int = 1000
+    held_out: float = 0.1
+    length: int = 256
+    retain: list[str] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
+    valid_fraction: float = 0.05
+    tokenizer: str | None = None
+    vocab_size: int = 8000
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("arithmetic-compact", "arithmetic", "text"):
+            raise ValueError(f"data.kind: got {self.kind!r}, wanted arithmetic-compact, arithmetic or text")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out: got {self.held_out}, wanted a number in [0, 1)")
+        if not 0 < self.valid_fraction < 0.5:
+            raise ValueError(f"data.valid_fraction: got {self.valid_fraction}, wanted a number in (0, 0.5)")
+        for name in ("train_rows", "eval_prompts", "length", "vocab_size"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"data.{name}: got {getattr(self, name)}, wanted an integer >= 2")
+        if self.kind == "text" and not (self.retain and self.forget):
+            missing = "retain" if not self.retain else "forget"
+            raise ValueError(f"data.{missing}: got no files, wanted at least one; pass --data.{missing}='[path]'")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: an architecture to train from scratch, or a checkpoint to start from.
+
+    Attributes:
+        config: keyword arguments of the Hugging Face configuration, ``model_type`` among them.
+        path: folder of a pretrained checkpoint; pretraining is then left out.
+        seed: of the initialisation; None derives it from the run's seed.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.config) == bool(self.path):
+            raise ValueError(
+                "model: wanted either model.config (train from scratch) or model.path (a checkpoint folder), and not both"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining of the original model and of the data-filtering control.
+
+    Attributes:
+        train: optimizer, rates, batch sizes; ``steps`` is the limit.
+        stop_retain: stop at the first evaluation at which retain accuracy is at least this and
+        stop_forget: forget accuracy is at least this; None trains for ``steps`` (text is always trained so).
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stop_retain: float | None = None
+    stop_forget: float | None = None
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """The damage: ``theta <- (1 - alpha) * theta + alpha * beta * N``.
+
+    Attributes:
+        alphas: strengths, one student each.
+        beta: scale of the noise.
+        law: of N.
+        seed: of N; None derives it from the run's seed.
+    """
+
+    alphas: list[float] = field(default_factory=lambda: [0.6])
+    beta: float = 0.1
+    law: Literal["xavier_uniform", "xavier_normal"] = "xavier_uniform"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for alpha in self.alphas:
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"noise.alphas: got {alpha}, wanted numbers in [0, 1]")
+        if len(set(self.alphas)) < len(self.alphas) or not self.alphas:
+            raise ValueError(f"noise.alphas: got {self.alphas}, wanted one or more different numbers in [0, 1]")
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"noise.beta: got {self.beta}, wanted a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distillation of the suppressed model into a damaged copy or a random student.
+
+    Attributes:
+        train: optimizer, rates, batch sizes; ``steps`` is the limit.
+        recover: the student (and the data-filtering control) stops at the first evaluation within this of the teacher's retain
+            performance: absolute accuracy, or relative cross-entropy (the published rule). None trains for ``steps``.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    recover: float | None = 0.05
+
+
+@dataclass(frozen=True)
+class ControlsConfig:
+    """The models that make the result mean something; the original and unlearn-only are always there.
+
+    Attributes:
+        filter: data filtering: trained from scratch without the forget set.
+        random: the teacher distilled into a fresh initialisation from another seed.
+        oracle_steps: steps of distilling the data-filtered model into the original one (the paper's oracle matching); 0 leaves it out.
+    """
+
+    filter: bool = True
+    random: bool = True
+    oracle_steps: int = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        name: of the run, and of its report.
+        output: folder of the stages, results and report.
+        seed: everything that is drawn derives from it, unless a stage names its own.
+        workers: stages that run side by side, each with its share of the processor's threads; a run must be continued with the
+            number that it was begun with, since a sum's order, and so its last bit, can depend on the threads.
+        data: what is retained and what is forgotten.
+        model: what is trained.
+        pretrain: of the original and of the data-filtering control.
+        unlearn: how the capability is suppressed.
+        noise: how the copies are damaged.
+        distill: how they are repaired.
+        relearn: how they are attacked.
+        controls: what is compared with.
+    """
+
+    name: str
+    output: str
+    seed: int = 0
+    workers: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(config={"model_type": "gemma2"}))
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    relearn: AttackConfig = field(default_factory=AttackConfig)
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
+        if self.model.path and self.controls.filter:
+            raise ValueError(
+                "controls.filter: got true, wanted false with model.path: data filtering means pretraining from scratch"
+            )
+        if self.controls.oracle_steps and not self.controls.filter:
+            raise ValueError("controls.oracle_steps: wanted 0 without controls.filter, whose model is the oracle")
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """A stage's seed from the run's: 31 bits of a hash, so that stages and runs draw independently."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little") >> 1

@@ -1,0 +1,275 @@
+"""Arithmetic: addition and subtraction are retained, multiplication and division forgotten.
+
+Two variants. *Compact*, for the demo: one problem a row in seventeen characters, ``<bos>12+34=46<bos>``. *Published* (the generator
+of the code of arXiv 2506.06278, with word problems of our own): equations with spaces and float quotients, and word problems, packed.
+In both ``<bos>`` separates problems and ends an answer, as published.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from undo_core.data import templates
+from undo_core.data.rows import Rows
+from undo_core.data.text import pack
+from undo_core.data.tokenizers import BOS, character_tokenizer, encode
+
+OPERATIONS = "+-*/"
+GROUPS = {"retain": "+-", "forget": "*/"}
+COMPACT_ALPHABET = "0123456789+-*/="
+CHARACTERS = " .,;'=+-*/0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+MAX_ADD, MAX_MULTIPLY = 50, 20  # operands of + and - are drawn from 1..50, those of * and / from 1..20
+
+
+def compact_splits(
+    seed: int, train_rows: int, eval_prompts: int = 1000, held_out: float = 0.1
+) -> tuple[PreTrainedTokenizerFast, dict[str, Rows]]:
+    """The demo's tokenizer and splits: train, valid, test and heldout, each for retain and forget.
+
+    Operations are uniform within a group and operands as published; quotients are integers. Prompts of ``valid_*`` and ``test_*`` are
+    drawn like the training rows, so they are problems of the training distribution, as published, with repeats (a forget group has
+    720 different ones). ``heldout_*`` are drawn from operand pairs that no other split has: the share ``held_out`` of each
+    operation's pairs, ``a + b`` with ``b + a``; the inverse of a held-out product may be seen, operations choose independently.
+
+    Args:
+        seed: of the draws and of the held-out choice.
+        train_rows: problems in each of ``train_retain`` and ``train_forget``.
+        eval_prompts: problems in each other split.
+        held_out: in [0, 1); 0 leaves the held-out splits away.
+    """
+    generator = np.random.default_rng(seed)
+    held = _held_pairs(generator, held_out)
+    tokenizer = character_tokenizer(COMPACT_ALPHABET)
+    longest = max(f"{MAX_ADD}+{MAX_ADD}={2 * MAX_ADD}", f"{MAX_MULTIPLY**2}/{MAX_MULTIPLY}={MAX_MULTIPLY}", key=len)
+    splits = {}
+    for split in ("train", "valid", "test", "heldout") if held_out else ("train", "valid", "test"):
+        for group, operations in GROUPS.items():
+            count = train_rows if split == "train" else eval_prompts
+            problems = _draw_pairs(generator, operations, count, held if split == "heldout" else ~held)
+            splits[f"{split}_{group}"] = _compact_rows(problems, len(longest) + 2, scored=split != "train")
+    return tokenizer, splits
+
+
+def _held_pairs(generator: np.random.Generator, share: float) -> np.ndarray:
+    """``[4, 51, 51]`` bool by operation and drawn operands; exactly the share of the pairs, symmetric but for division."""
+    held = np.zeros((4, MAX_ADD + 1, MAX_ADD + 1), dtype=bool)
+    for index, operation in enumerate(OPERATIONS):
+        largest = MAX_ADD if operation in "+-" else MAX_MULTIPLY
+        pairs = [(a, b) for a in range(1, largest + 1) for b in range(1, largest + 1) if operation == "/" or a <= b]
+        for chosen in generator.permutation(len(pairs))[: round(share * len(pairs))]:
+            a, b = pairs[chosen]
+            held[index, a, b] = True
+            if operation != "/":
+                held[index, b, a] = True
+    return held
+
+
+def _draw_pairs(generator: np.random.Generator, operations: str, count: int, allowed: np.ndarray) -> np.ndarray:
+    """``[count, 3]`` operation and operands as drawn, uniform over the operations, then over the allowed pairs."""
+    drawn = np.empty((count, 3), dtype=np.int64)
+    drawn[:, 0] = [OPERATIONS.index(o) for o in np.array(list(operations))[generator.integers(0, len(operations), count)]]
+    for index in {OPERATIONS.index(o) for o in operations}:
+        largest = MAX_ADD if OPERATIONS[index] in "+-" else MAX_MULTIPLY
+        pairs = np.argwhere(allowed[index, 1 : largest + 1, 1 : largest + 1]) + 1
+        rows = drawn[:, 0] == index
+        drawn[rows, 1:] = pairs[generator.integers(0, len(pairs), int(rows.sum()))]
+    return drawn
+
+
+def _compact_rows(problems: np.ndarray, length: int, scored: bool) -> Rows:
+    ids = np.zeros((len(problems), length), dtype=np.int32)
+    answers = np.zeros((len(problems), length), dtype=bool)
+    token = {character: index + 2 for index, character in enumerate(COMPACT_ALPHABET)}
+    for row, (operation, a, b) in enumerate(problems.tolist()):
+        prompt, answer = _equation(OPERATIONS[operation], a, b)
+        tokens = [1, *(token[character] for character in prompt + answer), 1]
+        ids[row, : len(tokens)] = tokens
+        answers[row, len(prompt) + 1 : len(tokens)] = True
+    if not scored:
+        return Rows(torch.from_numpy(ids), 0)
+    group = torch.from_numpy(problems[:, 0].astype(np.int16))
+    return Rows(torch.from_numpy(ids), 0, torch.from_numpy(answers), group, tuple(OPERATIONS))
+
+
+def _equation(operation: str, a: int, b: int) -> tuple[str, str]:
+    """Prompt and answer of a drawn pair: subtraction is ordered, division multiplies first."""
+    if operation == "-":
+        a, b = max(a, b), min(a, b)
+    elif operation == "/":
+        a *= b
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operation]
+    return f"{a}{operation}{b}=", str(result)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A published problem; its text is ``prompt + answer + tail``.
+
+    Attributes:
+        prompt: up to the answer, the space before it included.
+        answer: digits; of an equation's quotient a float, such as ``20.0``.
+        tail: of a word problem, a space and the end of the sentence; empty for an equation.
+        operation: one of + - * /.
+        kind: equation or word_problem.
+    """
+
+    prompt: str
+    answer: str
+    tail: str
+    operation: str
+    kind: Literal["equation", "word_problem"]
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer + self.tail
+
+
+def problems(kind: str, operations: str, count: int, seed: int = 99, held_out_templates: bool = False) -> Iterator[Problem]:
+    """``count`` published problems of one kind, the operation uniform over ``operations``; a function of the arguments alone.
+
+    Args:
+        kind: equation or word_problem.
+        operations: such as ``"+-*/"``.
+        count: number of problems.
+        seed: of the draws; the published files use 99.
+        held_out_templates: word problems from the ten held-out templates of each operation instead of the twenty for training.
+    """
+    if kind not in ("equation", "word_problem"):
+        raise ValueError(f"kind: got {kind!r}, wanted equation or word_problem")
+    if not operations or set(operations) - set(OPERATIONS):
+        raise ValueError(f"operations: got {operations!r}, wanted characters of {OPERATIONS!r}")
+    generator = random.Random(f"{seed}/{kind}/{operations}/{held_out_templates}")
+    for _ in range(count):
+        operation = generator.choice(operations)
+        yield (
+            _published_equation(generator, operation)
+            if kind == "equation"
+            else _word_problem(generator, operation, held_out_templates)
+        )
+
+
+def mixture(operations: str, count: int, seed: int = 99) -> list[Problem]:
+    """``count`` problems, half equations and half word problems, shuffled: the published training files in small or in full."""
+    drawn = list(problems("equation", operations, count - count // 2, seed)) + list(
+        problems("word_problem", operations, count // 2, seed)
+    )
+    random.Random(f"{seed}/shuffle").shuffle(drawn)
+    return drawn
+
+
+def evaluation_problems(per_operation: int = 100, seed: int = 42) -> list[Problem]:
+    """The published evaluation: 100 problems for each operation and kind, 800 in all, word problems from held-out templates."""
+    return [
+        problem
+        for operation in OPERATIONS
+        for kind in ("equation", "word_problem")
+        for problem in problems(kind, operation, per_operation, seed, held_out_templates=True)
+    ]
+
+
+def is_correct(generated: str, answer: str) -> bool:
+    """Whether generated text begins with the answer: its first piece up to white space or ``<bos>``, as a number to 1e-6."""
+    pieces = generated.split(BOS)[0].split()
+    try:
+        return bool(pieces) and abs(float(pieces[0]) - float(answer)) <= 1e-6
+    except ValueError:
+        return False
+
+
+def published_splits(
+    tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int, train_rows: int, eval_prompts: int
+) -> dict[str, Rows]:
+    """Published problems as splits: training rows packed to ``length``, evaluation rows with one problem each.
+
+    Equations are not held out from training, word-problem templates are, as published; there is no held-out split. An evaluation
+    row counts the tokens of the answer and the one after it, which ends it.
+
+    Args:
+        tokenizer: has ``<bos>`` or another beginning-of-text token.
+        length: tokens in a packed row.
+        seed: of the draws.
+        train_rows: problems in each of ``train_retain`` and ``train_forget``.
+        eval_prompts: problems in each other split, shared by operation and kind.
+    """
+    splits = {}
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    for group, operations in GROUPS.items():
+        train = (encode(tokenizer, problem.text) for problem in mixture(operations, train_rows, seed))
+        splits[f"train_{group}"] = pack(train, length, bos, pad)
+        for split in ("valid", "test"):
+            chosen = [
+                p
+                for p in evaluation_problems(-(-eval_prompts // 4), seed=seed * 2 + (split == "test"))
+                if p.operation in operations
+            ]
+            splits[f"{split}_{group}"] = _scored_rows(tokenizer, chosen)
+    return splits
+
+
+def _published_equation(generator: random.Random, operation: str) -> Problem:
+    a, b = _operands(generator, operation)
+    if operation == "-":
+        a, b = max(a, b), min(a, b)
+    elif operation == "/":
+        a *= b
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operation]
+    return Problem(f"{a} {operation} {b} = ", str(result), "", operation, "equation")
+
+
+def _word_problem(generator: random.Random, operation: str, held_out: bool) -> Problem:
+    prompt, tail = generator.choice((templates.VALID if held_out else templates.TRAIN)[operation])
+    a, b = _operands(generator, operation)
+    if operation == "+":
+        n1, n2, answer = a, b, a + b
+    elif operation == "-":
+        n1, n2, answer = a + b, a, b
+    elif operation == "*":
+        n1, n2, answer = a, b, a * b
+    else:
+        n1, n2, answer = a * b, a, b
+    name, name2 = generator.sample(templates.NAMES, 2)
+    fields = {
+        "n1": n1,
+        "n2": n2,
+        "name": name,
+        "name2": name2,
+        "object": generator.choice(templates.OBJECTS),
+        "place": generator.choice(templates.PLACES),
+        "container": generator.choice(templates.CONTAINERS),
+        "group": generator.choice(templates.GROUPS),
+    }
+    filled = prompt.format(**fields)
+    return Problem(filled[0].upper() + filled[1:], str(answer), " " + tail.format(**fields), operation, "word_problem")
+
+
+def _operands(generator: random.Random, operation: str) -> tuple[int, int]:
+    largest = MAX_ADD if operation in "+-" else MAX_MULTIPLY
+    return generator.randint(1, largest), generator.randint(1, largest)
+
+
+def _scored_rows(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> Rows:
+    encoded = []
+    for problem in chosen:
+        # The whole text is tokenised, as in training: a BPE token may join the answer to what stands before it.
+        whole = tokenizer(problem.text, add_special_tokens=False, return_offsets_mapping=True)
+        start, end = len(problem.prompt), len(problem.prompt) + len(problem.answer)
+        inside = [low < end and high > start for low, high in whole["offset_mapping"]]
+        first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+        tokens = [tokenizer.bos_token_id, *whole["input_ids"], tokenizer.bos_token_id]
+        encoded.append((tokens[: last + 2], first + 1))
+    length = max(len(tokens) for tokens, _ in encoded)
+    ids = torch.full((len(encoded), length), tokenizer.pad_token_id, dtype=torch.int32)
+    answers = torch.zeros(len(encoded), length, dtype=torch.bool)
+    for row, (tokens, start) in enumerate(encoded):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        answers[row, start : len(tokens)] = True
+    group = torch.tensor([OPERATIONS.index(problem.operation) for problem in chosen])
+    return Rows(ids, tokenizer.pad_token_id, answers, group, tuple(OPERATIONS))

@@ -1,0 +1,108 @@
+"""Token rows: the one form in which every stage reads its data.
+
+A row is a fixed number of token ids. The rows of a split live in one safetensors file; the order in which a stage reads
+them is a function of ``(seed, step)`` alone, so that a resumed run sees what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of token ids, all of one length.
+
+    Attributes:
+        input_ids: ``[n, length]`` int32 token ids; ``pad_id`` marks what is not text.
+        pad_id: id of the padding token; padding is never a label and never attended to by what comes before it.
+        answer_mask: ``[n, length]`` bool, True on the tokens of the answer and its terminator, for splits that are scored by
+            exact match; None for plain text, which is scored by cross-entropy.
+        group: ``[n]`` int16 index into ``group_names`` (the operation of an arithmetic problem), or None.
+        group_names: names of the groups.
+    """
+
+    input_ids: torch.Tensor
+    pad_id: int
+    answer_mask: torch.Tensor | None = None
+    group: torch.Tensor | None = None
+    group_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 2 or self.input_ids.shape[0] == 0:
+            raise ValueError(f"input_ids: got shape {tuple(self.input_ids.shape)}, wanted [n, length] with n >= 1")
+        if self.answer_mask is not None and self.answer_mask.shape != self.input_ids.shape:
+            raise ValueError(
+                f"answer_mask: got shape {tuple(self.answer_mask.shape)}, wanted {tuple(self.input_ids.shape)} like input_ids"
+            )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
+
+    def tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return int((self.input_ids != self.pad_id).sum())
+
+    def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
+        """Token ids ``[size, length]`` int64 of batch ``step``: a fresh permutation of the rows in every epoch.
+
+        A pure function of its arguments. An epoch's last rows continue with the first of the next, so every batch is full.
+        """
+        n = len(self)
+        first, taken = step * size, []
+        while size > 0:
+            epoch, offset = divmod(first, n)
+            count = min(size, n - offset)
+            taken.append(_permutation(n, seed, epoch)[offset : offset + count])
+            first, size = first + count, size - count
+        return self.input_ids[torch.cat(taken)].long()
+
+    def save(self, path: Path) -> None:
+        """Write the rows to a safetensors file."""
+        tensors = {"input_ids": self.input_ids.to(torch.int32).contiguous()}
+        if self.answer_mask is not None:
+            tensors["answer_mask"] = self.answer_mask.contiguous()
+        if self.group is not None:
+            tensors["group"] = self.group.to(torch.int16).contiguous()
+        save_file(tensors, path, metadata={"pad_id": str(self.pad_id), "group_names": json.dumps(list(self.group_names))})
+
+    @classmethod
+    def load(cls, path: Path) -> Rows:
+        """Read rows written by :meth:`save`."""
+        with safe_open(path, "pt") as file:
+            keys, metadata = set(file.keys()), file.metadata() or {}
+            if "input_ids" not in keys or "pad_id" not in metadata:
+                raise ValueError(
+                    f"{path}: not a file of token rows (wanted a tensor 'input_ids' and a metadata entry 'pad_id')"
+                )
+            return cls(
+                input_ids=file.get_tensor("input_ids"),
+                pad_id=int(metadata["pad_id"]),
+                answer_mask=file.get_tensor("answer_mask") if "answer_mask" in keys else None,
+                group=file.get_tensor("group") if "group" in keys else None,
+                group_names=tuple(json.loads(metadata.get("group_names", "[]"))),
+            )
+
+
+_cache: dict[tuple[int, int, int], torch.Tensor] = {}
+
+
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """Permutation of ``n`` rows for ``(seed, epoch)``; the last few are kept, since consecutive batches share one."""
+    key = (n, seed, epoch)
+    if key not in _cache:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        if len(_cache) > 8:
+            _cache.pop(next(iter(_cache)))
+        _cache[key] = torch.randperm(n, generator=generator)
+    return _cache[key]

@@ -1,0 +1,62 @@
+"""Tokenizers that are built rather than downloaded."""
+
+from __future__ import annotations
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from undo_core.data.text import read_documents
+
+PAD, BOS = "<pad>", "<bos>"
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token a character: ``<pad>`` 0, ``<bos>`` 1 (which also ends a text), then the characters of ``alphabet`` in order.
+
+    A character outside the alphabet has no token; :func:`encode` refuses it.
+    """
+    if len(set(alphabet)) < len(alphabet) or not alphabet:
+        raise ValueError(f"alphabet: got {alphabet!r}, wanted one or more different characters")
+    vocabulary = {PAD: 0, BOS: 1, **{character: index + 2 for index, character in enumerate(alphabet)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=BOS)
+
+
+def train_bpe(sources: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, trained on text files; it can encode any text.
+
+    Args:
+        sources: as :func:`undo_core.data.text.read_documents` takes them.
+        vocab_size: at least 258: two special tokens and the 256 bytes.
+    """
+    alphabet = ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(
+            f"data.vocab_size: got {vocab_size}, wanted at least {len(alphabet) + 2}: two special tokens and 256 bytes"
+        )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, BOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(read_documents(sources), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=BOS)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of ``text`` without special tokens.
+
+    Raises:
+        ValueError: a character that the tokenizer has no token for.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    unknown = tokenizer.pad_token_id
+    if unknown in ids:
+        raise ValueError(f"text: got {text!r}, which has a character outside the tokenizer's alphabet")
+    return ids

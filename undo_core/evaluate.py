@@ -1,0 +1,101 @@
+"""Evaluation: exact match of greedy answers, or cross-entropy on text, each with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core import ops
+from undo_core.data.rows import Rows
+from undo_core.models import head_of, hidden_states
+
+_Z = 1.959964  # 97.5 % point of the normal law
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> dict[str, Any]:
+    """Score ``model`` on ``rows``: accuracy where they have answers, else mean cross-entropy in nats per token.
+
+    Accuracy is the exact match of the greedy answer, terminator included. It is computed in one forward pass over the
+    reference text: greedy decoding gives the reference answer exactly when the most likely token is right at every answer
+    position given the tokens before it, which are then the ones that decoding itself produced.
+
+    Args:
+        model: left in the mode it was in.
+        rows: ``[n, length]`` token rows.
+        batch_size: rows in a forward pass.
+
+    Returns:
+        ``value``, ``low`` and ``high`` (95 %: Wilson's interval for accuracy, normal over rows for cross-entropy), ``n``
+        rows, and ``groups`` with the same for each group of rows. The cross-entropy of a diverged model is NaN-free: it is
+        reported as the largest finite float32.
+
+    Memory: one batch of hidden states; logits of answer positions alone.
+    """
+    training = model.training
+    model.eval()
+    score = _correct if rows.answer_mask is not None else _nats
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        ids = rows.input_ids[start : start + batch_size].long().to(device)
+        mask = ids != rows.pad_id if rows.answer_mask is None else rows.answer_mask[start : start + batch_size].to(device)
+        parts.append(score(model, ids, mask).cpu())
+    model.train(training)
+    scores = torch.cat(parts)
+    summary = _accuracy if rows.answer_mask is not None else _mean_nats
+    result = summary(scores)
+    if rows.group is not None:
+        result["groups"] = {
+            name: summary(scores[rows.group == index])
+            for index, name in enumerate(rows.group_names)
+            if (rows.group == index).any()
+        }
+    return result
+
+
+def _correct(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``[batch]`` float64, 1 where every answer token is the most likely one."""
+    hidden, labels, mask = hidden_states(model, ids[:, :-1]), ids[:, 1:], mask[:, 1:]
+    head = head_of(model)
+    # A softcap and a positive scale keep the order of the logits, but ties can arise at the cap: apply them.
+    logits = hidden[mask].float() @ head.weight.float().T
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    right = torch.ones_like(mask)
+    right[mask] = logits.argmax(-1) == labels[mask]
+    return right.all(1).double()
+
+
+def _nats(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``[batch, 2]`` float64: cross-entropy summed over the row's labels, and their number."""
+    labels, mask = ids[:, 1:], mask[:, 1:]
+    head = head_of(model)
+    nats = ops.linear_cross_entropy(
+        hidden_states(model, ids[:, :-1]), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
+    )
+    return torch.stack([nats.double().sum(1), mask.double().sum(1)], dim=1)
+
+
+def _accuracy(scores: torch.Tensor) -> dict[str, Any]:
+    n, p = len(scores), float(scores.mean())
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return {"value": p, "low": max(0.0, min(p, centre - half)), "high": min(1.0, max(p, centre + half)), "n": n}
+
+
+def _mean_nats(scores: torch.Tensor) -> dict[str, Any]:
+    nats, labels = scores[:, 0], scores[:, 1]
+    mean = nats.sum() / labels.sum()
+    # Ratio estimator: rows are the independent draws, not tokens.
+    spread = (nats - mean * labels).std(unbiased=len(scores) > 1) * math.sqrt(len(scores)) / labels.sum()
+    low, value, high = (
+        float(torch.nan_to_num(x, nan=3.4e38, posinf=3.4e38)) for x in (mean - _Z * spread, mean, mean + _Z * spread)
+    )
+    return {"value": value, "low": low, "high": high, "n": len(scores)}

@@ -1,0 +1,180 @@
+"""Language models as the method sees them: a trunk that gives hidden states and a head that gives logits.
+
+The losses never ask a model for its logits. They take the trunk's final hidden states and the head's parts, so that a
+vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The vocabulary head of a causal language model: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        scale: factor on the products.
+        softcap: ``c`` of ``c * tanh(z / c)``, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """The keyword arguments of the fused ops, their names prefixed (``"student_"``, ``"teacher_"``)."""
+        return {f"{prefix}bias": self.bias, f"{prefix}scale": self.scale, f"{prefix}softcap": self.softcap}
+
+
+class UnsupportedHead(ValueError):
+    """The model's own logits are not reproduced by its weight, bias, scale and softcap."""
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of ``model``, compared once with the model's own logits on a few tokens.
+
+    Raises:
+        UnsupportedHead: the head does something else than scale, bias and softcap; computing on would be silently wrong.
+    """
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        raise UnsupportedHead(
+            f"model: got a {type(model).__name__} whose output layer is {type(output).__name__}, wanted a Linear head"
+        )
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides
+        scale = 1.0 if divisor is None else 1.0 / divisor
+    head = Head(output.weight, output.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    if not getattr(model, "_undo_head_verified", False):
+        _verify_head(model, head)
+        model._undo_head_verified = True
+    return head
+
+
+@torch.no_grad()
+def _verify_head(model: PreTrainedModel, head: Head) -> None:
+    device = head.weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device).mul(7919).remainder(vocabulary).view(1, 8)
+    training = model.training
+    model.eval()
+    try:
+        wanted = model(input_ids=ids, use_cache=False).logits.double()
+        hidden = hidden_states(model, ids).double()
+    finally:
+        model.train(training)
+    got = hidden @ head.weight.double().T
+    if head.bias is not None:
+        got = got + head.bias.double()
+    got = got * head.scale
+    if head.softcap is not None:
+        got = head.softcap * torch.tanh(got / head.softcap)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+    if not error <= tolerance:
+        raise UnsupportedHead(
+            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) by {error:.2g} of their largest "
+            f"entry (scale {head.scale:g}, softcap {head.softcap}); its head does something that is not supported"
+        )
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Final hidden states ``[batch, length, d]``, after the last norm; the head is not run."""
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A freshly initialised model of a Hugging Face architecture.
+
+    Args:
+        settings: keyword arguments of ``AutoConfig.for_model``; ``model_type`` names the architecture.
+        tokenizer: gives the vocabulary size (unless ``settings`` has one) and the special tokens.
+        seed: of the initialisation.
+    """
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"model.config.vocab_size: got {config.vocab_size}, wanted at least the tokenizer's {len(tokenizer)}")
+    return initialise(config, seed)
+
+
+def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config), dtype=torch.float32)
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """A model from a Hugging Face checkpoint folder, in float32, on the GPU where there is one; remote code is never run."""
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=_attention(config), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
+    # the sums of a resumed run in the order of the uninterrupted one.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    model.tie_weights()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; a missing pad token is replaced by the end-of-text token's id."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raise a ValueError unless the two heads have the same number of rows."""
+    rows_t, rows_s = (m.get_output_embeddings().weight.shape[0] for m in (teacher, student))
+    if rows_t != rows_s:
+        raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
+
+
+def forward_flops(model: PreTrainedModel, length: int) -> float:
+    """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included.
+
+    Two per weight of every matrix product, plus ``4 * heads * head_dim * length`` for scores and values of each layer's
+    attention (the causal half is computed too by the dense kernels in use). A backward pass costs twice as much.
+    """
+    config = model.config.get_text_config()
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2.0 * weights + 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
+
+
+def _attention(config: Any) -> str:
+    # Only the eager implementation applies an attention softcap (Gemma 2).
+    text = config.get_text_config()
+    return "eager" if getattr(text, "attn_logit_softcapping", None) is not None else "sdpa"

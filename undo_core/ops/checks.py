@@ -1,0 +1,104 @@
+"""Argument checks of the faces: one ``ValueError`` that names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(name: str, got: Any, wanted: str) -> None:
+    """Raise the ``ValueError`` for an argument."""
+    raise ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def float_tensor(name: str, value: Any, shape: str, ndim: int | None = None) -> torch.Tensor:
+    """``value`` as a tensor of a supported float dtype, of ``ndim`` dimensions (None: at least one)."""
+    if not isinstance(value, torch.Tensor):
+        fail(name, type(value).__name__, f"a tensor {shape}")
+    if value.dtype not in FLOATS:
+        fail(name, value.dtype, "float32, bfloat16, float16 or float64")
+    if (ndim is None and value.ndim < 1) or (ndim is not None and value.ndim != ndim):
+        fail(name, f"shape {tuple(value.shape)}", shape)
+    return value
+
+
+def head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """Hidden states, weight and bias of one head, against each other."""
+    float_tensor(f"{prefix}hidden", hidden, "[..., d]")
+    float_tensor(f"{prefix}weight", weight, "[V, d]", 2)
+    if hidden.shape[-1] != weight.shape[1]:
+        fail(f"{prefix}weight", f"shape {tuple(weight.shape)}", f"[V, {hidden.shape[-1]}], the width of {prefix}hidden")
+    same_device(f"{prefix}weight", weight, hidden)
+    if bias is not None:
+        float_tensor(f"{prefix}bias", bias, "[V]", 1)
+        if bias.shape[0] != weight.shape[0]:
+            fail(f"{prefix}bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}], one entry a vocabulary row")
+        same_device(f"{prefix}bias", bias, hidden)
+
+
+def same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """``value`` on the device of the hidden states."""
+    if value.device != like.device:
+        fail(name, f"device {value.device}", f"{like.device}, where the hidden states are")
+
+
+def per_token(name: str, value: Any, leading: torch.Size, kind: str, device: torch.device) -> torch.Tensor:
+    """``value`` as a tensor with one entry a token; ``kind`` is bool, int or float."""
+    if not isinstance(value, torch.Tensor):
+        fail(name, type(value).__name__, f"a tensor {list(leading)}")
+    right = {
+        "bool": value.dtype == torch.bool,
+        "int": not value.is_floating_point() and value.dtype != torch.bool,
+        "float": value.is_floating_point(),
+    }[kind]
+    if not right:
+        fail(name, value.dtype, {"bool": "bool", "int": "an integer dtype", "float": "a float dtype"}[kind])
+    if value.shape != leading:
+        fail(name, f"shape {tuple(value.shape)}", f"{tuple(leading)}, the leading shape of the hidden states")
+    if value.device != device:
+        fail(name, f"device {value.device}", f"{device}, where the hidden states are")
+    return value
+
+
+def number(
+    name: str, value: Any, wanted: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
+) -> float:
+    """``value`` as a finite number within [low, high], or (low, high) with open ends."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        fail(name, value, wanted)
+    if not (low < value < high if open_ends else low <= value <= high):
+        fail(name, value, wanted)
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """``value`` as one of ``choices``."""
+    if value not in choices:
+        fail(name, repr(value), "one of " + ", ".join(choices))
+    return value
+
+
+def vocabulary(value: Any, rows: int) -> int | None:
+    """``vocab_size`` against the number of rows of the weight."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= rows):
+        fail("vocab_size", value, f"an integer in [1, {rows}], or None")
+    return value
+
+
+def workspace(value: Any) -> int | None:
+    """``workspace_bytes`` as a positive integer or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        fail("workspace_bytes", value, "a positive number of bytes, or None")
+    return value
+
+
+def labels_within(labels: torch.Tensor, counted: torch.Tensor, size: int, ignore_index: int) -> None:
+    """Every counted label is a vocabulary row. Checked on CPUs; on a GPU it would make the host wait."""
+    if labels.device.type == "cpu" and labels.numel():
+        inside = (labels >= 0) & (labels < size) | ~counted
+        if not inside.all():
+            fail("labels", int(labels[~inside][0]), f"vocabulary rows in [0, {size}) or ignore_index, {ignore_index}")

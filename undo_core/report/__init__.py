@@ -1,0 +1,64 @@
+"""The report of one run, or of several seeds: a page, its figures, the numbers, and a table for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from undo_core.files import write_bytes, write_json, write_text
+from undo_core.report import figures, page, words
+from undo_core.report.metrics import Report, derive
+from undo_core.report.table import cost_table, markdown, order_sentence, results_table, terminal
+
+
+def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Path:
+    """Write ``report.html`` with everything inlined, the figures as PNG, ``report.json`` and ``table.md``.
+
+    Args:
+        results: contents of ``results.json``, one per seed, of runs that differ in their seed alone.
+        folder: made where missing; files of an earlier report are replaced, each atomically, the page last.
+        title: heading of the page.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        ValueError: no results, an unknown format, a seed twice, or runs that do not belong together.
+    """
+    report = derive(results, title)
+    drawn = figures.draw(report)
+    html = page.render(report, drawn)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("relearning", "compute", "tradeoff", "training", "rates"):
+        if name not in drawn:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would not belong to this one
+    for name, png in drawn.items():
+        write_bytes(folder / f"{name}.png", png)
+    write_json(folder / "report.json", report.to_json())
+    write_text(folder / "table.md", _tables(report))
+    write_text(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
+    """The table of results for ``rich``; the same arguments and errors as :func:`write_report`."""
+    return terminal(derive(results, str(results[0].get("name", "results")) if results else ""))
+
+
+def _tables(report: Report) -> str:
+    orders = [f"- {order_sentence(order, report)}" for order in report.orders if order.holds is not None]
+    parts = [
+        f"# {report.title}",
+        words.opening(report),
+        markdown(results_table(report)).rstrip(),
+        *(["\n".join(orders)] if orders else []),
+    ]
+    costs = cost_table(report)
+    if costs.rows:
+        parts += ["## What it took", markdown(costs).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+__all__ = ["derive", "terminal_table", "write_report"]

@@ -1,0 +1,407 @@
+"""The figures, as PNG bytes. Each function returns None where there is nothing to draw."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from undo_core.report.metrics import DIVERGED, ModelReport, Report, Stat, worst_case
+from undo_core.report.table import rate
+
+# Okabe and Ito's colours (safe for colour-blind readers); the students share a ramp of one blue, darker with alpha.
+COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
+MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
+LINES = {"unlearn": "-", "undo": "-", "random": (0, (4, 1.5)), "filter": (0, (1, 1)), "oracle": (0, (5, 1, 1, 1))}
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 10.5,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+}
+DPI = 180
+
+
+def draw(report: Report) -> dict[str, bytes]:
+    """Every figure that the results allow, ``{name: PNG}``, in the order of the page."""
+    drawn = {}
+    with matplotlib.rc_context(STYLE):
+        for function in (relearning, compute, tradeoff, training, rates):
+            figure = function(report)
+            if figure is not None:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+                drawn[function.__name__] = buffer.getvalue()
+    return drawn
+
+
+def relearning(report: Report) -> Figure | None:
+    """Worst-case forget performance against attack step, one line per model."""
+    models = [model for model in report.models if model.worst]
+    if not models:
+        return None
+    figure, (axes,) = _figure(6.2, 4.3)
+    colours, ends = _colours(report), []
+    for model in models:
+        steps = list(model.worst)
+        means = [_shown(model.worst[step].mean) for step in steps]
+        spreads = [model.worst[step].spread or (model.worst[step].mean,) * 2 for step in steps]
+        low, high = ([_shown(pair[side]) for pair in spreads] for side in (0, 1))
+        colour = colours[model.name]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+        axes.plot(
+            steps, means, color=colour, linestyle=LINES[model.kind], marker=MARKERS[model.kind], markersize=4.5, clip_on=False
+        )
+        ends.append((means[-1], model.label + _dagger(model), colour))
+    original = next((m.metrics["forget"] for m in report.of("original") if m.metrics.get("forget")), None)
+    if original:
+        axes.axhline(original.mean, color=COLOURS["original"], linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
+        ends.append((original.mean, "original, not attacked", COLOURS["original"]))
+    axes.axvline(report.headline, color="#bbbbbb", linewidth=0.9, zorder=1)
+    axes.set_xlabel("attack step (fine-tuning on the forget set)")
+    axes.set_ylabel(f"worst-case forget {_unit(report)}")
+    _scale(axes.yaxis, axes, report)
+    axes.set_xlim(0, report.steps[-1] or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.text(
+        report.headline,
+        1.01,
+        f"headline: {report.headline} steps",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        fontsize=8.5,
+        color="#777777",
+    )
+    _label_ends(axes, ends)
+    return figure
+
+
+def compute(report: Report) -> Figure | None:
+    """R against C, in steps and in FLOPs, a point per alpha, between unlearn only and data filtering."""
+    students = [m for m in report.models if m.kind in ("undo", "random") and m.robustness]
+    panels = [unit for unit in ("steps", "flops") if any(_pairs(m, unit) for m in students)]
+    if not panels:
+        return None
+    figure, axes_row = _figure(3.4 * len(panels) + 0.8 * (len(panels) == 1), 4.0, columns=len(panels), sharey=True)
+    colours, halo = _colours(report), [withStroke(linewidth=3, foreground="white")]
+    for axes, unit in zip(axes_row, panels, strict=True):
+        axes.axline((0, 0), (1, 1), color="#bbbbbb", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        axes.plot(1, 1, marker=MARKERS["filter"], color=COLOURS["filter"], markersize=9, linestyle="none", zorder=3)
+        spent = _unlearning_share(report) if unit == "flops" else 0.0
+        axes.plot(spent, 0, marker=MARKERS["unlearn"], color=COLOURS["unlearn"], markersize=8, linestyle="none", zorder=3)
+        means = []
+        for model in students:
+            pairs = _pairs(model, unit)
+            if not pairs:
+                continue
+            xs, ys = [p[0] for p in pairs], [p[1] for p in pairs]
+            x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+            colour, marker = colours[model.name], MARKERS[model.kind]
+            if len(pairs) > 1:
+                axes.plot(xs, ys, marker=marker, color=colour, markersize=3.5, alpha=0.45, linestyle="none", zorder=2)
+                axes.plot([min(xs), max(xs)], [y, y], color=colour, linewidth=1.1, zorder=2)
+                axes.plot([x, x], [min(ys), max(ys)], color=colour, linewidth=1.1, zorder=2)
+            axes.plot(x, y, marker=marker, color=colour, markersize=8, linestyle="none", zorder=4)
+            means.append((x, y, f"{model.alpha:g}" if model.kind == "undo" else "", colour))
+        line = [(x, y) for x, y, text, _ in means if text]
+        if len(line) > 1:
+            axes.plot(*zip(*line, strict=True), color="#4a7ab5", linewidth=1, alpha=0.6, zorder=2)
+        for x, y, text, colour in means:
+            axes.annotate(
+                text,
+                (x, y),
+                (-7, 5),
+                textcoords="offset points",
+                ha="right",
+                fontsize=9,
+                color=colour,
+                path_effects=halo,
+                zorder=5,
+            )
+        right = max([1.0, *(x for x, *_ in means)])
+        axes.set_xlim(-0.06 * right, right * 1.1)
+        ys = [y for _, y, *_ in means]
+        axes.set_ylim(min(-0.06, min(ys) - 0.08), max(1.1, max(ys) + 0.1))
+        axes.set_xlabel(f"C, {'FLOPs' if unit == 'flops' else 'training steps'} / data filtering's")
+    axes_row[0].set_ylabel("R, robustness to relearning")
+    kinds = ["unlearn", *dict.fromkeys(m.kind for m in students), "filter"]
+    dark = colours[report.of("undo")[-1].name] if report.of("undo") else "#08306b"
+    names = {"undo": "UNDO (number: α)", "unlearn": "unlearn only", "filter": "data filtering", "random": "random student"}
+    handles = [
+        Line2D([], [], color=COLOURS.get(kind, dark), marker=MARKERS[kind], linestyle="none", markersize=7, label=names[kind])
+        for kind in kinds
+    ]
+    handles.append(Line2D([], [], color="#bbbbbb", linestyle=(0, (3, 3)), linewidth=1, label="R = C"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 if len(panels) > 1 else 2), fontsize=9)
+    return figure
+
+
+def tradeoff(report: Report) -> Figure | None:
+    """Retain against forget performance, before the attack and after the headline number of its steps."""
+    drawn = [m for m in report.models if m.metrics.get("retain") and m.metrics.get("forget")]
+    if not drawn:
+        return None
+    figure, (axes,) = _figure(6.2, 4.6)
+    colours, handles = _colours(report), []
+    for model in drawn:
+        colour, marker = colours[model.name], MARKERS[model.kind]
+        x, y = (_shown(model.metrics[key].mean) for key in ("retain", "forget"))
+        after = _after(model, report)
+        axes.plot(
+            x,
+            y,
+            marker=marker,
+            color=colour,
+            markersize=8,
+            markerfacecolor="white",
+            markeredgewidth=1.7,
+            linestyle="none",
+            zorder=4,
+        )
+        if after:
+            arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.3, "shrinkA": 5, "shrinkB": 5, "alpha": 0.75}
+            axes.annotate("", after, (x, y), arrowprops=arrow, zorder=3)
+            axes.plot(*after, marker=marker, color=colour, markersize=8, linestyle="none", zorder=4)
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=model.label + _dagger(model))
+        )
+    axes.set_xlabel(f"retain {_unit(report)}")
+    axes.set_ylabel(f"forget {_unit(report)}")
+    _scale(axes.yaxis, axes, report)
+    _scale(axes.xaxis, axes, report)
+    if any(_after(m, report) for m in drawn):
+        handles.append(
+            Line2D(
+                [], [], color="#555555", marker="o", markerfacecolor="white", linestyle="none", label="open: before the attack"
+            )
+        )
+        text = f"filled: after {report.headline} attack steps"
+        handles.append(Line2D([], [], color="#555555", marker="o", linestyle="none", label=text))
+    if report.higher:
+        lowest = min(min(line.get_xdata()) for line in axes.lines)
+        axes.set_xlim(max(-0.025, lowest - 0.08), 1.025)
+    corner = "better: lower right ↘" if report.higher else "better: upper left ↖"
+    axes.set_title(corner, loc="right" if report.higher else "left", fontsize=9, color="#777777")
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3 if len(handles) > 6 else 2, fontsize=8.5, columnspacing=1.2
+    )
+    return figure
+
+
+def training(report: Report) -> Figure | None:
+    """Retain performance against training step, with the retain target."""
+    curves: dict[str, list[tuple[list[int], list[float], bool | None]]] = {}
+    for model in report.models:
+        for seed, run in model.trainings.items():
+            points = [(p["step"], _shown(p["retain"])) for p in run.get("history") or [] if p.get("retain") is not None]
+            if points and model.kind in ("undo", "random", "filter", "oracle"):
+                reached = None if seed not in report.targets or model.kind == "oracle" else seed not in model.censored
+                curves.setdefault(model.name, []).append(([p[0] for p in points], [p[1] for p in points], reached))
+    if not curves:
+        return None
+    figure, (axes,) = _figure(6.2, 4.1)
+    colours, handles, right = _colours(report), [], 0
+    for model in report.models:
+        runs = curves.get(model.name, [])
+        colour = colours[model.name]
+        for steps, values, reached in runs:
+            axes.plot(
+                steps, values, color=colour, linestyle=LINES[model.kind], linewidth=1.6 if len(runs) == 1 else 1.1, alpha=0.9
+            )
+            if reached is not None:
+                end = {"marker": "o" if reached else "X", "markersize": 6.5 if reached else 8}
+                axes.plot(steps[-1], values[-1], color=colour, linestyle="none", markeredgecolor="white", zorder=4, **end)
+            right = max(right, steps[-1])
+        if runs:
+            label = model.label + _dagger(model)
+            handles.append(Line2D([], [], color=colour, linestyle=LINES[model.kind], label=label))
+    for index, target in enumerate(report.targets.values()):
+        axes.axhline(target, color="#444444", linewidth=1, linestyle=(0, (3, 2)), zorder=1)
+        if index == 0:
+            place = {
+                "xy": (0.012, target),
+                "xytext": (0, 3 if report.higher else -3),
+                "va": "bottom" if report.higher else "top",
+            }
+            axes.annotate("retain target", xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9, **place)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"retain {_unit(report)}, validation")
+    _scale(axes.yaxis, axes, report)
+    axes.set_xlim(0, right * 1.02 or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ended = {seed not in model.censored for model in report.models if model.name in curves for seed in model.trainings}
+    if report.targets:
+        ends = {True: ("o", "target reached"), False: ("X", "step limit (censored)")}
+        handles += [
+            Line2D([], [], color="#555555", marker=m, linestyle="none", label=t) for k, (m, t) in ends.items() if k in ended
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    return figure
+
+
+def rates(report: Report) -> Figure | None:
+    """Forget performance against attack step at every learning rate, a panel per model."""
+    models = [model for model in report.models if model.attacks]
+    if not models:
+        return None
+    grid = sorted({c["rate"] for m in models for a in m.attacks.values() for c in a["curves"]})
+    shades = {r: colormaps["cividis"](0.93 * i / max(1, len(grid) - 1)) for i, r in enumerate(grid)}
+    columns = 2 if len(models) in (2, 4) else min(3, len(models))
+    rows = -(-len(models) // columns)
+    figure, panels = _figure(2.25 * columns + 0.4, 1.95 * rows + 0.9, rows, columns, sharex=True, sharey=True)
+    for index, (axes, model) in enumerate(zip(panels, models, strict=False)):
+        for seed, attack in model.attacks.items():
+            envelope = worst_case(attack, seed, report.higher)
+            axes.plot(
+                list(envelope), [_shown(p.value) for p in envelope.values()], color="#f2b8a0", linewidth=5, alpha=0.75, zorder=1
+            )
+            for curve in attack["curves"]:
+                values = [_shown(score["value"]) for score in curve["forget"]]
+                axes.plot(attack["steps"][: len(values)], values, color=shades[curve["rate"]], linewidth=1.2)
+        axes.set_title(model.label + _dagger(model), fontsize=9.5)
+        axes.tick_params(labelsize=8.5, labelbottom=index + columns >= len(models))
+        axes.set_xlim(0, report.steps[-1] or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _scale(axes.yaxis, axes, report)
+    for axes in panels[len(models) :]:
+        axes.set_visible(False)
+    figure.supxlabel("attack step", fontsize=10.5)
+    figure.supylabel(f"forget {_unit(report)}", fontsize=10.5)
+    handles = [Line2D([], [], color=shades[r], linewidth=1.6, label=rate(r)) for r in grid]
+    handles.append(Line2D([], [], color="#f2b8a0", linewidth=5, label="worst case"))
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=min(len(handles), 2 * columns),
+        fontsize=8.5,
+        title="learning rate",
+    )
+    return figure
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def _colours(report: Report) -> dict[str, Any]:
+    """``{model name: colour}``."""
+    undo = [model.name for model in report.of("undo")]
+    ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
+    return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
+
+
+def _unit(report: Report) -> str:
+    return "accuracy, %" if report.higher else "loss, nats/token"
+
+
+def _shown(value: float) -> float:
+    """NaN, which leaves a gap, for a model that diverged."""
+    return value if value < DIVERGED else float("nan")
+
+
+def _dagger(model: ModelReport) -> str:
+    return " (censored)" if model.censored else ""
+
+
+def _scale(axis: Any, axes: Axes, report: Report) -> None:
+    """Per cent from 0 to 100 for accuracy."""
+    if report.higher:
+        vertical = axis is axes.yaxis
+        (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Names right of the lines, moved apart where they would overlap."""
+    ends = sorted((e for e in ends if e[0] == e[0]), key=lambda end: end[0])
+    bottom, top = axes.get_ylim()
+    places = spread_apart([end[0] for end in ends], 0.062 * (top - bottom), bottom, top)
+    for place, (value, text, colour) in zip(places, ends, strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.7,
+            "shrinkA": 0,
+            "shrinkB": 1,
+            "alpha": 0.7,
+            "relpos": (0, 0.5),
+        }
+        axes.annotate(
+            text,
+            (1, value),
+            (1.06, place),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            color=colour,
+            arrowprops=line,
+            annotation_clip=False,
+        )
+
+
+def spread_apart(values: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
+    """Ascending ``values`` moved as little as possible (least squares) so that neighbours are ``gap`` apart, within the range.
+
+    With ``gap * index`` taken off, that is isotonic regression: neighbours in the wrong order are pooled at their mean.
+    """
+    pools: list[list[float]] = []
+    for index, value in enumerate(values):
+        pools.append([value - index * gap])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    highest = top - (len(values) - 1) * gap
+    levels = [max(bottom, min(_mean(pool), highest)) for pool in pools for _ in pool]
+    return [level + index * gap for index, level in enumerate(levels)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _pairs(model: ModelReport, unit: str) -> list[tuple[float, float]]:
+    """C and R of the seeds that have both."""
+    c: dict[int, float] = {p.seed: p.value for p in model.compute[unit].points}
+    return [(c[p.seed], p.value) for p in model.robustness.points if p.seed in c]
+
+
+def _unlearning_share(report: Report) -> float:
+    """FLOPs of unlearning over those of data filtering, mean over seeds."""
+    shares = []
+    for unlearn, control in ((u, f) for u in report.of("unlearn") for f in report.of("filter")):
+        for seed, run in unlearn.trainings.items():
+            base = control.trainings.get(seed, {}).get("stop_flops")
+            if base:
+                shares.append(run["flops"] / base)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _after(model: ModelReport, report: Report) -> tuple[float, float] | None:
+    """Retain and worst-case forget performance after the headline number of steps, where both are finite."""
+    points = [p for p in model.worst.get(report.headline, Stat()).points if p.retain is not None]
+    if not points:
+        return None
+    pair = _shown(_mean([p.retain for p in points])), _shown(_mean([p.value for p in points]))
+    return None if any(v != v for v in pair) else pair

@@ -1,0 +1,428 @@
+"""What follows from the results of one or several seeds: worst cases, robustness, compute, order over alpha.
+
+In the notation of arXiv 2506.06278, with P the worst-case forget performance after the headline number of attack steps and S
+the training spent until the retain target was first reached:
+
+    R = (P_undo - P_unlearn) / (P_filter - P_unlearn)        C = S_undo / S_filter
+
+A worst case is the attacker's best learning rate: the largest forget accuracy, or the smallest forget loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT = 1
+MIN_DENOMINATOR = 0.1  # of R; below it, R is mostly evaluation noise
+DIVERGED = 1e30  # a loss from here on is the stand-in for a model that diverged
+KINDS = ("original", "unlearn", "undo", "random", "filter", "oracle")
+LABELS = {
+    "original": "original",
+    "unlearn": "unlearn only",
+    "random": "random student",
+    "filter": "data filtering",
+    "oracle": "oracle matching",
+}
+UNITS = ("steps", "tokens", "flops")
+CENSORED = "the model is censored"
+FILTER_CENSORED = "data filtering is censored"
+NO_FILTER = "no data filtering"
+_STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One seed's value.
+
+    Attributes:
+        seed: of the run.
+        value: accuracy in [0, 1], nats per token, or a ratio.
+        low, high: 95 % interval of the evaluation, where the value is one evaluation.
+        n: rows evaluated.
+        rate: learning rate of the attack that gave the value.
+        retain: retain performance of the same attacked model.
+    """
+
+    seed: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    rate: float | None = None
+    retain: float | None = None
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One quantity over the seeds: the points there are, and why the others are missing."""
+
+    points: tuple[Point, ...] = ()
+    missing: dict[int, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.points)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds that have a value; there must be one."""
+        return math.fsum(p.value for p in self.points) / len(self.points)
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Smallest and largest seed; of a single seed the 95 % interval of its evaluation, None if it has none."""
+        if len(self.points) > 1:
+            values = [p.value for p in self.points]
+            return min(values), max(values)
+        if self.points and self.points[0].low is not None and self.points[0].high is not None:
+            return self.points[0].low, self.points[0].high
+        return None
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates behind the points, each once."""
+        return sorted({p.rate for p in self.points if p.rate is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """Mean, range over seeds and every seed's point; absent parts are None or empty."""
+        values = [p.value for p in self.points]
+        points = [{key: value for key, value in vars(p).items() if value is not None} for p in self.points]
+        return {
+            "mean": self.mean if values else None,
+            "min": min(values, default=None),
+            "max": max(values, default=None),
+            "points": points,
+            "missing": [{"seed": seed, "reason": reason} for seed, reason in self.missing.items()],
+        }
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What is known of one model over the seeds.
+
+    Attributes:
+        name, kind, alpha: as in the results.
+        metrics: retain, forget and held-out performance before the attack.
+        groups: the same for each group of rows, ``{"retain +": ...}``.
+        worst: worst-case forget performance, ``{attack step: ...}``.
+        robustness: R.
+        compute: C in steps, tokens and FLOPs.
+        censored: seeds in which the step limit came before the retain target.
+        entries: the model's entry in each seed's results.
+    """
+
+    name: str
+    kind: str
+    alpha: float | None
+    metrics: dict[str, Stat]
+    groups: dict[str, Stat]
+    worst: dict[int, Stat]
+    robustness: Stat
+    compute: dict[str, Stat]
+    censored: tuple[int, ...]
+    entries: dict[int, dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """The model's name for readers."""
+        if self.kind == "undo" and self.alpha is not None:
+            return f"UNDO α={self.alpha:g}"
+        return LABELS.get(self.kind, self.name)
+
+    @property
+    def attacks(self) -> dict[int, dict[str, Any]]:
+        """The attack of each seed that has one."""
+        return {seed: entry["attack"] for seed, entry in self.entries.items() if entry.get("attack")}
+
+    @property
+    def trainings(self) -> dict[int, dict[str, Any]]:
+        """The training of each seed that has one."""
+        return {seed: entry["training"] for seed, entry in self.entries.items() if entry.get("training")}
+
+
+@dataclass(frozen=True)
+class Order:
+    """Does the worst case fall from alpha to alpha, down to the random student?
+
+    Attributes:
+        seed: None for the mean over seeds.
+        chain: model and worst-case forget performance at the headline step, in order of alpha, the random student last.
+        rises: neighbours at which the attack got easier, with the size of the step and whether the intervals of both overlap.
+        left_out: censored models, which stopped elsewhere.
+    """
+
+    seed: int | None
+    chain: list[tuple[str, float]]
+    rises: list[dict[str, Any]]
+    left_out: list[str]
+
+    @property
+    def holds(self) -> bool | None:
+        """True where no step rises; None where there is nothing to compare."""
+        return None if len(self.chain) < 2 else not self.rises
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the report shows, derived from ``results``."""
+
+    title: str
+    kind: str
+    headline: int
+    targets: dict[int, float]
+    models: list[ModelReport]
+    orders: list[Order]
+    results: list[dict[str, Any]]
+
+    @property
+    def higher(self) -> bool:
+        """True where more is better: accuracy. False for a loss."""
+        return self.kind == "accuracy"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, in order."""
+        return [result["seed"] for result in self.results]
+
+    @property
+    def steps(self) -> list[int]:
+        """Attack steps at which any model was evaluated."""
+        return sorted({step for model in self.models for step in model.worst})
+
+    def of(self, kind: str) -> list[ModelReport]:
+        """The models of a kind."""
+        return [model for model in self.models if model.kind == kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """The derived numbers, for ``report.json``."""
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "seeds": self.seeds,
+            "metric": {"kind": self.kind, "headline_step": self.headline, "min_denominator": MIN_DENOMINATOR},
+            "retain_targets": [{"seed": seed, "value": value} for seed, value in self.targets.items()],
+            "models": [_model_json(model) for model in self.models],
+            "order_over_alpha": [{**vars(order), "holds": order.holds} for order in self.orders],
+        }
+
+
+def derive(results: list[dict[str, Any]], title: str) -> Report:
+    """Everything that the report shows.
+
+    Args:
+        results: contents of ``results.json``, one per seed, of runs that differ in their seed alone.
+        title: of the report.
+
+    Raises:
+        ValueError: no results, an unknown format, a seed twice, or runs that do not belong together.
+    """
+    _check(results)
+    results = sorted(results, key=lambda result: result["seed"])
+    metric = results[0]["metric"]
+    higher, headline = metric["kind"] == "accuracy", metric["headline_step"]
+    targets = {r["seed"]: r["metric"]["retain_target"] for r in results if r["metric"].get("retain_target") is not None}
+    entries: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        for entry in result["models"]:
+            entries.setdefault(entry["name"], {})[result["seed"]] = entry
+    worst = {name: {seed: worst_case(e.get("attack"), seed, higher) for seed, e in by.items()} for name, by in entries.items()}
+    named = {kind: next((n for n, by in entries.items() if _first(by)["kind"] == kind), None) for kind in ("unlearn", "filter")}
+
+    def pick(table: dict[str, dict[int, Any]], name: str | None, seed: int) -> Any:
+        return table.get(name or "", {}).get(seed)
+
+    def robustness(name: str, seed: int) -> float | str:
+        entry, control = entries[name][seed], pick(entries, named["filter"], seed)
+        ends = [(pick(worst, n, seed) or {}).get(headline) for n in (name, named["unlearn"], named["filter"])]
+        if is_censored(entry, seed in targets):
+            return CENSORED
+        if control is None:
+            return NO_FILTER
+        if is_censored(control, seed in targets):
+            return FILTER_CENSORED
+        if ends[0] is None or ends[1] is None or ends[2] is None:
+            return "not attacked for the headline number of steps, or a control was not"
+        return ratio_of_robustness(ends[0].value, ends[1].value, ends[2].value)
+
+    def compute(name: str, seed: int, unit: str) -> float | str:
+        entry, control = entries[name][seed], pick(entries, named["filter"], seed)
+        if control is None:
+            return NO_FILTER
+        if seed not in targets:
+            return "no retain target to train to"
+        spent, base = ((e.get("training") or {}).get(_STOP[unit]) for e in (entry, control))
+        if is_censored(entry, True) or is_censored(control, True):
+            return CENSORED if is_censored(entry, True) else FILTER_CENSORED
+        if spent is None or base is None:
+            return "training not counted"
+        if base == 0:
+            return "data filtering met the retain target before training"
+        return spent / base
+
+    models = []
+    for name, by in entries.items():
+        first = _first(by)
+        students = by if first["kind"] in ("undo", "random") else {}
+        ranked = by if first["kind"] in ("undo", "random", "oracle") else {}
+        steps = sorted({step for curve in worst[name].values() for step in curve})
+        groups = {f"{key} {g}" for e in by.values() for key, m in e["metrics"].items() for g in m.get("groups") or {}}
+        models.append(
+            ModelReport(
+                name=name,
+                kind=first["kind"],
+                alpha=first.get("alpha"),
+                metrics={key: _evaluations(by, lambda e, key=key: e["metrics"].get(key)) for key in _keys(by)},
+                groups={label: _evaluations(by, lambda e, label=label: _group(e, label)) for label in sorted(groups)},
+                worst={step: Stat(tuple(c[step] for c in worst[name].values() if step in c)) for step in steps},
+                robustness=_stat((seed, robustness(name, seed)) for seed in ranked),
+                compute={unit: _stat((seed, compute(name, seed, unit)) for seed in students) for unit in UNITS},
+                censored=tuple(seed for seed, e in by.items() if is_censored(e, seed in targets)),
+                entries=by,
+            )
+        )
+    models.sort(key=lambda m: (KINDS.index(m.kind), m.alpha or 0.0))
+    orders = [_order(models, seed, headline, higher) for seed in (r["seed"] for r in results)]
+    if len(results) > 1:
+        orders.append(_order(models, None, headline, higher))
+    return Report(title, metric["kind"], headline, targets, models, orders, results)
+
+
+def worst_case(attack: dict[str, Any] | None, seed: int, higher: bool) -> dict[int, Point]:
+    """The worst case over the rates at every attack step; empty without an attack."""
+    envelope = {}
+    for index, step in enumerate(attack["steps"] if attack else ()):
+        curves = [c for c in attack["curves"] if index < len(c["forget"])]
+        if not curves:
+            continue
+        worst = (max if higher else min)(curves, key=lambda c: c["forget"][index]["value"])
+        score = worst["forget"][index]
+        retain = worst["retain"][index]["value"] if worst.get("retain") else None
+        envelope[step] = Point(seed, score["value"], score.get("low"), score.get("high"), score.get("n"), worst["rate"], retain)
+    return envelope
+
+
+def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | str:
+    """R, or the reason why it is not given."""
+    if max(undo, unlearn, filter) >= DIVERGED:
+        return "diverged under the attack at every learning rate, or a control did"
+    denominator = filter - unlearn
+    if abs(denominator) < MIN_DENOMINATOR - 1e-9:  # 0.9 - 0.8 is 0.1 to the reader
+        return f"P_filter - P_unlearn is {denominator:.3f}, under {MIN_DENOMINATOR:g} in size"
+    return (undo - unlearn) / denominator
+
+
+def is_censored(entry: dict[str, Any], has_target: bool) -> bool:
+    """True where training to a retain target ended at its step limit."""
+    training = entry.get("training")
+    return (
+        has_target
+        and entry["kind"] in ("undo", "random", "filter")
+        and training is not None
+        and training.get("stop_step") is None
+    )
+
+
+def _order(models: list[ModelReport], seed: int | None, headline: int, higher: bool) -> Order:
+    chain, left_out = [], []
+    for model in models:
+        if model.kind not in ("undo", "random") or headline not in model.worst:
+            continue
+        points = [p for p in model.worst[headline].points if seed in (None, p.seed)]
+        if not points:
+            continue
+        if any(seed in (None, s) for s in model.censored):
+            left_out.append(model.name)
+        else:
+            chain.append((model.name, Stat(tuple(points))))
+    sign = 1.0 if higher else -1.0
+    rises = []
+    for (name, before), (following, after) in itertools.pairwise(chain):
+        rise = sign * (after.mean - before.mean)
+        if rise > 0:
+            a, b = before.spread, after.spread
+            overlap = bool(a and b and a[0] <= b[1] and b[0] <= a[1])
+            rises.append({"from": name, "to": following, "by": rise, "intervals_overlap": overlap})
+    return Order(seed, [(name, stat.mean) for name, stat in chain], rises, left_out)
+
+
+def _stat(values: Iterable[tuple[int, float | str]]) -> Stat:
+    pairs = list(values)
+    missing = {seed: value for seed, value in pairs if isinstance(value, str)}
+    return Stat(tuple(Point(seed, value) for seed, value in pairs if not isinstance(value, str)), missing)
+
+
+def _evaluations(entries: dict[int, dict[str, Any]], score: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Stat:
+    found = {seed: score(entry) for seed, entry in entries.items()}
+    return Stat(tuple(Point(s, m["value"], m.get("low"), m.get("high"), m.get("n")) for s, m in found.items() if m is not None))
+
+
+def _group(entry: dict[str, Any], label: str) -> dict[str, Any] | None:
+    key, _, group = label.partition(" ")
+    return ((entry["metrics"].get(key) or {}).get("groups") or {}).get(group)
+
+
+def _keys(entries: dict[int, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for entry in entries.values() for key in entry["metrics"]))
+
+
+def _first(entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return next(iter(entries.values()))
+
+
+def _model_json(model: ModelReport) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "alpha": model.alpha,
+        "metrics": {key: stat.to_json() for key, stat in model.metrics.items()},
+        "groups": {key: stat.to_json() for key, stat in model.groups.items()},
+        "worst_case_forget": [{"step": step, **stat.to_json()} for step, stat in model.worst.items()],
+        "R": model.robustness.to_json(),
+        "C": {unit: stat.to_json() for unit, stat in model.compute.items()},
+        "censored_seeds": list(model.censored),
+    }
+
+
+def _check(results: list[dict[str, Any]]) -> None:
+    if not results:
+        raise ValueError("results: got none, wanted the results of one run or of several seeds")
+    for result in results:
+        if result.get("format") != FORMAT:
+            raise ValueError(f"results: got format {result.get('format')!r}, wanted {FORMAT}")
+        if result["metric"]["kind"] not in ("accuracy", "loss"):
+            raise ValueError(f"results: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
+        for entry in result["models"]:
+            if entry["kind"] not in KINDS:
+                raise ValueError(f"results: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
+        if not result["models"]:
+            raise ValueError("results: got a run without models, wanted at least one")
+    seeds = [result["seed"] for result in results]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"results: got seeds {seeds}, wanted each seed once")
+    first = _settings(results[0])
+    for result in results[1:]:
+        other = _settings(result)
+        differing = sorted(key for key in {**first, **other} if first.get(key) != other.get(key))
+        if differing:
+            named = ", ".join(differing[:3])
+            raise ValueError(
+                f"results: seeds {seeds[0]} and {result['seed']} differ in {named}; wanted runs that differ in their seed"
+            )
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between seeds, flat."""
+    config = {k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name")}
+    metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step")}
+    return dict(_flat({**config, "metric": metric}, ""))
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))

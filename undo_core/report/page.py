@@ -1,0 +1,131 @@
+"""The page: one HTML file, figures inlined, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html import escape
+
+from undo_core.report import words
+from undo_core.report.metrics import Report
+from undo_core.report.table import Table, cost_table, group_table, order_sentence, results_table
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1d2127; --soft: #626a75; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9;
+  --mark: #b35900; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa3ae; --paper: #15181c; --line: #333a42; --tint: #1d2126; --mark: #f0a24f; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 74rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .2rem 0; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p, dl, figcaption { max-width: 46rem; }
+.soft, figcaption, small { color: var(--soft); }
+.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .4rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { font-weight: 600; background: var(--tint); vertical-align: bottom; line-height: 1.3; white-space: normal;
+  min-width: 3.9rem; }
+tr:last-child td { border-bottom: 0; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--tint); font-weight: 600; }
+td small, th small { display: block; font-size: .74rem; font-weight: 400; line-height: 1.3; }
+sup { color: var(--mark); font-weight: 600; margin-left: .12em; line-height: 0; }
+.notes { font-size: .86rem; margin: .5rem 0; padding: 0; list-style: none; }
+figure { margin: 1.2rem 0 1.8rem; }
+figure div { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .6rem;
+  max-width: 46rem; }
+figure img { display: block; width: 100%; height: auto; min-width: 27rem; }
+figcaption { font-size: .9rem; margin-top: .5rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem; color: var(--soft); }
+pre { overflow-x: auto; background: var(--tint); border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
+  font-size: .8rem; }
+details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_TITLES = {
+    "relearning": "Relearning",
+    "compute": "Robustness against compute",
+    "tradeoff": "Retain against forget",
+    "training": "Training",
+    "rates": "The attack, rate by rate",
+}
+
+
+def render(report: Report, figures: dict[str, bytes]) -> str:
+    """The page as one string; ``figures`` are PNGs by name."""
+    first = report.results[0]
+    seeds = f"seed {report.seeds[0]}" if len(report.seeds) == 1 else f"seeds {', '.join(map(str, report.seeds))}"
+    device = (first.get("machine") or {}).get("device")
+    captions = words.captions(report)
+    orders = [order for order in report.orders if order.holds is not None]
+    parts = [
+        f"<h1>{escape(report.title)}</h1>",
+        f'<p class="soft">{escape(" · ".join(filter(None, [first.get("name"), seeds, device])))}</p>',
+        f"<p>{escape(words.opening(report))}</p>",
+        "<h2>Results</h2>",
+        _table(results_table(report)),
+    ]
+    if orders:
+        text = "".join(f"<li>{escape(order_sentence(order, report))}</li>" for order in orders)
+        parts.append(f'<p>Does the attack get harder with α? After {report.headline} steps:</p><ul class="notes">{text}</ul>')
+    for name, png in figures.items():
+        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        caption = escape(captions[name])
+        image = f'<div><img alt="{caption}" src="{source}"></div>'
+        parts.append(f"<h2>{_TITLES[name]}</h2><figure>{image}<figcaption>{caption}</figcaption></figure>")
+    costs, groups = cost_table(report), group_table(report)
+    means = "Means over seeds. " if len(report.seeds) > 1 else ""
+    if costs.rows:
+        parts.append(f"<h2>What it took</h2>{_table(costs)}")
+        parts.append(f'<p class="soft">{means}Tokens and FLOPs of students include the unlearning.</p>')
+    if groups.rows:
+        parts.append(f"<details><summary>By group of rows, before the attack</summary>{_table(groups)}</details>")
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in words.definitions(report))
+    parts.append(f"<h2>Terms</h2><dl>{terms}</dl><h2>To repeat it</h2>")
+    commands = "\n".join(dict.fromkeys(result.get("command", "") for result in report.results))
+    parts.append(f"<pre>{escape(commands)}</pre>")
+    kept = {key: first.get(key) for key in ("versions", "machine")}
+    parts.append(_details("Versions and machine", kept))
+    parts.append(_details("Rows evaluated", first["metric"].get("eval_splits") or {}))
+    parts.append(
+        _details("Configuration" + (f" (of seed {report.seeds[0]})" if len(report.seeds) > 1 else ""), first.get("config"))
+    )
+    return _PAGE.format(title=escape(report.title), css=_CSS, body="\n".join(parts))
+
+
+def _table(table: Table) -> str:
+    heads = "".join(
+        f"<th>{escape(name)}{f'<small>{escape(unit)}</small>' if unit else ''}</th>" for name, unit in table.headers
+    )
+    rows = []
+    for row in table.rows:
+        cells = []
+        for cell in row:
+            marks = f"<sup>{escape(cell.marks)}</sup>" if cell.marks else ""
+            small = "".join(f"<small>{escape(text)}</small>" for text in (cell.spread, cell.remark) if text)
+            cells.append(f"<td>{escape(cell.main)}{marks}{small}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    notes = "".join(f"<li><sup>{escape(mark)}</sup> {escape(text)}</li>" for mark, text in table.notes.items())
+    html = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return html + (f'<ul class="notes soft">{notes}</ul>' if notes else "")
+
+
+def _details(title: str, value: object) -> str:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

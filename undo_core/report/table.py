@@ -1,0 +1,267 @@
+"""The table of results, once, as cells; rendered as Markdown, for the terminal, and (in ``page``) as HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from undo_core.report.metrics import DIVERGED, ModelReport, Order, Report, Stat
+
+NONE = "–"
+MAX_STEPS = 4  # columns of attack steps; the curves show them all
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as shown, its range, the learning rates behind it or another remark, and its footnote marks."""
+
+    main: str = NONE
+    spread: str = ""
+    remark: str = ""
+    marks: str = ""
+
+    @property
+    def small(self) -> str:
+        """What stands small beside the value."""
+        return ", ".join(part for part in (self.spread, self.remark) if part)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers with their units, rows of cells, and footnotes ``{mark: text}``."""
+
+    headers: list[tuple[str, str]]
+    rows: list[list[Cell]]
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def results_table(report: Report) -> Table:
+    """Performance before and after the attack, R and C: one row per model."""
+    notes = _Notes()
+    unit = "%" if report.higher else "nats/token"
+    steps = _columns(report)
+    held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
+    ranked = any(m.robustness or m.robustness.missing for m in report.models)
+    headers = [("model", ""), ("retain", unit), ("forget", unit)]
+    headers += [(_after(step), f"worst case, {unit}") for step in steps]
+    if ranked:
+        headers += [("R", "robustness"), ("C", "steps"), ("C", "tokens"), ("C", "FLOPs")]
+    headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
+    rows = []
+    for model in report.models:
+        row = [Cell(model.label, marks=_model_marks(model, report, notes))]
+        row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
+        row += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
+        if ranked:
+            row += [_ratio(stat, notes) for stat in (model.robustness, *model.compute.values())]
+        row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
+        rows.append(row)
+    return Table(headers, rows, notes.texts)
+
+
+def cost_table(report: Report) -> Table:
+    """What each model's training took, means over seeds."""
+    keys = ("steps", "tokens", "flops", "seconds", "peak_bytes", "labelled_forget_tokens", "labelled_retain_tokens")
+    headers = [
+        ("model", ""),
+        ("steps", ""),
+        ("tokens", ""),
+        ("FLOPs", ""),
+        ("time", ""),
+        ("peak memory", ""),
+        ("forget tokens", "labelled"),
+        ("retain tokens", "labelled"),
+    ]
+    rows = []
+    for model in report.models:
+        runs = list(model.trainings.values())
+        if not runs:
+            continue
+        row = [Cell(model.label)]
+        for key in keys:
+            values = [run[key] for run in runs if run.get(key) is not None]
+            row.append(Cell(_AMOUNT.get(key, count)(sum(values) / len(values))) if values else Cell())
+        rows.append(row)
+    return Table(headers, rows)
+
+
+def group_table(report: Report) -> Table:
+    """Performance before the attack for each group of rows; no rows where there are no groups."""
+    unit = "%" if report.higher else "nats/token"
+    labels = sorted({label for model in report.models for label in model.groups}, key=_group_order)
+    headers = [("model", ""), *((label.replace("heldout_", "held-out "), unit) for label in labels)]
+    rows = [
+        [Cell(m.label), *(performance(m.groups.get(label, Stat()), report.higher) for label in labels)] for m in report.models
+    ]
+    return Table(headers, rows if labels else [])
+
+
+def markdown(table: Table) -> str:
+    """GitHub Markdown, footnotes below."""
+    lines = ["| " + " | ".join(f"{name} ({unit})" if unit else name for name, unit in table.headers) + " |"]
+    lines.append("|" + "|".join(["---", *["---:"] * (len(table.headers) - 1)]) + "|")
+    for row in table.rows:
+        cells = [f"{c.main}{f' ({c.small})' if c.small else ''}{''.join(f' [{m}]' for m in c.marks)}" for c in row]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n[{mark}] {text}\n" for mark, text in table.notes.items())
+
+
+def terminal(report: Report) -> Group:
+    """The table for a terminal of 80 columns: below a value its range over seeds or, of one seed, the worst learning rate.
+
+    Held-out performance, C in tokens and, of several seeds, all attack steps but the headline are left to the page.
+    """
+    table = results_table(report)
+    several = len(report.seeds) > 1
+    left_out = {("C", "tokens")} | {h for h in table.headers if h[0].startswith("held-out")}
+    if several:
+        left_out |= {h for h in table.headers if " after " in h[0] and h[0] != _after(report.headline)}
+    shown = [index for index, header in enumerate(table.headers) if header not in left_out]
+    title = (
+        f"{report.title}: {'accuracy in %' if report.higher else 'loss in nats/token'}, relearning at the worst learning rate"
+    )
+    rich = RichTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for index in shown:
+        name, unit = table.headers[index]
+        head = name.replace(" steps", "").replace(" after ", "\nafter\n") + (f"\n{unit}" if name == "C" else "")
+        rich.add_column(head, justify="right" if index else "left", vertical="top", no_wrap=True)
+    for row in table.rows:
+        cells = []
+        for cell in (row[index] for index in shown):
+            text = Text(cell.main)
+            if cell.marks:
+                text.append(f" {cell.marks}", style="yellow")
+            small = cell.spread if several else cell.remark.removeprefix("at ")
+            if small:
+                text.append(f"\n{small}", style="dim")
+            cells.append(text)
+        rich.add_row(*cells)
+    lines = [Text(f"{mark}  {text}", style="yellow") for mark, text in table.notes.items()]
+    lines += [Text(order_sentence(order, report)) for order in report.orders[-1:] if order.holds is not None]
+    return Group(rich, *lines)
+
+
+def order_sentence(order: Order, report: Report) -> str:
+    """What the check of the order over alpha found, as a sentence."""
+    labels = {model.name: model.label for model in report.models}
+    who = "Mean over seeds" if order.seed is None else f"Seed {order.seed}"
+    chain = " → ".join(f"{labels[name]} {number(value, report.higher)}" for name, value in order.chain)
+    end = f" Left out, being censored: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
+    if order.holds:
+        verdict = "the attack never gets easier along"
+    else:
+        steps = (
+            f"{labels[r['from']]} to {labels[r['to']]}{' (intervals overlap)' if r['intervals_overlap'] else ''}"
+            for r in order.rises
+        )
+        verdict = f"not monotone, the attack gets easier from {'; '.join(steps)}, in"
+    return f"{who}: {verdict} {chain}.{end}"
+
+
+def performance(stat: Stat, higher: bool) -> Cell:
+    """Mean, range and learning rates of a performance."""
+    if not stat:
+        return Cell()
+    spread = stat.spread
+    shown = f"{number(spread[0], higher)}–{number(spread[1], higher)}" if spread else ""
+    return Cell(number(stat.mean, higher), shown, f"at {', '.join(map(rate, stat.rates))}" if stat.rates else "")
+
+
+def number(value: float, higher: bool) -> str:
+    """An accuracy in per cent, or nats per token."""
+    if higher:
+        return f"{100 * value:.1f}"
+    return "diverged" if value >= DIVERGED else f"{value:.3f}"
+
+
+def ratio(value: float) -> str:
+    """A ratio with two decimals."""
+    return f"{value + 0.0:.2f}" if abs(value) >= 0.005 else "0.00"
+
+
+def rate(value: float) -> str:
+    """A learning rate, short: 5e-4."""
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def count(value: float) -> str:
+    """A count with a suffix: 620, 8.05k, 1.21M."""
+    for power, suffix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g}{suffix}" if value < 999.5 * 10**power else f"{value / 10**power:.0f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+_AMOUNT = {"flops": lambda value: f"{value:.2e}", "seconds": _duration, "peak_bytes": _bytes}
+
+
+class _Notes:
+    """Footnotes in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        for mark, known in self.texts.items():
+            if known == text:
+                return mark
+        mark = "abcdefghijklmnopqrstuvwxyz"[len(self.texts)]
+        self.texts[mark] = text
+        return mark
+
+
+def _model_marks(model: ModelReport, report: Report, notes: _Notes) -> str:
+    marks = ""
+    if model.censored:
+        where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
+        marks += notes.mark(f"censored{where}: the step limit came before the retain target; never enters R or C")
+    if any(attack.get("worst_at_end_of_grid") for attack in model.attacks.values()):
+        marks += notes.mark("the worst learning rate is at an end of the grid: a stronger attack may lie beyond it")
+    return marks
+
+
+def _ratio(stat: Stat, notes: _Notes) -> Cell:
+    marks = "".join(dict.fromkeys(notes.mark(f"n/a: {reason}") for reason in stat.missing.values()))
+    if not stat:
+        return Cell("n/a" if stat.missing else NONE, marks=marks)
+    spread = stat.spread
+    shown = f"{ratio(spread[0])}–{ratio(spread[1])}" if spread else ""
+    remark = f"{len(stat.points)} of {len(stat.points) + len(stat.missing)} seeds" if stat.missing else ""
+    return Cell(ratio(stat.mean), shown, remark, marks)
+
+
+def _columns(report: Report) -> list[int]:
+    """The attack steps that get a column: the headline, the last, and some spread between."""
+    steps = [step for step in report.steps if step > 0]
+    if len(steps) <= MAX_STEPS:
+        return steps
+    kept = {steps[-1], report.headline} & set(steps)
+    for index in range(MAX_STEPS):
+        if len(kept) < MAX_STEPS:
+            kept.add(steps[index * (len(steps) - 1) // MAX_STEPS])
+    return sorted(kept)
+
+
+def _after(step: int) -> str:
+    return f"forget after {step} steps"
+
+
+def _group_order(label: str) -> tuple[int, str]:
+    keys = ("retain", "forget", "heldout_retain", "heldout_forget")
+    key = label.partition(" ")[0]
+    return (keys.index(key) if key in keys else len(keys), label)

@@ -1,0 +1,180 @@
+"""The report's prose: generated from the numbers, claiming no more than they carry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
+from undo_core.report.table import number, ratio
+
+METHODS = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
+
+
+def opening(report: Report) -> str:
+    """What was done and what came out, in one paragraph."""
+    parts = (_done(report), _before(report), _attacked(report), _ratios(report), _limits(report))
+    text = " ".join(part for part in parts if part)
+    return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
+
+
+def captions(report: Report) -> dict[str, str]:
+    """A caption for each figure, ``{name: text}``."""
+    band = (
+        "Bands: smallest and largest seed." if len(report.seeds) > 1 else "Bands: 95 % intervals of the evaluation (one seed)."
+    )
+    better = "Lower is more robust." if report.higher else "Higher is more robust."
+    seeds = " Small points and whiskers: the seeds." if len(report.seeds) > 1 else ""
+    return {
+        "relearning": "At every step, the learning rate that recovers most of the forget performance; the dashed line is the "
+        f"original model. {better} {band}",
+        "compute": "Robustness against compute, a point per α; models without R or C are left out (see the table). In steps, "
+        "only the student's training counts, so unlearning alone stands at 0; FLOPs also count the teacher's forward passes "
+        f"and the unlearning. The diagonal is for orientation.{seeds}",
+        "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} steps of it at "
+        "the rate that is worst for the forget set (filled); means over seeds.",
+        "training": "Retain performance on the validation split during training. A student stops at its first evaluation at "
+        "the target; a cross marks one that met its step limit first (censored).",
+        "rates": "Every learning rate of the attack, and the worst case over them.",
+    }
+
+
+def definitions(report: Report) -> list[tuple[str, str]]:
+    """Each term in one line."""
+    value = "share of prompts whose greedy answer matches exactly" if report.higher else "mean cross-entropy in nats per token"
+    several = (
+        "mean over seeds, with the smallest and the largest seed"
+        if len(report.seeds) > 1
+        else "one seed; ranges are 95 % intervals"
+    )
+    worst = "largest" if report.higher else "smallest"
+    terms = {
+        "retain, forget": f"{value}, on test rows of what is to be kept and of what is to be forgotten",
+        "held-out": "the same on problems that no stage of training, and no attack, has seen",
+        "values": f"{several}; an interval covers the sampling of evaluation rows alone, not training nor the choice "
+        "of the worst rate",
+        "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over the attack's learning rates, chosen "
+        "anew at each step",
+        "unlearn only": "the suppressed model, which is also the teacher",
+        "UNDO α": "a copy of it, damaged by noise of strength α and distilled back on unlabeled text",
+        "random student": "the teacher distilled into a fresh initialisation",
+        "data filtering": "trained from scratch without the forget set",
+        "oracle matching": "the data-filtered model distilled into the original one",
+        "R": "robustness, (P_undo − P_unlearn) / (P_filter − P_unlearn): 0 is unlearn only, 1 is data filtering; "
+        f"P is the worst case after {report.headline} attack steps; n/a where the denominator is under "
+        f"{MIN_DENOMINATOR:g}{'' if report.higher else ' nats'} in size",
+        "C": "compute, S_undo / S_filter: the training until the retain target was first reached; tokens and FLOPs include "
+        "the unlearning, FLOPs the teacher's forward passes too; steps are the student's alone",
+        "censored": "the step limit came before the retain target; such a model has no R and no C",
+    }
+    kinds = {model.kind for model in report.models}
+    if not any(model.worst for model in report.models):
+        terms.pop("worst case"), terms.pop("R")
+    if not any("heldout" in key for model in report.models for key in model.metrics):
+        terms.pop("held-out")
+    for kind, term in {
+        "random": "random student",
+        "filter": "data filtering",
+        "oracle": "oracle matching",
+        "undo": "UNDO α",
+    }.items():
+        if kind not in kinds:
+            terms.pop(term)
+    return list(terms.items())
+
+
+def unit(report: Report) -> str:
+    """What follows a number in a sentence."""
+    return " %" if report.higher else " nats/token"
+
+
+def _done(report: Report) -> str:
+    config: dict[str, Any] = report.results[0].get("config") or {}
+    method = (config.get("unlearn") or {}).get("method")
+    by = f" with {METHODS.get(method, method)}" if method else ""
+    alphas = [f"{m.alpha:g}" for m in report.of("undo") if m.alpha is not None]
+    text = f"The forget capability was suppressed{by}"
+    if alphas:
+        text += f"; copies of the result were damaged by noise (α = {', '.join(alphas)}) and distilled back on unlabeled text"
+    grid = sorted({c["rate"] for m in report.models for a in m.attacks.values() for c in a["curves"]})
+    if grid:
+        rates = f"{len(grid)} learning rates" if len(grid) > 1 else "one learning rate"
+        text += f"; every model but the original was then fine-tuned on the forget set at {rates}, of which the worst counts"
+    return text + "."
+
+
+def _before(report: Report) -> str:
+    parts = []
+    for model in [*report.of("original"), *report.of("unlearn")]:
+        scores = [f"{_say(model.metrics[key], report)} on {key}" for key in ("retain", "forget") if model.metrics.get(key)]
+        if scores:
+            parts.append(f"{_name(model)} scores {' and '.join(scores)}")
+    kept = [m.metrics["retain"] for m in report.of("undo") if m.metrics.get("retain")]
+    if kept:
+        low, high = (side(kept, key=lambda stat: stat.mean) for side in (min, max))
+        span = _say(low, report) if low.mean == high.mean else f"{number(low.mean, report.higher)} to {_say(high, report)}"
+        parts.append(f"the UNDO students score {span} on retain")
+    return f"Before the attack {'; '.join(parts)}." if parts else ""
+
+
+def _attacked(report: Report) -> str:
+    at = {model.name: model.worst[report.headline] for model in report.models if model.worst.get(report.headline)}
+    if not at:
+        return "No model was attacked: nothing is known of robustness." if report.models else ""
+    parts = [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("unlearn") if m.name in at]
+    students = [m for m in report.of("undo") if m.name in at]
+    whole = [m for m in students if not m.censored]
+    if whole:
+        ordered = sorted(whole, key=lambda m: at[m.name].mean)
+        low, high = ordered[0], ordered[-1]
+        text = f"UNDO at {_say(at[low.name], report)} (α = {low.alpha:g})"
+        if high is not low:
+            lowest = number(at[low.name].mean, report.higher)
+            text = f"UNDO between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
+        parts.append(text)
+    parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
+    text = (
+        f"After {report.headline} attack steps, in forget {'accuracy' if report.higher else 'loss'}, {_join(parts)}."
+        if parts
+        else ""
+    )
+    censored = [m for m in report.models if m.censored]
+    if censored:
+        text += f" Censored, having met the step limit before the retain target: {_join([_name(m) for m in censored])}."
+    return text
+
+
+def _ratios(report: Report) -> str:
+    both = [m for m in report.of("undo") if m.robustness and m.compute["flops"]]
+    if not both:
+        reasons = {reason for m in report.of("undo") for reason in m.robustness.missing.values()}
+        attacked = any(m.worst for m in report.models)
+        return f"R is not given: {_join(sorted(reasons))}." if reasons and attacked else ""
+    parts = [
+        f"α = {m.alpha:g}: R = {ratio(m.robustness.mean)} at {ratio(m.compute['flops'].mean)} of data filtering's FLOPs"
+        for m in sorted({both[0].name: both[0], both[-1].name: both[-1]}.values(), key=lambda m: m.alpha or 0.0)
+    ]
+    return f"On the scale from unlearn only (R = 0) to data filtering (R = 1): {'; '.join(parts)}."
+
+
+def _limits(report: Report) -> str:
+    seeds = len(report.seeds)
+    text = "One seed: differences between seeds are unknown." if seeds == 1 else f"Values are means over {seeds} seeds."
+    at_end = [m for m in report.models if any(a.get("worst_at_end_of_grid") for a in m.attacks.values())]
+    if at_end:
+        names = _join([_name(m) for m in at_end])
+        text += f" The worst rate of {names} lies at an end of the grid, so a stronger attack may exist."
+    return text
+
+
+def _name(model: ModelReport) -> str:
+    named = {"original": "the original model", "unlearn": "the unlearn-only model", "random": "the random student"}
+    return named.get(model.kind, model.label)
+
+
+def _say(stat: Stat, report: Report) -> str:
+    text = number(stat.mean, report.higher)
+    return text if text == "diverged" else text + unit(report)
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,231 @@
+"""The stages as functions from folders to a folder. Each reads its settings as JSON values, so that they can be a key."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from undo_core.data.rows import Rows
+from undo_core.data.splits import TRAIN_SPLITS, make_splits
+from undo_core.distill import distill
+from undo_core.evaluate import evaluate
+from undo_core.models import build_model, forward_flops, load_model, load_tokenizer
+from undo_core.models import initialise as initialise_model
+from undo_core.noise import noise_
+from undo_core.relearn import AttackConfig, attack
+from undo_core.store import StageFunction, Work
+from undo_core.training import TrainConfig, TrainResult, rows_source, train
+from undo_core.training.losses import cross_entropy
+from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn
+
+Evaluate = Callable[[PreTrainedModel], dict[str, float]]
+
+
+def prepare(work: Work) -> dict[str, Any]:
+    """Draw, tokenise and split the data; build the tokenizer and the model at its initialisation."""
+    tokenizer, splits = make_splits(work.settings["data"])
+    settings = work.settings["model"]
+    path = settings["path"]
+    model = load_model(path) if path else build_model(settings["config"], tokenizer, settings["seed"])
+    (work.output / "data").mkdir()
+    for name, rows in splits.items():
+        rows.save(work.output / "data" / f"{name}.safetensors")
+    _save(model, tokenizer, work.output)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "splits": {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()},
+    }
+
+
+def initialise(work: Work) -> dict[str, Any]:
+    """A model of the same architecture at a fresh initialisation from another seed: the random student."""
+    source = work.inputs["model"]
+    model = initialise_model(AutoConfig.from_pretrained(source), work.settings["seed"])
+    _save(model, load_tokenizer(source), work.output)
+    return {}
+
+
+def pretrain(work: Work) -> dict[str, Any]:
+    """Train from the prepared initialisation on everything, or on the retain rows alone (data filtering)."""
+    settings = work.settings
+    config = TrainConfig(**settings["train"])
+    model, data = load_model(work.inputs["prepared"]), work.inputs["prepared"]
+    train_rows = _train_rows(data, settings["splits"])
+    metrics = _validation(data, ("retain", "forget"))
+    stop = None
+    facts: dict[str, Any] = {}
+    if settings.get("recover") is not None:
+        teacher = load_model(work.inputs["target"])
+        stop, facts["retain_target"] = _recovered(teacher, data, settings["recover"])
+        metrics = _validation(data, ("retain",))
+    elif settings.get("stop_retain") is not None:
+        wanted = {name: settings[f"stop_{name}"] for name in ("retain", "forget")}
+
+        def stop(values: dict[str, float]) -> bool:
+            return all(values[name] >= value for name, value in wanted.items() if value is not None)
+
+    result = train(
+        model,
+        lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"]),
+        {"text": rows_source(train_rows, config.batch_size, config.seed or 0)},
+        config,
+        evaluate=metrics,
+        stop=stop,
+        folder=work.scratch,
+        title=work.title,
+    )
+    _save(model, load_tokenizer(data), work.output)
+    flops = 3 * forward_flops(model, train_rows.length) * result.positions["text"]
+    return {**facts, **_facts(result, flops)}
+
+
+def unlearn_stage(work: Work) -> dict[str, Any]:
+    """Suppress the forget rows' capability in the model."""
+    settings = work.settings
+    model, data = load_model(work.inputs["model"]), work.inputs["prepared"]
+    config = unlearn_config(settings)
+    forget, retain = _train_rows(data, ["forget"]), _train_rows(data, ["retain"])
+    metrics = _validation(data, ("retain", "forget"))
+    result = unlearn(
+        model, forget=forget, retain=retain, config=config, evaluate=metrics, folder=work.scratch, title=work.title
+    )
+    _save(model, load_tokenizer(data), work.output)
+    forward = forward_flops(model, forget.length)
+    passes = {"forget": 3, "retain": 4 if config.method == "rmu" else 3}  # RMU: the frozen model reads the retain rows too
+    flops = sum(passes[name] * forward * count for name, count in result.positions.items())
+    labelled = {f"labelled_{name}_tokens": count for name, count in result.tokens.items()}
+    return {**labelled, **_facts(result, flops)}
+
+
+def noise(work: Work) -> dict[str, Any]:
+    """Damage the model's parameters."""
+    settings = work.settings
+    model = load_model(work.inputs["model"])
+    report = noise_(model, **settings)
+    _save(model, load_tokenizer(work.inputs["model"]), work.output)
+    return {"tensors": report}
+
+
+def distill_stage(work: Work) -> dict[str, Any]:
+    """Train the student to match the teacher, until it recovers the teacher's retain performance."""
+    settings = work.settings
+    config = TrainConfig(**settings["train"])
+    data = work.inputs["prepared"]
+    teacher, student = load_model(work.inputs["teacher"]), load_model(work.inputs["student"])
+    stop, facts = None, {}
+    if settings["recover"] is not None:
+        stop, facts["retain_target"] = _recovered(teacher, data, settings["recover"])
+    text = _train_rows(data, ["retain", "forget"])
+    metrics = _validation(data, ("retain",))
+    result = distill(student, teacher, text, config, evaluate=metrics, stop=stop, folder=work.scratch, title=work.title)
+    _save(student, load_tokenizer(data), work.output)
+    forward = forward_flops(student, text.length) * 3 + forward_flops(teacher, text.length)
+    return {**facts, **_facts(result, forward * result.positions["text"])}
+
+
+def relearn_stage(work: Work) -> dict[str, Any]:
+    """Attack the model at one learning rate; the manifest holds the curve, on the test rows."""
+    settings = dict(work.settings)
+    rate = settings.pop("rate")
+    config = AttackConfig(**settings, rates=[rate])
+    model, data = load_model(work.inputs["model"]), work.inputs["prepared"]
+    forget = _train_rows(data, ["forget"])
+    tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
+    points: dict[int, dict[str, Any]] = {}
+
+    def metrics(model: PreTrainedModel) -> dict[str, float]:
+        scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+        return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in _INTERVAL.items()}
+
+    result = attack(model, forget, rate, config, evaluate=metrics, folder=work.scratch, title=work.title)
+    for entry in result.history:
+        points[int(entry["step"])] = {
+            name: {key: entry[f"{name}{suffix}"] for suffix, key in _INTERVAL.items()} | {"n": len(rows)}
+            for name, rows in tests.items()
+        }
+    _save(model, load_tokenizer(data), work.output)
+    curve = [{"step": step, **point} for step, point in points.items()]
+    return {"curve": curve, **_facts(result, 3 * forward_flops(model, forget.length) * result.positions["forget"])}
+
+
+def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
+    """Every test and held-out metric of the model in ``folder``."""
+    model = load_model(folder)
+    names = {
+        "retain": "test_retain",
+        "forget": "test_forget",
+        "heldout_retain": "heldout_retain",
+        "heldout_forget": "heldout_forget",
+    }
+    return {name: evaluate(model, load_split(data, split)) for name, split in names.items() if split_path(data, split).exists()}
+
+
+FUNCTIONS: dict[str, StageFunction] = {
+    "prepare": prepare,
+    "initialise": initialise,
+    "pretrain": pretrain,
+    "unlearn": unlearn_stage,
+    "noise": noise,
+    "distill": distill_stage,
+    "relearn": relearn_stage,
+}
+
+_INTERVAL = {"": "value", "_low": "low", "_high": "high"}
+
+
+def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
+    """An :class:`UnlearnConfig` from JSON values."""
+    nested = {"rmu": RMUConfig(**settings["rmu"]), "train": TrainConfig(**settings["train"])}
+    return UnlearnConfig(**{**settings, **nested})
+
+
+def split_path(data: Path, split: str) -> Path:
+    """Where a prepared folder keeps a split."""
+    return data / "data" / f"{split}.safetensors"
+
+
+def load_split(data: Path, split: str) -> Rows:
+    """A split of a prepared folder."""
+    return Rows.load(split_path(data, split))
+
+
+def _train_rows(data: Path, splits: list[str]) -> Rows:
+    """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
+    parts = [load_split(data, TRAIN_SPLITS[name]) for name in splits]
+    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id)
+
+
+def _validation(data: Path, names: tuple[str, ...]) -> Evaluate:
+    rows = {name: load_split(data, f"valid_{name}") for name in names}
+    return lambda model: {name: evaluate(model, part)["value"] for name, part in rows.items()}
+
+
+def _recovered(teacher: PreTrainedModel, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
+    """The published stop rule (within 0.05 of the teacher's accuracy, or 5 % of its cross-entropy), and its target."""
+    rows = load_split(data, "valid_retain")
+    reached = evaluate(teacher, rows)["value"]
+    if rows.answer_mask is not None:
+        target = reached - recover
+        return lambda metrics: metrics["retain"] >= target, target
+    target = reached * (1 + recover)
+    return lambda metrics: metrics["retain"] <= target, target
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _facts(result: TrainResult, flops: float) -> dict[str, Any]:
+    facts = dataclasses.asdict(result)
+    facts["tokens_by_source"] = facts.pop("tokens")
+    facts["positions_by_source"] = facts.pop("positions")
+    facts["tokens"] = sum(result.tokens.values())
+    facts["limit_reached"] = result.limit_reached
+    facts["flops"] = flops
+    return facts

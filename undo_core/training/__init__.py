@@ -1,0 +1,7 @@
+"""One training loop and what it needs: settings, batches, losses, checkpoints, progress."""
+
+from undo_core.training.batches import Batch, Source, as_source, rows_source
+from undo_core.training.config import TrainConfig
+from undo_core.training.loop import DivergedError, TrainResult, train
+
+__all__ = ["Batch", "DivergedError", "Source", "TrainConfig", "TrainResult", "as_source", "rows_source", "train"]

@@ -1,0 +1,113 @@
+"""Batches: what one training step reads from each of its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from undo_core.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and which of them count as labels.
+
+    Attributes:
+        input_ids: ``[batch, length]`` int64.
+        mask: ``[batch, length]`` bool, True where the token is a label; the first column never is one.
+        attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+
+    @property
+    def counted(self) -> int:
+        """Number of labels."""
+        return int(self.mask[:, 1:].sum())
+
+    def to(self, device: torch.device) -> Batch:
+        attention = None if self.attention_mask is None else self.attention_mask.to(device)
+        return Batch(self.input_ids.to(device), self.mask.to(device), attention)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most ``size`` rows."""
+        attention = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(size)
+        return [Batch(*parts) for parts in zip(self.input_ids.split(size), self.mask.split(size), attention, strict=False)]
+
+    def shifted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Inputs, their attention mask, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
+        attention = None if self.attention_mask is None else self.attention_mask[:, :-1]
+        return self.input_ids[:, :-1], attention, self.input_ids[:, 1:], self.mask[:, 1:]
+
+
+Source = Callable[[int], Batch]  # the batch of a step; a pure function where a run must be resumable
+
+
+def rows_source(rows: Rows, size: int, seed: int) -> Source:
+    """Batches of ``size`` rows in the order that ``seed`` gives; a pure function of the step."""
+
+    def batch(step: int) -> Batch:
+        ids = rows.batch(step, size, seed)
+        return Batch(ids, ids != rows.pad_id)
+
+    return batch
+
+
+def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str) -> Source:
+    """A source from token rows, from a function of the step, or from any iterable of batches.
+
+    An iterable may yield ``[batch, length]`` token ids or mappings with ``input_ids`` and optionally ``attention_mask`` and
+    ``labels`` (Hugging Face's convention: the same shape, -100 where a token is not a label). It is started again when it ends.
+
+    Raises:
+        ValueError: ``name`` is none of these, or the iterable is empty.
+    """
+    if isinstance(data, Rows):
+        return rows_source(data, size, seed)
+    if callable(data):
+        return data
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"{name}: got {type(data).__name__}, wanted token rows, a function of the step or an iterable of batches"
+        )
+    stream = _endless(data, name)
+    return lambda step: as_batch(next(stream), name)
+
+
+def as_batch(item: Any, name: str = "batch") -> Batch:
+    """A :class:`Batch` from token ids or from a mapping in Hugging Face's convention."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, torch.Tensor):
+        item = {"input_ids": item}
+    if not isinstance(item, Mapping) or "input_ids" not in item:
+        raise ValueError(f"{name}: got {type(item).__name__}, wanted token ids [batch, length] or a mapping with 'input_ids'")
+    ids = torch.as_tensor(item["input_ids"])
+    if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+        raise ValueError(
+            f"{name}: got input_ids of shape {tuple(ids.shape)} and {ids.dtype}, wanted integers [batch, length >= 2]"
+        )
+    attention, labels = item.get("attention_mask"), item.get("labels")
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if attention is not None:
+        mask &= torch.as_tensor(attention).bool()
+    if labels is not None:
+        mask &= torch.as_tensor(labels) != -100
+    return Batch(ids.long(), mask, attention)
+
+
+def _endless(data: Iterable[Any], name: str) -> Iterator[Any]:
+    while True:
+        empty = True
+        for item in data:
+            empty = False
+            yield item
+        if empty:
+            raise ValueError(
+                f"{name}: got an iterable with no batches left; wanted one that can be started again (a list, a DataLoader)"
+            )

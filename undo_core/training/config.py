@@ -1,0 +1,78 @@
+"""Settings of a training stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one stage trains.
+
+    Attributes:
+        steps: optimizer steps at most; a stage with a stop rule may end earlier.
+        batch_size: rows of each source in an optimizer step.
+        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it.
+        lr: peak learning rate.
+        min_lr: rate at ``steps``, for the decaying schedules; None for 0.
+        schedule: shape of the rate after the warm-up.
+        warmup: steps of linear warm-up from 0.
+        weight_decay: of AdamW, on every parameter, as published.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        eps: of AdamW.
+        clip: largest norm of the gradient; 0 switches clipping off.
+        eval_every: steps between evaluations; 0 evaluates at the start and the end only.
+        seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    lr: float = 1e-3
+    min_lr: float | None = None
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    eval_every: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 0)
+        _at_least("batch_size", self.batch_size, 1)
+        if self.micro_batch_size is not None:
+            _at_least("micro_batch_size", self.micro_batch_size, 1)
+        for name in ("lr", "min_lr", "weight_decay", "eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: got {value}, wanted a finite number >= 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
+        if self.schedule not in ("constant", "cosine", "linear"):
+            raise ValueError(f"schedule: got {self.schedule!r}, wanted constant, cosine or linear")
+        _at_least("warmup", self.warmup, 0)
+        _at_least("eval_every", self.eval_every, 0)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 0)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        low = self.min_lr or 0.0
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return low + (self.lr - low) * left
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if not (isinstance(value, int) and value >= low):
+        raise ValueError(f"{name}: got {value}, wanted an integer >= {low}")

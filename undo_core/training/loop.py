@@ -1,0 +1,197 @@
+"""The one training loop: every stage that changes weights by gradient descent runs in it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from undo_core.training.batches import Batch, Source
+from undo_core.training.checkpoint import load_checkpoint, save_checkpoint
+from undo_core.training.config import TrainConfig
+from undo_core.training.progress import StageProgress
+
+Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
+"""``loss(model, micro_batches, counted)``: each term summed over its micro-batch's labels and divided by ``counted[source]``,
+the labels of the whole batch, so that the gradient is the same for any split into micro-batches."""
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class TrainResult:
+    """What a training stage did.
+
+    Attributes:
+        steps: optimizer steps taken.
+        tokens: labels read from each source.
+        positions: positions run through the model for each source, padding included.
+        history: metrics of each evaluation, with its ``step`` and the mean training ``loss`` since the last one.
+        stopped: whether the stop rule ended the stage; None where there is no rule.
+        seconds: time spent, over all interrupted parts.
+    """
+
+    steps: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: bool | None = None
+    seconds: float = 0.0
+
+    @property
+    def limit_reached(self) -> bool:
+        """Whether a stage with a stop rule used up its steps without satisfying it."""
+        return self.stopped is False
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite."""
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    sources: Mapping[str, Source],
+    config: TrainConfig,
+    *,
+    parameters: Iterable[nn.Parameter] | None = None,
+    evaluate: Callable[[nn.Module], Metrics] | None = None,
+    evaluate_at: Iterable[int] | None = None,
+    stop: Callable[[Metrics], bool] | None = None,
+    must_stay_finite: bool = True,
+    folder: Path | None = None,
+    checkpoint_seconds: float = 10.0,
+    title: str = "training",
+    progress: bool = True,
+) -> TrainResult:
+    """Train ``model`` in place with AdamW.
+
+    Args:
+        model: moved and typed by the caller; left in evaluation mode.
+        loss: see :data:`Loss`.
+        sources: the batch of each step, by name.
+        config: steps, rates, batch sizes.
+        parameters: what is trained; None for every parameter that requires a gradient.
+        evaluate: called before the first step and then as ``config.eval_every`` or ``evaluate_at`` say, and at the end.
+        evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
+        stop: ends the stage at the first evaluation whose metrics satisfy it.
+        must_stay_finite: False lets an attack at an excessive rate run to its end with its weights as they are.
+        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed.
+        checkpoint_seconds: time between checkpoints.
+        title: name on the progress bar.
+        progress: show it.
+
+    Memory: gradients and two AdamW moments of the trained parameters, and the activations of one micro-batch.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+        ValueError: nothing to train.
+    """
+    trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+    if not trained:
+        raise ValueError("parameters: got none that requires a gradient, wanted at least one")
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+    result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
+    total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
+    saved = None if folder is None else load_checkpoint(folder / "checkpoint", model, optimizer)
+    if saved is not None:
+        result = TrainResult(**saved["result"])
+        total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
+    log = _Log(folder, result.steps)
+    at = None if evaluate_at is None else set(evaluate_at)
+    shown = ""
+
+    def evaluate_now() -> bool:
+        nonlocal total, count, shown
+        model.eval()
+        metrics = {} if evaluate is None else evaluate(model)
+        entry = {"step": result.steps, **({"loss": float(total) / count} if count else {}), **metrics}
+        total, count = torch.zeros((), device=device), 0
+        result.history.append(entry)
+        log.write({**entry, "tokens": sum(result.tokens.values())})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        if stop is not None:
+            result.stopped = stop(metrics)
+        return bool(result.stopped)
+
+    def save() -> None:
+        if folder is not None:
+            state = {"result": vars(result), "loss_sum": float(total), "loss_count": count}
+            save_checkpoint(folder / "checkpoint", result.steps, model, optimizer, state)
+
+    done = evaluate_now() if saved is None else bool(result.stopped)
+    began = last_save = time.monotonic()
+    before = result.seconds
+    with StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar:
+        while result.steps < config.steps and not done:
+            step = result.steps
+            batches = {name: source(step).to(device) for name, source in sources.items()}
+            counted = {name: batch.counted for name, batch in batches.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            model.train()
+            value = _accumulate(model, loss, batches, counted, config.micro_batch_size)
+            if config.clip:
+                nn.utils.clip_grad_norm_(trained, config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total, count = total + value, count + 1
+            result.steps += 1
+            for name, batch in batches.items():
+                result.tokens[name] += counted[name]
+                result.positions[name] += batch.input_ids.numel()
+            due = result.steps in at if at is not None else config.eval_every and result.steps % config.eval_every == 0
+            loss_now = float(value) if device.type == "cpu" or step % 10 == 0 else None
+            if must_stay_finite and loss_now is not None and not abs(loss_now) < float("inf"):
+                raise DivergedError(
+                    f"{title}: the loss is {loss_now} at step {result.steps} (lr {config.rate(step):g}); lower lr"
+                )
+            bar.update(result.steps, sum(counted.values()), loss_now, shown)
+            if due or result.steps == config.steps:
+                done = evaluate_now()
+            result.seconds = before + time.monotonic() - began
+            if time.monotonic() - last_save > checkpoint_seconds:
+                save()
+                last_save = time.monotonic()
+    model.eval()
+    return result
+
+
+def _accumulate(
+    model: nn.Module, loss: Loss, batches: dict[str, Batch], counted: dict[str, int], micro_batch_size: int | None
+) -> torch.Tensor:
+    """Backward over the micro-batches; the detached loss of the whole batch."""
+    size = micro_batch_size or max(len(batch.input_ids) for batch in batches.values())
+    parts = {name: batch.split(size) for name, batch in batches.items()}
+    value = None
+    for index in range(max(len(part) for part in parts.values())):
+        micro = {name: part[index] for name, part in parts.items() if index < len(part)}
+        term = loss(model, micro, counted)
+        term.backward()
+        value = term.detach() if value is None else value + term.detach()
+    return value
+
+
+class _Log:
+    """The record of a stage as JSON lines; what a killed run wrote after its last checkpoint is dropped."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self.path = None if folder is None else folder / "log.jsonl"
+        if self.path is not None:
+            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
