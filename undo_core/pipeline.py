@@ -101,7 +101,10 @@ def plan_run(config: RunConfig) -> Plan:
         student = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
         models.append(Model("random", "random", distilled(student, "distill random")))
     if config.controls.filter:
-        settings = {"train": seeded(config.pretrain.train, "filter"), "splits": ["retain"], "recover": config.distill.recover}
+        # C compares steps to one target, so both are counted at one batch size and evaluation interval.
+        counted = {"batch_size": config.distill.train.batch_size, "eval_every": config.distill.train.eval_every}
+        filter_train = dataclasses.replace(config.pretrain.train, **counted)
+        settings = {"train": seeded(filter_train, "filter"), "splits": ["retain"], "recover": config.distill.recover}
         filtered = Stage("pretrain", settings, {"prepared": prepared, "target": teacher}, "data filtering")
         models.append(Model("filter", "filter", filtered))
         if config.controls.oracle_steps:
