@@ -1,0 +1,263 @@
+"""Philox's published vectors, the roundings of the noise, its laws, and its independence of everything but seed, name and index."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import undo_kernels
+from torch import nn
+from undo_kernels.reference.noise import BLOCK, noise_tensor_, replay, round_stochastically, standard
+from undo_kernels.reference.philox import philox_4x32_10, words
+
+from undo_core import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ONES = 0xFFFFFFFF
+VECTORS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "wanted"), VECTORS)
+def test_known_answers(counter, key, wanted):
+    got = philox_4x32_10(tuple(torch.tensor([c]) for c in counter), key)
+    assert tuple(int(word) for word in got) == wanted
+
+
+def own_philox(seed, name, stream, index):
+    """Philox-4x32-10 once more, in Python's integers, straight from the paper."""
+    hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    block = index // 4
+    c = [block % 2**32, (block >> 32) % 2**24 + (stream << 24), hashed % 2**32, hashed >> 32]
+    k = [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c[index % 4]
+
+
+@pytest.mark.parametrize("index", [0, 1, 3, 4, 2**31 + 5, 2**34 - 1, 2**40 + 7])
+def test_words_follow_the_layout(index):
+    for seed, name, stream in ((0, "w", 0), (2**63 + 12345, "model.layers.0.mlp.down_proj.weight", 1)):
+        hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        got = words(seed, hashed, stream, index, 6)
+        assert got.tolist() == [own_philox(seed, name, stream, index + i) for i in range(6)]
+
+
+def test_uniform_noise_bit_by_bit():
+    theta = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    got = theta.clone()
+    ops.noise_({"w": got}, alpha=0.3, beta=0.7, seed=99)
+    limit = math.sqrt(6 / 16)
+    k, c = np.float32(1 - 0.3), np.float32(0.3 * 0.7 * limit / 2**24)
+    for index, (old, new) in enumerate(zip(theta.flatten().numpy(), got.flatten().numpy(), strict=True)):
+        n = np.float32(2 * (own_philox(99, "w", 0, index) >> 8) + 1 - 2**24)
+        assert np.float32(k * old) + np.float32(c * n) == new
+
+
+@pytest.mark.parametrize("law", ["xavier_uniform", "xavier_normal", "normal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_any_split_gives_the_same_bits(law, dtype):
+    shape, std = (13, 29), 0.5 if law == "normal" else None
+    theta = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = {"alpha": 0.4, "beta": 0.5, "seed": 7, "law": law, "std": std, "stochastic_rounding": True}
+    whole = theta.clone()
+    ops.noise_({"w": whole}, **options)
+    assert not torch.equal(whole, theta)
+    for cut in (1, 2, 5, 100, 376):
+        parts = theta.clone().view(-1)
+        for start, end in ((0, cut), (cut, 377)):
+            noise_tensor_(parts[start:end], name="w", shape=shape, start=start, **options)
+        assert torch.equal(parts.view(shape), whole)
+
+
+def test_backends_agree_bit_for_bit():
+    assert undo_kernels.backends_of("noise_") == ("cpu", "reference") and not undo_kernels.unavailable()
+    for shape in ((3, 5), (257, 1031), (BLOCK + 3, 2)):
+        fast = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        slow = fast.clone()
+        ops.noise_({"w": fast}, alpha=0.6, beta=0.1, seed=3)
+        with undo_kernels.backend("reference"):
+            ops.noise_({"w": slow}, alpha=0.6, beta=0.1, seed=3)
+        assert torch.equal(fast, slow)
+
+
+def test_the_number_of_threads_changes_nothing():
+    program = (
+        "import torch, hashlib; from undo_core import ops; t = torch.ones(301, 997); ops.noise_({'w': t}, alpha=.5, beta=1., seed=5);"
+        "print(hashlib.sha256(t.numpy().tobytes()).hexdigest())"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": n}, capture_output=True, text=True, check=True).stdout
+        for n in ("1", "2", "3")
+    }
+    assert len(outputs) == 1
+
+
+def test_the_laws_have_their_moments():
+    n = 1 << 18
+    uniform = standard("xavier_uniform", 1, 2, 0, n, "cpu").double() / 2**24
+    assert uniform.abs().max() < 1 and abs(uniform.mean()) < 5 / n**0.5 and abs(uniform.var() - 1 / 3) < 5 / n**0.5
+    normal = standard("normal", 1, 2, 0, n, "cpu").double()
+    assert abs(normal.mean()) < 5 / n**0.5 and abs(normal.var() - 1) < 10 / n**0.5 and abs((normal**4).mean() - 3) < 60 / n**0.5
+    share = [(normal.abs() < z).double().mean().item() for z in (0.6745, 1.9600, 3.2905)]
+    assert share == pytest.approx([0.5, 0.95, 0.999], abs=4e-3)
+    pairs = normal.view(-1, 2)
+    assert abs((pairs[:, 0] * pairs[:, 1]).mean()) < 5 / (n / 2) ** 0.5
+
+
+def test_box_muller_against_the_library_functions():
+    for index in range(0, 400, 4):
+        w = [own_philox(11, "x", 0, index + lane) for lane in range(4)]
+        hashed = int.from_bytes(hashlib.sha256(b"x").digest()[:8], "little")
+        got = standard("normal", 11, hashed, index, 4, "cpu").tolist()
+        for pair in (0, 2):
+            radius = math.sqrt(-2 * math.log((2 * (w[pair] >> 9) + 1) / 2**24))
+            angle = math.pi * (2 * (w[pair + 1] >> 8) + 1 - 2**24) / 2**24
+            assert got[pair] == pytest.approx(radius * math.cos(angle), abs=2e-6)
+            assert got[pair + 1] == pytest.approx(radius * math.sin(angle), abs=2e-6)
+
+
+def test_replay_is_the_noise_that_was_added():
+    for shape, law, std in (((8, 6), "xavier_uniform", None), ((4, 3, 2), "xavier_normal", None), ((5, 5), "normal", 0.02)):
+        tensor = torch.zeros(shape, dtype=torch.float64)
+        ops.noise_({"w": tensor}, alpha=0.5, beta=2.0, seed=4, law=law, std=std)
+        torch.testing.assert_close(tensor, replay("w", shape, seed=4, law=law, std=std), rtol=1e-12, atol=0)
+    limit = math.sqrt(6 / ((4 + 3) * 2))  # fans of a convolution's weight carry its receptive field
+    assert replay("w", (4, 3, 2), seed=4).abs().max() < limit < replay("w", (40, 30, 2), seed=4).abs().max() * math.sqrt(10) * 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_has_no_bias(dtype):
+    word = words(3, 4, 1, 0, 1 << 17)
+    for value in (1.0009, -3.14159, 7e-6, 65000.0, 1e-7 if dtype == torch.float16 else 1e-40):
+        rounded = round_stochastically(torch.full((1 << 17,), value), dtype, word)
+        assert torch.equal(rounded.to(dtype).float(), rounded), "on the grid"
+        grid = rounded.unique().double()
+        assert len(grid) <= 2
+        spacing = float(grid.max() - grid.min()) if len(grid) == 2 else abs(value) * torch.finfo(dtype).eps
+        exact = torch.tensor(value, dtype=torch.float32).double()
+        assert abs(float(rounded.double().mean() - exact)) < 5 * spacing / 2 / (1 << 17) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_at_the_edges(dtype):
+    word = torch.full((1,), 0)
+    largest = torch.finfo(dtype).max
+    on_grid = torch.tensor([0.0, -0.0, 1.0, -largest, largest, torch.inf, -torch.inf, torch.finfo(dtype).smallest_normal])
+    got = round_stochastically(on_grid, dtype, word.expand(8))
+    assert torch.equal(got, on_grid) and torch.equal(got.signbit(), on_grid.signbit())
+    assert round_stochastically(torch.tensor([torch.nan]), dtype, word).isnan().all()
+    just_above = torch.tensor([largest * (1 + torch.finfo(dtype).eps / 8)])
+    assert round_stochastically(just_above, dtype, word) == largest
+    if dtype == torch.float16:
+        assert round_stochastically(torch.tensor([70000.0]), dtype, word).isinf()
+
+
+def test_noise_in_place_names_ties_and_norms():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 4)
+            self.norm = nn.LayerNorm(4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+            self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    model = Model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    ops.noise_(model, alpha=0.5, beta=1.0, seed=1, toward={"norm.weight": 1.0, "norm.bias": 0.0})
+    once = before["embed.weight"].clone()
+    ops.noise_({"embed.weight": once}, alpha=0.5, beta=1.0, seed=1)
+    assert torch.equal(model.embed.weight, once) and model.head.weight is model.embed.weight
+    assert torch.equal(model.norm.weight, torch.ones(4)), "it shrinks toward its initial value"
+    assert torch.equal(model.frozen.weight, before["frozen.weight"])
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
+
+
+def test_wrappers_prefixes_do_not_count():
+    plain, wrapped = torch.ones(3, 4), torch.ones(3, 4)
+    ops.noise_({"layer.w": plain}, alpha=0.5, beta=1.0, seed=1)
+    ops.noise_({"module._orig_mod.layer.w": wrapped}, alpha=0.5, beta=1.0, seed=1)
+    assert torch.equal(plain, wrapped)
+
+
+def test_alpha_zero_is_the_identity_and_beta_zero_only_shrinks():
+    theta = torch.randn(5, 5)
+    kept = theta.clone()
+    ops.noise_({"w": kept}, alpha=0.0, beta=1.0, seed=0)
+    assert torch.equal(kept, theta)
+    ops.noise_({"w": kept}, alpha=0.25, beta=0.0, seed=0)
+    assert torch.equal(kept, theta * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"alpha": 1.1}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"beta": -0.1}, "beta"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 0.5}, "seed"),
+        ({"law": "cauchy"}, "law"),
+        ({"law": "normal"}, "std"),
+        ({"std": 1.0}, "std"),
+        ({"tensors": {}}, "tensors"),
+        ({"tensors": 3}, "tensors"),
+        ({"tensors": {"w": torch.zeros(3, 3, dtype=torch.int32)}}, "tensors"),
+        ({"tensors": {"w": torch.zeros(3, 4).T}}, "tensors"),
+        ({"tensors": {"w": torch.ones(2, 2), "module.w": torch.ones(2, 2)}}, "tensors"),
+        ({"tensors": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "toward": {"c": 1.0}}, "toward"),
+    ],
+)
+def test_bad_arguments_change_nothing(changes, argument):
+    tensor = torch.ones(3, 3)
+    arguments = {"tensors": {"w": tensor}, "alpha": 0.5, "beta": 0.1, "seed": 0, **changes}
+    with pytest.raises(ValueError, match=rf"^{argument}.*: got .*, wanted "):
+        ops.noise_(arguments.pop("tensors"), **arguments)
+    assert torch.equal(tensor, torch.ones(3, 3))
+    if isinstance(changes.get("tensors"), dict) and "w" in changes["tensors"]:
+        assert changes["tensors"]["w"].unique().numel() == 1
+
+
+def test_without_a_compiler_the_install_goes_on_and_says_so(tmp_path):
+    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NO C++ KERNELS" in done.stderr and "reference backend" in done.stderr
+
+
+def test_without_the_extension_the_reference_runs_and_warns_once():
+    program = """
+import sys, warnings
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "undo_kernels._cpu":
+            raise ImportError("not built")
+sys.meta_path.insert(0, Refuse())
+import torch
+from undo_core import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        ops.noise_({"w": torch.ones(3, 3)}, alpha=0.5, beta=0.1, seed=0)
+assert len(caught) == 1 and "not built" in str(caught[0].message), [str(c.message) for c in caught]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
