@@ -155,11 +155,11 @@ class RunConfig:
     Attributes:
         name: of the run, and of its report.
         output: folder of the stages, results and report.
+        model: what is trained.
         seed: everything that is drawn derives from it, unless a stage names its own.
         workers: stages that run side by side, each with its share of the processor's threads; a run must be continued with the
             number that it was begun with, since a sum's order, and so its last bit, can depend on the threads.
         data: what is retained and what is forgotten.
-        model: what is trained.
         pretrain: of the original and of the data-filtering control.
         unlearn: how the capability is suppressed.
         noise: how the copies are damaged.
@@ -170,10 +170,10 @@ class RunConfig:
 
     name: str
     output: str
+    model: ModelConfig
     seed: int = 0
     workers: int = 1
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(config={"model_type": "gemma2"}))
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)

@@ -23,6 +23,7 @@ from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig
 from undo_core.unlearn import UnlearnConfig
 
+# recover: -1 asks for more than the teacher has, so that every student trains to its limit.
 TINY = """
 name: tiny
 output: {output}
@@ -41,7 +42,7 @@ model:
 pretrain: {{stop_retain: 0.9, stop_forget: 0.95, train: {{steps: 6, batch_size: 16, lr: 1.0e-3, eval_every: 3}}}}
 unlearn: {{train: {{steps: 4, batch_size: 8, lr: 1.0e-3}}}}
 noise: {{alphas: [0.3, 0.7]}}
-distill: {{train: {{steps: 6, batch_size: 16, lr: 1.0e-3, eval_every: 2}}}}
+distill: {{recover: -1.0, train: {{steps: 6, batch_size: 16, lr: 1.0e-3, eval_every: 2}}}}
 controls: {{oracle_steps: 3}}
 relearn: {{rates: [1.0e-3, 2.0e-3], evaluate_at: [0, 2, 4], headline_step: 4, extend: 1, batch_size: 8}}
 """

@@ -102,7 +102,13 @@ def test_the_number_of_threads_changes_nothing():
         "print(hashlib.sha256(t.numpy().tobytes()).hexdigest())"
     )
     outputs = {
-        subprocess.run([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": n}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "OMP_NUM_THREADS": n},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for n in ("1", "2", "3")
     }
     assert len(outputs) == 1
@@ -138,7 +144,9 @@ def test_replay_is_the_noise_that_was_added():
         ops.noise_({"w": tensor}, alpha=0.5, beta=2.0, seed=4, law=law, std=std)
         torch.testing.assert_close(tensor, replay("w", shape, seed=4, law=law, std=std), rtol=1e-12, atol=0)
     limit = math.sqrt(6 / ((4 + 3) * 2))  # fans of a convolution's weight carry its receptive field
-    assert replay("w", (4, 3, 2), seed=4).abs().max() < limit < replay("w", (40, 30, 2), seed=4).abs().max() * math.sqrt(10) * 1.1
+    assert (
+        replay("w", (4, 3, 2), seed=4).abs().max() < limit < replay("w", (40, 30, 2), seed=4).abs().max() * math.sqrt(10) * 1.1
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

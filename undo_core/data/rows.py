@@ -74,23 +74,23 @@ class Rows:
             tensors["answer_mask"] = self.answer_mask.contiguous()
         if self.group is not None:
             tensors["group"] = self.group.to(torch.int16).contiguous()
-        save_file(tensors, path, metadata={"pad_id": str(self.pad_id), "group_names": json.dumps(list(self.group_names))})
+        # One entry only: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, path, metadata={"rows": json.dumps({"pad_id": self.pad_id, "group_names": self.group_names})})
 
     @classmethod
     def load(cls, path: Path) -> Rows:
         """Read rows written by :meth:`save`."""
         with safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}
-            if "input_ids" not in keys or "pad_id" not in metadata:
-                raise ValueError(
-                    f"{path}: not a file of token rows (wanted a tensor 'input_ids' and a metadata entry 'pad_id')"
-                )
+            if "input_ids" not in keys or "rows" not in metadata:
+                raise ValueError(f"{path}: not a file of token rows (wanted a tensor 'input_ids' and a metadata entry 'rows')")
+            facts = json.loads(metadata["rows"])
             return cls(
                 input_ids=file.get_tensor("input_ids"),
-                pad_id=int(metadata["pad_id"]),
+                pad_id=facts["pad_id"],
                 answer_mask=file.get_tensor("answer_mask") if "answer_mask" in keys else None,
                 group=file.get_tensor("group") if "group" in keys else None,
-                group_names=tuple(json.loads(metadata.get("group_names", "[]"))),
+                group_names=tuple(facts["group_names"]),
             )
 
 

@@ -121,7 +121,7 @@ def pack(documents: Iterable[list[int]], length: int, separator_id: int, pad_id:
             if len(row) == length:
                 rows.append(torch.tensor(row, dtype=torch.int32))
                 row = []
-    if len(row) > 1:
+    if row:
         rows.append(torch.tensor(row + [pad_id] * (length - len(row)), dtype=torch.int32))
     if not rows:
         raise ValueError("documents: got none with a token, wanted at least one")

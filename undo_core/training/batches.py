@@ -17,7 +17,7 @@ class Batch:
 
     Attributes:
         input_ids: ``[batch, length]`` int64.
-        mask: ``[batch, length]`` bool, True where the token is a label; the first column never is one.
+        mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoints inside a stage: model, optimizer and counters, in safetensors and JSON; nothing is ever un-pickled."""
+"""Checkpoints inside a stage: model, optimizer and counters, in safetensors and JSON."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def train(
         total, count = torch.zeros((), device=device), 0
         result.history.append(entry)
         log.write({**entry, "tokens": sum(result.tokens.values())})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
         if stop is not None:
             result.stopped = stop(metrics)
         return bool(result.stopped)

@@ -70,8 +70,10 @@ def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
 
 
 def _padding(batch: Batch) -> dict[str, object]:
-    """Mean over the tokens that are text; the published code averages over padding too, which its packed data do not have."""
-    return {"mask": batch.mask, "normalize": "masked"}
+    """Mean over the tokens that are labels, as in the other methods; the published code averages over every position."""
+    mask = batch.mask.clone()
+    mask[:, 0] = False
+    return {"mask": mask, "normalize": "masked"}
 
 
 def _share(batch: Batch, counted: int) -> float:

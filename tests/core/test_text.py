@@ -1,0 +1,132 @@
+import json
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from undo_core.data.text import pack, read_documents, text_splits
+from undo_core.data.tokenizers import character_tokenizer, encode, train_bpe
+
+LINES = ["The first document.", "A second one, rather longer than the first.", "세 번째 문서입니다.", "Fourth & last — «done»."]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("\n".join([*LINES[:2], "", *LINES[2:]]) + "\n")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line, "id": i}) for i, line in enumerate(LINES)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": LINES, "id": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+def test_every_reader_gives_the_documents(sources, ending):
+    assert list(read_documents([str(sources / f"a.{ending}")])) == LINES
+
+
+def test_hub_datasets_are_streamed(monkeypatch):
+    class Datasets:
+        @staticmethod
+        def load_dataset(name, config, *, split, streaming):
+            assert (name, config, split, streaming) == ("org/name", "kor", "train", True)
+            return iter([{"text": line} for line in LINES])
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    assert list(read_documents(["hf://org/name:kor"])) == LINES
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'undo-core\[data\]'"):
+        list(read_documents(["hf://org/name"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("x.txt", "\n\n", "x.txt: got no document"),
+        ("x.csv", "a", "x.csv: got the ending '.csv'"),
+        ("x.jsonl", '{"text": "a"}\n{oops', "x.jsonl, line 2: not JSON"),
+        ("x.jsonl", '{"body": "a"}', "x.jsonl, line 1: got no text in the field 'text'"),
+        ("x.jsonl", "[1]", "x.jsonl, line 1"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, name, content, wanted):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        list(read_documents([str(tmp_path / name)]))
+    assert wanted in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        list(read_documents(["nowhere.txt"]))
+
+
+@pytest.mark.parametrize("length", [2, 5, 7, 64])
+def test_packing_keeps_every_token_in_order(length):
+    documents = [[10, 11, 12], [20], list(range(30, 47)), [50, 51]]
+    rows = pack(documents, length, separator_id=1, pad_id=0)
+    stream = rows.input_ids.flatten().tolist()
+    wanted = [token for document in documents for token in [1, *document]]
+    assert [t for t in stream if t] == wanted and all(t == 0 for t in stream[len(wanted) :]) and rows.length == length
+
+
+def test_the_published_packing_discards_what_overflows():
+    rows = pack([[2, 3, 4], [5, 6, 7], [8, 9]], 6, separator_id=1, pad_id=0, overflow="discard")
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"length": 1}, "length"), ({"overflow": "x"}, "overflow"), ({"documents": []}, "documents")]
+)
+def test_bad_packing_is_named(changes, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        pack(**{"documents": [[2]], "length": 4, "separator_id": 1, "pad_id": 0, **changes})
+
+
+def test_bpe_encodes_any_text_and_survives_the_disk(sources, tmp_path):
+    tokenizer = train_bpe([str(sources / "a.txt")], 300)
+    tokenizer.save_pretrained(tmp_path / "t")
+    for text in [*LINES, "unseen ελληνικά \t 🙂"]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text
+        assert AutoTokenizer.from_pretrained(tmp_path / "t").encode(text, add_special_tokens=False) == ids
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, len(tokenizer)) == (0, 1, 300)
+    with pytest.raises(ValueError, match=r"^data\.vocab_size: got 100"):
+        train_bpe([str(sources / "a.txt")], 100)
+
+
+def test_characters_survive_the_disk_and_strangers_are_refused(tmp_path):
+    tokenizer = character_tokenizer("abc +")
+    tokenizer.save_pretrained(tmp_path)
+    back = AutoTokenizer.from_pretrained(tmp_path)
+    assert encode(back, "a+b c") == encode(tokenizer, "a+b c") == [2, 6, 3, 5, 4] and back.decode([2, 6, 3, 5, 4]) == "a+b c"
+    with pytest.raises(ValueError, match=r"^text: got 'a-b'"):
+        encode(tokenizer, "a-b")
+    with pytest.raises(ValueError, match=r"^alphabet: got"):
+        character_tokenizer("aa")
+
+
+def test_documents_fall_into_splits_by_hash(tmp_path):
+    lines = {name: [f"{name} {i} words" for i in range(200)] for name in ("retain", "forget")}
+    for name, texts in lines.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts + texts[:20]))
+    paths = {name: [str(tmp_path / f"{name}.txt")] for name in lines}
+    tokenizer = train_bpe(paths["retain"] + paths["forget"], 300)
+    make = lambda seed: text_splits(tokenizer, **paths, length=16, valid_fraction=0.2, seed=seed)  # noqa: E731
+    splits = make(1)
+    assert set(splits) == {f"{s}_{g}" for s in ("train", "valid", "test") for g in ("retain", "forget")}
+    for name, texts in lines.items():
+        found = {}
+        for split in ("train", "valid", "test"):
+            rows = splits[f"{split}_{name}"]
+            assert rows.answer_mask is None
+            stream = tokenizer.decode(rows.input_ids.flatten())
+            found[split] = {t for t in stream.replace("<pad>", "").split("<bos>") if t}
+        assert set.union(*found.values()) == set(texts) and sum(map(len, found.values())) == 200, (
+            "a copy stays with its original"
+        )
+        assert 15 < len(found["valid"]) < 70
+    assert not all(
+        (make(2)[k].input_ids.shape == v.input_ids.shape) and bool((make(2)[k].input_ids == v.input_ids).all())
+        for k, v in splits.items()
+    )
+    with pytest.raises(ValueError, match=r"^data\.valid_fraction: got 1e-09"):
+        text_splits(tokenizer, **paths, length=16, valid_fraction=1e-9, seed=0)
