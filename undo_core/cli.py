@@ -8,6 +8,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -15,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from undo_core import commands
 from undo_core.config import RunConfig
+from undo_core.training import DivergedError
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
 
@@ -38,9 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
-    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         print(f"undo: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except DivergedError as error:
+        print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print("undo: failed: a worker was killed from outside, perhaps for memory; the same command continues", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("undo: interrupted; the same command continues", file=sys.stderr)
         return 130
