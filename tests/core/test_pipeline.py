@@ -54,7 +54,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(output=folder / "out"))
-    assert main(["run", str(config)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as in the processes that the tests below compare with
+        assert main(["run", str(config)]) == 0
     return folder / "out", config
 
 
@@ -113,10 +115,11 @@ def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith("report.html")
 
 
-def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, workers):
     reference, config = finished
     output = tmp_path / "killed"
-    command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}"]
+    command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}", f"--workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
     kills = 0
