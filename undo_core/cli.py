@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import commands
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
-    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         print(f"undo: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except DivergedError as error:
+    except (DivergedError, OSError, SafetensorError) as error:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except BrokenProcessPool:

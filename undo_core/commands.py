@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.relearn import AttackConfig, extension_of, with_seed
 from undo_core.training.config import TrainConfig
@@ -26,7 +28,10 @@ def plan(config: RunConfig) -> int:
     """Print what a configuration would do."""
     from undo_core.plan import plan_table
 
-    console.print(plan_table(config))
+    wide = (
+        console if console.is_terminal else Console(width=160, highlight=False, soft_wrap=True)
+    )  # a file has no width to keep to
+    wide.print(plan_table(config))
     return 0
 
 

@@ -84,8 +84,8 @@ class PretrainConfig:
 
     Attributes:
         train: optimizer, rates, batch sizes; ``steps`` is the limit.
-        stop_retain: stop at the first evaluation at which retain accuracy is at least this and
-        stop_forget: forget accuracy is at least this; None trains for ``steps`` (text is always trained so).
+        stop_retain: stop at the first evaluation with at least this retain accuracy, and stop_forget met too; None trains for ``steps``.
+        stop_forget: the forget accuracy that stop_retain asks for besides; None asks for none.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -34,7 +34,15 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> di
         reported as the largest finite float32.
 
     Memory: one batch of hidden states; logits of answer positions alone.
+
+    Raises:
+        ValueError: the rows have a token that the model's vocabulary has not.
     """
+    largest, vocabulary = int(rows.input_ids.max()), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise ValueError(
+            f"rows: got token id {largest}, wanted ids below the model's vocabulary of {vocabulary}; prepare the data for this model"
+        )
     training = model.training
     model.eval()
     score = _correct if rows.answer_mask is not None else _nats

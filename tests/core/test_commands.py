@@ -106,6 +106,24 @@ def test_a_wrong_teacher_is_refused(checkpoint, capsys):
     error = capsys.readouterr().err
     assert "student: got a vocabulary of 280, wanted the teacher's 300" in error and error.count("\n") == 1
     assert not (checkpoint / "out").exists()
+    small = LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    small.save_pretrained(checkpoint / "small")
+    for arguments in (
+        ["evaluate", checkpoint / "small", checkpoint / "data"],
+        ["unlearn", checkpoint / "small", checkpoint / "out", checkpoint / "data"],
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        assert "wanted ids below the model's vocabulary of 40" in capsys.readouterr().err
+
+
+def test_a_torn_checkpoint_is_one_line(checkpoint, capsys):
+    weights = checkpoint / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert main(["noise", str(checkpoint / "model"), str(checkpoint / "out"), "0.5"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("undo: failed: ") and error.count("\n") == 1 and not (checkpoint / "out").exists()
 
 
 def test_a_run_from_a_checkpoint(checkpoint):
