@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 
@@ -40,8 +41,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "undo_kernels._cpu",
-            ["csrc/module.cpp", "csrc/noise.cpp"],
-            depends=["csrc/noise.h", "csrc/philox.h"],
+            sorted(glob.glob("csrc/*.cpp")),
+            depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],

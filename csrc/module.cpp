@@ -1,11 +1,26 @@
 // Python's view of the CPU kernels. Tensors cross as addresses, so that one build works with every torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "losses.h"
 #include "noise.h"
 
 namespace py = pybind11;
 
+namespace {
+
+template <class T, class C>
+void address(C& type, const char* name, T* undo::Chunk::*member) {
+  type.def_property(
+      name, [member](const undo::Chunk& c) { return reinterpret_cast<uintptr_t>(c.*member); },
+      [member](undo::Chunk& c, uintptr_t value) { c.*member = reinterpret_cast<T*>(value); });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cpu, module) {
+  using undo::Chunk;
+  using undo::Shape;
   module.doc() = "C++ kernels for CPUs; undo_kernels.cpu checks and converts their arguments.";
   module.def(
       "noise_uniform_f32",
@@ -14,4 +29,57 @@ PYBIND11_MODULE(_cpu, module) {
         undo::noise_uniform_f32(reinterpret_cast<float*>(address), count, start, seed, hashed, k, c);
       },
       py::arg("address"), py::arg("count"), py::arg("start"), py::arg("seed"), py::arg("hashed"), py::arg("k"), py::arg("c"));
+
+  module.attr("BLOCK") = undo::BLOCK;
+  module.attr("FIELDS") = int(undo::FIELDS);
+  py::class_<Shape>(module, "Shape")
+      .def(py::init<>())
+      .def_readwrite("scale", &Shape::scale)
+      .def_readwrite("cap", &Shape::cap)
+      .def_readwrite("temperature", &Shape::temperature)
+      .def_property(
+          "bias", [](const Shape& s) { return reinterpret_cast<uintptr_t>(s.bias); },
+          [](Shape& s, uintptr_t value) { s.bias = reinterpret_cast<const float*>(value); });
+  py::class_<Chunk> chunk(module, "Chunk");
+  chunk.def(py::init<>())
+      .def_readwrite("tokens", &Chunk::tokens)
+      .def_readwrite("stride", &Chunk::stride)
+      .def_readwrite("leading", &Chunk::leading)
+      .def_readwrite("target", &Chunk::target)
+      .def_readwrite("uniform", &Chunk::uniform)
+      .def_readwrite("teacher_sums", &Chunk::teacher_sums)
+      .def_readwrite("statistics", &Chunk::statistics)
+      .def_readwrite("beta", &Chunk::beta)
+      .def_readwrite("student", &Chunk::student)
+      .def_readwrite("teacher", &Chunk::teacher)
+      .def_readwrite("known", &Chunk::known)
+      .def_readwrite("picking", &Chunk::picking);
+  address(chunk, "state", &Chunk::state);
+  address(chunk, "partial", &Chunk::partial);
+  address(chunk, "lse_s", &Chunk::lse_s);
+  address(chunk, "lse_t", &Chunk::lse_t);
+  address(chunk, "dlse", &Chunk::dlse);
+  address(chunk, "offset", &Chunk::offset);
+  address(chunk, "weight", &Chunk::weight);
+  address(chunk, "own", &Chunk::own);
+  address(chunk, "labels", &Chunk::labels);
+  address(chunk, "label_weight", &Chunk::label_weight);
+  address(chunk, "indices", &Chunk::indices);
+  address(chunk, "picked", &Chunk::picked);
+
+  module.def("instruction_set", [](const std::string& wanted) { return undo::row_kernels(wanted.c_str()).name; });
+  module.def("shape", [](const std::string& set, const Chunk& c, uintptr_t z, bool student, int64_t first, int64_t rows) {
+    py::gil_scoped_release released;
+    undo::row_kernels(set.c_str()).shape(c, reinterpret_cast<float*>(z), student ? c.student : c.teacher, student, first, rows);
+  });
+  module.def("stats", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows) {
+    py::gil_scoped_release released;
+    undo::row_kernels(set.c_str()).stats(c, reinterpret_cast<float*>(z_s), reinterpret_cast<float*>(z_t), first, rows, false);
+  });
+  module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows, bool gradient) {
+    py::gil_scoped_release released;
+    const undo::Peak peak = undo::row_kernels(set.c_str())
+                                .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, rows, gradient);
+    return std::pair<float, double>(peak.largest, peak.squares);
+  });
 }

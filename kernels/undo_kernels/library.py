@@ -85,21 +85,26 @@ def unavailable() -> dict[str, str]:
     return dict(_unavailable)
 
 
-def implementation(op: str, device: torch.device) -> Callable:
-    """The function that runs ``op`` on tensors of ``device``: the requested backend, else the preferred one."""
+def choose(op: str, device: torch.device) -> str:
+    """The backend that runs ``op`` on tensors of ``device``: the requested one, else the preferred one, else the reference."""
     available = _implementations[op]
     wanted = requested_backend()
-    if wanted is not None:
-        if wanted in available and wanted not in _unavailable:
-            return available[wanted]
-        reason = _unavailable.get(wanted, "this op has no such implementation")
-        _warn_once(op, wanted, reason)
-        return available["reference"]
-    preferred = "cpu" if device.type == "cpu" else "triton"
-    if preferred in _unavailable and preferred in available:
-        _warn_once(op, preferred, _unavailable[preferred])
-        return available["reference"]
-    return available.get(preferred, available["reference"])
+    preferred = wanted or ("cpu" if device.type == "cpu" else "triton")
+    if preferred in available and preferred not in _unavailable:
+        return preferred
+    if wanted is not None or (preferred in available and preferred in _unavailable):
+        _warn_once(op, preferred, _unavailable.get(preferred, "this op has no such implementation"))
+    return "reference"
+
+
+def implementation(op: str, device: torch.device) -> Callable:
+    """The function that runs ``op`` on tensors of ``device``; see :func:`choose`."""
+    return _implementations[op][choose(op, device)]
+
+
+def implementation_on(op: str, backend: str) -> Callable:
+    """``op``'s function on ``backend``."""
+    return _implementations[op][backend]
 
 
 def _warn_once(op: str, name: str, reason: str) -> None:

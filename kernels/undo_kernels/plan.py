@@ -1,4 +1,4 @@
-"""Plans: how an op runs on given shapes, with its predicted bytes, FLOPs and workspace."""
+"""Plans: how an op runs on given shapes, with its predicted bytes, FLOPs, time and workspace."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-# [rows, V] arrays that the direct plan holds at once, forward and backward, and matrix products over [rows, V, d] in both passes.
-_COPIES = {"linear_kl_div": 4, "linear_lse": 2, "linear_cross_entropy": 2, "linear_uniform_kl": 3, "linear_sparse_kl_div": 4}
-_PRODUCTS = {"linear_kl_div": 4, "linear_lse": 1, "linear_cross_entropy": 3, "linear_uniform_kl": 3, "linear_sparse_kl_div": 3}
+from undo_kernels.problem import DENSE, Problem
+from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.reference.losses import COPIES, rows_within
+
+LANES = 16  # tokens of the widest vector; chunks are padded to a multiple
+_FIELDS, _BLOCK = 11, 128  # of csrc/losses.h: doubles of state a token, rows of a partial sum
+_BLOCK_V = 2048  # vocabulary rows of a tile: fewer make the products slower
+_ROWS = 256  # tokens of a chunk by default where the vocabulary is large
+_LOGITS = 64 << 20  # bytes of logits of a chunk by default where the vocabulary is small
+# A matrix product over r tokens reaches r / (r + 45) of its best rate: measured 250, 300 and 345 GFLOP/s at 112, 256 and 512
+# tokens, 1024 vocabulary rows and width 320, on two cores with AVX-512.
+_HALF_ROWS = 45
+_FLOPS_PER_THREAD = {"AVX512": 1.8e11}  # float32, measured; other processors are not predicted
+_DIRECT_ELEMENTS = 1 << 19  # (token, vocabulary row) pairs below which plain PyTorch's few large calls win
+_DIRECT_VOCABULARY = 512
 
 
 @dataclass(frozen=True)
@@ -18,9 +30,9 @@ class Plan:
 
     Attributes:
         op: name of the op.
-        name: of the plan; ``direct`` holds ``[rows, V]`` logits, in chunks of rows where a workspace bounds them.
-        rows_per_chunk: rows whose logits are held at once.
-        workspace_bytes: logits and what is made of them.
+        name: of the plan; ``direct`` is plain PyTorch, ``chunk`` keeps a chunk's logits between two passes, ``recompute`` and ``one pass`` none.
+        rows_per_chunk: tokens whose logits are held at once.
+        workspace_bytes: everything beyond inputs, outputs and a few floats a token.
         traffic_bytes: read and written, forward and backward.
         flops: of the matrix products, forward and backward.
         seconds: predicted time; None where no rates are known for the device.
@@ -48,32 +60,159 @@ class Plan:
         return "\n".join(f"{name:<16} {value}" for name, value in lines)
 
 
-def rows_within(workspace_bytes: int | None, rows: int, vocabulary: int, dtype: torch.dtype, copies: int) -> int:
-    """Rows whose ``copies`` arrays of logits fit the workspace; at least one, all of them without a bound."""
-    if workspace_bytes is None:
-        return rows
-    itemsize = 8 if dtype == torch.float64 else 4
-    return max(1, min(rows, workspace_bytes // (vocabulary * itemsize * copies)))
+@dataclass(frozen=True)
+class CpuPlan:
+    """How the C++ backend runs a problem.
+
+    Attributes:
+        name: chunk, recompute or one pass.
+        rows_per_chunk: tokens of a chunk, a multiple of ``LANES`` unless it holds every token.
+        block_v: vocabulary rows of a tile.
+        stored: whether a chunk's logits stay between the passes.
+        outer: which loop is outside in the last pass, rows or vocabulary.
+        first_pass: whether the log-sum-exps must be found.
+        second_pass: whether the logits are needed again after them.
+        accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
+        upcast_width: columns of the buffer that 16-bit weights are widened into.
+        workspace_bytes: everything beyond inputs, outputs and a few floats a token.
+        products: matrix products over ``[tokens, V, d]``, counted at the mean width.
+    """
+
+    name: str
+    rows_per_chunk: int
+    block_v: int
+    stored: bool
+    outer: str
+    first_pass: bool
+    second_pass: bool
+    accumulator: bool
+    upcast_width: int
+    workspace_bytes: int
+    products: float
+
+    def cost(self) -> float:
+        """Time in units of one matrix product over every token at its best rate."""
+        return self.products * (1 + _HALF_ROWS / max(self.rows_per_chunk, 1))
 
 
-def make_plan(
-    op: str, rows: int, vocabulary: int, widths: tuple[int, ...], dtype: torch.dtype, workspace_bytes: int | None
-) -> Plan:
-    """The plan for an op over ``rows`` tokens; ``widths`` are the hidden sizes (student, then teacher)."""
-    copies = _COPIES[op]
-    chunk = rows_within(workspace_bytes, rows, vocabulary, dtype, copies)
-    itemsize = 8 if dtype == torch.float64 else 4
-    products = _PRODUCTS[op]
+def padded(rows: int) -> int:
+    """``rows`` up to whole vectors, at least one."""
+    return max(LANES, -(-rows // LANES) * LANES)
+
+
+def prefers_direct(rows: int, vocabulary: int) -> bool:
+    """Whether plain PyTorch is as fast as the tiled kernels, its logits being few."""
+    return vocabulary < _DIRECT_VOCABULARY or rows * vocabulary < _DIRECT_ELEMENTS
+
+
+def cpu_plan(problem: Problem, count: int) -> CpuPlan:
+    """The fastest plan of the C++ backend that fits the workspace, for ``count`` counted rows.
+
+    Raises:
+        ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
+    """
+    if problem.plan not in ("auto", "chunk", "recompute"):
+        raise ValueError(f"plan: got {problem.plan!r}, wanted auto, direct, chunk or recompute")
+    budget = problem.workspace_bytes
+    plans = []
+    for stored in {"auto": (True, False), "chunk": (True,), "recompute": (False,)}[problem.plan]:
+        for block_v in (_BLOCK_V, 256, _BLOCK):
+            plan = _widest(problem, count, stored, block_v, budget)
+            if plan is not None and (budget is None or plan.workspace_bytes <= budget):
+                plans.append(plan)
+                break
+    if plans:
+        return min(plans, key=CpuPlan.cost)
+    least = _cpu_plan(problem, count, problem.plan == "chunk", _BLOCK, LANES)
+    raise ValueError(f"workspace_bytes: got {budget}, wanted at least {least.workspace_bytes} for these shapes")
+
+
+def _widest(problem: Problem, count: int, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
+    """The plan with as many tokens a chunk as the workspace holds, at most the default's."""
+    vocabulary = problem.student.vocabulary
+    if stored:
+        rows = max(_ROWS, _LOGITS // (8 * vocabulary)) if budget is None else count
+    else:
+        rows = 2 * _ROWS
+    rows = min(padded(rows), padded(count))
+    while rows >= LANES:
+        plan = _cpu_plan(problem, count, stored, block_v, rows)
+        if budget is None or plan.workspace_bytes <= budget:
+            # Chunks of one size: the last one is not a remainder of a few tokens.
+            even = padded(-(-count // max(1, -(-count // rows))))
+            return _cpu_plan(problem, count, stored, block_v, min(rows, even))
+        over = plan.workspace_bytes - budget
+        rows -= max(LANES, over // (16 * vocabulary) // LANES * LANES)
+    return None
+
+
+def _cpu_plan(problem: Problem, count: int, keep: bool, block_v: int, rows: int) -> CpuPlan:
+    p = problem
+    dense = p.target in DENSE
+    sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
+    vocabulary = p.student.vocabulary
+    block_v = min(block_v, vocabulary)
+    known = p.lse_s is not None and (p.target in ("own", "uniform") or (p.target == "forward" and p.lse_t is not None))
+    second_pass = any(p.needs) or dense or p.target == "uniform"
+    stored = keep and not known and second_pass
+    outer = "vocabulary" if second_pass and not stored else "rows"
+    chunks = max(1, -(-count // rows))
+    linear = [side for side in sides if not isinstance(side, GivenLogits)]
+    narrow = [side for side in linear if side.weight.dtype != torch.float32]
+    upcast_width = max((side.weight.shape[1] for side in narrow), default=0)
+    narrow_gradient = p.needs[1] and p.student.weight.dtype == torch.bfloat16
+    accumulator = narrow_gradient and outer == "rows" and chunks > 8
+    held = rows * (chunks if outer == "vocabulary" else 1)
+    width = p.student.weight.shape[1] if linear else 0
+    copied = [side for side in linear if side.hidden.dtype != torch.float32 or p.counted is not None or rows % LANES]
+    floats = len(sides) * (vocabulary if stored else block_v) * rows
+    floats += block_v * upcast_width
+    floats += 2 * -(-block_v // _BLOCK) * _FIELDS * rows
+    floats += held * (sum(side.hidden.shape[1] for side in copied) + (width if p.needs[0] else 0))
+    floats += block_v * width if narrow_gradient else 0
+    floats += vocabulary * width if accumulator else 0
+    floats += sum(side.weight.shape[0] for side in sides if side.bias is not None and side.bias.dtype != torch.float32)
+    if len(linear) < len(sides):
+        floats += len(sides) * block_v * rows  # gathered logits
+    passes = (not known) + (second_pass and not stored) + (p.target == "jsd" and not stored and any(p.needs))
+    products = passes * len(linear) + (p.needs[0] + p.needs[1]) * bool(linear)
+    name = "chunk" if stored else "recompute" if second_pass and not known else "one pass"
+    return CpuPlan(
+        name, rows, block_v, stored, outer, not known, second_pass, accumulator, upcast_width,
+        4 * floats, products,
+    )  # fmt: skip
+
+
+def describe(op: str, problem: Problem, backend: str) -> Plan:
+    """The plan of ``problem``, whose tensors may be on the meta device, on ``backend``."""
+    sides = [problem.student] + ([problem.teacher] if problem.teacher is not None else [])
+    rows, vocabulary = problem.rows, problem.student.vocabulary
+    itemsize = 8 if problem.student.hidden.dtype == torch.float64 else 4
+    widths = [side.weight.shape[1] for side in sides]
     width = sum(widths) / len(widths)
+    heads = sum(side.weight.numel() * side.weight.element_size() for side in sides)
+    product = 2.0 * rows * vocabulary * width
+    if backend == "triton":
+        from undo_kernels.triton import costs
+
+        return costs.describe(op, problem)
+    if backend == "cpu":
+        plan = cpu_plan(problem, rows)
+        chunks = max(1, math.ceil(rows / plan.rows_per_chunk))
+        passes = plan.first_pass + plan.second_pass
+        logits = 4 * len(sides) * rows * vocabulary * (passes + plan.first_pass) + 8 * rows * vocabulary * any(problem.needs)
+        weights = heads * (1 if plan.outer == "vocabulary" else chunks) * (passes if not plan.stored else 1)
+        rate = _FLOPS_PER_THREAD.get(torch.backends.cpu.get_cpu_capability())
+        seconds = None if rate is None else plan.cost() * product / (rate * torch.get_num_threads())
+        return Plan(
+            op, plan.name, min(plan.rows_per_chunk, rows), plan.workspace_bytes, int(logits + weights),
+            plan.products * product, seconds,
+        )  # fmt: skip
+    copies = COPIES[problem.target]
+    chunk = rows_within(problem.workspace_bytes, rows, vocabulary, problem.student.hidden.dtype, copies)
     chunks = math.ceil(rows / chunk) if rows else 1
-    heads = sum(widths) * vocabulary * torch.empty(0, dtype=dtype).element_size()
-    recomputed = products + (len(widths) if chunks > 1 else 0)
+    products = len(sides) * (2 if chunks > 1 and any(problem.needs) else 1) + sum(problem.needs[:2])
     return Plan(
-        op=op,
-        name="direct" if chunks == 1 else "direct, recomputed in chunks",
-        rows_per_chunk=chunk,
-        workspace_bytes=chunk * vocabulary * itemsize * copies,
-        traffic_bytes=int(3 * copies * rows * vocabulary * itemsize + 2 * chunks * heads),
-        flops=2.0 * recomputed * rows * vocabulary * width,
-        seconds=None,
-    )
+        op, "direct" if chunks == 1 else "direct, recomputed in chunks", chunk, chunk * vocabulary * itemsize * copies,
+        int(3 * copies * rows * vocabulary * itemsize + 2 * chunks * heads), products * product, None,
+    )  # fmt: skip

@@ -97,8 +97,33 @@ def workspace(value: Any) -> int | None:
 
 
 def labels_within(labels: torch.Tensor, counted: torch.Tensor, size: int, ignore_index: int) -> None:
-    """Every counted label is a vocabulary row. Checked on CPUs; on a GPU it would make the host wait."""
-    if labels.device.type == "cpu" and labels.numel():
+    """Every counted label is a vocabulary row. Checked on CPUs; on a GPU or in a compiled graph it would make the host wait."""
+    if looks(labels) and labels.numel():
         inside = (labels >= 0) & (labels < size) | ~counted
         if not inside.all():
             fail("labels", int(labels[~inside][0]), f"vocabulary rows in [0, {size}) or ignore_index, {ignore_index}")
+
+
+def looks(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at a tensor's values: not on a GPU, which it would wait for, nor in a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary: int, counted: torch.Tensor | None) -> None:
+    """Known entries of a teacher: shapes, and on CPUs that no index of a counted row repeats or leaves the vocabulary."""
+    wanted = f"integers {(*leading, 'k')}"
+    if not isinstance(indices, torch.Tensor):
+        fail("teacher_indices", type(indices).__name__, wanted)
+    if indices.is_floating_point() or indices.ndim == 0 or indices.shape[:-1] != leading:
+        fail("teacher_indices", f"shape {tuple(indices.shape)} and {indices.dtype}", wanted)
+    float_tensor("teacher_logprobs", logprobs, "[..., k]")
+    if logprobs.shape != indices.shape:
+        fail("teacher_logprobs", f"shape {tuple(logprobs.shape)}", f"{tuple(indices.shape)}, like teacher_indices")
+    if not looks(indices):
+        return
+    flat = indices.reshape(-1, indices.shape[-1])
+    ordered = (flat if counted is None else flat[counted]).sort(-1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        fail("teacher_indices", "a row with a repeated index", "different indices in each row (-1 is padding)")
+    if ((ordered < -1) | (ordered >= vocabulary)).any():
+        fail("teacher_indices", "an index outside the vocabulary", f"-1 or [0, {vocabulary})")

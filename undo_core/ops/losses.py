@@ -22,22 +22,27 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from undo_kernels.library import implementation
-from undo_kernels.plan import Plan, make_plan
-from undo_kernels.reference.logits import GivenLogits, Projection
+from undo_kernels.plan import Plan, describe
+from undo_kernels.problem import Problem
+from undo_kernels.projection import GivenLogits, Projection
 
 from undo_core.ops import checks
+from undo_core.ops.dispatch import Tokens, choose_backend, reduced_loss
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 class KLStats(NamedTuple):
-    """Detached statistics of :func:`linear_kl_div` and :func:`kl_div`, each ``[...]``; zeros where masked."""
+    """Detached statistics of :func:`linear_kl_div` and :func:`kl_div`, each ``[...]`` and zero where masked, but for ``filtered``:
+
+    ``[2]``, the share of the gradient's entries that ``filter_below`` took as zero, and the Frobenius norm of what they held.
+    """
 
     lse_s: torch.Tensor
     lse_t: torch.Tensor
     teacher_entropy: torch.Tensor
     top1_agreement: torch.Tensor
+    filtered: torch.Tensor
 
 
 def linear_kl_div(
@@ -68,6 +73,7 @@ def linear_kl_div(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    filter_below: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
     """Divergence between a teacher's and a student's next-token distributions.
 
@@ -103,6 +109,10 @@ def linear_kl_div(
         max_counted: upper bound on counted tokens.
         plan: auto or direct.
         workspace_bytes: bound on the memory for logits.
+        filter_below: blocks of the gradient whose largest ``|dloss/dlogit|`` (of one token, before weights) is below it are taken
+            as zero and cost no product; 0 keeps all. ``KLStats.filtered`` tells the share and bounds the error: the weight's
+            gradient misses at most the norm times the largest singular value of the hidden states, and the hidden states'
+            at most the norm times that of the weight.
 
     Returns:
         A scalar, or ``[...]`` with ``reduction="none"``, in float32 (float64 where an input is); with ``return_stats`` a pair.
@@ -128,10 +138,11 @@ def linear_kl_div(
     teacher = _projection(
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature, size, "teacher_"
     )
+    tokens = Tokens.checked(leading, student_hidden.device, token_weight, reduction, normalizer, max_counted)
+    memory = {**_memory(plan, workspace_bytes), "filter_below": checks.number("filter_below", filter_below, "a number >= 0", 0)}
     return _kl(
-        student, teacher, leading, mask, token_weight, divergence, beta, teacher_lse, labels, label_weight, ignore_index, reduction,
-        normalizer, return_stats, max_counted, plan, workspace_bytes,
-    )  # fmt: skip
+        student, teacher, tokens, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
+    )
 
 
 def kl_div(
@@ -159,7 +170,8 @@ def kl_div(
     Args:
         student_logits: ``[..., V]``; gradient.
         teacher_logits: ``[..., V]``; no gradient.
-        inplace_grad: allow the gradient to overwrite ``student_logits``; the reference backend has no use for the permission.
+        inplace_grad: let the backward overwrite ``student_logits`` with their gradient; no second ``[..., V]`` array exists then.
+            What reads the logits after that reads the gradient. The plain-PyTorch path has no use for the permission.
         mask: and all further arguments as in :func:`linear_kl_div`.
 
     Example:
@@ -175,10 +187,11 @@ def kl_div(
     size = checks.vocabulary(vocab_size, student_logits.shape[-1])
     student = _given("temperature", student_logits, temperature, size)
     teacher = _given("temperature", teacher_logits, temperature, size)
+    tokens = Tokens.checked(student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted)
+    memory = {"inplace": inplace_grad}
     return _kl(
-        student, teacher, student_logits.shape[:-1], mask, token_weight, divergence, beta, teacher_lse, labels, label_weight,
-        ignore_index, reduction, normalizer, return_stats, max_counted, "auto", None,
-    )  # fmt: skip
+        student, teacher, tokens, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
+    )
 
 
 def linear_lse(
@@ -202,8 +215,10 @@ def linear_lse(
     """
     checks.head("", hidden, weight, bias)
     projection = _projection(hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0]))
-    workspace = _workspace(plan, workspace_bytes)
-    return implementation("linear_lse", hidden.device)(projection, workspace).view(hidden.shape[:-1])
+    leading = hidden.shape[:-1]
+    tokens = Tokens(leading, None, "none", None, None)
+    memory = _memory(plan, workspace_bytes)
+    return reduced_loss(projection, "own", tokens, label_weight=1.0, **memory)[0].view(leading)
 
 
 def linear_cross_entropy(
@@ -252,13 +267,15 @@ def linear_cross_entropy(
     leading = hidden.shape[:-1]
     size = checks.vocabulary(vocab_size, weight.shape[0])
     projection = _projection(hidden, weight, bias, scale, softcap, temperature, size)
-    labels = checks.per_token("labels", labels, leading, "int", hidden.device).reshape(-1).long()
-    counted = _mask(mask, leading, hidden.device) & (labels != ignore_index)
-    checks.labels_within(labels, counted, projection.vocabulary, ignore_index)
-    tokens = _Tokens(counted, token_weight, leading, reduction, normalizer, max_counted)
-    workspace = _workspace(plan, workspace_bytes)
-    rows = tokens.rows
-    return tokens.reduce(implementation("linear_cross_entropy", hidden.device)(projection.take(rows), labels[rows], workspace))
+    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    counted = _mask(mask, leading, hidden.device)
+    labels, labelled = _labels(labels, leading, hidden.device, projection.vocabulary, ignore_index, counted)
+    return _shaped(
+        reduced_loss(
+            projection, "own", tokens, labels=labels, labelled=labelled, label_weight=1.0, **_memory(plan, workspace_bytes)
+        ),
+        tokens,
+    )
 
 
 def linear_uniform_kl(
@@ -288,9 +305,9 @@ def linear_uniform_kl(
     checks.head("", hidden, weight, bias)
     leading = hidden.shape[:-1]
     projection = _projection(hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0]))
-    tokens = _Tokens(_mask(mask, leading, hidden.device), token_weight, leading, reduction, normalizer, max_counted)
-    workspace = _workspace(plan, workspace_bytes)
-    return tokens.reduce(implementation("linear_uniform_kl", hidden.device)(projection.take(tokens.rows), workspace))
+    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    counted = _mask(mask, leading, hidden.device)
+    return _shaped(reduced_loss(projection, "uniform", tokens, counted=counted, **_memory(plan, workspace_bytes)), tokens)
 
 
 def linear_sparse_kl_div(
@@ -329,8 +346,9 @@ def linear_sparse_kl_div(
     checks.head("", hidden, weight, bias)
     leading = hidden.shape[:-1]
     projection = _projection(hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0]))
-    tokens = _Tokens(_mask(mask, leading, hidden.device), token_weight, leading, reduction, normalizer, max_counted)
-    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, leading, _workspace(plan, workspace_bytes))
+    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    memory = _memory(plan, workspace_bytes)
+    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, _mask(mask, leading, hidden.device), memory)
 
 
 def sparse_kl_div(
@@ -351,8 +369,9 @@ def sparse_kl_div(
     checks.float_tensor("student_logits", student_logits, "[..., V]")
     leading = student_logits.shape[:-1]
     projection = _given("temperature", student_logits, temperature, checks.vocabulary(vocab_size, student_logits.shape[-1]))
-    tokens = _Tokens(_mask(mask, leading, student_logits.device), token_weight, leading, reduction, normalizer, max_counted)
-    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, leading, None)
+    tokens = Tokens.checked(leading, student_logits.device, token_weight, reduction, normalizer, max_counted)
+    counted = _mask(mask, leading, student_logits.device)
+    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, counted, {})
 
 
 def explain(
@@ -361,6 +380,7 @@ def explain(
     dtype: torch.dtype,
     device: torch.device | str,
     workspace_bytes: int | None = None,
+    plan: str = "auto",
 ) -> Plan:
     """The plan that ``op`` would follow, with its predicted bytes, FLOPs and workspace; prints as a table.
 
@@ -371,153 +391,115 @@ def explain(
         dtype: of the hidden states and weights.
         device: where they are.
         workspace_bytes: bound on the memory for logits.
+        plan: as in the op's own argument.
     """
+    targets = {
+        "linear_kl_div": "forward",
+        "linear_lse": "own",
+        "linear_cross_entropy": "own",
+        "linear_uniform_kl": "uniform",
+        "linear_sparse_kl_div": "bucket",
+    }
+    checks.choice("op", op, tuple(targets))
     prefixes = ("student_", "teacher_") if op == "linear_kl_div" else ("",)
-    checks.choice(
-        "op", op, ("linear_kl_div", "linear_lse", "linear_cross_entropy", "linear_uniform_kl", "linear_sparse_kl_div")
-    )
     for name in [prefix + part for prefix in prefixes for part in ("hidden", "weight")]:
         if name not in shapes:
             checks.fail("shapes", sorted(shapes), f"an entry {name}")
-    torch.device(device)
-    hidden, weight = shapes[prefixes[0] + "hidden"], shapes[prefixes[0] + "weight"]
-    rows = 1
-    for extent in hidden[:-1]:
-        rows *= extent
-    widths = tuple(shapes[prefix + "hidden"][-1] for prefix in prefixes)
-    return make_plan(op, rows, weight[0], widths, dtype, checks.workspace(workspace_bytes))
-
-
-class _Tokens:
-    """Which tokens count, and how their losses become one number."""
-
-    def __init__(
-        self,
-        counted: torch.Tensor,
-        token_weight: torch.Tensor | None,
-        leading: torch.Size,
-        reduction: str,
-        normalizer: float | torch.Tensor | None,
-        max_counted: int | None,
-    ) -> None:
-        self.reduction = checks.choice("reduction", reduction, ("mean", "sum", "none"))
-        self.leading, self.counted, self.normalizer = leading, counted, normalizer
-        if isinstance(normalizer, torch.Tensor):
-            if normalizer.ndim != 0:
-                checks.fail("normalizer", f"shape {tuple(normalizer.shape)}", "a number or a 0-d tensor")
-        elif normalizer is not None and not (checks.number("normalizer", normalizer, "a number > 0", 0) > 0):
-            checks.fail("normalizer", normalizer, "a number > 0")
-        if max_counted is not None and (isinstance(max_counted, bool) or not isinstance(max_counted, int) or max_counted < 0):
-            checks.fail("max_counted", max_counted, "an integer >= 0, or None")
-        self.max_counted = max_counted
-        self.weight = None
-        if token_weight is not None:
-            self.weight = checks.per_token("token_weight", token_weight, leading, "float", counted.device).reshape(-1)
-        self.all = bool(counted.all())
-        self.rows: torch.Tensor | slice = slice(None) if self.all else counted.nonzero().squeeze(-1)
-
-    def reduce(self, values: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-        """One value a taken row to the reduced loss; ``counted`` are the tokens that the mean is over."""
-        counted = self.counted if counted is None else counted
-        values = torch.where(counted[self.rows], values, torch.zeros_like(values))
-        if self.weight is not None:
-            values = values * self.weight[self.rows].detach().to(values.dtype)
-        if self.max_counted is not None:
-            too_many = counted.sum() > self.max_counted
-            values = torch.where(too_many, torch.full_like(values, torch.nan), values)
-        if self.reduction == "none":
-            return self.spread(values)
-        total = values.sum()
-        if self.reduction == "sum":
-            return total
-        return total / (counted.sum().clamp_min(1) if self.normalizer is None else self.normalizer)
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a taken row to ``[...]``, zeros elsewhere."""
-        if not self.all:
-            values = values.new_zeros(self.counted.shape[0]).index_put((self.rows,), values)
-        return values.view(self.leading)
+    sides = []
+    for prefix in prefixes:
+        hidden, weight = (torch.empty(shapes[prefix + part], dtype=dtype, device="meta") for part in ("hidden", "weight"))
+        sides.append(Projection(hidden.reshape(-1, hidden.shape[-1]), weight))
+    factor = torch.empty(sides[0].rows, device="meta")
+    problem = Problem(
+        student=sides[0],
+        teacher=sides[1] if len(sides) > 1 else None,
+        target=targets[op],
+        factor=factor,
+        label_factor=factor if targets[op] == "own" else None,
+        needs=(op != "linear_lse", op != "linear_lse", False),
+        **_memory(plan, workspace_bytes),
+    )
+    return describe(op, problem, choose_backend(problem, dtype == torch.float64, torch.device(device)))
 
 
 def _kl(
     student: Projection,
     teacher: Projection,
-    leading: torch.Size,
+    tokens: Tokens,
     mask: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
     divergence: str,
     beta: float,
     teacher_lse: torch.Tensor | None,
     labels: torch.Tensor | None,
     label_weight: float,
     ignore_index: int,
-    reduction: str,
-    normalizer: float | torch.Tensor | None,
     return_stats: bool,
-    max_counted: int | None,
-    plan: str,
-    workspace_bytes: int | None,
+    memory: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
-    device = student.hidden.device
+    device, leading = student.hidden.device, tokens.leading
     checks.choice("divergence", divergence, ("forward", "reverse", "jsd"))
     if divergence == "jsd":
         checks.number("beta", beta, "a number strictly inside (0, 1)", 0, 1, open_ends=True)
     checks.number("label_weight", label_weight, "a finite number >= 0", 0)
-    workspace = _workspace(plan, workspace_bytes)
-    counted = _mask(mask, leading, device)
-    labelled = None
+    counted, labelled, weight = _mask(mask, leading, device), None, None
     if labels is not None and label_weight:
-        labels = checks.per_token("labels", labels, leading, "int", device).reshape(-1).long()
-        labelled = labels != ignore_index
-        checks.labels_within(labels, labelled, student.vocabulary, ignore_index)
+        labels, labelled = _labels(labels, leading, device, student.vocabulary, ignore_index, None)
+        weight = float(label_weight)
     if teacher_lse is not None:
-        teacher_lse = checks.per_token("teacher_lse", teacher_lse, leading, "float", device).reshape(-1)
-    tokens = _Tokens(
-        counted if labelled is None else counted | labelled, token_weight, leading, reduction, normalizer, max_counted
+        teacher_lse = checks.per_token("teacher_lse", teacher_lse, leading, "float", device).reshape(-1).detach()
+    loss, statistics = reduced_loss(
+        student,
+        divergence,
+        tokens,
+        counted=counted,
+        labels=None if weight is None else labels,
+        labelled=labelled,
+        label_weight=weight,
+        teacher=teacher,
+        beta=beta,
+        lse_t=teacher_lse,
+        statistics=return_stats,
+        **memory,
     )
-    rows = tokens.rows
-    lse_t = None if teacher_lse is None else teacher_lse[rows].detach()
-    label_rows = None if labelled is None else labels[rows]
-    run = implementation("linear_kl_div", device)
-    values, nll, stats = run(student.take(rows), teacher.take(rows), lse_t, label_rows, divergence, beta, workspace)
-    loss = tokens.reduce(values, counted)
-    if labelled is not None:
-        loss = loss + label_weight * tokens.reduce(nll, labelled)
-    return (loss, KLStats(**{name: tokens.spread(value) for name, value in stats.items()})) if return_stats else loss
+    loss = loss.view(leading) if tokens.reduction == "none" else loss
+    if not return_stats:
+        return loss
+    shaped = {name: value if name == "filtered" else value.view(leading) for name, value in statistics.items()}
+    return loss, KLStats(**shaped)
 
 
 def _sparse(
-    tokens: _Tokens,
+    tokens: Tokens,
     projection: Projection,
     indices: torch.Tensor,
     logprobs: torch.Tensor,
     tail: str,
-    leading: torch.Size,
-    workspace: int | None,
+    counted: torch.Tensor | None,
+    memory: dict[str, Any],
 ) -> torch.Tensor:
+    leading = tokens.leading
     checks.choice("tail", tail, ("bucket", "renormalize"))
-    if (
-        not isinstance(indices, torch.Tensor)
-        or indices.is_floating_point()
-        or indices.shape[:-1] != leading
-        or indices.ndim == 0
-    ):
-        got = (
-            f"shape {tuple(indices.shape)} and {indices.dtype}" if isinstance(indices, torch.Tensor) else type(indices).__name__
-        )
-        checks.fail("teacher_indices", got, f"integers {(*leading, 'k')}")
-    checks.float_tensor("teacher_logprobs", logprobs, "[..., k]")
-    if logprobs.shape != indices.shape:
-        checks.fail("teacher_logprobs", f"shape {tuple(logprobs.shape)}", f"{tuple(indices.shape)}, like teacher_indices")
-    indices = indices.reshape(-1, indices.shape[-1]).long()[tokens.rows]
-    logprobs = logprobs.detach().reshape(-1, logprobs.shape[-1])[tokens.rows]
-    ordered = indices.sort(-1).values
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        checks.fail("teacher_indices", "a row with a repeated index", "different indices in each row (-1 is padding)")
-    if ((indices < -1) | (indices >= projection.vocabulary)).any():
-        checks.fail("teacher_indices", "an index outside the vocabulary", f"-1 or [0, {projection.vocabulary})")
-    run = implementation("linear_sparse_kl_div", indices.device)
-    return tokens.reduce(run(projection.take(tokens.rows), indices, logprobs, tail, workspace))
+    checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
+    indices = indices.reshape(-1, indices.shape[-1]).long()
+    logprobs = logprobs.detach().reshape(-1, logprobs.shape[-1])
+    return _shaped(
+        reduced_loss(projection, tail, tokens, counted=counted, indices=indices, logprobs=logprobs, **memory), tokens
+    )
+
+
+def _labels(
+    labels: Any, leading: torch.Size, device: torch.device, vocabulary: int, ignore_index: int, counted: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels ``[rows]``, -1 where there is none, and which rows have one."""
+    labels = checks.per_token("labels", labels, leading, "int", device).reshape(-1).long()
+    labelled = labels != ignore_index if counted is None else (labels != ignore_index) & counted
+    checks.labels_within(labels, labelled, vocabulary, ignore_index)
+    # A label that is neither a row nor ignored is found here on CPUs; elsewhere it makes the loss NaN.
+    return torch.where(labelled, torch.where(labels < 0, vocabulary, labels), -1), labelled
+
+
+def _shaped(loss: tuple[torch.Tensor, Any], tokens: Tokens) -> torch.Tensor:
+    return loss[0].view(tokens.leading) if tokens.reduction == "none" else loss[0]
 
 
 def _projection(
@@ -532,7 +514,7 @@ def _projection(
 ) -> Projection:
     checks.number(f"{prefix}scale", scale, "a finite number")
     if softcap is not None:
-        checks.number(f"{prefix}softcap", softcap, "a number > 0, or None", 0, open_ends=True)
+        softcap = checks.number(f"{prefix}softcap", softcap, "a number > 0, or None", 0, open_ends=True)
     checks.number("temperature", temperature, "a number > 0", 0, open_ends=True)
     return Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, float(scale), softcap, float(temperature), vocab_size)
 
@@ -540,15 +522,14 @@ def _projection(
 def _given(name: str, logits: torch.Tensor, temperature: float, vocab_size: int | None) -> Projection:
     """Logits that exist already, as the projection that returns them."""
     checks.number(name, temperature, "a number > 0", 0, open_ends=True)
-    return GivenLogits(logits.reshape(-1, logits.shape[-1]), logits, temperature=float(temperature), vocab_size=vocab_size)
+    rows = logits.reshape(-1, logits.shape[-1])
+    return GivenLogits(rows, rows, temperature=float(temperature), vocab_size=vocab_size)
 
 
-def _mask(mask: torch.Tensor | None, leading: torch.Size, device: torch.device) -> torch.Tensor:
-    if mask is None:
-        return torch.ones(leading, dtype=torch.bool, device=device).reshape(-1)
-    return checks.per_token("mask", mask, leading, "bool", device).reshape(-1)
+def _mask(mask: torch.Tensor | None, leading: torch.Size, device: torch.device) -> torch.Tensor | None:
+    return None if mask is None else checks.per_token("mask", mask, leading, "bool", device).reshape(-1)
 
 
-def _workspace(plan: Any, workspace_bytes: Any) -> int | None:
-    checks.choice("plan", plan, ("auto", "direct"))
-    return checks.workspace(workspace_bytes)
+def _memory(plan: Any, workspace_bytes: Any) -> dict[str, Any]:
+    checks.choice("plan", plan, ("auto", "direct", "chunk", "recompute"))
+    return {"plan": plan, "workspace_bytes": checks.workspace(workspace_bytes)}

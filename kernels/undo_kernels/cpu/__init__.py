@@ -1,12 +1,14 @@
 """Thin bindings to the C++ kernels of ``csrc/``; torch must be imported first, for its OpenMP threads to be shared.
 
-Covered by C++ so far: Xavier-uniform noise on float32. Other laws and dtypes are defined by the reference and run there.
+The vocabulary losses are in ``losses.py``. Of the noise, C++ covers Xavier-uniform on float32 so far; other laws and dtypes are
+defined by the reference and run there.
 """
 
 from __future__ import annotations
 
 import torch
 
+from undo_kernels.cpu import losses
 from undo_kernels.library import mark_unavailable, register
 from undo_kernels.reference.noise import amplitude, noise_tensor_
 from undo_kernels.reference.philox import name_hash
@@ -16,6 +18,8 @@ try:
 except ImportError as error:
     _cpu = None
     mark_unavailable("cpu", f"the C++ extension was not built ({error}); install a C++17 compiler and run pip install again")
+
+__all__ = ["losses"]
 
 
 @register("noise_", "cpu")

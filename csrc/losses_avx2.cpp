@@ -1,0 +1,27 @@
+// The row kernels for avx2.
+#include <cmath>
+#include <cstdint>
+
+#include "losses.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define UNDO_LANES 8
+#define UNDO_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+
+namespace undo {
+namespace avx2 {
+#include "simd.h"
+#include "losses_rows.h"
+}  // namespace avx2
+const RowKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile};
+}  // namespace undo
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,17 @@
+// The row kernels for plain.
+#include <cmath>
+#include <cstdint>
+
+#include "losses.h"
+
+// Four lanes: what every 64-bit machine has (SSE2, NEON).
+#define UNDO_LANES 4
+#define UNDO_FMA(a, b, c) ((a) * (b) + (c))
+
+namespace undo {
+namespace plain {
+#include "simd.h"
+#include "losses_rows.h"
+}  // namespace plain
+const RowKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile};
+}  // namespace undo

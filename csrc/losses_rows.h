@@ -1,0 +1,284 @@
+// The row kernels of losses.h, for whatever vectors simd.h gives. In difference form: with x = log p_s - log p_t,
+//
+//   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
+//   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
+//   JSD      = sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
+//              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
+//
+// All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
+// An element costs two exponentials in the statistics, two in the loss (JSD: two logarithms more), 8 bytes read twice and 4 written.
+
+UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
+  z = (z + bias) * shape.scale;
+  if (shape.cap != 0) z = shape.cap * tanh(z / shape.cap);
+  return shape.temperature == 1 ? z : z / shape.temperature;
+}
+
+UNDO_INLINE float bias_of(const Shape& shape, int64_t v) { return shape.bias ? shape.bias[v] : 0.0f; }
+
+void shape_tile(const Chunk& c, float* z, const Shape& shape, bool student, int64_t first, int64_t rows) {
+  if (!shape.identity()) {
+#pragma omp parallel for schedule(static)
+    for (int64_t v = 0; v < rows; ++v) {
+      const float bias = bias_of(shape, first + v);
+      for (int64_t i = 0; i < c.stride; i += LANES) {
+        float* at = z + v * c.leading + i;
+        store(at, shaped(load(at), shape, bias));
+      }
+    }
+  }
+  if (!student || !c.known) return;
+  for (int64_t i = 0; i < c.tokens; ++i) {
+    for (int64_t j = 0; j < c.known; ++j) {
+      const int64_t v = c.indices[i * c.known + j] - first;
+      if (v < 0 || v >= rows) continue;
+      if (c.picking) c.picked[i * c.known + j] = z[v * c.leading + i];
+      z[v * c.leading + i] = -INFINITY;
+    }
+  }
+}
+
+UNDO_INLINE void put(double* field, int64_t i, V x) {
+  for (int lane = 0; lane < LANES; ++lane) field[i + lane] = x[lane];
+}
+
+// Asks for the lines that the next group of tokens reads: rows lie too far apart for the processor to guess them.
+template <bool TEACHER>
+UNDO_INLINE void next_lines(const Chunk& c, const float* z_s, const float* z_t, int64_t v) {
+  __builtin_prefetch(z_s + v * c.leading + LANES);
+  if (TEACHER && z_t) __builtin_prefetch(z_t + v * c.leading + LANES);
+}
+
+// Sums of one block of vocabulary rows for LANES tokens.
+template <bool TEACHER>
+UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out, int64_t i) {
+  const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
+  const V lowest = all(-INFINITY);
+  V most_s = lowest, most_t = lowest;
+  for (int64_t v = 0; v < rows; ++v) {
+    next_lines<TEACHER>(c, z_s, z_t, v);
+    V s = load(z_s + v * c.leading);
+    if (shape_s) store(z_s + v * c.leading, s = shaped(s, c.student, bias_of(c.student, first + v)));
+    most_s = max(most_s, s);
+    if (TEACHER) {
+      V t = load(z_t + v * c.leading);
+      if (shape_t) store(z_t + v * c.leading, t = shaped(t, c.teacher, bias_of(c.teacher, first + v)));
+      most_t = max(most_t, t);
+    }
+  }
+  // A block of nothing but -inf adds exp(-inf - 0) = 0.
+  const V from_s = most_s == lowest ? V{} : most_s, from_t = most_t == lowest ? V{} : most_t;
+  const bool sums_t = TEACHER && (c.teacher_sums || c.statistics), cross = TEACHER && c.target == REVERSE;
+  V sum_s = {}, sum_t = {}, energy = {}, crossed = {}, top_s = all(-1), top_t = all(-1);
+  for (int64_t v = 0; v < rows; ++v) {
+    const V s = load(z_s + v * c.leading);
+    const V e = exp(s - from_s);
+    sum_s += e;
+    if (sums_t) {
+      const V t = load(z_t + v * c.leading) - from_t;
+      const V g = exp(t);
+      sum_t += g;
+      if (c.statistics) energy += g * max(all(-1e30f), t);
+    }
+    if (cross) crossed += e == 0.0f ? V{} : e * max(all(-1e30f), min(all(1e30f), s - load(z_t + v * c.leading)));
+    if (c.statistics) {
+      const V at = all(float(first + v));
+      top_s = top_s < 0.0f && s == most_s ? at : top_s;
+      if (TEACHER) top_t = top_t < 0.0f && load(z_t + v * c.leading) == most_t ? at : top_t;
+    }
+  }
+  put(out + MAX_S * c.stride, i, most_s);
+  put(out + SUM_S * c.stride, i, sum_s);
+  put(out + MAX_T * c.stride, i, most_t);
+  put(out + SUM_T * c.stride, i, sum_t);
+  put(out + CROSS * c.stride, i, crossed);
+  put(out + ENERGY * c.stride, i, energy);
+  put(out + TOP_S * c.stride, i, top_s);
+  put(out + TOP_T * c.stride, i, top_t);
+}
+
+// Adds a sum over exp(z - most) to one over exp(z - state's most), with a companion sum (CROSS) or energy that has the same factor.
+inline void merge(double& most, double& sum, double& more, double new_most, double new_sum, double new_more) {
+  if (new_most > most) {
+    const double factor = std::exp(most - new_most);  // 0 for the first block
+    sum *= factor;
+    more *= factor;
+    most = new_most;
+  } else if (new_most < most) {
+    const double factor = std::exp(new_most - most);
+    new_sum *= factor;
+    new_more *= factor;
+  }
+  sum += new_sum;
+  more += new_more;
+}
+
+// The labels' own logits, before the gradient replaces them.
+inline void take_labels(const Chunk& c, const float* z_s, int64_t first, int64_t rows) {
+  if (!c.labels) return;
+  for (int64_t i = 0; i < c.tokens; ++i) {
+    const int64_t v = c.labels[i] - first;
+    if (v >= 0 && v < rows) c.state[LABEL * c.stride + i] = z_s[v * c.leading + i];
+  }
+}
+
+void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done) {
+  if (c.known && !done) {
+    shape_tile(c, z_s, c.student, true, first, rows);
+    done = true;
+  }
+  const int64_t groups = c.stride / LANES, blocks = (rows + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < groups * blocks; ++item) {
+      const int64_t b = item / groups, i = item % groups * LANES, start = b * BLOCK;
+      const int64_t count = rows - start < BLOCK ? rows - start : BLOCK;
+      float *s = z_s + start * c.leading + i, *t = z_t ? z_t + start * c.leading + i : nullptr;
+      double* out = c.partial + b * FIELDS * c.stride;
+      if (t) block_stats<true>(c, s, t, first + start, count, done, out, i);
+      else block_stats<false>(c, s, t, first + start, count, done, out, i);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      double* all_fields = c.state + i;
+      auto state = [&](int field) -> double& { return all_fields[field * c.stride]; };
+      for (int64_t b = 0; b < blocks; ++b) {
+        auto part = [&](int field) { return c.partial[(b * FIELDS + field) * c.stride + i]; };
+        if (c.statistics) {
+          if (part(MAX_S) > state(MAX_S) || state(TOP_S) < 0) state(TOP_S) = part(TOP_S);
+          if (part(MAX_T) > state(MAX_T) || state(TOP_T) < 0) state(TOP_T) = part(TOP_T);
+          // The energy is relative to the maximum: moving it adds the sum times the shift.
+          const double low = state(MAX_T), shift = part(MAX_T) - low;
+          double added = part(ENERGY);
+          if (shift > 0 && low > -INFINITY) state(ENERGY) -= state(SUM_T) * shift;
+          if (shift < 0 && part(SUM_T) > 0) added += part(SUM_T) * shift;
+          merge(state(MAX_T), state(SUM_T), state(ENERGY), part(MAX_T), part(SUM_T), added);
+        } else if (z_t) {
+          double none = 0;
+          merge(state(MAX_T), state(SUM_T), none, part(MAX_T), part(SUM_T), 0);
+        }
+        merge(state(MAX_S), state(SUM_S), state(CROSS), part(MAX_S), part(SUM_S), part(CROSS));
+      }
+    }
+  }
+  take_labels(c, z_s, first, rows);
+}
+
+template <int TARGET>
+UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t rows, bool gradient, double* out, int64_t i) {
+  const V lse_s = load(c.lse_s + i), weight = load(c.weight + i), own = load(c.own + i);
+  const V lse_t = TARGET == OWN ? V{} : load(c.lse_t + i), dlse = TARGET == OWN ? V{} : load(c.dlse + i);
+  const V offset = TARGET == REVERSE || TARGET == JSD ? load(c.offset + i) : V{};
+  const V beta_s = all(float(1.0 - double(c.beta))), beta_t = all(c.beta);
+  const bool capped = c.student.cap != 0;
+  const float uncap = capped ? c.student.temperature / c.student.cap : 0;
+  V value = {}, mixed = {}, most = {}, squares = {};
+  for (int64_t v = 0; v < rows; ++v) {
+    next_lines<TARGET != OWN>(c, z_s, z_t, v);
+    const V s = load(z_s + v * c.leading);
+    const V log_s = s - lse_s;
+    V p_s, g;
+    if (TARGET == OWN) {
+      if (!gradient) break;
+      p_s = exp(log_s);
+      g = own * p_s;
+      most = max(most, p_s);
+    } else {
+      const V t = c.uniform ? V{} : load(z_t + v * c.leading);
+      const V log_t = t - lse_t;
+      V x = s - t - dlse;
+      const I up = x > 0.0f;  // the student's probability is the larger one
+      const V log_big = up ? log_s : log_t;
+      const I gone = log_big < LOWEST;  // both underflow
+      x = gone ? V{} : x;
+      x = max(all(-1e30f), min(all(1e30f), x));  // 0 * inf would be NaN
+      const V big = exp(log_big), u = -magnitude(x);
+      V w, q;
+      expm1(u, w, q);
+      const V small = fma(big, w, big);
+      p_s = up ? big : small;
+      if (TARGET == FORWARD || TARGET == REVERSE) {
+        // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); apart where that would cancel.
+        const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w + 1.0f, u, -w);
+        value += big * ((TARGET == FORWARD) ? (up ? other : q) : (up ? q : other));
+        g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (x - offset);
+      } else {
+        const V low = up ? beta_t : beta_s, high = up ? beta_s : beta_t;  // weights of the smaller and the larger side in m
+        const V ratio = fma(low, w, all(1.0f));                           // m / big
+        const V y_big = -low * w / ratio, y_small = high * w / ratio;
+        V h_big, h_small;
+        const V log_big_m = log1p(y_big, h_big);
+        const V inside = max(all(-0.99999994f), y_small);
+        const V log_small_m = log1p(inside, h_small);
+        const V phi_big = fma(y_big, y_big, -(y_big + 1.0f) * h_big), phi_small = fma(inside, inside, -(inside + 1.0f) * h_small);
+        const V m = big * ratio;
+        value += m * fma(high, max(V{}, phi_big), low * max(V{}, phi_small));
+        mixed += m * max(V{}, up ? phi_big : phi_small);
+        g = beta_s * p_s * ((up ? log_big_m : log_small_m) - offset);
+      }
+      most = max(most, magnitude(g));
+      g = fma(own, p_s, g * weight);
+    }
+    if (gradient) {
+      if (capped) g *= fma(s * uncap, -(s * uncap), all(1.0f));
+      squares = fma(g, g, squares);
+      store(z_s + v * c.leading, g);
+    }
+  }
+  put(out + VALUE * c.stride, i, value);
+  put(out + MIXED * c.stride, i, mixed);
+  put(out + MAX_S * c.stride, i, most);
+  put(out + SUM_S * c.stride, i, squares);
+}
+
+Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient) {
+  const int64_t groups = c.stride / LANES, blocks = (rows + BLOCK - 1) / BLOCK;
+  take_labels(c, z_s, first, rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t item = 0; item < groups * blocks; ++item) {
+    const int64_t b = item / groups, i = item % groups * LANES, start = b * BLOCK;
+    const int64_t count = rows - start < BLOCK ? rows - start : BLOCK;
+    float* s = z_s + start * c.leading + i;
+    const float* t = z_t ? z_t + start * c.leading + i : nullptr;
+    double* out = c.partial + b * FIELDS * c.stride;
+    if (c.target == OWN) block_loss<OWN>(c, s, t, count, gradient, out, i);
+    else if (c.target == FORWARD) block_loss<FORWARD>(c, s, t, count, gradient, out, i);
+    else if (c.target == REVERSE) block_loss<REVERSE>(c, s, t, count, gradient, out, i);
+    else block_loss<JSD>(c, s, t, count, gradient, out, i);
+  }
+  Peak peak = {0, 0};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const double* part = c.partial + b * FIELDS * c.stride;
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      c.state[VALUE * c.stride + i] += part[VALUE * c.stride + i];
+      c.state[MIXED * c.stride + i] += part[MIXED * c.stride + i];
+      const float most = float(part[MAX_S * c.stride + i]);
+      peak.largest = most <= peak.largest ? peak.largest : most;  // NaN is the largest
+      peak.squares += part[SUM_S * c.stride + i];
+    }
+  }
+  if (!gradient) return peak;
+  for (int64_t i = 0; i < c.tokens; ++i) {
+    auto chain = [&](float z) {
+      const float t = c.student.cap != 0 ? z * c.student.temperature / c.student.cap : 0;
+      return 1 - t * t;
+    };
+    if (c.labels && c.labels[i] >= first && c.labels[i] < first + rows) {
+      const float z = float(c.state[LABEL * c.stride + i]);
+      float& g = z_s[(c.labels[i] - first) * c.leading + i];
+      const double log_p = double(z) - double(c.lse_s[i]);
+      // p - 1 without cancellation where the cross-entropy stands alone.
+      if (c.target == OWN && c.own[i] == c.label_weight[i]) g = c.own[i] * chain(z) * float(std::expm1(log_p));
+      else g -= c.label_weight[i] * chain(z);
+      peak.largest = 1;
+    }
+    for (int64_t j = 0; j < c.known; ++j) {
+      const int64_t v = c.indices[i * c.known + j] - first;
+      if (v < 0 || v >= rows) continue;
+      z_s[v * c.leading + i] = c.picked[i * c.known + j];
+      peak.largest = 1;
+    }
+  }
+  return peak;
+}

@@ -1,0 +1,417 @@
+"""The vocabulary losses on CPUs: torch's matrix products on tiles, the C++ row kernels of ``csrc/`` between them.
+
+A tile is ``[BLOCK_V vocabulary rows, tokens]`` of float32 logits, ``W @ H.T``: tokens lie along the vector lanes, and the row
+kernel reads a tile while it is still in the cache that the product left it in. Two plans:
+
+* ``chunk``: as many tokens as the workspace holds the logits of. Their tiles stay between the pass that finds the
+  log-sum-exps and the pass that turns them into the gradient. Four products, 8 bytes of workspace a (token, vocabulary row).
+* ``recompute``: no logits stay. The second pass projects again, vocabulary outermost, so that each row of the weight's gradient
+  is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
+
+One pass suffices, and no logits stay in either plan, where the log-sum-exps are known or where nothing but them is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from undo_kernels import plan as plans
+from undo_kernels.library import register
+from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
+from undo_kernels.reference.divergence import bregman
+from undo_kernels.projection import GivenLogits, Projection
+
+try:
+    from undo_kernels import _cpu
+except ImportError:
+    _cpu = None  # marked unavailable by the package
+
+_MAX_S, _SUM_S, _MAX_T, _SUM_T, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(11)
+_NOWHERE = 1e30  # log-sum-exp of lanes past the last token: every probability is 0 there
+
+
+@register("vocab_loss", "cpu")
+@torch.no_grad()
+def vocab_loss(problem: Problem) -> Result:
+    """The problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
+    return _Run(problem).result()
+
+
+class _Run:
+    """One call: the buffers that its chunks share, and the order of its passes."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        counted = problem.counted
+        self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
+        self.count = problem.rows if self.index is None else len(self.index)
+        self.vocabulary = problem.student.vocabulary
+        self.plan = plans.cpu_plan(problem, self.count)
+        self.block_v, rows = self.plan.block_v, self.plan.rows_per_chunk
+        self.gradient = any(problem.needs)
+        self.stride = plans.padded(min(rows, self.count))
+        new = torch.empty
+        sides = 2 if problem.target in DENSE else 1
+        extent = self.vocabulary if self.plan.stored else self.block_v
+        self.logits = [new(extent, self.stride) for _ in range(sides)]
+        self.upcast = new(self.block_v, self.plan.upcast_width)
+        self.partial = new(-(-self.block_v // _cpu.BLOCK), _cpu.FIELDS, self.stride, dtype=torch.float64)
+        self.skipped = self.dropped = 0.0
+        self._outputs()
+        self.chunks = [_Chunk(self, start, min(rows, self.count - start)) for start in range(0, self.count, rows)]
+
+    def _outputs(self) -> None:
+        p, new = self.problem, torch.empty
+        rows = p.rows
+        zeros = torch.zeros
+        wanted = {
+            "divergence": True,
+            "nll": p.label_factor is not None,
+            "lse_s": True,
+            "lse_t": p.target in DENSE,
+            "entropy": p.statistics,
+            "agreement": p.statistics,
+        }
+        self.per_row = {name: zeros(rows if keep else 0) for name, keep in wanted.items()}
+        needs_hidden, needs_weight, needs_bias = p.needs
+        dtype = gradient_dtype(p.student.hidden.dtype)
+        self.d_hidden = new(0)
+        if needs_hidden and p.inplace:
+            self.d_hidden = p.student.hidden
+        elif needs_hidden:
+            partly = self.index is not None or isinstance(p.student, GivenLogits)
+            self.d_hidden = (zeros if partly else new)(p.student.hidden.shape, dtype=dtype)
+        weight = p.student.weight
+        dtype = gradient_dtype(weight.dtype)
+        self.d_weight = new(weight.shape, dtype=dtype) if needs_weight else new(0)
+        self.d_bias = zeros(weight.shape[0]) if needs_bias else new(0)
+        if needs_weight:
+            self.d_weight[self.vocabulary if self.count else 0 :].zero_()
+        self.direct = dtype == torch.float32  # products go straight into the gradient
+        self.sum_weight = None if not needs_weight or self.direct else self.d_weight
+        if self.plan.accumulator:
+            self.sum_weight = new(self.vocabulary, weight.shape[1])
+        self.product = new(self.block_v, weight.shape[1]) if needs_weight and not self.direct else None
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """First vocabulary row and number of rows of each tile."""
+        for first in range(0, self.vocabulary, self.block_v):
+            yield first, min(self.block_v, self.vocabulary - first)
+
+    def result(self) -> Result:
+        """Runs the passes."""
+        if self.plan.outer == "rows":
+            for number, chunk in enumerate(self.chunks):
+                self._statistics(chunk)
+                self._losses(chunk)
+                for first, rows in self.tiles() if self.plan.second_pass else ():
+                    self._gradient(chunk, number, first, rows)
+                chunk.close()
+        else:
+            for chunk in self.chunks:
+                self._statistics(chunk)
+            if self.problem.target == "jsd":
+                for chunk in self.chunks:
+                    self._losses(chunk)
+            for first, rows in self.tiles():
+                for number, chunk in enumerate(self.chunks):
+                    self._gradient(chunk, number, first, rows)
+                if self.sum_weight is not None:
+                    self.d_weight[first : first + rows].copy_(self.product[:rows])
+            for chunk in self.chunks:
+                chunk.close()
+        if self.plan.accumulator:
+            self.d_weight[: self.vocabulary].copy_(self.sum_weight)
+        if self.problem.inplace and self.gradient:
+            self.d_hidden[:, self.vocabulary :].zero_()
+            if self.index is not None:
+                self.d_hidden.masked_fill_(~self.problem.counted[:, None], 0.0)
+        p, out = self.problem, self.per_row
+        total = (p.factor.double() * out["divergence"].double())[_counted(self.index)].sum()
+        if p.label_factor is not None:
+            total = total + (p.label_factor.double() * out["nll"].double())[_counted(self.index)].sum()
+        entries = max(self.count, 1) * self.vocabulary
+        filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
+        d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
+        return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)
+
+    def _project(self, chunk: _Chunk, side: Projection, which: int, first: int, rows: int) -> torch.Tensor:
+        """Products of one tile, ``[rows, stride]``, before bias, scale and softcap."""
+        at = first if self.plan.stored else 0
+        z = self.logits[which][at : at + rows, : chunk.stride]
+        if not isinstance(side, GivenLogits):
+            return torch.mm(self._weight(side, first, rows), chunk.hidden[which].T, out=z)
+        given = side.hidden[:, first : first + rows]
+        z[:, : chunk.tokens].copy_((given[chunk.part] if self.index is None else given.index_select(0, chunk.rows)).T)
+        z[:, chunk.tokens :].zero_()
+        return z
+
+    def _weight(self, side: Projection, first: int, rows: int) -> torch.Tensor:
+        weight = side.weight[first : first + rows]
+        if weight.dtype == torch.float32:
+            return weight
+        return self.upcast[:rows].view(-1)[: rows * weight.shape[1]].view(rows, -1).copy_(weight)
+
+    def _tile(self, chunk: _Chunk, first: int, rows: int) -> list[torch.Tensor]:
+        sides = [self.problem.student] + ([self.problem.teacher] if self.problem.target in DENSE else [])
+        return [self._project(chunk, side, which, first, rows) for which, side in enumerate(sides)]
+
+    def _statistics(self, chunk: _Chunk) -> None:
+        """Maxima and sums of exponentials of every row, unless they are known."""
+        if self.plan.first_pass:
+            chunk.c.picking = True
+            for first, rows in self.tiles():
+                z = self._tile(chunk, first, rows)
+                _cpu.stats("", chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
+            chunk.c.picking = False
+        chunk.finish()
+
+    def _losses(self, chunk: _Chunk) -> None:
+        """What the gradient needs beyond the log-sum-exps: jsd's KL(s || m)."""
+        if self.problem.target != "jsd" or not self.gradient:
+            return
+        for first, rows in self.tiles():
+            z = self._second(chunk, first, rows)
+            _cpu.loss("", chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
+        chunk.mix()
+
+    def _second(self, chunk: _Chunk, first: int, rows: int) -> list[torch.Tensor]:
+        """A tile of shaped logits after the first pass."""
+        if self.plan.stored:
+            return [z[first : first + rows] for z in self.logits]
+        z = self._tile(chunk, first, rows)
+        for which, tile in enumerate(z):
+            _cpu.shape("", chunk.c, tile.data_ptr(), which == 0, first, rows)
+        return z
+
+    def _gradient(self, chunk: _Chunk, number: int, first: int, rows: int) -> None:
+        """Loss of a tile, and its share of every gradient."""
+        p = self.problem
+        needs_hidden, needs_weight, needs_bias = p.needs
+        z = self._second(chunk, first, rows)
+        teacher = z[1].data_ptr() if len(z) > 1 else 0
+        largest, squares = _cpu.loss("", chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
+        if not self.gradient:
+            return
+        dz = z[0][:, : chunk.stride]
+        skip = p.filter_below > 0 and largest < p.filter_below
+        if skip:
+            self.skipped += rows * chunk.tokens
+            self.dropped += squares
+        if needs_hidden and isinstance(p.student, GivenLogits):
+            part = dz[:, : chunk.tokens].T
+            part = torch.zeros_like(part) if skip else part
+            place = self.d_hidden[:, first : first + rows]
+            if self.index is None:
+                place[chunk.part].copy_(part)
+            else:
+                place.index_copy_(0, chunk.rows, part.to(place.dtype))
+        elif needs_hidden and not skip:
+            weight = self._weight(p.student, first, rows)
+            chunk.d_hidden.addmm_(dz.T, weight)
+        if needs_bias and not skip:
+            self.d_bias[first : first + rows] += dz.sum(1)
+        if needs_weight:
+            self._weight_gradient(dz, chunk, number, first, rows, skip)
+
+    def _weight_gradient(self, dz: torch.Tensor, chunk: _Chunk, number: int, first: int, rows: int, skip: bool) -> None:
+        outer = self.plan.outer == "vocabulary"
+        if self.direct or self.plan.accumulator:
+            out = (self.d_weight if self.direct else self.sum_weight)[first : first + rows]
+        else:
+            out = self.product[:rows]
+        fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the chunks before
+        if skip:
+            out.zero_() if fresh else None
+        elif fresh:
+            torch.mm(dz, chunk.hidden[0], out=out)
+        else:
+            out.addmm_(dz, chunk.hidden[0])
+        if self.direct or self.plan.accumulator or outer:
+            return
+        target = self.d_weight[first : first + rows]
+        target.copy_(out) if number == 0 else target.add_(out)
+
+
+class _Chunk:
+    """Some of the rows: hidden states, state and factors, padded to whole vectors."""
+
+    def __init__(self, run: _Run, start: int, tokens: int) -> None:
+        p = run.problem
+        self.run, self.tokens, self.stride = run, tokens, plans.padded(tokens)
+        self.part = slice(start, start + tokens)
+        self.rows = None if run.index is None else run.index[self.part]
+        dense = p.target in DENSE
+        self.state = torch.zeros(_cpu.FIELDS, self.stride, dtype=torch.float64)
+        self.state[[_MAX_S, _MAX_T]] = -math.inf
+        self.state[[_TOP_S, _TOP_T]] = -1
+        self.state[_LABEL] = math.nan
+        self.float = torch.zeros(7, self.stride)  # lse_s, lse_t, dlse, offset, weight, own, label weight
+        self.float[:2] = _NOWHERE
+        gain = p.student.scale / p.student.temperature
+        self.float[4, :tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
+        self.labels = None
+        if p.label_factor is not None:
+            self.float[5, :tokens] = self.take(p.label_factor) * gain
+            if p.labels is not None:
+                self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
+                self.labels[:tokens] = self.take(p.labels)
+                self.float[6] = self.float[5] * (self.labels >= 0)
+        self._hidden: list[torch.Tensor] | None = None
+        self.d_hidden = None
+        c = self.c = _cpu.Chunk()
+        c.tokens, c.stride, c.leading = tokens, self.stride, run.stride
+        c.target = {"uniform": 1, "forward": 1, "reverse": 2, "jsd": 3}.get(p.target, 0)
+        c.uniform, c.beta, c.statistics = p.target == "uniform", p.beta, p.statistics and dense
+        c.teacher_sums = dense and p.lse_t is None
+        self.biases = [_set_shape(c.student, p.student)]
+        if dense:
+            self.biases.append(_set_shape(c.teacher, p.teacher))
+        c.state, c.partial = self.state.data_ptr(), run.partial.data_ptr()
+        for name, row in zip(("lse_s", "lse_t", "dlse", "offset", "weight", "own", "label_weight"), self.float, strict=True):
+            setattr(c, name, row.data_ptr())
+        c.labels = 0 if self.labels is None else self.labels.data_ptr()
+        self.indices = self.logprobs = None
+        if p.target in SPARSE:
+            known = p.indices.shape[-1]
+            self.indices = torch.full((self.stride, known), -1, dtype=torch.int64)
+            self.indices[:tokens] = self.take(p.indices)
+            self.picked = torch.full((self.stride, known), -math.inf)
+            c.known, c.indices, c.picked = known, self.indices.data_ptr(), self.picked.data_ptr()
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The chunk's rows of a tensor over all rows."""
+        return tensor[self.part] if self.rows is None else tensor.index_select(0, self.rows)
+
+    @property
+    def hidden(self) -> list[torch.Tensor]:
+        """Hidden states of student and teacher in float32, ``[stride, d]``, zeros past the last token."""
+        if self._hidden is None:
+            p = self.run.problem
+            sides = [p.student] + ([p.teacher] if p.target in DENSE else [])
+            self._hidden = [self._float(side.hidden) for side in sides if not isinstance(side, GivenLogits)]
+            if p.needs[0] and self._hidden:
+                self.d_hidden = torch.zeros(self.stride, p.student.hidden.shape[1])
+        return self._hidden
+
+    def _float(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = self.take(hidden)
+        if rows.dtype == torch.float32 and self.tokens == self.stride:
+            return rows
+        padded = torch.zeros(self.stride, rows.shape[1])
+        padded[: self.tokens] = rows
+        return padded
+
+    def finish(self) -> None:
+        """Log-sum-exps, and everything that follows from them before the gradient."""
+        run, p, n = self.run, self.run.problem, self.tokens
+        state = self.state[:, :n]
+        if run.plan.first_pass:
+            lse_s = state[_MAX_S] + state[_SUM_S].log()
+        else:
+            lse_s = self.take(p.lse_s).double()
+        if p.target in SPARSE:
+            lse_s = self._sparse(lse_s)
+        self.float[0, :n] = lse_s
+        if p.target == "uniform":
+            lse_t = torch.full_like(lse_s, math.log(run.vocabulary))
+        elif p.target in DENSE:
+            lse_t = self.take(p.lse_t).double() if p.lse_t is not None else state[_MAX_T] + state[_SUM_T].log()
+        if p.target in (*DENSE, "uniform"):
+            self.float[1, :n] = lse_t
+            self.float[2, :n] = lse_s - lse_t
+        if p.target == "reverse":
+            self.float[3, :n] = (state[_CROSS] / state[_SUM_S] - (lse_s - lse_t)).clamp_min(0)
+        self._put("lse_s", lse_s)
+        if p.target in DENSE:
+            self._put("lse_t", lse_t)
+        if p.statistics and p.target in DENSE:
+            self._put("entropy", state[_SUM_T].log() - state[_ENERGY] / state[_SUM_T])
+            self._put("agreement", (state[_TOP_S] == state[_TOP_T]).double())
+        if p.label_factor is not None and self.labels is None:
+            self._put("nll", lse_s)
+
+    def mix(self) -> None:
+        """jsd's KL(s || m), which the gradient subtracts; the loss pass that follows sums again."""
+        self.float[3, : self.tokens] = self.state[_MIXED, : self.tokens]
+        self.state[[_VALUE, _MIXED]] = 0
+
+    def close(self) -> None:
+        """Hands the chunk's rows over and frees its arrays."""
+        p, n = self.run.problem, self.tokens
+        if p.target in (*DENSE, "uniform"):
+            self._put("divergence", self.state[_VALUE, :n])
+        if self.labels is not None:
+            lse = self.float[0, :n].double()
+            label = self.state[_LABEL, :n]
+            self._put("nll", lse - torch.where(self.labels[:n] < 0, 0.0, label))
+        if self.d_hidden is not None and not isinstance(p.student, GivenLogits):
+            gradient = self.d_hidden[:n]
+            if self.rows is None:
+                self.run.d_hidden[self.part].copy_(gradient)
+            else:
+                self.run.d_hidden.index_copy_(0, self.rows, gradient.to(self.run.d_hidden.dtype))
+        self._hidden = self.d_hidden = None
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        out = self.run.per_row[name]
+        if self.rows is None:
+            out[self.part] = values.float()
+        else:
+            out.index_copy_(0, self.rows, values.float())
+
+    def _sparse(self, lse_rest: torch.Tensor) -> torch.Tensor:
+        """Divergence and gradient at the known entries, and the factor of the rest's; returns the whole log-sum-exp."""
+        p, n = self.run.problem, self.tokens
+        gain = p.student.scale / p.student.temperature
+        known = self.indices[:n] >= 0
+        z = torch.where(known, self.picked[:n].double(), -math.inf)
+        lse_known = torch.logsumexp(z, -1)
+        lse = torch.logaddexp(lse_rest, lse_known)
+        log_t = torch.where(known, self.take(p.logprobs).double(), -math.inf)
+        factor = self.take(p.factor).double()
+        if p.target == "renormalize":
+            log_t = log_t - torch.logsumexp(log_t, -1, keepdim=True).nan_to_num(neginf=0.0)
+            log_s = z - lse_known.nan_to_num(neginf=0.0)[:, None]
+        else:
+            log_s = z - lse[:, None]
+        x = torch.where(known, log_s - log_t, 0.0)
+        base = torch.where(known, log_t, 0.0)
+        terms = torch.where(known, bregman(base, x), 0.0)
+        slope = torch.where(known, torch.where(x > 1, log_s.exp() - log_t.exp(), log_t.exp() * torch.expm1(x)), 0.0)
+        value = terms.sum(-1)
+        if p.target == "bucket":
+            left = 1 - torch.where(known, log_t.exp(), 0.0).sum(-1)
+            has_rest = lse_rest > -math.inf
+            open_ = has_rest & (left > 0)
+            log_left = torch.log1p(-torch.where(open_, 1 - left, 0.0))
+            log_rest = torch.where(has_rest, lse_rest - lse, 0.0)
+            gap = torch.where(open_, log_rest - log_left, 0.0)
+            value = value + torch.where(
+                open_, bregman(torch.where(open_, log_left, 0.0), gap), torch.where(has_rest, log_rest.exp(), 0.0)
+            )
+            own = torch.where(open_, -torch.expm1(-gap), 1.0) * has_rest
+            self.float[5, :n] = factor * own * gain
+        chain = 1.0
+        if p.student.softcap is not None:
+            chain = 1 - torch.where(known, z * p.student.temperature / p.student.softcap, 0.0) ** 2
+        self.picked[:n] = (slope * chain * factor[:, None] * gain).float()
+        self._put("divergence", value)
+        return lse
+
+
+def _counted(index: torch.Tensor | None) -> torch.Tensor | slice:
+    return slice(None) if index is None else index
+
+
+def _set_shape(shape: object, side: Projection) -> torch.Tensor | None:
+    """Copies the head's options; returns the bias in float32, to be kept alive."""
+    shape.scale, shape.cap, shape.temperature = side.scale, side.softcap or 0.0, side.temperature
+    if side.bias is None:
+        return None
+    bias = side.bias.float().contiguous()
+    shape.bias = bias.data_ptr()
+    return bias
