@@ -86,15 +86,24 @@ def unavailable() -> dict[str, str]:
 
 
 def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on tensors of ``device``: the requested one, else the preferred one, else the reference."""
+    """The backend that runs ``op`` on tensors of ``device``: the requested one, else the preferred one, else the reference.
+
+    The reference of the vocabulary losses is not registered: it is plain PyTorch, which autograd differentiates at the face.
+    """
     available = _implementations[op]
     wanted = requested_backend()
+    if wanted == "reference":
+        return wanted
     preferred = wanted or ("cpu" if device.type == "cpu" else "triton")
     if preferred in available and preferred not in _unavailable:
         return preferred
     if wanted is not None or (preferred in available and preferred in _unavailable):
         _warn_once(op, preferred, _unavailable.get(preferred, "this op has no such implementation"))
     return "reference"
+
+
+# A compiled graph keeps the choice that was made when it was traced (torch.compiler.assume_constant_result, without its imports).
+choose._dynamo_marked_constant = True
 
 
 def implementation(op: str, device: torch.device) -> Callable:

@@ -130,11 +130,8 @@ def cpu_plan(problem: Problem, count: int) -> CpuPlan:
 def _widest(problem: Problem, count: int, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """The plan with as many tokens a chunk as the workspace holds, at most the default's."""
     vocabulary = problem.student.vocabulary
-    if stored:
-        rows = max(_ROWS, _LOGITS // (8 * vocabulary)) if budget is None else count
-    else:
-        rows = 2 * _ROWS
-    rows = min(padded(rows), padded(count))
+    most = max(_ROWS, _LOGITS // (8 * vocabulary)) if budget is None else count
+    rows = min(padded(most if stored else 2 * _ROWS), padded(count))
     while rows >= LANES:
         plan = _cpu_plan(problem, count, stored, block_v, rows)
         if budget is None or plan.workspace_bytes <= budget:

@@ -80,7 +80,8 @@ def _run(*values: Any) -> Result:
 
 def _run_rows(*values: Any) -> Result:
     problem, backend = _problem(*values)
-    return implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(False, False, False)))
+    plan = "auto" if problem.plan == "inplace" else problem.plan  # a word to the backward
+    return implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(False, False, False), plan=plan))
 
 
 def _run_logits_(*values: Any) -> None:
@@ -91,7 +92,7 @@ def _run_logits_(*values: Any) -> None:
 def _scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     if factor.device.type == "cpu" and float(factor) == 1.0:  # a GPU's scalar is not looked at: the host would wait
         return
-    gradient.mul_(factor.to(gradient.dtype) if factor.dtype == torch.float64 else factor)
+    gradient.mul_(factor)
 
 
 def _shapes(*values: Any) -> Result:
@@ -131,8 +132,13 @@ for _name, _function, _fake in (
     ("vocab_loss_logits_", _run_logits_, lambda *values: None),
     ("scale_", _scale_, lambda gradient, factor: None),
 ):
-    torch.library.impl(f"undo::{_name}", ("CPU", "CUDA"))(_function)
+    torch.library.impl(f"undo::{_name}", ("cpu", "cuda"))(_function)
     torch.library.register_fake(f"undo::{_name}")(_fake)
+
+
+def _eager(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is one, and not the stand-in of a graph being traced."""
+    return type(tensor) is torch.Tensor
 
 
 def _no_double_backward() -> None:
@@ -157,9 +163,13 @@ def _backward_total(ctx: Any, grad_total: torch.Tensor | None, *others: Any) -> 
     gradients: list[torch.Tensor | None] = [None, None, None]
     if grad_total is not None:
         for number, gradient in enumerate(ctx.saved_tensors):
-            if ctx.needs[number]:
+            if not ctx.needs[number]:
+                continue
+            if _eager(gradient):
                 torch.ops.undo.scale_(gradient, grad_total)
-                gradients[number] = gradient.to(ctx.dtypes[number])
+            else:  # a graph has its own way to reuse the memory, and may have handed the gradient out
+                gradient = gradient * grad_total
+            gradients[number] = gradient.to(ctx.dtypes[number])
     return (*gradients, *[None] * (len(_NAMES) - 3))
 
 
@@ -185,8 +195,10 @@ def _backward_rows(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *other
     a["lse_s"], a["lse_t"] = lse_s, lse_t if a["target"] in DENSE else None
     a["needs"], a["statistics"] = list(ctx.needs_input_grad[:3]), False
     dtypes = [a[name].dtype if a[name] is not None else None for name in ("hidden", "weight", "bias")]
-    if a["plan"] == "inplace":
-        a["plan"], a["needs"] = "auto", [True, False, False]
+    inplace = a["plan"] == "inplace"
+    a["plan"] = "auto" if inplace else a["plan"]
+    if inplace and _eager(a["hidden"]):
+        a["needs"] = [True, False, False]
         torch.ops.undo.vocab_loss_logits_(*a.values())
         gradients = [a["hidden"], None, None]
     else:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from undo_kernels import backend
 
 from undo_core import ops
-from undo_kernels import backend
 
 
 def draw(rows=9, vocabulary=37, width=6, dtype=torch.float64, seed=0, spread=1.0, teacher_width=None):

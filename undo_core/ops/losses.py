@@ -163,6 +163,8 @@ def kl_div(
     normalizer: float | torch.Tensor | None = None,
     return_stats: bool = False,
     max_counted: int | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
     inplace_grad: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
     """:func:`linear_kl_div` where the logits exist already (scale, softcap and bias applied).
@@ -188,7 +190,7 @@ def kl_div(
     student = _given("temperature", student_logits, temperature, size)
     teacher = _given("temperature", teacher_logits, temperature, size)
     tokens = Tokens.checked(student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted)
-    memory = {"inplace": inplace_grad}
+    memory = {**_memory(plan, workspace_bytes), "inplace": inplace_grad}
     return _kl(
         student, teacher, tokens, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )
@@ -364,6 +366,8 @@ def sparse_kl_div(
     reduction: Reduction = "mean",
     normalizer: float | torch.Tensor | None = None,
     max_counted: int | None = None,
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> torch.Tensor:
     """:func:`linear_sparse_kl_div` where the student's logits ``[..., V]`` exist already."""
     checks.float_tensor("student_logits", student_logits, "[..., V]")
@@ -371,7 +375,8 @@ def sparse_kl_div(
     projection = _given("temperature", student_logits, temperature, checks.vocabulary(vocab_size, student_logits.shape[-1]))
     tokens = Tokens.checked(leading, student_logits.device, token_weight, reduction, normalizer, max_counted)
     counted = _mask(mask, leading, student_logits.device)
-    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, counted, {})
+    memory = _memory(plan, workspace_bytes)
+    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, counted, memory)
 
 
 def explain(

@@ -21,8 +21,8 @@ import torch
 from undo_kernels import plan as plans
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
-from undo_kernels.reference.divergence import bregman
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.reference.divergence import bregman
 
 try:
     from undo_kernels import _cpu
@@ -30,6 +30,7 @@ except ImportError:
     _cpu = None  # marked unavailable by the package
 
 _MAX_S, _SUM_S, _MAX_T, _SUM_T, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(11)
+INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machine
 _NOWHERE = 1e30  # log-sum-exp of lanes past the last token: every probability is 0 there
 
 
@@ -165,7 +166,7 @@ class _Run:
             chunk.c.picking = True
             for first, rows in self.tiles():
                 z = self._tile(chunk, first, rows)
-                _cpu.stats("", chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
+                _cpu.stats(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
             chunk.c.picking = False
         chunk.finish()
 
@@ -175,7 +176,7 @@ class _Run:
             return
         for first, rows in self.tiles():
             z = self._second(chunk, first, rows)
-            _cpu.loss("", chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
+            _cpu.loss(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
         chunk.mix()
 
     def _second(self, chunk: _Chunk, first: int, rows: int) -> list[torch.Tensor]:
@@ -184,7 +185,7 @@ class _Run:
             return [z[first : first + rows] for z in self.logits]
         z = self._tile(chunk, first, rows)
         for which, tile in enumerate(z):
-            _cpu.shape("", chunk.c, tile.data_ptr(), which == 0, first, rows)
+            _cpu.shape(INSTRUCTION_SET, chunk.c, tile.data_ptr(), which == 0, first, rows)
         return z
 
     def _gradient(self, chunk: _Chunk, number: int, first: int, rows: int) -> None:
@@ -193,7 +194,7 @@ class _Run:
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, rows)
         teacher = z[1].data_ptr() if len(z) > 1 else 0
-        largest, squares = _cpu.loss("", chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
+        largest, squares = _cpu.loss(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
         if not self.gradient:
             return
         dz = z[0][:, : chunk.stride]
@@ -309,10 +310,7 @@ class _Chunk:
         """Log-sum-exps, and everything that follows from them before the gradient."""
         run, p, n = self.run, self.run.problem, self.tokens
         state = self.state[:, :n]
-        if run.plan.first_pass:
-            lse_s = state[_MAX_S] + state[_SUM_S].log()
-        else:
-            lse_s = self.take(p.lse_s).double()
+        lse_s = state[_MAX_S] + state[_SUM_S].log() if run.plan.first_pass else self.take(p.lse_s).double()
         if p.target in SPARSE:
             lse_s = self._sparse(lse_s)
         self.float[0, :n] = lse_s

@@ -7,15 +7,13 @@ chunks of rows that are recomputed in the backward pass.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from undo_kernels.library import register
-from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
-from undo_kernels.reference.divergence import divergence_rows, sparse_rows
+from undo_kernels.problem import DENSE, SPARSE, Problem
 from undo_kernels.projection import Projection
+from undo_kernels.reference.divergence import divergence_rows, sparse_rows
 
 COPIES = {
     "own": 2,
@@ -46,45 +44,6 @@ def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
     divergence, nll, *statistics = outputs
     names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
     return divergence, nll, {name: value.detach() for name, value in zip(names, statistics, strict=False)}
-
-
-@register("vocab_loss", "reference")
-def vocab_loss(problem: Problem) -> Result:
-    """The op of ``undo_kernels.torch_ops`` by autograd; its results are in float32, as every backend's are."""
-    p, rows = problem.taken()
-    parts = [p.student.hidden, p.student.weight, p.student.bias]
-    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(parts, p.needs, strict=True)]
-    p = replace(p, student=replace(p.student, hidden=leaves[0], weight=leaves[1], bias=leaves[2]))
-    with torch.enable_grad():
-        divergence, nll, statistics = row_losses(p)
-        total = (p.factor * divergence).sum()
-        total = total if p.label_factor is None else total + (p.label_factor * nll).sum()
-    wanted = [leaf for leaf, need in zip(leaves, p.needs, strict=True) if need]
-    found = iter(torch.autograd.grad(total, wanted) if wanted and p.rows else [torch.zeros_like(t) for t in wanted])
-    none = total.new_zeros(0, dtype=torch.float32)
-    gradients = [
-        next(found).to(gradient_dtype(leaf.dtype)) if need else none for leaf, need in zip(leaves, p.needs, strict=True)
-    ]
-
-    def spread(values: torch.Tensor | None) -> torch.Tensor:
-        if values is None:
-            return none
-        values = values.detach()
-        return values.new_zeros(problem.rows, *values.shape[1:]).index_put((rows,), values) if torch.is_tensor(rows) else values
-
-    d_hidden = spread(gradients[0]) if p.needs[0] else none
-    if problem.inplace and p.needs[0]:
-        d_hidden = problem.student.hidden.copy_(d_hidden)
-    names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
-    return Result(
-        total.detach().float(),
-        spread(divergence).float(),
-        none if p.label_factor is None else spread(nll).float(),
-        *(none if statistics.get(name) is None else spread(statistics[name]).float() for name in names),
-        total.new_zeros(2, dtype=torch.float32),
-        d_hidden,
-        *gradients[1:],
-    )
 
 
 def _chunk(
