@@ -26,6 +26,7 @@ struct Chunk {
   bool uniform = false;       // the teacher is uniform: its logits are 0 and never read
   bool teacher_sums = true;   // false: lse_t was given
   bool statistics = false;
+  bool full = true;           // false: `own` is 0 everywhere and nobody asks for the Peak
   float beta = 0.5f;
   Shape student, teacher;
   double* state = nullptr;    // [FIELDS][stride]

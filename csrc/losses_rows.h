@@ -10,8 +10,8 @@
 
 UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
   z = (z + bias) * shape.scale;
-  if (shape.cap != 0) z = shape.cap * tanh(z / shape.cap);
-  return shape.temperature == 1 ? z : z / shape.temperature;
+  if (shape.cap != 0) z = shape.cap * tanh(z * (1 / shape.cap));
+  return shape.temperature == 1 ? z : z * (1 / shape.temperature);
 }
 
 UNDO_INLINE float bias_of(const Shape& shape, int64_t v) { return shape.bias ? shape.bias[v] : 0.0f; }
@@ -165,7 +165,8 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
   take_labels(c, z_s, first, rows);
 }
 
-template <int TARGET>
+// FULL: with the student's own term (labels, lse) and the figures of the block filter; the plain case has neither.
+template <int TARGET, bool FULL>
 UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t rows, bool gradient, double* out, int64_t i) {
   const V lse_s = load(c.lse_s + i), weight = load(c.weight + i), own = load(c.own + i);
   const V lse_t = TARGET == OWN ? V{} : load(c.lse_t + i), dlse = TARGET == OWN ? V{} : load(c.dlse + i);
@@ -178,30 +179,28 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
     next_lines<TARGET != OWN>(c, z_s, z_t, v);
     const V s = load(z_s + v * c.leading);
     const V log_s = s - lse_s;
-    V p_s, g;
+    V g;
     if (TARGET == OWN) {
       if (!gradient) break;
-      p_s = exp(log_s);
+      const V p_s = exp(log_s);
       g = own * p_s;
-      most = max(most, p_s);
+      if (FULL) most = max(most, p_s);
     } else {
       const V t = c.uniform ? V{} : load(z_t + v * c.leading);
       const V log_t = t - lse_t;
       V x = s - t - dlse;
       const I up = x > 0.0f;  // the student's probability is the larger one
       const V log_big = up ? log_s : log_t;
-      const I gone = log_big < LOWEST;  // both underflow
-      x = gone ? V{} : x;
+      x = log_big < LOWEST ? V{} : x;           // both underflow
       x = max(all(-1e30f), min(all(1e30f), x));  // 0 * inf would be NaN
       const V big = exp(log_big), u = -magnitude(x);
       V w, q;
       expm1(u, w, q);
-      const V small = fma(big, w, big);
-      p_s = up ? big : small;
+      const V p_s = up ? big : fma(big, w, big);
       if (TARGET == FORWARD || TARGET == REVERSE) {
         // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); apart where that would cancel.
-        const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w + 1.0f, u, -w);
-        value += big * ((TARGET == FORWARD) ? (up ? other : q) : (up ? q : other));
+        const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w, u, u - w);
+        value = fma(big, (TARGET == FORWARD) ? (up ? other : q) : (up ? q : other), value);
         g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (x - offset);
       } else {
         const V low = up ? beta_t : beta_s, high = up ? beta_s : beta_t;  // weights of the smaller and the larger side in m
@@ -217,12 +216,12 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
         mixed += m * max(V{}, up ? phi_big : phi_small);
         g = beta_s * p_s * ((up ? log_big_m : log_small_m) - offset);
       }
-      most = max(most, magnitude(g));
-      g = fma(own, p_s, g * weight);
+      if (FULL) most = max(most, magnitude(g));
+      g = FULL ? fma(own, p_s, g * weight) : g * weight;
     }
     if (gradient) {
       if (capped) g *= fma(s * uncap, -(s * uncap), all(1.0f));
-      squares = fma(g, g, squares);
+      if (FULL) squares = fma(g, g, squares);
       store(z_s + v * c.leading, g);
     }
   }
@@ -230,6 +229,14 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
   put(out + MIXED * c.stride, i, mixed);
   put(out + MAX_S * c.stride, i, most);
   put(out + SUM_S * c.stride, i, squares);
+}
+
+template <bool FULL>
+UNDO_INLINE void block_loss_of(const Chunk& c, float* s, const float* t, int64_t rows, bool gradient, double* out, int64_t i) {
+  if (c.target == OWN) block_loss<OWN, FULL>(c, s, t, rows, gradient, out, i);
+  else if (c.target == FORWARD) block_loss<FORWARD, FULL>(c, s, t, rows, gradient, out, i);
+  else if (c.target == REVERSE) block_loss<REVERSE, FULL>(c, s, t, rows, gradient, out, i);
+  else block_loss<JSD, FULL>(c, s, t, rows, gradient, out, i);
 }
 
 Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient) {
@@ -242,10 +249,8 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
     float* s = z_s + start * c.leading + i;
     const float* t = z_t ? z_t + start * c.leading + i : nullptr;
     double* out = c.partial + b * FIELDS * c.stride;
-    if (c.target == OWN) block_loss<OWN>(c, s, t, count, gradient, out, i);
-    else if (c.target == FORWARD) block_loss<FORWARD>(c, s, t, count, gradient, out, i);
-    else if (c.target == REVERSE) block_loss<REVERSE>(c, s, t, count, gradient, out, i);
-    else block_loss<JSD>(c, s, t, count, gradient, out, i);
+    if (c.full) block_loss_of<true>(c, s, t, count, gradient, out, i);
+    else block_loss_of<false>(c, s, t, count, gradient, out, i);
   }
   Peak peak = {0, 0};
   for (int64_t b = 0; b < blocks; ++b) {

@@ -49,6 +49,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def_readwrite("uniform", &Chunk::uniform)
       .def_readwrite("teacher_sums", &Chunk::teacher_sums)
       .def_readwrite("statistics", &Chunk::statistics)
+      .def_readwrite("full", &Chunk::full)
       .def_readwrite("beta", &Chunk::beta)
       .def_readwrite("student", &Chunk::student)
       .def_readwrite("teacher", &Chunk::teacher)

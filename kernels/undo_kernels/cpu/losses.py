@@ -267,6 +267,7 @@ class _Chunk:
         c.tokens, c.stride, c.leading = tokens, self.stride, run.stride
         c.target = {"uniform": 1, "forward": 1, "reverse": 2, "jsd": 3}.get(p.target, 0)
         c.uniform, c.beta, c.statistics = p.target == "uniform", p.beta, p.statistics and dense
+        c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
         c.teacher_sums = dense and p.lse_t is None
         self.biases = [_set_shape(c.student, p.student)]
         if dense:
