@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "amx.h"
 #include "losses.h"
 #include "noise.h"
 
@@ -29,6 +30,14 @@ PYBIND11_MODULE(_cpu, module) {
         undo::noise_uniform_f32(reinterpret_cast<float*>(address), count, start, seed, hashed, k, c);
       },
       py::arg("address"), py::arg("count"), py::arg("start"), py::arg("seed"), py::arg("hashed"), py::arg("k"), py::arg("c"));
+
+  module.def("amx_available", &undo::amx_available);
+  module.def("amx_project", [](uintptr_t weight, int64_t stride_w, int64_t rows, uintptr_t packed, int64_t tokens, int64_t width,
+                               uintptr_t z, int64_t stride_z) {
+    py::gil_scoped_release released;
+    undo::amx_project(reinterpret_cast<const uint16_t*>(weight), stride_w, rows, reinterpret_cast<const uint32_t*>(packed), tokens,
+                      width, reinterpret_cast<float*>(z), stride_z);
+  });
 
   module.attr("BLOCK") = undo::BLOCK;
   module.attr("FIELDS") = int(undo::FIELDS);

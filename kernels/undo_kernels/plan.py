@@ -74,6 +74,7 @@ class CpuPlan:
         second_pass: whether the logits are needed again after them.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
         upcast_width: columns of the buffer that 16-bit weights are widened into.
+        narrow: whether the gradient's products are bfloat16's own, of a gradient rounded to it.
         workspace_bytes: everything beyond inputs, outputs and a few floats a token.
         products: matrix products over ``[tokens, V, d]``, counted at the mean width.
     """
@@ -87,6 +88,7 @@ class CpuPlan:
     second_pass: bool
     accumulator: bool
     upcast_width: int
+    narrow: bool
     workspace_bytes: int
     products: float
 
@@ -105,8 +107,14 @@ def prefers_direct(rows: int, vocabulary: int) -> bool:
     return vocabulary < _DIRECT_VOCABULARY or rows * vocabulary < _DIRECT_ELEMENTS
 
 
-def cpu_plan(problem: Problem, count: int) -> CpuPlan:
-    """The fastest plan of the C++ backend that fits the workspace, for ``count`` counted rows.
+def tiled(side: Projection) -> bool:
+    """Whether AMX tiles can take this head's product."""
+    dtypes = {side.hidden.dtype, side.weight.dtype}
+    return not isinstance(side, GivenLogits) and dtypes == {torch.bfloat16} and side.hidden.shape[1] % 32 == 0
+
+
+def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
+    """The fastest plan of the C++ backend that fits the workspace, for ``count`` counted rows; ``amx``: there are tiles.
 
     Raises:
         ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
@@ -117,33 +125,33 @@ def cpu_plan(problem: Problem, count: int) -> CpuPlan:
     plans = []
     for stored in {"auto": (True, False), "chunk": (True,), "recompute": (False,)}[problem.plan]:
         for block_v in (_BLOCK_V, 256, _BLOCK):
-            plan = _widest(problem, count, stored, block_v, budget)
+            plan = _widest(problem, count, amx, stored, block_v, budget)
             if plan is not None and (budget is None or plan.workspace_bytes <= budget):
                 plans.append(plan)
                 break
     if plans:
         return min(plans, key=CpuPlan.cost)
-    least = _cpu_plan(problem, count, problem.plan == "chunk", _BLOCK, LANES)
+    least = _cpu_plan(problem, count, amx, problem.plan == "chunk", _BLOCK, LANES)
     raise ValueError(f"workspace_bytes: got {budget}, wanted at least {least.workspace_bytes} for these shapes")
 
 
-def _widest(problem: Problem, count: int, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
+def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """The plan with as many tokens a chunk as the workspace holds, at most the default's."""
     vocabulary = problem.student.vocabulary
     most = max(_ROWS, _LOGITS // (8 * vocabulary)) if budget is None else count
     rows = min(padded(most if stored else 2 * _ROWS), padded(count))
     while rows >= LANES:
-        plan = _cpu_plan(problem, count, stored, block_v, rows)
+        plan = _cpu_plan(problem, count, amx, stored, block_v, rows)
         if budget is None or plan.workspace_bytes <= budget:
             # Chunks of one size: the last one is not a remainder of a few tokens.
             even = padded(-(-count // max(1, -(-count // rows))))
-            return _cpu_plan(problem, count, stored, block_v, min(rows, even))
+            return _cpu_plan(problem, count, amx, stored, block_v, min(rows, even))
         over = plan.workspace_bytes - budget
         rows -= max(LANES, over // (16 * vocabulary) // LANES * LANES)
     return None
 
 
-def _cpu_plan(problem: Problem, count: int, keep: bool, block_v: int, rows: int) -> CpuPlan:
+def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int, rows: int) -> CpuPlan:
     p = problem
     dense = p.target in DENSE
     sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
@@ -155,8 +163,11 @@ def _cpu_plan(problem: Problem, count: int, keep: bool, block_v: int, rows: int)
     outer = "vocabulary" if second_pass and not stored else "rows"
     chunks = max(1, -(-count // rows))
     linear = [side for side in sides if not isinstance(side, GivenLogits)]
-    narrow = [side for side in linear if side.weight.dtype != torch.float32]
-    upcast_width = max((side.weight.shape[1] for side in narrow), default=0)
+    narrow = stored and amx and any(p.needs) and tiled(p.student)
+    widened = [side for side in linear if side.weight.dtype != torch.float32 and not (amx and tiled(side))]
+    if amx and tiled(p.student) and p.needs[0] and not narrow:
+        widened.append(p.student)
+    upcast_width = max((side.weight.shape[1] for side in widened), default=0)
     narrow_gradient = p.needs[1] and p.student.weight.dtype == torch.bfloat16
     accumulator = narrow_gradient and outer == "rows" and chunks > 8
     held = rows * (chunks if outer == "vocabulary" else 1)
@@ -168,6 +179,8 @@ def _cpu_plan(problem: Problem, count: int, keep: bool, block_v: int, rows: int)
     floats += held * (sum(side.hidden.shape[1] for side in copied) + (width if p.needs[0] else 0))
     floats += block_v * width if narrow_gradient else 0
     floats += vocabulary * width if accumulator else 0
+    floats += (block_v * rows + held * 2 * width) // 2 if narrow else 0
+    floats += sum(held * side.hidden.shape[1] // 2 for side in linear if amx and tiled(side))
     floats += sum(side.weight.shape[0] for side in sides if side.bias is not None and side.bias.dtype != torch.float32)
     if len(linear) < len(sides):
         floats += len(sides) * block_v * rows  # gathered logits
@@ -176,7 +189,7 @@ def _cpu_plan(problem: Problem, count: int, keep: bool, block_v: int, rows: int)
     name = "chunk" if stored else "recompute" if second_pass and not known else "one pass"
     return CpuPlan(
         name, rows, block_v, stored, outer, not known, second_pass, accumulator, upcast_width,
-        4 * floats, products,
+        narrow, 4 * floats, products,
     )  # fmt: skip
 
 
@@ -194,7 +207,9 @@ def describe(op: str, problem: Problem, backend: str) -> Plan:
 
         return costs.describe(op, problem)
     if backend == "cpu":
-        plan = cpu_plan(problem, rows)
+        from undo_kernels.cpu.losses import has_amx
+
+        plan = cpu_plan(problem, rows, has_amx())
         chunks = max(1, math.ceil(rows / plan.rows_per_chunk))
         passes = plan.first_pass + plan.second_pass
         logits = 4 * len(sides) * rows * vocabulary * (passes + plan.first_pass) + 8 * rows * vocabulary * any(problem.needs)

@@ -234,13 +234,19 @@ def trained():
     return hidden, model.lm_head.weight.detach(), torch.randn(192, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
+    ids=["float32", "bfloat16", "bfloat16 without AMX", "float16"],
+)
 @pytest.mark.parametrize("source", ["random 1", "random 3", "trained"])
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
-def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, plan, source, dtype, trained):
+def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, plan, source, dtype, tiles, trained, monkeypatch):
     """The property of the difference form: the gradient's relative error does not grow as KL goes from 1 to 1e-6."""
     softcap = 30.0
+    if not tiles:
+        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
     if source == "trained":
         teacher, weight, step = trained
     else:
@@ -302,15 +308,18 @@ def test_peaked_logits_are_as_good_as_float32_logits_allow():
         assert relative(a, b) <= 2 * relative(best, b)
 
 
-def test_sixteen_bit_weight_gradients_over_many_chunks():
-    h, w, th, tw = draw(rows=400, width=16, teacher_width=16, dtype=torch.bfloat16)
+@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
+def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
+    if not tiles:
+        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
+    h, w, th, tw = draw(rows=400, width=32, teacher_width=32, dtype=torch.bfloat16)
     exact = [t.double().requires_grad_() for t in (h, w)]
     wanted = gradients(divergence(logits(*exact), logits(th, tw), "forward").mean(), exact)
     seen = set()
-    for plan, workspace in (("chunk", None), ("chunk", 1_500_000), ("chunk", 800_000), ("recompute", 500_000)):
+    for plan, workspace in (("chunk", None), ("chunk", 4_000_000), ("chunk", 1_200_000), ("recompute", 800_000)):
         inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         p = Problem(Projection(h, w), "forward", torch.ones(400), teacher=Projection(th, tw), needs=(True, True, False), plan=plan, workspace_bytes=workspace)  # fmt: skip
-        chosen = cpu_plan(p, 400)
+        chosen = cpu_plan(p, 400, cpu.losses.has_amx())
         seen.add((chosen.accumulator, -(-400 // chosen.rows_per_chunk) > 1))
         got = gradients(ops.linear_kl_div(*inputs, th, tw, plan=plan, workspace_bytes=workspace), inputs)
         for a, b in zip(got, wanted, strict=True):

@@ -8,6 +8,9 @@ kernel reads a tile while it is still in the cache that the product left it in. 
 * ``recompute``: no logits stay. The second pass projects again, vocabulary outermost, so that each row of the weight's gradient
   is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
 
+bfloat16 heads use AMX tiles where the processor has them: logits through ``csrc/amx.cpp``, which keeps them in float32, and in the
+``chunk`` plan the gradient's products through torch's own, of a gradient rounded to bfloat16. Elsewhere weight tiles are widened.
+
 One pass suffices, and no logits stay in either plan, where the log-sum-exps are known or where nothing but them is wanted.
 """
 
@@ -34,6 +37,11 @@ INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machin
 _NOWHERE = 1e30  # log-sum-exp of lanes past the last token: every probability is 0 there
 
 
+def has_amx() -> bool:
+    """Whether bfloat16 products run on AMX tiles here."""
+    return _cpu.amx_available()
+
+
 @register("vocab_loss", "cpu")
 @torch.no_grad()
 def vocab_loss(problem: Problem) -> Result:
@@ -50,7 +58,8 @@ class _Run:
         self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
         self.count = problem.rows if self.index is None else len(self.index)
         self.vocabulary = problem.student.vocabulary
-        self.plan = plans.cpu_plan(problem, self.count)
+        self.amx = has_amx()
+        self.plan = plans.cpu_plan(problem, self.count, self.amx)
         self.block_v, rows = self.plan.block_v, self.plan.rows_per_chunk
         self.gradient = any(problem.needs)
         self.stride = plans.padded(min(rows, self.count))
@@ -95,7 +104,9 @@ class _Run:
         self.sum_weight = None if not needs_weight or self.direct else self.d_weight
         if self.plan.accumulator:
             self.sum_weight = new(self.vocabulary, weight.shape[1])
-        self.product = new(self.block_v, weight.shape[1]) if needs_weight and not self.direct else None
+        narrow = {"dtype": torch.bfloat16} if self.plan.narrow else {}
+        self.product = new(self.block_v, weight.shape[1], **narrow) if needs_weight and not self.direct else None
+        self.narrow = new(self.block_v, self.stride, **narrow) if self.plan.narrow else None
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """First vocabulary row and number of rows of each tile."""
@@ -143,6 +154,14 @@ class _Run:
         """Products of one tile, ``[rows, stride]``, before bias, scale and softcap."""
         at = first if self.plan.stored else 0
         z = self.logits[which][at : at + rows, : chunk.stride]
+        if which in chunk.packed:
+            weight = side.weight[first : first + rows]
+            weight = weight if weight.stride(1) == 1 else weight.contiguous()
+            _cpu.amx_project(
+                weight.data_ptr(), weight.stride(0), rows, chunk.packed[which].data_ptr(), chunk.stride, weight.shape[1],
+                z.data_ptr(), z.stride(0),
+            )  # fmt: skip
+            return z
         if not isinstance(side, GivenLogits):
             return torch.mm(self._weight(side, first, rows), chunk.hidden[which].T, out=z)
         given = side.hidden[:, first : first + rows]
@@ -210,13 +229,46 @@ class _Run:
                 place[chunk.part].copy_(part)
             else:
                 place.index_copy_(0, chunk.rows, part.to(place.dtype))
+        elif self.plan.narrow:
+            narrow = self._narrow(dz, chunk, first, rows, skip)
+            if needs_weight and not skip:
+                self._narrow_weight_gradient(narrow, chunk, number, first, rows)
+            elif needs_weight and number == 0:
+                self.d_weight[first : first + rows].zero_()
+                if self.plan.accumulator:
+                    self.sum_weight[first : first + rows].zero_()
         elif needs_hidden and not skip:
             weight = self._weight(p.student, first, rows)
-            chunk.d_hidden.addmm_(dz.T, weight)
+            chunk.hidden_sum().addmm_(dz.T, weight)
         if needs_bias and not skip:
             self.d_bias[first : first + rows] += dz.sum(1)
-        if needs_weight:
+        if needs_weight and not self.plan.narrow:
             self._weight_gradient(dz, chunk, number, first, rows, skip)
+
+    def _narrow(self, dz: torch.Tensor, chunk: _Chunk, first: int, rows: int, skip: bool) -> torch.Tensor:
+        """The tile's gradient in bfloat16, kept for the hidden states' product in the first half of the logits' memory."""
+        narrow = self.narrow[:rows, : chunk.stride]
+        narrow.zero_() if skip else narrow.copy_(dz)
+        if self.problem.needs[0]:  # the tiles up to here have been read, and two of these take the place of one of those
+            self._kept(chunk)[first : first + rows].copy_(narrow)
+        return narrow
+
+    def _kept(self, chunk: _Chunk) -> torch.Tensor:
+        return self.logits[0].view(-1).view(torch.bfloat16)[: self.vocabulary * chunk.stride].view(self.vocabulary, -1)
+
+    def narrow_hidden_gradient(self, chunk: _Chunk) -> torch.Tensor:
+        """``[stride, d]`` bfloat16, one product over the whole vocabulary, rounded once."""
+        return torch.mm(self._kept(chunk).T, self.problem.student.weight[: self.vocabulary])
+
+    def _narrow_weight_gradient(self, narrow: torch.Tensor, chunk: _Chunk, number: int, first: int, rows: int) -> None:
+        target = self.d_weight[first : first + rows]
+        if number == 0 and not self.plan.accumulator:
+            torch.mm(narrow, chunk.narrow_hidden, out=target)
+            return
+        product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:rows])
+        if self.plan.accumulator:
+            target = self.sum_weight[first : first + rows]
+        target.copy_(product) if number == 0 else target.add_(product)
 
     def _weight_gradient(self, dz: torch.Tensor, chunk: _Chunk, number: int, first: int, rows: int, skip: bool) -> None:
         outer = self.plan.outer == "vocabulary"
@@ -261,7 +313,8 @@ class _Chunk:
                 self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
                 self.labels[:tokens] = self.take(p.labels)
                 self.float[6] = self.float[5] * (self.labels >= 0)
-        self._hidden: list[torch.Tensor] | None = None
+        self._hidden: dict[int, torch.Tensor] | None = None
+        self._packed: dict[int, torch.Tensor] | None = None
         self.d_hidden = None
         c = self.c = _cpu.Chunk()
         c.tokens, c.stride, c.leading = tokens, self.stride, run.stride
@@ -288,22 +341,46 @@ class _Chunk:
         """The chunk's rows of a tensor over all rows."""
         return tensor[self.part] if self.rows is None else tensor.index_select(0, self.rows)
 
+    def _sides(self) -> list[Projection]:
+        p = self.run.problem
+        return [p.student] + ([p.teacher] if p.target in DENSE else [])
+
     @property
-    def hidden(self) -> list[torch.Tensor]:
-        """Hidden states of student and teacher in float32, ``[stride, d]``, zeros past the last token."""
+    def hidden(self) -> dict[int, torch.Tensor]:
+        """Hidden states of student (0) and teacher (1) in float32, ``[stride, d]``, zeros past the last token."""
         if self._hidden is None:
-            p = self.run.problem
-            sides = [p.student] + ([p.teacher] if p.target in DENSE else [])
-            self._hidden = [self._float(side.hidden) for side in sides if not isinstance(side, GivenLogits)]
-            if p.needs[0] and self._hidden:
-                self.d_hidden = torch.zeros(self.stride, p.student.hidden.shape[1])
+            p, self._hidden = self.run.problem, {}
+            for which, side in enumerate(self._sides()):
+                # Tiles take packed states; the float32 gradient of a bfloat16 head needs the student's widened all the same.
+                used = which not in self.packed or (which == 0 and p.needs[1] and not self.run.plan.narrow)
+                if used and not isinstance(side, GivenLogits):
+                    self._hidden[which] = self._padded(side.hidden, torch.float32)
         return self._hidden
 
-    def _float(self, hidden: torch.Tensor) -> torch.Tensor:
+    def hidden_sum(self) -> torch.Tensor:
+        """The hidden states' gradient, summed over tiles in float32, ``[stride, d]``."""
+        if self.d_hidden is None:
+            self.d_hidden = torch.zeros(self.stride, self.run.problem.student.hidden.shape[1])
+        return self.d_hidden
+
+    @property
+    def packed(self) -> dict[int, torch.Tensor]:
+        """Hidden states whose product runs on AMX tiles, ``[d / 2, stride]`` pairs of bfloat16."""
+        if self._packed is None:
+            self._packed = {}
+            for which, side in enumerate(self._sides()):
+                if self.run.amx and plans.tiled(side):
+                    padded = self._padded(side.hidden, torch.bfloat16).contiguous()
+                    self._packed[which] = padded.view(torch.int32).T.contiguous()
+                    if which == 0 and self.run.plan.narrow:
+                        self.narrow_hidden = padded
+        return self._packed
+
+    def _padded(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rows = self.take(hidden)
-        if rows.dtype == torch.float32 and self.tokens == self.stride:
+        if rows.dtype == dtype and self.tokens == self.stride:
             return rows
-        padded = torch.zeros(self.stride, rows.shape[1])
+        padded = torch.zeros(self.stride, rows.shape[1], dtype=dtype)
         padded[: self.tokens] = rows
         return padded
 
@@ -347,13 +424,17 @@ class _Chunk:
             lse = self.float[0, :n].double()
             label = self.state[_LABEL, :n]
             self._put("nll", lse - torch.where(self.labels[:n] < 0, 0.0, label))
-        if self.d_hidden is not None and not isinstance(p.student, GivenLogits):
+        if self.run.plan.narrow and p.needs[0]:
+            self.d_hidden = self.run.narrow_hidden_gradient(self)
+        elif p.needs[0] and not isinstance(p.student, GivenLogits):
+            self.hidden_sum()  # zeros where every block was skipped
+        if self.d_hidden is not None:
             gradient = self.d_hidden[:n]
             if self.rows is None:
                 self.run.d_hidden[self.part].copy_(gradient)
             else:
                 self.run.d_hidden.index_copy_(0, self.rows, gradient.to(self.run.d_hidden.dtype))
-        self._hidden = self.d_hidden = None
+        self._hidden = self._packed = self.narrow_hidden = self.d_hidden = None
 
     def _put(self, name: str, values: torch.Tensor) -> None:
         out = self.run.per_row[name]
