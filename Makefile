@@ -1,4 +1,4 @@
-# make demo | test | lint | clean ; `make help` lists them.
+# make demo | test | test-aot | bench | lint | clean ; `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -27,6 +27,14 @@ demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
 
+test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
+	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
+
+bench: $(INSTALLED)  ## the vocabulary losses beside their peers; results in bench/results, pictures in docs/results
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python bench/bench_kl.py
+	$(BIN)/python bench/plot.py
+
 lint: $(INSTALLED)  ## format and lint
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/ruff format .
@@ -35,4 +43,4 @@ lint: $(INSTALLED)  ## format and lint
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-aot bench lint clean

@@ -1,0 +1,274 @@
+"""What every benchmark here shares: interleaved timing, peak memory, the machine, the record on disk, and its summary.
+
+Times: every contender is warmed up, then all of them run once a round (A B C, A B C, ...), so that a slow minute of the machine
+falls on all of them. The samples are kept; what is reported is a median over rounds, and ratios are medians of per-round ratios.
+
+Memory on a CPU: a fresh process per contender makes the same inputs (writing them touches every page), warms up on a small problem,
+returns free pages to the system, notes its resident size, resets the kernel's high-water mark (``5`` to ``/proc/self/clear_refs``),
+takes one step and reads the mark: peak minus resident size before minus the outputs. A contender that compiles warms up at full size,
+for the compiler's own memory not to count. glibc's settings are the same for all (``MALLOC``): one arena, and every block of 256 KiB
+or more mapped by itself, so that what is freed leaves the resident size at once. Memory on a GPU: the caching allocator's peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+PACKAGES = ("undo-core", "torch", "triton", "liger-kernel", "trl", "transformers", "numpy")
+
+Step = Callable[[], Any]
+
+
+# -- time ----------------------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(device: str) -> Callable[[Step], float]:
+    """A function that takes one step and returns its seconds; on a GPU between two events on the stream."""
+    return _seconds_cuda if device == "cuda" else _seconds_cpu
+
+
+def _seconds_cpu(step: Step) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    outputs = step()
+    seconds = time.perf_counter() - start
+    del outputs
+    return seconds
+
+
+def _seconds_cuda(step: Step) -> float:
+    gc.collect()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    outputs = step()
+    end.record()
+    torch.cuda.synchronize()
+    del outputs
+    return start.elapsed_time(end) / 1e3
+
+
+def interleave(steps: Mapping[str, Step], rounds: int, device: str) -> Iterator[tuple[str, float]]:
+    """Samples ``(name, seconds)``, every name once a round."""
+    measure = stopwatch(device)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            yield name, measure(step)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------------
+
+
+def peak_extra_cpu(warm_up: Step, run: Step, output_bytes: int) -> dict[str, Any]:
+    """Peak resident bytes of ``run`` beyond what was there before it and its outputs. For a process of its own."""
+    warm_up()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    started_at = _status("VmHWM")
+    outputs = run()
+    peak = _status("VmHWM")
+    del outputs
+    return {
+        "extra_bytes": max(0, peak - before - output_bytes),
+        "resident_before": before,
+        "mark_before": started_at,
+        "peak": peak,
+        "output_bytes": output_bytes,
+        "method": "VmHWM reset, fresh process",
+        "malloc": {name: os.environ.get(name) for name in MALLOC},
+    }
+
+
+def peak_extra_cuda(run: Step, output_bytes: int) -> dict[str, Any]:
+    """Peak bytes of torch's allocator during ``run`` beyond what was allocated before it and its outputs."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del outputs
+    return {
+        "extra_bytes": max(0, peak - before - output_bytes),
+        "allocated_before": before,
+        "peak": peak,
+        "output_bytes": output_bytes,
+        "method": "torch.cuda.max_memory_allocated",
+    }
+
+
+def in_fresh_process(script: Path, request: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Run ``script --worker REQUEST`` with the allocator's settings and return the JSON object on its last line."""
+    command = [sys.executable, str(script), "--worker", json.dumps(request), "--threads", str(threads)]
+    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"memory worker: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+
+
+# -- where and with what -------------------------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware facts; ``name`` is also the name of the results file."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = Path("/proc/cpuinfo")
+    fields = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", info.read_text().split("\n\n")[0], re.MULTILINE)) if info.exists() else {}
+    model = fields.get("model name", platform.processor() or platform.machine())
+    flags = set(fields.get("flags", "").split())
+    facts = {
+        "cpu": model,
+        "cpu_family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
+        "cpu_cache": fields.get("cache size"),
+        "vector_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|f16c", flag)),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "torch_vector_units": torch.backends.cpu.get_cpu_capability(),
+    }
+    title = f"{model} {cores} cores"
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        title = gpu.name
+        facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
+        facts |= {"cuda": torch.version.cuda or torch.version.hip}
+    return {"name": re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", "", title.lower())).strip("-"), **facts}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what took part; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """When, from which commit, by which command and with which versions a row was measured."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    command = shlex.join(["python", script, *arguments])
+    return {"when": now, "commit": commit(), "command": command, "threads": torch.get_num_threads(), "versions": versions()}
+
+
+def commit() -> str:
+    """The commit, with ``+changes`` where code (not results) differs from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs", ":!*.md")
+    return head + ("+changes" if changed else "")
+
+
+# -- the record ----------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` so that a reader, or a crash, finds the old text or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# -- what the samples say ------------------------------------------------------------------------------------------------------
+
+
+def median(record: Mapping[str, Any]) -> float | None:
+    """Median seconds of a contender's record; None where it was not timed."""
+    samples = record.get("samples_s")
+    return statistics.median(samples) if samples else None
+
+
+def ratio(record: Mapping[str, Any], to: Mapping[str, Any] | None) -> float | None:
+    """Median over rounds of the time of ``record`` over the time of ``to`` in the same round."""
+    if to is None or not record.get("samples_s") or not to.get("samples_s"):
+        return None
+    pairs = zip(record["samples_s"], to["samples_s"], strict=True)
+    return statistics.median(one / other for one, other in pairs)
+
+
+def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A row's record of one contender."""
+    return next((record for record in row["contenders"] if record["name"] == name), None)
+
+
+def gradient_error(record: Mapping[str, Any]) -> float | None:
+    """The larger of a contender's two gradient errors on the small problem."""
+    checked = record.get("verification")
+    return max(checked["d_hidden"], checked["d_weight"]) if checked else None
+
+
+def megabytes(count: float | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "–"
+    if count >= 0.9995e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 9.95e6 else f"{count / 1e6:.1f} MB"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds for people: three digits."""
+    return "–" if value is None else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def times(value: float | None) -> str:
+    """A ratio for people."""
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    """A relative error for people: two digits."""
+    if value is None:
+        return "–"
+    return (
+        f"{value:.0e}".replace("e-0", "e-") if value < 1e-4 else f"{value * 100:.2g} %" if value < 1 else f"{value * 100:.0f} %"
+    )

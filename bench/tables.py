@@ -1,0 +1,201 @@
+"""The tables of the benchmarks, written between markers into Markdown files from the recorded results.
+
+``<!-- bench:kl-cpu -->`` ... ``<!-- /bench:kl-cpu -->`` holds the summary, ``<!-- bench:kl-cpu:full -->`` ... every number of every
+row. The text between names the file it comes from, so that a check needs no other argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+BLOCK = re.compile(
+    r"(<!-- bench:(?P<suite>[a-z0-9-]+)(?P<full>:full)? -->\n)(?P<body>.*?)(<!-- /bench:(?P=suite)(?(full):full) -->)", re.S
+)
+SOURCE = re.compile(r"From \[[^\]]*\]\(([^()\s]+\.json)\)")
+
+SHOWN_KL = 1e-4  # the point of the error curves that the summary shows
+
+
+def render(results: dict[str, Any], source: str, full: bool) -> str:
+    """The Markdown that stands between the markers; ``source`` is the link to the results."""
+    parts = [_row_table(row) for row in results["rows"]] if full else [_summary(results)]
+    if full and results.get("error_versus_kl"):
+        parts.append(_error_table(results["error_versus_kl"]))
+    return "\n\n".join([*parts, _footer(results, source)]) + "\n"
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def _count(number: int) -> str:
+    return f"{number // 1000}k" if number % 1000 == 0 else f"{number:,}"
+
+
+def _problem(row: dict[str, Any]) -> str:
+    softcap = "" if row["softcap"] is None else f", softcap {row['softcap']:g}"
+    return f"{row['tokens']:,} × {_count(row['vocabulary'])} × {row['width']}, {row['dtype']}{softcap}"
+
+
+def _rows_of_summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows with a peer in them."""
+    own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
+    return [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
+
+
+def _summary(results: dict[str, Any]) -> str:
+    rows = _rows_of_summary(results)
+    longest_first = sorted(rows, key=lambda row: -len(row["contenders"]))  # it has the order of them all
+    names = dict.fromkeys(record["name"] for row in longest_first for record in row["contenders"])
+    section = results.get("error_versus_kl") or {"curves": []}
+    curves = {curve["name"]: curve for curve in section["curves"] if curve["dtype"] == "bfloat16" and curve["points"]}
+    header = ["tokens × vocabulary × width", *(_problem(row) for row in rows)]
+    header += [f"dH error, bfloat16, KL {SHOWN_KL:g}"] if curves else []
+    lines = []
+    for name in names:
+        records = [harness.contender(row, name) for row in rows]
+        label = next(record["label"] for record in records if record)
+        cells = [_cell(row, record) for row, record in zip(rows, records, strict=True)]
+        error = [_error_at(curves.get(name), SHOWN_KL)] if curves else []
+        lines.append([f"**{label}**" if name == "undo-core" else label, *cells, *error])
+    said = (
+        "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and gradients. "
+        "*Four bare products*: the matrix products that every method owes, alone."
+    )
+    return f"{_markdown(header, lines)}\n\n{said}"
+
+
+def _error_at(curve: dict[str, Any] | None, target: float) -> str:
+    points = [point for point in curve["points"] if point["target_kl"] == target] if curve else []
+    return harness.percent(max(run["d_hidden"] for run in points[0]["seeds"])) if points else "–"
+
+
+def _cell(row: dict[str, Any], record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "–"
+    if record["status"] != "measured":
+        return record["status"].split(":")[0]
+    undo = harness.contender(row, "undo-core")
+    ratio = harness.ratio(record, undo)
+    time = harness.seconds(harness.median(record))
+    shown = time if ratio is None or record is undo else harness.times(ratio)
+    extra = record.get("memory", {}).get("extra_bytes")
+    return shown if extra is None or record["name"] == "products" else f"{shown} · {harness.megabytes(extra)}"
+
+
+def _row_table(row: dict[str, Any]) -> str:
+    undo, products = harness.contender(row, "undo-core"), harness.contender(row, "products")
+    header = [
+        _problem(row),
+        "median",
+        "fastest",
+        "× undo-core",
+        "× products",
+        "extra memory",
+        "loss error",
+        "dH error",
+        "dW error",
+    ]
+    lines, notes = [], []
+    for record in row["contenders"]:
+        checked = record.get("verification", {})
+        remarks = [] if record["status"] == "measured" else [record["status"]]
+        remarks += [f"backend {record['backend']}"] if "backend" in record else []
+        remarks += record["notes"]
+        notes += [f"{record['label']}: {'; '.join(remarks)}"] if remarks else []
+        samples = record.get("samples_s")
+        lines.append(
+            [
+                record["label"],
+                harness.seconds(harness.median(record)),
+                harness.seconds(min(samples) if samples else None),
+                harness.times(harness.ratio(record, undo)),
+                harness.times(harness.ratio(record, products)),
+                harness.megabytes(record.get("memory", {}).get("extra_bytes")),
+                *(harness.percent(checked.get(key)) for key in ("loss", "d_hidden", "d_weight")),
+            ]
+        )
+    made = row["provenance"]
+    when = (
+        f"{row['rounds']} rounds, {made['threads']} threads, commit {made['commit']}, {made['when'][:10]}: `{made['command']}`"
+    )
+    return "\n\n".join([_markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
+
+
+def _error_table(section: dict[str, Any]) -> str:
+    targets = list(dict.fromkeys(point["target_kl"] for curve in section["curves"] for point in curve["points"]))
+    header = ["relative error of dH at a true KL of", *(f"{target:g}" for target in targets)]
+    lines = []
+    for curve in section["curves"]:
+        worst = [harness.percent(max(run["d_hidden"] for run in point["seeds"])) for point in curve["points"]]
+        worst = worst or [curve["status"].split(":")[0], *("" for _ in targets[1:])]
+        lines.append([f"{curve['label']}, {curve['dtype']}", *worst])
+    return f"{_markdown(header, lines)}\n\nWorst of {section['seeds']} seeds."
+
+
+def _footer(results: dict[str, Any], source: str) -> str:
+    facts = results["machine"]
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+    commands = list(dict.fromkeys(row["provenance"]["command"] for row in results["rows"]))
+    packages = results["rows"][0]["provenance"]["versions"] if results["rows"] else {}
+    told = ", ".join(f"{name} {packages[name]}" for name in ("torch", "liger-kernel", "trl") if packages.get(name))
+    return f"{where}; {told}. From [`{source.rsplit('../', 1)[-1]}`]({source}), made by\n`{'` and `'.join(commands)}`."
+
+
+def rewrite(text: str, file: Path, given: dict[str, Path]) -> str:
+    """``text`` of ``file`` with every block regenerated from ``given[suite]``, else from the results that the block names."""
+
+    def block(match: re.Match[str]) -> str:
+        suite = match["suite"]
+        named = SOURCE.search(match["body"])
+        if suite not in given and named is None:
+            raise SystemExit(f"{file}: the block bench:{suite} names no results yet; give its JSON file once")
+        path = given.get(suite) or (file.parent / named[1]).resolve()
+        results = json.loads(path.read_text())
+        source = Path(os.path.relpath(path.resolve(), file.resolve().parent)).as_posix()
+        return match[1] + render(results, source, bool(match["full"])) + match[5]
+
+    return BLOCK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python bench/tables.py README.md bench/results/kl-cpu/MACHINE.json     write the block that these results belong to
+  python bench/tables.py README.md                                       regenerate every block from the results that it names
+  python bench/tables.py README.md --check                               exit 1 where text and results differ""",
+    )
+    parser.add_argument("file", type=Path, help="Markdown file with markers")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of bench_kl.py (default: those that the blocks name)")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 where the text is not what the results say"
+    )
+    options = parser.parse_args(arguments)
+    given = {json.loads(path.read_text())["suite"]: path for path in options.results}
+    text = options.file.read_text()
+    for suite in given:
+        if not any(match["suite"] == suite for match in BLOCK.finditer(text)):
+            parser.error(f"{options.file} has no lines <!-- bench:{suite} --> and <!-- /bench:{suite} -->")
+    wanted = rewrite(text, options.file, given)
+    if options.check:
+        if wanted != text:
+            print(f"{options.file}: tables differ from the results; python bench/tables.py {options.file} rewrites them")
+        return int(wanted != text)
+    if wanted != text:
+        options.file.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""The tables in the documents are what the recorded results say."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("tables")
+
+
+def results():
+    def record(name, label, seconds, extra, **rest):
+        timed = {"status": "measured", "samples_s": [seconds, 1.1 * seconds, 0.9 * seconds], "memory": {"extra_bytes": extra}}
+        checked = {"verification": {"loss": 1e-8, "d_hidden": 2e-3, "d_weight": 1e-3, "verdict": "same"}}
+        return {"name": name, "label": label, "notes": []} | timed | checked | rest
+
+    provenance = {"when": "2026-01-02T03:04:05+00:00", "commit": "abc", "command": "python bench/bench_kl.py", "threads": 2}
+    contenders = [
+        record("undo-core", "undo-core", 0.2, 12_000_000, backend="cpu"),
+        record("plain", "plain torch", 0.5, 1_200_000_000),
+        {"name": "trl", "label": "TRL", "status": "not installed: pip install trl", "notes": []},
+        record("products", "four bare products", 0.1, 3_000_000),
+    ]
+    row = {"id": "r", "tokens": 1024, "vocabulary": 32000, "width": 320, "dtype": "float32", "softcap": None, "rounds": 3}
+    row |= {"provenance": provenance | {"versions": {"torch": "9.9"}}, "contenders": contenders}
+    point = {"target_kl": 1e-4, "seeds": [{"kl": 1e-4, "loss": 0.0, "d_hidden": 0.0017, "d_weight": 0.001}]}
+    curve = {"name": "undo-core", "label": "undo-core", "dtype": "bfloat16", "status": "measured", "points": [point]}
+    section = {"seeds": 1, "provenance": provenance, "curves": [curve]}
+    machine = {"name": "m", "cpu": "A processor", "cores": 2}
+    return {"format": 1, "suite": "kl-cpu", "machine": machine, "rows": [row], "error_versus_kl": section}
+
+
+@pytest.fixture
+def document(tmp_path):
+    recorded = tmp_path / "bench" / "results" / "kl-cpu" / "m.json"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text(json.dumps(results()))
+    text = "# Title\n\n{}\nbetween\n\n{}\nend\n".format(
+        "<!-- bench:kl-cpu -->\n<!-- /bench:kl-cpu -->\n", "<!-- bench:kl-cpu:full -->\nold\n<!-- /bench:kl-cpu:full -->\n"
+    )
+    path = tmp_path / "docs" / "page.md"
+    path.parent.mkdir()
+    path.write_text(text)
+    return path, recorded
+
+
+def test_documents_say_what_the_results_say(tables):
+    for path in DOCUMENTS:
+        text = path.read_text()
+        if tables.BLOCK.search(text):
+            assert tables.rewrite(text, path, {}) == text, (
+                f"python bench/tables.py {path.relative_to(ROOT)} rewrites its tables"
+            )
+
+
+def test_generation_is_idempotent_and_touches_nothing_else(tables, document):
+    path, recorded = document
+    assert tables.main([str(path), str(recorded)]) == 0
+    once = path.read_text()
+    assert once.startswith("# Title\n\n<!-- bench:kl-cpu -->\n") and once.endswith("<!-- /bench:kl-cpu:full -->\n\nend\n")
+    assert "\nbetween\n" in once and "old" not in once
+    assert "../bench/results/kl-cpu/m.json" in once
+    assert "| **undo-core** | 200 ms · 12 MB | 0.17 % |" in once
+    assert "| plain torch | 2.50× · 1.20 GB |" in once
+    assert "| TRL | not installed |" in once
+    assert tables.main([str(path)]) == 0  # the blocks name their results now
+    assert path.read_text() == once
+    assert tables.main([str(path), "--check"]) == 0
+
+
+def test_check_finds_a_number_that_the_results_do_not_have(tables, document, capsys):
+    path, recorded = document
+    tables.main([str(path), str(recorded)])
+    changed = path.read_text().replace("2.50×", "2.40×")
+    path.write_text(changed)
+    assert tables.main([str(path), "--check"]) == 1
+    assert "differ" in capsys.readouterr().out
+    assert path.read_text() == changed
+
+
+def test_a_file_without_the_markers_is_refused(tables, document, capsys):
+    path, recorded = document
+    path.write_text("nothing here\n")
+    with pytest.raises(SystemExit):
+        tables.main([str(path), str(recorded)])
+    assert "<!-- bench:kl-cpu -->" in capsys.readouterr().err
+
+
+def test_a_block_that_names_no_results_is_refused(tables, document):
+    path, _ = document
+    with pytest.raises(SystemExit, match="names no results"):
+        tables.main([str(path)])
