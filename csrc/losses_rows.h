@@ -49,12 +49,32 @@ UNDO_INLINE void next_lines(const Chunk& c, const float* z_s, const float* z_t, 
   if (TEACHER && z_t) __builtin_prefetch(z_t + v * c.leading + LANES);
 }
 
-// Sums of one block of vocabulary rows for LANES tokens.
+// Sums of one block of vocabulary rows for LANES tokens, relative to their maximum. Once a tile has been merged its maximum serves
+// the next ones too, so that they are read once; a block that rises far above it finds its own.
 template <bool TEACHER>
 UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out, int64_t i) {
-  const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
+  bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
+  const bool sums_t = TEACHER && (c.teacher_sums || c.statistics), cross = TEACHER && c.target == REVERSE;
   const V lowest = all(-INFINITY);
-  V most_s = lowest, most_t = lowest;
+  V from_s = {}, from_t = {}, most_s = lowest, most_t = lowest, sum_s = {}, sum_t = {}, energy = {}, crossed = {};
+  bool known = !c.statistics;
+  for (int lane = 0; lane < LANES; ++lane) {
+    from_s[lane] = float(c.state[MAX_S * c.stride + i + lane]);
+    known = known && std::isfinite(from_s[lane]);
+    if (!TEACHER) continue;
+    from_t[lane] = float(c.state[MAX_T * c.stride + i + lane]);
+    known = known && std::isfinite(from_t[lane]);
+  }
+  auto add = [&](V s, int64_t v) UNDO_LAMBDA {
+    const V e = exp(s - from_s);
+    sum_s += e;
+    if (sums_t) {
+      const V t = load(z_t + v * c.leading) - from_t, g = exp(t);
+      sum_t += g;
+      if (c.statistics) energy += g * max(all(-1e30f), t);
+    }
+    if (cross) crossed += e == 0.0f ? V{} : e * max(all(-1e30f), min(all(1e30f), s - load(z_t + v * c.leading)));
+  };
   for (int64_t v = 0; v < rows; ++v) {
     next_lines<TEACHER>(c, z_s, z_t, v);
     V s = load(z_s + v * c.leading);
@@ -65,34 +85,33 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
       if (shape_t) store(z_t + v * c.leading, t = shaped(t, c.teacher, bias_of(c.teacher, first + v)));
       most_t = max(most_t, t);
     }
+    if (known) add(s, v);
   }
-  // A block of nothing but -inf adds exp(-inf - 0) = 0.
-  const V from_s = most_s == lowest ? V{} : most_s, from_t = most_t == lowest ? V{} : most_t;
-  const bool sums_t = TEACHER && (c.teacher_sums || c.statistics), cross = TEACHER && c.target == REVERSE;
-  V sum_s = {}, sum_t = {}, energy = {}, crossed = {}, top_s = all(-1), top_t = all(-1);
-  for (int64_t v = 0; v < rows; ++v) {
-    const V s = load(z_s + v * c.leading);
-    const V e = exp(s - from_s);
-    sum_s += e;
-    if (sums_t) {
-      const V t = load(z_t + v * c.leading) - from_t;
-      const V g = exp(t);
-      sum_t += g;
-      if (c.statistics) energy += g * max(all(-1e30f), t);
-    }
-    if (cross) crossed += e == 0.0f ? V{} : e * max(all(-1e30f), min(all(1e30f), s - load(z_t + v * c.leading)));
-    if (c.statistics) {
-      const V at = all(float(first + v));
-      top_s = top_s < 0.0f && s == most_s ? at : top_s;
-      if (TEACHER) top_t = top_t < 0.0f && load(z_t + v * c.leading) == most_t ? at : top_t;
-    }
+  constexpr float ROOM = 60;  // e**60 times a block's rows is far from the end of float32
+  if (!known || largest(most_s - from_s) > ROOM || (TEACHER && largest(most_t - from_t) > ROOM)) {
+    // A block of nothing but -inf adds exp(-inf - 0) = 0.
+    from_s = most_s == lowest ? V{} : most_s;
+    from_t = most_t == lowest ? V{} : most_t;
+    sum_s = sum_t = energy = crossed = V{};
+    for (int64_t v = 0; v < rows; ++v) add(load(z_s + v * c.leading), v);
+  } else {
+    most_s = from_s;
+    most_t = from_t;
   }
   put(out + MAX_S * c.stride, i, most_s);
   put(out + SUM_S * c.stride, i, sum_s);
+  if (cross) put(out + CROSS * c.stride, i, crossed);
+  if (!TEACHER) return;
   put(out + MAX_T * c.stride, i, most_t);
   put(out + SUM_T * c.stride, i, sum_t);
-  put(out + CROSS * c.stride, i, crossed);
+  if (!c.statistics) return;
   put(out + ENERGY * c.stride, i, energy);
+  V top_s = all(-1), top_t = all(-1);
+  for (int64_t v = 0; v < rows; ++v) {
+    const V at = all(float(first + v));
+    top_s = top_s < 0.0f && load(z_s + v * c.leading) == most_s ? at : top_s;
+    top_t = top_t < 0.0f && load(z_t + v * c.leading) == most_t ? at : top_t;
+  }
   put(out + TOP_S * c.stride, i, top_s);
   put(out + TOP_T * c.stride, i, top_t);
 }
@@ -158,7 +177,7 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
           double none = 0;
           merge(state(MAX_T), state(SUM_T), none, part(MAX_T), part(SUM_T), 0);
         }
-        merge(state(MAX_S), state(SUM_S), state(CROSS), part(MAX_S), part(SUM_S), part(CROSS));
+        merge(state(MAX_S), state(SUM_S), state(CROSS), part(MAX_S), part(SUM_S), c.target == REVERSE && z_t ? part(CROSS) : 0);
       }
     }
   }

@@ -4,6 +4,7 @@
 // the target pragma, inside the namespace of the instruction set, so that no function is shared between two of them.
 
 #define UNDO_INLINE inline __attribute__((always_inline))
+#define UNDO_LAMBDA __attribute__((always_inline))
 
 constexpr int LANES = UNDO_LANES;
 typedef float V __attribute__((vector_size(4 * UNDO_LANES)));

@@ -13,7 +13,7 @@ from undo_kernels.reference.losses import COPIES, rows_within
 
 LANES = 16  # tokens of the widest vector; chunks are padded to a multiple
 _FIELDS, _BLOCK = 11, 128  # of csrc/losses.h: doubles of state a token, rows of a partial sum
-_BLOCK_V = 2048  # vocabulary rows of a tile: fewer make the products slower
+_BLOCK_V = 8192  # vocabulary rows of a tile: fewer make the products slower
 _ROWS = 256  # tokens of a chunk by default where the vocabulary is large
 _LOGITS = 64 << 20  # bytes of logits of a chunk by default where the vocabulary is small
 # A matrix product over r tokens reaches r / (r + 45) of its best rate: measured 250, 300 and 345 GFLOP/s at 112, 256 and 512
@@ -107,6 +107,11 @@ def prefers_direct(rows: int, vocabulary: int) -> bool:
     return vocabulary < _DIRECT_VOCABULARY or rows * vocabulary < _DIRECT_ELEMENTS
 
 
+def leading(stride: int) -> int:
+    """Floats from one vocabulary row of a tile to the next: an odd number of cache lines, or the rows would share a few sets."""
+    return LANES * (stride // LANES | 1)
+
+
 def tiled(side: Projection) -> bool:
     """Whether AMX tiles can take this head's product."""
     dtypes = {side.hidden.dtype, side.weight.dtype}
@@ -124,7 +129,7 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
     budget = problem.workspace_bytes
     plans = []
     for stored in {"auto": (True, False), "chunk": (True,), "recompute": (False,)}[problem.plan]:
-        for block_v in (_BLOCK_V, 256, _BLOCK):
+        for block_v in (1024, _BLOCK) if problem.filter_below else (_BLOCK_V, 1024, _BLOCK):  # the filter works on tiles
             plan = _widest(problem, count, amx, stored, block_v, budget)
             if plan is not None and (budget is None or plan.workspace_bytes <= budget):
                 plans.append(plan)
@@ -173,7 +178,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     held = rows * (chunks if outer == "vocabulary" else 1)
     width = p.student.weight.shape[1] if linear else 0
     copied = [side for side in linear if side.hidden.dtype != torch.float32 or p.counted is not None or rows % LANES]
-    floats = len(sides) * (vocabulary if stored else block_v) * rows
+    floats = len(sides) * (vocabulary if stored else block_v) * leading(rows)
     floats += block_v * upcast_width
     floats += 2 * -(-block_v // _BLOCK) * _FIELDS * rows
     floats += held * (sum(side.hidden.shape[1] for side in copied) + (width if p.needs[0] else 0))

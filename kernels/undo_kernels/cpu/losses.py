@@ -66,7 +66,8 @@ class _Run:
         new = torch.empty
         sides = 2 if problem.target in DENSE else 1
         extent = self.vocabulary if self.plan.stored else self.block_v
-        self.logits = [new(extent, self.stride) for _ in range(sides)]
+        self.leading = plans.leading(self.stride)
+        self.logits = [new(extent, self.leading) for _ in range(sides)]
         self.upcast = new(self.block_v, self.plan.upcast_width)
         self.partial = new(-(-self.block_v // _cpu.BLOCK), _cpu.FIELDS, self.stride, dtype=torch.float64)
         self.skipped = self.dropped = 0.0
@@ -119,7 +120,9 @@ class _Run:
             for number, chunk in enumerate(self.chunks):
                 self._statistics(chunk)
                 self._losses(chunk)
-                for first, rows in self.tiles() if self.plan.second_pass else ():
+                # Last tile first, for it is still in a cache; rounded gradients are kept in the tiles' own order.
+                tiles = list(self.tiles()) if self.plan.second_pass else []
+                for first, rows in tiles if self.plan.narrow else reversed(tiles):
                     self._gradient(chunk, number, first, rows)
                 chunk.close()
         else:
@@ -317,7 +320,7 @@ class _Chunk:
         self._packed: dict[int, torch.Tensor] | None = None
         self.d_hidden = None
         c = self.c = _cpu.Chunk()
-        c.tokens, c.stride, c.leading = tokens, self.stride, run.stride
+        c.tokens, c.stride, c.leading = tokens, self.stride, run.leading
         c.target = {"uniform": 1, "forward": 1, "reverse": 2, "jsd": 3}.get(p.target, 0)
         c.uniform, c.beta, c.statistics = p.target == "uniform", p.beta, p.statistics and dense
         c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
