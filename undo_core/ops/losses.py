@@ -9,11 +9,20 @@ Options that all of them share:
 - ``reduction``: ``mean`` over counted tokens, ``sum``, or ``none`` (``[...]``, zeros where masked).
 - ``normalizer``: a float or a 0-d tensor that replaces the mean's denominator, for accumulation over micro-batches.
 - ``max_counted``: upper bound on counted tokens known to the host; a count above it gives a NaN loss.
-- ``plan``: ``auto`` or ``direct``. ``workspace_bytes``: bound on the memory for logits and what is made of them; rows are then
-  taken in chunks and recomputed in the backward pass. None takes all rows at once.
+- ``plan``: ``direct`` is plain PyTorch, which holds ``[rows, V]``; ``chunk`` keeps the logits of some rows between the pass that
+  finds the log-sum-exps and the one that turns them into the gradient; ``recompute`` projects twice and keeps none. ``auto`` takes
+  the fastest that fits, and plain PyTorch for small vocabularies and for float64.
+- ``workspace_bytes``: bound on everything beyond inputs, outputs and a few floats a token. The default follows from shapes and
+  dtypes alone. Plain PyTorch then takes rows in chunks and recomputes them in the backward pass.
 
 dtypes: float32, bfloat16, float16 or float64 for hidden states and weights, which may differ; the arithmetic is float32 at least
-and gradients take the input's dtype. Memory: a few ``[rows, V]`` arrays, or ``workspace_bytes``; see :func:`explain`.
+and gradients take the input's dtype. Gradients of a scalar loss are computed in the forward and scaled in place by the backward, so
+a second backward through the same graph raises; ``reduction="none"`` computes them in the backward. Inside activation checkpointing
+name the op as one to be saved, or its work is done twice::
+
+    context_fn = functools.partial(create_selective_checkpoint_contexts, [torch.ops.undo.vocab_loss.default])
+
+Memory: ``workspace_bytes``; see :func:`explain`.
 Errors: ``ValueError`` naming the argument for a wrong shape, dtype, device or value, before anything is computed.
 """
 
