@@ -155,8 +155,8 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
     if wide or problem.plan == "direct":
         return "reference"
     backend = choose("vocab_loss", device)
-    small = backend == "cpu" and problem.plan == "auto" and prefers_direct(problem.rows, problem.student.vocabulary)
-    return "reference" if small and problem.workspace_bytes is None else backend
+    free = problem.plan == "auto" and problem.workspace_bytes is None
+    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary) else backend
 
 
 def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

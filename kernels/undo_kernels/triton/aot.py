@@ -1,0 +1,245 @@
+"""Every kernel's variants, and their compilation for a target without having one.
+
+``python -m undo_kernels.triton.aot sm_90 [all]`` compiles the default tile of each kernel (or every tile that can be launched)
+and prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
+TRITON_INTERPRET unset or 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from undo_kernels.triton import recompute, rows, tuning
+from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+_GPU = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_CODES = {"own": OWN.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
+
+# Types of arguments by name; what is not named here is a pointer to float32 (_ptr), an int32, or a float32 of _FLOATS.
+_FLOATS = {"inner", "outer", "inner_s", "outer_s", "inner_t", "outer_t", "beta_t", "beta_s", "filter_below"}
+_POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64"}
+# Multiples of 16 in practice, which Triton compiles for: strides and lengths of buffers that the driver pads.
+_ALIGNED = re.compile(r"stride_(s|t|z|dz|hidden.*|weight.*)$|part$|vocabulary$|columns$|last$|begin$|width.*$")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel.
+
+    Attributes:
+        name: for people.
+        kernel: the jitted function.
+        types: of pointers that are not float32.
+        constants: constexpr arguments.
+        warps: of the launch.
+        stages: of the launch.
+        matrix_16: whether it multiplies 16-bit matrices.
+        aligned: whether pointers, strides and lengths are multiples of 16.
+        ones: whether every integer argument is 1, which Triton makes a constant.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    matrix_16: bool = False
+    aligned: bool = True
+    ones: bool = False
+
+
+_PLAIN = {"BIAS_S": False, "CAPPED_S": False, "BIAS_T": False, "CAPPED_T": False, "MASKED": False}
+_FULL = {"BIAS_S": True, "CAPPED_S": True, "BIAS_T": True, "CAPPED_T": True, "MASKED": True}
+
+
+def variants(target: str, every: bool) -> Iterator[Variant]:
+    """What is compiled for a target: each kernel with every option on; ``every``: each target function, and the plain ones too."""
+    for variant in _row_variants(target, every):
+        yield variant
+        if every:
+            yield replace(variant, name=f"{variant.name} of ones", ones=True)
+    for wide in (False, True):
+        for kernel in tuning.KERNELS:
+            tiles = tuning.tiles(target, kernel, wide)
+            for tile in tiles if every else tiles[:1]:
+                for variant in _tile_variants(target, kernel, wide, tile, every):
+                    yield variant
+                    if every and tile is tiles[0] and not wide:
+                        yield replace(variant, name=f"{variant.name} of ones", ones=True)
+
+
+def _row_variants(target: str, every: bool) -> Iterator[Variant]:
+    row = tuning.row(target, 1 << 18)
+    block = {"BLOCK_V": row.block_v}
+    stats = {"STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "HOLES": False}
+    yield Variant("stats_rows", rows.stats_rows, {}, {**stats, **_FULL, **block}, row.warps)
+    if every:
+        yield Variant(
+            "stats_rows plain",
+            rows.stats_rows,
+            {},
+            {**stats, "CROSS": False, "STATISTICS": False, **_PLAIN, **block},
+            row.warps,
+        )
+        given = {"z_s_ptr": "*bf16", "z_t_ptr": "*bf16"}
+        yield Variant("stats_rows given", rows.stats_rows, given, {**stats, **_PLAIN, **block}, row.warps, aligned=False)
+    combine = {
+        "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "PAIR": True, "UNIFORM": False, "NLL": True,
+        "LABELS": True, "MASKED": True, "BLOCK_P": 64,
+    }  # fmt: skip
+    yield Variant("combine_rows", rows.combine_rows, {}, combine, 1)
+    if every:
+        sparse = combine | {"TEACHER": False, "CROSS": False, "STATISTICS": False, "PAIR": False, "NLL": False}
+        yield Variant("combine_rows sparse", rows.combine_rows, {"lse_s_ptr": "*fp64"}, sparse, 1)
+        uniform = combine | {"TEACHER": False, "CROSS": False, "STATISTICS": False, "UNIFORM": True, "STUDENT": False}
+        yield Variant("combine_rows uniform", rows.combine_rows, {}, uniform, 1)
+    for name, code in _CODES.items():
+        flags = {
+            "TARGET": code,
+            "UNIFORM": False,
+            "GRADIENT": True,
+            "NLL": True,
+            "LABELS": True,
+            "FILTER": True,
+            "HOLES": name == "own",
+        }
+        yield Variant(f"loss_rows {name}", rows.loss_rows, {"dz_ptr": "*bf16"}, {**flags, **_FULL, **block}, row.warps)
+        if every:
+            plain = flags | {"NLL": False, "LABELS": False, "FILTER": False, "UNIFORM": name == "forward", "HOLES": False}
+            plain["NLL"] = name == "own"
+            yield Variant(
+                f"loss_rows {name} plain", rows.loss_rows, {"dz_ptr": "*fp16"}, {**plain, **_PLAIN, **block}, row.warps
+            )
+            forward = plain | {"GRADIENT": False, "NLL": False}
+            yield Variant(
+                f"loss_rows {name} forward", rows.loss_rows, {}, {**forward, **_PLAIN, **block}, row.warps, aligned=False
+            )
+    pick = {"HAS_BIAS": True, "CAPPED": True, "MASKED": True, "TAKE": True, "BLOCK_K": 128}
+    yield Variant("pick_rows", rows.pick_rows, {}, pick, 1)
+    yield Variant("put_rows", rows.put_rows, {"dz_ptr": "*bf16"}, {"MASKED": True, "BLOCK_K": 128}, 1)
+    labels = {"HAS_BIAS": True, "CAPPED": True, "BLOCK_D": 256}
+    matrices = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
+    yield Variant("pick_labels", recompute.pick_labels, matrices, labels, 1)
+
+
+def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, every: bool) -> Iterator[Variant]:
+    kind = "fp32" if wide else "bf16"
+    stats = kernel in ("stats", "cross")
+    names = ("hidden_s_ptr", "weight_s_ptr", "hidden_t_ptr", "weight_t_ptr") + (() if stats else ("dz_ptr",))
+    types = {name: f"*{kind}" for name in names}
+    common = {
+        "EVEN_S": False, "EVEN_T": True, "PRECISION": tuning.precision(target, wide),
+        "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
+    }  # fmt: skip
+    label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} {tile.warps} warps {tile.stages} stages {kind}"
+    options = (tile.warps, tile.stages, not wide)
+    heads = {k: v for k, v in _FULL.items() if k != "MASKED"}
+    bare = {k: v for k, v in _PLAIN.items() if k != "MASKED"} | {"EVEN_S": True, "LABELS": False}
+    if stats:
+        crossed = kernel == "cross"
+        flags = {"STUDENT": True, "TEACHER": True, "CROSS": crossed, "STATISTICS": crossed, "LABELS": True}
+        yield Variant(f"stats_tiles {kernel} {label}", recompute.stats_tiles, types, common | flags | heads, *options)
+        if every:
+            for name, more in (("plain", {}), ("known", {"TEACHER": False}), ("statistics", {"CROSS": False})):
+                both = common | flags | bare | (more if crossed == (name == "statistics") or name == "plain" else {})
+                yield Variant(f"stats_tiles {kernel} {name} {label}", recompute.stats_tiles, types, both, *options)
+        return
+    for name, code in _CODES.items():
+        if kernel == "loss" and name == "jsd":  # jsd has the filter's tile with and without one
+            continue
+        if not every and name != ("reverse" if kernel == "loss" else "jsd"):  # the heaviest of each
+            continue
+        flags = {"TARGET": code, "UNIFORM": False, "GRADIENT": True, "NLL": True, "LABELS": True, "FILTER": kernel == "filter"}
+        yield Variant(f"loss_tiles {kernel} {name} {label}", recompute.loss_tiles, types, common | flags | _FULL, *options)
+        if every:
+            flags |= {"NLL": name == "own", "LABELS": False, "FILTER": False} | {"EVEN_S": True}
+            yield Variant(
+                f"loss_tiles {kernel} {name} plain {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
+            )
+            flags |= {"GRADIENT": False, "NLL": False}
+            yield Variant(
+                f"loss_tiles {kernel} {name} forward {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
+            )
+
+
+def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
+    """Compiles and measures one variant."""
+    kernel = variant.kernel
+    signature, constants, attributes = {}, {}, {}
+    for number, name in enumerate(kernel.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            constants[(number,)] = variant.constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = variant.types.get(name, _POINTERS.get(name, "*fp32"))
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        elif variant.ones:
+            signature[name] = "constexpr"
+            constants[(number,)] = 1
+        else:
+            signature[name] = "i32"
+        divisible = name.endswith("_ptr") or (_ALIGNED.search(name) and name not in _FLOATS)
+        if signature[name] != "constexpr" and divisible and variant.aligned:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    missing = set(variant.constants) - set(kernel.arg_names)
+    if missing:
+        raise ValueError(f"{variant.name}: no such arguments: {sorted(missing)}")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=_GPU[target], options=options)
+    report = {"name": variant.name, "target": target, "shared": compiled.metadata.shared, "matrix_16": variant.matrix_16}
+    if target == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+        report["spills"] += int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+        return report
+    report |= _resources(compiled.asm["cubin"])
+    report["wgmma"] = "wgmma" in compiled.asm["ptx"]
+    report["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
+    return report
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and local memory: spills and arrays that did not fit registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+
+
+def main(target: str, every: bool) -> None:
+    """Prints a line for each variant."""
+    for variant in variants(target, every):
+        print(json.dumps(compile_variant(variant, target)), flush=True)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("TRITON_INTERPRET: got 1, wanted 0: interpreted kernels cannot be compiled")
+    main(sys.argv[1], "all" in sys.argv[2:])

@@ -1,0 +1,323 @@
+"""Which plan, from shapes and dtypes alone: bytes, FLOPs, predicted time and workspace of ``chunk`` and ``recompute``.
+
+Bytes of device memory for each (token, vocabulary row) pair, dense target and 16-bit inputs, full gradient::
+
+    chunk       products write 8, statistics read 8, the gradient reads 8 and writes 2, its two products read 2 each     30
+    recompute   the gradient writes 2, its two products read 2 each                                                       6
+
+and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. Were all products equally
+fast, these bytes alone would make the two cost the same at a width of 1100, or of 2205 with the log-sum-exps known. Every chunk
+reads the heads and the weight's gradient again, which moves that up; slower products of one's own move it down. Times are sums,
+not overlaps. Imports without triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from undo_kernels.plan import Plan
+from undo_kernels.problem import DENSE, SPARSE, Problem, gradient_dtype
+from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.triton import tuning
+from undo_kernels.triton.products import apart_bytes, product_dtype
+
+BANDWIDTH = 4.3e12  # bytes/s, H200, measured by a copy
+MATRIX_16 = 790e12  # FLOP/s, H200, measured, 16-bit library products
+MATRIX_32 = 67e12  # FLOP/s, H200's data sheet, float32 without tensor cores
+TILES_16 = 510e12  # the recompute plan's own products: the best reported for Triton products with an epilogue on Hopper
+TILES_32 = MATRIX_32
+
+ALIGNED = 64  # columns that a row of the buffers is padded to: 16-byte loads, whole tiles
+_CHUNK_ELEMENTS = 1 << 28  # (token, vocabulary row) pairs of a chunk by default: 2.7 GB at 10 bytes
+_CHUNK_ROWS = 1024  # at least, where the vocabulary is large: fewer re-read the heads too often
+_MAX_CHUNK_ROWS = 2048
+_SUMMED_CHUNKS = 8  # that a 16-bit weight gradient is added up over in its own dtype
+_BLOCK_ELEMENTS = 1 << 26  # pairs of a vocabulary block of the recompute plan: 134 MB of 16-bit gradient
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """How the Triton backend runs a problem.
+
+    Attributes:
+        name: chunk or recompute.
+        rows_per_chunk: rows whose logits are held at once; all of them in recompute.
+        block_v: vocabulary rows whose gradient is held at once; all of them in chunk.
+        accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
+        workspace_bytes: everything beyond inputs, outputs and a few floats a row.
+        flops: of the matrix products.
+        traffic_bytes: of device memory.
+        seconds: predicted for an H200.
+    """
+
+    name: str
+    rows_per_chunk: int
+    block_v: int
+    accumulator: bool
+    workspace_bytes: int
+    flops: float
+    traffic_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the plans need to know of a problem."""
+
+    problem: Problem
+    target: str  # of the tile table
+
+    @property
+    def given(self) -> bool:
+        return isinstance(self.problem.student, GivenLogits)
+
+    @property
+    def dense(self) -> bool:
+        return self.problem.target in DENSE
+
+    @property
+    def sparse(self) -> bool:
+        return self.problem.target in SPARSE
+
+    @property
+    def sides(self) -> list[Projection]:
+        return [self.problem.student] + ([self.problem.teacher] if self.dense else [])
+
+    @property
+    def compacted(self) -> bool:
+        p = self.problem
+        return p.counted is not None and p.max_counted is not None and p.max_counted < p.rows and not self.given
+
+    @property
+    def rows(self) -> int:
+        """That are worked on."""
+        return self.problem.max_counted if self.compacted else self.problem.rows
+
+    @property
+    def vocabulary(self) -> int:
+        return self.problem.student.vocabulary
+
+    @property
+    def leading(self) -> int:
+        return -(-self.vocabulary // ALIGNED) * ALIGNED
+
+    @property
+    def width(self) -> int:
+        return self.problem.student.hidden.shape[1]
+
+    @property
+    def gradient(self) -> bool:
+        return any(self.problem.needs)
+
+    @property
+    def product(self) -> torch.dtype:
+        return product_dtype(self.problem.student.hidden, self.problem.student.weight)
+
+    @property
+    def wide(self) -> bool:
+        return any(product_dtype(s.hidden, s.weight) == torch.float32 for s in self.sides)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the statistics must see both sides together."""
+        return self.dense and (self.problem.statistics or (self.problem.target == "reverse" and self.gradient))
+
+    @property
+    def student_sums(self) -> bool:
+        return self.crossed or self.problem.lse_s is None or self.sparse
+
+    @property
+    def teacher_sums(self) -> bool:
+        return self.dense and (self.crossed or self.problem.lse_t is None)
+
+    @property
+    def loss_pass(self) -> bool:
+        return self.gradient or self.dense or self.problem.target == "uniform"
+
+    @property
+    def mixture_pass(self) -> bool:
+        return self.problem.target == "jsd" and self.gradient
+
+    @property
+    def stats_tile(self) -> tuning.Tile:
+        return tuning.tiles(self.target, "cross" if self.crossed else "stats", self.wide)[0]
+
+    @property
+    def loss_tile(self) -> tuning.Tile:
+        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
+        return tuning.tiles(self.target, "filter" if heavy else "loss", self.wide)[0]
+
+    def copies(self, side: Projection) -> bool:
+        """Whether a side's hidden states are copied before they are multiplied."""
+        masked = side is self.problem.student and self.problem.counted is not None
+        return self.compacted or masked or side.hidden.dtype != product_dtype(side.hidden, side.weight)
+
+    def hidden_bytes(self, rows: int) -> int:
+        linear = [s for s in self.sides if not isinstance(s, GivenLogits) and self.copies(s)]
+        return sum(rows * s.hidden.shape[1] * product_dtype(s.hidden, s.weight).itemsize for s in linear)
+
+    def upcast_bytes(self, rows: int) -> int:
+        cast = [s for s in self.sides if not isinstance(s, GivenLogits) and s.weight.dtype != product_dtype(s.hidden, s.weight)]
+        return 4 * min(rows, self.vocabulary) * max((s.weight.shape[1] for s in cast), default=0)
+
+    def bias_bytes(self) -> int:
+        return 8 * self.vocabulary * self.problem.needs[2]
+
+
+def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
+    """The fastest plan that fits the workspace.
+
+    Raises:
+        ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
+    """
+    s = Shapes(problem, target or tuning.target_of(problem.student.hidden.device))
+    if s.given and not s.sparse:  # the logits exist: no plan to choose
+        return chunk_plan(s, max(s.rows, 1))
+    if problem.plan not in ("auto", "chunk", "recompute"):
+        raise ValueError(f"plan: got {problem.plan!r}, wanted auto, direct, chunk or recompute")
+    if problem.plan == "recompute" and s.sparse:
+        raise ValueError(f"plan: got 'recompute', wanted auto, direct or chunk for the target {problem.target!r} on a GPU")
+    budget, candidates, least = problem.workspace_bytes, [], []
+    if problem.plan in ("auto", "chunk"):
+        candidates += _chunk_plans(s, budget)
+        least.append(chunk_plan(s, 1))
+    if problem.plan in ("auto", "recompute") and not s.sparse:
+        candidates += _recompute_plans(s, budget)
+        least.append(recompute_plan(s, 1))
+    fitting = [plan for plan in candidates if budget is None or plan.workspace_bytes <= budget]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.seconds)
+    wanted = min(plan.workspace_bytes for plan in least)
+    raise ValueError(f"workspace_bytes: got {budget}, wanted at least {wanted} for these shapes")
+
+
+def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
+    rows = max(s.rows, 1)
+    if budget is None:
+        chunk = max(_CHUNK_ELEMENTS // s.leading, _CHUNK_ROWS)
+        chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-rows // _SUMMED_CHUNKS)))
+        return [chunk_plan(s, min(chunk, rows))]
+    plans = []
+    # A float32 accumulator appears below an eighth of the rows, so the two sides of that are searched apart.
+    for low, high in ((-(-rows // _SUMMED_CHUNKS), rows), (1, -(-rows // _SUMMED_CHUNKS) - 1)):
+        if low > high or chunk_plan(s, low).workspace_bytes > budget:
+            continue
+        while low < high:
+            middle = (low + high + 1) // 2
+            if chunk_plan(s, middle, even=False).workspace_bytes <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        plans.append(chunk_plan(s, low))
+    return plans
+
+
+def _recompute_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
+    block = s.loss_tile.block_v
+    whole = -(-s.vocabulary // block)
+    high = min(whole, max(-(-1024 // block), _BLOCK_ELEMENTS // max(s.rows, 1) // block))
+    if budget is None:
+        return [recompute_plan(s, high)]
+    low = 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if recompute_plan(s, middle).workspace_bytes <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return [recompute_plan(s, low)]
+
+
+def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
+    """The chunk plan with at most ``chunk`` rows at a time, evened out."""
+    p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
+    chunks = -(-n // chunk)
+    if even:
+        chunk = min(chunk, -(-n // chunks // 16) * 16)  # each chunk's rows start where 16-byte loads may
+    needs_hidden, needs_weight, _ = p.needs
+    gradient_bytes = s.product.itemsize
+    stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
+    held = len(stored) + (s.given and s.sparse)
+    parts, _ = tuning.row_parts(chunk, vocabulary, tuning.row(s.target, vocabulary).block_v)
+    size = 4 * chunk * s.leading * held + 4 * 12 * chunk * parts
+    accumulator = False
+    if not s.given:
+        size += chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
+        size += s.hidden_bytes(chunk) + s.upcast_bytes(4096) + s.bias_bytes()
+        weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
+        if needs_weight:
+            accumulator = weight_dtype == torch.bfloat16 and chunks > _SUMMED_CHUNKS
+            size += 4 * vocabulary * s.width * accumulator
+            out = torch.float32 if accumulator else weight_dtype
+            size += apart_bytes(out, s.product, vocabulary, s.width, chunks > 1)
+        if needs_hidden:
+            cast = p.student.weight.dtype != s.product
+            size += chunk * s.width * 4 * cast + apart_bytes(hidden_dtype, s.product, chunk, s.width, False)
+            size += chunk * s.width * hidden_dtype.itemsize * s.compacted
+    pairs = float(n) * vocabulary
+    sides = len(s.sides)
+    logit = [side.hidden.dtype.itemsize if isinstance(side, GivenLogits) else 4 for side in s.sides]
+    traffic = pairs * 4 * len(stored)
+    traffic += pairs * (logit[0] * s.student_sums + (logit[-1] * s.teacher_sums if sides > 1 else 0))
+    traffic += pairs * sum(logit) * (s.loss_pass + s.mixture_pass)
+    out_bytes = gradient_dtype(p.student.hidden.dtype).itemsize if s.given else gradient_bytes
+    traffic += pairs * out_bytes * (s.gradient + (0 if s.given else sum(p.needs)))
+    flops = 0.0
+    if not s.given:
+        heads = sum(side.weight.shape[1] * side.weight.dtype.itemsize for side in stored) * vocabulary
+        own = s.width * vocabulary * p.student.weight.dtype.itemsize
+        summed = s.width * vocabulary * (4 if accumulator else gradient_dtype(p.student.weight.dtype).itemsize)
+        traffic += float(chunks) * (heads + own * needs_hidden + 2 * summed * needs_weight)
+        flops = 2 * pairs * (sum(side.weight.shape[1] for side in stored) + s.width * (needs_hidden + needs_weight))
+    seconds = flops / (MATRIX_32 if s.wide else MATRIX_16) + traffic / BANDWIDTH
+    return GpuPlan("chunk", chunk, vocabulary, accumulator, int(size), flops, traffic, seconds)
+
+
+def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
+    """The recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
+    p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
+    tile = s.loss_tile
+    block_v = blocks * tile.block_v
+    needs_hidden, needs_weight, _ = p.needs
+    weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
+    itemsize = s.product.itemsize
+    parts, _ = tuning.tile_parts(n, vocabulary, s.stats_tile)
+    size = 4 * 8 * n * parts + 8 * blocks * (n + -(-n // tile.block_t))
+    size += n * block_v * itemsize * s.gradient + s.hidden_bytes(n) + s.bias_bytes()
+    size += sum(side.weight.numel() * side.weight.dtype.itemsize for side in s.sides if side.weight.stride(1) != 1)
+    size += sum(side.hidden.numel() * side.hidden.dtype.itemsize for side in s.sides if side.hidden.stride(1) != 1)
+    if needs_hidden:
+        size += 4 * n * s.width * (hidden_dtype != torch.float32 or s.compacted)
+        size += apart_bytes(torch.float32, s.product, n, s.width, True)
+        size += s.upcast_bytes(4096)
+    if needs_weight:
+        size += apart_bytes(weight_dtype, s.product, block_v, s.width, False)
+    pairs = float(n) * vocabulary
+    widths = [side.weight.shape[1] for side in s.sides]
+    loss_passes = s.loss_pass + s.mixture_pass
+    own = widths[0] * (s.student_sums + loss_passes) + (widths[-1] * (s.teacher_sums + loss_passes) if len(widths) > 1 else 0)
+    library = widths[0] * (needs_hidden + needs_weight)
+    traffic = pairs * itemsize * (s.gradient + sum(p.needs))
+    heads = vocabulary * sum(side.weight.shape[1] * side.weight.dtype.itemsize for side in s.sides)
+    traffic += float(heads) * (s.student_sums + loss_passes)
+    traffic += 20.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # a product apart, added to the sum
+    traffic += float(vocabulary) * s.width * weight_dtype.itemsize * needs_weight
+    flops = 2 * pairs * (own + library)
+    seconds = 2 * pairs * own / (TILES_32 if s.wide else TILES_16) + 2 * pairs * library / (MATRIX_32 if s.wide else MATRIX_16)
+    return GpuPlan("recompute", n, block_v, False, int(size), flops, traffic, seconds + traffic / BANDWIDTH)
+
+
+def describe(op: str, problem: Problem) -> Plan:
+    """The plan of a problem, whose tensors may be on the meta device, as ``explain`` shows it; times are an H200's."""
+    plan = gpu_plan(problem, "sm_90")
+    return Plan(
+        op=op,
+        name=plan.name,
+        rows_per_chunk=min(plan.rows_per_chunk, problem.rows),
+        workspace_bytes=plan.workspace_bytes,
+        traffic_bytes=int(plan.traffic_bytes),
+        flops=plan.flops,
+        seconds=plan.seconds,
+    )

@@ -1,0 +1,46 @@
+"""Elementary functions of the kernels, without libdevice: the interpreter and AMD's targets have none.
+
+``tl.exp`` is within a few units in the last place; what it cannot give is ``e**u - 1`` and what follows from it near zero, so
+those are polynomials there. Coefficients are Taylor's; the first term left out is below 1e-8 of the result.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1(u):
+    """``w = e**u - 1`` and ``q = w - u >= 0`` for ``u <= 0``, neither with cancellation."""
+    near = u > -0.34657359
+    r = tl.where(near, u, 0.0)
+    y = r * (1.0 / 5040.0) + 1.0 / 720.0
+    y = y * r + 1.0 / 120.0
+    y = y * r + 1.0 / 24.0
+    y = y * r + 1.0 / 6.0
+    y = y * r + 0.5
+    square = r * r * y
+    far = tl.exp(u) - 1.0
+    return tl.where(near, r + square, far), tl.where(near, square, far - u)
+
+
+@triton.jit
+def tanh(x):
+    """From ``expm1(-2 |x|)``, which keeps small arguments."""
+    w, _ = expm1(-2.0 * tl.abs(x))
+    y = w / (w + 2.0)  # -tanh |x|
+    return tl.where(x < 0.0, y, -y)
+
+
+@triton.jit
+def log1p(a):
+    """``l = log(1 + a)`` and ``h = a - l >= 0`` for ``a > -1``; ``h`` without cancellation for small ``a``."""
+    s = a / (a + 2.0)  # l = 2 s + 2 s**3 / 3 + ... and a - 2 s = a s
+    near = tl.abs(s) < 0.15
+    s2 = s * s
+    y = s2 * (2.0 / 11.0) + 2.0 / 9.0
+    y = y * s2 + 2.0 / 7.0
+    y = y * s2 + 2.0 / 5.0
+    y = y * s2 + 2.0 / 3.0
+    small = s * (a - s2 * y)
+    far = tl.log(tl.where(near, 1.0, 1.0 + a))
+    return tl.where(near, a - small, far), tl.where(near, small, a - far)

@@ -1,0 +1,92 @@
+"""The library's matrix products with the dtypes that the plans need, and the buffers that count against the workspace."""
+
+from __future__ import annotations
+
+import torch
+
+TILE_ROWS = 4096  # rows of an output that are formed apart before they are added or rounded
+
+
+class Workspace:
+    """Hands out scratch tensors and remembers how many bytes were alive at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = self.peak = 0
+
+    def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised tensor that stays until the call ends."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        self.count(tensor)
+        return tensor
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.bytes += tensor.numel() * tensor.element_size()
+        self.peak = max(self.peak, self.bytes)
+        return tensor
+
+    def give(self, *tensors: torch.Tensor | None) -> None:
+        """Says that scratch is no longer held."""
+        self.bytes -= sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Dtype that a head's operands are multiplied in: their own, or float32 where they differ."""
+    return hidden.dtype if hidden.dtype == weight.dtype else torch.float32
+
+
+def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scratch: Workspace) -> None:
+    """``out (+)= a @ b``; ``a`` and ``b`` of one dtype, sums in float32, ``out`` of that dtype, or float32, or 16-bit from float32.
+
+    float32 products follow torch.backends.cuda.matmul.allow_tf32, which is off unless the caller opted in.
+    """
+    if out.numel() == 0 or a.shape[1] == 0:
+        if not add:
+            out.zero_()
+        return
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+        return
+    wide = torch.float32
+    if a.device.type == "cpu":  # the interpreter's tensors: no product with another output dtype
+        a, b = a.float(), b.float()
+        out.copy_(out.float() + a @ b if add else a @ b)
+        return
+    if out.dtype == wide and not add:
+        torch.mm(a, b, out_dtype=wide, out=out)
+        return
+    part = scratch.take(min(TILE_ROWS, out.shape[0]), out.shape[1])
+    for first in range(0, out.shape[0], TILE_ROWS):
+        rows = out[first : first + TILE_ROWS]
+        tile = part[: rows.shape[0]]
+        if a.dtype == wide:
+            torch.mm(a[first : first + TILE_ROWS], b, out=tile)
+        else:
+            torch.mm(a[first : first + TILE_ROWS], b, out_dtype=wide, out=tile)
+        rows.add_(tile) if add else rows.copy_(tile)
+    scratch.give(part)
+
+
+def apart_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
+    """Bytes of the tile that :func:`multiply` forms apart on a GPU."""
+    if out == operand or (out == torch.float32 and not add):
+        return 0
+    return 4 * min(TILE_ROWS, rows) * columns
+
+
+def widened(weight: torch.Tensor, dtype: torch.dtype, first: int, rows: int, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Rows of a weight in the dtype of the product, through ``buffer`` where they have another."""
+    tile = weight[first : first + rows]
+    return tile if weight.dtype == dtype else buffer[: tile.shape[0]].copy_(tile)
+
+
+def logits(
+    out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor | None, scratch: Workspace
+) -> None:
+    """``out[rows, V] = hidden @ weight.T`` in float32."""
+    if weight.dtype == hidden.dtype:
+        multiply(out, hidden, weight[: out.shape[1]].T, False, scratch)
+        return
+    for first in range(0, out.shape[1], TILE_ROWS):
+        rows = min(TILE_ROWS, out.shape[1] - first)
+        multiply(out[:, first : first + rows], hidden, widened(weight, hidden.dtype, first, rows, buffer).T, False, scratch)

@@ -1,0 +1,358 @@
+"""Matrix-tile kernels of the recompute plan: logits of a [BLOCK_T, BLOCK_V] tile live in registers and are never stored.
+
+    stats_tiles  2 rows V (d_s + d_t) FLOPs; writes a few floats for each row and part of the vocabulary
+    loss_tiles   the same FLOPs; writes the gradient, 2 or 4 bytes a (token, vocabulary row) pair, where it is wanted
+
+Student and teacher products run one after the other in one program. Tokens of one vocabulary tile are neighbours in the grid, so
+that a tile of the weight is read from memory once and then from the second-level cache.
+
+Rows and vocabulary rows past the end are clamped to the last one: computed and not stored, so that the inner loop has no mask.
+"""
+
+import triton
+import triton.language as tl
+
+from undo_kernels.triton.tiles import (
+    CROSS_S,
+    ENERGY_T,
+    LARGE,
+    LOWEST,
+    MAX_S,
+    MAX_T,
+    OWN,
+    SUM_S,
+    SUM_T,
+    TOP_S,
+    TOP_T,
+    bounded,
+    loss_and_slope,
+    narrow,
+    shape_logits,
+)
+
+
+@triton.jit
+def project(
+    hidden_ptr, weight_ptr, o_t, o_v, width, stride_hidden, stride_weight,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Products of one tile in float32, before bias, scale and softcap."""
+    o_d = tl.arange(0, BLOCK_D)
+    hidden_ptrs = hidden_ptr + o_t[:, None] * stride_hidden + o_d[None, :]
+    weight_ptrs = weight_ptr + o_v[None, :] * stride_weight + o_d[:, None]
+    b_z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for first in range(0, width, BLOCK_D):
+        if EVEN_D:
+            b_h = tl.load(hidden_ptrs)
+            b_w = tl.load(weight_ptrs)
+        else:
+            b_h = tl.load(hidden_ptrs, mask=o_d[None, :] < width - first, other=0.0)
+            b_w = tl.load(weight_ptrs, mask=o_d[:, None] < width - first, other=0.0)
+        if PRECISION == "interpreted":  # the interpreter multiplies bfloat16 as the integers that hold it
+            b_z = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
+        else:
+            b_z = tl.dot(b_h, b_w.to(b_h.dtype), b_z, input_precision=PRECISION)
+        hidden_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
+    return b_z
+
+
+@triton.jit
+def half(b_z, right: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr):
+    left_half, right_half = tl.split(tl.permute(tl.reshape(b_z, (BLOCK_T, 2, WIDTH // 2)), (0, 2, 1)))
+    out = right_half if right else left_half
+    return out
+
+
+@triton.jit
+def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr):
+    """Columns ``i * BLOCK_V / PIECES`` and on of a tile: a choice of registers.
+
+    What follows the products runs on one piece after the other, which holds the temporaries of one piece at a time.
+    """
+    tl.static_assert(PIECES <= 8)
+    out = b_z
+    if PIECES >= 2:
+        out = half(out, i >= PIECES // 2, BLOCK_T, BLOCK_V)
+    if PIECES >= 4:
+        out = half(out, i % (PIECES // 2) >= PIECES // 4, BLOCK_T, BLOCK_V // 2)
+    if PIECES >= 8:
+        out = half(out, i % (PIECES // 4) >= PIECES // 8, BLOCK_T, BLOCK_V // 4)
+    return out
+
+
+@triton.jit
+def shape_piece(b_z, bias_ptr, o_v, last, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
+    return shape_logits(b_z, bias, inner, outer, HAS_BIAS, CAPPED)
+
+
+@triton.jit
+def student_piece(
+    b_z, most, total, top, label, label_z, first, end, bias_ptr, inner, outer,
+    STATISTICS: tl.constexpr, LABELS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials with one more piece; the piece shaped, its exponentials, and what the old sums fade by."""
+    o_v = first + tl.arange(0, WIDTH)
+    b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
+    b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
+    if LABELS:
+        label_z += tl.sum(tl.where((o_v[None, :] == label[:, None]) & (o_v < end)[None, :], b_z, 0.0), 1)
+    here = tl.max(b_z, 1)
+    if STATISTICS:
+        at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
+        top = tl.where(here > most, at, top)
+    high = tl.maximum(most, here)
+    fade = tl.exp(most - high)
+    b_e = tl.exp(b_z - high[:, None])
+    return b_z, b_e, fade, high, total * fade + tl.sum(b_e, 1), top, label_z
+
+
+@triton.jit
+def teacher_piece(
+    b_z, most, total, energy, top, first, end, bias_ptr, inner, outer,
+    STATISTICS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The teacher's sums with one more piece, and the piece shaped."""
+    o_v = first + tl.arange(0, WIDTH)
+    b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
+    b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
+    here = tl.max(b_z, 1)
+    if STATISTICS:
+        at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
+        top = tl.where(here > most, at, top)
+    high = tl.maximum(most, here)
+    fade = tl.exp(most - high)
+    b_low = b_z - high[:, None]
+    b_g = tl.exp(b_low)
+    if STATISTICS:
+        # Relative to the maximum: moving that by some shift takes shift * sum away.
+        energy = (energy - total * (high - most)) * fade
+        energy += tl.sum(b_g * tl.where(b_low < -LARGE, -LARGE, b_low), 1)
+    return b_z, high, total * fade + tl.sum(b_g, 1), energy, top
+
+
+@triton.jit
+def stats_tiles(
+    hidden_s_ptr, weight_s_ptr, bias_s_ptr, hidden_t_ptr, weight_t_ptr, bias_t_ptr,
+    labels_ptr,
+    # [FIELDS, rows, parts], [rows]
+    partial_ptr, label_z_ptr,
+    inner_s, outer_s, inner_t, outer_t,
+    rows, vocabulary, width_s, width_t, part, parts,
+    stride_hidden_s, stride_weight_s, stride_hidden_t, stride_weight_t, stride_field,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,
+    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
+    EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums of exponentials of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows."""
+    WIDTH: tl.constexpr = BLOCK_V // PIECES
+    blocks = tl.cdiv(rows, BLOCK_T)
+    i_t = tl.program_id(0) % blocks
+    i_part = tl.program_id(0) // blocks
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    keep_t = o_t < rows
+    o_t = tl.where(keep_t, o_t, rows - 1).to(tl.int64)
+    start = i_part * part
+    end = tl.minimum(start + part, vocabulary)
+    label = tl.full([BLOCK_T], -1, tl.int32)
+    if LABELS:
+        label = tl.minimum(tl.load(labels_ptr + o_t), vocabulary).to(tl.int32)
+
+    most_s = tl.full([BLOCK_T], LOWEST, tl.float32)
+    most_t = tl.full([BLOCK_T], LOWEST, tl.float32)
+    sum_s = tl.zeros([BLOCK_T], tl.float32)
+    sum_t = tl.zeros([BLOCK_T], tl.float32)
+    cross = tl.zeros([BLOCK_T], tl.float32)
+    energy = tl.zeros([BLOCK_T], tl.float32)
+    label_z = tl.zeros([BLOCK_T], tl.float32)
+    top_s = tl.full([BLOCK_T], -1, tl.int32)
+    top_t = tl.full([BLOCK_T], -1, tl.int32)
+    for first in range(start, end, BLOCK_V):
+        o_w = tl.minimum(first + tl.arange(0, BLOCK_V), vocabulary - 1).to(tl.int64)
+        if TEACHER or CROSS:
+            b_t = project(
+                hidden_t_ptr, weight_t_ptr, o_t, o_w, width_t, stride_hidden_t, stride_weight_t,
+                EVEN_T, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            if not CROSS:
+                for i in tl.static_range(PIECES):
+                    b_z = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
+                    _, most_t, sum_t, energy, top_t = teacher_piece(
+                        b_z, most_t, sum_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
+                        STATISTICS, BIAS_T, CAPPED_T, WIDTH,
+                    )  # fmt: skip
+        if STUDENT:
+            b_s = project(
+                hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
+                EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            for i in tl.static_range(PIECES):
+                b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
+                b_z, b_e, fade, most_s, sum_s, top_s, label_z = student_piece(
+                    b_z, most_s, sum_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
+                    STATISTICS, LABELS, BIAS_S, CAPPED_S, WIDTH,
+                )  # fmt: skip
+                if CROSS:
+                    b_y, most_t, sum_t, energy, top_t = teacher_piece(
+                        piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), most_t, sum_t, energy, top_t, first + i * WIDTH, end,
+                        bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
+                    )  # fmt: skip
+                    cross = cross * fade + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * bounded(b_z - b_y)), 1)
+    if LABELS:
+        # Only the part that holds the label stores its logit.
+        tl.store(label_z_ptr + o_t, label_z, mask=keep_t & (label >= start) & (label < end))
+    partial_ptrs = partial_ptr + o_t * parts + i_part
+    if STUDENT:
+        tl.store(partial_ptrs + MAX_S * stride_field, most_s, mask=keep_t)
+        tl.store(partial_ptrs + SUM_S * stride_field, sum_s, mask=keep_t)
+    if TEACHER:
+        tl.store(partial_ptrs + MAX_T * stride_field, most_t, mask=keep_t)
+        tl.store(partial_ptrs + SUM_T * stride_field, sum_t, mask=keep_t)
+    if CROSS:
+        tl.store(partial_ptrs + CROSS_S * stride_field, cross, mask=keep_t)
+    if STATISTICS:
+        tl.store(partial_ptrs + ENERGY_T * stride_field, energy, mask=keep_t)
+        tl.store(partial_ptrs + TOP_S * stride_field, top_s.to(tl.float32), mask=keep_t)
+        tl.store(partial_ptrs + TOP_T * stride_field, top_t.to(tl.float32), mask=keep_t)
+
+
+@triton.jit
+def loss_tiles(
+    hidden_s_ptr, weight_s_ptr, bias_s_ptr, hidden_t_ptr, weight_t_ptr, bias_t_ptr, counted_ptr,
+    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr, factor_ptr, own_ptr, at_label_ptr, labels_ptr,
+    # dz [rows, last - begin]; partial [2, tiles, rows] is added to: divergence, KL(s||m); skipped [2, tiles, row blocks]
+    dz_ptr, partial_ptr, skipped_ptr,
+    inner_s, outer_s, inner_t, outer_t, beta_t, beta_s, filter_below,
+    rows, begin, last, width_s, width_t, tiles,
+    stride_hidden_s, stride_weight_s, stride_hidden_t, stride_weight_t, stride_dz,
+    TARGET: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr,
+    FILTER: tl.constexpr, MASKED: tl.constexpr,
+    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
+    EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Divergence and d total / d product of one tile of the vocabulary rows from ``begin`` to ``last``; see rows.loss_rows."""
+    WIDTH: tl.constexpr = BLOCK_V // PIECES
+    TWO: tl.constexpr = TARGET != OWN and not UNIFORM
+    blocks = tl.cdiv(rows, BLOCK_T)
+    i_t = tl.program_id(0) % blocks
+    i_v = tl.program_id(0) // blocks
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    keep_t = o_t < rows
+    o_t = tl.where(keep_t, o_t, rows - 1).to(tl.int64)
+    column = i_v * BLOCK_V  # of dz
+    o_w = tl.minimum(begin + column + tl.arange(0, BLOCK_V), last - 1).to(tl.int64)
+
+    if TWO:
+        b_t = project(
+            hidden_t_ptr, weight_t_ptr, o_t, o_w, width_t, stride_hidden_t, stride_weight_t,
+            EVEN_T, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    b_s = project(
+        hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
+        EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+
+    counts = keep_t
+    if MASKED:
+        counts = counts & (tl.load(counted_ptr + o_t) != 0)
+    lse_s = tl.load(lse_s_ptr + o_t)[:, None]
+    lse_t = 0.0
+    dlse = 0.0
+    offset = 0.0
+    if TARGET != OWN:
+        lse_t = tl.load(lse_t_ptr + o_t)[:, None]
+        dlse = tl.load(dlse_ptr + o_t)[:, None]
+        offset = tl.load(offset_ptr + o_t)[:, None]
+        if GRADIENT:
+            factor = tl.load(factor_ptr + o_t)[:, None]
+    if NLL:
+        own = tl.load(own_ptr + o_t)[:, None]
+    if LABELS:
+        at_label = tl.load(at_label_ptr + o_t)[:, None]
+        label = (tl.minimum(tl.load(labels_ptr + o_t), last) - begin - column).to(tl.int32)[:, None]
+
+    total = tl.zeros([BLOCK_T], tl.float32)
+    total_mixed = tl.zeros([BLOCK_T], tl.float32)
+    skipped = 0.0
+    squares = 0.0
+    for i in tl.static_range(PIECES):
+        o_p = i * WIDTH + tl.arange(0, WIDTH)
+        o_v = begin + column + o_p
+        within = (o_v < last)[None, :]
+        keep = within & counts[:, None]
+        b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
+        b_z = shape_piece(b_z, bias_s_ptr, o_v, last, inner_s, outer_s, BIAS_S, CAPPED_S)
+        if TWO:
+            b_y = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
+            b_y = shape_piece(b_y, bias_t_ptr, o_v, last, inner_t, outer_t, BIAS_T, CAPPED_T)
+        else:
+            b_y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
+        value, mixed, b_p, b_g = loss_and_slope(b_z, b_y, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET)
+        if TARGET != OWN:
+            total += tl.sum(tl.where(keep, value, 0.0), 1)
+            if not GRADIENT:
+                total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
+        if GRADIENT:
+            if FILTER:
+                b_test = b_p if TARGET == OWN else b_g
+                loud = tl.max(tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 1), 0)  # NaN is loud
+            b_out = b_g
+            if TARGET != OWN:
+                b_out = b_g * factor
+            if NLL:
+                b_own = own * b_p
+                if LABELS:
+                    b_hit = o_p[None, :] == label
+                    b_own = tl.where(b_hit, at_label, b_own)
+                    if FILTER:
+                        loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
+                b_out += b_own
+            if CAPPED_S:
+                b_tanh = b_z / outer_s
+                b_out *= 1.0 - b_tanh * b_tanh
+            b_out = tl.where(keep, b_out, 0.0)
+            if FILTER:
+                quiet = loud == 0
+                skipped += tl.sum(tl.sum(tl.where(keep & quiet, 1.0, 0.0), 1), 0)
+                squares += tl.sum(tl.sum(tl.where(quiet, b_out * b_out, 0.0), 1), 0)
+                b_out = tl.where(quiet, 0.0, b_out)
+            dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
+            tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
+    # Added to what the blocks of the vocabulary before this one left: launches follow each other, the order is fixed.
+    if TARGET != OWN:
+        partial_ptrs = partial_ptr + i_v.to(tl.int64) * rows + o_t
+        tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
+        if not GRADIENT:
+            partial_ptrs += tiles * rows
+            tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
+    if FILTER:
+        skipped_ptr += i_v * blocks + i_t
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + skipped)
+        skipped_ptr += tiles * blocks
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + squares)
+
+
+@triton.jit
+def pick_labels(
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr, inner, outer, vocabulary, width, stride_hidden, stride_weight,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The label's logit of one row, where no pass has met it; NaN outside the vocabulary."""
+    i_row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + i_row)
+    at = tl.minimum(tl.maximum(label, 0), vocabulary - 1)
+    b_z = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, width, BLOCK_D):
+        o_d = first + tl.arange(0, BLOCK_D)
+        b_h = tl.load(hidden_ptr + i_row * stride_hidden + o_d, mask=o_d < width, other=0.0).to(tl.float32)
+        b_z += b_h * tl.load(weight_ptr + at * stride_weight + o_d, mask=o_d < width, other=0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + at).to(tl.float32)
+    z = shape_logits(tl.sum(b_z, 0), bias, inner, outer, HAS_BIAS, CAPPED)
+    tl.store(out_ptr + i_row, tl.where(label < vocabulary, z, float("nan")))

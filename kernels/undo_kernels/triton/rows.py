@@ -1,0 +1,359 @@
+"""Row kernels over logits that exist: the chunk plan's float32 products, or logits that the caller gave.
+
+One program takes one part of one row; parts are combined in a fixed order. A (token, vocabulary row) pair costs
+
+    stats_rows   reads 8 bytes (4 where one side is wanted), two exponentials
+    loss_rows    reads 8 bytes, writes the gradient (2 or 4), two exponentials; jsd two logarithms more
+    softcaps     two exponentials more in either
+
+A constexpr ``if`` around a tensor's is decided while compiling; joined by ``and`` both would be read.
+
+The gradient may have the address of the logits where it has their dtype: an element is read and written by one program.
+"""
+
+import triton
+import triton.language as tl
+
+from undo_kernels.triton.tiles import (
+    CROSS_S,
+    ENERGY_T,
+    LARGE,
+    LOWEST,
+    MAX_S,
+    MAX_T,
+    OWN,
+    SUM_S,
+    SUM_T,
+    TOP_S,
+    TOP_T,
+    bounded,
+    loss_and_slope,
+    narrow,
+    shape_logits,
+)
+
+
+@triton.jit
+def load_logits(z_ptr, bias_ptr, o_v, keep, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, HOLES: tl.constexpr):
+    """A block of shaped logits; -inf past the end, and in HOLES where an entry was taken out."""
+    raw = tl.load(z_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
+    z = shape_logits(raw, bias, inner, outer, HAS_BIAS, CAPPED)
+    if HOLES:
+        keep = keep & (raw != float("-inf"))
+    return tl.where(keep, z, float("-inf"))
+
+
+@triton.jit
+def stats_rows(
+    # logits, biases, which rows count
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, counted_ptr,
+    # [FIELDS, rows, parts]
+    partial_ptr,
+    inner_s, outer_s, inner_t, outer_t,
+    vocabulary, part, parts, stride_s, stride_t, stride_field,
+    STUDENT: tl.constexpr,  # the student's sums are wanted
+    TEACHER: tl.constexpr,  # the teacher's are
+    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient
+    STATISTICS: tl.constexpr,  # teacher entropy and both top-1
+    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
+    MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums of exponentials of one part of one row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_part = tl.program_id(1)
+    if MASKED:  # noqa: SIM102
+        if tl.load(counted_ptr + i_row) == 0:
+            return
+    z_s_ptr += i_row * stride_s
+    z_t_ptr += i_row * stride_t
+    partial_ptr += i_row * parts + i_part
+    start = i_part * part
+    end = tl.minimum(start + part, vocabulary)
+
+    most_s = tl.full([], LOWEST, tl.float32)
+    most_t = tl.full([], LOWEST, tl.float32)
+    top_s = tl.full([], -1, tl.int32)
+    top_t = tl.full([], -1, tl.int32)
+    # Lane by lane: BLOCK_V short sums added as a tree round less than one long one.
+    b_sum_s = tl.zeros([BLOCK_V], tl.float32)
+    b_sum_t = tl.zeros([BLOCK_V], tl.float32)
+    b_cross = tl.zeros([BLOCK_V], tl.float32)
+    b_energy = tl.zeros([BLOCK_V], tl.float32)
+    for first in range(start, end, BLOCK_V):
+        o_v = first + tl.arange(0, BLOCK_V)
+        keep = o_v < end
+        if STUDENT:
+            b_s = load_logits(z_s_ptr, bias_s_ptr, o_v, keep, inner_s, outer_s, BIAS_S, CAPPED_S, HOLES)
+            here = tl.max(b_s, 0)
+            if STATISTICS:
+                top_s = tl.where(here > most_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
+            high = tl.maximum(most_s, here)
+            fade = tl.exp(most_s - high)
+            b_e = tl.exp(b_s - high)
+            b_sum_s = b_sum_s * fade + b_e
+            most_s = high
+        if TEACHER or CROSS:
+            b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
+        if CROSS:
+            b_cross = b_cross * fade + tl.where(b_e == 0.0, 0.0, b_e * bounded(b_s - b_t))
+        if TEACHER:
+            here = tl.max(b_t, 0)
+            if STATISTICS:
+                top_t = tl.where(here > most_t, tl.min(tl.where(b_t == here, o_v, 2147483647), 0), top_t)
+            high = tl.maximum(most_t, here)
+            fade = tl.exp(most_t - high)
+            b_low = b_t - high
+            b_g = tl.exp(b_low)
+            if STATISTICS:
+                # Relative to the maximum: moving that by some shift takes shift * sum away.
+                b_energy = (b_energy - b_sum_t * (high - most_t)) * fade
+                b_energy += b_g * tl.where(b_low < -LARGE, -LARGE, b_low)
+            b_sum_t = b_sum_t * fade + b_g
+            most_t = high
+    if STUDENT:
+        tl.store(partial_ptr + MAX_S * stride_field, most_s)
+        tl.store(partial_ptr + SUM_S * stride_field, tl.sum(b_sum_s, 0))
+    if TEACHER:
+        tl.store(partial_ptr + MAX_T * stride_field, most_t)
+        tl.store(partial_ptr + SUM_T * stride_field, tl.sum(b_sum_t, 0))
+    if CROSS:
+        tl.store(partial_ptr + CROSS_S * stride_field, tl.sum(b_cross, 0))
+    if STATISTICS:
+        tl.store(partial_ptr + ENERGY_T * stride_field, tl.sum(b_energy, 0))
+        tl.store(partial_ptr + TOP_S * stride_field, top_s.to(tl.float32))
+        tl.store(partial_ptr + TOP_T * stride_field, top_t.to(tl.float32))
+
+
+@triton.jit
+def combine_rows(
+    partial_ptr, counted_ptr, labels_ptr, label_z_ptr, known_s_ptr, known_t_ptr,
+    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr, nll_ptr, entropy_ptr, agreement_ptr,
+    vocabulary, parts, stride_field,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr,
+    PAIR: tl.constexpr,  # there is a teacher, given by sums, by known_t, or UNIFORM
+    UNIFORM: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Parts of one row into its log-sum-exps and what follows from them, in float64; 0 for a row that does not count.
+
+    ``lse_s - lse_t`` is rounded once, after the difference: two rounded float32 log-sum-exps of 20 would leave 2e-6.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    zero = tl.full([], 0.0, tl.float64)
+    lse_s = zero
+    lse_t = zero
+    dlse = zero
+    offset = zero
+    nll = zero
+    entropy = zero
+    agreement = zero
+    counts = True
+    if MASKED:
+        counts = tl.load(counted_ptr + i_row) != 0
+    if counts:
+        o_p = tl.arange(0, BLOCK_P)
+        keep = o_p < parts
+        partial_ptr += i_row * parts
+        if STUDENT:
+            b_most = tl.load(partial_ptr + MAX_S * stride_field + o_p, mask=keep, other=LOWEST)
+            most = tl.max(b_most, 0)
+            b_fade = tl.exp(b_most.to(tl.float64) - most.to(tl.float64))
+            total = tl.sum(tl.load(partial_ptr + SUM_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64) * b_fade, 0)
+            lse_s = most.to(tl.float64) + tl.log(total)
+            if CROSS:
+                b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+                offset = tl.sum(b_cross * b_fade, 0) / total
+            if STATISTICS:
+                b_top = tl.load(partial_ptr + TOP_S * stride_field + o_p, mask=keep, other=0.0)
+                top_s = tl.min(tl.where(keep & (b_most == most), b_top, LARGE), 0)
+        else:
+            lse_s = tl.load(known_s_ptr + i_row).to(tl.float64)
+        if UNIFORM:
+            lse_t = tl.log(zero + vocabulary)
+        elif TEACHER:
+            b_most = tl.load(partial_ptr + MAX_T * stride_field + o_p, mask=keep, other=LOWEST)
+            most = tl.max(b_most, 0)
+            b_shift = b_most.to(tl.float64) - most.to(tl.float64)
+            b_fade = tl.exp(b_shift)
+            b_sum = tl.load(partial_ptr + SUM_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64) * b_fade
+            total = tl.sum(b_sum, 0)
+            lse_t = most.to(tl.float64) + tl.log(total)
+            if STATISTICS:
+                b_energy = tl.load(partial_ptr + ENERGY_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+                energy = tl.sum(b_energy * b_fade + tl.where(b_sum > 0.0, b_sum * b_shift, 0.0), 0)
+                entropy = tl.log(total) - energy / total
+                b_top = tl.load(partial_ptr + TOP_T * stride_field + o_p, mask=keep, other=0.0)
+                top_t = tl.min(tl.where(keep & (b_most == most), b_top, LARGE), 0)
+                agreement = tl.where(top_s == top_t, 1.0, 0.0).to(tl.float64)
+        elif PAIR:
+            lse_t = tl.load(known_t_ptr + i_row).to(tl.float64)
+        if PAIR:
+            dlse = lse_s - lse_t
+        if CROSS:
+            offset -= dlse
+            offset = tl.where(offset < 0.0, 0.0, offset)
+        if NLL:
+            nll = lse_s
+            if LABELS:
+                label_z = tl.load(label_z_ptr + i_row).to(tl.float64)
+                nll = tl.where(tl.load(labels_ptr + i_row) < 0, lse_s, lse_s - label_z)
+    tl.store(lse_s_ptr + i_row, lse_s.to(lse_s_ptr.dtype.element_ty))
+    if PAIR:
+        tl.store(lse_t_ptr + i_row, lse_t.to(tl.float32))
+        tl.store(dlse_ptr + i_row, dlse.to(tl.float32))
+    if CROSS:
+        tl.store(offset_ptr + i_row, offset.to(tl.float32))
+    if NLL:
+        tl.store(nll_ptr + i_row, nll.to(nll_ptr.dtype.element_ty))
+    if STATISTICS:
+        tl.store(entropy_ptr + i_row, entropy.to(tl.float32))
+        tl.store(agreement_ptr + i_row, agreement.to(tl.float32))
+
+
+@triton.jit
+def loss_rows(
+    z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, counted_ptr,
+    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr,
+    # [rows]: factors of the divergence's gradient and of p_s; the nll's whole gradient at the label
+    factor_ptr, own_ptr, at_label_ptr, labels_ptr,
+    dz_ptr,
+    # [4, rows, parts]: divergence, KL(s||m), skipped entries, sum of their squares
+    partial_ptr,
+    inner_s, outer_s, inner_t, outer_t, beta_t, beta_s, filter_below,
+    vocabulary, columns, part, parts, stride_s, stride_t, stride_dz, stride_field,
+    TARGET: tl.constexpr, UNIFORM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NLL: tl.constexpr,  # a multiple of p_s is added
+    LABELS: tl.constexpr, FILTER: tl.constexpr,
+    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
+    MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Divergence of one part of one row and d total / d product; columns from ``vocabulary`` to ``columns`` are written 0."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_part = tl.program_id(1)
+    z_s_ptr += i_row * stride_s
+    z_t_ptr += i_row * stride_t
+    dz_ptr += i_row * stride_dz
+    partial_ptr += i_row * parts + i_part
+    start = i_part * part
+    end = tl.minimum(start + part, vocabulary)
+    counts = True
+    if MASKED:
+        counts = tl.load(counted_ptr + i_row) != 0
+
+    b_value = tl.zeros([BLOCK_V], tl.float32)
+    b_mixed = tl.zeros([BLOCK_V], tl.float32)
+    b_squares = tl.zeros([BLOCK_V], tl.float32)
+    skipped = tl.full([], 0.0, tl.float32)
+    if counts:
+        lse_s = tl.load(lse_s_ptr + i_row).to(tl.float32)
+        lse_t = 0.0
+        dlse = 0.0
+        offset = 0.0
+        factor = 0.0
+        if TARGET != OWN:
+            lse_t = tl.load(lse_t_ptr + i_row)
+            dlse = tl.load(dlse_ptr + i_row)
+            offset = tl.load(offset_ptr + i_row)
+            if GRADIENT:
+                factor = tl.load(factor_ptr + i_row)
+        if NLL:
+            own = tl.load(own_ptr + i_row)
+        if LABELS:
+            label = tl.load(labels_ptr + i_row)
+            at_label = tl.load(at_label_ptr + i_row)
+        for first in range(start, end, BLOCK_V):
+            o_v = first + tl.arange(0, BLOCK_V)
+            keep = o_v < end
+            b_s = load_logits(z_s_ptr, bias_s_ptr, o_v, keep, inner_s, outer_s, BIAS_S, CAPPED_S, HOLES)
+            if TARGET == OWN or UNIFORM:
+                b_t = b_s * 0.0
+                b_t = tl.where(keep, 0.0, b_t)
+            else:
+                b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
+            value, mixed, b_p, b_g = loss_and_slope(b_s, b_t, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET)
+            if TARGET != OWN:
+                b_value += tl.where(keep, value, 0.0)
+                b_mixed += tl.where(keep, mixed, 0.0)
+            if GRADIENT:
+                b_test = b_p if TARGET == OWN else b_g
+                b_out = b_g * factor
+                loud = tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 0)  # NaN is loud
+                if NLL:
+                    b_own = own * b_p
+                    if LABELS:
+                        b_own = tl.where(o_v == label, at_label, b_own)
+                        loud = tl.where((label >= first) & (label < first + BLOCK_V), 1, loud)
+                    b_out += b_own
+                if CAPPED_S:
+                    b_tanh = b_s / outer_s
+                    b_out *= 1.0 - b_tanh * b_tanh
+                if HOLES:
+                    b_out = tl.where(b_s == float("-inf"), 0.0, b_out)
+                if FILTER:
+                    b_squares += tl.where(keep & (loud == 0), b_out * b_out, 0.0)
+                    skipped += tl.where(loud == 0, tl.minimum(BLOCK_V, end - first).to(tl.float32), 0.0)
+                    b_out = tl.where(loud == 0, 0.0, b_out)
+                tl.store(dz_ptr + o_v, narrow(b_out, dz_ptr), mask=keep)
+    elif GRADIENT:
+        for first in range(start, end, BLOCK_V):
+            o_v = first + tl.arange(0, BLOCK_V)
+            tl.store(dz_ptr + o_v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=o_v < end)
+    if GRADIENT:  # noqa: SIM102
+        if i_part == 0:
+            for first in range(vocabulary, columns, BLOCK_V):
+                o_v = first + tl.arange(0, BLOCK_V)
+                tl.store(dz_ptr + o_v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=o_v < columns)
+    if TARGET != OWN:
+        tl.store(partial_ptr, tl.sum(b_value, 0))
+        tl.store(partial_ptr + stride_field, tl.sum(b_mixed, 0))
+    if FILTER:
+        tl.store(partial_ptr + 2 * stride_field, skipped)
+        tl.store(partial_ptr + 3 * stride_field, tl.sum(b_squares, 0))
+
+
+@triton.jit
+def pick_rows(
+    z_ptr, bias_ptr, index_ptr, counted_ptr, out_ptr,
+    inner, outer, vocabulary, known, stride_z,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    TAKE: tl.constexpr,  # leave -inf behind
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Shaped logits of one row at ``index[known]``: NaN where it is outside the vocabulary, -inf where it is negative."""
+    i_row = tl.program_id(0).to(tl.int64)
+    if MASKED:  # noqa: SIM102
+        if tl.load(counted_ptr + i_row) == 0:
+            return
+    z_ptr += i_row * stride_z
+    o_k = tl.arange(0, BLOCK_K)
+    within = o_k < known
+    b_at = tl.load(index_ptr + i_row * known + o_k, mask=within, other=-1)
+    real = within & (b_at >= 0) & (b_at < vocabulary)
+    b_raw = tl.load(z_ptr + b_at, mask=real, other=0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + b_at, mask=real, other=0.0).to(tl.float32)
+    b_z = shape_logits(b_raw, bias, inner, outer, HAS_BIAS, CAPPED)
+    b_z = tl.where(b_at < 0, float("-inf"), tl.where(b_at >= vocabulary, float("nan"), b_z))
+    tl.store(out_ptr + i_row * known + o_k, b_z, mask=within)
+    if TAKE:
+        tl.store(z_ptr + b_at, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=real)
+
+
+@triton.jit
+def put_rows(
+    dz_ptr, index_ptr, value_ptr, counted_ptr, vocabulary, known, stride_dz, MASKED: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Gradients of a sparse teacher's entries into one row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    if MASKED:  # noqa: SIM102
+        if tl.load(counted_ptr + i_row) == 0:
+            return
+    o_k = tl.arange(0, BLOCK_K)
+    b_at = tl.load(index_ptr + i_row * known + o_k, mask=o_k < known, other=-1)
+    real = (b_at >= 0) & (b_at < vocabulary)
+    b_value = tl.load(value_ptr + i_row * known + o_k, mask=real, other=0.0)
+    tl.store(dz_ptr + i_row * stride_dz + b_at, narrow(b_value, dz_ptr), mask=real)

@@ -1,0 +1,108 @@
+"""Pieces that the kernels share: logits from products, and the loss and gradient of one (token, vocabulary row) pair.
+
+In difference form, with ``x = log p_s - log p_t = (z_s - z_t) - (lse_s - lse_t)``::
+
+    forward   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
+    reverse   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
+    jsd       sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
+              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
+
+All from the larger of the two probabilities and ``u = -|x|``: nothing overflows, nothing cancels, and every term is >= 0.
+``offset`` is the KL inside reverse's and jsd's gradients.
+
+Clamps are ``tl.where``, not ``tl.maximum``: that drops NaN, which must reach the row's loss.
+"""
+
+import triton
+import triton.language as tl
+
+from undo_kernels.triton.math import expm1, log1p, tanh
+
+OWN = tl.constexpr(0)
+FORWARD = tl.constexpr(1)
+REVERSE = tl.constexpr(2)
+JSD = tl.constexpr(3)
+
+# Partial sums of one part of a row.
+MAX_S = tl.constexpr(0)
+SUM_S = tl.constexpr(1)
+MAX_T = tl.constexpr(2)
+SUM_T = tl.constexpr(3)
+CROSS_S = tl.constexpr(4)  # sum of e**(z_s - max) (z_s - z_t)
+ENERGY_T = tl.constexpr(5)  # sum of e**(z_t - max) (z_t - max)
+TOP_S = tl.constexpr(6)
+TOP_T = tl.constexpr(7)
+FIELDS = 8
+
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that a difference of two of them is 0 and not NaN
+LARGE = tl.constexpr(1.0e30)
+
+
+@triton.jit
+def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """``c tanh(scale (z + bias) / c) / temperature``: inner is scale / c, outer c / temperature; uncapped, inner is the whole gain."""
+    if HAS_BIAS:
+        z += bias
+    z *= inner
+    if CAPPED:
+        z = outer * tanh(z)
+    return z
+
+
+@triton.jit
+def bounded(x):
+    """``x`` within +-1e30, NaN kept: 0 * inf would be NaN."""
+    x = tl.where(x > LARGE, LARGE, x)
+    return tl.where(x < -LARGE, -LARGE, x)
+
+
+@triton.jit
+def loss_and_slope(s, t, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET: tl.constexpr):
+    """Term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s."""
+    log_s = s - lse_s
+    if TARGET == OWN:
+        p_s = tl.exp(log_s)
+        value = p_s * 0.0
+        mixed = value
+        slope = value
+    else:
+        log_t = t - lse_t
+        x = s - t - dlse
+        up = x > 0.0  # the student's probability is the larger one
+        log_big = tl.where(up, log_s, log_t)
+        x = bounded(tl.where(log_big < -87.0, 0.0, x))  # both underflow: no loss
+        big = tl.exp(log_big)
+        u = -tl.abs(x)
+        w, q = expm1(u)
+        small = big + big * w
+        p_s = tl.where(up, big, small)
+        # KL's term is big q from the larger side; from the smaller one it is big ((1 + w) u - w), taken apart where that cancels.
+        other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), (w + 1.0) * u - w)
+        if TARGET == JSD:
+            # With the smaller side's weight in m: m / big = 1 + a, log(big / m) = -log1p(a), log(small / m) = u - log1p(a).
+            low = tl.where(up, beta_t, beta_s)
+            a = low * w
+            l, h = log1p(a)
+            value = low * other - a * a + (1.0 + a) * h
+            mixed = tl.where(up, h, other - a * w + (1.0 + w) * h)
+            value = big * tl.where(value < 0.0, 0.0, value)
+            mixed = big * tl.where(mixed < 0.0, 0.0, mixed)
+            slope = beta_s * p_s * (tl.where(up, 0.0, u) - l - offset)
+        else:
+            if TARGET == FORWARD:
+                value = big * tl.where(up, other, q)
+                slope = big * tl.where(up, -w, w)
+            else:
+                value = big * tl.where(up, q, other)
+                slope = p_s * (x - offset)
+            mixed = value
+    return value, mixed, p_s, slope
+
+
+@triton.jit
+def narrow(x, ptr):
+    """``x`` in the dtype that ``ptr`` points to; float16 saturates rather than becoming infinite."""
+    if ptr.dtype.element_ty == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, x)
+        x = tl.where(x < -65504.0, -65504.0, x)
+    return x.to(ptr.dtype.element_ty)

@@ -1,0 +1,111 @@
+"""Tile sizes by target, kernel and dtype: a table in code. Nothing is timed at run time, so that a run repeats bit for bit.
+
+Every entry is compiled ahead of time by tests/kernels/triton/test_aot.py, which fails on spills and on too much shared memory.
+Imports without triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to launch a matrix kernel."""
+
+    block_t: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+    pieces: int  # that the columns are worked on in after the products: one's temporaries in registers at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to launch a row kernel."""
+
+    block_v: int
+    warps: int
+
+
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+INTERPRETER = "interpreter"
+
+# (target, kernel, dtype is float32) -> the default first, then what else may be launched. "cross" are the statistics with reverse's
+# offset or the top-1, "filter" the loss with the block filter or jsd: more lives in registers there.
+KERNELS = ("stats", "cross", "loss", "filter")
+_SMALL_16 = Tile(64, 128, 64, 8, 3, 4)
+_SMALL_32 = Tile(64, 64, 32, 8, 2, 2)
+_LONG_32 = Tile(64, 128, 32, 8, 2, 4)
+_TILES: dict[tuple[str, str, bool], tuple[Tile, ...]] = {
+    **{(target, kernel, False): (_SMALL_16,) for target in TARGETS for kernel in KERNELS},
+    **{(target, kernel, True): (_SMALL_32,) for target in TARGETS for kernel in ("stats", "cross")},
+    **{(target, kernel, True): (_LONG_32,) for target in TARGETS for kernel in ("loss", "filter")},
+    **{(target, "stats", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16) for target in ("sm_80", "sm_86")},
+    **{(target, kernel, True): (Tile(64, 128, 16, 8, 2, 4),) for target in ("sm_80", "sm_86") for kernel in ("stats", "cross")},
+    ("sm_90", "stats", False): (Tile(64, 256, 64, 8, 3, 4), _SMALL_16),
+    ("sm_90", "loss", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16),
+    ("sm_100", "loss", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16),
+    ("gfx942", "stats", False): (Tile(128, 128, 64, 8, 2, 8), Tile(64, 128, 64, 8, 2, 4)),
+    ("gfx942", "loss", False): (Tile(128, 128, 64, 8, 2, 8), Tile(64, 128, 64, 8, 2, 4)),
+    ("gfx942", "cross", False): (Tile(64, 128, 64, 8, 2, 4),),
+    ("gfx942", "filter", False): (Tile(64, 128, 64, 8, 2, 4),),
+    **{(INTERPRETER, kernel, wide): (Tile(16, 64, 16, 4, 1, 2),) for kernel in KERNELS for wide in (False, True)},
+}
+_ROWS = {
+    **{target: Row(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
+    "gfx942": Row(2048, 4),
+    INTERPRETER: Row(128, 4),
+}
+
+
+def target_of(device: torch.device) -> str:
+    """The table's name of a device."""
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")  # consumer Blackwell has the shared memory of sm_86
+
+
+def tiles(target: str, kernel: str, wide: bool) -> tuple[Tile, ...]:
+    """What may be launched, the default first; ``wide`` for float32 operands."""
+    return _TILES[target, kernel, wide]
+
+
+def row(target: str, vocabulary: int) -> Row:
+    """Block of the row kernels."""
+    if target == INTERPRETER and vocabulary >= 256:  # its time is by the operation, not by the element
+        return Row(256 if vocabulary < 4096 else 4096, 4)
+    return _ROWS[target]
+
+
+def precision(target: str, wide: bool) -> str:
+    """Of float32 products: three TF32 products where the target has them, IEEE otherwise; never plain TF32."""
+    if target == INTERPRETER:
+        return "interpreted"
+    return "tf32x3" if wide and target.startswith("sm_") else "ieee"
+
+
+def row_parts(rows: int, vocabulary: int, block_v: int) -> tuple[int, int]:
+    """Parts that a row is split into and their length: enough programs for a GPU where the rows are few."""
+    return _split(vocabulary, block_v, min(-(-2048 // max(rows, 1)), 64))
+
+
+def tile_parts(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
+    """Parts that the vocabulary is split into in the recompute plan's statistics, and their length."""
+    blocks = -(-max(rows, 1) // tile.block_t)
+    return _split(vocabulary, tile.block_v, min(-(-1056 // blocks), 256))  # 1056: eight waves of 132 multiprocessors
+
+
+def _split(vocabulary: int, block: int, most: int) -> tuple[int, int]:
+    """At most so many parts of whole blocks."""
+    blocks = -(-vocabulary // block)
+    length = -(-blocks // min(most, blocks)) * block
+    return -(-vocabulary // length), length

@@ -1,0 +1,63 @@
+"""Every Triton kernel compiled for targets that this machine need not have: no spills, shared memory within limits, wgmma.
+
+``UNDO_AOT=all`` compiles every tile that can be launched and every variant, for consumer cards too; the default is each kernel's
+default tile with every option on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+EVERY = os.environ.get("UNDO_AOT") == "all"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942") + (("sm_86",) if EVERY else ())
+LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of shared memory a block
+
+
+def compile_for(target):
+    """In a process of its own: kernels that were imported under the interpreter cannot be compiled."""
+    command = [sys.executable, "-W", "ignore", "-m", "undo_kernels.triton.aot", target, *(["all"] if EVERY else [])]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills(reports, target):
+    spilled = {report["name"]: report["spills"] for report in reports[target] if report["spills"]}
+    assert not spilled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_within_the_limit(reports, target):
+    over = {report["name"]: report["shared"] for report in reports[target] if report["shared"] > LIMIT[target] << 10}
+    assert not over
+
+
+def test_matrix_kernels_use_wgmma_on_hopper(reports):
+    matrix = [report for report in reports["sm_90"] if report["matrix_16"]]
+    assert matrix
+    assert not [report["name"] for report in matrix if not report["wgmma"]]
+
+
+def test_matrix_kernels_use_tcgen05_on_blackwell(reports):
+    matrix = [report for report in reports["sm_100"] if report["matrix_16"]]
+    assert matrix
+    assert not [report["name"] for report in matrix if not report["tcgen05"]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_was_compiled(reports, target):
+    kernels = {report["name"].split()[0] for report in reports[target]}
+    assert kernels == {
+        "stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows", "pick_labels", "stats_tiles", "loss_tiles",
+    }  # fmt: skip
