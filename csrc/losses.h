@@ -10,7 +10,8 @@ namespace undo {
 enum Target : int { OWN, FORWARD, REVERSE, JSD };
 
 // Fields of the state, one double a token each.
-enum Field : int { MAX_S, SUM_S, MAX_T, SUM_T, CROSS, ENERGY, TOP_S, TOP_T, LABEL, VALUE, MIXED, FIELDS };
+// With u = z_s - MAX_S and v = z_t - MAX_T: SUM_S = sum e**u, SUM_T = sum e**v, APART = sum (e**u - e**v), CROSS = sum e**u (u - v).
+enum Field : int { MAX_S, SUM_S, MAX_T, SUM_T, APART, CROSS, ENERGY, TOP_S, TOP_T, LABEL, VALUE, MIXED, FIELDS };
 
 // z = cap * tanh(scale * (product + bias) / cap) / temperature
 struct Shape {
@@ -24,14 +25,14 @@ struct Chunk {
   int64_t tokens = 0, stride = 0, leading = 0;  // `leading`: floats from z[v] to z[v + 1]
   int target = OWN;
   bool uniform = false;       // the teacher is uniform: its logits are 0 and never read
-  bool teacher_sums = true;   // false: lse_t was given
   bool statistics = false;
   bool full = true;           // false: `own` is 0 everywhere and nobody asks for the Peak
-  float beta = 0.5f;
+  float beta = 0.5f, other = 0.5f;  // of jsd; other = 1 - beta, which float32 cannot form when beta is near 1
   Shape student, teacher;
   double* state = nullptr;    // [FIELDS][stride]
   double* partial = nullptr;  // [tile / BLOCK][FIELDS][stride]
-  const float *lse_s = nullptr, *lse_t = nullptr, *dlse = nullptr, *offset = nullptr;  // [stride]; offset: KL(s||t) or KL(s||m)
+  // [stride]: log p = (z - base) - log_sum; gap = log_sum_s - log_sum_t, not formed from the two; offset: KL(s||t) or KL(s||m).
+  const float *base_s = nullptr, *base_t = nullptr, *log_sum_s = nullptr, *log_sum_t = nullptr, *gap = nullptr, *offset = nullptr;
   const float *weight = nullptr, *own = nullptr;  // [stride] factors of the divergence's gradient and of p_s
   const int64_t* labels = nullptr;                // [stride], -1 for none
   const float* label_weight = nullptr;            // [stride]

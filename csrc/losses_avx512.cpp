@@ -1,6 +1,7 @@
 // The row kernels for avx512.
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "losses.h"
 

@@ -1,6 +1,7 @@
 // The row kernels for plain.
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "losses.h"
 

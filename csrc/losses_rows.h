@@ -6,6 +6,8 @@
 //              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 //
 // All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
+// x = (z_s - max_s) - (z_t - max_t) - gap, where the gap of the two logarithms comes from the sum of the differences (APART), not from
+// the difference of the sums: float32 sums are right to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
 // An element costs two exponentials in the statistics, two in the loss (JSD: two logarithms more), 8 bytes read twice and 4 written.
 
 UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
@@ -53,10 +55,10 @@ UNDO_INLINE void next_lines(const Chunk& c, const float* z_s, const float* z_t, 
 // the next ones too, so that they are read once; a block that rises far above it finds its own.
 template <bool TEACHER>
 UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out, int64_t i) {
-  bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
-  const bool sums_t = TEACHER && (c.teacher_sums || c.statistics), cross = TEACHER && c.target == REVERSE;
+  const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
+  const bool cross = TEACHER && c.target == REVERSE;
   const V lowest = all(-INFINITY);
-  V from_s = {}, from_t = {}, most_s = lowest, most_t = lowest, sum_s = {}, sum_t = {}, energy = {}, crossed = {};
+  V from_s = {}, from_t = {}, most_s = lowest, most_t = lowest, sum_s = {}, sum_t = {}, apart = {}, energy = {}, crossed = {};
   bool known = !c.statistics;
   for (int lane = 0; lane < LANES; ++lane) {
     from_s[lane] = float(c.state[MAX_S * c.stride + i + lane]);
@@ -65,15 +67,26 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     from_t[lane] = float(c.state[MAX_T * c.stride + i + lane]);
     known = known && std::isfinite(from_t[lane]);
   }
-  auto add = [&](V s, int64_t v) UNDO_LAMBDA {
-    const V e = exp(s - from_s);
-    sum_s += e;
-    if (sums_t) {
-      const V t = load(z_t + v * c.leading) - from_t, g = exp(t);
-      sum_t += g;
-      if (c.statistics) energy += g * max(all(-1e30f), t);
+  auto add = [&](V s, int64_t at) UNDO_LAMBDA {
+    const V u = s - from_s;
+    if (!TEACHER) {
+      sum_s += exp(u);
+      return;
     }
-    if (cross) crossed += e == 0.0f ? V{} : e * max(all(-1e30f), min(all(1e30f), s - load(z_t + v * c.leading)));
+    const V v = load(z_t + at * c.leading) - from_t;
+    V y = u - v;
+    const I up = y > 0.0f;
+    const V top = up ? u : v;
+    y = top < LOWEST ? V{} : y;  // both underflow
+    V e, w, q;
+    const V big = exp(top);
+    expm1(-min(all(1e30f), magnitude(y)), e, w, q);
+    const V change = big * w, small = big * e;
+    sum_s += up ? big : small;
+    sum_t += up ? small : big;
+    apart += up ? -change : change;
+    if (cross) crossed += (up ? big : small) * max(all(-1e30f), min(all(1e30f), y));
+    if (c.statistics) energy += (up ? small : big) * max(all(-1e30f), v);
   };
   for (int64_t v = 0; v < rows; ++v) {
     next_lines<TEACHER>(c, z_s, z_t, v);
@@ -87,12 +100,12 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     }
     if (known) add(s, v);
   }
-  constexpr float ROOM = 60;  // e**60 times a block's rows is far from the end of float32
+  constexpr float ROOM = 8;  // the exponent's rounding grows with it
   if (!known || largest(most_s - from_s) > ROOM || (TEACHER && largest(most_t - from_t) > ROOM)) {
     // A block of nothing but -inf adds exp(-inf - 0) = 0.
     from_s = most_s == lowest ? V{} : most_s;
     from_t = most_t == lowest ? V{} : most_t;
-    sum_s = sum_t = energy = crossed = V{};
+    sum_s = sum_t = apart = energy = crossed = V{};
     for (int64_t v = 0; v < rows; ++v) add(load(z_s + v * c.leading), v);
   } else {
     most_s = from_s;
@@ -100,8 +113,9 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
   }
   put(out + MAX_S * c.stride, i, most_s);
   put(out + SUM_S * c.stride, i, sum_s);
-  if (cross) put(out + CROSS * c.stride, i, crossed);
   if (!TEACHER) return;
+  put(out + APART * c.stride, i, apart);
+  put(out + CROSS * c.stride, i, crossed);
   put(out + MAX_T * c.stride, i, most_t);
   put(out + SUM_T * c.stride, i, sum_t);
   if (!c.statistics) return;
@@ -116,20 +130,40 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
   put(out + TOP_T * c.stride, i, top_t);
 }
 
-// Adds a sum over exp(z - most) to one over exp(z - state's most), with a companion sum (CROSS) or energy that has the same factor.
-inline void merge(double& most, double& sum, double& more, double new_most, double new_sum, double new_more) {
-  if (new_most > most) {
-    const double factor = std::exp(most - new_most);  // 0 for the first block
-    sum *= factor;
-    more *= factor;
-    most = new_most;
-  } else if (new_most < most) {
-    const double factor = std::exp(new_most - most);
-    new_sum *= factor;
-    new_more *= factor;
+// Moves one side's sum from the maximum `most` to `to`; a sum over nothing stays 0. Returns the factor.
+inline double move(double most, double to) { return most == to ? 1 : most == -INFINITY ? 0 : std::exp(most - to); }
+
+// Adds one block's sums of one token to the state's, both relative to the larger of their maxima.
+inline void merge(const Chunk& c, double* state, const double* part, bool teacher) {
+  const int64_t n = c.stride;
+  if (part[MAX_S * n] == state[MAX_S * n] && (!teacher || part[MAX_T * n] == state[MAX_T * n])) {
+    state[SUM_S * n] += part[SUM_S * n];
+    if (!teacher) return;
+    for (const int field : {int(SUM_T), int(APART), int(CROSS)}) state[field * n] += part[field * n];
+    if (c.statistics) state[ENERGY * n] += part[ENERGY * n];
+    return;
   }
-  sum += new_sum;
-  more += new_more;
+  auto higher = [](double a, double b) { return a < b ? b : a; };
+  const double most_s = higher(state[MAX_S * n], part[MAX_S * n]), most_t = teacher ? higher(state[MAX_T * n], part[MAX_T * n]) : 0;
+  double total[FIELDS] = {};
+  for (const double* one : {static_cast<const double*>(state), part}) {
+    const double a = move(one[MAX_S * n], most_s), sum_s = one[SUM_S * n];
+    total[SUM_S] += a * sum_s;
+    if (!teacher) continue;
+    const double b = move(one[MAX_T * n], most_t), sum_t = one[SUM_T * n];
+    total[SUM_T] += b * sum_t;
+    // sum (a e**u - b e**v) = b sum (e**u - e**v) + (a - b) sum e**u, with a - b taken without cancellation
+    const double shift = (one[MAX_S * n] - most_s) - (one[MAX_T * n] - most_t);
+    const double ahead = b == 0 || !std::isfinite(shift) ? a - b : b * std::expm1(shift);
+    total[APART] += b * one[APART * n] + ahead * sum_s;
+    if (sum_s > 0) total[CROSS] += a * (one[CROSS * n] + (a == 0 ? 0 : shift * sum_s));
+    if (c.statistics && sum_t > 0) total[ENERGY] += b * (one[ENERGY * n] + (b == 0 ? 0 : (one[MAX_T * n] - most_t) * sum_t));
+  }
+  state[MAX_S * n] = most_s;
+  state[SUM_S * n] = total[SUM_S];
+  if (!teacher) return;
+  state[MAX_T * n] = most_t;
+  for (const int field : {int(SUM_T), int(APART), int(CROSS), int(ENERGY)}) state[field * n] = total[field];
 }
 
 // The labels' own logits, before the gradient replaces them.
@@ -160,24 +194,15 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < c.tokens; ++i) {
-      double* all_fields = c.state + i;
-      auto state = [&](int field) -> double& { return all_fields[field * c.stride]; };
+      double* state = c.state + i;
       for (int64_t b = 0; b < blocks; ++b) {
-        auto part = [&](int field) { return c.partial[(b * FIELDS + field) * c.stride + i]; };
+        const double* part = c.partial + b * FIELDS * c.stride + i;
         if (c.statistics) {
-          if (part(MAX_S) > state(MAX_S) || state(TOP_S) < 0) state(TOP_S) = part(TOP_S);
-          if (part(MAX_T) > state(MAX_T) || state(TOP_T) < 0) state(TOP_T) = part(TOP_T);
-          // The energy is relative to the maximum: moving it adds the sum times the shift.
-          const double low = state(MAX_T), shift = part(MAX_T) - low;
-          double added = part(ENERGY);
-          if (shift > 0 && low > -INFINITY) state(ENERGY) -= state(SUM_T) * shift;
-          if (shift < 0 && part(SUM_T) > 0) added += part(SUM_T) * shift;
-          merge(state(MAX_T), state(SUM_T), state(ENERGY), part(MAX_T), part(SUM_T), added);
-        } else if (z_t) {
-          double none = 0;
-          merge(state(MAX_T), state(SUM_T), none, part(MAX_T), part(SUM_T), 0);
+          const int64_t n = c.stride;
+          if (part[MAX_S * n] > state[MAX_S * n] || state[TOP_S * n] < 0) state[TOP_S * n] = part[TOP_S * n];
+          if (part[MAX_T * n] > state[MAX_T * n] || state[TOP_T * n] < 0) state[TOP_T * n] = part[TOP_T * n];
         }
-        merge(state(MAX_S), state(SUM_S), state(CROSS), part(MAX_S), part(SUM_S), c.target == REVERSE && z_t ? part(CROSS) : 0);
+        merge(c, state, part, z_t != nullptr);
       }
     }
   }
@@ -187,17 +212,18 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
 // FULL: with the student's own term (labels, lse) and the figures of the block filter; the plain case has neither.
 template <int TARGET, bool FULL>
 UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t rows, bool gradient, double* out, int64_t i) {
-  const V lse_s = load(c.lse_s + i), weight = load(c.weight + i), own = load(c.own + i);
-  const V lse_t = TARGET == OWN ? V{} : load(c.lse_t + i), dlse = TARGET == OWN ? V{} : load(c.dlse + i);
+  const V base_s = load(c.base_s + i), sum_s = load(c.log_sum_s + i), weight = load(c.weight + i), own = load(c.own + i);
+  const V base_t = TARGET == OWN ? V{} : load(c.base_t + i), sum_t = TARGET == OWN ? V{} : load(c.log_sum_t + i);
+  const V gap = TARGET == OWN ? V{} : load(c.gap + i);
   const V offset = TARGET == REVERSE || TARGET == JSD ? load(c.offset + i) : V{};
-  const V beta_s = all(float(1.0 - double(c.beta))), beta_t = all(c.beta);
+  const V beta_s = all(c.other), beta_t = all(c.beta);
   const bool capped = c.student.cap != 0;
   const float uncap = capped ? c.student.temperature / c.student.cap : 0;
   V value = {}, mixed = {}, most = {}, squares = {};
   for (int64_t v = 0; v < rows; ++v) {
     next_lines<TARGET != OWN>(c, z_s, z_t, v);
     const V s = load(z_s + v * c.leading);
-    const V log_s = s - lse_s;
+    const V from_s = s - base_s, log_s = from_s - sum_s;
     V g;
     if (TARGET == OWN) {
       if (!gradient) break;
@@ -206,16 +232,16 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
       if (FULL) most = max(most, p_s);
     } else {
       const V t = c.uniform ? V{} : load(z_t + v * c.leading);
-      const V log_t = t - lse_t;
-      V x = s - t - dlse;
+      const V from_t = t - base_t, log_t = from_t - sum_t;
+      V x = (from_s - from_t) - gap;
       const I up = x > 0.0f;  // the student's probability is the larger one
       const V log_big = up ? log_s : log_t;
       x = log_big < LOWEST ? V{} : x;           // both underflow
       x = max(all(-1e30f), min(all(1e30f), x));  // 0 * inf would be NaN
       const V big = exp(log_big), u = -magnitude(x);
-      V w, q;
-      expm1(u, w, q);
-      const V p_s = up ? big : fma(big, w, big);
+      V e, w, q;
+      expm1(u, e, w, q);
+      const V p_s = up ? big : big * e;
       if (TARGET == FORWARD || TARGET == REVERSE) {
         // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); apart where that would cancel.
         const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w, u, u - w);
@@ -223,16 +249,18 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
         g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (x - offset);
       } else {
         const V low = up ? beta_t : beta_s, high = up ? beta_s : beta_t;  // weights of the smaller and the larger side in m
-        const V ratio = fma(low, w, all(1.0f));                           // m / big
-        const V y_big = -low * w / ratio, y_small = high * w / ratio;
+        const V ratio = fma(low, e, high);                                // m / big = 1 + low w
         V h_big, h_small;
-        const V log_big_m = log1p(y_big, h_big);
-        const V inside = max(all(-0.99999994f), y_small);
-        const V log_small_m = log1p(inside, h_small);
-        const V phi_big = fma(y_big, y_big, -(y_big + 1.0f) * h_big), phi_small = fma(inside, inside, -(inside + 1.0f) * h_small);
-        const V m = big * ratio;
-        value += m * fma(high, max(V{}, phi_big), low * max(V{}, phi_small));
-        mixed += m * max(V{}, up ? phi_big : phi_small);
+        const V log_ratio = log1p(low * w, ratio, h_big);
+        const V y = high * w / ratio;  // small / m - 1
+        const V near_m = log1p(y, y + 1.0f, h_small);
+        const I near = y > -0.5f;
+        const V log_small_m = near ? near_m : u - log_ratio, log_big_m = -log_ratio;
+        // m phi(big / m - 1) / big and m phi(small / m - 1) / big
+        const V phi_big = max(V{}, h_big);
+        const V phi_small = max(V{}, near ? ratio * fma(y, y, -(y + 1.0f) * h_small) : fma(e, log_small_m, -high * w));
+        value += big * fma(high, phi_big, low * phi_small);
+        mixed += big * (up ? phi_big : phi_small);
         g = beta_s * p_s * ((up ? log_big_m : log_small_m) - offset);
       }
       if (FULL) most = max(most, magnitude(g));
@@ -291,7 +319,7 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
     if (c.labels && c.labels[i] >= first && c.labels[i] < first + rows) {
       const float z = float(c.state[LABEL * c.stride + i]);
       float& g = z_s[(c.labels[i] - first) * c.leading + i];
-      const double log_p = double(z) - double(c.lse_s[i]);
+      const double log_p = double(z) - double(c.base_s[i]) - double(c.log_sum_s[i]);
       // p - 1 without cancellation where the cross-entropy stands alone.
       if (c.target == OWN && c.own[i] == c.label_weight[i]) g = c.own[i] * chain(z) * float(std::expm1(log_p));
       else g -= c.label_weight[i] * chain(z);

@@ -56,19 +56,21 @@ PYBIND11_MODULE(_cpu, module) {
       .def_readwrite("leading", &Chunk::leading)
       .def_readwrite("target", &Chunk::target)
       .def_readwrite("uniform", &Chunk::uniform)
-      .def_readwrite("teacher_sums", &Chunk::teacher_sums)
       .def_readwrite("statistics", &Chunk::statistics)
       .def_readwrite("full", &Chunk::full)
       .def_readwrite("beta", &Chunk::beta)
+      .def_readwrite("other", &Chunk::other)
       .def_readwrite("student", &Chunk::student)
       .def_readwrite("teacher", &Chunk::teacher)
       .def_readwrite("known", &Chunk::known)
       .def_readwrite("picking", &Chunk::picking);
   address(chunk, "state", &Chunk::state);
   address(chunk, "partial", &Chunk::partial);
-  address(chunk, "lse_s", &Chunk::lse_s);
-  address(chunk, "lse_t", &Chunk::lse_t);
-  address(chunk, "dlse", &Chunk::dlse);
+  address(chunk, "base_s", &Chunk::base_s);
+  address(chunk, "base_t", &Chunk::base_t);
+  address(chunk, "log_sum_s", &Chunk::log_sum_s);
+  address(chunk, "log_sum_t", &Chunk::log_sum_t);
+  address(chunk, "gap", &Chunk::gap);
   address(chunk, "offset", &Chunk::offset);
   address(chunk, "weight", &Chunk::weight);
   address(chunk, "own", &Chunk::own);

@@ -53,26 +53,28 @@ UNDO_INLINE V exp(V x) {
   return x < LOWEST ? V{} : y;
 }
 
-// w = e**u - 1 and q = w - u for u <= 0, neither with cancellation; q >= 0.
-UNDO_INLINE void expm1(V u, V& w, V& q) {
+// e = e**u, w = e**u - 1 and q = w - u for u <= 0, none with cancellation; q >= 0.
+UNDO_INLINE void expm1(V u, V& e, V& w, V& q) {
   V power;
   const V r = reduce(max(all(LOWEST), u), power);
   const V square = r * r * remainder(r);
   const V far = fma(r + square, power, power - 1.0f);
+  e = fma(r + square, power, power);
   w = u > -0.34657f ? r + square : far;
   q = u > -0.34657f ? square : far - u;
 }
 
 // tanh from expm1(-2 |x|), which keeps small arguments.
 UNDO_INLINE V tanh(V x) {
-  V w, q;
-  expm1(-2.0f * magnitude(x), w, q);
+  V e, w, q;
+  expm1(-2.0f * magnitude(x), e, w, q);
   const V y = w / (w + 2.0f);  // -tanh |x|
   return x < 0.0f ? y : -y;
 }
 
-// log(1 + a) and h = a - log(1 + a) >= 0 for a > -1; h without cancellation for small a.
-UNDO_INLINE V log1p(V a, V& h) {
+// log(1 + a) and h = a - log(1 + a) >= 0 for a > -1, from a and sum = 1 + a, each of which may be the more accurate one; h without
+// cancellation for small a.
+UNDO_INLINE V log1p(V a, V sum, V& h) {
   // near: with s = a / (2 + a), log1p(a) = 2 s + 2 s**3 / 3 + ... and a - 2 s = a s
   const V s = a / (a + 2.0f), s2 = s * s;
   V y = fma(all(2.0f / 11), s2, all(2.0f / 9));
@@ -81,7 +83,6 @@ UNDO_INLINE V log1p(V a, V& h) {
   y = fma(y, s2, all(2.0f / 3));
   const V near = s * fma(s2, -y, a);
   // far: 1 + a = 2**n (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
-  const V sum = a + 1.0f;
   const I bits = (I)sum - 0x3F3504F3;
   const V n = __builtin_convertvector(bits >> 23, V);
   const V f = (V)((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;

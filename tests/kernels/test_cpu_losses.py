@@ -318,6 +318,21 @@ def test_peaked_logits_are_as_good_as_float32_logits_allow():
 
 
 @pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
+def test_a_sixteen_bit_head_with_a_bias(tiles, monkeypatch):
+    if not tiles:
+        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
+    h, w, _, _ = draw(rows=20, width=64, dtype=torch.bfloat16)
+    bias, labels = torch.zeros(VOCABULARY, dtype=torch.bfloat16), torch.arange(20) * 100
+    for plan in ("chunk", "recompute"):
+        inputs = [t.clone().requires_grad_() for t in (h, w, bias)]
+        exact = [t.double().requires_grad_() for t in (h, w, bias)]
+        got = ops.linear_cross_entropy(*inputs[:2], labels, bias=inputs[2], plan=plan)
+        wanted = F.cross_entropy(logits(*exact[:2], bias=exact[2]), labels)
+        for a, b in zip(gradients(got, inputs), gradients(wanted, exact), strict=True):
+            assert a.dtype == torch.bfloat16 and relative(a, b) < 4e-3
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
 def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
     if not tiles:
         monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
@@ -356,8 +371,11 @@ def test_masked_tokens_have_no_influence():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_nothing_counted_is_zero(reduction, rows):
-    h, w, th, tw = draw(rows=rows)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_counted_is_zero(reduction, rows, dtype):
+    spoilt = [torch.full((VOCABULARY, 32), torch.nan, dtype=dtype) for _ in range(4)]
+    del spoilt  # memory that comes back with this in it must not show
+    h, w, th, tw = draw(rows=rows, width=32, dtype=dtype)
     inputs = [h.requires_grad_(), w.requires_grad_()]
     mask = torch.zeros(rows, dtype=torch.bool)
     for plan in ("chunk", "recompute"):
@@ -402,6 +420,60 @@ def test_nan_reaches_its_own_row_and_no_other():
             ops.linear_lse(dirty, w, plan="chunk"),
         ):
             assert loss[7].isnan() and loss[torch.arange(20) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize(("spread", "near"), [(1, 1e-3), (10, 0.1), (10, 1e-5), (30, 1e-3)])
+def test_peaked_teachers_that_the_student_agrees_with(kind, spread, near):
+    """On given logits: the gap of the log-sum-exps is not the difference of two float32 sums."""
+    generator = torch.Generator().manual_seed(2)
+    z_s = torch.randn(8, 1500, generator=generator) * spread
+    z_t = z_s + torch.randn(8, 1500, generator=generator) * near
+    inputs, exact = z_s.clone().requires_grad_(), z_s.double().requires_grad_()
+    (got,) = gradients(ops.kl_div(inputs, z_t, divergence=kind, reduction="sum", plan="chunk"), [inputs])
+    s, t = exact.log_softmax(-1), z_t.double().log_softmax(-1)
+    x = s - t
+    if kind == "jsd":
+        m = torch.logaddexp(s, t) - math.log(2)
+        wanted = 0.5 * s.exp() * ((s - m) - (s.exp() * (s - m)).sum(-1, keepdim=True))
+    else:
+        wanted = t.exp() * x.expm1() if kind == "forward" else s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
+    wanted = wanted.detach()
+    real = wanted.norm(dim=-1) > 1e-12
+    assert real.any() and relative(got[real], wanted[real]) < 2e-4
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_student_that_is_its_teacher_gets_no_gradient(kind, reduction):
+    h, w, _, _ = draw()
+    inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+    loss = ops.linear_kl_div(*inputs, h, w, divergence=kind, reduction=reduction, plan="chunk")
+    assert not loss.any() and not any(g.any() for g in gradients(loss.sum(), inputs))
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_jsd_near_its_end_points(beta, spread):
+    h, w, th, tw = draw(spread=spread)
+    wanted = divergence(logits(h, w), logits(th, tw), "jsd", beta).mean()
+    assert relative(ops.linear_kl_div(h, w, th, tw, divergence="jsd", beta=beta, plan="chunk"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("plan", ["chunk", "direct"])
+def test_sparse_teachers_at_their_edges(tail, plan):
+    z = torch.zeros(3, 1500)
+    z[:, 0] = torch.tensor([60.0, 104.0, 300.0])  # the rest's probability underflows
+    z.requires_grad_()
+    known = torch.tensor([[0, 7]] * 3), torch.tensor([[math.log(0.5), -math.inf]] * 3)
+    loss = ops.sparse_kl_div(z, *known, tail=tail, reduction="sum", plan=plan)
+    (gradient,) = gradients(loss, [z])
+    assert loss.isfinite() and gradient.isfinite().all()
+    if tail == "bucket":
+        torch.testing.assert_close(gradient[:, 0], torch.full((3,), 0.5), rtol=1e-3, atol=0)
+    nothing = ops.sparse_kl_div(z, torch.zeros(3, 0, dtype=torch.long), torch.zeros(3, 0), tail=tail, plan=plan)
+    assert nothing == 0
 
 
 def logits_pair(seed=0):

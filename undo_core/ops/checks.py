@@ -121,7 +121,7 @@ def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary:
         fail("teacher_logprobs", f"shape {tuple(logprobs.shape)}", f"{tuple(indices.shape)}, like teacher_indices")
     if not looks(indices):
         return
-    flat = indices.reshape(-1, indices.shape[-1])
+    flat = indices.reshape(leading.numel(), indices.shape[-1])
     ordered = (flat if counted is None else flat[counted]).sort(-1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         fail("teacher_indices", "a row with a repeated index", "different indices in each row (-1 is padding)")

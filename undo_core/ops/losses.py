@@ -116,7 +116,7 @@ def linear_kl_div(
         normalizer: replaces the mean's denominator.
         return_stats: also return :class:`KLStats`.
         max_counted: upper bound on counted tokens.
-        plan: auto or direct.
+        plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
         filter_below: blocks of the gradient whose largest ``|dloss/dlogit|`` (of one token, before weights) is below it are taken
             as zero and cost no product; 0 keeps all. ``KLStats.filtered`` tells the share and bounds the error: the weight's
@@ -268,7 +268,7 @@ def linear_cross_entropy(
         reduction: mean, sum or none.
         normalizer: replaces the mean's denominator.
         max_counted: upper bound on counted tokens.
-        plan: auto or direct.
+        plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
 
     Returns:
@@ -494,8 +494,9 @@ def _sparse(
     leading = tokens.leading
     checks.choice("tail", tail, ("bucket", "renormalize"))
     checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
-    indices = indices.reshape(-1, indices.shape[-1]).long()
-    logprobs = logprobs.detach().reshape(-1, logprobs.shape[-1])
+    rows = leading.numel()
+    indices = indices.reshape(rows, indices.shape[-1]).long()
+    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1]).clamp_min(-1e4)  # of -inf, p log p would be NaN
     return _shaped(
         reduced_loss(projection, tail, tokens, counted=counted, indices=indices, logprobs=logprobs, **memory), tokens
     )

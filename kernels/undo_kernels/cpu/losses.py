@@ -32,9 +32,10 @@ try:
 except ImportError:
     _cpu = None  # marked unavailable by the package
 
-_MAX_S, _SUM_S, _MAX_T, _SUM_T, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(11)
+_MAX_S, _SUM_S, _MAX_T, _SUM_T, _APART, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(12)
+_ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
 INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machine
-_NOWHERE = 1e30  # log-sum-exp of lanes past the last token: every probability is 0 there
+_NOWHERE = 1e30  # base of lanes past the last token: every probability is 0 there
 
 
 def has_amx() -> bool:
@@ -134,11 +135,11 @@ class _Run:
             for first, rows in self.tiles():
                 for number, chunk in enumerate(self.chunks):
                     self._gradient(chunk, number, first, rows)
-                if self.sum_weight is not None:
+                if self.sum_weight is not None and self.chunks:
                     self.d_weight[first : first + rows].copy_(self.product[:rows])
             for chunk in self.chunks:
                 chunk.close()
-        if self.plan.accumulator:
+        if self.plan.accumulator and self.chunks:
             self.d_weight[: self.vocabulary].copy_(self.sum_weight)
         if self.problem.inplace and self.gradient:
             self.d_hidden[:, self.vocabulary :].zero_()
@@ -224,6 +225,10 @@ class _Run:
         if skip:
             self.skipped += rows * chunk.tokens
             self.dropped += squares
+        if chunk.tokens < chunk.stride:
+            dz[:, chunk.tokens :].zero_()
+        if needs_bias and not skip:  # before the rounded gradient takes the place of this one
+            self.d_bias[first : first + rows] += dz.sum(1)
         if needs_hidden and isinstance(p.student, GivenLogits):
             part = dz[:, : chunk.tokens].T
             part = torch.zeros_like(part) if skip else part
@@ -243,8 +248,6 @@ class _Run:
         elif needs_hidden and not skip:
             weight = self._weight(p.student, first, rows)
             chunk.hidden_sum().addmm_(dz.T, weight)
-        if needs_bias and not skip:
-            self.d_bias[first : first + rows] += dz.sum(1)
         if needs_weight and not self.plan.narrow:
             self._weight_gradient(dz, chunk, number, first, rows, skip)
 
@@ -305,31 +308,32 @@ class _Chunk:
         self.state[[_MAX_S, _MAX_T]] = -math.inf
         self.state[[_TOP_S, _TOP_T]] = -1
         self.state[_LABEL] = math.nan
-        self.float = torch.zeros(7, self.stride)  # lse_s, lse_t, dlse, offset, weight, own, label weight
-        self.float[:2] = _NOWHERE
+        self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride), strict=True))
+        self.row["base_s"].fill_(_NOWHERE)
+        self.row["base_t"].fill_(_NOWHERE)
         gain = p.student.scale / p.student.temperature
-        self.float[4, :tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
+        self.row["weight"][:tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
         self.labels = None
         if p.label_factor is not None:
-            self.float[5, :tokens] = self.take(p.label_factor) * gain
+            self.row["own"][:tokens] = self.take(p.label_factor) * gain
             if p.labels is not None:
                 self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
                 self.labels[:tokens] = self.take(p.labels)
-                self.float[6] = self.float[5] * (self.labels >= 0)
+                self.row["label_weight"].copy_(self.row["own"] * (self.labels >= 0))
         self._hidden: dict[int, torch.Tensor] | None = None
         self._packed: dict[int, torch.Tensor] | None = None
         self.d_hidden = None
         c = self.c = _cpu.Chunk()
         c.tokens, c.stride, c.leading = tokens, self.stride, run.leading
         c.target = {"uniform": 1, "forward": 1, "reverse": 2, "jsd": 3}.get(p.target, 0)
-        c.uniform, c.beta, c.statistics = p.target == "uniform", p.beta, p.statistics and dense
+        c.uniform, c.statistics = p.target == "uniform", p.statistics and dense
+        c.beta, c.other = p.beta, 1.0 - p.beta
         c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
-        c.teacher_sums = dense and p.lse_t is None
         self.biases = [_set_shape(c.student, p.student)]
         if dense:
             self.biases.append(_set_shape(c.teacher, p.teacher))
         c.state, c.partial = self.state.data_ptr(), run.partial.data_ptr()
-        for name, row in zip(("lse_s", "lse_t", "dlse", "offset", "weight", "own", "label_weight"), self.float, strict=True):
+        for name, row in self.row.items():
             setattr(c, name, row.data_ptr())
         c.labels = 0 if self.labels is None else self.labels.data_ptr()
         self.indices = self.logprobs = None
@@ -391,31 +395,45 @@ class _Chunk:
         """Log-sum-exps, and everything that follows from them before the gradient."""
         run, p, n = self.run, self.run.problem, self.tokens
         state = self.state[:, :n]
-        lse_s = state[_MAX_S] + state[_SUM_S].log() if run.plan.first_pass else self.take(p.lse_s).double()
+        log_sum_s, log_sum_t = state[_SUM_S].log(), state[_SUM_T].log()
+        if run.plan.first_pass:
+            base_s, lse_s = state[_MAX_S], state[_MAX_S] + log_sum_s
+        else:
+            base_s = lse_s = self.take(p.lse_s).double()
+            log_sum_s = torch.zeros_like(lse_s)
         if p.target in SPARSE:
-            lse_s = self._sparse(lse_s)
-        self.float[0, :n] = lse_s
+            lse_rest, lse_s = lse_s, self._sparse(lse_s)
+            base_s = torch.where(lse_rest > -math.inf, base_s, _NOWHERE)  # nothing is left beside the known entries
+            log_sum_s = torch.where(lse_rest > -math.inf, log_sum_s, 0.0)
         if p.target == "uniform":
-            lse_t = torch.full_like(lse_s, math.log(run.vocabulary))
+            self._set("base_t", torch.zeros_like(lse_s))
+            self._set("log_sum_t", torch.full_like(lse_s, math.log(run.vocabulary)))
+            self._set("gap", log_sum_s - math.log(run.vocabulary))
         elif p.target in DENSE:
-            lse_t = self.take(p.lse_t).double() if p.lse_t is not None else state[_MAX_T] + state[_SUM_T].log()
-        if p.target in (*DENSE, "uniform"):
-            self.float[1, :n] = lse_t
-            self.float[2, :n] = lse_s - lse_t
-        if p.target == "reverse":
-            self.float[3, :n] = (state[_CROSS] / state[_SUM_S] - (lse_s - lse_t)).clamp_min(0)
+            # Near zero from the sum of the differences; far from it that is log1p(-1 + rounding).
+            ratio = state[_APART] / state[_SUM_T]
+            gap = torch.where(ratio.abs() < 0.5, ratio.log1p(), log_sum_s - log_sum_t)
+            self._set("base_t", state[_MAX_T])
+            self._set("log_sum_t", log_sum_t)
+            self._set("gap", gap)
+            self._set("offset", (state[_CROSS] / state[_SUM_S] - gap).clamp_min(0) if p.target == "reverse" else 0.0 * gap)
+            self._put("lse_t", state[_MAX_T] + log_sum_t)
+        self._set("base_s", base_s)
+        self._set("log_sum_s", log_sum_s)
+        self.lse_s = lse_s
         self._put("lse_s", lse_s)
-        if p.target in DENSE:
-            self._put("lse_t", lse_t)
         if p.statistics and p.target in DENSE:
-            self._put("entropy", state[_SUM_T].log() - state[_ENERGY] / state[_SUM_T])
+            self._put("entropy", log_sum_t - state[_ENERGY] / state[_SUM_T])
             self._put("agreement", (state[_TOP_S] == state[_TOP_T]).double())
         if p.label_factor is not None and self.labels is None:
             self._put("nll", lse_s)
 
+    def _set(self, name: str, values: torch.Tensor) -> None:
+        self.row[name][: self.tokens] = values
+
     def mix(self) -> None:
         """jsd's KL(s || m), which the gradient subtracts; the loss pass that follows sums again."""
-        self.float[3, : self.tokens] = self.state[_MIXED, : self.tokens]
+        self._set("offset", self.state[_MIXED, : self.tokens])
         self.state[[_VALUE, _MIXED]] = 0
 
     def close(self) -> None:
@@ -424,9 +442,8 @@ class _Chunk:
         if p.target in (*DENSE, "uniform"):
             self._put("divergence", self.state[_VALUE, :n])
         if self.labels is not None:
-            lse = self.float[0, :n].double()
             label = self.state[_LABEL, :n]
-            self._put("nll", lse - torch.where(self.labels[:n] < 0, 0.0, label))
+            self._put("nll", self.lse_s - torch.where(self.labels[:n] < 0, 0.0, label))
         if self.run.plan.narrow and p.needs[0]:
             self.d_hidden = self.run.narrow_hidden_gradient(self)
         elif p.needs[0] and not isinstance(p.student, GivenLogits):
@@ -467,17 +484,17 @@ class _Chunk:
         slope = torch.where(known, torch.where(x > 1, log_s.exp() - log_t.exp(), log_t.exp() * torch.expm1(x)), 0.0)
         value = terms.sum(-1)
         if p.target == "bucket":
-            left = 1 - torch.where(known, log_t.exp(), 0.0).sum(-1)
+            given = torch.where(known, log_t.exp(), 0.0).sum(-1)
             has_rest = lse_rest > -math.inf
-            open_ = has_rest & (left > 0)
-            log_left = torch.log1p(-torch.where(open_, 1 - left, 0.0))
+            open_ = has_rest & (given < 1)
+            log_left = torch.log1p(-torch.where(open_, given, 0.0))
             log_rest = torch.where(has_rest, lse_rest - lse, 0.0)
             gap = torch.where(open_, log_rest - log_left, 0.0)
-            value = value + torch.where(
-                open_, bregman(torch.where(open_, log_left, 0.0), gap), torch.where(has_rest, log_rest.exp(), 0.0)
-            )
-            own = torch.where(open_, -torch.expm1(-gap), 1.0) * has_rest
-            self.float[5, :n] = factor * own * gain
+            rest = torch.where(has_rest, log_rest.exp(), 0.0)
+            value = value + torch.where(open_, bregman(torch.where(open_, log_left, 0.0), gap), rest)
+            # the rest's probability, student's less teacher's, spreads over the rest as the student's own does
+            ahead = torch.where(gap > 0, rest * -torch.expm1(-gap), log_left.exp() * torch.expm1(gap.clamp_max(0)))
+            self._set("own", factor * torch.where(open_, ahead, rest) * gain)
         chain = 1.0
         if p.student.softcap is not None:
             chain = 1 - torch.where(known, z * p.student.temperature / p.student.softcap, 0.0) ** 2
