@@ -1,12 +1,13 @@
 """Every kernel's variants, and their compilation for a target without having one.
 
-``python -m undo_kernels.triton.aot sm_90 [all]`` compiles the default tile of each kernel (or every tile that can be launched)
-and prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
+``python -m undo_kernels.triton.aot sm_90 [all]`` compiles each kernel with every option on (or in every form that is launched) and
+prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
 TRITON_INTERPRET unset or 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -79,14 +80,11 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         yield variant
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
-    for wide in (False, True):
-        for kernel in tuning.KERNELS:
-            tiles = tuning.tiles(target, kernel, wide)
-            for tile in tiles if every else tiles[:1]:
-                for variant in _tile_variants(target, kernel, wide, tile, every):
-                    yield variant
-                    if every and tile is tiles[0] and not wide:
-                        yield replace(variant, name=f"{variant.name} of ones", ones=True)
+    for wide, kernel in itertools.product((False, True), tuning.KERNELS):
+        for variant in _tile_variants(target, kernel, wide, tuning.tile(target, kernel, wide), every):
+            yield variant
+            if every and not wide:
+                yield replace(variant, name=f"{variant.name} of ones", ones=True)
 
 
 def _row_variants(target: str, every: bool) -> Iterator[Variant]:
@@ -135,6 +133,21 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
             yield Variant(
                 f"loss_rows {name} forward", rows.loss_rows, {}, {**forward, **_PLAIN, **block}, row.warps, aligned=False
             )
+    flags = {
+        "TARGET": FORWARD.value,
+        "UNIFORM": False,
+        "GRADIENT": True,
+        "NLL": True,
+        "LABELS": True,
+        "FILTER": False,
+        "HOLES": False,
+    }
+    for kind in ("fp32", "bf16"):
+        types = dict.fromkeys(("z_s_ptr", "z_t_ptr", "dz_ptr"), f"*{kind}")
+        yield Variant(f"loss_rows inplace {kind}", rows.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps)
+        if every:
+            name = f"loss_rows inplace unaligned {kind}"
+            yield Variant(name, rows.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps, aligned=False)
     pick = {"HAS_BIAS": True, "CAPPED": True, "MASKED": True, "TAKE": True, "BLOCK_K": 128}
     yield Variant("pick_rows", rows.pick_rows, {}, pick, 1)
     yield Variant("put_rows", rows.put_rows, {"dz_ptr": "*bf16"}, {"MASKED": True, "BLOCK_K": 128}, 1)
@@ -177,6 +190,8 @@ def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, ever
             yield Variant(
                 f"loss_tiles {kernel} {name} plain {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
             )
+            if name == "own":  # nothing is launched without a gradient
+                continue
             flags |= {"GRADIENT": False, "NLL": False}
             yield Variant(
                 f"loss_tiles {kernel} {name} forward {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
@@ -210,6 +225,8 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=_GPU[target], options=options)
     report = {"name": variant.name, "target": target, "shared": compiled.metadata.shared, "matrix_16": variant.matrix_16}
+    if " inplace " in variant.name:
+        report["layouts"] = _layouts(compiled.asm["ttgir"], variant)
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -220,6 +237,13 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     report["wgmma"] = "wgmma" in compiled.asm["ptx"]
     report["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
     return report
+
+
+def _layouts(module: str, variant: Variant) -> list[str]:
+    """Layouts in which the logits are read and the gradient written: of a block, a thread must overwrite what it read itself."""
+    kind = variant.types["dz_ptr"].replace("*fp", "f").replace("*", "")
+    pattern = rf"tt\.(?:load|store) .*?tensor<{variant.constants['BLOCK_V']}x!tt\.ptr<{kind}>, (#\w+)>"
+    return sorted(set(re.findall(pattern, module)))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -142,12 +142,12 @@ class Shapes:
 
     @property
     def stats_tile(self) -> tuning.Tile:
-        return tuning.tiles(self.target, "cross" if self.crossed else "stats", self.wide)[0]
+        return tuning.tile(self.target, "cross" if self.crossed else "stats", self.wide)
 
     @property
     def loss_tile(self) -> tuning.Tile:
         heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
-        return tuning.tiles(self.target, "filter" if heavy else "loss", self.wide)[0]
+        return tuning.tile(self.target, "filter" if heavy else "loss", self.wide)
 
     def copies(self, side: Projection) -> bool:
         """Whether a side's hidden states are copied before they are multiplied."""

@@ -34,26 +34,23 @@ class Row:
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
 
-# (target, kernel, dtype is float32) -> the default first, then what else may be launched. "cross" are the statistics with reverse's
-# offset or the top-1, "filter" the loss with the block filter or jsd: more lives in registers there.
+# By target, kernel and whether operands are float32. "cross" are the statistics with reverse's offset or the top-1, "filter" the
+# loss with the block filter or jsd: more lives in registers there.
 KERNELS = ("stats", "cross", "loss", "filter")
-_SMALL_16 = Tile(64, 128, 64, 8, 3, 4)
-_SMALL_32 = Tile(64, 64, 32, 8, 2, 2)
-_LONG_32 = Tile(64, 128, 32, 8, 2, 4)
-_TILES: dict[tuple[str, str, bool], tuple[Tile, ...]] = {
-    **{(target, kernel, False): (_SMALL_16,) for target in TARGETS for kernel in KERNELS},
-    **{(target, kernel, True): (_SMALL_32,) for target in TARGETS for kernel in ("stats", "cross")},
-    **{(target, kernel, True): (_LONG_32,) for target in TARGETS for kernel in ("loss", "filter")},
-    **{(target, "stats", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16) for target in ("sm_80", "sm_86")},
-    **{(target, kernel, True): (Tile(64, 128, 16, 8, 2, 4),) for target in ("sm_80", "sm_86") for kernel in ("stats", "cross")},
-    ("sm_90", "stats", False): (Tile(64, 256, 64, 8, 3, 4), _SMALL_16),
-    ("sm_90", "loss", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16),
-    ("sm_100", "loss", False): (Tile(128, 128, 64, 8, 3, 8), _SMALL_16),
-    ("gfx942", "stats", False): (Tile(128, 128, 64, 8, 2, 8), Tile(64, 128, 64, 8, 2, 4)),
-    ("gfx942", "loss", False): (Tile(128, 128, 64, 8, 2, 8), Tile(64, 128, 64, 8, 2, 4)),
-    ("gfx942", "cross", False): (Tile(64, 128, 64, 8, 2, 4),),
-    ("gfx942", "filter", False): (Tile(64, 128, 64, 8, 2, 4),),
-    **{(INTERPRETER, kernel, wide): (Tile(16, 64, 16, 4, 1, 2),) for kernel in KERNELS for wide in (False, True)},
+_TILES: dict[tuple[str, str, bool], Tile] = {
+    **{(target, kernel, False): Tile(64, 128, 64, 8, 3, 4) for target in TARGETS for kernel in KERNELS},
+    **{(target, kernel, True): Tile(64, 64, 32, 8, 2, 2) for target in TARGETS for kernel in ("stats", "cross", "filter")},
+    **{(target, "loss", True): Tile(64, 128, 32, 8, 2, 4) for target in TARGETS},
+    **{(target, "stats", False): Tile(128, 128, 64, 8, 3, 8) for target in ("sm_80", "sm_86")},
+    **{(target, kernel, True): Tile(64, 128, 16, 8, 2, 4) for target in ("sm_80", "sm_86") for kernel in ("stats", "cross")},
+    **{(target, "filter", True): Tile(64, 128, 32, 8, 2, 4) for target in ("sm_80", "sm_86")},
+    ("sm_86", "filter", False): Tile(64, 128, 64, 8, 3, 8),
+    ("sm_90", "stats", False): Tile(64, 256, 64, 8, 3, 4),
+    ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 8),
+    ("sm_100", "loss", False): Tile(128, 128, 64, 8, 3, 8),
+    **{("gfx942", kernel, False): Tile(128, 128, 64, 8, 2, 8) for kernel in ("stats", "loss")},
+    **{("gfx942", kernel, False): Tile(64, 128, 64, 8, 2, 4) for kernel in ("cross", "filter")},
+    **{(INTERPRETER, kernel, wide): Tile(16, 64, 16, 4, 1, 2) for kernel in KERNELS for wide in (False, True)},
 }
 _ROWS = {
     **{target: Row(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
@@ -74,8 +71,8 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")  # consumer Blackwell has the shared memory of sm_86
 
 
-def tiles(target: str, kernel: str, wide: bool) -> tuple[Tile, ...]:
-    """What may be launched, the default first; ``wide`` for float32 operands."""
+def tile(target: str, kernel: str, wide: bool) -> Tile:
+    """Of a matrix kernel; ``wide`` for float32 operands."""
     return _TILES[target, kernel, wide]
 
 

@@ -1,7 +1,6 @@
 """Every Triton kernel compiled for targets that this machine need not have: no spills, shared memory within limits, wgmma.
 
-``UNDO_AOT=all`` compiles every tile that can be launched and every variant, for consumer cards too; the default is each kernel's
-default tile with every option on.
+``UNDO_AOT=all`` compiles every form that is launched, for consumer cards too; the default is each kernel with every option on.
 """
 
 import json
@@ -41,6 +40,14 @@ def test_no_spills(reports, target):
 def test_shared_memory_within_the_limit(reports, target):
     over = {report["name"]: report["shared"] for report in reports[target] if report["shared"] > LIMIT[target] << 10}
     assert not over
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_gradient_over_its_logits_is_written_by_the_threads_that_read_them(reports, target):
+    inplace = [report for report in reports[target] if "layouts" in report and "of ones" not in report["name"]]
+    layouts = {report["name"]: report["layouts"] for report in inplace}
+    assert len(layouts) >= 2
+    assert all(len(names) == 1 for names in layouts.values()), layouts
 
 
 def test_matrix_kernels_use_wgmma_on_hopper(reports):
