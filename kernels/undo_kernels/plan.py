@@ -218,7 +218,8 @@ def describe(op: str, problem: Problem, backend: str) -> Plan:
         plan = cpu_plan(problem, rows, has_amx())
         chunks = max(1, math.ceil(rows / plan.rows_per_chunk))
         passes = plan.first_pass + plan.second_pass
-        logits = 4 * len(sides) * rows * vocabulary * (passes + plan.first_pass) + 8 * rows * vocabulary * any(problem.needs)
+        # Logits that do not stay between the passes live and die in a cache.
+        logits = 12 * len(sides) * rows * vocabulary + 8 * rows * vocabulary * any(problem.needs) if plan.stored else 0
         weights = heads * (1 if plan.outer == "vocabulary" else chunks) * (passes if not plan.stored else 1)
         rate = _FLOPS_PER_THREAD.get(torch.backends.cpu.get_cpu_capability())
         seconds = None if rate is None else plan.cost() * product / (rate * torch.get_num_threads())

@@ -103,14 +103,29 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
         given = {"z_s_ptr": "*bf16", "z_t_ptr": "*bf16"}
         yield Variant("stats_rows given", rows.stats_rows, given, {**stats, **_PLAIN, **block}, row.warps, aligned=False)
     combine = {
-        "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "PAIR": True, "UNIFORM": False, "NLL": True,
+        "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "DIFFERENCES": True, "PAIR": True, "UNIFORM": False,
+        "NLL": True,
         "LABELS": True, "MASKED": True, "BLOCK_P": 64,
     }  # fmt: skip
     yield Variant("combine_rows", rows.combine_rows, {}, combine, 1)
     if every:
-        sparse = combine | {"TEACHER": False, "CROSS": False, "STATISTICS": False, "PAIR": False, "NLL": False}
+        sparse = combine | {
+            "TEACHER": False,
+            "CROSS": False,
+            "STATISTICS": False,
+            "DIFFERENCES": False,
+            "PAIR": False,
+            "NLL": False,
+        }
         yield Variant("combine_rows sparse", rows.combine_rows, {"lse_s_ptr": "*fp64"}, sparse, 1)
-        uniform = combine | {"TEACHER": False, "CROSS": False, "STATISTICS": False, "UNIFORM": True, "STUDENT": False}
+        uniform = combine | {
+            "TEACHER": False,
+            "CROSS": False,
+            "STATISTICS": False,
+            "DIFFERENCES": False,
+            "UNIFORM": True,
+            "STUDENT": False,
+        }
         yield Variant("combine_rows uniform", rows.combine_rows, {}, uniform, 1)
     for name, code in _CODES.items():
         flags = {

@@ -241,7 +241,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
     held = len(stored) + (s.given and s.sparse)
     parts, _ = tuning.row_parts(chunk, vocabulary, tuning.row(s.target, vocabulary).block_v)
-    size = 4 * chunk * s.leading * held + 4 * 12 * chunk * parts
+    size = 4 * chunk * s.leading * held + 4 * (tuning.FIELDS + 4) * chunk * parts
     accumulator = False
     if not s.given:
         size += chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
@@ -284,7 +284,7 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
     itemsize = s.product.itemsize
     parts, _ = tuning.tile_parts(n, vocabulary, s.stats_tile)
-    size = 4 * 8 * n * parts + 8 * blocks * (n + -(-n // tile.block_t))
+    size = 4 * tuning.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t))
     size += n * block_v * itemsize * s.gradient + s.hidden_bytes(n) + s.bias_bytes()
     size += sum(side.weight.numel() * side.weight.dtype.itemsize for side in s.sides if side.weight.stride(1) != 1)
     size += sum(side.hidden.numel() * side.hidden.dtype.itemsize for side in s.sides if side.hidden.stride(1) != 1)

@@ -26,10 +26,12 @@ from undo_kernels.triton import recompute, rows, tuning
 from undo_kernels.triton.costs import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, product_dtype, widened
 from undo_kernels.triton.sparse import sparse_terms
-from undo_kernels.triton.tiles import FIELDS, FORWARD, JSD, OWN, REVERSE
+from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 INTERPRETED = triton.knobs.runtime.interpret
 _FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes between versions
+_OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
+_BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # what the loss kernels take of a row
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
@@ -112,8 +114,7 @@ class _Run:
         """What each row brings and what it is given."""
         p, n = self.problem, self.n
         self.zero = torch.zeros(1, device=self.device)
-        self.row = {name: self.zero.new_zeros(n) for name in ("divergence", "lse_s", "lse_t", "dlse", "offset", "nll")}
-        self.row |= {name: self.zero.new_zeros(n) for name in ("entropy", "agreement")}
+        self.row = {name: self.zero.new_zeros(n) for name in (*_OUTPUTS, *_BASES)}
         self.labels = self._take(p.labels) if self.labelled else None
         self.label_z = torch.full((n,), torch.nan, device=self.device) if self.labelled else self.zero
         self.known_s, self.known_t = self._take(p.lse_s), self._take(p.lse_t)
@@ -162,7 +163,9 @@ class _Run:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(self.scale)
         if self.index is not None:
-            out = {name: self.zero.new_zeros(p.rows + 1).index_copy_(0, self.place, v)[: p.rows] for name, v in out.items()}
+            spread = self.zero.new_zeros(len(_OUTPUTS), p.rows + 1)
+            spread.index_copy_(1, self.place, torch.stack([out[name] for name in _OUTPUTS]))
+            out = {name: values[: p.rows].clone() for name, values in zip(_OUTPUTS, spread, strict=True)}
             self.d_hidden = self.d_hidden[: p.rows]
         if self.student.given and p.inplace and p.needs[0] and self.given is not p.student.hidden:
             self.d_hidden = p.student.hidden.copy_(self.given)
@@ -207,7 +210,7 @@ class _Run:
             return head.hidden[part], None
         return taken, self.scratch.count(taken)
 
-    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor) -> None:
+    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, differences: bool) -> None:
         """Log-sum-exps, their difference, reverse's offset and the nll of some rows."""
         s, out = self.shapes, self.row
         count = lse_s.shape[0]
@@ -215,9 +218,10 @@ class _Run:
         rows.combine_rows[(count,)](
             partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
             _or(self.label_z, part, self.zero), _or(self.known_s, part, self.zero), _or(self.known_t, part, self.zero),
-            lse_s, out["lse_t"][part], out["dlse"][part], out["offset"][part], out["nll"][part], out["entropy"][part],
+            lse_s, out["lse_t"][part], *(out[name][part] for name in _BASES), out["nll"][part], out["entropy"][part],
             out["agreement"][part], self.vocabulary, parts, partial.shape[1] * partial.shape[2],
             STUDENT=s.student_sums, TEACHER=s.teacher_sums, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
+            DIFFERENCES=differences,
             PAIR=self.pair, UNIFORM=self.uniform, NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **_FUSED,
         )  # fmt: skip
@@ -270,7 +274,7 @@ class _Chunks:
         self.dz = self.z_s
         if s.gradient and not run.student.given and run.student.product != torch.float32:
             self.dz = scratch.take(size, leading, dtype=run.student.product)
-        self.stats = scratch.take(FIELDS, size, self.parts)
+        self.stats = scratch.take(tuning.FIELDS, size, self.parts)
         self.losses = scratch.take(4, size, self.parts)
         heads = [h for h in (run.student, run.teacher) if h is not None and not h.given and h.weight.dtype != h.product]
         width = max((h.weight.shape[1] for h in heads), default=0)
@@ -352,9 +356,8 @@ class _Chunks:
                 STATISTICS=run.problem.statistics and s.dense, **self._common(z_s, z_t, part),
             )  # fmt: skip
         lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.row["lse_s"][part]
-        run.combine(self.stats, part, self.parts, lse)
+        run.combine(self.stats, part, self.parts, lse, s.student_sums and s.teacher_sums)
         self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
-        self.lse = lse
         if s.sparse:
             self._sparse(part, lse)
 
@@ -373,7 +376,8 @@ class _Chunks:
         if not s.gradient:
             return
         empty = lse_rest == -torch.inf
-        self.lse = torch.where(empty, 0.0, lse_rest).float()
+        for name in ("base_s", "log_sum_s"):  # every logit is -inf where nothing is left beside the known ones
+            run.row[name][part] = torch.where(empty, 0.0, run.row[name][part])
         factor, own = run.factor[part].double(), run.own[part].double()
         rest = factor * terms.rest
         slope = factor[:, None] * terms.slope
@@ -400,8 +404,8 @@ class _Chunks:
         dz = (run.d_hidden[part] if run.student.given else self.dz[:count]) if s.gradient else z_s
         columns = p.student.hidden.shape[1] if run.student.given else run.vocabulary
         arguments = {
-            **self._common(z_s, z_t, part), "partial_ptr": self.losses, "lse_s_ptr": self.lse, "lse_t_ptr": out["lse_t"][part],
-            "dlse_ptr": out["dlse"][part], "offset_ptr": out["offset"][part], "factor_ptr": _or(run.factor, part, run.zero),
+            **self._common(z_s, z_t, part), "partial_ptr": self.losses,
+            **{f"{name}_ptr": out[name][part] for name in _BASES}, "factor_ptr": _or(run.factor, part, run.zero),
             "own_ptr": self.own, "at_label_ptr": self.at_label, "labels_ptr": run.labels[part] if run.labelled else run.zero,
             "dz_ptr": dz, "beta_t": p.beta, "beta_s": 1.0 - p.beta, "filter_below": p.filter_below, "columns": columns,
             "stride_dz": dz.stride(0), "TARGET": run.code, "UNIFORM": run.uniform,
@@ -528,7 +532,7 @@ class _Recompute:
     def _statistics(self) -> None:
         run, s, tile = self.run, self.run.shapes, self.stats_tile
         parts, part = tuning.tile_parts(run.n, run.vocabulary, tile)
-        partial = run.scratch.take(FIELDS, run.n, parts)
+        partial = run.scratch.take(tuning.FIELDS, run.n, parts)
         if s.student_sums or s.teacher_sums:
             grid = (triton.cdiv(run.n, tile.block_t) * parts,)
             recompute.stats_tiles[grid](
@@ -542,7 +546,7 @@ class _Recompute:
                 run.vocabulary, self.hidden_s.shape[1], self.hidden_s.stride(0), self.weight_s.stride(0),
                 HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **_FUSED,
             )  # fmt: skip
-        run.combine(partial, self.everything, parts, run.row["lse_s"])
+        run.combine(partial, self.everything, parts, run.row["lse_s"], False)
         run.scratch.give(partial)
 
     def _loss(self, first: int, gradient: bool) -> None:
@@ -552,8 +556,7 @@ class _Recompute:
         dz = self.dz if gradient else run.zero
         options = self._common(tile) | {"LABELS": run.labelled and gradient}
         recompute.loss_tiles[grid](
-            counted_ptr=run.counted, lse_s_ptr=out["lse_s"], lse_t_ptr=out["lse_t"], dlse_ptr=out["dlse"],
-            offset_ptr=out["offset"], factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
+            counted_ptr=run.counted, **{f"{name}_ptr": out[name] for name in _BASES}, factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
             partial_ptr=self.losses, skipped_ptr=self.skipped, beta_t=p.beta, beta_s=1.0 - p.beta, filter_below=p.filter_below,
             begin=first, last=last, tiles=self.tiles, stride_dz=self.block, TARGET=run.code, UNIFORM=run.uniform,
             GRADIENT=gradient, NLL=run.nll and gradient, FILTER=run.filter and gradient, MASKED=run.masked, **options,

@@ -44,13 +44,13 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
         if not add:
             out.zero_()
         return
-    if out.dtype == a.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-        return
     wide = torch.float32
-    if a.device.type == "cpu":  # the interpreter's tensors: no product with another output dtype
+    if a.device.type == "cpu":  # the interpreter's tensors: CPUs have no product with another output dtype
         a, b = a.float(), b.float()
         out.copy_(out.float() + a @ b if add else a @ b)
+        return
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
         return
     if out.dtype == wide and not add:
         torch.mm(a, b, out_dtype=wide, out=out)

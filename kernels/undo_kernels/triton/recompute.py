@@ -223,7 +223,7 @@ def stats_tiles(
 @triton.jit
 def loss_tiles(
     hidden_s_ptr, weight_s_ptr, bias_s_ptr, hidden_t_ptr, weight_t_ptr, bias_t_ptr, counted_ptr,
-    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr, factor_ptr, own_ptr, at_label_ptr, labels_ptr,
+    base_s_ptr, base_t_ptr, log_sum_s_ptr, log_sum_t_ptr, gap_ptr, offset_ptr, factor_ptr, own_ptr, at_label_ptr, labels_ptr,
     # dz [rows, last - begin]; partial [2, tiles, rows] is added to: divergence, KL(s||m); skipped [2, tiles, row blocks]
     dz_ptr, partial_ptr, skipped_ptr,
     inner_s, outer_s, inner_t, outer_t, beta_t, beta_s, filter_below,
@@ -260,13 +260,16 @@ def loss_tiles(
     counts = keep_t
     if MASKED:
         counts = counts & (tl.load(counted_ptr + o_t) != 0)
-    lse_s = tl.load(lse_s_ptr + o_t)[:, None]
-    lse_t = 0.0
-    dlse = 0.0
+    base_s = tl.load(base_s_ptr + o_t)[:, None]
+    log_sum_s = tl.load(log_sum_s_ptr + o_t)[:, None]
+    base_t = 0.0
+    log_sum_t = 0.0
+    gap = 0.0
     offset = 0.0
     if TARGET != OWN:
-        lse_t = tl.load(lse_t_ptr + o_t)[:, None]
-        dlse = tl.load(dlse_ptr + o_t)[:, None]
+        base_t = tl.load(base_t_ptr + o_t)[:, None]
+        log_sum_t = tl.load(log_sum_t_ptr + o_t)[:, None]
+        gap = tl.load(gap_ptr + o_t)[:, None]
         offset = tl.load(offset_ptr + o_t)[:, None]
         if GRADIENT:
             factor = tl.load(factor_ptr + o_t)[:, None]
@@ -292,7 +295,9 @@ def loss_tiles(
             b_y = shape_piece(b_y, bias_t_ptr, o_v, last, inner_t, outer_t, BIAS_T, CAPPED_T)
         else:
             b_y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
-        value, mixed, b_p, b_g = loss_and_slope(b_z, b_y, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET)
+        value, mixed, b_p, b_g = loss_and_slope(
+            b_z - base_s, b_y - base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
+        )
         if TARGET != OWN:
             total += tl.sum(tl.where(keep, value, 0.0), 1)
             if not GRADIENT:

@@ -14,7 +14,9 @@ The gradient may have the address of the logits where it has their dtype: an ele
 import triton
 import triton.language as tl
 
+from undo_kernels.triton.math import expm1
 from undo_kernels.triton.tiles import (
+    APART,
     CROSS_S,
     ENERGY_T,
     LARGE,
@@ -27,6 +29,7 @@ from undo_kernels.triton.tiles import (
     TOP_S,
     TOP_T,
     bounded,
+    fade_apart,
     loss_and_slope,
     narrow,
     shape_logits,
@@ -56,12 +59,15 @@ def stats_rows(
     vocabulary, part, parts, stride_s, stride_t, stride_field,
     STUDENT: tl.constexpr,  # the student's sums are wanted
     TEACHER: tl.constexpr,  # the teacher's are
-    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient
+    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient; needs both sums, like STATISTICS
     STATISTICS: tl.constexpr,  # teacher entropy and both top-1
     BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
     MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials of one part of one row."""
+    """Maxima and sums of exponentials of one part of one row; with both sides, the sum of their differences too.
+
+    That gives the gap of two log-sum-exps which agree: the difference of two float32 sums is only right to 1e-7.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     if MASKED:  # noqa: SIM102
@@ -80,6 +86,7 @@ def stats_rows(
     # Lane by lane: BLOCK_V short sums added as a tree round less than one long one.
     b_sum_s = tl.zeros([BLOCK_V], tl.float32)
     b_sum_t = tl.zeros([BLOCK_V], tl.float32)
+    b_apart = tl.zeros([BLOCK_V], tl.float32)
     b_cross = tl.zeros([BLOCK_V], tl.float32)
     b_energy = tl.zeros([BLOCK_V], tl.float32)
     for first in range(start, end, BLOCK_V):
@@ -90,35 +97,53 @@ def stats_rows(
             here = tl.max(b_s, 0)
             if STATISTICS:
                 top_s = tl.where(here > most_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
-            high = tl.maximum(most_s, here)
-            fade = tl.exp(most_s - high)
-            b_e = tl.exp(b_s - high)
-            b_sum_s = b_sum_s * fade + b_e
-            most_s = high
-        if TEACHER or CROSS:
-            b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
-        if CROSS:
-            b_cross = b_cross * fade + tl.where(b_e == 0.0, 0.0, b_e * bounded(b_s - b_t))
+            high_s = tl.maximum(most_s, here)
+            fade_s = tl.exp(most_s - high_s)
+            b_u = b_s - high_s
         if TEACHER:
+            b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
             here = tl.max(b_t, 0)
             if STATISTICS:
                 top_t = tl.where(here > most_t, tl.min(tl.where(b_t == here, o_v, 2147483647), 0), top_t)
-            high = tl.maximum(most_t, here)
-            fade = tl.exp(most_t - high)
-            b_low = b_t - high
-            b_g = tl.exp(b_low)
+            high_t = tl.maximum(most_t, here)
+            fade_t = tl.exp(most_t - high_t)
+            b_v = b_t - high_t
+        if STUDENT and TEACHER:
+            b_y = b_u - b_v
+            up = b_y > 0.0
+            b_top = tl.where(up, b_u, b_v)
+            b_y = bounded(tl.where(b_top < -87.0, 0.0, b_y))  # both underflow
+            b_big = tl.exp(b_top)
+            b_e, b_w, _ = expm1(-tl.abs(b_y))
+            b_small = b_big * b_e
+            b_e = tl.where(up, b_big, b_small)
+            b_g = tl.where(up, b_small, b_big)
+            shift = (most_s - high_s) - (most_t - high_t)
+            b_apart = fade_t * b_apart + fade_apart(fade_s, fade_t, shift) * b_sum_s + b_big * tl.where(up, -b_w, b_w)
+            if CROSS:
+                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * b_y
+        elif STUDENT:
+            b_e = tl.exp(b_u)
+        elif TEACHER:
+            b_g = tl.exp(b_v)
+        if STUDENT:
+            b_sum_s = b_sum_s * fade_s + b_e
+            most_s = high_s
+        if TEACHER:
             if STATISTICS:
                 # Relative to the maximum: moving that by some shift takes shift * sum away.
-                b_energy = (b_energy - b_sum_t * (high - most_t)) * fade
-                b_energy += b_g * tl.where(b_low < -LARGE, -LARGE, b_low)
-            b_sum_t = b_sum_t * fade + b_g
-            most_t = high
+                b_energy = (b_energy - b_sum_t * (high_t - most_t)) * fade_t
+                b_energy += b_g * tl.where(b_v < -LARGE, -LARGE, b_v)
+            b_sum_t = b_sum_t * fade_t + b_g
+            most_t = high_t
     if STUDENT:
         tl.store(partial_ptr + MAX_S * stride_field, most_s)
         tl.store(partial_ptr + SUM_S * stride_field, tl.sum(b_sum_s, 0))
     if TEACHER:
         tl.store(partial_ptr + MAX_T * stride_field, most_t)
         tl.store(partial_ptr + SUM_T * stride_field, tl.sum(b_sum_t, 0))
+    if STUDENT and TEACHER:
+        tl.store(partial_ptr + APART * stride_field, tl.sum(b_apart, 0))
     if CROSS:
         tl.store(partial_ptr + CROSS_S * stride_field, tl.sum(b_cross, 0))
     if STATISTICS:
@@ -130,21 +155,28 @@ def stats_rows(
 @triton.jit
 def combine_rows(
     partial_ptr, counted_ptr, labels_ptr, label_z_ptr, known_s_ptr, known_t_ptr,
-    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr, nll_ptr, entropy_ptr, agreement_ptr,
+    lse_s_ptr, lse_t_ptr, base_s_ptr, base_t_ptr, log_sum_s_ptr, log_sum_t_ptr, gap_ptr, offset_ptr,
+    nll_ptr, entropy_ptr, agreement_ptr,
     vocabulary, parts, stride_field,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr,
+    DIFFERENCES: tl.constexpr,  # the parts hold APART
     PAIR: tl.constexpr,  # there is a teacher, given by sums, by known_t, or UNIFORM
     UNIFORM: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Parts of one row into its log-sum-exps and what follows from them, in float64; 0 for a row that does not count.
 
-    ``lse_s - lse_t`` is rounded once, after the difference: two rounded float32 log-sum-exps of 20 would leave 2e-6.
+    A log-sum-exp goes out as base and logarithm of a sum too, and the gap of those logarithms by itself: the difference of two
+    rounded log-sum-exps of 20 would be wrong by 2e-6.
     """
     i_row = tl.program_id(0).to(tl.int64)
     zero = tl.full([], 0.0, tl.float64)
     lse_s = zero
     lse_t = zero
-    dlse = zero
+    base_s = zero
+    base_t = zero
+    log_sum_s = zero
+    log_sum_t = zero
+    gap = zero
     offset = zero
     nll = zero
     entropy = zero
@@ -158,41 +190,57 @@ def combine_rows(
         partial_ptr += i_row * parts
         if STUDENT:
             b_most = tl.load(partial_ptr + MAX_S * stride_field + o_p, mask=keep, other=LOWEST)
-            most = tl.max(b_most, 0)
-            b_fade = tl.exp(b_most.to(tl.float64) - most.to(tl.float64))
-            total = tl.sum(tl.load(partial_ptr + SUM_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64) * b_fade, 0)
-            lse_s = most.to(tl.float64) + tl.log(total)
-            if CROSS:
-                b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
-                offset = tl.sum(b_cross * b_fade, 0) / total
+            most_s = tl.max(b_most, 0)
+            b_shift_s = b_most.to(tl.float64) - most_s.to(tl.float64)
+            b_fade_s = tl.exp(b_shift_s)
+            b_sum_s = tl.load(partial_ptr + SUM_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            total_s = tl.sum(b_sum_s * b_fade_s, 0)
+            base_s = most_s.to(tl.float64)
+            log_sum_s = tl.log(total_s)
             if STATISTICS:
                 b_top = tl.load(partial_ptr + TOP_S * stride_field + o_p, mask=keep, other=0.0)
-                top_s = tl.min(tl.where(keep & (b_most == most), b_top, LARGE), 0)
+                top_s = tl.min(tl.where(keep & (b_most == most_s), b_top, LARGE), 0)
         else:
-            lse_s = tl.load(known_s_ptr + i_row).to(tl.float64)
+            base_s = tl.load(known_s_ptr + i_row).to(tl.float64)
         if UNIFORM:
-            lse_t = tl.log(zero + vocabulary)
+            log_sum_t = tl.log(zero + vocabulary)
         elif TEACHER:
             b_most = tl.load(partial_ptr + MAX_T * stride_field + o_p, mask=keep, other=LOWEST)
-            most = tl.max(b_most, 0)
-            b_shift = b_most.to(tl.float64) - most.to(tl.float64)
+            most_t = tl.max(b_most, 0)
+            b_shift = b_most.to(tl.float64) - most_t.to(tl.float64)
             b_fade = tl.exp(b_shift)
             b_sum = tl.load(partial_ptr + SUM_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64) * b_fade
             total = tl.sum(b_sum, 0)
-            lse_t = most.to(tl.float64) + tl.log(total)
+            base_t = most_t.to(tl.float64)
+            log_sum_t = tl.log(total)
             if STATISTICS:
                 b_energy = tl.load(partial_ptr + ENERGY_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
                 energy = tl.sum(b_energy * b_fade + tl.where(b_sum > 0.0, b_sum * b_shift, 0.0), 0)
                 entropy = tl.log(total) - energy / total
                 b_top = tl.load(partial_ptr + TOP_T * stride_field + o_p, mask=keep, other=0.0)
-                top_t = tl.min(tl.where(keep & (b_most == most), b_top, LARGE), 0)
+                top_t = tl.min(tl.where(keep & (b_most == most_t), b_top, LARGE), 0)
                 agreement = tl.where(top_s == top_t, 1.0, 0.0).to(tl.float64)
         elif PAIR:
-            lse_t = tl.load(known_t_ptr + i_row).to(tl.float64)
-        if PAIR:
-            dlse = lse_s - lse_t
+            base_t = tl.load(known_t_ptr + i_row).to(tl.float64)
+        lse_s = base_s + log_sum_s
+        lse_t = base_t + log_sum_t
+        gap = log_sum_s - log_sum_t
         if CROSS:
-            offset -= dlse
+            b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+        if DIFFERENCES:
+            b_apart = tl.load(partial_ptr + APART * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            ratio = tl.sum(b_fade * b_apart + (b_fade_s - b_fade) * b_sum_s, 0) / total
+            # Near zero from the differences; far from it that would be log1p(-1 + rounding).
+            near = tl.abs(ratio) < 0.5
+            small = tl.where(near, ratio, 0.0)
+            sum_ = 1.0 + small
+            log1p_ = tl.where(sum_ == 1.0, small, tl.log(sum_) * small / tl.where(sum_ == 1.0, 1.0, sum_ - 1.0))
+            gap = tl.where(near, log1p_, gap)
+            if CROSS:
+                offset = tl.sum(b_fade_s * (b_cross + (b_shift_s - b_shift) * b_sum_s), 0) / total_s - gap
+        elif CROSS:
+            offset = tl.sum(b_cross * b_fade_s, 0) / total_s - (lse_s - lse_t)
+        if CROSS:
             offset = tl.where(offset < 0.0, 0.0, offset)
         if NLL:
             nll = lse_s
@@ -200,9 +248,13 @@ def combine_rows(
                 label_z = tl.load(label_z_ptr + i_row).to(tl.float64)
                 nll = tl.where(tl.load(labels_ptr + i_row) < 0, lse_s, lse_s - label_z)
     tl.store(lse_s_ptr + i_row, lse_s.to(lse_s_ptr.dtype.element_ty))
+    tl.store(base_s_ptr + i_row, base_s.to(tl.float32))
+    tl.store(log_sum_s_ptr + i_row, log_sum_s.to(tl.float32))
     if PAIR:
         tl.store(lse_t_ptr + i_row, lse_t.to(tl.float32))
-        tl.store(dlse_ptr + i_row, dlse.to(tl.float32))
+        tl.store(base_t_ptr + i_row, base_t.to(tl.float32))
+        tl.store(log_sum_t_ptr + i_row, log_sum_t.to(tl.float32))
+        tl.store(gap_ptr + i_row, gap.to(tl.float32))
     if CROSS:
         tl.store(offset_ptr + i_row, offset.to(tl.float32))
     if NLL:
@@ -215,7 +267,7 @@ def combine_rows(
 @triton.jit
 def loss_rows(
     z_s_ptr, z_t_ptr, bias_s_ptr, bias_t_ptr, counted_ptr,
-    lse_s_ptr, lse_t_ptr, dlse_ptr, offset_ptr,
+    base_s_ptr, base_t_ptr, log_sum_s_ptr, log_sum_t_ptr, gap_ptr, offset_ptr,
     # [rows]: factors of the divergence's gradient and of p_s; the nll's whole gradient at the label
     factor_ptr, own_ptr, at_label_ptr, labels_ptr,
     dz_ptr,
@@ -248,14 +300,17 @@ def loss_rows(
     b_squares = tl.zeros([BLOCK_V], tl.float32)
     skipped = tl.full([], 0.0, tl.float32)
     if counts:
-        lse_s = tl.load(lse_s_ptr + i_row).to(tl.float32)
-        lse_t = 0.0
-        dlse = 0.0
+        base_s = tl.load(base_s_ptr + i_row)
+        log_sum_s = tl.load(log_sum_s_ptr + i_row)
+        base_t = 0.0
+        log_sum_t = 0.0
+        gap = 0.0
         offset = 0.0
         factor = 0.0
         if TARGET != OWN:
-            lse_t = tl.load(lse_t_ptr + i_row)
-            dlse = tl.load(dlse_ptr + i_row)
+            base_t = tl.load(base_t_ptr + i_row)
+            log_sum_t = tl.load(log_sum_t_ptr + i_row)
+            gap = tl.load(gap_ptr + i_row)
             offset = tl.load(offset_ptr + i_row)
             if GRADIENT:
                 factor = tl.load(factor_ptr + i_row)
@@ -273,7 +328,9 @@ def loss_rows(
                 b_t = tl.where(keep, 0.0, b_t)
             else:
                 b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
-            value, mixed, b_p, b_g = loss_and_slope(b_s, b_t, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET)
+            value, mixed, b_p, b_g = loss_and_slope(
+                b_s - base_s, b_t - base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
+            )
             if TARGET != OWN:
                 b_value += tl.where(keep, value, 0.0)
                 b_mixed += tl.where(keep, mixed, 0.0)

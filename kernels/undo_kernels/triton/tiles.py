@@ -1,6 +1,6 @@
 """Pieces that the kernels share: logits from products, and the loss and gradient of one (token, vocabulary row) pair.
 
-In difference form, with ``x = log p_s - log p_t = (z_s - z_t) - (lse_s - lse_t)``::
+In difference form, with ``x = log p_s - log p_t``::
 
     forward   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
     reverse   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
@@ -16,7 +16,7 @@ Clamps are ``tl.where``, not ``tl.maximum``: that drops NaN, which must reach th
 import triton
 import triton.language as tl
 
-from undo_kernels.triton.math import expm1, log1p, tanh
+from undo_kernels.triton.math import expm1, log1p, log1p_near, tanh
 
 OWN = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
@@ -28,11 +28,11 @@ MAX_S = tl.constexpr(0)
 SUM_S = tl.constexpr(1)
 MAX_T = tl.constexpr(2)
 SUM_T = tl.constexpr(3)
-CROSS_S = tl.constexpr(4)  # sum of e**(z_s - max) (z_s - z_t)
+CROSS_S = tl.constexpr(4)  # sum of e**(z_s - max) (z_s - z_t); APART: of e**u (u - v)
 ENERGY_T = tl.constexpr(5)  # sum of e**(z_t - max) (z_t - max)
 TOP_S = tl.constexpr(6)
 TOP_T = tl.constexpr(7)
-FIELDS = 8
+APART = tl.constexpr(8)  # sum of e**u - e**v, u = z_s - its max, v = z_t - its max
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that a difference of two of them is 0 and not NaN
 LARGE = tl.constexpr(1.0e30)
@@ -57,38 +57,45 @@ def bounded(x):
 
 
 @triton.jit
-def loss_and_slope(s, t, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET: tl.constexpr):
-    """Term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s."""
-    log_s = s - lse_s
+def loss_and_slope(u_s, u_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
+    """Term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
+
+    ``u`` are logits less their row's base, in practice its maximum; ``gap`` is the difference of the logarithms of the sums of
+    ``e**u``. What is probable is near its base, so that there ``x`` has no rounding of large logits.
+    """
+    log_s = u_s - log_sum_s
     if TARGET == OWN:
         p_s = tl.exp(log_s)
         value = p_s * 0.0
         mixed = value
         slope = value
     else:
-        log_t = t - lse_t
-        x = s - t - dlse
+        log_t = u_t - log_sum_t
+        x = (u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
         x = bounded(tl.where(log_big < -87.0, 0.0, x))  # both underflow: no loss
         big = tl.exp(log_big)
         u = -tl.abs(x)
-        w, q = expm1(u)
-        small = big + big * w
-        p_s = tl.where(up, big, small)
-        # KL's term is big q from the larger side; from the smaller one it is big ((1 + w) u - w), taken apart where that cancels.
-        other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), (w + 1.0) * u - w)
+        e, w, q = expm1(u)
+        p_s = tl.where(up, big, big * e)
         if TARGET == JSD:
-            # With the smaller side's weight in m: m / big = 1 + a, log(big / m) = -log1p(a), log(small / m) = u - log1p(a).
-            low = tl.where(up, beta_t, beta_s)
-            a = low * w
-            l, h = log1p(a)
-            value = low * other - a * a + (1.0 + a) * h
-            mixed = tl.where(up, h, other - a * w + (1.0 + w) * h)
-            value = big * tl.where(value < 0.0, 0.0, value)
-            mixed = big * tl.where(mixed < 0.0, 0.0, mixed)
-            slope = beta_s * p_s * (tl.where(up, 0.0, u) - l - offset)
+            low = tl.where(up, beta_t, beta_s)  # weights of the smaller and of the larger side in m
+            high = tl.where(up, beta_s, beta_t)
+            ratio = high + low * e  # m / big = 1 + low w
+            l, h = log1p(low * w, ratio)  # log(m / big); m phi(big / m - 1) = big h
+            y = high * w / ratio  # small / m - 1
+            l_y, h_y, near = log1p_near(y)
+            l_small = tl.where(near, l_y, u - l)  # log(small / m)
+            phi = tl.where(near, ratio * (y * y - (1.0 + y) * h_y), e * l_small - high * w)
+            phi = tl.where(phi < 0.0, 0.0, phi)
+            h = tl.where(h < 0.0, 0.0, h)
+            value = big * (high * h + low * phi)
+            mixed = big * tl.where(up, h, phi)
+            slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
         else:
+            # KL's term is big q from the larger side; from the smaller one it is big (e u - w), taken apart where that cancels.
+            other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
             if TARGET == FORWARD:
                 value = big * tl.where(up, other, q)
                 slope = big * tl.where(up, -w, w)
@@ -97,6 +104,13 @@ def loss_and_slope(s, t, lse_s, lse_t, dlse, offset, beta_t, beta_s, TARGET: tl.
                 slope = p_s * (x - offset)
             mixed = value
     return value, mixed, p_s, slope
+
+
+@triton.jit
+def fade_apart(fade_s, fade_t, shift):
+    """``fade_s - fade_t`` where their logarithms differ by ``shift``, without cancellation."""
+    _, w, _ = expm1(-tl.abs(shift))
+    return tl.where(shift < 0.0, fade_t * w, -fade_s * w)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ class Row:
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
+FIELDS = 9  # partial sums of a part of a row, see tiles.py
 
 # By target, kernel and whether operands are float32. "cross" are the statistics with reverse's offset or the top-1, "filter" the
 # loss with the block filter or jsd: more lives in registers there.
