@@ -369,6 +369,23 @@ def test_masked_tokens_have_no_influence():
         torch.testing.assert_close(d_weight, d_weight_clean)
 
 
+@pytest.mark.parametrize("rows", [1, 17, 40])
+@pytest.mark.parametrize("vocabulary", [3, 101, 1030])
+def test_spoilt_memory_does_not_show(rows, vocabulary):
+    """torch's 16-bit product reads its output for some shapes; fresh memory may hold NaN."""
+    h, w, th, tw = draw(rows, vocabulary, 32, 32, dtype=torch.bfloat16)
+    inputs = [h.requires_grad_(), w.requires_grad_()]
+    modes = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+        found = gradients(ops.linear_kl_div(*inputs, th, tw, plan="chunk"), inputs)
+    finally:
+        torch.use_deterministic_algorithms(modes[0])
+        torch.utils.deterministic.fill_uninitialized_memory = modes[1]
+    assert all(g.isfinite().all() for g in found)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -268,10 +268,11 @@ class _Run:
 
     def _narrow_weight_gradient(self, narrow: torch.Tensor, chunk: _Chunk, number: int, first: int, rows: int) -> None:
         target = self.d_weight[first : first + rows]
+        # torch's 16-bit product multiplies what `out` held by 0, for some shapes: NaN in fresh memory would stay.
         if number == 0 and not self.plan.accumulator:
-            torch.mm(narrow, chunk.narrow_hidden, out=target)
+            torch.mm(narrow, chunk.narrow_hidden, out=target.zero_())
             return
-        product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:rows])
+        product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:rows].zero_())
         if self.plan.accumulator:
             target = self.sum_weight[first : first + rows]
         target.copy_(product) if number == 0 else target.add_(product)

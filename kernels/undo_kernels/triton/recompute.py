@@ -296,7 +296,7 @@ def loss_tiles(
         else:
             b_y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
         value, mixed, b_p, b_g = loss_and_slope(
-            b_z - base_s, b_y - base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
+            b_z, b_y, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
         )
         if TARGET != OWN:
             total += tl.sum(tl.where(keep, value, 0.0), 1)

@@ -329,7 +329,7 @@ def loss_rows(
             else:
                 b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
             value, mixed, b_p, b_g = loss_and_slope(
-                b_s - base_s, b_t - base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
+                b_s, b_t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
             )
             if TARGET != OWN:
                 b_value += tl.where(keep, value, 0.0)

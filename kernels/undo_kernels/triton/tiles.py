@@ -57,12 +57,12 @@ def bounded(x):
 
 
 @triton.jit
-def loss_and_slope(u_s, u_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
+def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
     """Term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
 
-    ``u`` are logits less their row's base, in practice its maximum; ``gap`` is the difference of the logarithms of the sums of
-    ``e**u``. What is probable is near its base, so that there ``x`` has no rounding of large logits.
+    ``base`` is in practice the row's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
     """
+    u_s = s - base_s
     log_s = u_s - log_sum_s
     if TARGET == OWN:
         p_s = tl.exp(log_s)
@@ -70,8 +70,11 @@ def loss_and_slope(u_s, u_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, 
         mixed = value
         slope = value
     else:
+        u_t = t - base_t
         log_t = u_t - log_sum_t
-        x = (u_s - u_t) - gap
+        # Logits that agree have exact differences; of others, what is probable is near its base.
+        shift = base_s - base_t
+        x = tl.where(tl.abs(shift) < 1.0, (s - t) - shift, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
         x = bounded(tl.where(log_big < -87.0, 0.0, x))  # both underflow: no loss

@@ -561,9 +561,43 @@ def test_label_gradient_without_cancellation():
     assert abs(got.nll[0] / want["nll"][0] - 1) < 2e-3
 
 
-@pytest.mark.parametrize("beta", [0.02, 0.98])
-def test_jsd_weights(beta):
-    check(problem("jsd", beta=beta, spread=4.0))
+@pytest.mark.parametrize("beta", [1e-6, 0.02, 0.98, 1 - 1e-6])
+@pytest.mark.parametrize("spread", [0.1, 5.0])
+def test_jsd_near_its_end_points(beta, spread):
+    p = problem("jsd", rows=3, beta=beta, spread=spread, factor=1.0)
+    want, got = oracle(p), loss.vocab_loss(p)
+    assert error(got.divergence, want["divergence"]) < 1e-5
+    assert error(got.d_hidden, want["d_hidden"]) < 1e-4
+
+
+@pytest.mark.parametrize("target", DENSE)
+@pytest.mark.parametrize(("spread", "near"), [(10, 0.1), (10, 1e-5), (30, 1e-3)])
+def test_peaked_teachers_that_the_student_agrees_with(target, spread, near):
+    """The gap of the log-sum-exps is not the difference of two float32 sums; 300 columns are two blocks in two parts."""
+    g = torch.Generator().manual_seed(2)
+    z_s = torch.randn(4, 300, generator=g) * spread
+    z_t = z_s + torch.randn(4, 300, generator=g) * near
+    teacher = GivenLogits(z_t, z_t)
+    got = loss.vocab_loss(Problem(GivenLogits(z_s, z_s), target, torch.ones(4), teacher=teacher, needs=(True, False, False)))
+    s, t = z_s.double().log_softmax(-1), z_t.double().log_softmax(-1)
+    x = s - t
+    if target == "forward":
+        want = t.exp() * x.expm1()
+    else:
+        half = torch.logaddexp(s, t) - math.log(2)
+        x = x if target == "reverse" else 0.5 * (s - half)
+        want = s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
+    assert error(got.d_hidden, want) < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("target", DENSE)
+def test_a_student_that_is_its_teacher_gets_no_gradient(target, plan):
+    p = problem(target, plan=plan, spread=3.0, softcap=7.0)
+    p = dataclasses.replace(p, teacher=p.student)
+    first = loss.vocab_loss(p)
+    for got in (first, loss.vocab_loss(dataclasses.replace(p, lse_s=first.lse_s, lse_t=first.lse_t))):
+        assert not any(t.any() for t in (got.divergence, got.d_hidden, got.d_weight))
 
 
 # ---------------------------------------------------------------- sparse teachers
@@ -578,6 +612,21 @@ def test_sparse_teacher_that_leaves_nothing():
     log_s = torch.log_softmax(z, -1).gather(1, p.indices)
     want = (logprobs.double().exp() * (logprobs.double() - log_s)).sum(-1)
     torch.testing.assert_close(got.divergence.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_teachers_at_their_edges():
+    """The rest's probability underflows, a known one is 0, nothing is known."""
+    z = torch.zeros(3, 150)
+    z[:, 0] = torch.tensor([60.0, 104.0, 300.0])
+    known = {"indices": torch.tensor([[0, 7]] * 3), "logprobs": torch.tensor([[math.log(0.5), -math.inf]] * 3)}
+    nothing = {"indices": torch.zeros(3, 0, dtype=torch.int64), "logprobs": torch.zeros(3, 0)}
+    for target in SPARSE:
+        got = loss.vocab_loss(Problem(GivenLogits(z, z), target, torch.ones(3), needs=(True, False, False), **known))
+        assert got.divergence.isfinite().all()
+        assert got.d_hidden.isfinite().all()
+        if target == "bucket":
+            torch.testing.assert_close(got.d_hidden[:, 0], torch.full((3,), 0.5), rtol=1e-5, atol=0)
+        assert loss.vocab_loss(Problem(GivenLogits(z, z), target, torch.ones(3), **nothing)).total == 0
 
 
 def test_sparse_teacher_that_knows_everything_or_nothing():
