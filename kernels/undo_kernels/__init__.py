@@ -5,6 +5,7 @@ Knows tensors; knows no model, no configuration and no dataset. Arguments are ch
 """
 
 from undo_kernels import cpu, reference, torch_ops, triton
+from undo_kernels.cpu.workspace import release as release_workspace
 from undo_kernels.library import BackendWarning, backend, backends_of, implementation, ops, requested_backend, unavailable
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "implementation",
     "ops",
     "reference",
+    "release_workspace",
     "requested_backend",
     "torch_ops",
     "triton",

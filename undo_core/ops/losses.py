@@ -13,7 +13,8 @@ Options that all of them share:
   finds the log-sum-exps and the one that turns them into the gradient; ``recompute`` projects twice and keeps none. ``auto`` takes
   the fastest that fits, and plain PyTorch for small vocabularies and for float64.
 - ``workspace_bytes``: bound on everything beyond inputs, outputs and a few floats a token. The default follows from shapes and
-  dtypes alone. Plain PyTorch then takes rows in chunks and recomputes them in the backward pass.
+  dtypes alone. On CPUs a thread keeps it for its next call, for fresh memory is slow; ``undo_kernels.release_workspace()`` gives it
+  back. Plain PyTorch takes rows in chunks and recomputes them in the backward pass.
 
 dtypes: float32, bfloat16, float16 or float64 for hidden states and weights, which may differ; the arithmetic is float32 at least
 and gradients take the input's dtype. Gradients of a scalar loss are computed in the forward and scaled in place by the backward, so

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from undo_kernels import plan as plans
+from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
@@ -68,7 +69,7 @@ class _Run:
         sides = 2 if problem.target in DENSE else 1
         extent = self.vocabulary if self.plan.stored else self.block_v
         self.leading = plans.leading(self.stride)
-        self.logits = [new(extent, self.leading) for _ in range(sides)]
+        self.logits = workspace(sides * extent * self.leading).view(sides, extent, self.leading).unbind()
         self.upcast = new(self.block_v, self.plan.upcast_width)
         self.partial = new(-(-self.block_v // _cpu.BLOCK), _cpu.FIELDS, self.stride, dtype=torch.float64)
         self.skipped = self.dropped = 0.0

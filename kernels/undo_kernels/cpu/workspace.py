@@ -1,0 +1,31 @@
+"""The memory of the logits' tiles, kept from one call to the next.
+
+Fresh memory costs a page fault for every 4 KiB that is first written, which for a vocabulary of 256,000 took a fifth of a call's
+time. Each thread keeps the largest workspace that it has used; ``release`` gives it back.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+
+class _Kept(threading.local):
+    buffer: torch.Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def workspace(count: int) -> torch.Tensor:
+    """``[count]`` float32 with arbitrary contents, the calling thread's until its next call."""
+    if _kept.buffer is None or _kept.buffer.numel() < count:
+        _kept.buffer = None  # before the larger one is there
+        _kept.buffer = torch.empty(count)
+    return _kept.buffer[:count]
+
+
+def release() -> None:
+    """Give the calling thread's workspace back."""
+    _kept.buffer = None
