@@ -90,7 +90,7 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
 def _row_variants(target: str, every: bool) -> Iterator[Variant]:
     row = tuning.row(target, 1 << 18)
     block = {"BLOCK_V": row.block_v}
-    stats = {"STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "HOLES": False}
+    stats = {"TEACHER": True, "CROSS": True, "STATISTICS": True, "HOLES": False}
     yield Variant("stats_rows", rows.stats_rows, {}, {**stats, **_FULL, **block}, row.warps)
     if every:
         yield Variant(
@@ -103,12 +103,12 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
         given = {"z_s_ptr": "*bf16", "z_t_ptr": "*bf16"}
         yield Variant("stats_rows given", rows.stats_rows, given, {**stats, **_PLAIN, **block}, row.warps, aligned=False)
     combine = {
-        "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "DIFFERENCES": True, "PAIR": True, "UNIFORM": False,
-        "NLL": True,
-        "LABELS": True, "MASKED": True, "BLOCK_P": 64,
+        "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "DIFFERENCES": True, "LESS_ONE": False,
+        "PAIR": True, "UNIFORM": False, "NLL": True, "LABELS": True, "MASKED": True, "BLOCK_P": 64,
     }  # fmt: skip
     yield Variant("combine_rows", rows.combine_rows, {}, combine, 1)
     if every:
+        yield Variant("combine_rows tiles", rows.combine_rows, {}, combine | {"DIFFERENCES": False, "LESS_ONE": True}, 1)
         sparse = combine | {
             "TEACHER": False,
             "CROSS": False,
@@ -186,7 +186,7 @@ def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, ever
     bare = {k: v for k, v in _PLAIN.items() if k != "MASKED"} | {"EVEN_S": True, "LABELS": False}
     if stats:
         crossed = kernel == "cross"
-        flags = {"STUDENT": True, "TEACHER": True, "CROSS": crossed, "STATISTICS": crossed, "LABELS": True}
+        flags = {"TEACHER": True, "CROSS": crossed, "STATISTICS": crossed, "LABELS": True}
         yield Variant(f"stats_tiles {kernel} {label}", recompute.stats_tiles, types, common | flags | heads, *options)
         if every:
             for name, more in (("plain", {}), ("known", {"TEACHER": False}), ("statistics", {"CROSS": False})):

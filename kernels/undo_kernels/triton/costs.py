@@ -126,11 +126,15 @@ class Shapes:
 
     @property
     def student_sums(self) -> bool:
-        return self.crossed or self.problem.lse_s is None or self.sparse
+        return self.dense or self.problem.lse_s is None or self.sparse
 
     @property
     def teacher_sums(self) -> bool:
-        return self.dense and (self.crossed or self.problem.lse_t is None)
+        """Whether the recompute plan finds them; the chunk plan, whose logits are there, does so for every dense target.
+
+        Of two log-sum-exps that were rounded to float32 the difference is not known; of one it is to 1e-7 of it.
+        """
+        return self.dense and (self.crossed or self.problem.lse_t is None or self.problem.lse_s is not None)
 
     @property
     def loss_pass(self) -> bool:
@@ -257,11 +261,9 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
             size += chunk * s.width * 4 * cast + apart_bytes(hidden_dtype, s.product, chunk, s.width, False)
             size += chunk * s.width * hidden_dtype.itemsize * s.compacted
     pairs = float(n) * vocabulary
-    sides = len(s.sides)
     logit = [side.hidden.dtype.itemsize if isinstance(side, GivenLogits) else 4 for side in s.sides]
     traffic = pairs * 4 * len(stored)
-    traffic += pairs * (logit[0] * s.student_sums + (logit[-1] * s.teacher_sums if sides > 1 else 0))
-    traffic += pairs * sum(logit) * (s.loss_pass + s.mixture_pass)
+    traffic += pairs * sum(logit) * (s.student_sums + s.loss_pass + s.mixture_pass)
     out_bytes = gradient_dtype(p.student.hidden.dtype).itemsize if s.given else gradient_bytes
     traffic += pairs * out_bytes * (s.gradient + (0 if s.given else sum(p.needs)))
     flops = 0.0

@@ -210,8 +210,8 @@ class _Run:
             return head.hidden[part], None
         return taken, self.scratch.count(taken)
 
-    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, differences: bool) -> None:
-        """Log-sum-exps, their difference, reverse's offset and the nll of some rows."""
+    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
+        """Log-sum-exps, their difference, reverse's offset and the nll of some rows; ``teacher``: its sums are there."""
         s, out = self.shapes, self.row
         count = lse_s.shape[0]
         p = self.problem
@@ -220,8 +220,8 @@ class _Run:
             _or(self.label_z, part, self.zero), _or(self.known_s, part, self.zero), _or(self.known_t, part, self.zero),
             lse_s, out["lse_t"][part], *(out[name][part] for name in _BASES), out["nll"][part], out["entropy"][part],
             out["agreement"][part], self.vocabulary, parts, partial.shape[1] * partial.shape[2],
-            STUDENT=s.student_sums, TEACHER=s.teacher_sums, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
-            DIFFERENCES=differences,
+            STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
+            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles,
             PAIR=self.pair, UNIFORM=self.uniform, NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **_FUSED,
         )  # fmt: skip
@@ -350,13 +350,13 @@ class _Chunks:
         if s.sparse:
             self.picked = torch.empty(count, run.indices.shape[1], device=run.device)
             self._pick(z_s, run.indices[part], self.picked, part, True)
-        if s.student_sums or s.teacher_sums:
+        if s.student_sums:
             rows.stats_rows[(count, self.parts)](
-                partial_ptr=self.stats, STUDENT=s.student_sums, TEACHER=s.teacher_sums, CROSS=run.crossed,
+                partial_ptr=self.stats, TEACHER=s.dense, CROSS=run.crossed,
                 STATISTICS=run.problem.statistics and s.dense, **self._common(z_s, z_t, part),
             )  # fmt: skip
         lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.row["lse_s"][part]
-        run.combine(self.stats, part, self.parts, lse, s.student_sums and s.teacher_sums)
+        run.combine(self.stats, part, self.parts, lse, s.dense, False)
         self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
         if s.sparse:
             self._sparse(part, lse)
@@ -533,11 +533,11 @@ class _Recompute:
         run, s, tile = self.run, self.run.shapes, self.stats_tile
         parts, part = tuning.tile_parts(run.n, run.vocabulary, tile)
         partial = run.scratch.take(tuning.FIELDS, run.n, parts)
-        if s.student_sums or s.teacher_sums:
+        if s.student_sums:
             grid = (triton.cdiv(run.n, tile.block_t) * parts,)
             recompute.stats_tiles[grid](
                 partial_ptr=partial, label_z_ptr=run.label_z, vocabulary=run.vocabulary, part=part, parts=parts,
-                stride_field=run.n * parts, STUDENT=s.student_sums, TEACHER=s.teacher_sums, CROSS=run.crossed,
+                stride_field=run.n * parts, TEACHER=s.teacher_sums, CROSS=run.crossed,
                 STATISTICS=run.problem.statistics and s.dense, **self._common(tile),
             )  # fmt: skip
         if run.labelled and not s.student_sums:
@@ -546,7 +546,7 @@ class _Recompute:
                 run.vocabulary, self.hidden_s.shape[1], self.hidden_s.stride(0), self.weight_s.stride(0),
                 HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **_FUSED,
             )  # fmt: skip
-        run.combine(partial, self.everything, parts, run.row["lse_s"], False)
+        run.combine(partial, self.everything, parts, run.row["lse_s"], s.teacher_sums, True)
         run.scratch.give(partial)
 
     def _loss(self, first: int, gradient: bool) -> None:

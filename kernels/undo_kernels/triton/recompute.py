@@ -90,8 +90,18 @@ def shape_piece(b_z, bias_ptr, o_v, last, inner, outer, HAS_BIAS: tl.constexpr, 
 
 
 @triton.jit
+def joined(rest, most, high, fade, b_e):
+    """A sum of exponentials less its largest term, 1, with one more piece: float32 would lose what a peaked row has besides."""
+    b_at = b_e == 1.0
+    small = tl.sum(tl.where(b_at, 0.0, b_e), 1)
+    ones = tl.floor(tl.sum(b_e, 1) - small + 0.5)
+    rises = high > most
+    return tl.where(rises, fade * (rest + 1.0), rest) + small + tl.where(rises, ones - 1.0, ones)
+
+
+@triton.jit
 def student_piece(
-    b_z, most, total, top, label, label_z, first, end, bias_ptr, inner, outer,
+    b_z, most, rest, top, label, label_z, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, LABELS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials with one more piece; the piece shaped, its exponentials, and what the old sums fade by."""
@@ -107,12 +117,12 @@ def student_piece(
     high = tl.maximum(most, here)
     fade = tl.exp(most - high)
     b_e = tl.exp(b_z - high[:, None])
-    return b_z, b_e, fade, high, total * fade + tl.sum(b_e, 1), top, label_z
+    return b_z, b_e, fade, high, joined(rest, most, high, fade, b_e), top, label_z
 
 
 @triton.jit
 def teacher_piece(
-    b_z, most, total, energy, top, first, end, bias_ptr, inner, outer,
+    b_z, most, rest, energy, top, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The teacher's sums with one more piece, and the piece shaped."""
@@ -129,9 +139,9 @@ def teacher_piece(
     b_g = tl.exp(b_low)
     if STATISTICS:
         # Relative to the maximum: moving that by some shift takes shift * sum away.
-        energy = (energy - total * (high - most)) * fade
+        energy = (energy - (rest + 1.0) * (high - most)) * fade
         energy += tl.sum(b_g * tl.where(b_low < -LARGE, -LARGE, b_low), 1)
-    return b_z, high, total * fade + tl.sum(b_g, 1), energy, top
+    return b_z, high, joined(rest, most, high, fade, b_g), energy, top
 
 
 @triton.jit
@@ -143,12 +153,16 @@ def stats_tiles(
     inner_s, outer_s, inner_t, outer_t,
     rows, vocabulary, width_s, width_t, part, parts,
     stride_hidden_s, stride_weight_s, stride_hidden_t, stride_weight_t, stride_field,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,
+    TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,
     BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows."""
+    """Maxima and sums of exponentials, less 1, of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows.
+
+    The sum of the differences would need both sides' products at once, and smaller tiles for it. What the sums lose without the 1
+    is 1e-7 of a row's lesser terms, as the products do.
+    """
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     blocks = tl.cdiv(rows, BLOCK_T)
     i_t = tl.program_id(0) % blocks
@@ -164,8 +178,8 @@ def stats_tiles(
 
     most_s = tl.full([BLOCK_T], LOWEST, tl.float32)
     most_t = tl.full([BLOCK_T], LOWEST, tl.float32)
-    sum_s = tl.zeros([BLOCK_T], tl.float32)
-    sum_t = tl.zeros([BLOCK_T], tl.float32)
+    rest_s = tl.full([BLOCK_T], -1, tl.float32)  # of no term
+    rest_t = tl.full([BLOCK_T], -1, tl.float32)
     cross = tl.zeros([BLOCK_T], tl.float32)
     energy = tl.zeros([BLOCK_T], tl.float32)
     label_z = tl.zeros([BLOCK_T], tl.float32)
@@ -181,37 +195,41 @@ def stats_tiles(
             if not CROSS:
                 for i in tl.static_range(PIECES):
                     b_z = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
-                    _, most_t, sum_t, energy, top_t = teacher_piece(
-                        b_z, most_t, sum_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
+                    _, most_t, rest_t, energy, top_t = teacher_piece(
+                        b_z, most_t, rest_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
                         STATISTICS, BIAS_T, CAPPED_T, WIDTH,
                     )  # fmt: skip
-        if STUDENT:
-            b_s = project(
-                hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
-                EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+        b_s = project(
+            hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
+            EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        for i in tl.static_range(PIECES):
+            if CROSS:
+                was_s = most_s
+                was_t = most_t
+                was_sum = rest_s + 1.0
+            b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
+            b_z, b_e, fade, most_s, rest_s, top_s, label_z = student_piece(
+                b_z, most_s, rest_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
+                STATISTICS, LABELS, BIAS_S, CAPPED_S, WIDTH,
             )  # fmt: skip
-            for i in tl.static_range(PIECES):
-                b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-                b_z, b_e, fade, most_s, sum_s, top_s, label_z = student_piece(
-                    b_z, most_s, sum_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
-                    STATISTICS, LABELS, BIAS_S, CAPPED_S, WIDTH,
+            if CROSS:
+                b_y, most_t, rest_t, energy, top_t = teacher_piece(
+                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), most_t, rest_t, energy, top_t, first + i * WIDTH, end,
+                    bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
                 )  # fmt: skip
-                if CROSS:
-                    b_y, most_t, sum_t, energy, top_t = teacher_piece(
-                        piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), most_t, sum_t, energy, top_t, first + i * WIDTH, end,
-                        bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
-                    )  # fmt: skip
-                    cross = cross * fade + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * bounded(b_z - b_y)), 1)
+                b_y = bounded((b_z - most_s[:, None]) - (b_y - most_t[:, None]))
+                shift = (was_s - most_s) - (was_t - most_t)
+                cross = fade * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
     if LABELS:
         # Only the part that holds the label stores its logit.
         tl.store(label_z_ptr + o_t, label_z, mask=keep_t & (label >= start) & (label < end))
     partial_ptrs = partial_ptr + o_t * parts + i_part
-    if STUDENT:
-        tl.store(partial_ptrs + MAX_S * stride_field, most_s, mask=keep_t)
-        tl.store(partial_ptrs + SUM_S * stride_field, sum_s, mask=keep_t)
+    tl.store(partial_ptrs + MAX_S * stride_field, most_s, mask=keep_t)
+    tl.store(partial_ptrs + SUM_S * stride_field, rest_s, mask=keep_t)
     if TEACHER:
         tl.store(partial_ptrs + MAX_T * stride_field, most_t, mask=keep_t)
-        tl.store(partial_ptrs + SUM_T * stride_field, sum_t, mask=keep_t)
+        tl.store(partial_ptrs + SUM_T * stride_field, rest_t, mask=keep_t)
     if CROSS:
         tl.store(partial_ptrs + CROSS_S * stride_field, cross, mask=keep_t)
     if STATISTICS:

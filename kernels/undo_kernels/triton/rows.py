@@ -57,14 +57,13 @@ def stats_rows(
     partial_ptr,
     inner_s, outer_s, inner_t, outer_t,
     vocabulary, part, parts, stride_s, stride_t, stride_field,
-    STUDENT: tl.constexpr,  # the student's sums are wanted
-    TEACHER: tl.constexpr,  # the teacher's are
-    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient; needs both sums, like STATISTICS
+    TEACHER: tl.constexpr,  # the teacher's sums are wanted too
+    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient; needs TEACHER, like STATISTICS
     STATISTICS: tl.constexpr,  # teacher entropy and both top-1
     BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
     MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials of one part of one row; with both sides, the sum of their differences too.
+    """Maxima and sums of exponentials of one part of one row; with a teacher, the sum of their differences too.
 
     That gives the gap of two log-sum-exps which agree: the difference of two float32 sums is only right to 1e-7.
     """
@@ -92,14 +91,13 @@ def stats_rows(
     for first in range(start, end, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         keep = o_v < end
-        if STUDENT:
-            b_s = load_logits(z_s_ptr, bias_s_ptr, o_v, keep, inner_s, outer_s, BIAS_S, CAPPED_S, HOLES)
-            here = tl.max(b_s, 0)
-            if STATISTICS:
-                top_s = tl.where(here > most_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
-            high_s = tl.maximum(most_s, here)
-            fade_s = tl.exp(most_s - high_s)
-            b_u = b_s - high_s
+        b_s = load_logits(z_s_ptr, bias_s_ptr, o_v, keep, inner_s, outer_s, BIAS_S, CAPPED_S, HOLES)
+        here = tl.max(b_s, 0)
+        if STATISTICS:
+            top_s = tl.where(here > most_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
+        high_s = tl.maximum(most_s, here)
+        fade_s = tl.exp(most_s - high_s)
+        b_u = b_s - high_s
         if TEACHER:
             b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
             here = tl.max(b_t, 0)
@@ -108,7 +106,6 @@ def stats_rows(
             high_t = tl.maximum(most_t, here)
             fade_t = tl.exp(most_t - high_t)
             b_v = b_t - high_t
-        if STUDENT and TEACHER:
             b_y = b_u - b_v
             up = b_y > 0.0
             b_top = tl.where(up, b_u, b_v)
@@ -122,13 +119,10 @@ def stats_rows(
             b_apart = fade_t * b_apart + fade_apart(fade_s, fade_t, shift) * b_sum_s + b_big * tl.where(up, -b_w, b_w)
             if CROSS:
                 b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * b_y
-        elif STUDENT:
+        else:
             b_e = tl.exp(b_u)
-        elif TEACHER:
-            b_g = tl.exp(b_v)
-        if STUDENT:
-            b_sum_s = b_sum_s * fade_s + b_e
-            most_s = high_s
+        b_sum_s = b_sum_s * fade_s + b_e
+        most_s = high_s
         if TEACHER:
             if STATISTICS:
                 # Relative to the maximum: moving that by some shift takes shift * sum away.
@@ -136,13 +130,11 @@ def stats_rows(
                 b_energy += b_g * tl.where(b_v < -LARGE, -LARGE, b_v)
             b_sum_t = b_sum_t * fade_t + b_g
             most_t = high_t
-    if STUDENT:
-        tl.store(partial_ptr + MAX_S * stride_field, most_s)
-        tl.store(partial_ptr + SUM_S * stride_field, tl.sum(b_sum_s, 0))
+    tl.store(partial_ptr + MAX_S * stride_field, most_s)
+    tl.store(partial_ptr + SUM_S * stride_field, tl.sum(b_sum_s, 0))
     if TEACHER:
         tl.store(partial_ptr + MAX_T * stride_field, most_t)
         tl.store(partial_ptr + SUM_T * stride_field, tl.sum(b_sum_t, 0))
-    if STUDENT and TEACHER:
         tl.store(partial_ptr + APART * stride_field, tl.sum(b_apart, 0))
     if CROSS:
         tl.store(partial_ptr + CROSS_S * stride_field, tl.sum(b_cross, 0))
@@ -160,6 +152,7 @@ def combine_rows(
     vocabulary, parts, stride_field,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr,
     DIFFERENCES: tl.constexpr,  # the parts hold APART
+    LESS_ONE: tl.constexpr,  # their sums are less the largest term
     PAIR: tl.constexpr,  # there is a teacher, given by sums, by known_t, or UNIFORM
     UNIFORM: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -194,6 +187,8 @@ def combine_rows(
             b_shift_s = b_most.to(tl.float64) - most_s.to(tl.float64)
             b_fade_s = tl.exp(b_shift_s)
             b_sum_s = tl.load(partial_ptr + SUM_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            if LESS_ONE:
+                b_sum_s += 1.0
             total_s = tl.sum(b_sum_s * b_fade_s, 0)
             base_s = most_s.to(tl.float64)
             log_sum_s = tl.log(total_s)
@@ -209,7 +204,10 @@ def combine_rows(
             most_t = tl.max(b_most, 0)
             b_shift = b_most.to(tl.float64) - most_t.to(tl.float64)
             b_fade = tl.exp(b_shift)
-            b_sum = tl.load(partial_ptr + SUM_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64) * b_fade
+            b_sum = tl.load(partial_ptr + SUM_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            if LESS_ONE:
+                b_sum += 1.0
+            b_sum *= b_fade
             total = tl.sum(b_sum, 0)
             base_t = most_t.to(tl.float64)
             log_sum_t = tl.log(total)
@@ -225,8 +223,6 @@ def combine_rows(
         lse_s = base_s + log_sum_s
         lse_t = base_t + log_sum_t
         gap = log_sum_s - log_sum_t
-        if CROSS:
-            b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
         if DIFFERENCES:
             b_apart = tl.load(partial_ptr + APART * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             ratio = tl.sum(b_fade * b_apart + (b_fade_s - b_fade) * b_sum_s, 0) / total
@@ -236,11 +232,9 @@ def combine_rows(
             sum_ = 1.0 + small
             log1p_ = tl.where(sum_ == 1.0, small, tl.log(sum_) * small / tl.where(sum_ == 1.0, 1.0, sum_ - 1.0))
             gap = tl.where(near, log1p_, gap)
-            if CROSS:
-                offset = tl.sum(b_fade_s * (b_cross + (b_shift_s - b_shift) * b_sum_s), 0) / total_s - gap
-        elif CROSS:
-            offset = tl.sum(b_cross * b_fade_s, 0) / total_s - (lse_s - lse_t)
         if CROSS:
+            b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            offset = tl.sum(b_fade_s * (b_cross + (b_shift_s - b_shift) * b_sum_s), 0) / total_s - gap
             offset = tl.where(offset < 0.0, 0.0, offset)
         if NLL:
             nll = lse_s

@@ -28,11 +28,11 @@ MAX_S = tl.constexpr(0)
 SUM_S = tl.constexpr(1)
 MAX_T = tl.constexpr(2)
 SUM_T = tl.constexpr(3)
-CROSS_S = tl.constexpr(4)  # sum of e**(z_s - max) (z_s - z_t); APART: of e**u (u - v)
+CROSS_S = tl.constexpr(4)  # sum of e**u (u - v), u = z_s - its max, v = z_t - its max
 ENERGY_T = tl.constexpr(5)  # sum of e**(z_t - max) (z_t - max)
 TOP_S = tl.constexpr(6)
 TOP_T = tl.constexpr(7)
-APART = tl.constexpr(8)  # sum of e**u - e**v, u = z_s - its max, v = z_t - its max
+APART = tl.constexpr(8)  # sum of e**u - e**v
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that a difference of two of them is 0 and not NaN
 LARGE = tl.constexpr(1.0e30)
