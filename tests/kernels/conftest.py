@@ -1,0 +1,41 @@
+"""What the tests of several backends share."""
+
+import pytest
+import torch
+from undo_kernels import plan
+
+
+@pytest.fixture(scope="module")
+def small_tiles():
+    """Small problems of several tiles; the default's tile has thousands of rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_BLOCK_V", 1024)
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """Final hidden states and head of a small language model after some training on a second-order Markov text."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary = 1024
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        table = torch.randint(1, vocabulary, (vocabulary, 4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(60):
+            ids = torch.randint(1, vocabulary, (16, 33))
+            for t in range(1, 33):
+                ids[:, t] = table[ids[:, t - 1], torch.randint(0, 4, (16,)) * torch.randint(0, 2, (16,))]
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 4.0, "the model has learnt something"
+        hidden = model.base_model(input_ids=ids).last_hidden_state.detach().reshape(-1, 64)[:192]
+    return hidden, model.lm_head.weight.detach(), torch.randn(192, 64, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,213 @@
+"""What float32 and 16 bits leave of the Triton losses: near agreement, at the ends of their ranges, beyond them."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from triton_problems import DENSE, SPARSE, TARGETS, check, error, oracle, oracle_logits, problem
+from undo_kernels.problem import Problem
+from undo_kernels.projection import GivenLogits
+from undo_kernels.triton import loss
+
+# The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("target", DENSE)
+def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
+    """Relative error of the gradients from a KL of about 1 to 1e-6, logits of standard deviation 3."""
+    for dtype in (torch.bfloat16, torch.float32):
+        reached = []
+        for apart in (0.4, 0.1, 0.012, 0.0004) if dtype == torch.float32 else (0.4, 0.1, 0.01):
+            # A 16-bit student cannot be moved by less than its spacing: the bias, in float32, moves it.
+            p = problem(
+                target,
+                rows=4,
+                vocabulary=251,
+                widths=(24, 24),
+                dtype=dtype,
+                spread=3.0,
+                softcap=softcap,
+                apart=0.0,
+                factor=1.0,
+                plan=plan,
+                bias=True,
+                needs=(True, True, True),
+            )
+            g = torch.Generator().manual_seed(1)
+            bias = p.student.bias.float() * 0 + apart * 3 * torch.randn(251, generator=g)
+            p = dataclasses.replace(
+                p,
+                student=dataclasses.replace(p.student, bias=bias),
+                teacher=dataclasses.replace(p.teacher, bias=torch.zeros(251)),
+            )
+            want, got = oracle(p), loss.vocab_loss(p)
+            kl = float(want["divergence"].mean())
+            reached.append(kl)
+            worst = max(error(getattr(got, n), want[n]) for n in ("d_hidden", "d_weight"))
+            bound = 0.01 if dtype == torch.bfloat16 else (1e-4 if kl > 1e-3 else 3e-3)
+            assert worst < bound, (dtype, kl, worst)
+            assert error(got.divergence, want["divergence"]) < 1e-3, (dtype, kl)
+            assert (got.divergence >= 0).all()
+        assert max(reached) > 0.1
+        assert min(reached) < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_float16_gradient_does_not_underflow():
+    for plan in ("chunk", "recompute"):
+        p = problem("forward", rows=4, vocabulary=251, dtype=torch.float16, apart=0.0, factor=1e-7, plan=plan, bias=True)
+        bias = 1e-3 * torch.randn(251, generator=torch.Generator().manual_seed(1))
+        p = dataclasses.replace(
+            p, student=dataclasses.replace(p.student, bias=bias), teacher=dataclasses.replace(p.teacher, bias=torch.zeros(251))
+        )
+        want, got = oracle(p), loss.vocab_loss(p)
+        assert want["divergence"].max() < 1e-5
+        assert error(got.d_weight, want["d_weight"]) < 0.01
+        assert error(got.d_hidden, want["d_hidden"]) < 0.01
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_extreme_logits_stay_finite(target, plan):
+    got = loss.vocab_loss(problem(target, spread=1e4, rows=4, labels=True, plan=plan))
+    for value in got:
+        assert torch.isfinite(value).all()
+
+
+def test_extreme_logits_sparse():
+    for target in SPARSE:
+        got = loss.vocab_loss(problem(target, spread=1e4, rows=4, labels=True))
+        assert all(torch.isfinite(value).all() for value in got)
+
+
+def test_unrelated_student_and_teacher():
+    """Log-sum-exps far apart: log1p(E_t[expm1(delta)]) would be noise here."""
+    p = problem("forward", rows=4, spread=8.0, widths=(40, 12), bias=True)
+    check(dataclasses.replace(p, teacher=dataclasses.replace(p.teacher, bias=p.teacher.bias + 60)))
+    check(dataclasses.replace(p, student=dataclasses.replace(p.student, bias=p.student.bias + 300)))
+
+
+def test_both_probabilities_underflow():
+    z = torch.zeros(2, 64)
+    z[:, 1:] = -200.0
+    z[:, 5] = -300.0
+    for target in DENSE:
+        student, teacher = GivenLogits(z.clone(), z), GivenLogits(z * 1.5, z)
+        got = loss.vocab_loss(
+            Problem(student=student, target=target, factor=torch.ones(2), teacher=teacher, needs=(True, False, False))
+        )
+        assert torch.equal(got.divergence, torch.zeros(2))
+        assert torch.equal(got.d_hidden, torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("target", [*TARGETS])
+def test_nan_reaches_its_row_and_no_other(target, plan):
+    p = problem(target, rows=4, labels=True, plan=plan, needs=(True, False, False))
+    p.student.hidden[2, 3] = math.nan
+    got = loss.vocab_loss(p)
+    lost = got.nll if target == "own" else got.divergence
+    assert lost.isnan().tolist() == [False, False, True, False]
+    assert got.d_hidden.isnan().any(1).tolist() == [False, False, True, False]
+    assert got.total.isnan()
+
+
+def test_teachers_nan():
+    for target, plan in itertools.product(DENSE, ("chunk", "recompute")):
+        p = problem(target, rows=3, plan=plan)
+        p.teacher.hidden[1] = math.nan
+        assert loss.vocab_loss(p).divergence.isnan().tolist() == [False, True, False]
+
+
+def test_label_gradient_without_cancellation():
+    """p - 1 of a label that is almost certain."""
+    z = torch.zeros(1, 70)
+    z[0, 3] = 12.0
+    side = GivenLogits(z, z)
+    p = Problem(side, "own", torch.zeros(1), torch.ones(1), torch.tensor([3]), needs=(True, False, False))
+    got, want = loss.vocab_loss(p), oracle(p)
+    assert abs(got.d_hidden[0, 3] / want["d_hidden"][0, 3] - 1) < 2e-3  # float32 sums: 1 + 4e-4
+    assert abs(got.nll[0] / want["nll"][0] - 1) < 2e-3
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.02, 0.98, 1 - 1e-6])
+@pytest.mark.parametrize("spread", [0.1, 5.0])
+def test_jsd_near_its_end_points(beta, spread):
+    p = problem("jsd", rows=3, beta=beta, spread=spread, factor=1.0)
+    want, got = oracle(p), loss.vocab_loss(p)
+    assert error(got.divergence, want["divergence"]) < 1e-5
+    assert error(got.d_hidden, want["d_hidden"]) < 1e-4
+
+
+@pytest.mark.parametrize("target", DENSE)
+@pytest.mark.parametrize(("spread", "near"), [(10, 0.1), (10, 1e-5), (30, 1e-3)])
+def test_peaked_teachers_that_the_student_agrees_with(target, spread, near):
+    """The gap of the log-sum-exps is not the difference of two float32 sums; 300 columns are two blocks in two parts."""
+    g = torch.Generator().manual_seed(2)
+    z_s = torch.randn(4, 300, generator=g) * spread
+    z_t = z_s + torch.randn(4, 300, generator=g) * near
+    teacher = GivenLogits(z_t, z_t)
+    got = loss.vocab_loss(Problem(GivenLogits(z_s, z_s), target, torch.ones(4), teacher=teacher, needs=(True, False, False)))
+    s, t = z_s.double().log_softmax(-1), z_t.double().log_softmax(-1)
+    x = s - t
+    if target == "forward":
+        want = t.exp() * x.expm1()
+    else:
+        half = torch.logaddexp(s, t) - math.log(2)
+        x = x if target == "reverse" else 0.5 * (s - half)
+        want = s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
+    assert error(got.d_hidden, want) < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("target", DENSE)
+def test_a_student_that_is_its_teacher_gets_no_gradient(target, plan):
+    p = problem(target, plan=plan, spread=3.0, softcap=7.0)
+    p = dataclasses.replace(p, teacher=p.student)
+    first = loss.vocab_loss(p)
+    for got in (first, loss.vocab_loss(dataclasses.replace(p, lse_s=first.lse_s, lse_t=first.lse_t))):
+        assert not any(t.any() for t in (got.divergence, got.d_hidden, got.d_weight))
+
+
+def test_sparse_teacher_that_leaves_nothing():
+    p = problem("bucket", rows=3, k=3)
+    logprobs = torch.log_softmax(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double(), -1).float()
+    p = dataclasses.replace(p, indices=torch.tensor([[0, 5, 9], [3, 2, 1], [7, 8, 100]]), logprobs=logprobs)
+    got = loss.vocab_loss(p)
+    z = oracle_logits(p.student, p.student.hidden.double(), p.student.weight.double(), None)
+    log_s = torch.log_softmax(z, -1).gather(1, p.indices)
+    want = (logprobs.double().exp() * (logprobs.double() - log_s)).sum(-1)
+    torch.testing.assert_close(got.divergence.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_teachers_at_their_edges():
+    """The rest's probability underflows, a known one is 0, nothing is known."""
+    z = torch.zeros(3, 150)
+    z[:, 0] = torch.tensor([60.0, 104.0, 300.0])
+    known = {"indices": torch.tensor([[0, 7]] * 3), "logprobs": torch.tensor([[math.log(0.5), -math.inf]] * 3)}
+    nothing = {"indices": torch.zeros(3, 0, dtype=torch.int64), "logprobs": torch.zeros(3, 0)}
+    for target in SPARSE:
+        got = loss.vocab_loss(Problem(GivenLogits(z, z), target, torch.ones(3), needs=(True, False, False), **known))
+        assert got.divergence.isfinite().all()
+        assert got.d_hidden.isfinite().all()
+        if target == "bucket":
+            torch.testing.assert_close(got.d_hidden[:, 0], torch.full((3,), 0.5), rtol=1e-5, atol=0)
+        assert loss.vocab_loss(Problem(GivenLogits(z, z), target, torch.ones(3), **nothing)).total == 0
+
+
+@pytest.mark.parametrize("target", SPARSE)
+def test_sparse_gradient_as_the_divergence_vanishes(target):
+    for apart in (1.0, 1e-2, 1e-3):
+        p = problem(target, rows=3, vocabulary=200, k=20, given=True, needs=(True, False, False))
+        log_s = torch.log_softmax(p.student.hidden.double(), -1)
+        noise = torch.randn(p.student.hidden.shape, generator=torch.Generator().manual_seed(2))
+        indices = torch.stack([torch.randperm(200, generator=torch.Generator().manual_seed(i))[:20] for i in range(3)])
+        logprobs = torch.log_softmax(log_s + apart * noise, -1).gather(1, indices)  # float64, as a caller may have it
+        p = dataclasses.replace(p, indices=indices, logprobs=logprobs, factor=torch.ones(3))
+        want, got = oracle(p), loss.vocab_loss(p)
+        assert error(got.d_hidden, want["d_hidden"]) < (1e-4 if apart > 0.1 else 3e-3)
+        assert error(got.divergence, want["divergence"]) < 1e-3

@@ -1,0 +1,204 @@
+"""The plans of the Triton losses: chunks, workspace, block filter, what they cost, and that no driver waits for its GPU."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from triton_problems import DENSE, SPARSE, TARGETS, check, oracle_logits, problem
+from undo_kernels.problem import Problem
+from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.triton import costs, loss, recompute, rows, tuning
+from undo_kernels.triton.products import Workspace
+
+# The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(costs, "_SUMMED_CHUNKS", 1)
+    p = problem("forward", rows=33, dtype=torch.bfloat16, plan="chunk", workspace_bytes=40_000)
+    plan = loss.gpu_plan(p)
+    assert plan.accumulator
+    assert plan.rows_per_chunk < 33
+    check(p)
+
+
+@pytest.mark.parametrize("target", ["own", "forward", "jsd"])
+def test_several_chunks_give_one_answer(target):
+    p = problem(target, rows=21, vocabulary=211, labels=True, bias=True, padding=3)
+    whole = loss.vocab_loss(dataclasses.replace(p, plan="chunk"))
+    s = costs.Shapes(p, tuning.INTERPRETER)
+    for plan, small in (("chunk", costs.chunk_plan(s, 8)), ("recompute", costs.recompute_plan(s, 2))):
+        budget = small.workspace_bytes
+        part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
+        chosen = loss.gpu_plan(part)
+        assert chosen.rows_per_chunk < 21 if plan == "chunk" else chosen.block_v < 211
+        got = check(part)
+        torch.testing.assert_close(got.d_weight, whole.d_weight, atol=1e-5, rtol=1e-4)
+
+
+def test_workspace_too_small_names_the_least():
+    p = problem("forward", workspace_bytes=100)
+    with pytest.raises(ValueError, match=r"workspace_bytes: got 100, wanted at least \d+") as refusal:
+        loss.vocab_loss(p)
+    least = int(str(refusal.value).split("at least ")[1].split()[0])
+    check(dataclasses.replace(p, workspace_bytes=least))
+
+
+def test_unknown_plan_and_dtype_are_refused():
+    with pytest.raises(ValueError, match="plan"):
+        loss.vocab_loss(problem("forward", plan="fastest"))
+    with pytest.raises(ValueError, match="recompute"):
+        loss.vocab_loss(problem("bucket", plan="recompute"))
+    with pytest.raises(TypeError, match="float64"):
+        loss.vocab_loss(problem("own", dtype=torch.float64))
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("target", ["own", "forward"])
+def test_filter_reports_what_it_drops(target, plan):
+    p = problem(target, rows=20, vocabulary=300, widths=(6, 6), needs=(True, True, False), plan=plan, masked=0.2)
+    p = dataclasses.replace(p, label_factor=torch.ones(20)) if target == "own" else p
+    full = loss.vocab_loss(p)
+    nothing = loss.vocab_loss(dataclasses.replace(p, filter_below=1e-30))
+    assert nothing.filtered.tolist() == [0.0, 0.0]
+    assert torch.equal(nothing.d_weight, full.d_weight)
+    everything = loss.vocab_loss(dataclasses.replace(p, filter_below=1e9))
+    assert everything.filtered[0] == pytest.approx(1.0)
+    assert not everything.d_weight.any()
+    z = oracle_logits(p.student, p.student.hidden.double().nan_to_num(), p.student.weight.double(), None)[p.counted]
+    slope = torch.softmax(z, -1)
+    if target == "forward":
+        slope = slope - torch.softmax(
+            oracle_logits(p.teacher, p.teacher.hidden.double().nan_to_num(), p.teacher.weight.double(), None)[p.counted], -1
+        )
+        slope = slope * p.factor[p.counted, None]
+    assert everything.filtered[1] == pytest.approx(float(slope.norm()), rel=1e-3)
+    some = loss.vocab_loss(dataclasses.replace(p, filter_below=float(slope.abs().quantile(0.999))))
+    assert 0 < some.filtered[0] < 1
+    head = p.student.weight.double().norm()
+    assert (some.d_hidden.double() - full.d_hidden.double()).norm() <= some.filtered[1] * head * (1 + 1e-4)
+    torch.testing.assert_close(some.total, full.total)
+
+
+def test_filter_keeps_labels():
+    for plan in ("chunk", "recompute"):
+        p = problem("own", rows=3, vocabulary=64, labels=True, plan=plan, filter_below=1e9)
+        got = loss.vocab_loss(p)
+        assert got.d_hidden[p.labels >= 0].any(1).all()
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_calls_give_the_same_bits(plan, dtype):
+    p = problem("jsd", rows=18, dtype=dtype, plan=plan, labels=True, bias=True, masked=0.3, max_counted=16)
+    for a, b in zip(loss.vocab_loss(p), loss.vocab_loss(p), strict=True):
+        assert torch.equal(a, b)
+
+
+def shaped(width, known=False, target="forward", rows=8192, vocabulary=256_000, dtype=torch.bfloat16, **options):
+    """A problem of full size on the meta device."""
+
+    def new(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    row = torch.empty(rows, device="meta")
+    student, teacher = (Projection(new(rows, width), new(vocabulary, width)) for _ in range(2))
+    teacher = teacher if target in DENSE else None
+    options = {"needs": (True, True, False), **options}
+    return Problem(student, target, row, teacher=teacher, lse_t=row if known else None, **options)
+
+
+def test_the_width_decides_the_plan(monkeypatch):
+    assert costs.gpu_plan(shaped(320), "sm_90").name == "recompute"
+    assert costs.gpu_plan(shaped(2304), "sm_90").name == "chunk"
+    widths = range(64, 4096, 64)
+    slow, known = (next(w for w in widths if costs.gpu_plan(shaped(w, k), "sm_90").name == "chunk") for k in (False, True))
+    assert known > slow  # the teacher's log-sum-exps save the recompute plan a product
+    monkeypatch.setattr(costs, "TILES_16", costs.MATRIX_16)
+    fast = next(w for w in widths if costs.gpu_plan(shaped(w), "sm_90").name == "chunk")
+    assert 1100 < fast < 1700  # 1100 from the logits' bytes alone; chunks read heads and weight gradient again
+    assert costs.gpu_plan(shaped(2205, known=True), "sm_90").name == "recompute"
+
+
+def test_plans_count_products_and_bytes():
+    s = costs.Shapes(shaped(2304), "sm_90")
+    pairs, width = 8192 * 256_000, 2304
+    chunk, recomputed = costs._chunk_plans(s, None)[0], costs._recompute_plans(s, None)[0]
+    assert chunk.flops == 4 * 2 * pairs * width
+    assert recomputed.flops == 6 * 2 * pairs * width
+    assert chunk.rows_per_chunk >= 1024
+    assert not chunk.accumulator
+    assert chunk.workspace_bytes < 2.8e9
+    assert recomputed.workspace_bytes < 5e8
+    known = costs.Shapes(shaped(2304, known=True), "sm_90")
+    assert costs._recompute_plans(known, None)[0].flops == 5 * 2 * pairs * width
+
+
+def test_a_bound_on_the_workspace_holds_in_every_plan():
+    for width, budget in ((320, 1 << 28), (2304, 1 << 30), (2304, 3 << 28)):
+        plan = costs.gpu_plan(shaped(width, workspace_bytes=budget), "sm_90")
+        assert plan.workspace_bytes <= budget
+
+
+class _NoKernel:
+    """Stands in for a kernel where no device is."""
+
+    def __getitem__(self, grid):
+        assert all(n > 0 for n in grid)
+        assert all(n <= 65535 for n in grid[1:])
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
+    """On meta tensors, which have no values to look at: any synchronisation raises, and so do dtypes that torch refuses."""
+    for module, names in (
+        (rows, ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows")),
+        (recompute, ("stats_tiles", "loss_tiles", "pick_labels")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, _NoKernel())
+    monkeypatch.setattr(tuning, "target_of", lambda device: "sm_90")
+    for target, given in itertools.product((*TARGETS, *SPARSE), (False, True)):
+        if plan == "recompute" and (target in SPARSE or given):
+            continue
+        with torch.device("meta"):
+            n, v, d = 300, 1000, 64
+
+            def new(*shape, dtype=dtype):
+                return torch.empty(*shape, dtype=dtype)
+
+            def side(new=new, given=given, n=n, v=v, d=d):
+                hidden = new(n, v if given else d)
+                return (
+                    GivenLogits(hidden, hidden)
+                    if given
+                    else Projection(hidden, new(v, d), new(v), softcap=30.0, vocab_size=v - 3)
+                )
+
+            row = torch.empty(n)
+            p = Problem(
+                side(), target, row, row, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool),
+                side() if target in DENSE else None, torch.empty(n, 7, dtype=torch.int64), torch.empty(n, 7),
+                needs=(True, not given, not given), plan=plan, statistics=True, filter_below=1e-6, max_counted=250,
+            )  # fmt: skip
+            for part in (p, dataclasses.replace(p, max_counted=None, workspace_bytes=4_000_000, filter_below=0.0)):
+                got = loss.run(part, Workspace(torch.device("meta")))
+                assert all(t.device.type == "meta" for t in got)
+                assert got.d_hidden.shape == p.student.hidden.shape
+                assert got.d_hidden.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_describe():
+    plan = costs.describe("linear_kl_div", shaped(640))
+    assert plan.seconds > 0
+    assert plan.name in str(plan)
+
+
+def test_every_tile_of_the_table_is_a_power_of_two():
+    for target, kernel, wide in itertools.product(tuning.TARGETS, tuning.KERNELS, (False, True)):
+        tile = tuning.tile(target, kernel, wide)
+        assert all(n & (n - 1) == 0 for n in (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.pieces))
