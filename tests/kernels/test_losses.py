@@ -176,6 +176,26 @@ def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(dtype, b
     assert max(seen) > 0.3 and min(seen) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_the_gradient_stays_right_on_hidden_states_of_a_trained_model(kind, dtype, trained):
+    hidden, weight, step = (t.to(dtype) for t in trained)
+    step, seen = trained[2] * trained[0].norm() / trained[2].norm(), []
+    for size in (2.0, 0.1, 0.004):
+        inputs = [(hidden.float() + size * step).to(dtype).requires_grad_(), weight.clone().requires_grad_()]
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        with backend("reference"):
+            got = ops.linear_kl_div(*inputs, hidden, weight, divergence=kind, student_softcap=30.0, teacher_softcap=30.0)
+        wanted = divergence(logits(*exact, softcap=30.0), logits(hidden, weight, softcap=30.0), kind).mean()
+        kl = wanted.item()
+        seen.append(kl)
+        assert float(got) >= 0 and abs(float(got) - kl) < 1e-3 * kl
+        limit = 0.01 if dtype == torch.bfloat16 else 1e-4 if kl >= 1e-3 else 3e-3
+        for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, exact), strict=True):
+            assert relative(a, b) < limit, (kl, relative(a, b))
+    assert max(seen) > 0.1 and min(seen) < (1e-5 if dtype == torch.float32 else 1e-4), seen
+
+
 def ops_free_kl(h, w, th, tw, softcap):
     return divergence(logits(h, w, softcap=softcap), logits(th, tw, softcap=softcap), "forward").mean()
 
