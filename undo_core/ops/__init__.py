@@ -14,7 +14,7 @@ from undo_core.ops.losses import (
     linear_uniform_kl,
     sparse_kl_div,
 )
-from undo_core.ops.noise import noise_
+from undo_core.ops.noise import noise_, replay
 from undo_core.ops.rmu import misdirection, rmu_loss
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "linear_uniform_kl",
     "misdirection",
     "noise_",
+    "replay",
     "rmu_loss",
     "sparse_kl_div",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 from undo_kernels.library import implementation
+from undo_kernels.segment import Segment, amplitude
 
 from undo_core.ops import checks
 
@@ -66,13 +67,30 @@ def noise_(
             checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor with a dimension")
         checks.number("toward", target, f"a finite number for {name}")
     rounding = True if stochastic_rounding is None else bool(stochastic_rounding)
+    segments = []
     for name, tensor, target in targets:
-        shared = {"name": name, "start": 0, "alpha": float(alpha), "seed": seed, "stochastic_rounding": rounding}
         if tensor.ndim == 1:
-            implementation("shrink_", tensor.device)(tensor.detach(), target=float(target), **shared)
+            kind, scale = "constant", alpha * target
         else:
-            scale = {"beta": float(beta), "law": law, "std": std, "shape": tuple(tensor.shape)}
-            implementation("noise_", tensor.device)(tensor.detach(), **shared, **scale)
+            kind = "uniform" if law == "xavier_uniform" else "normal"
+            scale = alpha * beta * amplitude(law, tensor.shape, std)
+        segments.append(Segment(tensor.detach(), name, kind, 1.0 - alpha, scale))
+    implementation("noise_", tensor.device)(segments, seed, rounding)
+
+
+def replay(
+    name: str,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    law: Literal["xavier_uniform", "xavier_normal", "normal"] = "xavier_uniform",
+    std: float | None = None,
+) -> torch.Tensor:
+    """``N`` of a whole parameter, for audit: ``shape``, float64, on the CPU; 8 bytes an element."""
+    drawn = torch.zeros(tuple(shape), dtype=torch.float64)
+    segment = Segment(drawn, name, "uniform" if law == "xavier_uniform" else "normal", 0.0, amplitude(law, shape, std))
+    implementation("noise_", drawn.device)([segment], seed, False)
+    return drawn
 
 
 def canonical_name(name: str) -> str:
