@@ -15,10 +15,12 @@ from undo_core.ops.losses import (
     sparse_kl_div,
 )
 from undo_core.ops.noise import noise_, replay
+from undo_core.ops.noise_rules import NoiseRule
 from undo_core.ops.rmu import misdirection, rmu_loss
 
 __all__ = [
     "KLStats",
+    "NoiseRule",
     "explain",
     "kl_div",
     "linear_cross_entropy",
