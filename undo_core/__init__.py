@@ -8,12 +8,14 @@ from undo_core import ops
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.noise import noise_
+from undo_core.ops import NoiseRule
 from undo_core.relearn import AttackConfig, relearn
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn import UnlearnConfig, unlearn
 
 __all__ = [
     "AttackConfig",
+    "NoiseRule",
     "TrainConfig",
     "UnlearnConfig",
     "__version__",

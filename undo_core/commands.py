@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from undo_core.config import DataConfig, ModelConfig, RunConfig
+from undo_core.ops.noise_rules import NoiseRule, Policy
 from undo_core.relearn import AttackConfig, extension_of, with_seed
 from undo_core.training.config import TrainConfig
 from undo_core.training.progress import console
@@ -65,24 +66,47 @@ def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnC
 def noise(
     model: str,
     output: str,
-    alpha: float,
+    alpha: float = 0.6,
     beta: float = 0.1,
     seed: int = 0,
-    law: Literal["xavier_uniform", "xavier_normal"] = "xavier_uniform",
+    law: Literal["xavier_uniform", "xavier_normal", "normal"] = "xavier_uniform",
+    std: float | None = None,
+    rules: list[NoiseRule] = [],  # noqa: B006
+    stochastic_rounding: bool = True,
+    replay: str | None = None,
 ) -> int:
     """Damage the checkpoint MODEL and write the result to OUTPUT: theta <- (1 - alpha) * theta + alpha * beta * N.
 
+    From disk to disk, a tensor at a time, in the checkpoint's own dtype; a model of any size fits. One-dimensional parameters shrink
+    toward their initial values. For some parameters otherwise:
+    --rules='[{match: embeddings, alpha: 0.2}, {match: "model.layers.0.*", alpha: 0}]'
+
     Args:
         model: Hugging Face checkpoint folder.
-        output: folder to make.
+        output: folder to make; with --replay, - prints.
         alpha: strength, in [0, 1].
         beta: scale of the noise.
         seed: of N.
         law: of N.
+        std: of the normal law.
+        rules: other settings for some parameters; match is a glob over names, or matrices, vectors or embeddings; later rules win.
+        stochastic_rounding: of 16-bit parameters; false rounds to nearest.
+        replay: write N itself of the parameters that match this glob ('*' for all) to OUTPUT/noise.safetensors, for audit; the model
+            is left as it is. OUTPUT - prints norms, hashes and first values.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha}, wanted a number in [0, 1]")
-    return _build(Path(output), "noise", {"alpha": alpha, "beta": beta, "seed": seed, "law": law}, {"model": model})
+    from undo_core.noise_checkpoint import describe_replay, replay_checkpoint
+
+    law_of = {"law": law, "seed": seed, "std": std}
+    if replay is not None:
+        _checkpoint("model", Path(model))
+        if output == "-":
+            for name, drawn in replay_checkpoint(Path(model), replay, **law_of):
+                console.print(f"{name}  {describe_replay(drawn)}")
+            return 0
+        return _build(Path(output), "replay", {"pattern": replay, **law_of}, {"model": model})
+    Policy(alpha, beta, law, std, tuple(rules))
+    changes = {"rules": [dataclasses.asdict(rule) for rule in rules], "stochastic_rounding": stochastic_rounding}
+    return _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
 
 
 def distill(

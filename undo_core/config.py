@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from undo_core.ops.noise_rules import NoiseRule, Policy
 from undo_core.relearn import AttackConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn.config import UnlearnConfig
@@ -101,12 +101,16 @@ class NoiseConfig:
         alphas: strengths, one student each.
         beta: scale of the noise.
         law: of N.
+        std: of the normal law.
+        rules: other settings for some parameters, by glob or by class (matrices, vectors, embeddings); later rules win.
         seed: of N; None derives it from the run's seed.
     """
 
     alphas: list[float] = field(default_factory=lambda: [0.6])
     beta: float = 0.1
-    law: Literal["xavier_uniform", "xavier_normal"] = "xavier_uniform"
+    law: Literal["xavier_uniform", "xavier_normal", "normal"] = "xavier_uniform"
+    std: float | None = None
+    rules: list[NoiseRule] = field(default_factory=list)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -115,8 +119,8 @@ class NoiseConfig:
                 raise ValueError(f"noise.alphas: got {alpha}, wanted numbers in [0, 1]")
         if len(set(self.alphas)) < len(self.alphas) or not self.alphas:
             raise ValueError(f"noise.alphas: got {self.alphas}, wanted one or more different numbers in [0, 1]")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ValueError(f"noise.beta: got {self.beta}, wanted a finite number >= 0")
+        for alpha in self.alphas:
+            Policy(alpha, self.beta, self.law, self.std, tuple(self.rules))
 
 
 @dataclass(frozen=True)

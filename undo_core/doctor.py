@@ -133,16 +133,11 @@ def _sparse_kl(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _noise() -> tuple[torch.Tensor, torch.Tensor]:
-    tensor = torch.ones(7, 5)
-    ops.noise_({"w": tensor}, alpha=0.5, beta=1.0, seed=1)
-    drawn = undo_kernels.reference.noise.replay("w", (7, 5), seed=1)
-    return tensor, 0.5 + 0.5 * drawn
-
-
-def _shrink() -> tuple[torch.Tensor, torch.Tensor]:
-    tensor = torch.full((7,), 3.0)
-    ops.noise_({"w": tensor}, alpha=0.5, beta=1.0, seed=1, toward=1.0)
-    return tensor, torch.full((7,), 2.0, dtype=torch.float64)
+    tensors = {"w": torch.ones(7, 5), "norm": torch.full((7,), 3.0)}
+    ops.noise_(tensors, alpha=0.5, beta=1.0, seed=1, toward=1.0)
+    with undo_kernels.backend("reference"):
+        drawn = ops.replay("w", (7, 5), seed=1)
+    return torch.cat([t.flatten() for t in tensors.values()]), torch.cat([0.5 + 0.5 * drawn.flatten(), torch.full((7,), 2.0)])
 
 
 def _rmu() -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,6 +153,5 @@ _CHECKS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "linear_uniform_kl": _uniform_kl,
     "linear_sparse_kl_div": _sparse_kl,
     "noise_": _noise,
-    "shrink_": _shrink,
     "rmu_loss": _rmu,
 }

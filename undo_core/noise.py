@@ -1,19 +1,39 @@
-"""Noise on a whole model: the op, with the shrink targets that the model's own initialisation gives."""
+"""Noise on a whole model: the op, with the shrink targets that the model's own initialisation gives, and a report."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core import ops
-from undo_core.ops.noise import canonical_name, named
+from undo_core.ops import noise as op
+from undo_core.ops.noise_rules import Setting, canonical_name
 
 
-def noise_(model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, **options: Any) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class TensorNoise:
+    """What the noise did to a tensor.
+
+    Attributes:
+        before: Frobenius norm.
+        after: Frobenius norm.
+        shrink: share of the change's squared norm that is shrinkage, ``(alpha * before)**2``, in [0, 1].
+        noise: share that is noise, ``(alpha * beta * |N|)**2``; 0 for a vector, which moves toward a number.
+    """
+
+    before: float
+    after: float
+    shrink: float
+    noise: float
+
+
+def noise_(model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, **options: Any) -> dict[str, TensorNoise]:
     """Damage ``model`` in place: :func:`undo_core.ops.noise_` with one-dimensional parameters shrinking toward their initial values.
 
     The published code shrinks norms toward 0, which is the initial value of Gemma's (they multiply by ``1 + w``). Llama-type norms
@@ -24,30 +44,38 @@ def noise_(model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, **op
         alpha: strength, in [0, 1].
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
-        options: ``law``, ``std``, ``toward``, ``stochastic_rounding`` of :func:`undo_core.ops.noise_`.
+        options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_core.ops.noise_`.
 
     Returns:
-        For every tensor its Frobenius norm before and after.
+        For every tensor, by canonical name, its norms and the shares of shrinkage and noise.
 
     Raises:
-        ValueError: a bad argument, or a parameter whose initial value is not one number; nothing is changed.
+        ValueError: a bad argument, or a vector that does not start from one number and has no rule with ``toward``; nothing is changed.
     """
     if "toward" not in options and isinstance(model, PreTrainedModel):
         options["toward"] = initial_values(model)
-    tensors = named(model)
-    before = {name: float(tensor.detach().double().norm()) for name, tensor in tensors.items()}
-    ops.noise_(model, alpha=alpha, beta=beta, seed=seed, **options)
-    return {name: {"before": before[name], "after": float(tensor.detach().double().norm())} for name, tensor in tensors.items()}
+    return report(op.apply(model, alpha=alpha, beta=beta, seed=seed, **options))
+
+
+def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, TensorNoise]:
+    """Norms and shares of what :func:`undo_core.ops.noise.apply` did."""
+    result = {}
+    for name, (setting, sums) in applied.items():
+        before, noise, after = sums.tolist()
+        shrink = (1.0 - setting.keep) ** 2 * before
+        noise = 0.0 if setting.law == "constant" else noise
+        change = shrink + noise
+        shares = (shrink / change, noise / change) if change > 0 else (0.0, 0.0)
+        result[name] = TensorNoise(math.sqrt(before), math.sqrt(after), *shares)
+    return result
 
 
 @torch.no_grad()
 def initial_values(model: PreTrainedModel) -> dict[str, float]:
-    """The value that each one-dimensional parameter starts from, by canonical name.
+    """The value that each one-dimensional parameter starts from, by canonical name; ``model`` may be on the meta device.
 
-    Each module that owns such parameters is copied alone and initialised by the model's own ``_init_weights``.
-
-    Raises:
-        ValueError: a parameter that starts from more than one value.
+    Each module that owns such parameters is copied alone and initialised by the model's own ``_init_weights``. One that starts from
+    several values, or is not initialised, is left out.
     """
     values: dict[str, float] = {}
     for prefix, module in model.named_modules():
@@ -55,11 +83,12 @@ def initial_values(model: PreTrainedModel) -> dict[str, float]:
         if not own:
             continue
         fresh = copy.deepcopy(module)
+        if any(p.is_meta for p in own.values()):
+            fresh = fresh.to_empty(device="cpu")
         for parameter in fresh.parameters():
             parameter.fill_(torch.nan)  # what the initialisation does not set stands out
-            for flag in ("_is_hf_initialized",):
-                if hasattr(parameter, flag):
-                    delattr(parameter, flag)
+            if hasattr(parameter, "_is_hf_initialized"):
+                del parameter._is_hf_initialized
         if hasattr(fresh, "_is_hf_initialized"):
             del fresh._is_hf_initialized
         with torch.random.fork_rng(devices=[]):
@@ -69,8 +98,6 @@ def initial_values(model: PreTrainedModel) -> dict[str, float]:
         for name in own:
             started = getattr(fresh, name)
             full = canonical_name(f"{prefix}.{name}" if prefix else name)
-            if not bool((started == started[0]).all()):
-                got = "several values" if not started.isnan().any() else "no value"
-                raise ValueError(f"toward: got {got} at initialisation for {full}, wanted one; pass toward={{name: value}}")
-            values[full] = float(started[0])
+            if bool((started == started[0]).all()):
+                values[full] = float(started[0])
     return values

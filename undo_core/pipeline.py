@@ -95,6 +95,10 @@ def plan_run(config: RunConfig) -> Plan:
     noise_seed = config.noise.seed if config.noise.seed is not None else derive_seed(seed, "noise")
     for alpha in sorted(config.noise.alphas):
         settings = {"alpha": alpha, "beta": config.noise.beta, "law": config.noise.law, "seed": noise_seed}
+        if config.noise.std is not None:
+            settings["std"] = config.noise.std
+        if config.noise.rules:
+            settings["rules"] = [dataclasses.asdict(rule) for rule in config.noise.rules]
         damaged = Stage("noise", settings, {"model": teacher}, f"noise {alpha:g}")
         models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
     if config.controls.random:

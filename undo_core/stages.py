@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.data.rows import Rows
@@ -16,7 +17,8 @@ from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.models import build_model, forward_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
-from undo_core.noise import noise_
+from undo_core.noise_checkpoint import describe_replay, noise_checkpoint, replay_checkpoint
+from undo_core.ops.noise_rules import NoiseRule
 from undo_core.relearn import AttackConfig, attack
 from undo_core.store import StageFunction, Work
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
@@ -103,12 +105,19 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
 
 
 def noise(work: Work) -> dict[str, Any]:
-    """Damage the model's parameters."""
-    settings = work.settings
-    model = load_model(work.inputs["model"])
-    report = noise_(model, **settings)
-    _save(model, load_tokenizer(work.inputs["model"]), work.output)
-    return {"tensors": report}
+    """Damage the model's parameters, from disk to disk."""
+    settings = dict(work.settings)
+    rules = [NoiseRule(**rule) for rule in settings.pop("rules", [])]
+    report = noise_checkpoint(work.inputs["model"], work.output, rules=rules, title=work.title, **settings)
+    return {"tensors": {name: dataclasses.asdict(tensor) for name, tensor in report.items()}}
+
+
+def replay(work: Work) -> dict[str, Any]:
+    """N itself, for audit."""
+    settings = dict(work.settings)
+    drawn = dict(replay_checkpoint(work.inputs["model"], settings.pop("pattern"), **settings))
+    save_file(drawn, work.output / "noise.safetensors")
+    return {"tensors": {name: describe_replay(tensor) for name, tensor in drawn.items()}}
 
 
 def distill_stage(work: Work) -> dict[str, Any]:
@@ -171,6 +180,7 @@ FUNCTIONS: dict[str, StageFunction] = {
     "pretrain": pretrain,
     "unlearn": unlearn_stage,
     "noise": noise,
+    "replay": replay,
     "distill": distill_stage,
     "relearn": relearn_stage,
 }

@@ -24,8 +24,8 @@ DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
         (["run", DEMO, "--relearn.headline_step=77"], ["headline_step", "77"]),
         (["frobnicate"], ["frobnicate"]),
         (["unlearn", "no-model", "out", "no-data"], ["no-data", "undo prepare"]),
-        (["noise", "no-model", "out", "0.5"], ["model", "no-model", "config.json"]),
-        (["noise", "no-model", "out", "1.5"], ["alpha", "1.5", "[0, 1]"]),
+        (["noise", "no-model", "out", "--alpha=0.5"], ["model", "no-model", "config.json"]),
+        (["noise", "no-model", "out", "--alpha=1.5"], ["alpha", "1.5", "[0, 1]"]),
         (["report", "[none.json]", "out"], ["none.json"]),
     ],
 )

@@ -47,7 +47,7 @@ def test_the_method_by_hand(checkpoint, capsys):
     )
     small = ["--train.steps=3", "--train.batch_size=4", "--train.lr=0.001"]
     undo("unlearn", folder("model"), folder("teacher"), folder("data"), "--method=maxent", *small)
-    undo("noise", folder("teacher"), folder("damaged"), "0.6", "--beta=0.2", "--seed=5")
+    undo("noise", folder("teacher"), folder("damaged"), "--alpha=0.6", "--beta=0.2", "--seed=5")
     undo("distill", folder("teacher"), folder("damaged"), folder("student"), folder("data"), "--recover=null", *small)
     attack = ["--rates=[0.001,0.01]", "--evaluate_at=[0,2]", "--headline_step=2", "--extend=0", "--batch_size=4"]
     undo("relearn", folder("student"), folder("attacked"), folder("data"), *attack)
@@ -121,7 +121,7 @@ def test_a_wrong_teacher_is_refused(checkpoint, capsys):
 def test_a_torn_checkpoint_is_one_line(checkpoint, capsys):
     weights = checkpoint / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    assert main(["noise", str(checkpoint / "model"), str(checkpoint / "out"), "0.5"]) == 1
+    assert main(["noise", str(checkpoint / "model"), str(checkpoint / "out"), "--alpha=0.5"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("undo: failed: ") and error.count("\n") == 1 and not (checkpoint / "out").exists()
 

@@ -17,8 +17,16 @@ RANKS = [
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
     {"undo_core.workers"},
     {"undo_core.stages", "undo_core.report", "undo_core.config"},
-    {"undo_core.unlearn", "undo_core.noise", "undo_core.distill", "undo_core.relearn", "undo_core.evaluate", "undo_core.store"},
-    {"undo_core.training", "undo_core.data", "undo_core.ops", "undo_core.models", "undo_core.files"},
+    {"undo_core.unlearn", "undo_core.noise", "undo_core.noise_checkpoint", "undo_core.distill", "undo_core.relearn"}
+    | {"undo_core.evaluate", "undo_core.store"},
+    {
+        "undo_core.training",
+        "undo_core.data",
+        "undo_core.ops",
+        "undo_core.models",
+        "undo_core.files",
+        "undo_core.checkpoint_files",
+    },
     {"undo_core.version"},
     {"undo_kernels"},
 ]

@@ -35,7 +35,7 @@ def test_norms_shrink_toward_where_they_start(kind):
     report = noise_(model, alpha=0.75, beta=0.1, seed=3)
     for name, value in values.items():
         torch.testing.assert_close(fresh[name], torch.full_like(fresh[name], value + 0.125))
-        assert report[name]["before"] > report[name]["after"] or value
+        assert report[name].before > report[name].after or value
     assert torch.isfinite(model(input_ids=torch.arange(8)[None]).logits).all()
 
 

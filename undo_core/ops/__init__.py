@@ -14,11 +14,13 @@ from undo_core.ops.losses import (
     linear_uniform_kl,
     sparse_kl_div,
 )
-from undo_core.ops.noise import noise_
+from undo_core.ops.noise import noise_, replay
+from undo_core.ops.noise_rules import NoiseRule
 from undo_core.ops.rmu import misdirection, rmu_loss
 
 __all__ = [
     "KLStats",
+    "NoiseRule",
     "explain",
     "kl_div",
     "linear_cross_entropy",
@@ -28,6 +30,7 @@ __all__ = [
     "linear_uniform_kl",
     "misdirection",
     "noise_",
+    "replay",
     "rmu_loss",
     "sparse_kl_div",
 ]

@@ -94,10 +94,10 @@ def send_updates_to(receive: Callable[[Update], None]) -> None:
 class StageProgress:
     """The progress of one stage."""
 
-    def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True) -> None:
-        self.title, self.total, self.start, self.enabled = title, total, start, enabled
+    def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True, unit: str = "tok") -> None:
+        self.title, self.total, self.start, self.enabled, self.unit = title, total, start, enabled, unit
         self._began = time.monotonic()
-        self._tokens, self._step, self._spoke = 0, start, 0.0
+        self._read, self._step, self._spoke = 0, start, 0.0
 
     def __enter__(self) -> StageProgress:
         return self
@@ -106,17 +106,18 @@ class StageProgress:
         if self.enabled:
             _show(Update(self.title, self._step, self.total, start=self.start, done=True))
 
-    def update(self, step: int, tokens: int, loss: float | None, metrics: str = "") -> None:
-        """Show that ``step`` steps are done; ``tokens`` is the number read since the last call."""
-        self._tokens += tokens
+    def update(self, step: int, read: int, loss: float | None, metrics: str = "") -> None:
+        """Show that ``step`` steps are done; ``read`` is what was read since the last call, in units (tokens)."""
+        self._read += read
         self._step = step
         now = time.monotonic()
         if not self.enabled or now - self._spoke < 0.1:  # drawing costs more than a small step
             return
         self._spoke = now
-        rate = self._tokens / max(now - self._began, 1e-9)
+        rate = self._read / max(now - self._began, 1e-9)
+        speed = f"{rate / 1000:.1f}k {self.unit}/s" if rate >= 1000 else f"{rate:.0f} {self.unit}/s"
         parts = [] if loss is None else [f"loss {loss:.4f}"]
-        parts += [f"{rate / 1000:.1f}k tok/s", f"{resident_bytes() / 2**30:.2f} GiB"]
+        parts += [speed, f"{resident_bytes() / 2**30:.2f} GiB"]
         if metrics:
             parts.append(metrics)
         _show(Update(self.title, step, self.total, "  ".join(parts), self.start))

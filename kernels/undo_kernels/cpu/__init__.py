@@ -6,12 +6,14 @@ defined by the reference and run there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from undo_kernels import reference
 from undo_kernels.cpu import losses
 from undo_kernels.library import mark_unavailable, register
-from undo_kernels.reference.noise import amplitude, noise_tensor_
-from undo_kernels.reference.philox import name_hash
+from undo_kernels.segment import Segment
 
 try:
     from undo_kernels import _cpu
@@ -24,23 +26,6 @@ __all__ = ["losses"]
 
 @register("noise_", "cpu")
 @torch.no_grad()
-def noise_cpu_(
-    tensor: torch.Tensor,
-    *,
-    name: str,
-    shape: tuple[int, ...],
-    start: int,
-    alpha: float,
-    beta: float,
-    seed: int,
-    law: str,
-    std: float | None,
-    stochastic_rounding: bool,
-) -> None:
-    """:func:`undo_kernels.reference.noise.noise_tensor_`, bit for bit."""
-    if law == "xavier_uniform" and tensor.dtype == torch.float32:
-        k, c = torch.tensor([1.0 - alpha, alpha * beta * amplitude(law, shape, std)], dtype=torch.float64).float().tolist()
-        _cpu.noise_uniform_f32(tensor.data_ptr(), tensor.numel(), start, seed, name_hash(name), k, c)
-        return
-    options = {"alpha": alpha, "beta": beta, "seed": seed, "law": law, "std": std, "stochastic_rounding": stochastic_rounding}
-    noise_tensor_(tensor, name=name, shape=shape, start=start, **options)
+def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
+    """:func:`undo_kernels.reference.noise.noise_`, bit for bit."""
+    return reference.noise.noise_(segments, seed, stochastic_rounding)

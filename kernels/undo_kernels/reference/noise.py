@@ -3,17 +3,14 @@
 float32, 16-bit types in float32, with the 32-bit Philox word ``w`` of an element (``rn`` is one rounding to float32, never
 contracted into a fused multiply-add)::
 
-    uniform   n = 2 * (w >> 8) + 1 - 2**24                    an odd integer, exact, mean zero
-              theta' = rn(rn(k * theta) + rn(c * n)),         c = alpha * beta * limit / 2**24
-    normal    theta' = rn(rn(k * theta) + rn(c * g)),         c = alpha * beta * std
+    uniform   theta' = rn(rn(k * theta) + rn(c * n)),  n = 2 * (w >> 8) + 1 - 2**24, an odd integer, exact, mean zero
+    normal    theta' = rn(rn(k * theta) + rn(c * g))
+    constant  theta' = rn(rn(k * theta) + c)
 
-with ``k = 1 - alpha`` and ``c`` computed in double and rounded once. ``g`` is Box-Muller on the lanes (0, 1) and (2, 3) of a block:
+with ``k`` and ``c``, a segment's ``keep`` and ``scale``, computed in double and rounded once. ``g`` is Box-Muller on the lanes (0, 1) and (2, 3) of a block:
 ``u = (2 * (w_even >> 9) + 1) * 2**-24``, ``v = n_odd * 2**-24``, ``r = sqrt(-2 * log(u))``, even lanes ``rn(r * cos(pi * v))``, odd
 lanes ``rn(r * sin(pi * v))``. Logarithm, sine and cosine are the polynomials below in Horner form, each product and sum rounded;
 the square root is correctly rounded.
-
-Xavier's ``limit = sqrt(6 / (fan_in + fan_out))`` and ``std = sqrt(2 / (fan_in + fan_out))`` come from the full shape: fan_in is
-``shape[1] * r``, fan_out ``shape[0] * r`` with ``r`` the product of the further extents, as ``torch.nn.init`` has it.
 
 16-bit results are rounded stochastically with the word of stream 1: up with the probability that the lost part has.
 Temporaries: about 100 bytes for each of 2**16 elements at a time; nothing of the tensor's size.
@@ -22,13 +19,14 @@ Temporaries: about 100 bytes for each of 2**16 elements at a time; nothing of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from undo_kernels.library import register
-from undo_kernels.reference.philox import DRAW, ROUND, name_hash, words
+from undo_kernels.reference.philox import DRAW, ROUND, words
+from undo_kernels.segment import Segment
 
-LAWS = ("xavier_uniform", "xavier_normal", "normal")
 BLOCK = 1 << 16
 
 _LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.1666848063468933, 0.14249935746192932)
@@ -41,89 +39,52 @@ _LN2_HIGH, _LN2_LOW = (
 )  # the first has 15 bits: its multiples by an exponent are exact
 
 
-def amplitude(law: str, shape: tuple[int, ...], std: float | None) -> float:
-    """Scale of ``N`` in double: what multiplies the integer ``n`` (uniform) or the standard normal ``g``."""
-    if law == "normal":
-        return float(std)
-    spread = math.prod(shape[2:])
-    fans = (shape[0] + shape[1]) * spread
-    return math.sqrt(6.0 / fans) / 2.0**24 if law == "xavier_uniform" else math.sqrt(2.0 / fans)
-
-
 @register("noise_", "reference")
 @torch.no_grad()
-def noise_tensor_(
-    tensor: torch.Tensor,
-    *,
-    name: str,
-    shape: tuple[int, ...],
-    start: int,
-    alpha: float,
-    beta: float,
-    seed: int,
-    law: str,
-    std: float | None,
-    stochastic_rounding: bool,
-) -> None:
-    """Noise a contiguous tensor in place: the elements ``start ..`` of the parameter ``name`` of full ``shape``."""
-    flat, hashed = tensor.view(-1), name_hash(name)
-    scale = alpha * beta * amplitude(law, shape, std)
-    for first in range(0, flat.numel(), BLOCK):
-        part = flat[first : first + BLOCK]
-        drawn = standard(law, seed, hashed, start + first, part.numel(), part.device)
-        combine_(part, drawn, 1.0 - alpha, scale, stochastic_rounding, seed, hashed, start + first)
+def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
+    """Noise every segment in place.
+
+    Returns:
+        ``[segments, 3]`` float64: sums of squares of theta before, of ``scale * N``, and of theta after.
+    """
+    sums = torch.zeros(len(segments), 3, dtype=torch.float64, device=segments[0].tensor.device)
+    for row, segment in zip(sums, segments, strict=True):
+        flat = segment.tensor.view(-1)
+        for offset, index, count in segment.runs():
+            for at in range(0, count, BLOCK):
+                part = flat[offset + at : offset + min(at + BLOCK, count)]
+                row += _noise_part(part, segment, index + at, seed, stochastic_rounding)
+    return sums
 
 
-@register("shrink_", "reference")
-@torch.no_grad()
-def shrink_tensor_(
-    tensor: torch.Tensor, *, name: str, start: int, alpha: float, target: float, seed: int, stochastic_rounding: bool
-) -> None:
-    """``theta' = rn(rn(k * theta) + rn(alpha * target))`` in place: a parameter without noise shrinks toward ``target``."""
-    flat, hashed = tensor.view(-1), name_hash(name)
-    for first in range(0, flat.numel(), BLOCK):
-        part = flat[first : first + BLOCK]
-        ones = torch.ones(part.numel(), dtype=torch.float32, device=part.device)
-        combine_(part, ones, 1.0 - alpha, alpha * target, stochastic_rounding, seed, hashed, start + first)
-
-
-def replay(
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    law: str = "xavier_uniform",
-    std: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:
-    """``N`` of a whole parameter, for audit; ``shape``, on the CPU."""
-    drawn = standard(law, seed, name_hash(name), 0, math.prod(shape), "cpu")
-    return (drawn.double() * amplitude(law, shape, std)).to(dtype).view(shape)
+def _noise_part(part: torch.Tensor, segment: Segment, start: int, seed: int, stochastic: bool) -> torch.Tensor:
+    drawn = standard(segment.law, seed, segment.hashed, start, part.numel(), part.device)
+    before = part.double().square().sum()
+    if part.dtype == torch.float64:
+        added = drawn.double() * segment.scale
+        part.mul_(segment.keep).add_(added)
+    else:
+        keep, scale = torch.tensor([segment.keep, segment.scale], dtype=torch.float64).float().tolist()
+        added = drawn * scale
+        result = (part.float() * keep) + added
+        if stochastic and part.dtype in (torch.bfloat16, torch.float16):
+            word = words(seed, segment.hashed, ROUND, start, part.numel(), part.device)
+            result = round_stochastically(result, part.dtype, word)
+        part.copy_(result)
+    return torch.stack([before, added.double().square().sum(), part.double().square().sum()])
 
 
 def standard(law: str, seed: int, hashed: int, start: int, count: int, device: torch.device | str) -> torch.Tensor:
-    """``n`` (uniform) or ``g`` (normal) of the flat indices ``start .. start + count``, ``[count]`` float32."""
-    if law == "xavier_uniform":
+    """``n`` (uniform), ``g`` (normal) or 1 (constant) of the flat indices ``start .. start + count``, ``[count]`` float32."""
+    if law == "constant":
+        return torch.ones(count, dtype=torch.float32, device=device)
+    if law == "uniform":
         return _odd_integer(words(seed, hashed, DRAW, start, count, device))
     first = start - start % 4
     lanes = words(seed, hashed, DRAW, first, (start + count - first + 3) // 4 * 4, device).view(-1, 2, 2)
     radius = torch.sqrt(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
     sine, cosine = _sincospi(_odd_integer(lanes[..., 1]) * 2.0**-24)
     return torch.stack([radius * cosine, radius * sine], dim=-1).view(-1)[start - first : start - first + count]
-
-
-def combine_(
-    part: torch.Tensor, drawn: torch.Tensor, keep: float, scale: float, stochastic: bool, seed: int, hashed: int, start: int
-) -> None:
-    """``part <- rn(rn(keep * part) + rn(scale * drawn))``, in float64 for float64, else in float32 and rounded to the part's dtype."""
-    if part.dtype == torch.float64:
-        part.mul_(keep).add_(drawn.double().mul_(scale))
-        return
-    rounded = torch.tensor([keep, scale], dtype=torch.float64).float().tolist()
-    result = (part.float() * rounded[0]) + (drawn * rounded[1])
-    if stochastic and part.dtype in (torch.bfloat16, torch.float16):
-        result = round_stochastically(result, part.dtype, words(seed, hashed, ROUND, start, part.numel(), part.device))
-    part.copy_(result)
 
 
 def round_stochastically(value: torch.Tensor, dtype: torch.dtype, word: torch.Tensor) -> torch.Tensor:

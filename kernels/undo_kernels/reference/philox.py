@@ -11,8 +11,6 @@ Stream 0 draws; stream 1 rounds stochastically.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -31,11 +29,6 @@ def philox_4x32_10(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> t
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     return c0, c1, c2, c3
-
-
-def name_hash(name: str) -> int:
-    """64-bit hash of a canonical parameter name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def words(seed: int, hashed: int, stream: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:

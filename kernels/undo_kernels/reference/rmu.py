@@ -6,7 +6,8 @@ import torch
 
 from undo_kernels.library import register
 from undo_kernels.reference.noise import standard
-from undo_kernels.reference.philox import DRAW, name_hash, words
+from undo_kernels.reference.philox import DRAW, words
+from undo_kernels.segment import name_hash
 
 _STREAM = name_hash("rmu direction")
 

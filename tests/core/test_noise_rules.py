@@ -1,0 +1,105 @@
+"""What a policy says of each parameter, and the errors of one that cannot be followed."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from undo_core import NoiseRule, noise_, ops
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.conv = nn.Conv1d(4, 6, 3, bias=False)
+        self.experts = nn.Parameter(torch.randn(5, 6, 4))
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def noised(model, **options):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = noise_(model, alpha=0.5, beta=0.8, seed=5, toward=0.0, **options)
+    return before, dict(model.named_parameters()), report
+
+
+def test_classes_globs_and_the_last_rule_wins():
+    rules = [
+        NoiseRule("matrices", alpha=0.25),
+        NoiseRule("layers.1.*", alpha=0.0),
+        NoiseRule("embeddings", beta=0.0),
+        NoiseRule("vectors", toward=2.0),
+        NoiseRule("layers.2.bias", law="normal", std=0.1, toward=0.0),
+    ]
+    before, after, report = noised(Model(), rules=rules)
+
+    def wanted(name, alpha, beta, drawn):
+        return before[name].double() * (1 - alpha) + alpha * beta * drawn
+
+    cases = {
+        "embed.weight": (0.5, 0.0, torch.zeros(9, 4)),
+        "layers.0.weight": (0.25, 0.8, ops.replay("layers.0.weight", (4, 4), seed=5)),
+        "layers.1.weight": (0.0, 0.0, torch.zeros(4, 4)),
+        "layers.0.bias": (0.5, 1.0, torch.full((4,), 2.0)),
+        "layers.1.bias": (0.0, 0.0, torch.zeros(4)),
+        "layers.2.bias": (0.5, 0.8, ops.replay("layers.2.bias", (4,), seed=5, law="normal", std=0.1)),
+    }
+    for name, (alpha, beta, drawn) in cases.items():
+        torch.testing.assert_close(after[name].double(), wanted(name, alpha, beta, drawn), rtol=1e-6, atol=1e-7)
+    assert report["layers.1.weight"].noise == 0 and report["layers.1.weight"].before == report["layers.1.weight"].after
+
+
+def test_fans_of_convolutions_and_of_stacked_matrices():
+    before, after, _ = noised(Model())
+    for name, limit in (("conv.weight", math.sqrt(6 / ((6 + 4) * 3))), ("experts", math.sqrt(6 / (6 + 4)))):
+        drawn = (after[name].double() - 0.5 * before[name].double()) / (0.5 * 0.8)
+        assert drawn.abs().max() <= limit * (1 + 1e-5)
+        assert drawn.abs().max() > 0.9 * limit, "of 72 and 120 draws the largest is near"
+    drawn = ops.replay("experts", (5, 6, 4), seed=5, stacked=True)
+    torch.testing.assert_close(after["experts"].double(), 0.5 * before["experts"].double() + 0.4 * drawn, rtol=1e-6, atol=1e-7)
+
+
+def test_the_report_tells_norms_and_shares():
+    before, after, report = noised(Model())
+    assert list(report) == list(before), "tied weights once"
+    for name, got in report.items():
+        change = after[name].detach().double() - before[name].double()
+        assert got.before == pytest.approx(float(before[name].double().norm()), rel=1e-6)
+        assert got.after == pytest.approx(float(after[name].detach().double().norm()), rel=1e-6)
+        assert got.shrink + got.noise == pytest.approx(1.0)
+        if before[name].ndim > 1:
+            noise = change + 0.5 * before[name].double()
+            shares = [float(part.square().sum()) for part in (0.5 * before[name].double(), noise)]
+            assert got.noise == pytest.approx(shares[1] / sum(shares), rel=1e-5)
+        else:
+            assert got.noise == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "argument"),
+    [
+        ([NoiseRule("layer.*")], r"rules\[0\].match: got 'layer.\*'"),
+        ([NoiseRule("matrices", law="normal")], "std"),
+        ([NoiseRule("vectors", law="xavier_uniform")], "law"),
+        ([NoiseRule("vectors", law="normal", std=1.0, toward=1.0)], "law"),
+        ([NoiseRule("*", toward=1.0)], "toward"),
+        (["matrices"], "rules"),
+    ],
+)
+def test_rules_that_cannot_be_followed_change_nothing(rules, argument):
+    model = Model()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"^{argument}.*wanted"):
+        noise_(model, alpha=0.5, seed=1, toward=0.0, rules=rules)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"match": ""}, {"alpha": 2.0}, {"beta": -1.0}, {"law": "cauchy"}, {"std": -1.0}, {"toward": math.inf}]
+)
+def test_bad_rules_are_refused_when_they_are_made(bad):
+    with pytest.raises(ValueError, match=rf"^{next(iter(bad))}: got"):
+        NoiseRule(**{"match": "*", **bad})

@@ -1,0 +1,195 @@
+"""A Hugging Face checkpoint on disk, and the parameters in memory that its tensors become; no weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file: ``start`` and ``end`` are bytes from the file's beginning; dtype None is no float."""
+
+    name: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass
+class Group:
+    """Tensors on disk that become parameters in memory together.
+
+    Attributes:
+        parameters: names in memory.
+        files: file of each tensor on disk, by name.
+        converter: what transformers does to them on load; None where a tensor only changes its name.
+        sources: the pattern of the converter that each tensor matched.
+    """
+
+    parameters: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    converter: WeightConverter | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: it has none, or lacks one that its index names.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [SINGLE]
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"model: got {folder}, which has no {path.name}; wanted a checkpoint in safetensors")
+    return paths
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        SafetensorError: the file is torn.
+    """
+    with safe_open(path, "pt"):
+        pass
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = [
+        Entry(name, _DTYPES.get(v["dtype"]), tuple(v["shape"]), *(8 + length + at for at in v["data_offsets"]))
+        for name, v in header.items()
+    ]
+    return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.start)}
+
+
+def meta_model(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder on the meta device: names and shapes; remote code is never run."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> list[Group]:
+    """How the tensors of ``files`` become the parameters of ``model``, a meta model, by transformers' own conversions.
+
+    Raises:
+        ValueError: a tensor that the model has no place for, or a parameter that no tensor fills.
+    """
+    state = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    where = {name: path for path, entries in files.items() for name in entries}
+    found: dict[str, Group] = {}
+    for name in sorted(where, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        if target not in state:
+            if any(re.search(expression, name) for expression in ignored):
+                continue
+            raise ValueError(f"model: got {name}, which {type(model).__name__} has no place for; wanted its own tensors")
+        group = found.setdefault(target, Group())
+        if pattern is None:
+            group.parameters = [target]
+        elif group.converter is None:
+            group.converter = copy.deepcopy(by_pattern[pattern])
+            patterns = group.converter.target_patterns
+            group.parameters = [target.replace(patterns[0], other) for other in patterns]
+        group.files[name] = where[name]
+        group.sources[name] = pattern
+    model._weight_conversions = [c for c in conversions if c.was_used()]
+    filled = {name for group in found.values() for name in group.parameters}
+    tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in filled}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in tied:
+            raise ValueError(f"model: got no tensor for {name}, wanted one for every parameter")
+    return list(found.values())
+
+
+def to_memory(model: PreTrainedModel, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters that a group's tensors become; new tensors where the group has a converter."""
+    if group.converter is None:
+        return dict.fromkeys(group.parameters, *tensors.values())
+    converter = copy.deepcopy(group.converter)
+    for name, tensor in tensors.items():
+        converter.add_tensor(group.parameters[0], name, group.sources[name], tensor)
+    made = converter.convert(group.parameters[0], model=model, config=model.config)
+    return {name: (value[0] if isinstance(value, list) else value).contiguous() for name, value in made.items()}
+
+
+def to_disk(model: PreTrainedModel, group: Group, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`to_memory`.
+
+    Raises:
+        ValueError: transformers does not turn the parameters back into the tensors that they came from.
+    """
+    tensors = dict(parameters) if group.converter is None else revert_weight_conversion(model, dict(parameters))
+    if group.converter is not None and set(tensors) != set(group.files):
+        raise ValueError(
+            f"model: got {', '.join(sorted(group.files)[:3])}, which become {group.parameters[0]} on load in a way that "
+            f"transformers does not undo; wanted tensors that it writes as it read them"
+        )
+    return tensors
+
+
+class MappedFile:
+    """A safetensors file whose tensors are changed where they lie; a tensor's pages leave the process when it is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.entries = read_header(path)
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor's own bytes."""
+        entry = self.entries[name]
+        count = (entry.end - entry.start) // entry.dtype.itemsize
+        if count == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def let_go(self, name: str) -> None:
+        """Take the tensor's pages out of the process; what was written stays in the file."""
+        entry, page = self.entries[name], mmap.PAGESIZE
+        start = entry.start // page * page
+        if entry.end > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
+
+    def flush(self) -> None:
+        """Write what was changed to disk."""
+        self._map.flush()

@@ -1,0 +1,221 @@
+"""What happens to each parameter: its law, its strength, what it shrinks toward. Decided from names, shapes and roles alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from undo_kernels.segment import amplitude
+
+from undo_core.ops import checks
+
+LAWS = ("xavier_uniform", "xavier_normal", "normal")
+ROLES = ("matrices", "vectors", "embeddings")
+Toward = float | Mapping[str, float] | Callable[[str, torch.Tensor], float]
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+
+
+@dataclass(frozen=True)
+class NoiseRule:
+    """Other settings for some parameters; what is None stays as the rules before it, or the call, have it.
+
+    Attributes:
+        match: a glob over canonical names (``model.layers.3.*``), or ``matrices`` (two and more dimensions, embeddings excepted),
+            ``vectors`` (one dimension: norms and biases) or ``embeddings``.
+        alpha: strength, in [0, 1]; 0 leaves the parameter as it is.
+        beta: scale of the noise, >= 0.
+        law: of ``N``. Vectors, which get no noise otherwise, get it when a rule gives them the normal law.
+        std: of the normal law.
+        toward: what the vectors shrink toward.
+    """
+
+    match: str
+    alpha: float | None = None
+    beta: float | None = None
+    law: Literal["xavier_uniform", "xavier_normal", "normal"] | None = None
+    std: float | None = None
+    toward: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not self.match:
+            checks.fail("match", repr(self.match), "a glob over parameter names, or one of " + ", ".join(ROLES))
+        _strengths(self.alpha, self.beta)
+        if self.law is not None:
+            checks.choice("law", self.law, LAWS)
+        for name in ("std", "toward"):
+            if getattr(self, name) is not None:
+                checks.number(name, getattr(self, name), "a finite number", 0 if name == "std" else -float("inf"))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What decides the noise of a parameter.
+
+    Attributes:
+        shape: full shape.
+        role: matrices, vectors or embeddings.
+        stacked: further dimensions count matrices ``[..., out, in]`` (experts); else they are a receptive field (convolutions).
+    """
+
+    shape: tuple[int, ...]
+    role: Literal["matrices", "vectors", "embeddings"]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``theta <- keep * theta + scale * N`` for one parameter, as :class:`undo_kernels.segment.Segment` has it."""
+
+    law: Literal["uniform", "normal", "constant"]
+    keep: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The arguments of a call, checked: see :func:`undo_core.ops.noise_`."""
+
+    alpha: float
+    beta: float
+    law: str = "xavier_uniform"
+    std: float | None = None
+    rules: tuple[NoiseRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.number("alpha", self.alpha, "a number in [0, 1]", 0, 1)
+        checks.number("beta", self.beta, "a number >= 0", 0)
+        checks.choice("law", self.law, LAWS)
+        if self.law == "normal":
+            checks.number("std", self.std, "a number >= 0 with law='normal'", 0)
+        elif self.std is not None:
+            checks.fail("std", self.std, f"None with law={self.law!r}: its spread comes from the shape")
+        if not all(isinstance(rule, NoiseRule) for rule in self.rules):
+            checks.fail("rules", self.rules, "a sequence of NoiseRule")
+
+    def settings(self, parameters: Mapping[str, Parameter], toward: Mapping[str, float]) -> dict[str, Setting]:
+        """What happens to each parameter, by canonical name; ``toward`` has an entry for every vector to which
+        no rule gives one.
+
+        Raises:
+            ValueError: a rule that matches nothing, a vector that shrinks toward nothing, or a law that a parameter cannot have.
+        """
+        for i, rule in enumerate(self.rules):
+            if not any(_matches(rule, name, parameter) for name, parameter in parameters.items()):
+                example = next(iter(parameters))
+                checks.fail(f"rules[{i}].match", repr(rule.match), f"one that matches a parameter, such as {example!r}")
+        return {name: self._setting(name, parameter, toward.get(name)) for name, parameter in parameters.items()}
+
+    def _setting(self, name: str, parameter: Parameter, target: float | None) -> Setting:
+        alpha, beta, law, std = self.alpha, self.beta, self.law, self.std
+        vector = parameter.role == "vectors"
+        if vector:
+            law = None
+        for rule in self.rules:
+            if _matches(rule, name, parameter):
+                alpha = alpha if rule.alpha is None else rule.alpha
+                beta = beta if rule.beta is None else rule.beta
+                law = law if rule.law is None else rule.law
+                std = std if rule.std is None else rule.std
+                target = target if rule.toward is None else rule.toward
+                if rule.toward is not None and not vector:
+                    checks.fail(
+                        "toward", f"{rule.toward} for {name}", "a rule that matches vectors alone; the others shrink toward 0"
+                    )
+        keep = 1.0 - alpha
+        if law is None:
+            if target is None:
+                checks.fail("toward", f"no one value for {name}", "an entry for it, or a rule that gives one")
+            return Setting("constant", keep, alpha * target)
+        if law == "normal" and std is None:
+            checks.fail("std", f"None for {name}", "a number >= 0 with law='normal'")
+        if vector and (law != "normal" or target):
+            got = f"{law} and toward={target:g} for {name}"
+            checks.fail("law", got, "normal and toward=0 for a vector with noise: Xavier's fans need a matrix")
+        scale = alpha * beta * amplitude(law, parameter.shape, std, stacked=parameter.stacked)
+        return Setting("uniform" if law == "xavier_uniform" else "normal", keep, scale)
+
+
+def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, Parameter]]:
+    """The tensors by canonical name and what decides their noise; each storage once, under the first of its names.
+
+    Of a module, the parameters that require a gradient; of more than two dimensions, a convolution's are a receptive field and
+    others count matrices. Of a mapping, further dimensions are a receptive field, as ``torch.nn.init`` has it, and nothing is
+    known to be an embedding.
+
+    Raises:
+        ValueError: no tensors, or two different ones of the same canonical name.
+    """
+    convolutions, embeddings = set(), set()
+    if isinstance(tensors, nn.Module):
+        pairs = [(name, p) for name, p in tensors.named_parameters(remove_duplicate=False) if p.requires_grad]
+        for module in tensors.modules():
+            held = {id(p) for p in module.parameters(recurse=False)}
+            if isinstance(module, nn.Embedding):
+                embeddings |= held
+            if isinstance(module, nn.modules.conv._ConvNd):
+                convolutions |= held
+    elif isinstance(tensors, Mapping):
+        pairs = list(tensors.items())
+        convolutions = {id(tensor) for tensor in tensors.values()}
+    else:
+        checks.fail("tensors", type(tensors).__name__, "a module or a mapping of names to tensors")
+    found: dict[str, tuple[torch.Tensor, Parameter]] = {}
+    seen: set[object] = set()
+    for name, tensor in pairs:
+        if not isinstance(tensor, torch.Tensor):
+            checks.fail(f"tensors[{name!r}]", type(tensor).__name__, "a tensor")
+        if (storage := _identity(tensor)) in seen:
+            continue
+        seen.add(storage)
+        short = canonical_name(name)
+        if short in found:
+            checks.fail("tensors", f"two tensors named {short!r}", "different names once wrappers' prefixes are stripped")
+        role = "vectors" if tensor.ndim < 2 else "embeddings" if id(tensor) in embeddings else "matrices"
+        stacked = tensor.ndim > 2 and id(tensor) not in convolutions
+        found[short] = (tensor, Parameter(tuple(tensor.shape), role, stacked))
+    if not found:
+        checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient")
+    return found
+
+
+def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]]) -> dict[str, float]:
+    """What each vector shrinks toward, as far as ``toward`` says."""
+    result = {}
+    for name, (tensor, parameter) in found.items():
+        if parameter.role == "vectors" and not (isinstance(toward, Mapping) and name not in toward):
+            value = toward(name, tensor) if callable(toward) else toward[name] if isinstance(toward, Mapping) else toward
+            result[name] = checks.number("toward", value, f"a finite number for {name}")
+    return result
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers (compile, data parallel, PEFT)."""
+    while True:
+        stripped = name.replace("._orig_mod.", ".")
+        for prefix in _WRAPPERS:
+            stripped = stripped.removeprefix(prefix)
+        if stripped == name:
+            return name
+        name = stripped
+
+
+def _matches(rule: NoiseRule, name: str, parameter: Parameter) -> bool:
+    return parameter.role == rule.match if rule.match in ROLES else fnmatchcase(name, rule.match)
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for tied tensors, whichever object holds them; meta tensors have no storage to compare."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return (local.data_ptr(), tuple(tensor.shape)) if local.device.type != "meta" and local.numel() else id(tensor)
+
+
+def _strengths(alpha: float | None, beta: float | None) -> None:
+    if alpha is not None:
+        checks.number("alpha", alpha, "a number in [0, 1]", 0, 1)
+    if beta is not None:
+        checks.number("beta", beta, "a number >= 0", 0)
