@@ -82,7 +82,7 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         yield variant
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
-    yield from _noise_variants(every)
+    yield from _noise_variants(target, every)
     for wide, kernel in itertools.product((False, True), tuning.KERNELS):
         for variant in _tile_variants(target, kernel, wide, tuning.tile(target, kernel, wide), every):
             yield variant
@@ -174,7 +174,7 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
     yield Variant("pick_labels", recompute.pick_labels, matrices, labels, 1)
 
 
-def _noise_variants(every: bool) -> Iterator[Variant]:
+def _noise_variants(target: str, every: bool) -> Iterator[Variant]:
     for dtype, stochastic in itertools.product(noise.DTYPES.values(), (True, False)):
         narrow, wide = dtype in ("bfloat16", "float16"), dtype == "float64"
         if (stochastic and not narrow) or (not every and (dtype not in ("bfloat16", "float32") or narrow != stochastic)):
@@ -182,11 +182,13 @@ def _noise_variants(every: bool) -> Iterator[Variant]:
         flags = {"DTYPE": dtype, "STOCHASTIC": stochastic, "BLOCK": noise.BLOCK, "BLOCKS": noise.BLOCKS}
         name = f"noise_blocks {dtype}" + (" stochastic" if stochastic else "")
         types = {"partial_ptr": "*fp64"} if wide else {}
-        yield Variant(name, noise.noise_blocks, types, flags, noise.WARPS, 1, fused=False)
+        yield Variant(name, noise.noise_blocks, types, flags, noise.warps(target), 1, fused=False)
     for wide in (False, True) if every else (False,):
         types = {"partial_ptr": "*fp64"} if wide else {}
         flags = {"WIDE": wide, "BLOCK_P": noise.BLOCK_P}
-        yield Variant(f"noise_sums {'fp64' if wide else 'fp32'}", noise.noise_sums, types, flags, noise.WARPS, fused=False)
+        yield Variant(
+            f"noise_sums {'fp64' if wide else 'fp32'}", noise.noise_sums, types, flags, noise.warps(target), 1, fused=False
+        )
 
 
 def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, every: bool) -> Iterator[Variant]:

@@ -75,9 +75,9 @@ def test_many_segments_in_one_call():
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 2**40 + 7, 2**34 - 2])
+@pytest.mark.parametrize("first", [1, 2, 2**34 - 2, 2**40 + 7])
 def test_any_first_index(law, first):
-    check([Segment(drawn(n, dtype=torch.bfloat16), "w", law, 0.5, LAWS[law], first) for n in (1, 2, 5, 1030)])
+    check([Segment(drawn(n, dtype=torch.bfloat16), "w", law, 0.5, LAWS[law], first) for n in (1, 5, 1030)])
 
 
 @pytest.mark.parametrize(("rows", "run", "stride", "first"), [
@@ -106,10 +106,11 @@ def test_views_that_are_not_aligned(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_rounding_of_every_16_bit_number(dtype, stochastic):
+def test_rounding_of_every_16_bit_number(dtype, stochastic, monkeypatch):
     """Times 0.7 and plus a little: lost bits of all sizes, subnormals, the edge of the range, infinities and NaN."""
+    monkeypatch.setattr(noise, "BLOCK", 1 << 15)  # the interpreter's time goes with the number of blocks
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
-    for keep, scale in ((0.7, 0.0), (1.0, 0.0), (1.000001, 0.0), (1.003, 1e-30)):
+    for keep, scale in ((0.7, 0.0), (1.0, 0.0), (1.003, 1e-30)):
         fast, slow = every.clone(), every.clone()
         implementation_on("noise_", "triton")([Segment(fast, "w", "uniform", keep, scale)], 1, stochastic)
         implementation_on("noise_", "reference")([Segment(slow, "w", "uniform", keep, scale)], 1, stochastic)
@@ -158,6 +159,35 @@ def narrowed(value, words, dtype):
     out = torch.empty(value.numel(), dtype=torch.int16)
     kernel[(1,)](value, words, out, value.numel(), BFLOAT16=dtype == torch.bfloat16, BLOCK=1024)
     return out.view(dtype)
+
+
+def test_one_launch_for_a_dtype(monkeypatch):
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    kernel = noise.noise_blocks
+    monkeypatch.setattr(noise, "noise_blocks", Counted())
+    check([Segment(drawn(9, dtype=dtype), f"w{i}", "uniform", 0.5, 1e-8) for i, dtype in enumerate(DTYPES[:2] * 3)])
+    assert launches == [(3,), (3,)]
+
+
+def test_memory_is_read_in_vectors_where_it_can_be():
+    whole = torch.zeros(1024, dtype=torch.bfloat16)
+    cuts = (
+        (True, Segment(whole, "w", "uniform", 0.5, 1e-8)),
+        (True, Segment(whole[8:], "w", "uniform", 0.5, 1e-8, 2**40 + 4)),
+        (True, Segment(whole, "w", "uniform", 0.5, 1e-8, 4, 8, 32)),
+        (False, Segment(whole[4:], "w", "uniform", 0.5, 1e-8)),
+        (False, Segment(whole, "w", "uniform", 0.5, 1e-8, 2)),
+        (False, Segment(whole, "w", "uniform", 0.5, 1e-8, 0, 6, 32)),
+        (False, Segment(whole, "w", "uniform", 0.5, 1e-8, 0, 8, 30)),
+    )
+    table, _ = noise._table(list(enumerate(segment for _, segment in cuts)), SEED)
+    assert table[:, noise._EVEN.value].tolist() == [int(even) for even, _ in cuts]
 
 
 def test_nothing_but_empty_tensors():
