@@ -339,11 +339,6 @@ def noised_cut(
 
 
 @triton.jit
-def pointer(address, DTYPE: tl.constexpr):
-    return address.to(tl.pointer_type(tl.uint16 if DTYPE == "bfloat16" else getattr(tl, DTYPE)))
-
-
-@triton.jit
 def place(i_b, first, run, stride, width, run_0, block_0, left, period):
     """Of Philox blocks of a program: index, position of lane 0 in its run, and in memory."""
     crossed = ((i_b + (period - left)) // period).to(tl.int64)
@@ -403,6 +398,7 @@ def noise_blocks(
     before = tl.zeros([GROUPS], ELEMENT)
     added = tl.zeros([GROUPS], tl.float32)
     after = tl.zeros([GROUPS], ELEMENT)
+    POINTER: tl.constexpr = tl.pointer_type(tl.uint16 if DTYPE == "bfloat16" else getattr(tl, DTYPE))
     for at in range(0, end, QUARTER):
         i_b = at + tl.arange(0, GROUPS) * PAIR
         if (even != 0) & (4 * (begin + at + QUARTER) <= count):
@@ -411,7 +407,7 @@ def noise_blocks(
             if left < at + QUARTER:
                 block, _, _ = place(i_b, first, run, stride, width, run_0, block_0, left, period)
                 other, _, _ = place(i_b + 1, first, run, stride, width, run_0, block_0, left, period)
-            here_ptr = tl.multiple_of(pointer(address, DTYPE), 16) + 4 * (begin + at) + tl.arange(0, BLOCK)
+            here_ptr = tl.multiple_of(address.to(POINTER), 16) + 4 * (begin + at) + tl.arange(0, BLOCK)
             x = tl.load(here_ptr)
             if PAIR == 2:
                 x, y = tl.split(tl.permute(tl.reshape(x, [GROUPS, 2, 4]), (0, 2, 1)))
@@ -425,7 +421,7 @@ def noise_blocks(
                 x, a, b, c = noised_even(x, block, law, hashed, seed, keep, scale, DTYPE, STOCHASTIC)
             tl.store(here_ptr, x)
         else:
-            base_ptr = pointer(address, DTYPE)  # one that does not claim to be aligned
+            base_ptr = address.to(POINTER)  # one that does not claim to be aligned
             block, offset, o_b = place(i_b, first, run, stride, width, run_0, block_0, left, period)
             a, b, c = noised_cut(base_ptr, offset, o_b, run, count, block, law, hashed, seed, keep, scale, DTYPE, STOCHASTIC)
             if PAIR == 2:
