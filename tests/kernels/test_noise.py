@@ -92,7 +92,7 @@ def test_any_cut_gives_the_same_bits(law, dtype):
 
 
 def test_backends_agree_bit_for_bit():
-    assert undo_kernels.backends_of("noise_") == ("cpu", "reference") and not undo_kernels.unavailable()
+    assert undo_kernels.backends_of("noise_")[-2:] == ("cpu", "reference") and not undo_kernels.unavailable()
     for shape in ((3, 5), (257, 1031), (BLOCK + 3, 2)):
         fast = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         slow = fast.clone()

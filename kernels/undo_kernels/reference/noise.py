@@ -82,7 +82,8 @@ def standard(law: str, seed: int, hashed: int, start: int, count: int, device: t
         return _odd_integer(words(seed, hashed, DRAW, start, count, device))
     first = start - start % 4
     lanes = words(seed, hashed, DRAW, first, (start + count - first + 3) // 4 * 4, device).view(-1, 2, 2)
-    radius = torch.sqrt(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
+    # In float64: torch's float32 square root (MKL's) is not correctly rounded.
+    radius = torch.sqrt((_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0).double()).float()
     sine, cosine = _sincospi(_odd_integer(lanes[..., 1]) * 2.0**-24)
     return torch.stack([radius * cosine, radius * sine], dim=-1).view(-1)[start - first : start - first + count]
 

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from undo_kernels.triton import recompute, rows, tuning
+from undo_kernels.triton import noise, recompute, rows, tuning
 from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -38,7 +38,7 @@ _CODES = {"own": OWN.value, "forward": FORWARD.value, "reverse": REVERSE.value, 
 
 # Types of arguments by name; what is not named here is a pointer to float32 (_ptr), an int32, or a float32 of _FLOATS.
 _FLOATS = {"inner", "outer", "inner_s", "outer_s", "inner_t", "outer_t", "beta_t", "beta_s", "filter_below"}
-_POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64"}
+_POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64", "table_ptr": "*i64", "sums_ptr": "*fp64"}
 # Multiples of 16 in practice, which Triton compiles for: strides and lengths of buffers that the driver pads.
 _ALIGNED = re.compile(r"stride_(s|t|z|dz|hidden.*|weight.*)$|part$|vocabulary$|columns$|last$|begin$|width.*$")
 
@@ -57,6 +57,7 @@ class Variant:
         matrix_16: whether it multiplies 16-bit matrices.
         aligned: whether pointers, strides and lengths are multiples of 16.
         ones: whether every integer argument is 1, which Triton makes a constant.
+        fused: whether products and sums may be contracted.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Variant:
     matrix_16: bool = False
     aligned: bool = True
     ones: bool = False
+    fused: bool = True
 
 
 _PLAIN = {"BIAS_S": False, "CAPPED_S": False, "BIAS_T": False, "CAPPED_T": False, "MASKED": False}
@@ -80,6 +82,7 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         yield variant
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
+    yield from _noise_variants(target, every)
     for wide, kernel in itertools.product((False, True), tuning.KERNELS):
         for variant in _tile_variants(target, kernel, wide, tuning.tile(target, kernel, wide), every):
             yield variant
@@ -171,6 +174,23 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
     yield Variant("pick_labels", recompute.pick_labels, matrices, labels, 1)
 
 
+def _noise_variants(target: str, every: bool) -> Iterator[Variant]:
+    for dtype, stochastic in itertools.product(noise.DTYPES.values(), (True, False)):
+        narrow, wide = dtype in ("bfloat16", "float16"), dtype == "float64"
+        if (stochastic and not narrow) or (not every and (dtype not in ("bfloat16", "float32") or narrow != stochastic)):
+            continue
+        flags = {"DTYPE": dtype, "STOCHASTIC": stochastic, "BLOCK": noise.BLOCK, "BLOCKS": noise.BLOCKS}
+        name = f"noise_blocks {dtype}" + (" stochastic" if stochastic else "")
+        types = {"partial_ptr": "*fp64"} if wide else {}
+        yield Variant(name, noise.noise_blocks, types, flags, noise.warps(target), 1, fused=False)
+    for wide in (False, True) if every else (False,):
+        types = {"partial_ptr": "*fp64"} if wide else {}
+        flags = {"WIDE": wide, "BLOCK_P": noise.BLOCK_P}
+        yield Variant(
+            f"noise_sums {'fp64' if wide else 'fp32'}", noise.noise_sums, types, flags, noise.warps(target), 1, fused=False
+        )
+
+
 def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, every: bool) -> Iterator[Variant]:
     kind = "fp32" if wide else "bf16"
     stats = kernel in ("stats", "cross")
@@ -237,11 +257,13 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{variant.name}: no such arguments: {sorted(missing)}")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": variant.fused}
     compiled = triton.compile(source, target=_GPU[target], options=options)
     report = {"name": variant.name, "target": target, "shared": compiled.metadata.shared, "matrix_16": variant.matrix_16}
     if " inplace " in variant.name:
         report["layouts"] = _layouts(compiled.asm["ttgir"], variant)
+    if not variant.fused and target != "gfx942":
+        report |= _roundings(compiled.asm["ptx"])
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -259,6 +281,18 @@ def _layouts(module: str, variant: Variant) -> list[str]:
     kind = variant.types["dz_ptr"].replace("*fp", "f").replace("*", "")
     pattern = rf"tt\.(?:load|store) .*?tensor<{variant.constants['BLOCK_V']}x!tt\.ptr<{kind}>, (#\w+)>"
     return sorted(set(re.findall(pattern, module)))
+
+
+def _roundings(ptx: str) -> dict[str, int]:
+    """Fused multiply-adds, those of them that add a square, and accesses to memory of 16 bytes."""
+    fused = re.findall(r"\bfma\.\S+\s+[^,]+, ([^,]+), ([^,]+),", ptx)
+    wide = {way: len(re.findall(rf"\b{way}\.global\.(?:v4\.[bf]32|v2\.[bf]64)\b", ptx)) for way in ("ld", "st")}
+    return {
+        "fused": len(fused),
+        "fused_squares": sum(a == b for a, b in fused),
+        "loads_16": wide["ld"],
+        "stores_16": wide["st"],
+    }
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -50,6 +50,15 @@ def test_a_gradient_over_its_logits_is_written_by_the_threads_that_read_them(rep
     assert all(len(names) == 1 for names in layouts.values()), layouts
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+def test_noise_contracts_nothing_but_its_sums_of_squares_and_moves_16_bytes(reports, target):
+    noise = [report for report in reports[target] if report["name"].startswith("noise_blocks")]
+    assert len(noise) >= 2
+    for report in noise:
+        assert report["fused"] == report["fused_squares"] > 0, report
+        assert report["loads_16"] > 0 and report["stores_16"] == report["loads_16"], report
+
+
 def test_matrix_kernels_use_wgmma_on_hopper(reports):
     matrix = [report for report in reports["sm_90"] if report["matrix_16"]]
     assert matrix
@@ -67,4 +76,5 @@ def test_every_kernel_was_compiled(reports, target):
     kernels = {report["name"].split()[0] for report in reports[target]}
     assert kernels == {
         "stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows", "pick_labels", "stats_tiles", "loss_tiles",
+        "noise_blocks", "noise_sums",
     }  # fmt: skip
