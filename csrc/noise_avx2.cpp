@@ -14,6 +14,9 @@
 #endif
 #define UNDO_LANES 8
 #define UNDO_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define UNDO_FMA_D(a, b, c) _mm256_fmadd_pd(a, b, c)
+#define UNDO_LOW_D(a) ((D)_mm256_cvtps_pd(_mm256_castps256_ps128(a)))
+#define UNDO_HIGH_D(a) ((D)_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)))
 #define UNDO_SQRT(a) ((V)_mm256_sqrt_ps(a))
 #define UNDO_LOW(a, b) ((V)_mm256_unpacklo_ps(a, b))
 #define UNDO_HIGH(a, b) ((V)_mm256_unpackhi_ps(a, b))

@@ -9,6 +9,9 @@
 // Four lanes: what every 64-bit machine has (SSE2, NEON).
 #define UNDO_LANES 4
 #define UNDO_FMA(a, b, c) ((a) * (b) + (c))
+#define UNDO_FMA_D(a, b, c) ((a) * (b) + (c))
+#define UNDO_LOW_D(a) (D{(a)[0], (a)[1]})
+#define UNDO_HIGH_D(a) (D{(a)[2], (a)[3]})
 #define UNDO_SWAP(a) ((a) >> 32)
 #define UNDO_XOR3(a, b, c) ((a) ^ (b) ^ (c))
 #define UNDO_JOIN(a, b) (((a) & 0xFFFFFFFF) | (b) << 32)
