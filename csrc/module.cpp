@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <string>
+#include <vector>
+
 #include "amx.h"
 #include "losses.h"
 #include "noise.h"
@@ -23,13 +27,32 @@ PYBIND11_MODULE(_cpu, module) {
   using undo::Chunk;
   using undo::Shape;
   module.doc() = "C++ kernels for CPUs; undo_kernels.cpu checks and converts their arguments.";
-  module.def(
-      "noise_uniform_f32",
-      [](uintptr_t address, int64_t count, uint64_t start, uint64_t seed, uint64_t hashed, float k, float c) {
-        py::gil_scoped_release released;
-        undo::noise_uniform_f32(reinterpret_cast<float*>(address), count, start, seed, hashed, k, c);
-      },
-      py::arg("address"), py::arg("count"), py::arg("start"), py::arg("seed"), py::arg("hashed"), py::arg("k"), py::arg("c"));
+  py::enum_<undo::Law>(module, "Law")
+      .value("uniform", undo::Law::UNIFORM)
+      .value("normal", undo::Law::NORMAL)
+      .value("constant", undo::Law::CONSTANT);
+  py::enum_<undo::Type>(module, "Type")
+      .value("float32", undo::Type::FLOAT32)
+      .value("bfloat16", undo::Type::BFLOAT16)
+      .value("float16", undo::Type::FLOAT16)
+      .value("float64", undo::Type::FLOAT64);
+  py::class_<undo::Segment>(module, "Segment")
+      .def(py::init([](uintptr_t address, int64_t count, undo::Type type, undo::Law law, uint64_t hashed, double keep, double scale,
+                       int64_t first, int64_t run, int64_t stride) {
+        return undo::Segment{reinterpret_cast<void*>(address), count, type, law, hashed, keep, scale, first, run, stride};
+      }));
+  module.def("noise", [](const std::string& set, const std::vector<undo::Segment>& segments, uint64_t seed, bool stochastic) {
+    py::gil_scoped_release released;
+    std::vector<std::array<double, 3>> rows;
+    for (const undo::Sums& s : undo::noise(undo::noise_kernels(set.c_str()), segments, seed, stochastic))
+      rows.push_back({s.before, s.noise, s.after});
+    return rows;
+  });
+  module.def("philox", [](const std::string& set, uint64_t seed, uint64_t hashed, uint32_t stream, uint64_t block) {
+    std::array<uint32_t, 4> words;
+    undo::noise_kernels(set.c_str()).words(seed, hashed, stream, block, words.data());
+    return words;
+  });
 
   module.def("amx_available", &undo::amx_available);
   module.def("amx_project", [](uintptr_t weight, int64_t stride_w, int64_t rows, uintptr_t packed, int64_t tokens, int64_t width,

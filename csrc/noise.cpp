@@ -1,29 +1,44 @@
-// theta <- rn(rn(k * theta) + rn(c * n)), n = 2 * (w >> 8) + 1 - 2**24: uniform noise in place, float32.
-// Reads and writes 8 bytes an element; the ten Philox rounds, about 25 integer operations an element, take most of the time.
-// Compiled with -ffp-contract=off: a fused multiply-add would change the last bit of many results.
+// All segments in one parallel region, in chunks of a fixed size: neither the results nor the sums depend on the number of threads.
 #include "noise.h"
 
 #include <algorithm>
 
-#include "philox.h"
+#include "instruction_set.h"
 
 namespace undo {
 
-void noise_uniform_f32(float* theta, int64_t count, uint64_t start, uint64_t seed, uint64_t hashed, float k, float c) {
-  const int64_t first = int64_t(start / 4), last = int64_t((start + uint64_t(count) + 3) / 4);
-#pragma omp parallel for schedule(static) if (count > 16384)
-  for (int64_t block = first; block < last; ++block) {
-    uint32_t words[4];
-    block_words(seed, hashed, 0, uint64_t(block), words);
-    const int64_t base = 4 * block - int64_t(start);
-    const int begin = int(std::max<int64_t>(0, -base)), end = int(std::min<int64_t>(4, count - base));
-    for (int lane = begin; lane < end; ++lane) {
-      const float n = float(2 * int32_t(words[lane] >> 8) + 1 - (1 << 24));
-      const float kept = k * theta[base + lane];
-      const float noise = c * n;
-      theta[base + lane] = kept + noise;
+namespace {
+constexpr int64_t CHUNK = 1 << 16;
+}
+
+const NoiseKernels& noise_kernels(const char* wanted) {
+#if defined(__x86_64__)
+  const NoiseKernels* kernels[] = {&avx512_noise, &avx2_noise, &plain_noise};
+#else
+  const NoiseKernels* kernels[] = {nullptr, nullptr, &plain_noise};
+#endif
+  return *kernels[instruction_set(wanted)];
+}
+
+std::vector<Sums> noise(const NoiseKernels& kernels, const std::vector<Segment>& segments, uint64_t seed, bool stochastic) {
+  std::vector<int64_t> starts = {0};  // of each segment's chunks
+  for (const Segment& s : segments) starts.push_back(starts.back() + (s.count + CHUNK - 1) / CHUNK);
+  std::vector<Sums> parts(starts.back());
+#pragma omp parallel for schedule(dynamic) if (parts.size() > 1)
+  for (int64_t i = 0; i < int64_t(parts.size()); ++i) {
+    const size_t at = std::upper_bound(starts.begin(), starts.end(), i) - starts.begin() - 1;
+    const int64_t begin = (i - starts[at]) * CHUNK;
+    parts[i] = kernels.part(segments[at], begin, std::min(begin + CHUNK, segments[at].count), seed, stochastic);
+  }
+  std::vector<Sums> sums(segments.size(), Sums{});
+  for (size_t at = 0; at < segments.size(); ++at) {
+    for (int64_t i = starts[at]; i < starts[at + 1]; ++i) {
+      sums[at].before += parts[i].before;
+      sums[at].noise += parts[i].noise;
+      sums[at].after += parts[i].after;
     }
   }
+  return sums;
 }
 
 }  // namespace undo

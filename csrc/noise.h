@@ -1,9 +1,39 @@
+// In-place parameter noise, theta <- keep * theta + scale * N, in the roundings of reference/noise.py.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace undo {
 
-// Uniform noise on `count` float32 elements that begin at flat index `start` of the parameter with this name hash.
-void noise_uniform_f32(float* theta, int64_t count, uint64_t start, uint64_t seed, uint64_t hashed, float k, float c);
+enum class Law { UNIFORM, NORMAL, CONSTANT };
+enum class Type { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
+
+// `count` contiguous elements. In the full parameter they begin at flat index `first`, and runs of `run` start `stride` apart.
+struct Segment {
+  void* data;
+  int64_t count;
+  Type type;
+  Law law;
+  uint64_t hashed;
+  double keep, scale;
+  int64_t first, run, stride;
+};
+
+struct Sums {
+  double before, noise, after;  // of squares
+};
+
+struct NoiseKernels {
+  const char* name;
+  Sums (*part)(const Segment&, int64_t begin, int64_t end, uint64_t seed, bool stochastic);
+  // The four words of one Philox block.
+  void (*words)(uint64_t seed, uint64_t hashed, uint32_t stream, uint64_t block, uint32_t out[4]);
+};
+
+const NoiseKernels& noise_kernels(const char* instruction_set);  // "" for the best of this machine
+extern const NoiseKernels avx512_noise, avx2_noise, plain_noise;
+
+// Sums of squares of theta before, of scale * N, and of theta after, for each segment.
+std::vector<Sums> noise(const NoiseKernels&, const std::vector<Segment>&, uint64_t seed, bool stochastic);
 
 }  // namespace undo

@@ -82,8 +82,7 @@ def standard(law: str, seed: int, hashed: int, start: int, count: int, device: t
         return _odd_integer(words(seed, hashed, DRAW, start, count, device))
     first = start - start % 4
     lanes = words(seed, hashed, DRAW, first, (start + count - first + 3) // 4 * 4, device).view(-1, 2, 2)
-    # In float64: torch's float32 square root (MKL's) is not correctly rounded.
-    radius = torch.sqrt((_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0).double()).float()
+    radius = _sqrt(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
     sine, cosine = _sincospi(_odd_integer(lanes[..., 1]) * 2.0**-24)
     return torch.stack([radius * cosine, radius * sine], dim=-1).view(-1)[start - first : start - first + count]
 
@@ -138,6 +137,12 @@ def _log(u: torch.Tensor) -> torch.Tensor:
     tail = tail + e * _LN2_LOW
     tail = tail - square * 0.5
     return (tail + f) + e * _LN2_HIGH
+
+
+def _sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Correctly rounded, which torch's own of float32 is not where MKL computes it; in float64 no square root of a float32 lies
+    near enough to the middle of two float32 for its last bit to matter."""
+    return x.double().sqrt().float()
 
 
 def _sincospi(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

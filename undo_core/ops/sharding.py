@@ -1,0 +1,127 @@
+"""Which elements of a full parameter a rank's shard of it holds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from undo_core.ops import checks
+
+Piece = tuple[torch.Tensor, int, int, int]
+Intervals = list[tuple[int, int]]  # (start, length), in the order of the shard; no two of them adjacent
+
+
+def local_pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
+    """``(view, first, run, stride)`` of what this process holds of ``tensor``: the last four fields of a segment.
+
+    A plain tensor is one piece. Of a ``DTensor`` the views share the local shard's memory; the shard is one piece where its rows lie
+    at a regular distance in the full tensor (any one sharded dimension, and the first with any other), else several. A shard
+    without elements, or a rank outside the mesh, has none. Uneven shards and ``_StridedShard`` (FSDP2 over tensor parallelism on the
+    same dimension) are split as torch splits them: by ``torch.chunk``. Nothing is communicated; memory: a few numbers a piece.
+
+    Raises:
+        ValueError: a placement that does not say which elements are here (``Partial``), shards in another order than their mesh
+            dimensions, a shard that is not contiguous or not of the size that its placements give.
+    """
+    if not is_sharded(tensor):
+        return [(tensor.detach(), 0, 0, 0)]
+    dims = _intervals(name, tensor)
+    local = tensor.detach().to_local()
+    shape = tuple(_length(held) for held in dims)
+    if local.numel() != math.prod(shape) or not local.is_contiguous():
+        got = f"a local shard {tuple(local.shape)}, {'' if local.is_contiguous() else 'not '}contiguous"
+        checks.fail(f"tensors[{name!r}]", got, f"a contiguous one {shape}, which {tensor.placements} give")
+    return list(_pieces(local.view(-1), tuple(tensor.shape), dims)) if local.numel() else []
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``; nothing is imported, as whoever made one has done that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
+    """Per dimension, the indices that this rank holds."""
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
+    for entry in getattr(tensor._spec, "shard_order", None) or ():
+        if list(entry.mesh_dims) != sorted(entry.mesh_dims):
+            checks.fail(f"tensors[{name!r}]", f"a DTensor sharded in the order {entry}", "the order of the mesh dimensions")
+    coordinate = tensor.device_mesh.get_coordinate()
+    dims = [[(0, size)] for size in tensor.shape]
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if not isinstance(placement, (Replicate, Shard, _StridedShard)):
+            checks.fail(f"tensors[{name!r}]", f"a DTensor with placement {placement}", "Shard, _StridedShard or Replicate")
+        if isinstance(placement, Replicate):
+            continue
+        held = dims[placement.dim]
+        ranks = tensor.device_mesh.size(mesh_dim)
+        strided = placement.split_factor if isinstance(placement, _StridedShard) else 1
+        mine = []
+        for part in range(strided):
+            mine += _chunk(_chunk(held, strided, part), ranks, coordinate[mesh_dim]) if coordinate else []
+        dims[placement.dim] = _joined(mine)
+    return dims if coordinate else [[] for _ in dims]
+
+
+def _length(held: Intervals) -> int:
+    return sum(length for _, length in held)
+
+
+def _chunk(held: Intervals, count: int, which: int) -> Intervals:
+    """One of ``torch.chunk``'s parts."""
+    size = -(-_length(held) // count)
+    return _cut(held, which * size, (which + 1) * size)
+
+
+def _cut(held: Intervals, begin: int, end: int) -> Intervals:
+    found, at = [], 0
+    for start, length in held:
+        low, high = max(begin - at, 0), min(end - at, length)
+        if low < high:
+            found.append((start + low, high - low))
+        at += length
+    return found
+
+
+def _joined(held: Intervals) -> Intervals:
+    found: Intervals = []
+    for start, length in held:
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], found[-1][1] + length)
+        else:
+            found.append((start, length))
+    return found
+
+
+def _pieces(flat: torch.Tensor, shape: Sequence[int], dims: Sequence[Intervals]) -> Iterator[Piece]:
+    cut = max((d for d, size in enumerate(shape) if dims[d] != [(0, size)]), default=None)
+    if cut is None:
+        yield flat, 0, 0, 0
+        return
+    within = math.prod(shape[cut + 1 :])
+    stride = shape[cut] * within
+    rows = _flat_ranges(shape[:cut], dims[:cut])
+    if len(dims[cut]) > 1:  # a row holds several runs: none of them follows its like
+        rows = [(row, 1) for start, count in rows for row in range(start, start + count)]
+    at = 0
+    for row, count in rows:
+        for start, length in dims[cut]:
+            run = length * within
+            yield flat[at : at + count * run], row * stride + start * within, run, stride
+            at += count * run
+
+
+def _flat_ranges(shape: Sequence[int], dims: Sequence[Intervals]) -> Intervals:
+    """Indices of a product of intervals, flattened in row-major order."""
+    ranges = [(0, 1)]
+    for size, held in zip(shape, dims, strict=True):
+        if held == [(0, size)]:
+            ranges = [(start * size, count * size) for start, count in ranges]
+        else:
+            rows = [row for start, count in ranges for row in range(start, start + count)]
+            ranges = [(row * size + start, length) for row in rows for start, length in held]
+    return ranges
