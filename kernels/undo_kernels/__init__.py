@@ -4,7 +4,7 @@ Knows tensors; knows no model, no configuration and no dataset. Arguments are ch
 ``undo_core.ops``; the functions here may assume that they are right.
 """
 
-from undo_kernels import cpu, reference, torch_ops, triton
+from undo_kernels import cpu, reference, torch_ops, torch_rmu, triton
 from undo_kernels.library import BackendWarning, backend, backends_of, implementation, ops, requested_backend, unavailable
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "reference",
     "requested_backend",
     "torch_ops",
+    "torch_rmu",
     "triton",
     "unavailable",
 ]

@@ -1,6 +1,6 @@
 """Thin bindings to the C++ kernels of ``csrc/``; torch must be imported first, for its OpenMP threads to be shared.
 
-The vocabulary losses are in ``losses.py``. Of the noise, C++ covers Xavier-uniform on float32 so far; other laws and dtypes are
+The vocabulary losses are in ``losses.py``, RMU's in ``rmu.py``. Of the noise, C++ covers Xavier-uniform on float32 so far; other laws and dtypes are
 defined by the reference and run there.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from undo_kernels.cpu import losses
+from undo_kernels.cpu import losses, rmu
 from undo_kernels.library import mark_unavailable, register
 from undo_kernels.reference.noise import amplitude, noise_tensor_
 from undo_kernels.reference.philox import name_hash
@@ -19,7 +19,7 @@ except ImportError as error:
     _cpu = None
     mark_unavailable("cpu", f"the C++ extension was not built ({error}); install a C++17 compiler and run pip install again")
 
-__all__ = ["losses"]
+__all__ = ["losses", "rmu"]
 
 
 @register("noise_", "cpu")
