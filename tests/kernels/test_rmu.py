@@ -16,7 +16,8 @@ NORMALIZE = ("all", "masked", "sequence")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 built = pytest.mark.skipif(cpu.losses._cpu is None, reason="no C++ compiler was here when undo-core was installed")
 kernels = pytest.mark.parametrize(
-    "name", [pytest.param("cpu", marks=built), pytest.param("triton", marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))]
+    "name",
+    [pytest.param("cpu", marks=built), pytest.param("triton", marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))],
 )
 
 
@@ -103,7 +104,9 @@ def test_as_exact_as_torch_in_the_same_dtype(on, shape, dtype, frozen, normalize
     assert relative(got[1], gradient) <= relative(same[1], gradient) + room
 
 
-@pytest.mark.parametrize("kinds", [pair for pair in itertools.product(DTYPES, (*DTYPES, torch.float64)) if pair[0] != pair[1]], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [pair for pair in itertools.product(DTYPES, (*DTYPES, torch.float64)) if pair[0] != pair[1]], ids=str
+)
 def test_the_target_has_a_dtype_of_its_own(on, kinds):
     for frozen in (False, True):
         hidden, target, mask = draw((2, 3, 70), frozen, *kinds)
@@ -117,13 +120,14 @@ def test_every_sixteen_bit_number_is_read_and_written(on):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         hidden = every.view(dtype)
-        hidden = hidden[hidden.isfinite() & (hidden.abs() < 1e18)][:, None]
-        count = len(hidden)
-        _, gradient = run(ops.rmu_loss, hidden, torch.zeros(1), scale=count / 2)
-        # A bfloat16 gradient is rounded before grad_output is applied; where that is exact, it is the number itself.
-        wanted = hidden if dtype == torch.float16 else (hidden.double() * torch.tensor(2 / count).double()).to(dtype) * (count / 2)
-        room = 2**-7 if dtype == torch.bfloat16 else 2**-10
-        close = (gradient.double() - wanted.double()).abs() <= room * wanted.double().abs() + 1e-38
+        size = hidden.double().abs()
+        hidden = hidden[(size < 1e18) & ((size > 1e-30) | (size == 0))]  # beyond, a square or the gradient leaves the range
+        hidden = hidden[len(hidden) % 1021 :].view(-1, 1021)
+        count = hidden.numel()
+        _, gradient = run(ops.rmu_loss, hidden, torch.zeros(1021), scale=count / 2)
+        # A bfloat16 gradient is rounded before grad_output is applied and after; the interpreter cuts off instead.
+        room = (2**-6 if on == "triton" else 2**-7) if dtype == torch.bfloat16 else 2**-10
+        close = (gradient.double() - hidden.double()).abs() <= room * hidden.double().abs()
         assert close.all(), hidden[~close]
 
 
@@ -184,7 +188,7 @@ def test_masked_garbage_has_no_influence(on):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_loss_scale_keeps_small_gradients(on, dtype):
     """Entries of 1e-8: float16 cannot hold them until the scale is applied."""
-    hidden, target, mask = draw((8, 512, 64), True, dtype)
+    hidden, target, mask = draw((2, 64, 4096), True, dtype)
     hidden = (target.float() + 1e-2 * hidden.float()).to(dtype)
     loss, gradient = oracle(hidden, target, 1.0, mask, "all")
     got = run(ops.rmu_loss, hidden, target, scale=65536.0)
@@ -222,7 +226,7 @@ def test_opcheck(name):
     hidden, target, mask = draw((4, 6), True)
     factor = mask.float()
     for dtype, needs, given in ((torch.float32, True, factor), (torch.float16, True, None), (torch.bfloat16, False, factor)):
-        leaf = hidden.to(dtype).requires_grad_(needs)
+        leaf = hidden.to(dtype).clone().requires_grad_(needs)
         torch.library.opcheck(torch.ops.undo.rmu_loss.default, (leaf, target[0], given, 2.0, needs, name))
 
 
@@ -261,24 +265,23 @@ def test_a_second_backward_and_a_double_backward_are_refused(name):
             (2 * loss).backward()
         with pytest.raises(RuntimeError, match=r"undo::rmu_loss.*differentiated again"):
             torch.autograd.grad(ops.rmu_loss(hidden, target), hidden, create_graph=True)
-        got = torch.autograd.grad(checkpoint(lambda h: ops.rmu_loss(torch.tanh(h), target), hidden, use_reentrant=False), hidden)
+        got = torch.autograd.grad(
+            checkpoint(lambda h: ops.rmu_loss(torch.tanh(h), target), hidden, use_reentrant=False), hidden
+        )
         torch.testing.assert_close(got, torch.autograd.grad(ops.rmu_loss(torch.tanh(hidden), target), hidden))
 
 
 @built
 def test_the_bits_do_not_depend_on_the_number_of_threads():
-    program = """
-        import sys, torch
-        from undo_core import ops
-        torch.set_num_threads(int(sys.argv[1]))
-        hidden = torch.randn(301, 257, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        loss = ops.rmu_loss(hidden, torch.ones(257))
-        loss.backward()
-        print(loss.item().hex(), hidden.grad.view(torch.int32).sum().item())
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    said = {subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout for n in ("1", "2", "3")}
-    assert len(said) == 1
+    hidden, target, mask = draw((301, 257), True)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(run(ops.rmu_loss, hidden, target, mask=mask, normalize="masked"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
 @built

@@ -37,7 +37,19 @@ _GPU = {
 _CODES = {"own": OWN.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 # Types of arguments by name; what is not named here is a pointer to float32 (_ptr), an int32, or a float32 of _FLOATS.
-_FLOATS = {"inner", "outer", "inner_s", "outer_s", "inner_t", "outer_t", "beta_t", "beta_s", "filter_below", "coefficient", "even_factor"}
+_FLOATS = {
+    "inner",
+    "outer",
+    "inner_s",
+    "outer_s",
+    "inner_t",
+    "outer_t",
+    "beta_t",
+    "beta_s",
+    "filter_below",
+    "coefficient",
+    "even_factor",
+}
 _POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64"}
 # Multiples of 16 in practice, which Triton compiles for: strides and lengths of buffers that the driver pads.
 _ALIGNED = re.compile(r"stride_(s|t|z|dz|hidden.*|weight.*)$|part$|vocabulary$|columns$|last$|begin$|width.*$")
