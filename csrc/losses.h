@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "rmu.h"
+
 namespace undo {
 
 enum Target : int { OWN, FORWARD, REVERSE, JSD };
@@ -57,6 +59,7 @@ struct RowKernels {
   void (*stats)(const Chunk&, float* z_s, float* z_t, int64_t first, int64_t rows, bool shaped);
   // Loss into the state; with `gradient`, d total / d product over z_s.
   Peak (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient);
+  double (*rmu)(const Rmu&);
 };
 
 const RowKernels& row_kernels(const char* instruction_set);  // "" for the best of this machine

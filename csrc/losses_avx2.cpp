@@ -19,8 +19,9 @@ namespace undo {
 namespace avx2 {
 #include "simd.h"
 #include "losses_rows.h"
+#include "rmu_rows.h"
 }  // namespace avx2
-const RowKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile};
+const RowKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile, avx2::rmu_loss};
 }  // namespace undo
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -19,8 +19,9 @@ namespace undo {
 namespace avx512 {
 #include "simd.h"
 #include "losses_rows.h"
+#include "rmu_rows.h"
 }  // namespace avx512
-const RowKernels avx512_kernels = {"avx512", avx512::shape_tile, avx512::stats_tile, avx512::loss_tile};
+const RowKernels avx512_kernels = {"avx512", avx512::shape_tile, avx512::stats_tile, avx512::loss_tile, avx512::rmu_loss};
 }  // namespace undo
 #if defined(__clang__)
 #pragma clang attribute pop

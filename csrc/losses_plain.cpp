@@ -13,6 +13,7 @@ namespace undo {
 namespace plain {
 #include "simd.h"
 #include "losses_rows.h"
+#include "rmu_rows.h"
 }  // namespace plain
-const RowKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile};
+const RowKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile, plain::rmu_loss};
 }  // namespace undo

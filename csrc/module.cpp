@@ -117,4 +117,28 @@ PYBIND11_MODULE(_cpu, module) {
                                 .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, rows, gradient);
     return std::pair<float, double>(peak.largest, peak.squares);
   });
+
+  module.def(
+      "rmu_loss",
+      [](const std::string& set, int64_t rows, int64_t width, uintptr_t hidden, int hidden_kind, int64_t stride_hidden, uintptr_t target,
+         int target_kind, int64_t stride_target, float coefficient, uintptr_t factor, uintptr_t gradient, uintptr_t partial) {
+        py::gil_scoped_release released;
+        undo::Rmu c;
+        c.rows = rows;
+        c.width = width;
+        c.hidden = reinterpret_cast<const void*>(hidden);
+        c.target = reinterpret_cast<const void*>(target);
+        c.hidden_kind = hidden_kind;
+        c.target_kind = target_kind;
+        c.stride_hidden = stride_hidden;
+        c.stride_target = stride_target;
+        c.coefficient = coefficient;
+        c.factor = reinterpret_cast<const float*>(factor);
+        c.gradient = reinterpret_cast<void*>(gradient);
+        c.partial = reinterpret_cast<double*>(partial);
+        return undo::row_kernels(set.c_str()).rmu(c);
+      },
+      py::arg("set"), py::arg("rows"), py::arg("width"), py::arg("hidden"), py::arg("hidden_kind"), py::arg("stride_hidden"),
+      py::arg("target"), py::arg("target_kind"), py::arg("stride_target"), py::arg("coefficient"), py::arg("factor"),
+      py::arg("gradient"), py::arg("partial"));
 }

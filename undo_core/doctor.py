@@ -141,8 +141,13 @@ def _noise() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rmu() -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient."""
     hidden, teacher, *_ = _draw()
-    return ops.rmu_loss(hidden, teacher, coefficient=2.0), ((hidden.double() - 2 * teacher.double()) ** 2).mean()
+    mask = torch.tensor([True, False, True, True, True])
+    loss = ops.rmu_loss(hidden.requires_grad_(), teacher, coefficient=2.0, mask=mask, normalize="masked")
+    difference = (hidden.detach().double() - 2 * teacher.double()) * mask[:, None]
+    got = torch.cat([loss.detach()[None], torch.autograd.grad(loss, hidden)[0].flatten()])
+    return got, torch.cat([difference.square().sum()[None] / 16, (difference / 8).flatten()])
 
 
 _FUSED = ("linear_kl_div", "linear_lse", "linear_cross_entropy", "linear_uniform_kl", "linear_sparse_kl_div")

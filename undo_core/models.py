@@ -162,16 +162,18 @@ def same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
 
 
-def forward_flops(model: PreTrainedModel, length: int) -> float:
-    """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included.
+def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:
+    """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included; or of some layers alone.
 
     Two per weight of every matrix product, plus ``4 * heads * head_dim * length`` for scores and values of each layer's
     attention (the causal half is computed too by the dense kernels in use). A backward pass costs twice as much.
     """
     config = model.config.get_text_config()
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    parts = [model] if layers is None else layers
+    count = config.num_hidden_layers if layers is None else len(layers)
+    weights = sum(module.weight.numel() for part in parts for module in part.modules() if isinstance(module, nn.Linear))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * weights + 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
+    return 2.0 * weights + 4.0 * count * config.num_attention_heads * head_dim * length
 
 
 def _attention(config: Any) -> str:

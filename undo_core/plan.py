@@ -16,10 +16,13 @@ from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
 from undo_core.models import forward_flops, initialise, load_tokenizer
 from undo_core.pipeline import attack_stage, plan_run
-from undo_core.stages import FUNCTIONS
+from undo_core.stages import FUNCTIONS, unlearn_config
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.unlearn import unlearn_flops
+from undo_core.unlearn.activations import find_layers
+from undo_core.unlearn.rmu import trained_parameters
 
 BASELINE_BYTES = 550 * 2**20  # a Python process with torch and transformers loaded, measured
 MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
@@ -57,9 +60,10 @@ class Row:
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     """The plan's lines, attacks of a model as one, and the disk that the missing stages take.
 
-    Memory of a stage, in float32: 16 bytes a parameter for weights, gradients and AdamW's moments, 4 for a teacher or a frozen model;
-    activations of a micro-batch, ``4 * positions * layers * (20 * hidden + 3 * intermediate + 3 * heads * length)``; the reference
-    backend's logits, ``4 * positions * V * copies``; and the process itself.
+    Memory of a stage, in float32: 16 bytes a parameter for weights, gradients and AdamW's moments, 4 for a teacher's (RMU: 4, and 16
+    more for a trained one); activations of a micro-batch in the layers that are trained through,
+    ``4 * positions * layers * (20 * hidden + 3 * intermediate + 3 * heads * length)``; the reference backend's logits,
+    ``4 * positions * V * copies``; and the process itself.
     """
     model, length = _meta_model(config), _row_length(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -77,10 +81,13 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         sources = 2 if stage.kind == "unlearn" else 1
         size = 0 if settings is None else settings.batch_size * sources
         positions = steps * size * length
-        passes = {"distill": 4, "unlearn": 3}.get(stage.kind, 3)
+        forward = forward_flops(model, length)
+        passes = 4 if stage.kind == "distill" else 3
+        if stage.kind == "unlearn":
+            passes = sum(unlearn_flops(model, unlearn_config(stage.settings), length).values()) / sources / forward
         ruled = stage.settings.get("recover") is not None or stage.settings.get("stop_retain") is not None
         seconds = 0.0 if settings is None else steps * measure.seconds(size, passes)
-        flops = passes * forward_flops(model, length) * positions
+        flops = passes * forward * positions
         memory = _memory(stage, settings, model, parameters, length)
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
         rows.append(
@@ -165,10 +172,16 @@ def _memory(stage: Stage, settings: TrainConfig | None, model: PreTrainedModel, 
     shape = model.config.get_text_config()
     positions = (settings.micro_batch_size or settings.batch_size) * length
     per_layer = 20 * shape.hidden_size + 3 * shape.intermediate_size + 3 * shape.num_attention_heads * length
-    activations = 4 * positions * shape.num_hidden_layers * per_layer * (2 if stage.kind == "unlearn" else 1)
+    layers = shape.num_hidden_layers
     logits = 4 * positions * shape.vocab_size * REFERENCE_LOGIT_COPIES[stage.kind]
-    frozen = 4 * parameters if stage.kind == "distill" or stage.settings.get("method") == "rmu" else 0
-    return BASELINE_BYTES + 16 * parameters + frozen + activations + logits
+    weights = 16 * parameters + (4 * parameters if stage.kind == "distill" else 0)
+    if stage.settings.get("method") == "rmu":
+        settings = unlearn_config(stage.settings).rmu
+        trained = trained_parameters(find_layers(model), settings)
+        weights = 4 * parameters + 16 * sum(p.numel() for named in trained.values() for p in named.values())
+        layers, logits = settings.target_layer - min(trained), 0
+    activations = 4 * positions * layers * per_layer * (2 if stage.kind == "unlearn" else 1)
+    return BASELINE_BYTES + weights + activations + logits
 
 
 class _Measure:

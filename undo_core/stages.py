@@ -23,7 +23,7 @@ from undo_core.relearn import AttackConfig, attack
 from undo_core.store import StageFunction, Work
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn
+from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn, unlearn_flops
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -97,9 +97,8 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
         model, forget=forget, retain=retain, config=config, evaluate=metrics, folder=work.scratch, title=work.title
     )
     _save(model, load_tokenizer(data), work.output)
-    forward = forward_flops(model, forget.length)
-    passes = {"forget": 3, "retain": 4 if config.method == "rmu" else 3}  # RMU: the frozen model reads the retain rows too
-    flops = sum(passes[name] * forward * count for name, count in result.positions.items())
+    costs = unlearn_flops(model, config, forget.length)
+    flops = sum(costs[name] * count for name, count in result.positions.items())
     labelled = {f"labelled_{name}_tokens": count for name, count in result.tokens.items()}
     return {**labelled, **_facts(result, flops)}
 

@@ -4,7 +4,7 @@ Knows tensors; knows no model, no configuration and no dataset. Arguments are ch
 ``undo_core.ops``; the functions here may assume that they are right.
 """
 
-from undo_kernels import cpu, reference, torch_ops, triton
+from undo_kernels import cpu, reference, torch_ops, torch_rmu, triton
 from undo_kernels.cpu.workspace import release as release_workspace
 from undo_kernels.library import BackendWarning, backend, backends_of, implementation, ops, requested_backend, unavailable
 
@@ -19,6 +19,7 @@ __all__ = [
     "release_workspace",
     "requested_backend",
     "torch_ops",
+    "torch_rmu",
     "triton",
     "unavailable",
 ]

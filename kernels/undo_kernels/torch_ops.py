@@ -141,10 +141,20 @@ def _eager(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor
 
 
-def _no_double_backward() -> None:
+def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient of the forward times what arrived, in the input's dtype; in place where it is a tensor."""
+    if _eager(gradient):
+        torch.ops.undo.scale_(gradient, factor)
+    else:  # a graph has its own way to reuse the memory, and may have handed the gradient out
+        gradient = gradient * factor
+    return gradient.to(dtype)
+
+
+def no_double_backward(op: str = "vocab_loss") -> None:
+    """Refuse ``create_graph=True``."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "undo::vocab_loss: its gradient was computed in the forward and cannot be differentiated again (create_graph=True); "
+            f"undo::{op}: its gradient was computed in the forward and cannot be differentiated again (create_graph=True); "
             'use undo_kernels.backend("reference") for second derivatives'
         )
 
@@ -159,17 +169,12 @@ def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, .
 
 
 def _backward_total(ctx: Any, grad_total: torch.Tensor | None, *others: Any) -> tuple[Any, ...]:
-    _no_double_backward()
+    no_double_backward()
     gradients: list[torch.Tensor | None] = [None, None, None]
     if grad_total is not None:
         for number, gradient in enumerate(ctx.saved_tensors):
-            if not ctx.needs[number]:
-                continue
-            if _eager(gradient):
-                torch.ops.undo.scale_(gradient, grad_total)
-            else:  # a graph has its own way to reuse the memory, and may have handed the gradient out
-                gradient = gradient * grad_total
-            gradients[number] = gradient.to(ctx.dtypes[number])
+            if ctx.needs[number]:
+                gradients[number] = scaled(gradient, grad_total, ctx.dtypes[number])
     return (*gradients, *[None] * (len(_NAMES) - 3))
 
 
@@ -184,7 +189,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ..
 
 
 def _backward_rows(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[Any, ...]:
-    _no_double_backward()
+    no_double_backward()
     *tensors, lse_s, lse_t = ctx.saved_tensors
     stream = iter(tensors)
     a = dict(zip(_NAMES, [next(stream) if t else v for t, v in zip(ctx.where, ctx.others, strict=True)], strict=True))

@@ -1,4 +1,4 @@
-"""RMU: the loss that pushes activations toward a target."""
+"""RMU: the loss that pushes activations toward a target, and its direction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 from undo_kernels import reference
-from undo_kernels.library import implementation
+from undo_kernels.library import choose, implementation_on
+from undo_kernels.reference.rmu import row_factor
 
 from undo_core.ops import checks
 
@@ -30,7 +31,14 @@ def rmu_loss(
             ``sequence``: over each sequence's counted tokens (the last leading dimension), then over the sequences that have any.
 
     Returns:
-        A scalar in float32 (float64 for float64 hidden states); 0 where nothing counts. Memory: two arrays like ``hidden``.
+        A scalar in float32 (float64 for float64 hidden states); 0 where nothing counts.
+
+    dtypes: float32, bfloat16, float16 or float64 for either; the arithmetic is float32 at least and the gradient takes the dtype of
+    ``hidden``. It is made in the forward and scaled in place by the backward, so a second backward raises. What is masked, NaN
+    included, has no influence and zero gradient (``masked``, ``sequence``). Memory: the gradient (in float32 first for float16, whose
+    range it may leave until a loss scale is applied) and a few floats a token; a copy where rows have no common stride or a target
+    ``[..., d]`` is float64; plain PyTorch (float64, or no kernel here) takes several arrays like ``hidden``. Inside activation
+    checkpointing name ``torch.ops.undo.rmu_loss.default`` as one to be saved.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value.
@@ -48,7 +56,25 @@ def rmu_loss(
         mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     if normalize == "sequence" and hidden.ndim < 2:
         checks.fail("hidden", f"shape {tuple(hidden.shape)}", "[..., tokens, d] with normalize='sequence'")
-    return implementation("rmu_loss", hidden.device)(hidden, target, float(coefficient), mask, normalize)
+    width = hidden.shape[-1]
+    if not width:
+        checks.fail("hidden", f"shape {tuple(hidden.shape)}", "[..., d] with d >= 1")
+    wide = hidden.dtype == torch.float64
+    factor = row_factor(mask, normalize, torch.float64 if wide else torch.float32)
+    factor = None if factor is None else factor.reshape(-1)
+    rows, target = hidden.reshape(-1, width), target.detach()
+    target = target if target.ndim == 1 and hidden.ndim > 1 else target.reshape(-1, width)
+    backend = "reference" if wide else choose("rmu_loss", hidden.device)
+    if backend == "reference":
+        return implementation_on("rmu_loss", backend)(rows, target, factor, float(coefficient))
+    needs = torch.is_grad_enabled() and hidden.requires_grad
+    return torch.ops.undo.rmu_loss(_dense(rows), _dense(target), factor, float(coefficient), needs, backend)[0]
+
+
+def _dense(rows: torch.Tensor) -> torch.Tensor:
+    """Float32 at most, and neighbours in the last dimension."""
+    rows = rows.float() if rows.dtype == torch.float64 else rows
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def misdirection(width: int, seed: int, law: Literal["gaussian", "uniform"] = "gaussian") -> torch.Tensor:

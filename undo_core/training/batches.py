@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ class Batch:
         input_ids: ``[batch, length]`` int64.
         mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
+        whole: of a micro-batch, the batch that it is a part of.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    whole: Batch | None = field(default=None, repr=False)
 
     @property
     def counted(self) -> int:
@@ -37,7 +39,10 @@ class Batch:
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
         attention = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(size)
-        return [Batch(*parts) for parts in zip(self.input_ids.split(size), self.mask.split(size), attention, strict=False)]
+        return [
+            Batch(*parts, whole=self)
+            for parts in zip(self.input_ids.split(size), self.mask.split(size), attention, strict=False)
+        ]
 
     def shifted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Inputs, their attention mask, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""

@@ -9,12 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
+from undo_core.models import forward_flops
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.unlearn.config import RMUConfig, UnlearnConfig
 from undo_core.unlearn.graddiff import graddiff
 from undo_core.unlearn.maxent import maxent
 from undo_core.unlearn.method import Method
-from undo_core.unlearn.rmu import rmu
+from undo_core.unlearn.rmu import rmu, rmu_flops
 
 METHODS: dict[str, Callable[[PreTrainedModel, UnlearnConfig], Method]] = {"maxent": maxent, "graddiff": graddiff, "rmu": rmu}
 
@@ -33,7 +34,8 @@ def unlearn(
     """Suppress what ``forget`` shows and keep what ``retain`` shows, by training ``model`` in place.
 
     Args:
-        model: any Hugging Face causal language model; trained in place.
+        model: any Hugging Face causal language model; trained in place. A method that trains some parameters leaves the others without
+            gradients meanwhile.
         forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
         retain: text to keep, in the same forms.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
@@ -55,17 +57,25 @@ def unlearn(
         "retain": as_source(retain, size=size, seed=seed + 1, name="retain"),
     }
     method = METHODS[config.method](model, config)
-    return train(
-        model,
-        method.loss,
-        sources,
-        config.train,
-        parameters=method.parameters,
-        folder=folder,
-        title=title,
-        progress=progress,
-        **train_options,
-    )
+    with method.alone(model):
+        return train(
+            model,
+            method.loss,
+            sources,
+            config.train,
+            parameters=method.parameters,
+            folder=folder,
+            title=title,
+            progress=progress,
+            **train_options,
+        )
 
 
-__all__ = ["METHODS", "Method", "RMUConfig", "TrainConfig", "UnlearnConfig", "unlearn"]
+def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+    """FLOPs of a training step for one position of each source, in rows of ``length`` tokens."""
+    if config.method == "rmu":
+        return rmu_flops(model, config, length)
+    return dict.fromkeys(("forget", "retain"), 3 * forward_flops(model, length))
+
+
+__all__ = ["METHODS", "Method", "RMUConfig", "TrainConfig", "UnlearnConfig", "unlearn", "unlearn_flops"]

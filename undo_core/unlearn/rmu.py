@@ -1,92 +1,120 @@
 """RMU: misdirect the forget text's activations. ``mean((h_l(forget) - c u)**2) + retain_weight * mean((h_l - h_l^frozen)(retain)**2)``.
 
-``u`` is a fixed unit vector, Gaussian in direction; ``h_l`` are the hidden states after ``target_layer`` layers; only the
-``down_proj`` matrices of the layers below are trained (Li et al., "The WMDP Benchmark", 2024, in the form of the UNDO code).
+``u`` is a fixed unit vector; ``h_l`` are the hidden states after ``target_layer`` layers, before the final norm; only the matrices
+that a pattern names in the layers below are trained (Li et al., "The WMDP Benchmark", 2024, in the form of the UNDO code).
+
+A step's cost: the layers below the first trained one run once, without gradients; those from there to the target layer run
+forward and backward, and once more for the retain text, with the original copies of the trained matrices; nothing above runs. The
+shared and the frozen part behave as in evaluation, the trained part in the model's own mode: dropout, where a model has any, would
+add its own noise to what the frozen activations are.
 """
 
 from __future__ import annotations
 
-import copy
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
-from undo_core.unlearn.config import UnlearnConfig
+from undo_core.unlearn.activations import Entered, Trunk, evaluating, find_layers
+from undo_core.unlearn.config import RMUConfig, UnlearnConfig
 from undo_core.unlearn.method import Method
 
 
 def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
-    """Memory: a frozen second model gives the retain activations.
+    """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 
     Raises:
-        ValueError: the target layer is beyond the model, or no parameter matches the pattern.
+        ValueError: the target layer is beyond the model, no parameter matches the pattern, or the layers cannot be run in parts.
     """
-    settings = config.rmu
-    layers = _layers(model)
-    if settings.target_layer > len(layers):
-        raise ValueError(f"rmu.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
-    trained = [
-        parameter
-        for layer in layers[settings.first_layer : settings.target_layer]
-        for name, parameter in layer.named_parameters()
-        if fnmatch(name, settings.trained)
-    ]
-    if not trained:
-        raise ValueError(
-            f"rmu.trained: got {settings.trained!r}, which no parameter of layers {settings.first_layer} and up matches"
-        )
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    settings, trunk = config.rmu, Trunk(model)
+    trained = trained_parameters(trunk.layers, settings)
+    first, last = min(trained), settings.target_layer
+    # Before the training loop loads a checkpoint: the frozen activations are the original model's, also of a resumed run.
+    frozen = {k: {name: p.detach().clone() for name, p in named.items()} for k, named in trained.items()}
+    parameters = [p for named in trained.values() for p in named.values()]
     hidden_size = model.config.get_text_config().hidden_size
-    direction = ops.misdirection(hidden_size, config.train.seed or 0).to(trained[0].device)
+    direction = ops.misdirection(hidden_size, config.train.seed or 0, settings.direction).to(parameters[0].device)
 
-    def activations(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        output = model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_hidden_states=True
-        )
-        return output.hidden_states[settings.target_layer]
+    def shared(batch: Batch) -> tuple[Entered, torch.Tensor]:
+        entered = trunk.enter(batch.input_ids, batch.attention_mask)
+        with torch.no_grad(), evaluating(model):
+            return entered, entered.run(entered.hidden, 0, first)
+
+    def term(hidden: torch.Tensor, target: torch.Tensor, batch: Batch, counted: int, coefficient: float = 1.0) -> torch.Tensor:
+        mask = _labels(batch)
+        loss = ops.rmu_loss(hidden, target, coefficient=coefficient, mask=mask, normalize=settings.normalize)
+        return loss * _share(batch, mask, counted, settings.normalize)
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         terms = []
         if "forget" in batches:
-            term = ops.rmu_loss(
-                activations(model, batches["forget"]),
-                direction,
-                coefficient=settings.coefficient,
-                **_padding(batches["forget"]),
-            )
-            terms.append(term * _share(batches["forget"], counted["forget"]))
-        if "retain" in batches:
-            with torch.no_grad():
-                target = activations(frozen, batches["retain"])
-            term = ops.rmu_loss(activations(model, batches["retain"]), target, **_padding(batches["retain"]))
-            terms.append(config.retain_weight * term * _share(batches["retain"], counted["retain"]))
-        return sum(terms)
+            entered, below = shared(batches["forget"])
+            hidden = entered.run(below, first, last)
+            terms.append(term(hidden, direction, batches["forget"], counted["forget"], settings.coefficient))
+        if "retain" in batches and config.retain_weight:
+            entered, below = shared(batches["retain"])
+            with torch.no_grad(), evaluating(model):
+                target = entered.run(below, first, last, frozen)
+            hidden = entered.run(below, first, last)
+            terms.append(config.retain_weight * term(hidden, target, batches["retain"], counted["retain"]))
+        return sum(terms) if terms else torch.zeros((), device=direction.device, requires_grad=True)
 
-    return Method(loss, trained)
+    return Method(loss, parameters)
 
 
-def _padding(batch: Batch) -> dict[str, object]:
-    """Mean over the tokens that are labels, as in the other methods; the published code averages over every position."""
+def trained_parameters(layers: torch.nn.ModuleList, settings: RMUConfig) -> dict[int, dict[str, torch.nn.Parameter]]:
+    """What RMU trains: by the layer's number, then by name within it.
+
+    Raises:
+        ValueError: the target layer is beyond the model, or no parameter matches the pattern.
+    """
+    if settings.target_layer > len(layers):
+        raise ValueError(f"rmu.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
+    found = {
+        k: {name: p for name, p in layers[k].named_parameters() if fnmatch(name, settings.trained)}
+        for k in range(settings.first_layer, settings.target_layer)
+    }
+    found = {k: named for k, named in found.items() if named}
+    if not found:
+        raise ValueError(
+            f"rmu.trained: got {settings.trained!r}, which no parameter of layers {settings.first_layer} and up matches"
+        )
+    return found
+
+
+def rmu_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+    """FLOPs of a step for one position of each source.
+
+    Forward below and in the trained layers, there a second time for the retain text; backward as much again in the trained layers
+    (twice for the scores of attention), and to the trained matrices.
+    """
+    settings = config.rmu
+    layers = find_layers(model)
+    trained = trained_parameters(layers, settings)
+    first, last = min(trained), settings.target_layer
+    below, within = (forward_flops(model, length, list(layers[a:b])) for a, b in ((0, first), (first, last)))
+    scores = within - 2.0 * sum(m.weight.numel() for m in layers[first:last].modules() if isinstance(m, torch.nn.Linear))
+    matrices = 2.0 * sum(p.numel() for named in trained.values() for p in named.values())
+    forget = below + 2 * within + scores + matrices
+    return {"forget": forget, "retain": forget + within if config.retain_weight else 0.0}
+
+
+def _labels(batch: Batch) -> torch.Tensor:
+    """The tokens that are labels, as in the other methods."""
     mask = batch.mask.clone()
     mask[:, 0] = False
-    return {"mask": mask, "normalize": "masked"}
+    return mask
 
 
-def _share(batch: Batch, counted: int) -> float:
-    """The micro-batch's part of the whole batch's labels."""
-    return batch.counted / max(counted, 1)
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    lists = [
-        m
-        for m in model.base_model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) == model.config.get_text_config().num_hidden_layers
-    ]
-    if not lists:
-        raise ValueError(f"model: got {type(model).__name__}, in which no list of its layers was found; RMU needs one")
-    return lists[0]
+def _share(batch: Batch, mask: torch.Tensor, counted: int, normalize: str) -> torch.Tensor | float:
+    """The micro-batch's part of what the whole batch's mean is over."""
+    whole = batch if batch.whole is None else batch.whole
+    if normalize == "all":
+        return len(batch.input_ids) / len(whole.input_ids)
+    if normalize == "masked":
+        return mask.sum() / max(counted, 1)
+    return mask.any(-1).sum() / _labels(whole).any(-1).sum().clamp_min(1)

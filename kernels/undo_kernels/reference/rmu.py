@@ -12,23 +12,25 @@ from undo_kernels.segment import name_hash
 _STREAM = name_hash("rmu direction")
 
 
-@register("rmu_loss", "reference")
-def rmu_loss(
-    hidden: torch.Tensor, target: torch.Tensor, coefficient: float, mask: torch.Tensor | None, normalize: str
-) -> torch.Tensor:
-    """Mean of ``(hidden - coefficient * target)**2``; see :func:`undo_core.ops.rmu_loss`."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    wanted = coefficient * target.detach().to(dtype)
+def row_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """What each token's mean square is multiplied by, like ``mask`` ``[..., tokens]``; 0 where masked. None: 1 / tokens each."""
     if mask is None or normalize == "all":
-        return (hidden.to(dtype) - wanted).square().mean() if hidden.numel() else hidden.to(dtype).sum()
-    difference = hidden.to(dtype) - wanted
-    difference = torch.where(mask[..., None], difference, torch.zeros_like(difference))
-    per_token = difference.square().mean(-1)
+        return None
     if normalize == "masked":
-        return per_token.sum() / mask.sum().clamp_min(1)
-    counted = mask.sum(-1)
-    per_sequence = per_token.sum(-1) / counted.clamp_min(1)
-    return per_sequence.sum() / (counted > 0).sum().clamp_min(1)
+        return mask.to(dtype) / mask.sum().clamp_min(1)
+    counted = mask.sum(-1, keepdim=True)
+    return mask.to(dtype) / (counted.clamp_min(1) * (counted > 0).sum().clamp_min(1))
+
+
+@register("rmu_loss", "reference")
+def rmu_loss(hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float) -> torch.Tensor:
+    """``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` of rows ``[rows, d]``; rows of factor 0 are left out."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    difference = hidden.to(dtype) - coefficient * target.detach().to(dtype)
+    if factor is None:
+        return difference.square().mean() if difference.numel() else difference.sum()
+    difference = torch.where(factor[:, None] == 0, 0.0, difference)
+    return (factor * difference.square().mean(-1)).sum()
 
 
 def misdirection(width: int, seed: int, law: str) -> torch.Tensor:

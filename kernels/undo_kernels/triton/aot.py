@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from undo_kernels.triton import noise, recompute, rows, tuning
+from undo_kernels.triton import noise, recompute, rmu, rows, tuning
 from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -38,6 +38,7 @@ _CODES = {"own": OWN.value, "forward": FORWARD.value, "reverse": REVERSE.value, 
 
 # Types of arguments by name; what is not named here is a pointer to float32 (_ptr), an int32, or a float32 of _FLOATS.
 _FLOATS = {"inner", "outer", "inner_s", "outer_s", "inner_t", "outer_t", "beta_t", "beta_s", "filter_below"}
+_FLOATS |= {"coefficient", "even_factor"}
 _POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64", "table_ptr": "*i64", "sums_ptr": "*fp64"}
 # Multiples of 16 in practice, which Triton compiles for: strides and lengths of buffers that the driver pads.
 _ALIGNED = re.compile(r"stride_(s|t|z|dz|hidden.*|weight.*)$|part$|vocabulary$|columns$|last$|begin$|width.*$")
@@ -83,6 +84,10 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
     yield from _noise_variants(target, every)
+    for variant in _rmu_variants(every):
+        yield variant
+        if every:
+            yield replace(variant, name=f"{variant.name} of ones", ones=True)
     for wide, kernel in itertools.product((False, True), tuning.KERNELS):
         for variant in _tile_variants(target, kernel, wide, tuning.tile(target, kernel, wide), every):
             yield variant
@@ -189,6 +194,19 @@ def _noise_variants(target: str, every: bool) -> Iterator[Variant]:
         yield Variant(
             f"noise_sums {'fp64' if wide else 'fp32'}", noise.noise_sums, types, flags, noise.warps(target), 1, fused=False
         )
+
+
+def _rmu_variants(every: bool) -> Iterator[Variant]:
+    full = {"FACTOR": True, "OWN_TARGET": True, "GRADIENT": True, "BLOCK_D": rmu.BLOCK_D}
+    for kind in ("fp32", "bf16", "fp16"):
+        types = {"hidden_ptr": f"*{kind}", "target_ptr": f"*{kind}", "gradient_ptr": "*fp32" if kind == "fp16" else f"*{kind}"}
+        yield Variant(f"rmu_rows {kind}", rmu.rmu_rows, types, full, rmu.WARPS)
+        if every:
+            for flags in itertools.product((False, True), repeat=3):
+                constants = {**full, **dict(zip(("FACTOR", "OWN_TARGET", "GRADIENT"), flags, strict=True))}
+                given = types if flags[1] else types | {"target_ptr": "*fp32"}
+                name = f"rmu_rows {kind} {''.join('-+'[flag] for flag in flags)}"
+                yield Variant(name, rmu.rmu_rows, given, constants, rmu.WARPS, aligned=False)
 
 
 def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, every: bool) -> Iterator[Variant]:

@@ -76,5 +76,12 @@ def test_every_kernel_was_compiled(reports, target):
     kernels = {report["name"].split()[0] for report in reports[target]}
     assert kernels == {
         "stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows", "pick_labels", "stats_tiles", "loss_tiles",
-        "noise_blocks", "noise_sums",
+        "noise_blocks", "noise_sums", "rmu_rows",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rmu_rows_is_light_in_every_dtype(reports, target):
+    found = {report["name"]: report for report in reports[target] if report["name"].startswith("rmu_rows ")}
+    assert {"rmu_rows fp32", "rmu_rows bf16", "rmu_rows fp16"} <= found.keys()
+    assert all(report["spills"] == 0 and report["registers"] <= 128 for report in found.values())

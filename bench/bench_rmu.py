@@ -1,0 +1,323 @@
+"""RMU's step, and its bare loss, beside the usual way, on this machine's CPU, in one process.
+
+step: forget and retain text through a 12-layer decoder, backward, AdamW. The usual way keeps two whole models, asks for every hidden
+      state (and so computes every layer and the logits), and gives every parameter a gradient and two moments.
+op:   loss and gradient of [tokens, width] activations: ops.rmu_loss beside mse_loss in the same dtype.
+
+Loss and gradients are compared before anything is timed: the step's with the usual way's, the op's with float64. Memory is the peak
+of a process of its own beyond what it had before it built its models (step) or beyond inputs and gradient (op); time is
+interleaved, see harness.py. Prints a table; --record also writes bench/results/rmu-cpu/MACHINE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from undo_core import ops
+from undo_core.training import TrainConfig
+from undo_core.training.batches import Batch
+from undo_core.unlearn import METHODS, RMUConfig, UnlearnConfig
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COEFFICIENT = 6.5
+CONTENDERS = ("undo-core", "usual")
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A step: model, batch and which layers are trained."""
+
+    id: str
+    first: int
+    target: int
+    layers: int = 12
+    width: int = 384
+    inner: int = 1536
+    vocabulary: int = 32000
+    rows: int = 4
+    length: int = 128
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """The bare loss."""
+
+    id: str
+    dtype: str
+    frozen: bool
+    tokens: int = 3072
+    width: int = 2304
+
+
+# The layers as published, scaled to 12: WMDP 10 to 15 of 26, arithmetic and language 5 to 11 of 14.
+ROWS = [
+    StepRow("step-wmdp", 5, 7),
+    StepRow("step-arithmetic", 4, 9),
+    OpRow("op-f32", "float32", frozen=False),
+    OpRow("op-f32-frozen", "float32", frozen=True),
+    OpRow("op-bf16", "bfloat16", frozen=False),
+    OpRow("op-bf16-frozen", "bfloat16", frozen=True),
+]
+SMALL = {"width": 32, "inner": 64, "vocabulary": 100, "rows": 2, "length": 8}
+QUICK = [StepRow("quick-step", 1, 3, layers=4, **SMALL), OpRow("quick-op", "float32", False, 7, 33)]
+
+
+# -- the step ------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(row: StepRow) -> PreTrainedModel:
+    """Llama's architecture, random."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=row.width, intermediate_size=row.inner, num_hidden_layers=row.layers, vocab_size=row.vocabulary,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=row.length,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def batches(row: StepRow) -> dict[str, Batch]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, row.vocabulary, (row.rows, row.length), generator=generator) for _ in range(2)]
+    return {name: Batch(i, torch.ones_like(i, dtype=torch.bool)) for name, i in zip(("forget", "retain"), ids, strict=True)}
+
+
+def settings(row: StepRow) -> UnlearnConfig:
+    rmu = RMUConfig(first_layer=row.first, target_layer=row.target, coefficient=COEFFICIENT)
+    return UnlearnConfig(method="rmu", rmu=rmu, train=TrainConfig(seed=0))
+
+
+Stepper = Callable[
+    [bool], torch.Tensor
+]  # one step, the loss; with False as its argument it leaves the gradients and the weights
+
+
+def undo_step(row: StepRow, model: PreTrainedModel) -> Stepper:
+    method, parts = METHODS["rmu"](model, settings(row)), batches(row)
+    optimizer = torch.optim.AdamW(method.parameters, lr=1e-5, fused=True)
+    counted = {name: batch.counted for name, batch in parts.items()}
+    model.train()
+
+    def step(update: bool = True) -> torch.Tensor:
+        with method.alone(model):
+            loss = method.loss(model, parts, counted)
+            loss.backward()
+        if update:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def usual_step(row: StepRow, model: PreTrainedModel) -> Stepper:
+    frozen, parts = copy.deepcopy(model).eval().requires_grad_(False), batches(row)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    direction = COEFFICIENT * ops.misdirection(row.width, 0)
+    model.train()
+
+    def hidden(model: PreTrainedModel, name: str) -> torch.Tensor:
+        return model(input_ids=parts[name].input_ids, output_hidden_states=True).hidden_states[row.target][:, 1:]
+
+    def step(update: bool = True) -> torch.Tensor:
+        forget, retain = hidden(model, "forget"), hidden(model, "retain")
+        with torch.no_grad():
+            target = hidden(frozen, "retain")
+        loss = (forget - direction).square().mean() + F.mse_loss(retain, target)
+        loss.backward()
+        if update:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+STEPS = {"undo-core": undo_step, "usual": usual_step}
+
+
+def step_errors(row: StepRow) -> dict[str, float]:
+    """Relative differences of loss and trained gradients between the two, after a few steps of one that the other is given."""
+    model = build_model(row)
+    ours, other = undo_step(row, model), copy.deepcopy(model)
+    theirs = usual_step(row, other)
+    for _ in range(3):
+        ours(True)
+    other.load_state_dict(model.state_dict())
+    losses = [float(step(False)) for step in (ours, theirs)]
+    twin = dict(other.named_parameters())
+    pairs = [(p.grad, twin[name].grad) for name, p in model.named_parameters() if p.grad is not None]
+    assert len(pairs) == row.target - row.first
+    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return {"loss": abs(losses[0] / losses[1] - 1), "gradient": worst}
+
+
+# -- the op --------------------------------------------------------------------------------------------------------------------
+
+
+def draw(row: OpRow) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(row.tokens, row.width, generator=generator).to(DTYPES[row.dtype]).requires_grad_()
+    shape = (row.tokens, row.width) if row.frozen else (row.width,)
+    return hidden, torch.randn(shape, generator=generator).to(DTYPES[row.dtype])
+
+
+def op(name: str, row: OpRow, hidden: torch.Tensor, target: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def loss() -> torch.Tensor:
+        if name == "undo-core":
+            return ops.rmu_loss(hidden, target, coefficient=COEFFICIENT)
+        return F.mse_loss(hidden, (COEFFICIENT * target).expand_as(hidden))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, hidden)[0]
+
+    return run
+
+
+def op_errors(name: str, row: OpRow) -> dict[str, float]:
+    """Against float64."""
+    hidden, target = draw(dataclasses.replace(row, tokens=61))
+    loss, gradient = op(name, row, hidden, target)()
+    difference = hidden.detach().double() - COEFFICIENT * target.double()
+    wanted = 2 * difference / difference.numel()
+    found = float(difference.square().mean())
+    return {"loss": abs(float(loss) / found - 1), "gradient": float((gradient.double() - wanted).norm() / wanted.norm())}
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------------------
+
+
+def worker(request: dict[str, Any]) -> None:
+    """The process of its own: one contender's peak memory as JSON."""
+    name = request["contender"]
+    if request["kind"] == "step":
+        row, small = StepRow(**request["row"]), QUICK[0]
+
+        def steps(row: StepRow) -> None:
+            step = STEPS[name](row, build_model(row))
+            for _ in range(2):  # the second one has the optimizer's moments beside its activations
+                step(True)
+
+        measured = harness.peak_extra_cpu(lambda: steps(small), lambda: steps(row), 0)
+    else:
+        row = OpRow(**request["row"])
+        inputs = draw(row)
+        warm = dataclasses.replace(row, tokens=7)
+        size = inputs[0].numel() * inputs[0].element_size()
+        measured = harness.peak_extra_cpu(op(name, warm, *draw(warm)), op(name, row, *inputs), size)
+    print(json.dumps(measured))
+
+
+def measure(row: StepRow | OpRow, options: argparse.Namespace) -> dict[str, Any]:
+    kind = "step" if isinstance(row, StepRow) else "op"
+    load = os.getloadavg()
+    records = {name: {"name": name, "samples_s": []} for name in CONTENDERS}
+    for name, record in records.items():
+        if not options.no_memory:
+            request = {"kind": kind, "row": asdict(row), "contender": name}
+            record["memory"] = harness.in_fresh_process(Path(__file__), request, torch.get_num_threads())
+        record["verification"] = step_errors(row) if kind == "step" else op_errors(name, row)
+    if kind == "step":
+        steps = {name: STEPS[name](row, build_model(row)) for name in CONTENDERS}
+        runs = {name: (lambda step=step: step(True)) for name, step in steps.items()}
+    else:
+        inputs = draw(row)
+        runs = {name: op(name, row, *inputs) for name in CONTENDERS}
+    for run in (*runs.values(), *runs.values()):
+        run()
+    for name, taken in harness.interleave(runs, options.rounds * (1 if kind == "step" else 5), "cpu"):
+        records[name]["samples_s"].append(taken)
+    loads = {"load_before": load, "load_after": os.getloadavg()}
+    made = harness.provenance("bench/bench_rmu.py", options.given)
+    return {"kind": kind, **asdict(row), **loads, "provenance": made, "contenders": list(records.values())}
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("row", "contender", "time", "× usual", "memory", "× usual", "d loss", "d gradient"):
+        table.add_column(heading, justify="left" if heading in ("row", "contender") else "right", no_wrap=True)
+    for row in rows:
+        usual = harness.contender(row, "usual")
+        for record in row["contenders"]:
+            own = record.get("memory", {}).get("extra_bytes")
+            share = None if own is None else own / max(usual["memory"]["extra_bytes"], 1)
+            table.add_row(
+                row["id"] if record is row["contenders"][0] else "",
+                record["name"],
+                harness.seconds(harness.median(record)),
+                harness.times(harness.ratio(record, usual)),
+                harness.megabytes(own),
+                harness.times(share),
+                *(harness.percent(record["verification"][part]) for part in ("loss", "gradient")),
+            )
+    console.print(table)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(row.id for row in ROWS)}")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed rounds (default: 9, and 2 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
+    parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
+    parser.add_argument("--record", action="store_true", help="write bench/results/rmu-cpu/MACHINE.json")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    known = [row.id for row in (QUICK if options.quick else ROWS)]
+    for name in options.only or ():
+        if name not in known:
+            parser.error(f"--only: got {name!r}, wanted some of {', '.join(known)}")
+    options.rounds = options.rounds if options.rounds is not None else 2 if options.quick else 9
+    for flag, value in (("--rounds", options.rounds), ("--threads", options.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{flag}: got {value}, wanted an integer >= 1")
+    if options.quick and options.record:
+        parser.error("--record: got it with --quick, wanted one of the two")
+    if not options.no_memory and not sys.platform.startswith("linux"):
+        parser.error("memory is measured through Linux's /proc; add --no-memory")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.worker:
+        worker(json.loads(options.worker))
+        return []
+    options.given = list(sys.argv[1:] if arguments is None else arguments)
+    rows = [row for row in (QUICK if options.quick else ROWS) if not options.only or row.id in options.only]
+    measured = []
+    for row in rows:
+        measured.append(measure(row, options))
+        show(measured[-1:])
+    console.print("errors: of a step, between the two; of the op, against float64", style="dim")
+    if options.record:
+        machine = harness.machine("cpu")
+        path = harness.ROOT / "bench/results/rmu-cpu" / f"{machine['name']}.json"
+        harness.write_json(path, {"format": FORMAT, "suite": "rmu-cpu", "machine": machine, "rows": measured})
+        console.print(f"results: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return measured
+
+
+if __name__ == "__main__":
+    main()

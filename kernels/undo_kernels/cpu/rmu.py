@@ -1,0 +1,38 @@
+"""RMU's activation loss on CPUs: one pass of ``csrc/rmu_rows.h``; float32 arithmetic, sums that no number of threads changes."""
+
+from __future__ import annotations
+
+import torch
+
+from undo_kernels.cpu import losses
+from undo_kernels.library import register
+from undo_kernels.problem import gradient_dtype
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@register("rmu_loss", "cpu")
+def rmu_loss(
+    hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
+    rows, width = hidden.shape
+    gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
+    partial = torch.empty(rows, dtype=torch.float64)
+    factor = None if factor is None else factor.contiguous()
+    loss = losses._cpu.rmu_loss(
+        losses.INSTRUCTION_SET,
+        rows=rows,
+        width=width,
+        hidden=hidden.data_ptr(),
+        hidden_kind=_KINDS[hidden.dtype],
+        stride_hidden=hidden.stride(0),
+        target=target.data_ptr(),
+        target_kind=_KINDS[target.dtype],
+        stride_target=target.stride(0) if target.ndim == 2 else 0,
+        coefficient=coefficient,
+        factor=0 if factor is None else factor.data_ptr(),
+        gradient=gradient.data_ptr() if needs else 0,
+        partial=partial.data_ptr(),
+    )
+    return torch.tensor(loss, dtype=torch.float32), gradient

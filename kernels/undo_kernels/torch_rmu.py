@@ -1,0 +1,50 @@
+"""RMU's activation loss as a ``torch.library`` op: the gradient is made in the forward, an output that the backward scales in place.
+
+``undo::rmu_loss(hidden [rows, d], target [d] or [rows, d], factor [rows] float32 or None, coefficient, needs, backend)`` gives
+``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` and its gradient, empty unless needed. None is 1 / rows each. Rows of
+factor 0 are not read. The last dimension is dense; float32, bfloat16 and float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from undo_kernels.library import implementation_on
+from undo_kernels.problem import gradient_dtype
+from undo_kernels.torch_ops import no_double_backward, scaled
+
+torch.library.define(
+    "undo::rmu_loss",
+    "(Tensor hidden, Tensor target, Tensor? factor, float coefficient, bool needs, str backend) -> (Tensor, Tensor)",
+)
+
+
+def _run(
+    hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return implementation_on("rmu_loss", backend)(hidden, target, factor, coefficient, needs)
+
+
+def _shapes(hidden: torch.Tensor, target: Any, factor: Any, coefficient: float, needs: bool, backend: str) -> Any:
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.dtype, ctx.needs = inputs[0].dtype, inputs[4]
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    no_double_backward("rmu_loss")
+    wanted = ctx.needs and grad_loss is not None
+    return scaled(ctx.saved_tensors[0], grad_loss, ctx.dtype) if wanted else None, None, None, None, None, None
+
+
+torch.library.impl("undo::rmu_loss", ("cpu", "cuda"))(_run)
+torch.library.register_fake("undo::rmu_loss")(_shapes)
+torch.library.register_autograd("undo::rmu_loss", _backward, setup_context=_save)

@@ -1,0 +1,72 @@
+"""RMU's activation loss on GPUs: ``sum_i factor_i mean_j (h_ij - c t_ij)**2`` and its gradient.
+
+One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16 bits
+against one target, 6 against frozen activations; 3 FLOPs. The rows' losses are summed by a second, tiny reduction: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from undo_kernels.library import register
+from undo_kernels.problem import gradient_dtype
+
+INTERPRETED = triton.knobs.runtime.interpret
+BLOCK_D, WARPS = 1024, 4
+
+
+@triton.jit
+def rmu_rows(
+    hidden_ptr, target_ptr, factor_ptr, gradient_ptr, partial_ptr,
+    width, stride_hidden, stride_target,
+    coefficient, even_factor,
+    FACTOR: tl.constexpr,  # rows have factors of their own; those of factor 0 are not read
+    OWN_TARGET: tl.constexpr,  # every row has one
+    GRADIENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row's loss and gradient."""
+    i_row = tl.program_id(0).to(tl.int64)
+    hidden_ptr += i_row * stride_hidden
+    gradient_ptr += i_row * width
+    if OWN_TARGET:
+        target_ptr += i_row * stride_target
+    factor = even_factor
+    if FACTOR:
+        factor = tl.load(factor_ptr + i_row)
+    last = tl.where(factor == 0.0, 0, width)
+    slope = 2.0 * factor / width
+    b_squares = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, width, BLOCK_D):
+        o_d = first + tl.arange(0, BLOCK_D)
+        b_h = tl.load(hidden_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
+        b_t = tl.load(target_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
+        b_x = b_h - coefficient * b_t
+        b_squares += b_x * b_x
+        if GRADIENT:
+            tl.store(gradient_ptr + o_d, (slope * b_x).to(gradient_ptr.dtype.element_ty), mask=o_d < width)
+    tl.store(partial_ptr + i_row, factor * (tl.sum(b_squares, 0) / width))
+
+
+@register("rmu_loss", "triton")
+def rmu_loss(
+    hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
+    if hidden.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
+    rows, width = hidden.shape
+    gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
+    partial = hidden.new_empty(rows, dtype=torch.float32)
+    own = target.ndim == 2
+    if rows:
+        rmu_rows[(rows,)](
+            hidden, target, partial if factor is None else factor.contiguous(), gradient, partial,
+            width, hidden.stride(0), target.stride(0) if own else 0,
+            coefficient, 1.0 / rows,
+            FACTOR=factor is not None, OWN_TARGET=own, GRADIENT=needs,
+            BLOCK_D=min(BLOCK_D, triton.next_power_of_2(width)), num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return partial.sum(dtype=torch.float64).float(), gradient

@@ -1,0 +1,128 @@
+"""Activations in the middle of a model, and nothing above them: layers run one by one, with what their model would give them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+Frozen = Mapping[int, Mapping[str, torch.Tensor]]
+"""Tensors that stand in for a layer's parameters: by the layer's number, then by the parameter's name within it."""
+
+
+class Trunk:
+    """A decoder's list of layers, to be run in parts.
+
+    The base model runs once a batch with its layers taken out: it embeds, makes masks and position embeddings of whatever kind, and
+    what each layer would have been called with is kept. Hidden states after ``k`` layers are ``output_hidden_states``'s entry ``k``,
+    except that after the last layer they are those before the final norm.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises a ValueError where ``model`` has no list of its layers, or does more between them than call them in turn."""
+        self.model = model
+        self.owner, self.name = _owner(model)
+        self.layers: nn.ModuleList = getattr(self.owner, self.name)
+        self._verify()
+
+    def enter(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Entered:
+        """A batch before its first layer: ``[batch, length]`` ids, no gradient, evaluation behaviour; no layer runs."""
+        calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        stand_ins = nn.ModuleList(_StandIn(layer, calls) for layer in self.layers)
+        with torch.no_grad(), evaluating(self.model):
+            setattr(self.owner, self.name, stand_ins)
+            try:
+                self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            finally:
+                setattr(self.owner, self.name, self.layers)
+        if len(calls) != len(self.layers):
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, which called {len(calls)} of its {len(self.layers)} layers"
+            )
+        return Entered(self, calls)
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        """On a few tokens, once: silently other activations would be worse than none."""
+        embedding = self.model.get_input_embeddings().weight
+        ids = torch.arange(8, device=embedding.device).mul(7919).remainder(embedding.shape[0]).view(1, 8)
+        with evaluating(self.model):
+            wanted = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+            entered = self.enter(ids)
+            hidden = entered.hidden
+            for k in range(len(self.layers)):  # after the last one the final norm stands between
+                error = float((hidden - wanted[k]).norm() / wanted[k].norm().clamp_min(1e-6))
+                if not error <= (1e-4 if hidden.dtype == torch.float32 else 3e-2):
+                    raise ValueError(
+                        f"model: got {type(self.model).__name__}, whose hidden states after {k} layers differ by {error:.2g} when its "
+                        "layers are called one by one; it does something between them"
+                    )
+                hidden = entered.run(hidden, k, k + 1)
+
+
+class Entered:
+    """A batch that waits before the first layer; ``hidden`` is ``[batch, length, d]``."""
+
+    def __init__(self, trunk: Trunk, calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.trunk, self.calls, self.hidden = trunk, calls, calls[0][0]
+
+    def run(self, hidden: torch.Tensor, first: int, last: int, frozen: Frozen | None = None) -> torch.Tensor:
+        """``hidden`` through the layers ``[first, last)``, as they are or with parameters of ``frozen`` in the place of their own."""
+        for k in range(first, last):
+            _, args, kwargs = self.calls[k]
+            layer, others = self.trunk.layers[k], {} if frozen is None else frozen.get(k, {})
+            output = functional_call(layer, dict(others), (hidden, *args), kwargs) if others else layer(hidden, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+
+class _StandIn(nn.Module):
+    """Keeps what a layer was called with and hands its hidden states on; its attributes are the layer's."""
+
+    def __init__(self, layer: nn.Module, calls: list[Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_of", (layer, calls))  # a tuple: no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_of"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        self._of[1].append((hidden, args, kwargs))
+        return hidden
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation behaviour inside the ``with`` block; each module's own mode afterwards."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's list of layers; a ValueError where there is none."""
+    return getattr(*_owner(model))
+
+
+def _owner(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The module that owns the list of decoder layers, and the list's name there."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise ValueError(f"model: got {type(model).__name__}, in which no list of its {count} layers was found; RMU needs one")
