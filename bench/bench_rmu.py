@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COEFFICIENT = 6.5
 CONTENDERS = ("undo-core", "usual")
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class StepRow:
     first: int
     target: int
     layers: int = 12
-    width: int = 384
-    inner: int = 1536
-    vocabulary: int = 32000
+    width: int = 256
+    inner: int = 1024
+    vocabulary: int = 16000
     rows: int = 4
-    length: int = 128
+    length: int = 64
 
 
 @dataclass(frozen=True)

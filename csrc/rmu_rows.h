@@ -52,10 +52,12 @@ UNDO_INLINE void put_some(typename T::type* p, int64_t count, V x) {
 }
 
 template <class H, class T, class G>
-UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, float factor, typename G::type* gradient) {
+UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::type* gradient) {
   const auto* h = static_cast<const typename H::type*>(c.hidden) + i * c.stride_hidden;
   const auto* t = static_cast<const typename T::type*>(c.target) + i * c.stride_target;
-  const V minus = all(-c.coefficient), slope = all(float(2 * double(factor) / double(c.width)));
+  const V minus = all(-c.coefficient);
+  const double exact = 2 * factor / double(c.width);
+  const V slope = all(float(exact)), rest = all(float(exact - float(exact)));  // the slope's own rounding would be in every element
   constexpr int64_t UNROLL = 4, STEP = UNROLL * LANES, BLOCK_WIDTH = 2048;
   double sum = 0;
   for (int64_t start = 0; start < c.width; start += BLOCK_WIDTH) {
@@ -66,20 +68,20 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, float factor, typename G::ty
       for (int64_t u = 0; u < UNROLL; ++u) {
         const V x = fma(minus, T::get(t + j + u * LANES), H::get(h + j + u * LANES));
         squares[u] = fma(x, x, squares[u]);
-        if (gradient) G::put(gradient + j + u * LANES, slope * x);
+        if (gradient) G::put(gradient + j + u * LANES, fma(slope, x, rest * x));
       }
     }
     for (; j < end; j += LANES) {
       const int64_t count = end - j < LANES ? end - j : LANES;
       const V x = fma(minus, get_some<T>(t + j, count), get_some<H>(h + j, count));
       squares[0] = fma(x, x, squares[0]);
-      if (gradient) put_some<G>(gradient + j, count, slope * x);
+      if (gradient) put_some<G>(gradient + j, count, fma(slope, x, rest * x));
     }
     for (int lane = 0; lane < LANES; ++lane) {
       sum += double(squares[0][lane]) + double(squares[1][lane]) + double(squares[2][lane]) + double(squares[3][lane]);
     }
   }
-  return double(factor) * sum / double(c.width);
+  return factor * sum / double(c.width);
 }
 
 template <class H, class T, class G>
@@ -87,7 +89,7 @@ void rmu_rows(const Rmu& c) {
   auto* out = static_cast<typename G::type*>(c.gradient);
 #pragma omp parallel for schedule(static) if (c.rows * c.width > 32768)
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float factor = c.factor ? c.factor[i] : float(1 / double(c.rows));
+    const double factor = c.factor ? double(c.factor[i]) : 1 / double(c.rows);
     auto* gradient = out ? out + i * c.width : nullptr;
     if (factor == 0) {
       c.partial[i] = 0;

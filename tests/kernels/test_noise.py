@@ -12,7 +12,7 @@ import pytest
 import torch
 import undo_kernels
 from torch import nn
-from undo_kernels.reference.noise import BLOCK, round_stochastically, standard
+from undo_kernels.reference.noise import BLOCK, _sqrt, round_stochastically, standard
 from undo_kernels.reference.philox import philox_4x32_10, words
 from undo_kernels.segment import Segment, amplitude
 
@@ -130,6 +130,11 @@ def test_the_laws_have_their_moments():
     assert share == pytest.approx([0.5, 0.95, 0.999], abs=4e-3)
     pairs = normal.view(-1, 2)
     assert abs((pairs[:, 0] * pairs[:, 1]).mean()) < 5 / (n / 2) ** 0.5
+
+
+def test_the_square_root_is_correctly_rounded():
+    x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) * 34
+    assert np.array_equal(_sqrt(x).numpy(), np.sqrt(x.numpy()))  # the processor's instruction
 
 
 def test_box_muller_against_the_library_functions():
