@@ -25,6 +25,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 from undo_kernels.library import implementation
 from undo_kernels.segment import Segment
+from undo_core.ops import noise_
+from undo_core.ops.noise import apply
 from undo_core.ops.sharding import local_pieces
 
 
@@ -62,6 +64,8 @@ def work(rank, world, store):
                 whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
                 shards = distribute_tensor(whole, mesh, placements)
                 found = local_pieces("w", shards)
+                wanted, got = (apply({"w": t}, alpha=0.0, beta=0.0, seed=1)["w"][1] for t in (whole, shards))
+                torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)  # norms, summed over the shards
                 assert pieces in (None, len(found)) or not shards.to_local().numel(), (shape, placements, found)
                 local = shards.to_local()
                 assert sum(view.numel() for view, *_ in found) == local.numel()
@@ -79,14 +83,14 @@ def work(rank, world, store):
     if world == 4:  # what FSDP2 over tensor parallelism makes
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         torch.manual_seed(0)
-        layer = torch.nn.Linear(6, 8, bias=False)
-        whole = layer.weight.detach().clone()
+        layer = torch.nn.Linear(6, 8)
+        whole = {name: p.detach().clone() for name, p in layer.named_parameters()}
         parallelize_module(layer, grid["tensor"], ColwiseParallel())
         fully_shard(layer, mesh=grid["data"])
         assert isinstance(layer.weight.placements[0], _StridedShard), layer.weight.placements
-        noise([Segment(view, "w", "normal", 0.75, 0.1, *where) for view, *where in local_pieces("w", layer.weight)], 3, True)
-        noise([Segment(whole, "w", "normal", 0.75, 0.1)], 3, True)
-        assert torch.equal(layer.weight.detach().full_tensor(), whole)
+        for tensors in (layer, whole):
+            noise_(tensors, alpha=0.25, beta=0.5, seed=3, toward=1.0)
+        assert all(torch.equal(p.detach().full_tensor(), whole[name]) for name, p in layer.named_parameters())
     dist.destroy_process_group()
 
 

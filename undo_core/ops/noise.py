@@ -13,6 +13,7 @@ from undo_kernels.segment import Segment, amplitude
 
 from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, Toward, describe, targets
+from undo_core.ops.sharding import Piece, add_over_shards, is_sharded, local_of, local_pieces
 
 
 def noise_(
@@ -35,7 +36,8 @@ def noise_(
     first of their names. :func:`undo_core.noise_` finds ``toward`` for a Hugging Face model.
 
     Args:
-        tensors: a module, whose parameters that require a gradient are taken (as published), or ``{name: tensor}``.
+        tensors: a module, whose parameters that require a gradient are taken (as published), or ``{name: tensor}``. A ``DTensor``'s
+            shards get the bits of the whole tensor, in any sharding.
         alpha: strength, in [0, 1].
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
@@ -61,6 +63,7 @@ def noise_(
         toward=toward,
         rules=rules,
         stochastic_rounding=stochastic_rounding,
+        whole_sums=False,
     )
 
 
@@ -71,30 +74,41 @@ def apply(
     toward: Toward = 0.0,
     rules: Sequence[NoiseRule] = (),
     stochastic_rounding: bool | None = None,
+    whole_sums: bool = True,
     **options: Any,
 ) -> dict[str, tuple[Setting, torch.Tensor]]:
     """:func:`noise_`; returns for each tensor what happened to it, and the sums of squares of theta before, of the noise as it
-    was scaled and of theta after, ``[3]`` float64.
+    was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
     """
     policy = Policy(**options, rules=tuple(rules))
     check_seed(seed)
     found = describe(tensors)
-    for name, (tensor, _) in found.items():
-        if tensor.dtype not in checks.FLOATS or tensor.ndim == 0 or not tensor.is_contiguous():
-            got = f"{tensor.dtype}, shape {tuple(tensor.shape)}, {'' if tensor.is_contiguous() else 'not '}contiguous"
-            checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor with a dimension")
+    pieces = {name: _pieces(name, tensor) for name, (tensor, _) in found.items()}
     settings = policy.settings({name: parameter for name, (_, parameter) in found.items()}, targets(toward, found))
     devices: dict[torch.device, list[Segment]] = {}
-    for name, (tensor, _) in found.items():
+    for name, parts in pieces.items():
         setting = settings[name]
-        segment = Segment(tensor.detach(), name, setting.law, setting.keep, setting.scale)
-        devices.setdefault(tensor.device, []).append(segment)
+        for view, first, run, stride in parts:
+            segment = Segment(view, name, setting.law, setting.keep, setting.scale, first, run, stride)
+            devices.setdefault(view.device, []).append(segment)
     rounding = True if stochastic_rounding is None else bool(stochastic_rounding)
-    applied: dict[str, tuple[Setting, torch.Tensor]] = {}
+    sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
     for device, segments in devices.items():
         rows = implementation("noise_", device)(segments, seed, rounding)
-        applied |= {segment.name: (settings[segment.name], row) for segment, row in zip(segments, rows, strict=True)}
-    return applied
+        for segment, row in zip(segments, rows, strict=True):
+            sums[segment.name] += row
+    if whole_sums:
+        for name, (tensor, _) in found.items():
+            add_over_shards(tensor, sums[name])
+    return {name: (settings[name], sums[name]) for name in found}
+
+
+def _pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
+    whole = is_sharded(tensor) or tensor.is_contiguous()
+    if tensor.dtype not in checks.FLOATS or tensor.ndim == 0 or not whole:
+        got = f"{tensor.dtype}, shape {tuple(tensor.shape)}, {'' if whole else 'not '}contiguous"
+        checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor with a dimension")
+    return local_pieces(name, tensor)
 
 
 def replay(

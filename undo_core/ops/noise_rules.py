@@ -12,6 +12,7 @@ from torch import nn
 from undo_kernels.segment import amplitude
 
 from undo_core.ops import checks
+from undo_core.ops.sharding import local_of
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
@@ -210,7 +211,7 @@ def _matches(rule: NoiseRule, name: str, parameter: Parameter) -> bool:
 
 def _identity(tensor: torch.Tensor) -> object:
     """Equal for tied tensors, whichever object holds them; meta tensors have no storage to compare."""
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_of(tensor)
     return (local.data_ptr(), tuple(tensor.shape)) if local.device.type != "meta" and local.numel() else id(tensor)
 
 

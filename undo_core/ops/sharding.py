@@ -43,6 +43,19 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of ``tensor``."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add ``sums``, taken over this rank's shard of ``tensor``, over the ranks that hold the other shards; a plain tensor has none."""
+    if is_sharded(tensor):
+        for dimension, placement in enumerate(tensor.placements):
+            if not placement.is_replicate() and tensor.device_mesh.get_coordinate() is not None:
+                torch.distributed.all_reduce(sums, group=tensor.device_mesh.get_group(dimension))
+
+
 def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
     """Per dimension, the indices that this rank holds."""
     from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
