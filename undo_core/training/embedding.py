@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+LEAST_BYTES = 4 << 20  # of the weight, below which a second gradient costs less than avoiding it
+
 
 class TiedEmbedding:
     """The tied weight of a model whose embedding adds its gradient in place; see :func:`tied_gradient_in_place`."""
@@ -70,7 +72,8 @@ class _Lookup(torch.autograd.Function):
 
 @contextlib.contextmanager
 def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | None]:
-    """Within the block, training ``model`` adds its input embedding's gradient into the head's; None where the two are not tied.
+    """Within the block, training ``model`` adds its input embedding's gradient into the head's; None where the two are not tied
+    or the weight is small.
 
     The gradient is the same up to the order of a sum. Its memory: ``[tokens, d]`` instead of ``[V, d]``. Only ``backward`` sees the
     embedding's part: ``torch.autograd.grad`` with respect to the weight gives the head's alone.
@@ -78,7 +81,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
     plain = tied and embedding.weight.requires_grad and embedding.max_norm is None
-    if not plain or embedding.scale_grad_by_freq or embedding.sparse:
+    if not plain or embedding.scale_grad_by_freq or embedding.sparse or embedding.weight.nbytes < LEAST_BYTES:
         yield None
         return
     own = TiedEmbedding(embedding.weight)

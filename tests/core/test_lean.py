@@ -1,10 +1,11 @@
-"""A tied embedding's gradient in place: the same numbers, no second [V, d], complete when the hook says so."""
+"""Training on less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from undo_core.training import Batch
+from undo_core.models import head_of
+from undo_core.training import Batch, TrainConfig, embedding, train
 from undo_core.training.embedding import tied_gradient_in_place
 from undo_core.training.losses import cross_entropy
 
@@ -14,6 +15,11 @@ MODELS = {
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},  # scales within the embedding
     "llama": {"tie_word_embeddings": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(embedding, "LEAST_BYTES", 0)
 
 
 def model_of(kind, **extra):
@@ -95,3 +101,41 @@ def test_evaluation_within_the_block_leaves_nothing_waiting():
         with torch.no_grad():
             cross_entropy(model, batches(1)[0], 1)
         assert tied._lookups == 0
+
+
+def test_a_small_weight_is_left_alone(monkeypatch):
+    monkeypatch.undo()
+    with tied_gradient_in_place(model_of("gemma2")) as tied:
+        assert tied is None
+
+
+def steps(model, **settings):
+    source = {"text": lambda step: batches(1)[0]}
+    config = TrainConfig(steps=3, batch_size=3, lr=1e-2, **settings)
+    train(model, lambda m, b, counted: cross_entropy(m, b["text"], counted["text"]), source, config, progress=False)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_activation_checkpointing_changes_only_what_is_kept(kind):
+    model, calls = model_of(kind), []
+    head_of(model)  # its check runs the layers
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    wanted = steps(model_of(kind))
+    for a, b in zip(wanted, steps(model, activation_checkpointing=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 6, "every layer runs twice a step"
+    steps(model)
+    assert len(calls) == 9, "and once without it"
+
+
+def test_attention_kernels_and_the_softcap():
+    wanted = steps(model_of("llama"), attention="sdpa")
+    for a, b in zip(wanted, steps(model_of("llama"), attention="eager"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^attention: got sdpa for Gemma2ForCausalLM, .*softcap.* wanted eager"):
+        steps(model_of("gemma2"), attention="sdpa")
+    with pytest.raises(ValueError, match=r"^attention: got flash_attention_2, wanted a kernel that can be used here"):
+        steps(model_of("llama"), attention="flash_attention_2")
+    with pytest.raises(ValueError, match=r"^attention: got 'flash', wanted auto, eager"):
+        TrainConfig(attention="flash")
