@@ -176,7 +176,32 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     return 2.0 * weights + 4.0 * count * config.num_attention_heads * head_dim * length
 
 
+def set_attention(model: PreTrainedModel, kernel: str) -> None:
+    """Let ``model`` use an attention kernel of transformers.
+
+    ``eager`` holds ``[batch, heads, length, length]`` scores; ``sdpa`` (PyTorch), ``flash_attention_2`` (the package flash-attn, 16-bit,
+    a GPU) and ``flex_attention`` (compiled by PyTorch) do not. An attention softcap (Gemma 2) is kept by eager, flash_attention_2 and
+    flex_attention; sdpa has none and would drop it.
+
+    Raises:
+        ValueError: sdpa for a model with an attention softcap, or a kernel that the model or the installation does not have.
+    """
+    if kernel == "sdpa" and _attention_softcap(model.config):
+        raise ValueError(
+            f"attention: got sdpa for {type(model).__name__}, whose attention has a softcap that sdpa would drop; "
+            f"wanted eager, flash_attention_2 or flex_attention"
+        )
+    try:
+        model.set_attn_implementation(kernel)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"attention: got {kernel}, wanted a kernel that can be used here: {error}") from None
+    if model.config._attn_implementation != kernel:
+        raise ValueError(f"attention: got {kernel}, wanted a kernel that {type(model).__name__} has")
+
+
 def _attention(config: Any) -> str:
-    # Only the eager implementation applies an attention softcap (Gemma 2).
-    text = config.get_text_config()
-    return "eager" if getattr(text, "attn_logit_softcapping", None) is not None else "sdpa"
+    return "eager" if _attention_softcap(config) else "sdpa"
+
+
+def _attention_softcap(config: Any) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

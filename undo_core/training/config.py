@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -24,6 +26,9 @@ class TrainConfig:
         beta2: of AdamW.
         eps: of AdamW.
         clip: largest norm of the gradient; 0 switches clipping off.
+        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is sdpa, or eager for a model whose attention
+            has a softcap, which sdpa would drop.
+        activation_checkpointing: keep each layer's input alone and run the layer again in the backward pass.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
         seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
     """
@@ -40,6 +45,8 @@ class TrainConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float = 1.0
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    activation_checkpointing: bool = False
     eval_every: int = 0
     seed: int | None = None
 
@@ -58,6 +65,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"schedule: got {self.schedule!r}, wanted constant, cosine or linear")
+        if self.attention != "auto" and self.attention not in ATTENTION:
+            raise ValueError(f"attention: got {self.attention!r}, wanted auto, {', '.join(ATTENTION)}")
         _at_least("warmup", self.warmup, 0)
         _at_least("eval_every", self.eval_every, 0)
 

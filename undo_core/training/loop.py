@@ -15,6 +15,7 @@ from torch import nn
 from undo_core.training.batches import Batch, Source
 from undo_core.training.checkpoint import load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
+from undo_core.training.lean import lean
 from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -131,7 +132,7 @@ def train(
     done = evaluate_now() if saved is None else bool(result.stopped)
     began = last_save = time.monotonic()
     before = result.seconds
-    with StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar:
+    with lean(model, config), StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar:
         while result.steps < config.steps and not done:
             step = result.steps
             batches = {name: source(step).to(device) for name, source in sources.items()}

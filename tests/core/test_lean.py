@@ -1,0 +1,141 @@
+"""Training on less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from undo_core.models import head_of
+from undo_core.training import Batch, TrainConfig, embedding, train
+from undo_core.training.embedding import tied_gradient_in_place
+from undo_core.training.losses import cross_entropy
+
+SMALL = {"vocab_size": 700, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS = {
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},  # scales within the embedding
+    "llama": {"tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(embedding, "LEAST_BYTES", 0)
+
+
+def model_of(kind, **extra):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **MODELS[kind], **extra}))
+
+
+def batches(number=2):
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 700, (3, 9), generator=generator) for _ in range(number)]
+    for part in ids:
+        part[:, :3] = torch.tensor([5, 5, 0])  # repeated tokens, padding
+    return [Batch(part, torch.ones_like(part).bool()) for part in ids]
+
+
+def backward(model, number):
+    loss = sum(cross_entropy(model, batch, batch.counted) for batch in batches(number))
+    loss.backward()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_gradient_is_the_same(kind, number):
+    wanted, model = model_of(kind), model_of(kind)
+    backward(wanted, number)
+    with tied_gradient_in_place(model) as tied:
+        assert tied is not None
+        for _ in range(2):  # the second pass accumulates
+            backward(model, number)
+    for (name, p), q in zip(wanted.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, 2 * p.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert "forward" not in vars(model.get_input_embeddings())
+    backward(model, 1)  # as before the block
+
+
+def test_no_second_gradient_is_made():
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            self.seen += function is torch.ops.aten.embedding_dense_backward.default and arguments[2] == 700
+            return function(*arguments, **(keywords or {}))
+
+    for in_place, dense in ((False, 1), (True, 0)):
+        model = model_of("gemma2")
+        with Watch() as watch:
+            if in_place:
+                with tied_gradient_in_place(model):
+                    backward(model, 1)
+            else:
+                backward(model, 1)
+        assert watch.seen == dense
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_hook_sees_the_whole_gradient_once(number):
+    wanted, model = model_of("gemma2"), model_of("gemma2")
+    backward(wanted, number)
+    weight, seen = model.get_input_embeddings().weight, []
+    with tied_gradient_in_place(model) as tied:
+        handle = tied.on_gradient(lambda parameter: seen.append(parameter.grad.clone()))
+        backward(model, number)
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], wanted.get_input_embeddings().weight.grad, rtol=1e-5, atol=1e-7)
+        handle.remove()
+    assert weight.grad is not None
+
+
+def test_untied_and_frozen_weights_are_left_alone():
+    untied, frozen = model_of("llama", tie_word_embeddings=False), model_of("llama").requires_grad_(False)
+    for model in (untied, frozen):
+        with tied_gradient_in_place(model) as tied:
+            assert tied is None and "forward" not in vars(model.get_input_embeddings())
+
+
+def test_evaluation_within_the_block_leaves_nothing_waiting():
+    model = model_of("gemma2")
+    with tied_gradient_in_place(model) as tied:
+        with torch.no_grad():
+            cross_entropy(model, batches(1)[0], 1)
+        assert tied._lookups == 0
+
+
+def test_a_small_weight_is_left_alone(monkeypatch):
+    monkeypatch.undo()
+    with tied_gradient_in_place(model_of("gemma2")) as tied:
+        assert tied is None
+
+
+def steps(model, **settings):
+    source = {"text": lambda step: batches(1)[0]}
+    config = TrainConfig(steps=3, batch_size=3, lr=1e-2, **settings)
+    train(model, lambda m, b, counted: cross_entropy(m, b["text"], counted["text"]), source, config, progress=False)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_activation_checkpointing_changes_only_what_is_kept(kind):
+    model, calls = model_of(kind), []
+    head_of(model)  # its check runs the layers
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    wanted = steps(model_of(kind))
+    for a, b in zip(wanted, steps(model, activation_checkpointing=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 6, "every layer runs twice a step"
+    steps(model)
+    assert len(calls) == 9, "and once without it"
+
+
+def test_attention_kernels_and_the_softcap():
+    wanted = steps(model_of("llama"), attention="sdpa")
+    for a, b in zip(wanted, steps(model_of("llama"), attention="eager"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^attention: got sdpa for Gemma2ForCausalLM, .*softcap.* wanted eager"):
+        steps(model_of("gemma2"), attention="sdpa")
+    with pytest.raises(ValueError, match=r"^attention: got flash_attention_2, wanted a kernel that can be used here"):
+        steps(model_of("llama"), attention="flash_attention_2")
+    with pytest.raises(ValueError, match=r"^attention: got 'flash', wanted auto, eager"):
+        TrainConfig(attention="flash")
