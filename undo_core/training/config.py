@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from undo_core.training.precision import PRECISIONS, Precision
+
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-4bit", "adamw-offload"]
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-offload")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -24,6 +29,14 @@ class TrainConfig:
         beta2: of AdamW.
         eps: of AdamW.
         clip: largest norm of the gradient; 0 switches clipping off.
+        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16 throughout,
+            updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
+            published attack). The model is left in its weights' dtype.
+        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
+            and moments in the host's memory and steps there (on a CPU it is adamw).
+        step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
+            norm is then known too late, so ``clip`` scales by the norm of the step before: min(1, clip / norm_before). The first
+            step, which has none before it, scales each gradient by its own norm.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
         seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
     """
@@ -40,6 +53,9 @@ class TrainConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float = 1.0
+    precision: Precision = "float32"
+    optimizer: OptimizerName = "adamw"
+    step_in_backward: bool = False
     eval_every: int = 0
     seed: int | None = None
 
@@ -58,6 +74,12 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"schedule: got {self.schedule!r}, wanted constant, cosine or linear")
+        check_mode(self.precision, self.optimizer)
+        if self.step_in_backward and self.micro_batch_size is not None:
+            raise ValueError(
+                f"step_in_backward: got true with micro_batch_size {self.micro_batch_size}, wanted micro_batch_size null: a step in the "
+                "backward pass cannot wait for the gradients of further micro-batches"
+            )
         _at_least("warmup", self.warmup, 0)
         _at_least("eval_every", self.eval_every, 0)
 
@@ -71,6 +93,14 @@ class TrainConfig:
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return low + (self.lr - low) * left
+
+
+def check_mode(precision: str, optimizer: str) -> None:
+    """Raise a ValueError unless both are known."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: got {optimizer!r}, wanted one of {', '.join(OPTIMIZERS)}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:
