@@ -132,11 +132,14 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config), dtype=torch.float32)
 
 
-def load_model(folder: str | Path) -> PreTrainedModel:
-    """A model from a Hugging Face checkpoint folder, in float32, on the GPU where there is one; remote code is never run."""
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model from a Hugging Face checkpoint folder, in ``dtype``, on the GPU where there is one; remote code is never run.
+
+    A folder keeps the dtype that its stage trained in; :func:`undo_core.training.train` converts what it trains to its own.
+    """
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=_attention(config), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        folder, attn_implementation=_attention(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
     # the sums of a resumed run in the order of the uninterrupted one.

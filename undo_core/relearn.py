@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
+from undo_core.training.config import OptimizerName, check_mode
 from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class AttackConfig:
         extend: how often the grid may grow by a factor 2 at the end where the worst rate lies.
         batch_size: rows in a step.
         clip: largest norm of the gradient.
+        precision: of the weights, as in :class:`~undo_core.training.TrainConfig`; the published attack is bfloat16, rounded to nearest.
+        optimizer: as in :class:`~undo_core.training.TrainConfig`.
+        step_in_backward: as in :class:`~undo_core.training.TrainConfig`.
         seed: of the data order; None derives it from the run's seed.
     """
 
@@ -37,6 +42,9 @@ class AttackConfig:
     extend: int = 3
     batch_size: int = 64
     clip: float = 1.0
+    precision: Precision = "float32"
+    optimizer: OptimizerName = "adamw"
+    step_in_backward: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,11 +56,20 @@ class AttackConfig:
             raise ValueError(f"headline_step: got {self.headline_step}, wanted one of evaluate_at, {self.evaluate_at}")
         if self.extend < 0 or self.batch_size < 1:
             raise ValueError(f"extend, batch_size: got {self.extend}, {self.batch_size}, wanted >= 0 and >= 1")
+        check_mode(self.precision, self.optimizer)
 
     def training(self, rate: float) -> TrainConfig:
         """The training settings of one rate of the grid."""
         return TrainConfig(
-            steps=self.evaluate_at[-1], batch_size=self.batch_size, lr=rate, warmup=1, clip=self.clip, seed=self.seed
+            steps=self.evaluate_at[-1],
+            batch_size=self.batch_size,
+            lr=rate,
+            warmup=1,
+            clip=self.clip,
+            precision=self.precision,
+            optimizer=self.optimizer,
+            step_in_backward=self.step_in_backward,
+            seed=self.seed,
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from undo_core.cli import main
@@ -31,6 +32,26 @@ def checkpoint(tmp_path):
 
 def undo(*arguments) -> None:
     assert main([str(argument) for argument in arguments]) == 0
+
+
+def test_the_method_by_hand_in_bfloat16(checkpoint):
+    text, stages = [f"--data.{name}=[{checkpoint / name}.txt]" for name in ("retain", "forget")], {}
+    for name in ("data", "teacher", "damaged", "student", "attacked", "model"):
+        stages[name] = checkpoint / name
+    settings = ["--data.kind=text", "--data.length=16", "--data.valid_fraction=0.2", f"--model.path={stages['model']}"]
+    undo("prepare", stages["data"], *text, *settings)
+    small = ["--train.steps=3", "--train.batch_size=4", "--train.lr=0.001", "--train.step_in_backward=true"]
+    master, stochastic = (f"--train.precision=bfloat16-{kind}" for kind in ("master", "stochastic"))
+    undo("unlearn", stages["model"], stages["teacher"], stages["data"], "--method=maxent", *small, master)
+    undo("noise", stages["teacher"], stages["damaged"])
+    undo(
+        "distill", stages["teacher"], stages["damaged"], stages["student"], stages["data"], "--recover=null", *small, stochastic
+    )
+    attack = ["--rates=[0.001]", "--evaluate_at=[0,2]", "--headline_step=2", "--extend=0", "--batch_size=4"]
+    undo("relearn", stages["student"], stages["attacked"], stages["data"], *attack, "--precision=bfloat16")
+    for folder in (stages["teacher"], stages["damaged"], stages["student"], stages["attacked"] / "rate-0.001"):
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
 def test_the_method_by_hand(checkpoint, capsys):

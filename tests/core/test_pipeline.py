@@ -182,14 +182,15 @@ def test_every_setting_is_part_of_the_key():
     config = small()
     plan = plan_run(config)
     stage = attack_stage(config, plan, plan.models[1], 1e-3)
-    for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7)):
+    for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7), ("precision", "bfloat16")):
         changed = small(relearn=dataclasses.replace(config.relearn, **{name: value}))
         assert attack_stage(changed, plan_run(changed), plan.models[1], 1e-3).key != stage.key
     train = TrainConfig()
     base = plan_run(small(distill=DistillConfig(train=train))).models[2].stage.key
     for field in dataclasses.fields(TrainConfig):
-        if field.name == "schedule":
-            value = "linear"
+        named = {"schedule": "linear", "precision": "bfloat16", "optimizer": "adamw-8bit", "step_in_backward": True}
+        if field.name in named:
+            value = named[field.name]
         else:
             value = {"min_lr": 0.1, "micro_batch_size": 3, "seed": 11}.get(
                 field.name, (getattr(train, field.name) or 0) * 0.5 + 0.25

@@ -12,22 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from undo_core.files import fresh, publish, read_json, write_json
+from undo_core.training.optimizers import Updater
 
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
     """Write checkpoint ``step`` under ``folder`` and remove the older ones once it is on disk."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = fresh(folder / "writing")
     save_file(_unique(model), temporary / "model.safetensors")
-    tensors = {
-        f"{index}.{key}": value.contiguous()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-    save_file(tensors, temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", {"step": step, **state})
+    save_file(updater.tensors(), temporary / "optimizer.safetensors")
+    write_json(temporary / "state.json", {"step": step, "mode": _mode(updater), **state})
     final = folder / f"step-{step}"
     if final.exists():  # the same step again after a resume
         shutil.rmtree(final)
@@ -37,22 +33,31 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest complete checkpoint under ``folder``; None where there is none."""
+def load_checkpoint(folder: Path, model: nn.Module, updater: Updater) -> dict[str, Any] | None:
+    """Restore the newest complete checkpoint under ``folder``; None where there is none.
+
+    Raises:
+        ValueError: it was written with another precision or optimizer, whose state is of another kind.
+    """
     steps = [int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     if not steps:
         return None
     newest = folder / f"step-{max(steps)}"
+    state = read_json(newest / "state.json")
+    if state["mode"] != _mode(updater):
+        raise ValueError(
+            f"folder: got a checkpoint of {state['mode']}, wanted one of {_mode(updater)}; train into a new folder"
+        )
     saved, own = load_file(newest / "model.safetensors"), _unique(model)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in load_file(newest / "optimizer.safetensors").items():
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = value.clone()
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_json(newest / "state.json")
+    updater.load(load_file(newest / "optimizer.safetensors"))
+    return state
+
+
+def _mode(updater: Updater) -> dict[str, Any]:
+    return {name: getattr(updater.config, name) for name in ("precision", "optimizer", "step_in_backward")}
 
 
 def _unique(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from undo_core.training.precision import PRECISIONS, Precision
+
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-4bit", "adamw-offload"]
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-offload")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class TrainConfig:
         attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is sdpa, or eager for a model whose attention
             has a softcap, which sdpa would drop.
         activation_checkpointing: keep each layer's input alone and run the layer again in the backward pass.
+        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16 throughout,
+            updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
+            published attack). The model is left in its weights' dtype.
+        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
+            and moments in the host's memory and steps there (on a CPU it is adamw).
+        step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
+            norm is then known too late, so ``clip`` scales by the norm of the step before: min(1, clip / norm_before). The first
+            step, which has none before it, scales each gradient by its own norm.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
         seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
     """
@@ -47,6 +59,9 @@ class TrainConfig:
     clip: float = 1.0
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     activation_checkpointing: bool = False
+    precision: Precision = "float32"
+    optimizer: OptimizerName = "adamw"
+    step_in_backward: bool = False
     eval_every: int = 0
     seed: int | None = None
 
@@ -67,6 +82,12 @@ class TrainConfig:
             raise ValueError(f"schedule: got {self.schedule!r}, wanted constant, cosine or linear")
         if self.attention != "auto" and self.attention not in ATTENTION:
             raise ValueError(f"attention: got {self.attention!r}, wanted auto, {', '.join(ATTENTION)}")
+        check_mode(self.precision, self.optimizer)
+        if self.step_in_backward and self.micro_batch_size is not None:
+            raise ValueError(
+                f"step_in_backward: got true with micro_batch_size {self.micro_batch_size}, wanted micro_batch_size null: a step in the "
+                "backward pass cannot wait for the gradients of further micro-batches"
+            )
         _at_least("warmup", self.warmup, 0)
         _at_least("eval_every", self.eval_every, 0)
 
@@ -80,6 +101,14 @@ class TrainConfig:
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return low + (self.lr - low) * left
+
+
+def check_mode(precision: str, optimizer: str) -> None:
+    """Raise a ValueError unless both are known."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: got {optimizer!r}, wanted one of {', '.join(OPTIMIZERS)}")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

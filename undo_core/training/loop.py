@@ -16,6 +16,7 @@ from undo_core.training.batches import Batch, Source
 from undo_core.training.checkpoint import load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.lean import lean
+from undo_core.training.optimizers import Updater
 from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -74,7 +75,7 @@ def train(
     """Train ``model`` in place with AdamW.
 
     Args:
-        model: moved and typed by the caller; left in evaluation mode.
+        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation mode.
         loss: see :data:`Loss`.
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.
@@ -88,22 +89,39 @@ def train(
         title: name on the progress bar.
         progress: show it.
 
-    Memory: gradients and two AdamW moments of the trained parameters, and the activations of one micro-batch.
+    Memory: the activations of one micro-batch, and for each trained parameter these bytes (``bytes_per_parameter``); a parameter that
+    is not trained takes its weight alone, and ``step_in_backward`` makes every gradient 0 (one at a time exists):
+
+    =====================  ==============  =======  ========  =========  =====
+    precision              optimizer       weights  gradient  optimizer  total
+    =====================  ==============  =======  ========  =========  =====
+    float32                adamw           4        4         8          16
+    float32                adamw-8bit      4        4         2.03       10.03
+    float32                adamw-4bit      4        4         1.06       9.06
+    bfloat16-master        adamw           2        4         4 + 8      18
+    bfloat16-master        adamw-8bit      2        4         4 + 2.03   12.03
+    bfloat16-master        adamw-4bit      2        4         4 + 1.06   11.06
+    bfloat16(-stochastic)  adamw           2        2         4          8
+    bfloat16(-stochastic)  adamw-8bit      2        2         2.03       6.03
+    bfloat16(-stochastic)  adamw-4bit      2        2         1.06       5.06
+    any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; the rest of adamw, and a copy of the weights, on the host
+    =====================  ==============  =======  ========  =========  =====
+
+    Gradients of micro-batches are added in float32 with float32 and bfloat16-master, and in bfloat16 with the other two.
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        ValueError: nothing to train.
+        ValueError: nothing to train, or a checkpoint of another precision or optimizer in ``folder``.
+        ModuleNotFoundError: the optimizer needs torchao.
     """
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
     device = trained[0].device
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    updater = Updater(model, trained, config)
     result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
     total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
-    saved = None if folder is None else load_checkpoint(folder / "checkpoint", model, optimizer)
+    saved = None if folder is None else load_checkpoint(folder / "checkpoint", model, updater)
     if saved is not None:
         result = TrainResult(**saved["result"])
         total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
@@ -127,24 +145,24 @@ def train(
     def save() -> None:
         if folder is not None:
             state = {"result": vars(result), "loss_sum": float(total), "loss_count": count}
-            save_checkpoint(folder / "checkpoint", result.steps, model, optimizer, state)
+            save_checkpoint(folder / "checkpoint", result.steps, model, updater, state)
 
     done = evaluate_now() if saved is None else bool(result.stopped)
     began = last_save = time.monotonic()
     before = result.seconds
-    with lean(model, config), StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar:
+    with (
+        lean(model, config) as tied,
+        updater.attached(tied),
+        StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar,
+    ):
         while result.steps < config.steps and not done:
             step = result.steps
             batches = {name: source(step).to(device) for name, source in sources.items()}
             counted = {name: batch.counted for name, batch in batches.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step)
+            updater.begin(step, config.rate(step))
             model.train()
             value = _accumulate(model, loss, batches, counted, config.micro_batch_size)
-            if config.clip:
-                nn.utils.clip_grad_norm_(trained, config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            updater.step()
             total, count = total + value, count + 1
             result.steps += 1
             for name, batch in batches.items():

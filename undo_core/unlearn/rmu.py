@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
+from undo_core.training.precision import weight_dtype
 from undo_core.unlearn.activations import Entered, Trunk, evaluating, find_layers
 from undo_core.unlearn.config import RMUConfig, UnlearnConfig
 from undo_core.unlearn.method import Method
@@ -34,7 +35,8 @@ def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     trained = trained_parameters(trunk.layers, settings)
     first, last = min(trained), settings.target_layer
     # Before the training loop loads a checkpoint: the frozen activations are the original model's, also of a resumed run.
-    frozen = {k: {name: p.detach().clone() for name, p in named.items()} for k, named in trained.items()}
+    dtype = weight_dtype(config.train.precision)
+    frozen = {k: {name: p.detach().to(dtype, copy=True) for name, p in named.items()} for k, named in trained.items()}
     parameters = [p for named in trained.values() for p in named.values()]
     hidden_size = model.config.get_text_config().hidden_size
     direction = ops.misdirection(hidden_size, config.train.seed or 0, settings.direction).to(parameters[0].device)

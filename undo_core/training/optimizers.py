@@ -1,0 +1,274 @@
+"""From gradients to steps: optimizer, precision, clipping, and what of them a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from undo_core.training.config import TrainConfig
+from undo_core.training.embedding import TiedEmbedding
+from undo_core.training.precision import convert_, round_stochastically_, seeded, weight_dtype
+
+BLOCK_CPU, BLOCK_GPU = 1 << 16, 1 << 22  # elements in float32 at a time: within a core's cache; enough for every SM
+QUANTISED = {"adamw-8bit": (8, 256), "adamw-4bit": (4, 128)}  # bits of a moment, elements that share a float32 scale
+
+
+def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[str, float]:
+    """What training holds for each trained parameter, in bytes; the table of :func:`undo_core.training.train` in numbers.
+
+    Args:
+        config: precision, optimizer and step_in_backward count.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one. It matters to adamw-offload alone.
+
+    Returns:
+        ``weights``, ``gradient`` and ``optimizer`` on the device, and ``host``: what adamw-offload moves to the host. Tensors under 4096
+        elements, which are not quantised, and a step's counter are left out.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    weights = weight_dtype(config.precision).itemsize
+    stepped = 4 if config.precision == "bfloat16-master" else weights  # the optimizer steps the master, where there is one
+    gradient = 0.0 if config.step_in_backward else float(stepped)
+    moments = 2.0 * stepped
+    if config.optimizer in QUANTISED:
+        bits, block = QUANTISED[config.optimizer]
+        moments = 2 * (bits / 8 + 4 / block)
+    if config.optimizer == "adamw-offload" and device != "cpu":
+        return {"weights": weights, "gradient": 0.0, "optimizer": 0.0, "host": stepped + gradient + moments}
+    master = stepped if config.precision == "bfloat16-master" else 0
+    return {"weights": float(weights), "gradient": gradient, "optimizer": master + moments, "host": 0.0}
+
+
+class Updater:
+    """Owns the optimizer of a stage. ``begin``, one or more backward passes under ``attached``, ``step``.
+
+    The optimizer steps *targets*: the parameters themselves; float32 masters of them (bfloat16-master); or copies on the host
+    (adamw-offload on a GPU). A hook moves each gradient to its target as soon as the backward pass has it, so that no second set
+    of gradients exists; with ``step_in_backward`` it also makes the step and frees the gradient.
+
+    Args:
+        model: converted in place to ``config.precision``.
+        parameters: what is trained.
+        config: precision, optimizer, clipping, seed.
+
+    Raises:
+        ModuleNotFoundError: the optimizer needs torchao, which is not installed.
+    """
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], config: TrainConfig) -> None:
+        if config.optimizer in QUANTISED and importlib.util.find_spec("torchao") is None:
+            raise ModuleNotFoundError(
+                f"optimizer: got {config.optimizer}, which needs torchao; pip install 'undo-core[lowmem]', or choose adamw"
+            )
+        self.config, self.parameters = config, parameters
+        mastered = config.precision == "bfloat16-master"
+        originals = [parameter.data for parameter in parameters] if mastered else None  # the bits that conversion rounds away
+        convert_(model, config.precision)
+        originals = originals or [parameter.data for parameter in parameters]
+        self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
+        groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
+        self.parts = [_optimizer(group, config) for group in groups]
+        self._index = 0  # of the step
+        self._norm: torch.Tensor | None = None  # of the last whole gradient, with step_in_backward
+        self._square = torch.zeros((), device=self.targets[0].device)
+
+    def begin(self, index: int, rate: float) -> None:
+        """Before the backward passes of step ``index`` (from 0), at learning rate ``rate``."""
+        self._index = index
+        for part in self.parts:
+            for group in part.param_groups:
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    @contextlib.contextmanager
+    def attached(self, tied: TiedEmbedding | None = None) -> Iterator[None]:
+        """The hooks are on the parameters inside this context; ``tied`` knows when its weight's gradient is complete."""
+        hooks = []
+        for index, (parameter, target) in enumerate(zip(self.parameters, self.targets, strict=True)):
+            if target is not parameter or self.config.step_in_backward:
+                late = tied is not None and parameter is tied.weight
+                register = tied.on_gradient if late else parameter.register_post_accumulate_grad_hook
+                hooks.append(register(functools.partial(self._receive, index)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After the backward passes: clip, update, free the gradients."""
+        if self.config.step_in_backward:
+            if self.config.clip:
+                self._norm, self._square = self._square.sqrt(), torch.zeros_like(self._square)
+            return
+        gradients = [target.grad for target in self.targets if target.grad is not None]
+        if self.config.clip and gradients:
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # a bfloat16 norm would be 0.4 % off
+            norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
+            nn.utils.clip_grads_with_norm_(self.targets, self.config.clip, norm)
+        self._update(0, range(len(self.targets)))
+
+    @torch.no_grad()
+    def _receive(self, index: int, parameter: nn.Parameter) -> None:
+        target = self.targets[index]
+        if target is not parameter:
+            gradient, parameter.grad = parameter.grad, None
+            if target.grad is None:
+                target.grad = torch.empty_like(target, pin_memory=target.is_pinned()).copy_(gradient)
+            else:
+                target.grad.add_(gradient.to(target.device))
+        if self.config.step_in_backward:
+            if self.config.clip:
+                own = torch.linalg.vector_norm(target.grad, dtype=torch.float32).to(self._square.device)
+                self._square += own.square()
+                norm = own if self._norm is None else self._norm
+                target.grad.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0).to(target.device))
+            self._update(index, [index])
+
+    def _update(self, part: int, indices: range | list[int]) -> None:
+        device = self.targets[indices[0]].device
+        draws = self.config.precision == "bfloat16-stochastic"
+        with seeded(device, self.config.seed or 0, self._index, part) if draws else contextlib.nullcontext():
+            self.parts[part].step()
+        for index in indices:
+            parameter, target = self.parameters[index], self.targets[index]
+            if target is not parameter and target.grad is not None:
+                parameter.copy_(target)
+            target.grad = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, as plain tensors by name."""
+        found = {} if self._norm is None else {"norm": self._norm}
+        for index, target in enumerate(self.targets):
+            for key, value in self._part(index).state.get(target, {}).items():
+                for name, tensor in _plain(value).items():
+                    found[f"{index}.{key}{name}"] = tensor.contiguous()
+            if target is not self.parameters[index]:
+                found[f"{index}.target"] = target.detach()
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what :meth:`tensors` gave."""
+        for name, tensor in tensors.items():
+            if name == "norm":
+                self._norm = tensor.clone().to(self._square.device)
+                continue
+            place, key, *inner = name.split(".")
+            target, part = self.targets[int(place)], self._part(int(place))
+            state = part.state[target]
+            if key == "target":
+                target.copy_(tensor)
+            elif inner:  # a part of a quantised moment
+                if key not in state:
+                    state[key] = part._new_buffer(target, key == "exp_avg")
+                getattr(state[key], inner[0]).copy_(tensor)
+            else:
+                counter_on_host = key == "step" and not part.defaults.get("fused")
+                state[key] = tensor.clone().to("cpu" if counter_on_host else target.device)
+
+    def _part(self, index: int) -> torch.optim.Optimizer:
+        return self.parts[index if self.config.step_in_backward else 0]
+
+
+def _target(parameter: nn.Parameter, original: torch.Tensor, config: TrainConfig) -> nn.Parameter:
+    dtype = torch.float32 if config.precision == "bfloat16-master" else parameter.dtype
+    if config.optimizer == "adamw-offload" and parameter.device.type != "cpu":
+        host = torch.empty(original.shape, dtype=dtype, pin_memory=parameter.is_cuda)
+        return nn.Parameter(host.copy_(original))
+    if dtype == parameter.dtype:
+        return parameter
+    # The caller's float32 storage becomes the master.
+    return nn.Parameter(original.to(dtype, memory_format=torch.contiguous_format))
+
+
+def _optimizer(targets: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    stochastic = config.precision == "bfloat16-stochastic"
+    if config.optimizer in QUANTISED:
+        return _torchao(config.optimizer)(targets, bf16_stochastic_round=stochastic, **settings)
+    if stochastic:
+        return StochasticAdamW(targets, **settings)
+    return torch.optim.AdamW(targets, fused=True, **settings)
+
+
+@functools.cache
+def _torchao(name: str) -> type[torch.optim.Optimizer]:
+    from torchao import optim
+
+    base = {"adamw-8bit": optim.AdamW8bit, "adamw-4bit": optim.AdamW4bit}[name]
+
+    class Quantised(base):
+        def step(self) -> None:
+            # Compiling takes seconds for every shape: on a GPU it fuses the update; on a CPU it would take longer than it saves.
+            eager = all(target.device.type == "cpu" for group in self.param_groups for target in group["params"])
+            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+                super().step()
+
+    return Quantised
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW on bfloat16 weights and moments, computed in float32, all three rounded stochastically.
+
+    With moments rounded to nearest the second one would stick: ``1 - beta2 = 0.001`` of it is below half a bfloat16 step. Draws from
+    the global generator. Temporaries: about 30 bytes for each of 2**16 elements at a time on a CPU, 2**22 elsewhere.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                size = BLOCK_CPU if parameter.device.type == "cpu" else BLOCK_GPU
+                blocks = (tensor.reshape(-1).split(size) for tensor in tensors)
+                for block in zip(*blocks, strict=True):
+                    _step_block(*block, int(state["step"]), group)
+
+
+def _step_block(
+    weight: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: int, group: dict[str, Any]
+) -> None:
+    rate, (beta1, beta2) = group["lr"], group["betas"]
+    g, w = gradient.float(), weight.float()
+    m = first.float().lerp_(g, 1 - beta1)
+    v = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    scale = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    w.mul_(1 - rate * group["weight_decay"]).addcdiv_(m, scale, value=-rate / (1 - beta1**step))
+    for target, value in ((weight, w), (first, m), (second, v)):
+        round_stochastically_(target, value)
+
+
+def _plain(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor's own parts by suffix; one, unless it is a quantised subclass."""
+    if type(value) is torch.Tensor:
+        return {"": value}
+    names, _ = value.__tensor_flatten__()
+    return {f".{name}": getattr(value, name) for name in names}

@@ -1,0 +1,62 @@
+"""Precision of a training stage: the dtype of the model's weights, and how a float32 value becomes bfloat16."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16"]
+PRECISIONS = ("float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16")
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of the weights in the model."""
+    return torch.float32 if precision == "float32" else torch.bfloat16
+
+
+@torch.no_grad()
+def convert_(model: nn.Module, precision: Precision) -> None:
+    """Put every floating-point parameter in the precision's dtype, in place, frozen and one-dimensional ones too.
+
+    A norm kept in float32 would promote the hidden states behind it (Llama multiplies in the weight's dtype), which a bfloat16
+    ``Linear`` then refuses. Buffers keep their dtype: rotary frequencies lose positions in bfloat16. Tied weights stay tied.
+    """
+    dtype = weight_dtype(precision)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Write float32 ``value`` into bfloat16 ``target``, away from zero with the probability of the part that is lost.
+
+    Without bias, exact on the grid; NaN and infinity are kept, and beyond the largest bfloat16 the result is infinite. Draws from the
+    global generator of the device; ``value`` is overwritten. Temporaries: 5 bytes an element.
+    """
+    nan = value.isnan()
+    bits = value.view(torch.int32)
+    # Sign and magnitude: 16 random bits added below the last kept one carry into it with the wanted probability.
+    drawn = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
+    bits.add_(drawn).bitwise_and_(-(1 << 16))
+    target.copy_(value.masked_fill_(nan, math.nan))  # the sum of a NaN's bits may wrap
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *key: int) -> Iterator[None]:
+    """The device's global generator in a state that ``key`` alone gives, and afterwards as it was."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
