@@ -75,7 +75,8 @@ def train(
     """Train ``model`` in place with AdamW.
 
     Args:
-        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation mode.
+        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation
+            mode; bfloat16-master drops the masters at the end.
         loss: see :data:`Loss`.
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.

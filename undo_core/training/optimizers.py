@@ -32,17 +32,17 @@ def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[
         elements, which are not quantised, and a step's counter are left out.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weights = weight_dtype(config.precision).itemsize
-    stepped = 4 if config.precision == "bfloat16-master" else weights  # the optimizer steps the master, where there is one
-    gradient = 0.0 if config.step_in_backward else float(stepped)
+    weights = float(weight_dtype(config.precision).itemsize)
+    stepped = 4.0 if config.precision == "bfloat16-master" else weights  # the optimizer steps the master, where there is one
+    gradient = 0.0 if config.step_in_backward else stepped
     moments = 2.0 * stepped
     if config.optimizer in QUANTISED:
         bits, block = QUANTISED[config.optimizer]
         moments = 2 * (bits / 8 + 4 / block)
     if config.optimizer == "adamw-offload" and device != "cpu":
         return {"weights": weights, "gradient": 0.0, "optimizer": 0.0, "host": stepped + gradient + moments}
-    master = stepped if config.precision == "bfloat16-master" else 0
-    return {"weights": float(weights), "gradient": gradient, "optimizer": master + moments, "host": 0.0}
+    master = 4.0 if config.precision == "bfloat16-master" else 0.0
+    return {"weights": weights, "gradient": gradient, "optimizer": master + moments, "host": 0.0}
 
 
 class Updater:
@@ -182,13 +182,17 @@ class Updater:
 
 def _target(parameter: nn.Parameter, original: torch.Tensor, config: TrainConfig) -> nn.Parameter:
     dtype = torch.float32 if config.precision == "bfloat16-master" else parameter.dtype
-    if config.optimizer == "adamw-offload" and parameter.device.type != "cpu":
+    if config.optimizer == "adamw-offload" and _is_remote(parameter):
         host = torch.empty(original.shape, dtype=dtype, pin_memory=parameter.is_cuda)
         return nn.Parameter(host.copy_(original))
     if dtype == parameter.dtype:
         return parameter
     # The caller's float32 storage becomes the master.
     return nn.Parameter(original.to(dtype, memory_format=torch.contiguous_format))
+
+
+def _is_remote(parameter: nn.Parameter) -> bool:
+    return parameter.device.type != "cpu"
 
 
 def _optimizer(targets: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
