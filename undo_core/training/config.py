@@ -39,8 +39,8 @@ class TrainConfig:
         optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
             and moments in the host's memory and steps there (on a CPU it is adamw).
         step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
-            norm is then known too late, so ``clip`` scales by the norm of the step before: min(1, clip / norm_before). The first
-            step, which has none before it, scales each gradient by its own norm.
+            norm is then known too late, so ``clip`` scales each gradient by min(1, clip / norm), where the norm is the larger one of
+            the step before and of the gradients so far in this one: a spike is caught, if not in its first gradients.
         eval_every: steps between evaluations; 0 evaluates at the start and the end only.
         seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
     """

@@ -130,7 +130,8 @@ class Updater:
             if self.config.clip:
                 own = torch.linalg.vector_norm(target.grad, dtype=torch.float32).to(self._square.device)
                 self._square += own.square()
-                norm = own if self._norm is None else self._norm
+                so_far = self._square.sqrt()
+                norm = so_far if self._norm is None else torch.maximum(so_far, self._norm)
                 target.grad.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0).to(target.device))
             self._update(index, [index])
 
