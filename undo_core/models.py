@@ -58,16 +58,21 @@ def head_of(model: PreTrainedModel) -> Head:
         raise UnsupportedHead(
             f"model: got a {type(model).__name__} whose output layer is {type(output).__name__}, wanted a Linear head"
         )
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        divisor = getattr(config, "logits_scaling", None)  # Granite divides
-        scale = 1.0 if divisor is None else 1.0 / divisor
-    head = Head(output.weight, output.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    head = Head(output.weight, output.bias, *head_constants(model.config))
     if not getattr(model, "_undo_head_verified", False):
         _verify_head(model, head)
         model._undo_head_verified = True
     return head
+
+
+def head_constants(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Scale and softcap of the head, as the configuration names them."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides
+        scale = 1.0 if divisor is None else 1.0 / divisor
+    return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
@@ -129,14 +134,14 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:
     """A model from a Hugging Face checkpoint folder, in float32, on the GPU where there is one; remote code is never run."""
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=_attention(config), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        folder, attn_implementation=attention_of(config), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
     # the sums of a resumed run in the order of the uninterrupted one.
@@ -155,11 +160,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raise a ValueError unless the two heads have the same number of rows."""
-    rows_t, rows_s = (m.get_output_embeddings().weight.shape[0] for m in (teacher, student))
-    if rows_t != rows_s:
-        raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of rows of the model's head."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> float:
@@ -174,7 +177,8 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
     return 2.0 * weights + 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
 
 
-def _attention(config: Any) -> str:
+def attention_of(config: Any) -> str:
+    """The attention implementation that computes what the configuration asks for."""
     # Only the eager implementation applies an attention softcap (Gemma 2).
     text = config.get_text_config()
     return "eager" if getattr(text, "attn_logit_softcapping", None) is not None else "sdpa"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ class Batch:
         input_ids: ``[batch, length]`` int64.
         mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
+        rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -32,12 +35,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         attention = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.mask.to(device), attention)
+        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
-        attention = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(size)
-        return [Batch(*parts) for parts in zip(self.input_ids.split(size), self.mask.split(size), attention, strict=False)]
+        columns = (self.input_ids, self.mask, self.attention_mask, self.rows)
+        parts = [repeat(None) if column is None else column.split(size) for column in columns]
+        return [Batch(*part) for part in zip(*parts, strict=False)]
 
     def shifted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Inputs, their attention mask, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
@@ -52,8 +56,9 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
     """Batches of ``size`` rows in the order that ``seed`` gives; a pure function of the step."""
 
     def batch(step: int) -> Batch:
-        ids = rows.batch(step, size, seed)
-        return Batch(ids, ids != rows.pad_id)
+        index = rows.order(step, size, seed)
+        ids = rows.input_ids[index].long()
+        return Batch(ids, ids != rows.pad_id, rows=index)
 
     return batch
 
