@@ -177,6 +177,11 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
     return 2.0 * weights + 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * length
 
 
+def head_flops(model: PreTrainedModel) -> float:
+    """FLOPs of the head's product for one token."""
+    return 2.0 * model.get_output_embeddings().weight.numel()
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation that computes what the configuration asks for."""
     # Only the eager implementation applies an attention softcap (Gemma 2).
