@@ -43,7 +43,9 @@ class TeacherConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"teacher.dtype: got {self.dtype!r}, wanted float32 or bfloat16")
         if self.dtype != "float32" and self.kind != "cached":
-            raise ValueError(f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: it is of cached hidden states")
+            raise ValueError(
+                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: it is of cached hidden states"
+            )
         if self.k < 1:
             raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
         if self.batch_size is not None and self.batch_size < 1:

@@ -175,7 +175,10 @@ def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch
     # The teacher's trunk has run over each row once, and not at each step; its head's product is part of every step.
     undo, before = results[2], wanted[2]
     facts = stages[undo["stage"]]
-    positions, forward_pass = facts["positions_by_source"]["text"], cache["flops"] / (800 * facts["positions_by_source"]["text"] / 96)
+    positions, forward_pass = (
+        facts["positions_by_source"]["text"],
+        cache["flops"] / (800 * facts["positions_by_source"]["text"] / 96),
+    )
     head = 2 * 17 * 16
     assert undo["training"]["flops"] == pytest.approx(
         before["training"]["flops"] - positions * (forward_pass - head) + cache["flops"], rel=1e-12

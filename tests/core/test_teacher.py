@@ -79,7 +79,7 @@ def test_a_streamed_model_keeps_no_layer(pair):
 
 def test_a_bfloat16_cache_is_close_and_says_how_close(pair, rows, tmp_path):
     model, _, student = pair
-    wanted, exact = learn(model, student(), rows, steps=1)
+    _, exact = learn(model, student(), rows, steps=1)
     config = TeacherConfig("cached", dtype="bfloat16", batch_size=16)
     cached = cache_teacher(model, rows, tmp_path / "cache", config, progress=False)
     loss = learn(cached, student(), rows, steps=1)[1].history[-1]["loss"]
@@ -190,7 +190,9 @@ def test_killed_while_caching_it_continues(cache, tiny, rows, tmp_path, seconds,
         cache_teacher(tiny(3), rows, killed, config, **small)
     before = calls = 100
     cache_teacher(teacher, rows, killed, config, **small)
-    assert calls - before == sum(-(-(end - max(start, done)) // 8) for start, end in pairwise(state["bounds"]) if end > done), "what was done is not done again"
+    assert calls - before == sum(-(-(end - max(start, done)) // 8) for start, end in pairwise(state["bounds"]) if end > done), (
+        "what was done is not done again"
+    )
     assert files(killed) == files(whole) and {p.name for p in killed.iterdir()} == {*files(whole), "cache.json"}
     calls = 0
     cache_teacher(teacher, rows, killed, config, **small)
@@ -203,7 +205,9 @@ def test_a_full_disk_is_one_line(tiny, rows, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     positions = int((rows.input_ids[:, 1:] != 0).sum())
-    with pytest.raises(OSError, match=rf"needs [\d,]+ bytes \({positions} positions of 68\) and the disk has 1,000 free") as info:
+    with pytest.raises(
+        OSError, match=rf"needs [\d,]+ bytes \({positions} positions of 68\) and the disk has 1,000 free"
+    ) as info:
         cache_teacher(tiny(1), rows, tmp_path / "cache", CACHED, progress=False)
     assert "\n" not in str(info.value) and not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()

@@ -62,9 +62,7 @@ class TopTargets:
     logprobs: torch.Tensor
 
 
-def distillation(
-    student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int
-) -> torch.Tensor:
+def distillation(student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar."""
     inputs, attention, _, mask = batch.shifted()
     head = head_of(student)
