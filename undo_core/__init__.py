@@ -10,19 +10,26 @@ from undo_core.evaluate import evaluate
 from undo_core.noise import noise_
 from undo_core.ops import NoiseRule
 from undo_core.relearn import AttackConfig, relearn
+from undo_core.streaming import stream_model
+from undo_core.teacher import TeacherConfig
+from undo_core.teacher_cache import CachedTeacher, cache_teacher
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn import UnlearnConfig, unlearn
 
 __all__ = [
     "AttackConfig",
+    "CachedTeacher",
     "NoiseRule",
+    "TeacherConfig",
     "TrainConfig",
     "UnlearnConfig",
     "__version__",
+    "cache_teacher",
     "distill",
     "evaluate",
     "noise_",
     "ops",
     "relearn",
+    "stream_model",
     "unlearn",
 ]

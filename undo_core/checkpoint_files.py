@@ -168,20 +168,24 @@ def to_disk(model: PreTrainedModel, group: Group, parameters: Mapping[str, torch
 
 
 class MappedFile:
-    """A safetensors file whose tensors are changed where they lie; a tensor's pages leave the process when it is let go."""
+    """A safetensors file whose tensors are used where they lie; a tensor's pages leave the process when it is let go.
 
-    def __init__(self, path: Path) -> None:
+    What is written to a tensor changes the file, or, with ``read_only``, is lost.
+    """
+
+    def __init__(self, path: Path, read_only: bool = False) -> None:
         self.entries = read_header(path)
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
+        with open(path, "rb" if read_only else "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if read_only else mmap.ACCESS_WRITE)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor's own bytes."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor's own bytes; ``dtype`` is needed where they are no floats."""
         entry = self.entries[name]
-        count = (entry.end - entry.start) // entry.dtype.itemsize
+        dtype = dtype or entry.dtype
+        count = (entry.end - entry.start) // dtype.itemsize
         if count == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
     def let_go(self, name: str) -> None:
         """Take the tensor's pages out of the process; what was written stays in the file."""

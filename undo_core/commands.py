@@ -12,6 +12,7 @@ from rich.console import Console
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.ops.noise_rules import NoiseRule, Policy
 from undo_core.relearn import AttackConfig, extension_of, with_seed
+from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.training.progress import console
 from undo_core.unlearn.config import UnlearnConfig
@@ -109,6 +110,36 @@ def noise(
     return _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
 
 
+def cache(
+    teacher: str,
+    output: str,
+    data: str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    topk: int | None = None,
+    batch_size: int = 128,
+    streamed: bool = False,
+) -> int:
+    """Run the checkpoint TEACHER once over DATA and keep in OUTPUT what `undo distill --cache=OUTPUT` needs of it.
+
+    Any number of students, orders and seeds can then learn from it without its layers in memory. float32 gives the student that the
+    teacher itself gives; the errors of bfloat16 and topk are measured and printed.
+
+    Args:
+        teacher: Hugging Face checkpoint folder of the suppressed model.
+        output: folder to make.
+        data: folder made by ``undo prepare``.
+        dtype: of the stored hidden states; bytes a position: width times 4 or 2.
+        topk: store this many most likely tokens at each position instead, 8 bytes each; approximate.
+        batch_size: rows of a forward pass; take the distillation's micro-batch size to get its bits.
+        streamed: read the teacher's layers from disk for each forward pass, for a teacher larger than the memory.
+    """
+    config = TeacherConfig("cached", dtype=dtype) if topk is None else TeacherConfig("topk", dtype=dtype, k=topk)
+    settings = {"kind": config.kind, **({"dtype": dtype} if topk is None else {"k": topk}), "batch_size": batch_size}
+    if streamed:
+        settings["streamed"] = True
+    return _build(Path(output), "cache", settings, {"prepared": data, "teacher": teacher})
+
+
 def distill(
     teacher: str,
     student: str,
@@ -116,6 +147,8 @@ def distill(
     data: str,
     train: TrainConfig = TrainConfig(),
     recover: float | None = 0.05,
+    streamed: bool = False,
+    cache: str | None = None,
 ) -> int:
     """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
 
@@ -126,9 +159,25 @@ def distill(
         data: folder made by ``undo prepare``.
         train: optimizer, rates, batch sizes.
         recover: stop within this of the teacher's retain performance (absolute accuracy, relative loss); null trains for train.steps.
+        streamed: read the teacher's layers from disk for each forward pass instead of holding them; same result.
+        cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then held.
     """
+    from undo_core.files import read_json
+    from undo_core.teacher_cache import FACTS
+
     inputs = {"prepared": data, "teacher": teacher, "student": student}
-    return _build(Path(output), "distill", {"train": dataclasses.asdict(train), "recover": recover}, inputs)
+    settings: dict[str, Any] = {"train": dataclasses.asdict(train), "recover": recover}
+    if cache is not None:
+        if streamed:
+            raise ValueError("streamed: got true with cache, wanted one of the two")
+        if not (Path(cache) / FACTS).is_file():
+            raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
+        made = read_json(Path(cache) / FACTS)["identity"]
+        settings["teacher"] = {name: made[name] for name in ("kind", "dtype", "k") if name in made}
+        inputs["cache"] = cache
+    elif streamed:
+        settings["teacher"] = {"kind": "streamed"}
+    return _build(Path(output), "distill", settings, inputs)
 
 
 def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
@@ -221,7 +270,7 @@ def doctor() -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    function.__name__: function for function in (prepare, unlearn, noise, distill, relearn, evaluate, report, doctor)
+    function.__name__: function for function in (prepare, unlearn, noise, cache, distill, relearn, evaluate, report, doctor)
 }
 
 
@@ -233,9 +282,12 @@ def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[st
 
     folders = {name: Path(folder) for name, folder in inputs.items()}
     for name, folder in folders.items():
-        _prepared(folder) if name == "prepared" else _checkpoint(name, folder)
+        if name != "cache":
+            _prepared(folder) if name == "prepared" else _checkpoint(name, folder)
+    # A cache's facts hold the hashes of what it was made from; its own bytes can be too many to read.
+    patterns = {name: "cache.json" if name == "cache" else "*.safetensors" for name in folders}
     sources = {
-        name: {path.name: hash_file(path) for path in sorted(folder.rglob("*.safetensors"))} for name, folder in folders.items()
+        name: {path.name: hash_file(path) for path in sorted(folder.rglob(patterns[name]))} for name, folder in folders.items()
     }
     description = {"kind": kind, "settings": settings, "sources": sources}
     if output.exists():

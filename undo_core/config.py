@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from undo_core.ops.noise_rules import NoiseRule, Policy
 from undo_core.relearn import AttackConfig
+from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn.config import UnlearnConfig
 
@@ -131,10 +132,12 @@ class DistillConfig:
         train: optimizer, rates, batch sizes; ``steps`` is the limit.
         recover: the student (and the data-filtering control) stops at the first evaluation within this of the teacher's retain
             performance: absolute accuracy, or relative cross-entropy (the published rule). None trains for ``steps``.
+        teacher: where the teacher is meanwhile. A cache is made once, for every student of the run and of its sweeps.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     recover: float | None = 0.05
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
 @dataclass(frozen=True)

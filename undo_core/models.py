@@ -58,16 +58,21 @@ def head_of(model: PreTrainedModel) -> Head:
         raise UnsupportedHead(
             f"model: got a {type(model).__name__} whose output layer is {type(output).__name__}, wanted a Linear head"
         )
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        divisor = getattr(config, "logits_scaling", None)  # Granite divides
-        scale = 1.0 if divisor is None else 1.0 / divisor
-    head = Head(output.weight, output.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    head = Head(output.weight, output.bias, *head_constants(model.config))
     if not getattr(model, "_undo_head_verified", False):
         _verify_head(model, head)
         model._undo_head_verified = True
     return head
+
+
+def head_constants(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Scale and softcap of the head, as the configuration names them."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides
+        scale = 1.0 if divisor is None else 1.0 / divisor
+    return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
@@ -129,7 +134,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=_attention(config), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -139,7 +144,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     """
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=_attention(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
     # the sums of a resumed run in the order of the uninterrupted one.
@@ -158,11 +163,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raise a ValueError unless the two heads have the same number of rows."""
-    rows_t, rows_s = (m.get_output_embeddings().weight.shape[0] for m in (teacher, student))
-    if rows_t != rows_s:
-        raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of rows of the model's head."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:
@@ -202,7 +205,13 @@ def set_attention(model: PreTrainedModel, kernel: str) -> None:
         raise ValueError(f"attention: got {kernel}, wanted a kernel that {type(model).__name__} has")
 
 
-def _attention(config: Any) -> str:
+def head_flops(model: PreTrainedModel) -> float:
+    """FLOPs of the head's product for one token."""
+    return 2.0 * model.get_output_embeddings().weight.numel()
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that computes what the configuration asks for."""
     return "eager" if _attention_softcap(config) else "sdpa"
 
 

@@ -87,9 +87,15 @@ def plan_run(config: RunConfig) -> Plan:
 
     train = seeded(config.distill.train, "distill")
 
-    def distilled(student: Stage, title: str, teacher: Stage = teacher, **changes: Any) -> Stage:
-        settings = {"train": train, "recover": config.distill.recover, **changes}
-        return Stage("distill", settings, {"prepared": prepared, "teacher": teacher, "student": student}, title)
+    how = _teacher_settings(config)
+    cache = cache_stage(how, prepared, teacher)
+
+    def distilled(student: Stage, title: str, source: Stage = teacher, **changes: Any) -> Stage:
+        settings = {"train": train, "recover": config.distill.recover, **how, **changes}
+        inputs = {"prepared": prepared, "teacher": source, "student": student}
+        if cache is not None and source is teacher:
+            inputs["cache"] = cache
+        return Stage("distill", settings, inputs, title)
 
     models = [Model("original", "original", original), Model("unlearn", "unlearn", teacher)]
     noise_seed = config.noise.seed if config.noise.seed is not None else derive_seed(seed, "noise")
@@ -113,8 +119,34 @@ def plan_run(config: RunConfig) -> Plan:
         models.append(Model("filter", "filter", filtered))
         if config.controls.oracle_steps:
             changes = {"train": {**train, "steps": config.controls.oracle_steps}, "recover": None}
-            models.append(Model("oracle", "oracle", distilled(original, "distill oracle", teacher=filtered, **changes)))
+            if cache is not None:  # its teacher has this one student
+                changes["teacher"] = {"kind": "streamed"}
+            models.append(Model("oracle", "oracle", distilled(original, "distill oracle", source=filtered, **changes)))
     return Plan(prepared, models)
+
+
+def _teacher_settings(config: RunConfig) -> dict[str, Any]:
+    """Where the teacher is, for a distillation's key: what of the settings has a say."""
+    teacher = config.distill.teacher
+    if teacher.kind == "resident":
+        return {}
+    chosen = {"kind": teacher.kind}
+    if teacher.kind == "cached":
+        chosen["dtype"] = teacher.dtype
+    if teacher.kind == "topk":
+        chosen["k"] = teacher.k
+    if teacher.kind in ("cached", "topk"):
+        train = config.distill.train
+        chosen["batch_size"] = teacher.batch_size or train.micro_batch_size or train.batch_size
+    return {"teacher": chosen}
+
+
+def cache_stage(how: dict[str, Any], prepared: Stage, teacher: Stage) -> Stage | None:
+    """The stage that runs the teacher once for all its students, where the settings ask for one."""
+    settings = how.get("teacher", {})
+    if settings.get("kind") not in ("cached", "topk"):
+        return None
+    return Stage("cache", settings, {"prepared": prepared, "teacher": teacher}, "cache teacher")
 
 
 def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
@@ -249,6 +281,8 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     if model.kind in ("undo", "random"):  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
         tokens, flops = tokens + suppressed["tokens"], flops + suppressed["flops"]
+        if "cache" in model.stage.inputs:  # the teacher's forwards, once
+            flops += store.manifest(model.stage.inputs["cache"])["flops"]
     stopped = facts["stopped"] if ruled else None
     labelled = store.manifest(teacher) if model.kind in ("unlearn", "undo", "random") else {}
     return {

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
-from undo_core.models import forward_flops, initialise, load_tokenizer
+from undo_core.data.splits import TRAIN_SPLITS
+from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.pipeline import attack_stage, plan_run
 from undo_core.stages import FUNCTIONS, unlearn_config
 from undo_core.store import Stage, Store
@@ -74,27 +75,29 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         if entry.attacked:
             stage = attack_stage(config, plan, entry, config.relearn.rates[0])
             lines.append((f"relearn {entry.name}, {len(config.relearn.rates)} rates", stage, len(config.relearn.rates)))
-    rows = []
+    rows, cache_bytes = [], 0
     for title, stage, times in lines:
         settings = _training(config, stage)
         steps = 0 if settings is None else settings.steps
         sources = 2 if stage.kind == "unlearn" else 1
         size = 0 if settings is None else settings.batch_size * sources
         positions = steps * size * length
-        forward = forward_flops(model, length)
-        passes = 4 if stage.kind == "distill" else 3
-        if stage.kind == "unlearn":
-            passes = sum(unlearn_flops(model, unlearn_config(stage.settings), length).values()) / sources / forward
+        passes = _passes(stage, model, length)
         ruled = stage.settings.get("recover") is not None or stage.settings.get("stop_retain") is not None
         seconds = 0.0 if settings is None else steps * measure.seconds(size, passes)
-        flops = passes * forward * positions
+        flops = passes * forward_flops(model, length) * positions
+        if stage.kind == "cache":
+            cached = _cached_rows(config, store, plan.prepared)
+            steps, positions = -(-cached // stage.settings["batch_size"]), cached * length
+            seconds, flops = steps * measure.seconds(stage.settings["batch_size"], 1), forward_flops(model, length) * positions
+            cache_bytes = 0 if store.done(stage) else cached * (length - 1) * _cache_bytes(stage, model)
         memory = _memory(stage, settings, model, parameters, length)
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
         rows.append(
             Row(title, steps * times, ruled, positions * times, flops * times, seconds * times, memory, stage.name, done)
         )
     missing = sum(len(config.relearn.rates) if "rates" in row.title else 1 for row in rows if not row.done)
-    return rows, missing * 4 * parameters
+    return rows, missing * 4 * parameters + cache_bytes
 
 
 def plan_table(config: RunConfig) -> RenderableType:
@@ -137,6 +140,34 @@ def _training(config: RunConfig, stage: Stage) -> TrainConfig | None:
     return TrainConfig(**stage.settings["train"]) if "train" in stage.settings else None
 
 
+def _passes(stage: Stage, model: PreTrainedModel, length: int) -> float:
+    """Forward passes of the trained model that a step costs; a backward pass is two, a teacher's forward one."""
+    if stage.kind == "unlearn":  # of each of its two sources
+        flops = unlearn_flops(model, unlearn_config(stage.settings), length)
+        return sum(flops.values()) / len(flops) / forward_flops(model, length)
+    if stage.kind != "distill":
+        return 3
+    if "cache" not in stage.inputs:
+        return 4
+    exact = stage.settings["teacher"]["kind"] == "cached"  # the teacher's head is left to each step
+    return 3 + (head_flops(model) / forward_flops(model, length) if exact else 0)
+
+
+def _cached_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
+    """Rows that a cached teacher reads; of data that is not prepared yet and packed, as many as there are problems at most."""
+    if store.done(prepared):
+        splits = store.manifest(prepared)["splits"]
+        return sum(splits[name]["rows"] for name in TRAIN_SPLITS.values())
+    return 0 if config.data.kind == "text" else 2 * config.data.train_rows
+
+
+def _cache_bytes(stage: Stage, model: PreTrainedModel) -> int:
+    """Bytes that a cache stores of a position."""
+    if stage.settings["kind"] == "topk":
+        return 8 * stage.settings["k"]
+    return model.config.get_text_config().hidden_size * getattr(torch, stage.settings["dtype"]).itemsize + 4
+
+
 def _attacks_done(config: RunConfig, store: Store, plan: Any, first: Stage) -> bool:
     model = next(m for m in plan.models if m.stage.key == first.inputs["model"].key)
     return all(store.done(attack_stage(config, plan, model, rate)) for rate in config.relearn.rates)
@@ -174,7 +205,7 @@ def _memory(stage: Stage, settings: TrainConfig | None, model: PreTrainedModel, 
     per_layer = 20 * shape.hidden_size + 3 * shape.intermediate_size + 3 * shape.num_attention_heads * length
     layers = shape.num_hidden_layers
     logits = 4 * positions * shape.vocab_size * REFERENCE_LOGIT_COPIES[stage.kind]
-    weights = 16 * parameters + (4 * parameters if stage.kind == "distill" else 0)
+    weights = 16 * parameters + (_teacher_bytes(stage, parameters, shape))
     if stage.settings.get("method") == "rmu":
         settings = unlearn_config(stage.settings).rmu
         trained = trained_parameters(find_layers(model), settings)
@@ -182,6 +213,13 @@ def _memory(stage: Stage, settings: TrainConfig | None, model: PreTrainedModel, 
         layers, logits = settings.target_layer - min(trained), 0
     activations = 4 * positions * layers * per_layer * (2 if stage.kind == "unlearn" else 1)
     return BASELINE_BYTES + weights + activations + logits
+
+
+def _teacher_bytes(stage: Stage, parameters: int, shape: Any) -> int:
+    """Of a teacher in float32: all of it, or the head where its layers are elsewhere (cached, streamed)."""
+    if stage.kind != "distill":
+        return 0
+    return 4 * (shape.vocab_size * shape.hidden_size if "teacher" in stage.settings else parameters)
 
 
 class _Measure:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,16 @@ from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, make_splits
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
-from undo_core.models import build_model, forward_flops, load_model, load_tokenizer
+from undo_core.files import read_json
+from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import describe_replay, noise_checkpoint, replay_checkpoint
 from undo_core.ops.noise_rules import NoiseRule
 from undo_core.relearn import AttackConfig, attack
-from undo_core.store import StageFunction, Work
+from undo_core.store import MANIFEST, StageFunction, Work
+from undo_core.streaming import stream_model
+from undo_core.teacher import ModelTeacher, TeacherConfig
+from undo_core.teacher_cache import CachedTeacher, cache_teacher
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn, unlearn_flops
@@ -63,7 +69,7 @@ def pretrain(work: Work) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if settings.get("recover") is not None:
         teacher = load_model(work.inputs["target"])
-        stop, facts["retain_target"] = _recovered(teacher, data, settings["recover"])
+        stop, facts["retain_target"] = _recovered(_retain(teacher, data), data, settings["recover"])
         metrics = _validation(data, ("retain",))
     elif settings.get("stop_retain") is not None:
         wanted = {name: settings[f"stop_{name}"] for name in ("retain", "forget")}
@@ -124,16 +130,41 @@ def distill_stage(work: Work) -> dict[str, Any]:
     settings = work.settings
     config = TrainConfig(**settings["train"])
     data = work.inputs["prepared"]
-    teacher, student = load_model(work.inputs["teacher"]), load_model(work.inputs["student"])
+    how = TeacherConfig(**settings.get("teacher", {}))
+    student, text = load_model(work.inputs["student"]), _train_rows(data, ["retain", "forget"])
+    if "cache" in work.inputs:
+        teacher = CachedTeacher.open(work.inputs["cache"], work.inputs["teacher"], how)
+        reached = _cached_retain(work.inputs["cache"], data)
+        passes = head_flops(student) if how.kind == "cached" else 0.0  # its trunk's are the cache's
+    else:
+        model = (stream_model if how.kind == "streamed" else load_model)(work.inputs["teacher"])
+        teacher, reached, passes = ModelTeacher(model), None, forward_flops(model, text.length)
     stop, facts = None, {}
     if settings["recover"] is not None:
-        stop, facts["retain_target"] = _recovered(teacher, data, settings["recover"])
-    text = _train_rows(data, ["retain", "forget"])
+        reached = _retain(teacher.model, data) if reached is None else reached
+        stop, facts["retain_target"] = _recovered(reached, data, settings["recover"])
     metrics = _validation(data, ("retain",))
     result = distill(student, teacher, text, config, evaluate=metrics, stop=stop, folder=work.scratch, title=work.title)
     _save(student, load_tokenizer(data), work.output)
-    forward = forward_flops(student, text.length) * 3 + forward_flops(teacher, text.length)
-    return {**facts, **_facts(result, forward * result.positions["text"])}
+    flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
+    return {**facts, **_facts(result, flops)}
+
+
+def cache_stage(work: Work) -> dict[str, Any]:
+    """Run the teacher once over the rows that every student is distilled on."""
+    settings = dict(work.settings)
+    streamed = settings.pop("streamed", False)
+    model, data = (stream_model if streamed else load_model)(work.inputs["teacher"]), work.inputs["prepared"]
+    text, heldout = _train_rows(data, ["retain", "forget"]), load_split(data, "valid_retain")
+    scratch, config = work.scratch / "cache", TeacherConfig(**settings)
+    cached = cache_teacher(model, text, scratch, config, check=heldout, title=work.title)
+    for path in sorted(scratch.iterdir()):
+        try:
+            os.link(path, work.output / path.name)  # a second name: a kill before the folder is published loses nothing
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, work.output / path.name)
+    flops = forward_flops(model, text.length) * text.input_ids.numel()
+    return {**cached.facts, "flops": flops, "retain": _retain(model, data), "retain_rows": heldout.digest()}
 
 
 def relearn_stage(work: Work) -> dict[str, Any]:
@@ -180,6 +211,7 @@ FUNCTIONS: dict[str, StageFunction] = {
     "unlearn": unlearn_stage,
     "noise": noise,
     "replay": replay,
+    "cache": cache_stage,
     "distill": distill_stage,
     "relearn": relearn_stage,
 }
@@ -214,10 +246,21 @@ def _validation(data: Path, names: tuple[str, ...]) -> Evaluate:
     return lambda model: {name: evaluate(model, part)["value"] for name, part in rows.items()}
 
 
-def _recovered(teacher: PreTrainedModel, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
+def _retain(model: PreTrainedModel, data: Path) -> float:
+    return evaluate(model, load_split(data, "valid_retain"))["value"]
+
+
+def _cached_retain(cache: Path, data: Path) -> float:
+    """The teacher's retain performance, measured when the cache was made."""
+    facts = read_json(cache / MANIFEST)
+    if facts["retain_rows"] != load_split(data, "valid_retain").digest():
+        raise ValueError(f"cache: got {cache}, made with other validation rows than {data} has; wanted those of the same data")
+    return facts["retain"]
+
+
+def _recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
     """The published stop rule (within 0.05 of the teacher's accuracy, or 5 % of its cross-entropy), and its target."""
     rows = load_split(data, "valid_retain")
-    reached = evaluate(teacher, rows)["value"]
     if rows.answer_mask is not None:
         target = reached - recover
         return lambda metrics: metrics["retain"] >= target, target

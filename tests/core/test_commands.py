@@ -70,6 +70,17 @@ def test_the_method_by_hand(checkpoint, capsys):
     undo("unlearn", folder("model"), folder("teacher"), folder("data"), "--method=maxent", *small)
     undo("noise", folder("teacher"), folder("damaged"), "--alpha=0.6", "--beta=0.2", "--seed=5")
     undo("distill", folder("teacher"), folder("damaged"), folder("student"), folder("data"), "--recover=null", *small)
+    learn = ("distill", folder("teacher"), folder("damaged"))
+    undo("cache", folder("teacher"), folder("cache"), folder("data"), "--batch_size=4")
+    undo("cache", folder("teacher"), folder("top"), folder("data"), "--topk=20", "--streamed=true")
+    for name, flag in (
+        ("of-cache", f"--cache={folder('cache')}"),
+        ("streamed", "--streamed=true"),
+        ("of-top", f"--cache={folder('top')}"),
+    ):
+        undo(*learn, folder(name), folder("data"), "--recover=null", *small, flag)
+        same = hash_file(folder(name) / "model.safetensors") == hash_file(folder("student") / "model.safetensors")
+        assert same == (name != "of-top"), name
     attack = ["--rates=[0.001,0.01]", "--evaluate_at=[0,2]", "--headline_step=2", "--extend=0", "--batch_size=4"]
     undo("relearn", folder("student"), folder("attacked"), folder("data"), *attack)
     capsys.readouterr()
@@ -137,6 +148,25 @@ def test_a_wrong_teacher_is_refused(checkpoint, capsys):
     ):
         assert main([str(argument) for argument in arguments]) == 2
         assert "wanted ids below the model's vocabulary of 40" in capsys.readouterr().err
+
+
+def test_a_wrong_cache_is_refused(checkpoint, capsys):
+    text = [f"--data.{name}=[{checkpoint / name}.txt]" for name in ("retain", "forget")]
+    text += ["--data.kind=text", "--data.length=16", "--data.valid_fraction=0.2", f"--model.path={checkpoint / 'model'}"]
+    undo("prepare", checkpoint / "data", *text)
+    undo("prepare", checkpoint / "others", *text, "--seed=1")
+    undo("noise", checkpoint / "model", checkpoint / "damaged")
+    undo("cache", checkpoint / "model", checkpoint / "cache", checkpoint / "data", "--dtype=bfloat16")
+    assert "for a student near the teacher" in capsys.readouterr().out
+    names = lambda *names: [str(checkpoint / name) for name in names]  # noqa: E731
+    for arguments, cache, message in (
+        (names("damaged", "model", "out", "data"), "cache", "wanted the cache of this teacher"),
+        (names("model", "damaged", "out", "others"), "cache", "made with other validation rows"),
+        (names("model", "damaged", "out", "data"), "data", "wanted a folder made by `undo cache`"),
+    ):
+        assert main(["distill", *arguments, f"--cache={checkpoint / cache}", "--train.steps=1"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (checkpoint / "out").exists()
 
 
 def test_a_torn_checkpoint_is_one_line(checkpoint, capsys):

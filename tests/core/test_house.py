@@ -19,6 +19,8 @@ RANKS = [
     {"undo_core.stages", "undo_core.report", "undo_core.config"},
     {"undo_core.unlearn", "undo_core.noise", "undo_core.noise_checkpoint", "undo_core.distill", "undo_core.relearn"}
     | {"undo_core.evaluate", "undo_core.store"},
+    {"undo_core.teacher", "undo_core.teacher_cache"},
+    {"undo_core.streaming"},
     {
         "undo_core.training",
         "undo_core.data",

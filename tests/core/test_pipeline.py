@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,52 @@ def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, work
     assert weights(output / "stages") == weights(reference / "stages")
     got, wanted = (read_json(folder / "results-seed0.json") for folder in (output, reference))
     assert [m["metrics"] for m in got["models"]] == [m["metrics"] for m in wanted["models"]]
+
+
+def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch, capsys):
+    reference, config = finished
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "out"
+    shutil.copytree(reference / "stages", output / "stages")  # what comes before the teacher is shared
+    command = ["run", str(config), f"--output={output}", "--distill.teacher.kind=cached"]
+
+    import undo_core.teacher_cache as module
+
+    forward, calls = module.hidden_states, 0
+
+    def dying(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(module, "hidden_states", dying)
+    assert main(command) == 130 and main(command) == 0
+
+    stages = {path.name: read_json(path / "manifest.json") for path in (output / "stages").iterdir()}
+    (cache,) = [facts for facts in stages.values() if facts["kind"] == "cache"]
+    assert cache["outputs"] and cache["positions"] > 0 and "cached-00001-of-00001.safetensors" in cache["outputs"]
+    results, wanted = (read_json(folder / "results-seed0.json")["models"] for folder in (output, reference))
+    for got, model in zip(results, wanted, strict=True):
+        assert got["name"] == model["name"] and got["metrics"] == model["metrics"]
+        curves = [[c["forget"] for c in (m["attack"] or {"curves": []})["curves"]] for m in (got, model)]
+        assert curves[0] == curves[1]
+        if model["training"]:
+            same = ("steps", "tokens", "history", "stop_step", "labelled_forget_tokens")
+            assert {name: got["training"][name] for name in same} == {name: model["training"][name] for name in same}
+    # The teacher's trunk has run over each row once, and not at each step; its head's product is part of every step.
+    undo, before = results[2], wanted[2]
+    facts = stages[undo["stage"]]
+    positions, forward_pass = (
+        facts["positions_by_source"]["text"],
+        cache["flops"] / (800 * facts["positions_by_source"]["text"] / 96),
+    )
+    head = 2 * 17 * 16
+    assert undo["training"]["flops"] == pytest.approx(
+        before["training"]["flops"] - positions * (forward_pass - head) + cache["flops"], rel=1e-12
+    )
+    assert results[-1]["training"]["flops"] == wanted[-1]["training"]["flops"], "the oracle's own teacher is streamed"
 
 
 def small(**changes) -> RunConfig:

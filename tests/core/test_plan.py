@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
@@ -9,13 +10,14 @@ from undo_core.plan import plan_rows, plan_table
 from undo_core.relearn import AttackConfig
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Store
+from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
 from undo_core.unlearn import UnlearnConfig
 
 SHAPE = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def config(output) -> RunConfig:
+def config(output, teacher=None) -> RunConfig:
     train = TrainConfig(steps=3, batch_size=8)
     return RunConfig(
         name="planned",
@@ -25,7 +27,7 @@ def config(output) -> RunConfig:
         pretrain=PretrainConfig(train=train),
         unlearn=UnlearnConfig(train=train),
         noise=NoiseConfig(alphas=[0.5]),
-        distill=DistillConfig(recover=None, train=train),
+        distill=DistillConfig(recover=None, train=train, teacher=teacher or TeacherConfig()),
         relearn=AttackConfig(rates=[1e-3, 2e-3], evaluate_at=[0, 2], headline_step=2, extend=0, batch_size=8),
         controls=ControlsConfig(filter=False),
     )
@@ -38,13 +40,15 @@ def show(settings) -> str:
     return capture.get()
 
 
-def test_the_plan_is_what_then_runs(tmp_path):
-    settings = config(tmp_path)
+@pytest.mark.parametrize("teacher", [TeacherConfig(), TeacherConfig("cached")], ids=lambda teacher: teacher.kind)
+def test_the_plan_is_what_then_runs(tmp_path, teacher):
+    settings = config(tmp_path, teacher)
     store = Store(tmp_path / "stages", FUNCTIONS)
     rows, disk = plan_rows(settings, store)
     assert not list(tmp_path.iterdir()), "planning writes nothing"
     assert [row.title for row in rows][:3] == ["prepare", "pretrain", "unlearn maxent"] and not any(row.done for row in rows)
-    assert disk > 0 and all(row.seconds > 0 and row.flops > 0 for row in rows if row.steps)
+    assert disk > 0 and all(row.title != "cache teacher" for row in rows) == (teacher.kind == "resident")
+    assert all(row.seconds > 0 and row.flops > 0 for row in rows if row.steps)
     assert "relearn undo-0.5, 2 rates" in show(settings)
 
     run(settings, "test")
@@ -55,7 +59,11 @@ def test_the_plan_is_what_then_runs(tmp_path):
         assert 0.5 < row.memory_bytes / facts["peak_bytes"] < 2
         if "steps" in facts:
             assert row.steps == facts["steps"] and row.positions == sum(facts["positions_by_source"].values())
-            assert row.flops == facts["flops"]
+            assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
+        if stage.kind == "cache":
+            assert row.flops == facts["flops"] and row.positions == 200 * 11
+            stored = sum(path.stat().st_size for path in store.folder(stage).glob("*.safetensors"))
+            assert 0.9 < stored / facts["bytes"] <= 1
 
 
 def test_a_large_model_is_planned_without_being_built(tmp_path):

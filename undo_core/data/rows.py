@@ -6,6 +6,7 @@ them is a function of ``(seed, step)`` alone, so that a resumed run sees what th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,11 @@ class Rows:
         return int((self.input_ids != self.pad_id).sum())
 
     def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
-        """Token ids ``[size, length]`` int64 of batch ``step``: a fresh permutation of the rows in every epoch.
+        """Token ids ``[size, length]`` int64 of batch ``step``: the rows of :meth:`order`."""
+        return self.input_ids[self.order(step, size, seed)].long()
+
+    def order(self, step: int, size: int, seed: int) -> torch.Tensor:
+        """Indices ``[size]`` int64 of batch ``step``'s rows: a fresh permutation of the rows in every epoch.
 
         A pure function of its arguments. An epoch's last rows continue with the first of the next, so every batch is full.
         """
@@ -65,7 +70,12 @@ class Rows:
             count = min(size, n - offset)
             taken.append(_permutation(n, seed, epoch)[offset : offset + count])
             first, size = first + count, size - count
-        return self.input_ids[torch.cat(taken)].long()
+        return torch.cat(taken)
+
+    def digest(self) -> str:
+        """SHA-256 of the token ids and of what counts as padding, in hexadecimal."""
+        ids = self.input_ids.to(torch.int32).contiguous().numpy()
+        return hashlib.sha256(f"{ids.shape} {self.pad_id} ".encode() + ids.tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the rows to a safetensors file."""

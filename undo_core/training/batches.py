@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ class Batch:
         mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
         whole: of a micro-batch, the batch that it is a part of.
+        rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     whole: Batch | None = field(default=None, repr=False)
 
     @property
@@ -34,15 +37,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         attention = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.mask.to(device), attention)
+        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
-        attention = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(size)
-        return [
-            Batch(*parts, whole=self)
-            for parts in zip(self.input_ids.split(size), self.mask.split(size), attention, strict=False)
-        ]
+        columns = (self.input_ids, self.mask, self.attention_mask, self.rows)
+        parts = [repeat(None) if column is None else column.split(size) for column in columns]
+        return [Batch(*part, whole=self) for part in zip(*parts, strict=False)]
 
     def shifted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Inputs, their attention mask, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
@@ -57,8 +58,9 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
     """Batches of ``size`` rows in the order that ``seed`` gives; a pure function of the step."""
 
     def batch(step: int) -> Batch:
-        ids = rows.batch(step, size, seed)
-        return Batch(ids, ids != rows.pad_id)
+        index = rows.order(step, size, seed)
+        ids = rows.input_ids[index].long()
+        return Batch(ids, ids != rows.pad_id, rows=index)
 
     return batch
 

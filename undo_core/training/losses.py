@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.models import head_of, hidden_states
+from undo_core.models import Head, head_of, hidden_states
 from undo_core.training.batches import Batch
 
 
@@ -32,19 +34,51 @@ def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tens
     )
 
 
-def distillation(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class HiddenTargets:
+    """What a teacher says about a batch, exactly: its final hidden states and its head.
+
+    Attributes:
+        hidden: ``[batch, length - 1, d]``; what the batch's mask leaves out may hold anything.
+        head: of the teacher.
+        lse: ``[batch, length - 1]`` float32 log-sum-exps of its logits, where known; they save a GPU work.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    lse: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TopTargets:
+    """What a teacher says about a batch, in part: its most likely tokens.
+
+    Attributes:
+        indices: ``[batch, length - 1, k]`` integers, -1 where the batch's mask leaves a position out.
+        logprobs: ``[batch, length - 1, k]`` float32, of the whole vocabulary.
+    """
+
+    indices: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def distillation(student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar."""
     inputs, attention, _, mask = batch.shifted()
-    student_head, teacher_head = head_of(student), head_of(teacher)
-    with torch.no_grad():
-        teacher_hidden = hidden_states(teacher, inputs, attention)
+    head = head_of(student)
+    hidden = hidden_states(student, inputs, attention)
+    counts = {"mask": mask, "normalizer": float(max(counted, 1))}
+    if isinstance(targets, TopTargets):
+        return ops.linear_sparse_kl_div(
+            hidden, head.weight, targets.indices, targets.logprobs, tail="bucket", **counts, **head.options()
+        )
     return ops.linear_kl_div(
-        hidden_states(student, inputs, attention),
-        student_head.weight,
-        teacher_hidden,
-        teacher_head.weight.detach(),
-        mask=mask,
-        normalizer=float(max(counted, 1)),
-        **student_head.options("student_"),
-        **teacher_head.options("teacher_"),
+        hidden,
+        head.weight,
+        targets.hidden,
+        targets.head.weight.detach(),
+        teacher_lse=targets.lse,
+        **counts,
+        **head.options("student_"),
+        **targets.head.options("teacher_"),
     )

@@ -1,0 +1,176 @@
+"""A checkpoint whose weights stay in its files: read when needed, a layer or the head at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, to_memory, weight_files
+from undo_core.files import hash_json
+from undo_core.models import Head, attention_of, head_constants
+
+
+class WeightReader:
+    """The parameters of a checkpoint folder in float32, as :func:`undo_core.models.load_model` would give them.
+
+    Attributes:
+        model: of the folder, its parameters on the meta device and its buffers in place.
+
+    Memory: address space alone; what is read is copied and the file's pages are let go.
+
+    Raises:
+        FileNotFoundError: no safetensors file.
+        ValueError: a tensor without a place, or a parameter without a tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model = _skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        headers = {path: read_header(path) for path in weight_files(folder)}
+        self._files = {path: MappedFile(path, read_only=True) for path in headers}
+        self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        filled = {id(parameter): name for name, parameter in named if name in self._groups}
+        # A tied parameter may lie in the file under any of its names.
+        self._source = {name: filled[id(parameter)] for name, parameter in named}
+        self._source |= {name: name for name, _ in self.model.named_buffers() if name in self._groups}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named parameters, float32 on the CPU, in memory of their own; a group that belongs together is read once."""
+        wanted: dict[int, tuple[Group, list[str]]] = {}
+        for name in names:
+            group = self._groups[self._source[name]]
+            wanted.setdefault(id(group), (group, []))[1].append(name)
+        for group, members in wanted.values():
+            tensors = {name: self._files[path].tensor(name) for name, path in group.files.items()}
+            made = to_memory(self.model, group, tensors)
+            for name in members:
+                yield name, made[self._source[name]].to(torch.float32, copy=True)
+            for name, path in group.files.items():
+                self._files[path].let_go(name)
+
+    def digest(self) -> str:
+        """:func:`weights_digest` of the checkpoint."""
+        return _digest(self.read(name for name, _ in self.model.named_parameters()))
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over every parameter's name and float32 values: of one model in memory, streamed or on disk it is the same."""
+    reader = getattr(model, "_undo_reader", None)
+    return reader.digest() if reader is not None else _digest((n, p.detach().float()) for n, p in model.named_parameters())
+
+
+def load_head(reader: WeightReader) -> Head:
+    """The head of a checkpoint, float32, on the GPU where there is one; nothing else is loaded."""
+    output = reader.model.get_output_embeddings()
+    names = {id(parameter): name for name, parameter in reader.model.named_parameters(remove_duplicate=False)}
+    parts = [names[id(p)] for p in (output.weight, output.bias) if p is not None]
+    read = dict(reader.read(parts))
+    weight, *bias = (read[name].to(_device()) for name in parts)
+    return Head(weight, bias[0] if bias else None, *head_constants(reader.model.config))
+
+
+def stream_model(folder: str | Path) -> PreTrainedModel:
+    """The model of a checkpoint folder for forward passes alone: each layer's weights are there while it computes, and no longer.
+
+    Bits as of :func:`undo_core.models.load_model`. Embeddings, norms and head stay on the device. On a GPU the next layer is
+    copied, from pinned memory, while one computes. Every forward pass reads the file, or the system's cache of it, once.
+
+    Memory: one layer on a CPU, two on a GPU, and what is in no layer.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    reader = WeightReader(Path(folder))
+    model, device = reader.model, _device()
+    trunk = model.base_model
+    lists = {name: part for name, part in trunk.named_children() if isinstance(part, nn.ModuleList) and len(part)}
+    if not lists:
+        raise ValueError(f"teacher: got a {type(model).__name__}, whose trunk has no list of layers; wanted one to stream")
+    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    prefix = next(path for path, part in model.named_modules() if part is lists[name]) + "."
+    resident = [n for n, _ in model.named_parameters() if not n.startswith(prefix)]
+    for full, tensor in reader.read(resident):
+        _place(model, full, nn.Parameter(tensor.to(device), requires_grad=False))
+    model.tie_weights()
+    for full, buffer in list(model.named_buffers()):
+        owner, _, last = full.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    saved_buffers = [n for n, _ in model.named_buffers() if n in reader._groups]
+    for full, tensor in reader.read(saved_buffers):
+        model.get_buffer(full).copy_(tensor)
+    layers = _Layers(reader, lists[name], prefix, device)
+    model._undo_layers, model._undo_reader = layers, reader
+    return model.eval()
+
+
+class _Layers:
+    """Brings a layer's weights before its forward and lets them go after it."""
+
+    def __init__(self, reader: WeightReader, layers: nn.ModuleList, prefix: str, device: torch.device) -> None:
+        self.reader, self.layers, self.prefix, self.device = reader, layers, prefix, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.names = [[name for name, _ in layer.named_parameters()] for layer in layers]
+        self.ahead: dict[int, dict[str, torch.Tensor]] = {}
+        for index, layer in enumerate(layers):
+            layer.requires_grad_(False)
+            layer.register_forward_pre_hook(lambda *_, index=index: self.bring(index))
+            layer.register_forward_hook(lambda *_, index=index: self.let_go(index), always_call=True)
+
+    def bring(self, index: int) -> None:
+        tensors = self.ahead.pop(index, None) or self.read(index)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream())
+        for name, tensor in tensors.items():
+            _place(self.layers[index], name, nn.Parameter(tensor, requires_grad=False))
+
+    def let_go(self, index: int) -> None:
+        layer = self.layers[index]
+        for name in self.names[index]:
+            _place(layer, name, nn.Parameter(torch.empty_like(layer.get_parameter(name), device="meta"), requires_grad=False))
+        if self.stream is not None and index + 1 < len(self.layers):  # its kernels are queued: the host is free
+            self.ahead = {index + 1: self.read(index + 1)}
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        before = f"{self.prefix}{index}."
+        read = self.reader.read(before + name for name in self.names[index])
+        if self.stream is None:
+            return {name.removeprefix(before): tensor for name, tensor in read}
+        with torch.cuda.stream(self.stream):
+            return {n.removeprefix(before): t.pin_memory().to(self.device, non_blocking=True) for n, t in read}
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device. Buffers are computed, not stored, and so need a device."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
+    finally:
+        hook.remove()
+    model.tie_weights()
+    return model.eval()
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    model.get_submodule(owner)._parameters[last] = parameter
+
+
+def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    return hash_json({name: hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for name, t in named})
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

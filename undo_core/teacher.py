@@ -1,0 +1,97 @@
+"""Teachers: what the distillation loss needs to know about a batch, from a model in memory, a model on disk, or a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core.models import head_of, hidden_states, vocabulary_of
+from undo_core.streaming import stream_model
+from undo_core.training import Batch
+from undo_core.training.losses import HiddenTargets, TopTargets
+
+Kind = Literal["resident", "streamed", "cached", "topk"]
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the teacher is while a student learns from it.
+
+    Attributes:
+        kind: resident: a second model in memory. streamed: its layers are read from disk for each forward pass; same bits. cached: its
+            final hidden states are computed once and stored, from which the loss is exact; only its head stays. topk: only its
+            most likely tokens are stored; small, and approximate.
+        dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
+        k: tokens stored at each position (topk).
+        batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
+            are the resident teacher's.
+    """
+
+    kind: Kind = "resident"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    k: int = 64
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("resident", "streamed", "cached", "topk")
+        if self.kind not in kinds:
+            raise ValueError(f"teacher.kind: got {self.kind!r}, wanted {', '.join(kinds[:-1])} or {kinds[-1]}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"teacher.dtype: got {self.dtype!r}, wanted float32 or bfloat16")
+        if self.dtype != "float32" and self.kind != "cached":
+            raise ValueError(
+                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: it is of cached hidden states"
+            )
+        if self.k < 1:
+            raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"teacher.batch_size: got {self.batch_size}, wanted an integer >= 1")
+
+
+class Teacher(Protocol):
+    """What :func:`undo_core.distill` learns from.
+
+    Attributes:
+        vocabulary: number of rows of its head.
+    """
+
+    vocabulary: int
+
+    def check(self, text: Any) -> None:
+        """Raise a ValueError where the teacher knows nothing about this data; called once, before training."""
+
+    def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
+        """What it says about a batch, on the batch's device."""
+
+
+class ModelTeacher:
+    """A teacher that is a model: resident, or streamed by :func:`undo_core.streaming.stream_model`.
+
+    Args:
+        model: left as it is, in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.vocabulary = model.eval(), vocabulary_of(model)
+
+    @classmethod
+    def streamed(cls, folder: str | Path) -> ModelTeacher:
+        """The teacher of a checkpoint folder, whose layers stay on disk between forward passes."""
+        return cls(stream_model(folder))
+
+    def check(self, text: Any) -> None:
+        """A model can read anything."""
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> HiddenTargets:
+        inputs, attention, _, _ = batch.shifted()
+        return HiddenTargets(hidden_states(self.model, inputs, attention), head_of(self.model))
+
+
+def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
+    """A model as a teacher; a teacher as it is."""
+    return ModelTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
