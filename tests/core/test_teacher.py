@@ -194,11 +194,33 @@ def test_killed_while_caching_it_continues(cache, tiny, rows, tmp_path, seconds,
         "what was done is not done again"
     )
     assert files(killed) == files(whole) and {p.name for p in killed.iterdir()} == {*files(whole), "cache.json"}
-    calls = 0
+    calls = 100
     cache_teacher(teacher, rows, killed, config, **small)
-    assert calls == 0
+    assert calls == 100
     one = learn(CachedTeacher.open(killed, teacher), tiny(2), rows)[0]
     assert torch.equal(one, learn(CachedTeacher.open(whole, teacher), tiny(2), rows)[0])
+
+
+def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, rows, tmp_path, monkeypatch):
+    import undo_core.teacher_cache as module
+
+    small = {"shard_bytes": 20_000, "checkpoint_seconds": 0.0, "progress": False}
+    config, folder = TeacherConfig("cached", batch_size=8), tmp_path / "killed"
+    cache_teacher(tiny(1), rows, tmp_path / "whole", config, **small)
+
+    def dying(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "sync_folder", dying)
+        cache_teacher(tiny(1), rows, folder, config, **small)
+    shutil.copytree(folder, tmp_path / "resized")
+    cache_teacher(tiny(1), rows, folder, config, **small)
+    assert files(folder) == files(tmp_path / "whole")
+    cache_teacher(tiny(1), rows, tmp_path / "resized", config, **{**small, "shard_bytes": 19_000})
+    assert len(files(tmp_path / "resized")) == 3 and files(tmp_path / "resized") != files(folder)
+    students = [learn(CachedTeacher.open(tmp_path / name, tiny(1)), tiny(2), rows)[0] for name in ("killed", "resized")]
+    assert torch.equal(*students)
 
 
 def test_a_full_disk_is_one_line(tiny, rows, tmp_path, monkeypatch):
