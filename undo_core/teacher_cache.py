@@ -43,7 +43,7 @@ SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
 BATCH_SIZE = 128
 CHECKED_ROWS = 64
-STUDENTS = {"near": 0.1, "far": 1.0}  # noise on the teacher's hidden states, in their standard deviations
+STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in their standard deviations
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 Column = tuple[torch.dtype, int]  # of a stored tensor: dtype, and entries a position
@@ -418,7 +418,7 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
 def describe_error(name: str, error: dict[str, float]) -> str:
     """An entry of a cache's ``error`` in words."""
     return (
-        f"for a student {name} the teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
+        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
         f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
     )
 

@@ -84,7 +84,7 @@ def test_a_bfloat16_cache_is_close_and_says_how_close(pair, rows, tmp_path):
     cached = cache_teacher(model, rows, tmp_path / "cache", config, progress=False)
     loss = learn(cached, student(), rows, steps=1)[1].history[-1]["loss"]
     assert loss == pytest.approx(exact.history[-1]["loss"], rel=1e-2) and loss != exact.history[-1]["loss"]
-    far = cached.facts["error"]["far"]
+    far = cached.facts["error"]["far from"]
     assert 0 < far["kl_error"] < 1e-2 and 0 < far["gradient_error"] < 2e-2
     assert cached.targets(rows_source_batch(rows)).hidden.dtype == torch.float32
 
@@ -98,7 +98,7 @@ def test_the_error_of_the_top_k_falls_with_k(pair, rows, tmp_path):
     errors = []
     for k in (1, 4, 12):
         cached = cache_teacher(model, rows, tmp_path / f"{k}", TeacherConfig("topk", k=k, batch_size=16), progress=False)
-        errors.append([cached.facts["error"]["far"][name] for name in ("kl_error", "gradient_error")])
+        errors.append([cached.facts["error"]["far from"][name] for name in ("kl_error", "gradient_error")])
     assert errors[0] > errors[1] > errors[2] and errors[0][1] > errors[1][1] > errors[2][1]
     assert errors[2][0] < 0.5 * errors[0][0] and errors[2][0] < 0.2
     opened = CachedTeacher.open(tmp_path / "12")
