@@ -60,24 +60,20 @@ class Mode:
 
 
 LEAN = {"precision": "bfloat16-stochastic", "step_in_backward": True, "activation_checkpointing": True}
+LEAN = {"step_in_backward": True, "activation_checkpointing": True}
 MODES = {
-    "plain": Mode("transformers + torch, float32"),
+    "plain": Mode("transformers + torch"),
     "float32": Mode("float32"),
-    "checkpointing": Mode("float32, activation checkpointing", {"activation_checkpointing": True}),
-    "in-backward": Mode("float32, step in the backward pass", {"step_in_backward": True}),
+    "checkpointing": Mode("float32, checkpointing", {"activation_checkpointing": True}),
+    "in-backward": Mode("float32, step in backward", {"step_in_backward": True}),
     "master": Mode("bfloat16, float32 masters", {"precision": "bfloat16-master"}),
-    "stochastic": Mode("bfloat16, stochastic rounding", {"precision": "bfloat16-stochastic"}),
+    "stochastic": Mode("bfloat16, stochastic", {"precision": "bfloat16-stochastic"}),
     "8bit": Mode("float32, 8-bit moments", {"optimizer": "adamw-8bit"}),
     "cached": Mode("float32, cached teacher", {}, "cached"),
-    "lean-float32": Mode(
-        "float32, 8-bit moments, step in the backward pass, checkpointing, cached teacher",
-        {"optimizer": "adamw-8bit", "step_in_backward": True, "activation_checkpointing": True},
-        "cached",
-    ),
+    # both: step in the backward pass, activation checkpointing, cached teacher
+    "lean": Mode("lean: float32, 8-bit moments", {**LEAN, "optimizer": "adamw-8bit"}, "cached"),
     "leanest": Mode(
-        "bfloat16 stochastic, 4-bit moments, step in the backward pass, checkpointing, cached teacher",
-        {**LEAN, "optimizer": "adamw-4bit"},
-        "cached",
+        "leanest: bfloat16, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
     ),
 }
 
@@ -114,7 +110,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     gated = Gated(rows.input_ids, rows.pad_id)
     student = load_model(folder / "student")
     cached = mode.teacher == "cached"
-    teacher = CachedTeacher.open(folder / "cache") if cached else load_model(folder / "teacher")
+    teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")
     config = TrainConfig(steps=steps, batch_size=shape.rows, lr=1e-4, seed=0, **mode.train)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -194,11 +190,12 @@ class Worker:
     def __init__(self, name: str, shape: Shape, steps: int, folder: Path) -> None:
         request = json.dumps({"name": name, "shape": asdict(shape), "steps": steps, "folder": str(folder)})
         command = [sys.executable, "-W", "ignore", __file__, "--worker", request]
+        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
             env=os.environ | harness.MALLOC,
         )
@@ -208,7 +205,9 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{") and wanted in (message := json.loads(line)):
                 return message
-        raise RuntimeError(f"worker: exit status {self.process.wait()}")
+        code = self.process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(f"worker: exit status {code}: {(self.errors.read().strip().splitlines() or ['nothing said'])[-1]}")
 
     def step(self, last: bool) -> tuple[float, dict[str, Any]]:
         """Seconds of a step; with the last one, what the worker has to say at the end."""
