@@ -3,12 +3,7 @@
 >>> from undo_core import distill, noise_, relearn, unlearn
 """
 
-import logging
-
-for _name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of GPU parts that it does not need
-    if logging.getLogger(_name).level == logging.NOTSET:
-        logging.getLogger(_name).setLevel(logging.ERROR)
-
+from undo_core import quiet as _quiet  # isort: skip  # before transformers is imported
 from undo_core.version import __version__  # isort: skip
 from undo_core import ops
 from undo_core.distill import distill

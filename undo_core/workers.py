@@ -87,7 +87,6 @@ def _drain(updates: Any, board: Board) -> None:
 
 def _begin(workers: int, updates: Any, parent: int) -> None:
     """Set up a worker process; it ends when the process that started it does, however that ended."""
-
     from transformers.utils.logging import disable_progress_bar
 
     def watch() -> None:
