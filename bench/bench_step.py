@@ -30,8 +30,8 @@ from typing import Any
 import harness
 from rich.console import Console
 from rich.table import Table
+from summaries import faster
 
-FORMAT = 1
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -220,56 +220,36 @@ class Worker:
 
 def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
     """Records of the contenders, two at a time beside the plain loop; the first step of each is a warm-up."""
-    records = []
+    records: list[dict[str, Any]] = []
     others = [name for name in names if name != "plain"]
-    groups = [others[i : i + 2] for i in range(0, len(others), 2)] or [[]]
-    for group in groups:
-        workers = {name: Worker(name, shape, steps, folder) for name in ("plain", *group)}
+    for first in range(0, max(len(others), 1), 2):
+        workers = {name: Worker(name, shape, steps, folder) for name in ("plain", *others[first : first + 2])}
         samples: dict[str, list[float]] = {name: [] for name in workers}
-        ends: dict[str, dict[str, Any]] = {}
         for index in range(steps):
             for name, process in workers.items():
-                seconds, ends[name] = process.step(index == steps - 1)
+                seconds, end = process.step(index == steps - 1)
                 samples[name].append(seconds)
+                if index == steps - 1 and not (name == "plain" and records):
+                    facts = {"loss": end["loss"], "resident_before": end["resident"], "peak": end["peak"]}
+                    beside = None if name == "plain" else samples["plain"][1:]
+                    records.append(
+                        {"name": name, "label": MODES[name].label, "samples_s": samples[name][1:], "beside": beside, **facts}
+                    )
             note(f"{', '.join(workers)}: step {index + 1} of {steps}")
-        for name, process in workers.items():
+        for process in workers.values():
             process.process.wait()
-            if name == "plain" and records:
-                records[0]["groups"].append(samples[name][1:])
-                continue
-            end = ends[name]
-            record = {"name": name, "label": MODES[name].label, "group": len(records[0]["groups"]) if records else 0}
-            record |= {
-                "samples_s": samples[name][1:],
-                "loss": end["loss"],
-                "resident_before": end["resident"],
-                "peak": end["peak"],
-            }
-            if name == "plain":
-                record["groups"] = [samples[name][1:]]
-            records.append(record)
-        for record in records:  # the group's plain samples are known only after its members
-            record.setdefault("beside", None)
-        for name in group:
-            record = next(r for r in records if r["name"] == name)
-            record["beside"] = samples["plain"][1:]
     return records
 
 
 def table(records: list[dict[str, Any]], tokens: int) -> Table:
     """For people."""
-    plain = records[0]
-    result = Table(
-        "mode", "step", "plain / it", "tokens/s", "peak beyond the models", "of plain's", "peak of the process", "mean loss"
-    )
+    result = Table("mode", "step", "faster", "tokens/s", "peak\nbeyond models", "of plain's", "peak\nin all", "mean loss")
+    whole = records[0]["peak"] - records[0]["resident_before"]
     for record in records:
-        seconds = statistics.median(record["samples_s"])
-        beside = record["beside"] or record["samples_s"]
-        ratio = statistics.median(p / s for p, s in zip(beside, record["samples_s"], strict=True))
-        extra, whole = record["peak"] - record["resident_before"], plain["peak"] - plain["resident_before"]
+        seconds, extra = statistics.median(record["samples_s"]), record["peak"] - record["resident_before"]
         result.add_row(
-            record["label"], harness.seconds(seconds), f"{ratio:.2f}", f"{tokens / seconds:.0f}", harness.megabytes(extra),
-            f"{extra / whole:.2f}", harness.megabytes(record["peak"]), f"{record['loss']:.5f}",
+            record["label"], harness.seconds(seconds), harness.times(faster(record)), f"{tokens / seconds:.0f}",
+            harness.megabytes(extra), f"{extra / whole:.2f}", harness.megabytes(record["peak"]), f"{record['loss']:.5f}",
         )  # fmt: skip
     return result
 
@@ -281,7 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--modes", nargs="*", choices=list(MODES), default=list(MODES), help="contenders; plain always takes part"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; nothing is recorded")
-    parser.add_argument("--output", type=Path, help="JSON file (bench/results/step-cpu/MACHINE.json)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results (default: bench/results/step-cpu/MACHINE.json; none with --quick)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -308,13 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
         modes = ["plain", *(mode for mode in options.modes if mode != "plain")]
         records = measure(modes, shape, options.steps, folder, console.print)
     console.print(table(records, shape.rows * (shape.length - 1)))
-    if not options.quick:
-        machine = harness.machine("cpu")
-        path = options.output or harness.ROOT / "bench" / "results" / "step-cpu" / f"{machine['name']}.json"
-        command = sys.argv[1:] if arguments is None else arguments
-        facts = {"format": FORMAT, "machine": machine, "shape": asdict(shape), "contenders": records}
-        harness.write_json(path, facts | harness.provenance("bench/bench_step.py", command))
-        console.print(str(path))
+    row = {"id": "step", "shape": asdict(shape), "contenders": records}
+    row["provenance"] = harness.provenance("bench/bench_step.py", sys.argv[1:] if arguments is None else arguments)
+    if options.out or not options.quick:
+        console.print(f"results: {harness.record('step', [row], 'cpu', options.out)}")
     return 0
 
 
