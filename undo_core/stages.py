@@ -238,7 +238,7 @@ def load_split(data: Path, split: str) -> Rows:
 def _train_rows(data: Path, splits: list[str]) -> Rows:
     """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
     parts = [load_split(data, TRAIN_SPLITS[name]) for name in splits]
-    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id)
+    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id, separator_id=parts[0].separator_id)
 
 
 def _validation(data: Path, names: tuple[str, ...]) -> Evaluate:

@@ -88,8 +88,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        inputs, attention, _, _ = batch.shifted()
-        return HiddenTargets(hidden_states(self.model, inputs, attention), head_of(self.model))
+        return HiddenTargets(hidden_states(self.model, *batch.shifted()[0]), head_of(self.model))
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:

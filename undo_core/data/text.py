@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -97,11 +97,20 @@ def _read_hub(source: str, field: str) -> Iterator[str]:
         yield record[field]
 
 
-def pack(documents: Iterable[list[int]], length: int, separator_id: int, pad_id: int, *, overflow: str = "carry") -> Rows:
+def pack(
+    documents: Iterable[Sequence[int]],
+    length: int,
+    separator_id: int,
+    pad_id: int,
+    *,
+    overflow: str = "carry",
+    isolated: bool = False,
+) -> Rows:
     """Token ids of documents as rows of ``length``, each document preceded by the separator.
 
     What overflows a row goes into the next one; ``overflow="discard"`` drops it, as the published packing does (arXiv 2506.06278's
-    code). The last row is padded. Memory: the rows, and a few of Python's lists of one document.
+    code). The last row is padded. ``isolated`` documents do not attend to each other; the separator stays the last label of the document
+    before it. Memory: the rows, and a few of Python's lists of one document.
 
     Raises:
         ValueError: no documents, a length under 2, or an unknown ``overflow``.
@@ -125,7 +134,7 @@ def pack(documents: Iterable[list[int]], length: int, separator_id: int, pad_id:
         rows.append(torch.tensor(row + [pad_id] * (length - len(row)), dtype=torch.int32))
     if not rows:
         raise ValueError("documents: got none with a token, wanted at least one")
-    return Rows(torch.stack(rows), pad_id)
+    return Rows(torch.stack(rows), pad_id, separator_id=separator_id if isolated else None)
 
 
 def text_splits(
