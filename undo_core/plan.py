@@ -66,9 +66,8 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     ``4 * positions * layers * (20 * hidden + 3 * intermediate + 3 * heads * length)``; the reference backend's logits,
     ``4 * positions * V * copies``; and the process itself.
     """
-    model = _meta_model(config)
+    plan, model = plan_run(config), _meta_model(config)  # a missing folder is not looked for on the hub
     parameters = sum(p.numel() for p in model.parameters())
-    plan = plan_run(config)
     measure = _Measure(config, model, parameters)
     lines: list[tuple[str, Stage, int]] = [(stage.title, stage, 1) for stage in plan.stages()]
     for entry in plan.models:

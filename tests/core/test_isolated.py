@@ -132,7 +132,7 @@ def test_micro_batches_keep_their_positions(model, rows):
 
 def test_evaluation_is_that_of_the_documents(model, rows):
     single = alone(rows)
-    wanted = float(cross_entropy(model, single, single.counted))
+    wanted = cross_entropy(model, single, single.counted).item()
     assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=1e-5)
     assert evaluate(model, dataclasses.replace(rows, separator_id=None))["value"] != pytest.approx(wanted, rel=1e-4)
 
