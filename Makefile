@@ -30,10 +30,13 @@ test: $(INSTALLED)  ## all tests
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
 
-bench: $(INSTALLED)  ## the vocabulary losses beside their peers; results in bench/results, pictures in docs/results
+bench: $(INSTALLED)  ## losses, noise, RMU and a whole step beside what one would use instead; results in bench/results
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/plot.py
+	$(BIN)/python bench/bench_noise.py
+	$(BIN)/python bench/bench_rmu.py
+	$(BIN)/python bench/bench_step.py
 
 lint: $(INSTALLED)  ## format and lint
 	$(BIN)/python -m pip install --quiet ruff

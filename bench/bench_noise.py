@@ -1,7 +1,7 @@
 """In-place noise on the published 0.1B model's tensors, beside torch's usual way: draw a tensor of noise, shrink, add.
 
 Interleaved rounds in one process; peak extra memory in a fresh process each on a CPU. M values/s are of the median round and of the
-best one. Nothing is recorded unless --out says where.
+best one.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=[row.id for row in ROWS], metavar="ROW", help="some of %(choices)s")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its numbers mean nothing")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the samples there, as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results (default: bench/results/noise-DEVICE/MACHINE.json; none with --quick)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -161,9 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.provenance = lambda: harness.provenance("bench/bench_noise.py", given)
     rows = [measure(row, options) for row in ROWS if not options.only or row.id in options.only]
     console.print(table(rows))
-    if options.out:
-        machine = harness.machine(options.device)
-        harness.write_json(options.out, {"format": 1, "suite": f"noise-{options.device}", "machine": machine, "rows": rows})
+    if options.out or not options.quick:
+        console.print(f"results: {harness.record('noise', rows, options.device, options.out)}")
 
 
 if __name__ == "__main__":

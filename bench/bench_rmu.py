@@ -6,7 +6,7 @@ op:   loss and gradient of [tokens, width] activations: ops.rmu_loss beside mse_
 
 Loss and gradients are compared before anything is timed: the step's with the usual way's, the op's with float64. Memory is the peak
 of a process of its own beyond what it had before it built its models (step) or beyond inputs and gradient (op); time is
-interleaved, see harness.py. Prints a table; --record also writes bench/results/rmu-cpu/MACHINE.json.
+interleaved, see harness.py. Prints a table; results go to bench/results/rmu-cpu/MACHINE.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from undo_core.training import TrainConfig
 from undo_core.training.batches import Batch
 from undo_core.unlearn import METHODS, RMUConfig, UnlearnConfig
 
-FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COEFFICIENT = 6.5
 CONTENDERS = ("undo-core", "usual")
@@ -278,7 +277,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed rounds (default: 9, and 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
-    parser.add_argument("--record", action="store_true", help="write bench/results/rmu-cpu/MACHINE.json")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results (default: bench/results/rmu-cpu/MACHINE.json; none with --quick)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -290,8 +291,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for flag, value in (("--rounds", options.rounds), ("--threads", options.threads)):
         if value is not None and value < 1:
             parser.error(f"{flag}: got {value}, wanted an integer >= 1")
-    if options.quick and options.record:
-        parser.error("--record: got it with --quick, wanted one of the two")
     if not options.no_memory and not sys.platform.startswith("linux"):
         parser.error("memory is measured through Linux's /proc; add --no-memory")
     return options
@@ -311,11 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         measured.append(measure(row, options))
         show(measured[-1:])
     console.print("errors: of a step, between the two; of the op, against float64", style="dim")
-    if options.record:
-        machine = harness.machine("cpu")
-        path = harness.ROOT / "bench/results/rmu-cpu" / f"{machine['name']}.json"
-        harness.write_json(path, {"format": FORMAT, "suite": "rmu-cpu", "machine": machine, "rows": measured})
-        console.print(f"results: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if options.out or not options.quick:
+        console.print(f"results: {harness.record('rmu', measured, 'cpu', options.out)}")
     return measured
 
 

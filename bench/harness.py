@@ -218,6 +218,14 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None) -> Path:
+    """Write a whole suite's rows to ``out``, by default ``bench/results/SUITE-DEVICE/MACHINE.json``; returns where."""
+    facts = machine(device)
+    path = out or ROOT / "bench" / "results" / f"{suite}-{device}" / f"{facts['name']}.json"
+    write_json(path, {"format": 1, "suite": f"{suite}-{device}", "machine": facts, "rows": rows})
+    return path
+
+
 # -- what the samples say ------------------------------------------------------------------------------------------------------
 
 

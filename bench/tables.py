@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from summaries import SUMMARIES, markdown
 
 BLOCK = re.compile(
     r"(<!-- bench:(?P<suite>[a-z0-9-]+)(?P<full>:full)? -->\n)(?P<body>.*?)(<!-- /bench:(?P=suite)(?(full):full) -->)", re.S
@@ -26,15 +27,12 @@ SHOWN_KL = 1e-4  # the point of the error curves that the summary shows
 
 def render(results: dict[str, Any], source: str, full: bool) -> str:
     """The Markdown that stands between the markers; ``source`` is the link to the results."""
+    if results["suite"] in SUMMARIES:
+        return "\n\n".join([SUMMARIES[results["suite"]](results), _footer(results, source)]) + "\n"
     parts = [_row_table(row) for row in results["rows"]] if full else [_summary(results)]
     if full and results.get("error_versus_kl"):
         parts.append(_error_table(results["error_versus_kl"]))
     return "\n\n".join([*parts, _footer(results, source)]) + "\n"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
 def _count(number: int) -> str:
@@ -71,7 +69,7 @@ def _summary(results: dict[str, Any]) -> str:
         "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and gradients. "
         "*Four bare products*: the matrix products that every method owes, alone."
     )
-    return f"{_markdown(header, lines)}\n\n{said}"
+    return f"{markdown(header, lines)}\n\n{said}"
 
 
 def _error_at(curve: dict[str, Any] | None, target: float) -> str:
@@ -128,7 +126,7 @@ def _row_table(row: dict[str, Any]) -> str:
     when = (
         f"{row['rounds']} rounds, {made['threads']} threads, commit {made['commit']}, {made['when'][:10]}: `{made['command']}`"
     )
-    return "\n\n".join([_markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
+    return "\n\n".join([markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
 
 
 def _error_table(section: dict[str, Any]) -> str:
@@ -139,7 +137,7 @@ def _error_table(section: dict[str, Any]) -> str:
         worst = [harness.percent(max(run["d_hidden"] for run in point["seeds"])) for point in curve["points"]]
         worst = worst or [curve["status"].split(":")[0], *("" for _ in targets[1:])]
         lines.append([f"{curve['label']}, {curve['dtype']}", *worst])
-    return f"{_markdown(header, lines)}\n\nWorst of {section['seeds']} seeds."
+    return f"{markdown(header, lines)}\n\nWorst of {section['seeds']} seeds."
 
 
 def _footer(results: dict[str, Any], source: str) -> str:
@@ -177,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   python bench/tables.py README.md --check                               exit 1 where text and results differ""",
     )
     parser.add_argument("file", type=Path, help="Markdown file with markers")
-    parser.add_argument("results", type=Path, nargs="*", help="JSON files of bench_kl.py (default: those that the blocks name)")
+    parser.add_argument(
+        "results", type=Path, nargs="*", help="JSON files of the benchmarks (default: those that the blocks name)"
+    )
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 where the text is not what the results say"
     )

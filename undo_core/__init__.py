@@ -3,6 +3,7 @@
 >>> from undo_core import distill, noise_, relearn, unlearn
 """
 
+from undo_core import quiet as _quiet  # noqa: F401  # isort: skip  # before transformers is imported
 from undo_core.version import __version__  # isort: skip
 from undo_core import ops
 from undo_core.distill import distill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import shlex
 import sys
@@ -64,13 +65,18 @@ def _parser() -> ArgumentParser:
         sub.add_class_arguments(RunConfig)
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     for name, function in commands.COMMANDS.items():
-        sub = ArgumentParser(description=function.__doc__, exit_on_error=False)
+        sub = ArgumentParser(description=_description(function), exit_on_error=False)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
         if settings:
             sub.add_class_arguments(settings)
         subcommands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
     return parser
+
+
+def _description(function: Callable[..., int]) -> str:
+    """A command's docstring without its arguments, which the help lists by themselves."""
+    return inspect.cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
 
 
 def _config_first(arguments: list[str]) -> list[str]:

@@ -107,7 +107,9 @@ def noise(
         return _build(Path(output), "replay", {"pattern": replay, **law_of}, {"model": model})
     Policy(alpha, beta, law, std, tuple(rules))
     changes = {"rules": [dataclasses.asdict(rule) for rule in rules], "stochastic_rounding": stochastic_rounding}
-    return _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
+    _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
+    _noise_table(Path(output))
+    return 0
 
 
 def cache(
@@ -272,6 +274,25 @@ def doctor() -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function for function in (prepare, unlearn, noise, cache, distill, relearn, evaluate, report, doctor)
 }
+
+
+def _noise_table(folder: Path) -> None:
+    """What the noise did, a line for the tensors whose names differ in numbers alone; the manifest has each."""
+    from rich.table import Table
+
+    from undo_core.files import read_json
+    from undo_core.noise import TensorNoise, by_kind
+    from undo_core.store import MANIFEST
+
+    tensors = {name: TensorNoise(**facts) for name, facts in read_json(folder / MANIFEST)["tensors"].items()}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("parameters", "n", "before", "after", "shrink", "noise"):
+        table.add_column(heading, justify="left" if heading == "parameters" else "right", overflow="fold")
+    for kind, (count, total) in by_kind(tensors).items():
+        shares = (f"{share:.1%}" for share in (total.shrink, total.noise))
+        table.add_row(kind, str(count), f"{total.before:.4g}", f"{total.after:.4g}", *shares)
+    console.print("Frobenius norms before and after; shares of shrinkage and of noise in the change")
+    console.print(table)
 
 
 def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[str, str], quiet: bool = False) -> int:

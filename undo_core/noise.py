@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,14 @@ class TensorNoise:
     Attributes:
         before: Frobenius norm.
         after: Frobenius norm.
-        shrink: share of the change's squared norm that is shrinkage, ``(alpha * before)**2``, in [0, 1].
-        noise: share that is noise, ``(alpha * beta * |N|)**2``; 0 for a vector, which moves toward a number.
+        change: root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, shrinkage and noise, which are as good as orthogonal.
+        shrink: share of ``change**2`` that is shrinkage, in [0, 1].
+        noise: share that is noise; 0 for a vector, which moves toward a number.
     """
 
     before: float
     after: float
+    change: float
     shrink: float
     noise: float
 
@@ -66,8 +69,26 @@ def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, Ten
         noise = 0.0 if setting.law == "constant" else noise
         change = shrink + noise
         shares = (shrink / change, noise / change) if change > 0 else (0.0, 0.0)
-        result[name] = TensorNoise(math.sqrt(before), math.sqrt(after), *shares)
+        result[name] = TensorNoise(math.sqrt(before), math.sqrt(after), math.sqrt(change), *shares)
     return result
+
+
+def by_kind(tensors: Mapping[str, TensorNoise]) -> dict[str, tuple[int, TensorNoise]]:
+    """The report summed over tensors whose names differ in numbers alone (``model.layers.*.mlp.up_proj.weight``), with their number."""
+    kinds: dict[str, list[TensorNoise]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(tensor)
+    return {kind: (len(parts), _sum(parts)) for kind, parts in kinds.items()}
+
+
+def _sum(parts: list[TensorNoise]) -> TensorNoise:
+    change = sum(part.change**2 for part in parts)
+    shares = [
+        sum(getattr(part, name) * part.change**2 for part in parts) / change if change else 0.0 for name in ("shrink", "noise")
+    ]
+    return TensorNoise(
+        *(math.hypot(*(getattr(part, name) for part in parts)) for name in ("before", "after", "change")), *shares
+    )
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def _passes(stage: Stage, model: PreTrainedModel, length: int) -> float:
 
 
 def _cached_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
-    """Rows that a cached teacher reads; of data that is not prepared yet and packed, as many as there are problems at most."""
+    """Rows that a cached teacher reads: at most, where problems are packed and not prepared yet; unknown text counts as none."""
     if store.done(prepared):
         splits = store.manifest(prepared)["splits"]
         return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,8 +40,11 @@ class WeightReader:
         self._source = {name: filled[id(parameter)] for name, parameter in named}
         self._source |= {name: name for name, _ in self.model.named_buffers() if name in self._groups}
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named parameters, float32 on the CPU, in memory of their own; a group that belongs together is read once."""
+    def read(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named parameters, float32 on the CPU, in memory of their own or in the tensors of ``into``.
+
+        What belongs together on disk is read once.
+        """
         wanted: dict[int, tuple[Group, list[str]]] = {}
         for name in names:
             group = self._groups[self._source[name]]
@@ -50,7 +53,8 @@ class WeightReader:
             tensors = {name: self._files[path].tensor(name) for name, path in group.files.items()}
             made = to_memory(self.model, group, tensors)
             for name in members:
-                yield name, made[self._source[name]].to(torch.float32, copy=True)
+                value = made[self._source[name]]
+                yield name, value.to(torch.float32, copy=True) if into is None else into[name].copy_(value)
             for name, path in group.files.items():
                 self._files[path].let_go(name)
 
@@ -117,6 +121,9 @@ class _Layers:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.names = [[name for name, _ in layer.named_parameters()] for layer in layers]
         self.ahead: dict[int, dict[str, torch.Tensor]] = {}
+        self.room = torch.empty(0)  # one for every layer: a heap that gets and frees them would only grow
+        if self.stream is None:
+            self.room = torch.empty(max(sum(map(_padded, layer.parameters())) for layer in layers))
         for index, layer in enumerate(layers):
             layer.requires_grad_(False)
             layer.register_forward_pre_hook(lambda *_, index=index: self.bring(index))
@@ -140,11 +147,27 @@ class _Layers:
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         before = f"{self.prefix}{index}."
-        read = self.reader.read(before + name for name in self.names[index])
+        names = [before + name for name in self.names[index]]
         if self.stream is None:
-            return {name.removeprefix(before): tensor for name, tensor in read}
+            return {name.removeprefix(before): tensor for name, tensor in self.reader.read(names, self.places(index, before))}
         with torch.cuda.stream(self.stream):
-            return {n.removeprefix(before): t.pin_memory().to(self.device, non_blocking=True) for n, t in read}
+            return {
+                name.removeprefix(before): tensor.pin_memory().to(self.device, non_blocking=True)
+                for name, tensor in self.reader.read(names)
+            }
+
+    def places(self, index: int, before: str) -> dict[str, torch.Tensor]:
+        places, at = {}, 0
+        for name in self.names[index]:
+            parameter = self.layers[index].get_parameter(name)
+            places[before + name] = self.room[at : at + parameter.numel()].view(parameter.shape)
+            at += _padded(parameter)
+        return places
+
+
+def _padded(parameter: torch.Tensor) -> int:
+    """Entries up to the next 64 bytes: memory of its own would begin there too, and sums' order can depend on it."""
+    return -(-parameter.numel() // 16) * 16
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:

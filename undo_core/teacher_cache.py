@@ -43,7 +43,7 @@ SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
 BATCH_SIZE = 128
 CHECKED_ROWS = 64
-STUDENTS = {"near": 0.1, "far": 1.0}  # noise on the teacher's hidden states, in their standard deviations
+STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in their standard deviations
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 Column = tuple[torch.dtype, int]  # of a stored tensor: dtype, and entries a position
@@ -66,7 +66,8 @@ def cache_teacher(
     Killed at any moment, the same call continues; complete, it does nothing. A batch is filled up to ``batch_size``: the bits of
     a forward pass can depend on its shape. They are those of the resident teacher where batches have the distillation's
     micro-batch size and the matrix products of this machine do not depend on a row's place in the batch; measured on x86 they do
-    not where ``batch_size`` is a multiple of 16, and differ in the last bit for others.
+    not where ``batch_size`` is a multiple of 16, and can differ in the last bit for others. On a GPU the loss takes the stored
+    log-sum-exps instead of computing them again, which can change the last bit too.
 
     Args:
         teacher: in memory, or streamed (:func:`undo_core.streaming.stream_model`); left as it is, in evaluation mode.
@@ -95,7 +96,8 @@ def cache_teacher(
         raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {identity['vocabulary']}")
     if not (folder / FACTS).exists():
         work = _Pass(teacher, head, rows, folder, config, identity, shard_bytes)
-        work.run(checkpoint_seconds, title, progress)
+        with _DiskFull(folder, work.bytes):
+            work.run(checkpoint_seconds, title, progress)
         facts: dict[str, Any] = {"identity": identity, "shards": work.names, "positions": work.total, "bytes": work.bytes}
         if config.kind == "topk" or config.dtype != "float32":
             facts["error"] = _errors(teacher, head, check or rows, config)
@@ -189,11 +191,11 @@ class CachedTeacher:
         device, shape = batch.input_ids.device, (len(ids), ids.shape[1] - 1)
         if self.kind == "topk":
             indices, logprobs = self._gather("indices", positions, mask, -1), self._gather("logprobs", positions, mask, 0)
-            return TopTargets(indices.view(*shape, -1).to(device), logprobs.view(*shape, -1).to(device))
-        hidden = self._gather("hidden", positions, mask, 0).view(*shape, -1).to(device).to(self.head.weight.dtype)
+            return TopTargets(_send(indices.view(*shape, -1), device), _send(logprobs.view(*shape, -1), device))
+        hidden = _send(self._gather("hidden", positions, mask, 0).view(*shape, -1), device).to(self.head.weight.dtype)
         if device.type == "cpu":  # it would save nothing here, and change the last bit
             return HiddenTargets(hidden, self.head)
-        return HiddenTargets(hidden, self.head, self._gather("lse", positions, mask, 0).view(shape).to(device))
+        return HiddenTargets(hidden, self.head, _send(self._gather("lse", positions, mask, 0).view(shape), device))
 
     def _gather(self, name: str, positions: torch.Tensor, mask: torch.Tensor, blank: int) -> torch.Tensor:
         """``[mask's entries, ...]``: stored entries where the mask is set, ``blank`` elsewhere."""
@@ -245,11 +247,11 @@ class _Pass:
         with StageProgress(title, len(self.rows), start=done, enabled=progress) as bar:
             for index, name in enumerate(self.names):
                 first, last = self.bounds[index : index + 2]
-                if done >= last:
+                if done >= last or (self.folder / name).exists():  # the kill came between its rename and the record
                     continue
                 shard = _Shard(self.folder / f".{name}.partial", self._layout(first, last), keep=done > first)
                 saved = time.monotonic()
-                with shard, self._room():
+                with shard:
                     for start in range(max(first, done), last, size):
                         end = min(start + size, last)
                         for column, values in self._outputs(start, end, size).items():
@@ -274,6 +276,9 @@ class _Pass:
             _same(found["identity"], self.identity, f"folder: got {self.folder}, an unfinished cache", "wanted a new folder")
             if found["bounds"] == self.bounds:
                 done = found["rows"]
+            else:  # files of another size
+                for path in self.folder.iterdir():
+                    path.unlink()
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"folder: got {self.folder}, which holds something else; wanted a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -286,9 +291,6 @@ class _Pass:
             )
         self._save(done)
         return done
-
-    def _room(self) -> _DiskFull:
-        return _DiskFull(self.folder, self.bytes)
 
     def _save(self, rows: int) -> None:
         write_json(self.folder / PROGRESS, {"identity": self.identity, "bounds": self.bounds, "rows": rows})
@@ -416,7 +418,7 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
 def describe_error(name: str, error: dict[str, float]) -> str:
     """An entry of a cache's ``error`` in words."""
     return (
-        f"for a student {name} the teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
+        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
         f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
     )
 
@@ -424,6 +426,10 @@ def describe_error(name: str, error: dict[str, float]) -> str:
 def _inputs(rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
     """What the teacher reads of rows ``ids``; their last token is a label alone."""
     return ids[:, :-1], None, rows.position_ids(ids[:, :-1])
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _detached(value: Any) -> Any:

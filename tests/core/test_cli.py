@@ -64,7 +64,7 @@ def test_every_config_is_read(path, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("a\nb\n")
     text = path.read_text()
-    arguments = ["plan", DEMO, "--config", str(path)] if "\nname:" not in "\n" + text else ["plan", str(path)]
+    arguments = ["plan", DEMO, "--config", str(path)] if "\nmodel:" not in text else ["plan", str(path)]
     if "kind: text" in text:
         arguments += ["--data.retain=[a.txt]", "--data.forget=[a.txt]"]
     assert main(arguments) == 0

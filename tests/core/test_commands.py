@@ -157,7 +157,7 @@ def test_a_wrong_cache_is_refused(checkpoint, capsys):
     undo("prepare", checkpoint / "others", *text, "--seed=1")
     undo("noise", checkpoint / "model", checkpoint / "damaged")
     undo("cache", checkpoint / "model", checkpoint / "cache", checkpoint / "data", "--dtype=bfloat16")
-    assert "for a student near the teacher" in capsys.readouterr().out
+    assert "for a student near its teacher" in capsys.readouterr().out
     names = lambda *names: [str(checkpoint / name) for name in names]  # noqa: E731
     for arguments, cache, message in (
         (names("damaged", "model", "out", "data"), "cache", "wanted the cache of this teacher"),

@@ -29,7 +29,7 @@ RANKS = [
         "undo_core.files",
         "undo_core.checkpoint_files",
     },
-    {"undo_core.version"},
+    {"undo_core.version", "undo_core.quiet"},
     {"undo_kernels"},
 ]
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from undo_core import NoiseRule, noise_, ops
+from undo_core.noise import by_kind
 
 
 class Model(nn.Module):
@@ -76,6 +77,17 @@ def test_the_report_tells_norms_and_shares():
             assert got.noise == pytest.approx(shares[1] / sum(shares), rel=1e-5)
         else:
             assert got.noise == 0
+
+
+def test_the_report_by_kind_adds_squares():
+    _, _, report = noised(Model())
+    kinds = by_kind(report)
+    assert set(kinds) == {"experts", "embed.weight", "layers.*.weight", "layers.*.bias", "conv.weight"}
+    count, total = kinds["layers.*.weight"]
+    parts = [report[f"layers.{i}.weight"] for i in range(3)]
+    assert count == 3 and total.after == pytest.approx(math.hypot(*(part.after for part in parts)))
+    noise = sum(part.noise * part.change**2 for part in parts)
+    assert total.noise == pytest.approx(noise / total.change**2) and total.shrink + total.noise == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_bfloat16_cache_is_close_and_says_how_close(pair, rows, tmp_path):
     cached = cache_teacher(model, rows, tmp_path / "cache", config, progress=False)
     loss = learn(cached, student(), rows, steps=1)[1].history[-1]["loss"]
     assert loss == pytest.approx(exact.history[-1]["loss"], rel=1e-2) and loss != exact.history[-1]["loss"]
-    far = cached.facts["error"]["far"]
+    far = cached.facts["error"]["far from"]
     assert 0 < far["kl_error"] < 1e-2 and 0 < far["gradient_error"] < 2e-2
     assert cached.targets(rows_source_batch(rows)).hidden.dtype == torch.float32
 
@@ -98,7 +98,7 @@ def test_the_error_of_the_top_k_falls_with_k(pair, rows, tmp_path):
     errors = []
     for k in (1, 4, 12):
         cached = cache_teacher(model, rows, tmp_path / f"{k}", TeacherConfig("topk", k=k, batch_size=16), progress=False)
-        errors.append([cached.facts["error"]["far"][name] for name in ("kl_error", "gradient_error")])
+        errors.append([cached.facts["error"]["far from"][name] for name in ("kl_error", "gradient_error")])
     assert errors[0] > errors[1] > errors[2] and errors[0][1] > errors[1][1] > errors[2][1]
     assert errors[2][0] < 0.5 * errors[0][0] and errors[2][0] < 0.2
     opened = CachedTeacher.open(tmp_path / "12")
@@ -194,11 +194,33 @@ def test_killed_while_caching_it_continues(cache, tiny, rows, tmp_path, seconds,
         "what was done is not done again"
     )
     assert files(killed) == files(whole) and {p.name for p in killed.iterdir()} == {*files(whole), "cache.json"}
-    calls = 0
+    calls = 100
     cache_teacher(teacher, rows, killed, config, **small)
-    assert calls == 0
+    assert calls == 100
     one = learn(CachedTeacher.open(killed, teacher), tiny(2), rows)[0]
     assert torch.equal(one, learn(CachedTeacher.open(whole, teacher), tiny(2), rows)[0])
+
+
+def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, rows, tmp_path, monkeypatch):
+    import undo_core.teacher_cache as module
+
+    small = {"shard_bytes": 20_000, "checkpoint_seconds": 0.0, "progress": False}
+    config, folder = TeacherConfig("cached", batch_size=8), tmp_path / "killed"
+    cache_teacher(tiny(1), rows, tmp_path / "whole", config, **small)
+
+    def dying(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "sync_folder", dying)
+        cache_teacher(tiny(1), rows, folder, config, **small)
+    shutil.copytree(folder, tmp_path / "resized")
+    cache_teacher(tiny(1), rows, folder, config, **small)
+    assert files(folder) == files(tmp_path / "whole")
+    cache_teacher(tiny(1), rows, tmp_path / "resized", config, **{**small, "shard_bytes": 19_000})
+    assert len(files(tmp_path / "resized")) == 3 and files(tmp_path / "resized") != files(folder)
+    students = [learn(CachedTeacher.open(tmp_path / name, tiny(1)), tiny(2), rows)[0] for name in ("killed", "resized")]
+    assert torch.equal(*students)
 
 
 def test_a_full_disk_is_one_line(tiny, rows, tmp_path, monkeypatch):

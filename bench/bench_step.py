@@ -1,0 +1,301 @@
+"""A whole distillation step, optimizer included, in every mode of training, beside the plain transformers and torch loop.
+
+Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then each
+mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark over all
+steps less what was resident when its models were loaded. The student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the
+rows are random tokens, the same for all; the loss is the mean over the steps.
+
+The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
+results go to bench/results/step-cpu/MACHINE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import harness
+from rich.console import Console
+from rich.table import Table
+from summaries import faster
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and the batch."""
+
+    layers: int = 14
+    width: int = 320
+    inner: int = 1280
+    heads: int = 8
+    key_value_heads: int = 4
+    head_dim: int = 128
+    vocabulary: int = 256_000
+    rows: int = 1
+    length: int = 513  # 512 positions with a label
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to take the step; ``plain`` is no mode of undo-core's."""
+
+    label: str
+    train: dict[str, Any] = field(default_factory=dict)
+    teacher: str = "resident"
+
+
+LEAN = {"precision": "bfloat16-stochastic", "step_in_backward": True, "activation_checkpointing": True}
+LEAN = {"step_in_backward": True, "activation_checkpointing": True}
+MODES = {
+    "plain": Mode("transformers + torch"),
+    "float32": Mode("float32"),
+    "checkpointing": Mode("float32, checkpointing", {"activation_checkpointing": True}),
+    "in-backward": Mode("float32, step in backward", {"step_in_backward": True}),
+    "master": Mode("bfloat16, float32 masters", {"precision": "bfloat16-master"}),
+    "stochastic": Mode("bfloat16, stochastic", {"precision": "bfloat16-stochastic"}),
+    "8bit": Mode("float32, 8-bit moments", {"optimizer": "adamw-8bit"}),
+    "cached": Mode("float32, cached teacher", {}, "cached"),
+    # both: step in the backward pass, activation checkpointing, cached teacher
+    "lean": Mode("lean: float32, 8-bit moments", {**LEAN, "optimizer": "adamw-8bit"}, "cached"),
+    "leanest": Mode(
+        "leanest: bfloat16, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
+    ),
+}
+
+
+# -- a worker ------------------------------------------------------------------------------------------------------------------
+
+
+def say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
+    """Loads, and takes a step for every line on standard input."""
+    import torch
+
+    from undo_core.data.rows import Rows
+    from undo_core.distill import distill
+    from undo_core.models import load_model
+    from undo_core.teacher import ModelTeacher
+    from undo_core.teacher_cache import CachedTeacher
+    from undo_core.training import TrainConfig
+
+    class Gated(Rows):
+        def order(self, step: int, size: int, seed: int) -> torch.Tensor:
+            wait(step)
+            return super().order(step, size, seed)
+
+    def wait(step: int) -> None:
+        say(ready=step)
+        sys.stdin.readline()
+
+    mode = MODES[name]
+    rows = Rows.load(folder / "rows.safetensors")
+    gated = Gated(rows.input_ids, rows.pad_id)
+    student = load_model(folder / "student")
+    cached = mode.teacher == "cached"
+    teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")
+    config = TrainConfig(steps=steps, batch_size=shape.rows, lr=1e-4, seed=0, **mode.train)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    if name == "plain":
+        loss = plain_loop(student, teacher, gated, config)
+    else:
+        known = teacher if cached else ModelTeacher(teacher)
+        loss = distill(student, known, gated, config, progress=False).history[-1]["loss"]
+    say(loss=loss, resident=before, peak=resident("VmHWM"))
+
+
+def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
+    """What one would write with transformers and torch alone."""
+    import torch
+    import torch.nn.functional as F
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
+    total = 0.0
+    for step in range(config.steps):
+        ids = rows.batch(step, config.batch_size, config.seed)
+        student.train()
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids[:, :-1], use_cache=False).logits
+        logits = student(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = F.kl_div(
+            F.log_softmax(logits.flatten(0, 1), -1),
+            F.log_softmax(wanted.flatten(0, 1), -1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += float(loss.detach())
+    return total / config.steps
+
+
+def resident(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+
+
+# -- the parent ----------------------------------------------------------------------------------------------------------------
+
+
+def prepare(shape: Shape, folder: Path, steps: int) -> None:
+    """Teacher, damaged student, rows and the teacher's cache on disk."""
+    import torch
+    from transformers import AutoConfig
+
+    from undo_core.data.rows import Rows
+    from undo_core.models import initialise, load_model
+    from undo_core.noise_checkpoint import noise_checkpoint
+    from undo_core.teacher_cache import cache_teacher
+
+    config = AutoConfig.for_model(
+        "gemma2", num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=shape.inner,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, head_dim=shape.head_dim,
+        query_pre_attn_scalar=256, vocab_size=shape.vocabulary,
+    )  # fmt: skip
+    initialise(config, 0).save_pretrained(folder / "teacher")
+    (folder / "student").mkdir()
+    noise_checkpoint(folder / "teacher", folder / "student", alpha=0.6, beta=0.1, seed=0, progress=False)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, shape.vocabulary, (shape.rows * steps, shape.length), generator=generator)
+    rows = Rows(ids.to(torch.int32), pad_id=0)
+    rows.save(folder / "rows.safetensors")
+    cache_teacher(load_model(folder / "teacher"), rows, folder / "cache", progress=False)
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, name: str, shape: Shape, steps: int, folder: Path) -> None:
+        request = json.dumps({"name": name, "shape": asdict(shape), "steps": steps, "folder": str(folder)})
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", request]
+        self.errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | harness.MALLOC,
+        )
+        self.hear("ready")
+
+    def hear(self, wanted: str) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{") and wanted in (message := json.loads(line)):
+                return message
+        code = self.process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(f"worker: exit status {code}: {(self.errors.read().strip().splitlines() or ['nothing said'])[-1]}")
+
+    def step(self, last: bool) -> tuple[float, dict[str, Any]]:
+        """Seconds of a step; with the last one, what the worker has to say at the end."""
+        began = time.perf_counter()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        message = self.hear("loss" if last else "ready")
+        return time.perf_counter() - began, message
+
+
+def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Records of the contenders, two at a time beside the plain loop; the first step of each is a warm-up."""
+    records: list[dict[str, Any]] = []
+    others = [name for name in names if name != "plain"]
+    for first in range(0, max(len(others), 1), 2):
+        workers = {name: Worker(name, shape, steps, folder) for name in ("plain", *others[first : first + 2])}
+        samples: dict[str, list[float]] = {name: [] for name in workers}
+        for index in range(steps):
+            for name, process in workers.items():
+                seconds, end = process.step(index == steps - 1)
+                samples[name].append(seconds)
+                if index == steps - 1 and not (name == "plain" and records):
+                    facts = {"loss": end["loss"], "resident_before": end["resident"], "peak": end["peak"]}
+                    beside = None if name == "plain" else samples["plain"][1:]
+                    records.append(
+                        {"name": name, "label": MODES[name].label, "samples_s": samples[name][1:], "beside": beside, **facts}
+                    )
+            note(f"{', '.join(workers)}: step {index + 1} of {steps}")
+        for process in workers.values():
+            process.process.wait()
+    return records
+
+
+def table(records: list[dict[str, Any]], tokens: int) -> Table:
+    """For people."""
+    result = Table("mode", "step", "faster", "tokens/s", "peak\nbeyond models", "of plain's", "peak\nin all", "mean loss")
+    whole = records[0]["peak"] - records[0]["resident_before"]
+    for record in records:
+        seconds, extra = statistics.median(record["samples_s"]), record["peak"] - record["resident_before"]
+        result.add_row(
+            record["label"], harness.seconds(seconds), harness.times(faster(record)), f"{tokens / seconds:.0f}",
+            harness.megabytes(extra), f"{extra / whole:.2f}", harness.megabytes(record["peak"]), f"{record['loss']:.5f}",
+        )  # fmt: skip
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="of each contender; the first is a warm-up (6)")
+    parser.add_argument(
+        "--modes", nargs="*", choices=list(MODES), default=list(MODES), help="contenders; plain always takes part"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; nothing is recorded")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results (default: bench/results/step-cpu/MACHINE.json; none with --quick)"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        request = json.loads(options.worker)
+        worker(request["name"], Shape(**request["shape"]), request["steps"], Path(request["folder"]))
+        return 0
+    if options.steps < 2:
+        parser.error(f"--steps: got {options.steps}, wanted at least 2: the first is a warm-up")
+    small = {
+        "layers": 2,
+        "width": 32,
+        "inner": 64,
+        "heads": 2,
+        "key_value_heads": 1,
+        "head_dim": 16,
+        "vocabulary": 3000,
+        "length": 65,
+    }
+    shape = Shape(**small) if options.quick else Shape()
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
+        folder = Path(name)
+        console.print("models, rows and the teacher's cache ...")
+        prepare(shape, folder, options.steps)
+        modes = ["plain", *(mode for mode in options.modes if mode != "plain")]
+        records = measure(modes, shape, options.steps, folder, console.print)
+    console.print(table(records, shape.rows * (shape.length - 1)))
+    row = {"id": "step", "shape": asdict(shape), "contenders": records}
+    row["provenance"] = harness.provenance("bench/bench_step.py", sys.argv[1:] if arguments is None else arguments)
+    if options.out or not options.quick:
+        console.print(f"results: {harness.record('step', [row], 'cpu', options.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
