@@ -92,6 +92,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.start)}
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bfloat16 or float16 where all floating tensors of a checkpoint folder are; float32 otherwise."""
+    dtypes = {entry.dtype for path in weight_files(folder) for entry in read_header(path).values() if entry.dtype is not None}
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else torch.float32
+
+
 def meta_model(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder on the meta device: names and shapes; remote code is never run."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -12,6 +12,28 @@ from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn.config import UnlearnConfig
 
+Sources = list[str] | dict[str, float]
+
+
+@dataclass(frozen=True)
+class DistillDataConfig:
+    """Text that the students are distilled on, where it is not what is retained and forgotten.
+
+    Attributes:
+        sources: files or hf://..., as in data.retain; empty takes the training rows of retain and forget.
+        tokens: at most, or, where the sources have shares, in all; None takes everything.
+        length: tokens in a row; None for data.length.
+    """
+
+    sources: Sources = field(default_factory=list)
+    tokens: int | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_sources("data.distill.sources", self.sources, "data.distill.tokens", self.tokens)
+        if self.length is not None and self.length < 2:
+            raise ValueError(f"data.distill.length: got {self.length}, wanted an integer >= 2")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -24,8 +46,13 @@ class DataConfig:
         eval_prompts: prompts of each group in each evaluation split (arithmetic).
         held_out: share of operand pairs that no stage ever sees (arithmetic-compact).
         length: tokens in a packed row (arithmetic, text).
-        retain: files (.txt, .jsonl, .parquet) or hf://name[:config:split] of what is retained (text).
+        documents: shared: a token attends to all that stands before it in its packed row, other documents included, as published;
+            isolated: to its own document alone, whose positions begin with 0 (arithmetic, text).
+        retain: files (.txt, .jsonl, .parquet) or hf://name[:config[:split]][#field] of what is retained (text); a mapping gives each
+            its share of ``tokens``, and a source with too few is read again.
         forget: the same, of what is forgotten (text).
+        tokens: taken of each of retain and forget, in all three splits together; None takes everything (text).
+        distill: other text to distill on (text).
         valid_fraction: share of the documents in each of the validation and the test split (text).
         tokenizer: folder of a tokenizer; None builds one: characters for arithmetic, byte-level BPE for text.
         vocab_size: of the BPE tokenizer (text).
@@ -37,8 +64,11 @@ class DataConfig:
     eval_prompts: int = 1000
     held_out: float = 0.1
     length: int = 256
-    retain: list[str] = field(default_factory=list)
-    forget: list[str] = field(default_factory=list)
+    documents: Literal["shared", "isolated"] = "shared"
+    retain: Sources = field(default_factory=list)
+    forget: Sources = field(default_factory=list)
+    tokens: int | None = None
+    distill: DistillDataConfig = field(default_factory=DistillDataConfig)
     valid_fraction: float = 0.05
     tokenizer: str | None = None
     vocab_size: int = 8000
@@ -56,6 +86,32 @@ class DataConfig:
         if self.kind == "text" and not (self.retain and self.forget):
             missing = "retain" if not self.retain else "forget"
             raise ValueError(f"data.{missing}: got no files, wanted at least one; pass --data.{missing}='[path]'")
+        if self.documents not in ("shared", "isolated"):
+            raise ValueError(f"data.documents: got {self.documents!r}, wanted shared or isolated")
+        if self.documents == "isolated" and self.kind == "arithmetic-compact":
+            raise ValueError(
+                "data.documents: got isolated with kind arithmetic-compact, whose rows hold one problem; wanted shared"
+            )
+        for name in ("retain", "forget"):
+            _check_sources(f"data.{name}", getattr(self, name), "data.tokens", self.tokens)
+        if self.distill.sources and self.kind != "text":
+            raise ValueError(f"data.distill.sources: got some with kind {self.kind}, wanted none: they are of kind text")
+
+    def sources(self) -> list[str]:
+        """Every file and hub data set that is read."""
+        return [*self.retain, *self.forget, *self.distill.sources]
+
+
+def _check_sources(name: str, sources: Sources, budget: str, tokens: int | None) -> None:
+    if tokens is not None and tokens < 2:
+        raise ValueError(f"{budget}: got {tokens}, wanted an integer >= 2")
+    if not isinstance(sources, dict):
+        return
+    for source, share in sources.items():
+        if not 0 < share < float("inf"):
+            raise ValueError(f"{name}: got the share {share} for {source}, wanted a finite number > 0")
+    if sources and tokens is None:
+        raise ValueError(f"{budget}: got null with shares in {name}, wanted the number of tokens that they are shares of")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from undo_core import ops
 from undo_core.data.rows import Rows
 from undo_core.models import head_of, hidden_states
 
+MOST_ROWS, MOST_POSITIONS = 512, 2**15  # of a forward pass
 _Z = 1.959964  # 97.5 % point of the normal law
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = None) -> dict[str, Any]:
     """Score ``model`` on ``rows``: accuracy where they have answers, else mean cross-entropy in nats per token.
 
     Accuracy is the exact match of the greedy answer, terminator included. It is computed in one forward pass over the
@@ -26,7 +27,7 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> di
     Args:
         model: left in the mode it was in.
         rows: ``[n, length]`` token rows.
-        batch_size: rows in a forward pass.
+        batch_size: rows in a forward pass; None for 512, or as many as have 32,768 positions where that is fewer.
 
     Returns:
         ``value``, ``low`` and ``high`` (95 %: Wilson's interval for accuracy, normal over rows for cross-entropy), ``n``
@@ -47,11 +48,12 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> di
     model.eval()
     score = _correct if rows.answer_mask is not None else _nats
     device = next(model.parameters()).device
+    batch_size = batch_size or min(MOST_ROWS, max(1, MOST_POSITIONS // rows.length))
     parts = []
     for start in range(0, len(rows), batch_size):
         ids = rows.input_ids[start : start + batch_size].long().to(device)
         mask = ids != rows.pad_id if rows.answer_mask is None else rows.answer_mask[start : start + batch_size].to(device)
-        parts.append(score(model, ids, mask).cpu())
+        parts.append(score(model, ids, rows.position_ids(ids), mask).cpu())
     model.train(training)
     scores = torch.cat(parts)
     summary = _accuracy if rows.answer_mask is not None else _mean_nats
@@ -65,9 +67,9 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int = 512) -> di
     return result
 
 
-def _correct(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """``[batch]`` float64, 1 where every answer token is the most likely one."""
-    hidden, labels, mask = hidden_states(model, ids[:, :-1]), ids[:, 1:], mask[:, 1:]
+    hidden, labels, mask = _hidden(model, ids, positions), ids[:, 1:], mask[:, 1:]
     head = head_of(model)
     # A softcap and a positive scale keep the order of the logits, but ties can arise at the cap: apply them.
     logits = hidden[mask].float() @ head.weight.float().T
@@ -81,14 +83,18 @@ def _correct(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> t
     return right.all(1).double()
 
 
-def _nats(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """``[batch, 2]`` float64: cross-entropy summed over the row's labels, and their number."""
     labels, mask = ids[:, 1:], mask[:, 1:]
     head = head_of(model)
     nats = ops.linear_cross_entropy(
-        hidden_states(model, ids[:, :-1]), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
+        _hidden(model, ids, positions), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
     )
     return torch.stack([nats.double().sum(1), mask.double().sum(1)], dim=1)
+
+
+def _hidden(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    return hidden_states(model, ids[:, :-1], None, None if positions is None else positions[:, :-1])
 
 
 def _accuracy(scores: torch.Tensor) -> dict[str, Any]:

@@ -102,9 +102,62 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         )
 
 
-def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Final hidden states ``[batch, length, d]``, after the last norm; the head is not run."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Final hidden states ``[batch, length, d]``, after the last norm; the head is not run.
+
+    Where ``position_ids`` start again, a document begins that does not attend to what stands before it: transformers makes that
+    mask from the positions, without an attention mask and a cache. A sdpa that was causal without a mask gets one of
+    ``[batch, length, length]`` then.
+
+    Raises:
+        ValueError: positions that start again for a model or an attention kernel that would let documents attend to each other.
+    """
+    options = {}
+    if position_ids is not None:
+        check_isolation(model)
+        options["position_ids"] = position_ids
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).last_hidden_state
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel) -> None:
+    """Compare once, per attention kernel: another first document in two packed rows must not change the second's hidden states.
+
+    Raises:
+        ValueError: it does; the model does not know position ids, or its kernel does not read them.
+    """
+    kernel = model.config._attn_implementation
+    if getattr(model, "_undo_isolation_verified", None) == kernel:
+        return
+    embedding = model.get_input_embeddings().weight
+    at = torch.arange(16, device=embedding.device)
+    ids = at.mul(7919).remainder(embedding.shape[0]).repeat(2, 1)
+    other = torch.where(at < 8, (ids + 1).remainder(embedding.shape[0]), ids)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        leaks = []
+        for positions in (None, at.remainder(8).repeat(2, 1)):
+            given = {} if positions is None else {"position_ids": positions}
+            a, b = (model.base_model(input_ids=x, use_cache=False, **given).last_hidden_state[:, 8:] for x in (ids, other))
+            leaks.append(float((a - b).abs().max()))
+        works = not leaks[1] > 0.1 * leaks[0]  # rounding, at most; a diverged model is not this check's concern
+    except TypeError:  # no such argument
+        works = False
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not works:
+        raise ValueError(
+            f"position_ids: got rows of isolated documents for {type(model).__name__} with attention {kernel}, which lets them attend "
+            f"to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, flex_attention)"
+        )
+    model._undo_isolation_verified = kernel
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

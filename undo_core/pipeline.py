@@ -156,10 +156,12 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
         FileNotFoundError: a data file or the checkpoint folder is missing.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
-    files = [Path(path) for path in data.retain + data.forget if "://" not in path]
+    files = [Path(path) for path in data.sources() if "://" not in path]
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"data: got {path}, which is not a file; check data.retain and data.forget")
+            raise FileNotFoundError(
+                f"data: got {path}, which is not a file; check data.retain, data.forget and data.distill.sources"
+            )
     if model.path:
         settings["data"]["tokenizer"] = data.tokenizer or model.path
         checkpoint = Path(model.path)

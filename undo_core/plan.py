@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
-from undo_core.data.splits import TRAIN_SPLITS
+from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.pipeline import attack_stage, plan_run
 from undo_core.stages import FUNCTIONS, unlearn_config
@@ -66,10 +66,9 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     ``4 * positions * layers * (20 * hidden + 3 * intermediate + 3 * heads * length)``; the reference backend's logits,
     ``4 * positions * V * copies``; and the process itself.
     """
-    model, length = _meta_model(config), _row_length(config)
+    plan, model = plan_run(config), _meta_model(config)  # a missing folder is not looked for on the hub
     parameters = sum(p.numel() for p in model.parameters())
-    plan = plan_run(config)
-    measure = _Measure(config, model, length, parameters)
+    measure = _Measure(config, model, parameters)
     lines: list[tuple[str, Stage, int]] = [(stage.title, stage, 1) for stage in plan.stages()]
     for entry in plan.models:
         if entry.attacked:
@@ -77,6 +76,7 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
             lines.append((f"relearn {entry.name}, {len(config.relearn.rates)} rates", stage, len(config.relearn.rates)))
     rows, cache_bytes = [], 0
     for title, stage, times in lines:
+        length = _row_length(config, stage)
         settings = _training(config, stage)
         steps = 0 if settings is None else settings.steps
         sources = 2 if stage.kind == "unlearn" else 1
@@ -84,12 +84,15 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         positions = steps * size * length
         passes = _passes(stage, model, length)
         ruled = stage.settings.get("recover") is not None or stage.settings.get("stop_retain") is not None
-        seconds = 0.0 if settings is None else steps * measure.seconds(size, passes)
+        seconds = 0.0 if settings is None else steps * measure.seconds(size, passes, length)
         flops = passes * forward_flops(model, length) * positions
         if stage.kind == "cache":
             cached = _cached_rows(config, store, plan.prepared)
             steps, positions = -(-cached // stage.settings["batch_size"]), cached * length
-            seconds, flops = steps * measure.seconds(stage.settings["batch_size"], 1), forward_flops(model, length) * positions
+            seconds, flops = (
+                steps * measure.seconds(stage.settings["batch_size"], 1, length),
+                forward_flops(model, length) * positions,
+            )
             cache_bytes = 0 if store.done(stage) else cached * (length - 1) * _cache_bytes(stage, model)
         memory = _memory(stage, settings, model, parameters, length)
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
@@ -157,7 +160,7 @@ def _cached_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
     """Rows that a cached teacher reads: at most, where problems are packed and not prepared yet; unknown text counts as none."""
     if store.done(prepared):
         splits = store.manifest(prepared)["splits"]
-        return sum(splits[name]["rows"] for name in TRAIN_SPLITS.values())
+        return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))
     return 0 if config.data.kind == "text" else 2 * config.data.train_rows
 
 
@@ -173,11 +176,12 @@ def _attacks_done(config: RunConfig, store: Store, plan: Any, first: Stage) -> b
     return all(store.done(attack_stage(config, plan, model, rate)) for rate in config.relearn.rates)
 
 
-def _row_length(config: RunConfig) -> int:
+def _row_length(config: RunConfig, stage: Stage) -> int:
     """Positions that a row takes: its last token is a label only."""
     if config.data.kind == "arithmetic-compact":
         return arithmetic.compact_splits(seed=0, train_rows=2, eval_prompts=2)[1]["train_retain"].length
-    return config.data.length
+    distilled_rows = config.data.distill.sources and stage.kind in ("distill", "cache")
+    return (distilled_rows and config.data.distill.length) or config.data.length
 
 
 def _model_config(config: RunConfig) -> Any:
@@ -225,22 +229,22 @@ def _teacher_bytes(stage: Stage, parameters: int, shape: Any) -> int:
 class _Measure:
     """Seconds of a training step on this machine."""
 
-    def __init__(self, config: RunConfig, model: PreTrainedModel, length: int, parameters: int) -> None:
-        self.config, self.model, self.length = config, model, length
+    def __init__(self, config: RunConfig, model: PreTrainedModel, parameters: int) -> None:
+        self.config, self.model = config, model
         self.real = initialise(_model_config(config), 0) if parameters <= MEASURED_PARAMETERS else None
         self.rate = None if self.real is not None else self._matrix_rate()
-        self.known: dict[int, float] = {}
+        self.known: dict[tuple[int, int], float] = {}
 
-    def seconds(self, rows: int, passes: int) -> float:
-        """Of one step on ``rows`` rows that costs ``passes`` forward passes."""
+    def seconds(self, rows: int, passes: float, length: int) -> float:
+        """Of one step on ``rows`` rows of ``length`` that costs ``passes`` forward passes."""
         if self.real is None:
-            return passes * forward_flops(self.model, self.length) * rows * self.length / (self.rate * MATRIX_EFFICIENCY)
-        if rows not in self.known:
-            self.known[rows] = self._step(rows)
-        return self.known[rows] * passes / 3
+            return passes * forward_flops(self.model, length) * rows * length / (self.rate * MATRIX_EFFICIENCY)
+        if (rows, length) not in self.known:
+            self.known[rows, length] = self._step(rows, length)
+        return self.known[rows, length] * passes / 3
 
-    def _step(self, rows: int) -> float:
-        ids = torch.randint(1, self.model.config.vocab_size, (rows, self.length), generator=torch.Generator().manual_seed(0))
+    def _step(self, rows: int, length: int) -> float:
+        ids = torch.randint(1, self.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
         source = {"text": rows_source(Rows(ids, pad_id=0), rows, 0)}
         loss = lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"])  # noqa: E731
         train(self.real, loss, source, TrainConfig(steps=1, batch_size=rows), progress=False)  # the first step warms up

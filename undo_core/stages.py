@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
+from undo_core.checkpoint_files import stored_dtype
 from undo_core.data.rows import Rows
-from undo_core.data.splits import TRAIN_SPLITS, make_splits
+from undo_core.data.splits import TRAIN_SPLITS, distilled, make_splits
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.files import read_json
@@ -29,6 +30,7 @@ from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import CachedTeacher, cache_teacher
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import Precision, weight_dtype
 from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn, unlearn_flops
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
@@ -39,7 +41,7 @@ def prepare(work: Work) -> dict[str, Any]:
     tokenizer, splits = make_splits(work.settings["data"])
     settings = work.settings["model"]
     path = settings["path"]
-    model = load_model(path) if path else build_model(settings["config"], tokenizer, settings["seed"])
+    model = load_model(path, stored_dtype(Path(path))) if path else build_model(settings["config"], tokenizer, settings["seed"])
     (work.output / "data").mkdir()
     for name, rows in splits.items():
         rows.save(work.output / "data" / f"{name}.safetensors")
@@ -62,7 +64,7 @@ def pretrain(work: Work) -> dict[str, Any]:
     """Train from the prepared initialisation on everything, or on the retain rows alone (data filtering)."""
     settings = work.settings
     config = TrainConfig(**settings["train"])
-    model, data = load_model(work.inputs["prepared"]), work.inputs["prepared"]
+    model, data = _load(work.inputs["prepared"], config.precision), work.inputs["prepared"]
     train_rows = _train_rows(data, settings["splits"])
     metrics = _validation(data, ("retain", "forget"))
     stop = None
@@ -95,8 +97,8 @@ def pretrain(work: Work) -> dict[str, Any]:
 def unlearn_stage(work: Work) -> dict[str, Any]:
     """Suppress the forget rows' capability in the model."""
     settings = work.settings
-    model, data = load_model(work.inputs["model"]), work.inputs["prepared"]
     config = unlearn_config(settings)
+    model, data = _load(work.inputs["model"], config.train.precision), work.inputs["prepared"]
     forget, retain = _train_rows(data, ["forget"]), _train_rows(data, ["retain"])
     metrics = _validation(data, ("retain", "forget"))
     result = unlearn(
@@ -131,13 +133,17 @@ def distill_stage(work: Work) -> dict[str, Any]:
     config = TrainConfig(**settings["train"])
     data = work.inputs["prepared"]
     how = TeacherConfig(**settings.get("teacher", {}))
-    student, text = load_model(work.inputs["student"]), _train_rows(data, ["retain", "forget"])
+    student, text = _load(work.inputs["student"], config.precision), _distill_rows(data)
     if "cache" in work.inputs:
         teacher = CachedTeacher.open(work.inputs["cache"], work.inputs["teacher"], how)
         reached = _cached_retain(work.inputs["cache"], data)
         passes = head_flops(student) if how.kind == "cached" else 0.0  # its trunk's are the cache's
     else:
-        model = (stream_model if how.kind == "streamed" else load_model)(work.inputs["teacher"])
+        folder = work.inputs["teacher"]
+        if how.kind == "streamed":
+            model = stream_model(folder)
+        else:  # as published, a student in 16 bits learns from a teacher in 16 bits
+            model = load_model(folder, torch.float32 if config.precision == "float32" else stored_dtype(folder))
         teacher, reached, passes = ModelTeacher(model), None, forward_flops(model, text.length)
     stop, facts = None, {}
     if settings["recover"] is not None:
@@ -155,7 +161,7 @@ def cache_stage(work: Work) -> dict[str, Any]:
     settings = dict(work.settings)
     streamed = settings.pop("streamed", False)
     model, data = (stream_model if streamed else load_model)(work.inputs["teacher"]), work.inputs["prepared"]
-    text, heldout = _train_rows(data, ["retain", "forget"]), load_split(data, "valid_retain")
+    text, heldout = _distill_rows(data), load_split(data, "valid_retain")
     scratch, config = work.scratch / "cache", TeacherConfig(**settings)
     cached = cache_teacher(model, text, scratch, config, check=heldout, title=work.title)
     for path in sorted(scratch.iterdir()):
@@ -172,7 +178,7 @@ def relearn_stage(work: Work) -> dict[str, Any]:
     settings = dict(work.settings)
     rate = settings.pop("rate")
     config = AttackConfig(**settings, rates=[rate])
-    model, data = load_model(work.inputs["model"]), work.inputs["prepared"]
+    model, data = _load(work.inputs["model"], config.precision), work.inputs["prepared"]
     forget = _train_rows(data, ["forget"])
     tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
     points: dict[int, dict[str, Any]] = {}
@@ -238,7 +244,17 @@ def load_split(data: Path, split: str) -> Rows:
 def _train_rows(data: Path, splits: list[str]) -> Rows:
     """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
     parts = [load_split(data, TRAIN_SPLITS[name]) for name in splits]
-    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id)
+    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id, separator_id=parts[0].separator_id)
+
+
+def _distill_rows(data: Path) -> Rows:
+    return _train_rows(data, distilled({name for name in TRAIN_SPLITS.values() if split_path(data, name).exists()}))
+
+
+def _load(folder: Path, precision: Precision) -> PreTrainedModel:
+    """A model to train, in 16 bits from the start where training would make it so; masters keep what a float32 folder has."""
+    keeps = precision == "bfloat16-master" and stored_dtype(folder) != torch.bfloat16
+    return load_model(folder, torch.float32 if keeps else weight_dtype(precision))
 
 
 def _validation(data: Path, names: tuple[str, ...]) -> Evaluate:

@@ -22,9 +22,10 @@ class TeacherConfig:
     """Where the teacher is while a student learns from it.
 
     Attributes:
-        kind: resident: a second model in memory. streamed: its layers are read from disk for each forward pass; same bits. cached: its
-            final hidden states are computed once and stored, from which the loss is exact; only its head stays. topk: only its
-            most likely tokens are stored; small, and approximate.
+        kind: resident: a second model in memory; a run's, in 16 bits where its folder and the student's training are. streamed: its
+            layers are read from disk for each forward pass, in float32; same bits as a resident float32 one. cached: its final hidden
+            states are computed once and stored, from which the loss is exact; only its head stays. topk: only its most likely tokens
+            are stored; small, and approximate.
         dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
         k: tokens stored at each position (topk).
         batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
@@ -88,8 +89,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        inputs, attention, _, _ = batch.shifted()
-        return HiddenTargets(hidden_states(self.model, inputs, attention), head_of(self.model))
+        return HiddenTargets(hidden_states(self.model, *batch.shifted()[0]), head_of(self.model))
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:

@@ -307,7 +307,7 @@ class _Pass:
         ids = self.rows.input_ids[index].long().to(self.head.weight.device)
         mask = ids[:, 1:] != self.rows.pad_id
         mask[end - start :] = False
-        return _store(hidden_states(self.teacher, ids[:, :-1])[mask], self.head, self.config)
+        return _store(hidden_states(self.teacher, *_inputs(self.rows, ids))[mask], self.head, self.config)
 
 
 class _Shard:
@@ -386,7 +386,7 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
     """Relative errors of the KL and of its gradient, for students whose hidden states are the teacher's with noise."""
     ids = rows.input_ids[:CHECKED_ROWS].long().to(head.weight.device)
     with torch.no_grad():
-        hidden = hidden_states(teacher, ids[:, :-1])[ids[:, 1:] != rows.pad_id]
+        hidden = hidden_states(teacher, *_inputs(rows, ids))[ids[:, 1:] != rows.pad_id]
         stored, weight = _store(hidden, head, config), head.weight.detach()
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     sides = {**head.options("student_"), **head.options("teacher_")}
@@ -421,6 +421,11 @@ def describe_error(name: str, error: dict[str, float]) -> str:
         f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
         f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
     )
+
+
+def _inputs(rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+    """What the teacher reads of rows ``ids``; their last token is a label alone."""
+    return ids[:, :-1], None, rows.position_ids(ids[:, :-1])
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -5,8 +5,10 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from undo_core.checkpoint_files import stored_dtype
 from undo_core.data.arithmetic import compact_splits
 from undo_core.distill import distill
 from undo_core.models import build_model, load_model
@@ -323,6 +325,32 @@ def test_a_model_is_saved_in_its_dtype_and_loaded_in_float32(arithmetic, tmp_pat
     assert torch.equal(weights(same), weights(model)) and torch.equal(weights(wide), weights(model))
     train(same, loss, {"text": rows_source(arithmetic[1], 8, 0)}, TrainConfig(steps=1), progress=False)
     assert same.dtype == torch.float32  # the next stage's precision
+
+
+def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
+    """The same bits as loading in float32 and converting, without the float32 weights in memory."""
+    from undo_core.stages import _load
+
+    wide, _ = run(arithmetic, steps=1)
+    wide.save_pretrained(tmp_path / "wide")
+    half, _ = run(arithmetic, steps=1, precision="bfloat16")
+    half.save_pretrained(tmp_path / "half")
+    assert (stored_dtype(tmp_path / "wide"), stored_dtype(tmp_path / "half")) == (torch.float32, torch.bfloat16)
+    for name in ("wide", "half"):
+        for precision in PRECISIONS:
+            model, other = _load(tmp_path / name, precision), load_model(tmp_path / name)
+            short = precision in ("bfloat16", "bfloat16-stochastic") or (name, precision) == ("half", "bfloat16-master")
+            assert model.dtype == (torch.bfloat16 if short else torch.float32)
+            both = [Updater(m, list(m.parameters()), TrainConfig(precision=precision)) for m in (model, other)]
+            assert torch.equal(weights(model), weights(other))
+            ids = torch.arange(2, 14).view(1, -1)
+            assert torch.equal(model(ids).logits, other(ids).logits), "its buffers are those of float32"
+            for a, b in zip(both[0].targets, both[1].targets, strict=True):
+                assert torch.equal(a, b) and a.dtype == b.dtype
+    mixed = load_file(tmp_path / "half" / "model.safetensors")
+    name = next(iter(mixed))
+    save_file({**mixed, name: mixed[name].float()}, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    assert stored_dtype(tmp_path / "half") == torch.float32, "nothing may be rounded"
 
 
 def test_student_and_teacher_may_differ(arithmetic):

@@ -35,6 +35,10 @@ def test_hub_datasets_are_streamed(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
     assert list(read_documents(["hf://org/name:kor"])) == LINES
+    Datasets.load_dataset = lambda *_, **__: iter([{"response": line, "text": "a question"} for line in LINES])
+    assert list(read_documents(["hf://org/name#response"])) == LINES
+    with pytest.raises(ValueError, match=r"^hf://org/name#answer: got the fields response, text, wanted one named 'answer'"):
+        list(read_documents(["hf://org/name#answer"]))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'undo-core\[data\]'"):
         list(read_documents(["hf://org/name"]))
@@ -130,3 +134,73 @@ def test_documents_fall_into_splits_by_hash(tmp_path):
     )
     with pytest.raises(ValueError, match=r"^data\.valid_fraction: got 1e-09"):
         text_splits(tokenizer, **paths, length=16, valid_fraction=1e-9, seed=0)
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """A tokenizer of one token a character, and settings of three files of 200 documents of ten characters."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i:09}" for i in range(200)))
+    tokenizer = character_tokenizer("abc0123456789")
+    settings = {"retain": [str(tmp_path / "a.txt")], "forget": [str(tmp_path / "b.txt")], "length": 11, "valid_fraction": 0.1}
+    return tokenizer, settings, {name: str(tmp_path / f"{name}.txt") for name in "abc"}
+
+
+def first_letters(rows):
+    return ["abc"[token - 2] for token in rows.input_ids[:, 1].tolist()]
+
+
+def test_shares_are_of_a_budget_of_tokens(mix):
+    tokenizer, settings, paths = mix
+    shares = {paths["c"]: 1, paths["a"]: 3}
+    splits = text_splits(tokenizer, **{**settings, "retain": shares}, seed=0, tokens=1100)
+    letters = [letter for split in ("train", "valid", "test") for letter in first_letters(splits[f"{split}_retain"])]
+    assert (letters.count("a"), letters.count("c"), letters.count("b")) == (75, 25, 0)
+    assert sum(len(splits[f"{split}_forget"]) for split in ("train", "valid", "test")) == 100
+    turned = text_splits(tokenizer, **{**settings, "retain": dict(reversed(shares.items()))}, seed=0, tokens=1100)
+    assert turned["train_retain"].digest() == splits["train_retain"].digest(), "a mapping has no order"
+
+
+def test_a_source_with_too_little_is_read_again_in_training(mix):
+    tokenizer, settings, paths = mix
+    splits = text_splits(tokenizer, **{**settings, "retain": {paths["a"]: 1.0}}, seed=0, tokens=5500)
+    rows = [splits[f"{split}_retain"] for split in ("train", "valid", "test")]
+    assert sum(map(len, rows)) == 500 and len(set(map(tuple, rows[0].input_ids.tolist()))) == 200 - len(rows[1]) - len(rows[2])
+    listed = text_splits(tokenizer, **settings, seed=0, tokens=5500)
+    assert sum(len(listed[f"{split}_retain"]) for split in ("train", "valid", "test")) == 200, "a list is read once"
+
+
+def test_no_more_is_read_than_is_taken(mix, monkeypatch):
+    tokenizer, settings, _ = mix
+    read = 0
+
+    def endless(name, config, **_):
+        nonlocal read
+        while True:
+            read += 1
+            yield {"text": f"{'a' if name == 'keep' else 'b'}{read:09}"}
+
+    monkeypatch.setitem(sys.modules, "datasets", type("Datasets", (), {"load_dataset": staticmethod(endless)}))
+    text_splits(tokenizer, **{**settings, "retain": ["hf://keep"], "forget": ["hf://drop"]}, seed=0, tokens=4400)
+    assert 800 <= read <= 800 + 2 * 256
+
+
+def test_text_to_distill_on_leaves_out_what_is_held_out(mix):
+    tokenizer, settings, paths = mix
+    distill = {"sources": [paths["a"], paths["c"]], "tokens": None, "length": 22}
+    splits = text_splits(tokenizer, **settings, seed=0, distill=distill, isolated=True)
+    assert splits["train_distill"].length == 22 and splits["train_distill"].separator_id == 1
+    documents = {tuple(row) for row in splits["train_distill"].input_ids.view(-1, 11).tolist()}
+    held_out = {tuple(row) for split in ("valid", "test") for row in splits[f"{split}_retain"].input_ids.tolist()}
+    assert held_out and not held_out & documents
+    assert {tuple(row) for row in splits["train_retain"].input_ids.tolist()} < documents
+    assert "train_distill" not in text_splits(tokenizer, **settings, seed=0, distill={**distill, "sources": []})
+
+
+def test_a_tokenizer_without_a_beginning_uses_the_end(mix):
+    tokenizer, settings, _ = mix
+    tokenizer.bos_token = None
+    assert set(text_splits(tokenizer, **settings, seed=0)["train_retain"].input_ids[:, 0].tolist()) == {tokenizer.eos_token_id}
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"^data\.tokenizer: got one without a token"):
+        text_splits(tokenizer, **settings, seed=0)

@@ -185,7 +185,7 @@ def is_correct(generated: str, answer: str) -> bool:
 
 
 def published_splits(
-    tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int, train_rows: int, eval_prompts: int
+    tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int, train_rows: int, eval_prompts: int, isolated: bool = False
 ) -> dict[str, Rows]:
     """Published problems as splits: training rows packed to ``length``, evaluation rows with one problem each.
 
@@ -198,12 +198,13 @@ def published_splits(
         seed: of the draws.
         train_rows: problems in each of ``train_retain`` and ``train_forget``.
         eval_prompts: problems in each other split, shared by operation and kind.
+        isolated: packed problems do not attend to each other.
     """
     splits = {}
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     for group, operations in GROUPS.items():
         train = (encode(tokenizer, problem.text) for problem in mixture(operations, train_rows, seed))
-        splits[f"train_{group}"] = pack(train, length, bos, pad)
+        splits[f"train_{group}"] = pack(train, length, bos, pad, isolated=isolated)
         for split in ("valid", "test"):
             chosen = [
                 p

@@ -27,6 +27,8 @@ class Rows:
             exact match; None for plain text, which is scored by cross-entropy.
         group: ``[n]`` int16 index into ``group_names`` (the operation of an arithmetic problem), or None.
         group_names: names of the groups.
+        separator_id: id of the token before each document of a row, where documents are isolated from each other: none attends to
+            another, and positions start again at each. None where a row is read as one text.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +36,7 @@ class Rows:
     answer_mask: torch.Tensor | None = None
     group: torch.Tensor | None = None
     group_names: tuple[str, ...] = ()
+    separator_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape[0] == 0:
@@ -54,6 +57,10 @@ class Rows:
         """Number of tokens that are not padding."""
         return int((self.input_ids != self.pad_id).sum())
 
+    def position_ids(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Positions of token ids of these rows, ``[n, length]`` in and out; None where documents are not isolated."""
+        return None if self.separator_id is None else document_positions(input_ids, self.separator_id)
+
     def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
         """Token ids ``[size, length]`` int64 of batch ``step``: the rows of :meth:`order`."""
         return self.input_ids[self.order(step, size, seed)].long()
@@ -73,9 +80,10 @@ class Rows:
         return torch.cat(taken)
 
     def digest(self) -> str:
-        """SHA-256 of the token ids and of what counts as padding, in hexadecimal."""
+        """SHA-256 of the token ids, of what counts as padding and of what separates documents, in hexadecimal."""
         ids = self.input_ids.to(torch.int32).contiguous().numpy()
-        return hashlib.sha256(f"{ids.shape} {self.pad_id} ".encode() + ids.tobytes()).hexdigest()
+        isolated = "" if self.separator_id is None else f"{self.separator_id} "
+        return hashlib.sha256(f"{ids.shape} {self.pad_id} {isolated}".encode() + ids.tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the rows to a safetensors file."""
@@ -85,7 +93,8 @@ class Rows:
         if self.group is not None:
             tensors["group"] = self.group.to(torch.int16).contiguous()
         # One entry only: safetensors writes several in an order that changes from run to run.
-        save_file(tensors, path, metadata={"rows": json.dumps({"pad_id": self.pad_id, "group_names": self.group_names})})
+        facts = {"pad_id": self.pad_id, "group_names": self.group_names, "separator_id": self.separator_id}
+        save_file(tensors, path, metadata={"rows": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> Rows:
@@ -101,7 +110,14 @@ class Rows:
                 answer_mask=file.get_tensor("answer_mask") if "answer_mask" in keys else None,
                 group=file.get_tensor("group") if "group" in keys else None,
                 group_names=tuple(facts["group_names"]),
+                separator_id=facts.get("separator_id"),
             )
+
+
+def document_positions(input_ids: torch.Tensor, separator_id: int) -> torch.Tensor:
+    """``[n, length]`` int64: each token's distance from the separator before it, or from the row's beginning; 0 at a separator."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    return index - torch.where(input_ids == separator_id, index, 0).cummax(1).values
 
 
 _cache: dict[tuple[int, int, int], torch.Tensor] = {}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +24,7 @@ def read_documents(sources: Iterable[str], *, field: str = "text") -> Iterator[s
 
     Args:
         sources: ``.txt`` (a document a line), ``.jsonl`` (``field`` of every line), ``.parquet`` (column ``field``), or
-            ``hf://name[:config[:split]]``, streamed with Hugging Face ``datasets`` (the extra ``undo-core[data]``).
+            ``hf://name[:config[:split]][#field]``, streamed with Hugging Face ``datasets`` (the extra ``undo-core[data]``).
         field: of JSONL and Parquet.
 
     Raises:
@@ -45,7 +49,7 @@ def _read(source: str, field: str) -> Iterator[str]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
-            f"data: got {path}, which is not a file; wanted .txt, .jsonl, .parquet or {HUB}name[:config[:split]]"
+            f"data: got {path}, which is not a file; wanted .txt, .jsonl, .parquet or {HUB}name[:config[:split]][#field]"
         )
     if path.suffix == ".txt":
         with open(path, encoding="utf-8") as file:
@@ -89,7 +93,9 @@ def _read_hub(source: str, field: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise ImportError(f"{source}: reading it needs datasets; pip install 'undo-core[data]'") from None
-    name, *rest = source.removeprefix(HUB).split(":")
+    name, _, named = source.removeprefix(HUB).partition("#")
+    field = named or field
+    name, *rest = name.split(":")
     config, split = [*rest, "", ""][:2]
     for record in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
         if not isinstance(record.get(field), str):
@@ -97,11 +103,20 @@ def _read_hub(source: str, field: str) -> Iterator[str]:
         yield record[field]
 
 
-def pack(documents: Iterable[list[int]], length: int, separator_id: int, pad_id: int, *, overflow: str = "carry") -> Rows:
+def pack(
+    documents: Iterable[Sequence[int]],
+    length: int,
+    separator_id: int,
+    pad_id: int,
+    *,
+    overflow: str = "carry",
+    isolated: bool = False,
+) -> Rows:
     """Token ids of documents as rows of ``length``, each document preceded by the separator.
 
     What overflows a row goes into the next one; ``overflow="discard"`` drops it, as the published packing does (arXiv 2506.06278's
-    code). The last row is padded. Memory: the rows, and a few of Python's lists of one document.
+    code). The last row is padded. ``isolated`` documents do not attend to each other; the separator stays the last label of the document
+    before it. Memory: the rows, and a few of Python's lists of one document.
 
     Raises:
         ValueError: no documents, a length under 2, or an unknown ``overflow``.
@@ -125,33 +140,99 @@ def pack(documents: Iterable[list[int]], length: int, separator_id: int, pad_id:
         rows.append(torch.tensor(row + [pad_id] * (length - len(row)), dtype=torch.int32))
     if not rows:
         raise ValueError("documents: got none with a token, wanted at least one")
-    return Rows(torch.stack(rows), pad_id)
+    return Rows(torch.stack(rows), pad_id, separator_id=separator_id if isolated else None)
 
 
 def text_splits(
-    tokenizer: PreTrainedTokenizerBase, *, retain: list[str], forget: list[str], length: int, valid_fraction: float, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    retain: list[str] | dict[str, float],
+    forget: list[str] | dict[str, float],
+    length: int,
+    valid_fraction: float,
+    seed: int,
+    tokens: int | None = None,
+    distill: dict[str, Any] | None = None,
+    isolated: bool = False,
 ) -> dict[str, Rows]:
     """Rows of train, valid and test, each for retain and forget; a document's split is a hash of the seed and its text.
 
     Copies of one document thus fall into one split. The rows carry no answers: they are scored by cross-entropy.
 
+    Args:
+        tokenizer: a document is preceded by its beginning-of-text token, or its end-of-text token where it has no such.
+        retain: sources of :func:`read_documents`, or their shares of ``tokens``.
+        forget: the same.
+        length: tokens in a row.
+        valid_fraction: share of the documents in each of valid and test.
+        seed: of the split.
+        tokens: to take of each of retain and forget.
+        distill: ``sources``, ``tokens`` and ``length`` of text to distill on, of which the training part is kept.
+        isolated: documents of a row do not attend to each other.
+
+    Memory: 4 bytes a token, twice.
+
     Raises:
-        ValueError: a split got no document; there are too few, or ``valid_fraction`` is too small.
+        ValueError: a split got no document; there are too few, or ``valid_fraction`` is too small. A tokenizer without special tokens.
     """
+    separator, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    separator = tokenizer.eos_token_id if separator is None else separator
+    if separator is None or pad is None:
+        raise ValueError("data.tokenizer: got one without a token for the beginning or end of a text, or for padding")
+
+    def packed(documents: Iterable[Sequence[int]], length: int) -> Rows:
+        return pack(documents, length, separator, pad, isolated=isolated)
+
     splits: dict[str, Rows] = {}
     for group, sources in (("retain", retain), ("forget", forget)):
-        documents: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-        for document in read_documents(sources):
-            documents[_split_of(document, seed, valid_fraction)].append(document)
-        for split, texts in documents.items():
-            if not texts:
+        documents = _documents(tokenizer, sources, tokens, valid_fraction, seed)
+        for split, encoded in documents.items():
+            if not encoded:
                 total = sum(map(len, documents.values()))
                 raise ValueError(
                     f"data.valid_fraction: got {valid_fraction}, with which none of {group}'s {total} documents fell into {split}"
                 )
-            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            splits[f"{split}_{group}"] = pack(encoded, length, tokenizer.bos_token_id, tokenizer.pad_token_id)
+            splits[f"{split}_{group}"] = packed(encoded, length)
+    if distill and distill["sources"]:
+        documents = _documents(tokenizer, distill["sources"], distill["tokens"], valid_fraction, seed)
+        splits["train_distill"] = packed(documents["train"], distill["length"] or length)
     return splits
+
+
+def _documents(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str] | dict[str, float],
+    tokens: int | None,
+    valid_fraction: float,
+    seed: int,
+) -> dict[str, list[array]]:
+    """Token ids of the documents of each split; no more is read than is taken."""
+    found: dict[str, list[array]] = {"train": [], "valid": [], "test": []}
+    parts: list[tuple[list[str], float]] = [(list(sources), math.inf if tokens is None else tokens)]
+    if isinstance(sources, dict):
+        parts = [([source], tokens * share / sum(sources.values())) for source, share in sorted(sources.items())]
+    for part, left in parts:
+        first = len(found["train"])
+        for text, ids in _encoded(tokenizer, part):
+            if left <= 0:
+                break
+            found[_split_of(text, seed, valid_fraction)].append(ids)
+            left -= len(ids) + 1
+        if isinstance(sources, dict):
+            for ids in itertools.cycle(found["train"][first:]):
+                if left <= 0:
+                    break
+                found["train"].append(ids)
+                left -= len(ids) + 1
+    return found
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> Iterator[tuple[str, array]]:
+    """Every document and its token ids."""
+    documents = read_documents(sources)
+    while texts := list(itertools.islice(documents, 256)):
+        for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+            yield text, array("i", ids)
 
 
 def _split_of(document: str, seed: int, valid_fraction: float) -> str:

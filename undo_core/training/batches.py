@@ -20,6 +20,8 @@ class Batch:
         input_ids: ``[batch, length]`` int64.
         mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
+        position_ids: ``[batch, length]`` int64 or None; where they start again, a document begins that does not attend to what stands
+            before it. Not with an attention mask, beside which transformers would let it attend.
         whole: of a micro-batch, the batch that it is a part of.
         rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
     """
@@ -28,7 +30,21 @@ class Batch:
     mask: torch.Tensor
     attention_mask: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
     whole: Batch | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.position_ids is None:
+            return
+        if self.attention_mask is not None:
+            raise ValueError(
+                "position_ids: got them with an attention_mask, wanted one of the two; rows padded on the right need no mask"
+            )
+        if self.position_ids.shape != self.input_ids.shape or self.position_ids.is_floating_point():
+            raise ValueError(
+                f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of the shape "
+                f"of input_ids, {tuple(self.input_ids.shape)}"
+            )
 
     @property
     def counted(self) -> int:
@@ -36,19 +52,24 @@ class Batch:
         return int(self.mask[:, 1:].sum())
 
     def to(self, device: torch.device) -> Batch:
-        attention = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows)
+        attention, positions = (None if x is None else x.to(device) for x in (self.attention_mask, self.position_ids))
+        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows, positions)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
-        columns = (self.input_ids, self.mask, self.attention_mask, self.rows)
+        columns = (self.input_ids, self.mask, self.attention_mask, self.rows, self.position_ids)
         parts = [repeat(None) if column is None else column.split(size) for column in columns]
         return [Batch(*part, whole=self) for part in zip(*parts, strict=False)]
 
-    def shifted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Inputs, their attention mask, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
-        attention = None if self.attention_mask is None else self.attention_mask[:, :-1]
-        return self.input_ids[:, :-1], attention, self.input_ids[:, 1:], self.mask[:, 1:]
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What a model reads, ``[batch, length]`` each: the ids, the attention mask and the positions."""
+        return self.input_ids, self.attention_mask, self.position_ids
+
+    def shifted(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
+        """Inputs, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
+        ids, *rest = (None if column is None else column[:, :-1] for column in self.inputs)
+        return (ids, *rest), self.input_ids[:, 1:], self.mask[:, 1:]
 
 
 Source = Callable[[int], Batch]  # the batch of a step; a pure function where a run must be resumable
@@ -60,7 +81,7 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
     def batch(step: int) -> Batch:
         index = rows.order(step, size, seed)
         ids = rows.input_ids[index].long()
-        return Batch(ids, ids != rows.pad_id, rows=index)
+        return Batch(ids, ids != rows.pad_id, rows=index, position_ids=rows.position_ids(ids))
 
     return batch
 
@@ -68,8 +89,8 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
 def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str) -> Source:
     """A source from token rows, from a function of the step, or from any iterable of batches.
 
-    An iterable may yield ``[batch, length]`` token ids or mappings with ``input_ids`` and optionally ``attention_mask`` and
-    ``labels`` (Hugging Face's convention: the same shape, -100 where a token is not a label). It is started again when it ends.
+    An iterable may yield ``[batch, length]`` token ids or mappings with ``input_ids`` and optionally ``attention_mask``,
+    ``labels`` (Hugging Face's convention: the same shape, -100 where a token is not a label) or ``position_ids`` (of packed documents). It is started again when it ends.
 
     Raises:
         ValueError: ``name`` is none of these, or the iterable is empty.
@@ -99,13 +120,13 @@ def as_batch(item: Any, name: str = "batch") -> Batch:
         raise ValueError(
             f"{name}: got input_ids of shape {tuple(ids.shape)} and {ids.dtype}, wanted integers [batch, length >= 2]"
         )
-    attention, labels = item.get("attention_mask"), item.get("labels")
+    attention, labels, positions = (item.get(name) for name in ("attention_mask", "labels", "position_ids"))
     mask = torch.ones_like(ids, dtype=torch.bool)
     if attention is not None:
         mask &= torch.as_tensor(attention).bool()
     if labels is not None:
         mask &= torch.as_tensor(labels) != -100
-    return Batch(ids.long(), mask, attention)
+    return Batch(ids.long(), mask, attention, position_ids=None if positions is None else torch.as_tensor(positions))
 
 
 def _endless(data: Iterable[Any], name: str) -> Iterator[Any]:

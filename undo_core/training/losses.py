@@ -14,10 +14,10 @@ from undo_core.training.batches import Batch
 
 def cross_entropy(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
     """Next-token cross-entropy, summed over the batch's labels and divided by ``counted``; a scalar."""
-    inputs, attention, labels, mask = batch.shifted()
+    inputs, labels, mask = batch.shifted()
     head = head_of(model)
     return ops.linear_cross_entropy(
-        hidden_states(model, inputs, attention),
+        hidden_states(model, *inputs),
         head.weight,
         labels.masked_fill(~mask, -100),
         normalizer=float(max(counted, 1)),
@@ -27,10 +27,10 @@ def cross_entropy(model: PreTrainedModel, batch: Batch, counted: int) -> torch.T
 
 def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
     """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar."""
-    inputs, attention, _, mask = batch.shifted()
+    inputs, _, mask = batch.shifted()
     head = head_of(model)
     return ops.linear_uniform_kl(
-        hidden_states(model, inputs, attention), head.weight, mask=mask, normalizer=float(max(counted, 1)), **head.options()
+        hidden_states(model, *inputs), head.weight, mask=mask, normalizer=float(max(counted, 1)), **head.options()
     )
 
 
@@ -64,9 +64,9 @@ class TopTargets:
 
 def distillation(student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar."""
-    inputs, attention, _, mask = batch.shifted()
+    inputs, _, mask = batch.shifted()
     head = head_of(student)
-    hidden = hidden_states(student, inputs, attention)
+    hidden = hidden_states(student, *inputs)
     counts = {"mask": mask, "normalizer": float(max(counted, 1))}
     if isinstance(targets, TopTargets):
         return ops.linear_sparse_kl_div(

@@ -11,6 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from undo_core.models import check_isolation, hidden_states
+
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
 """Tensors that stand in for a layer's parameters: by the layer's number, then by the parameter's name within it."""
 
@@ -30,14 +32,21 @@ class Trunk:
         self.layers: nn.ModuleList = getattr(self.owner, self.name)
         self._verify()
 
-    def enter(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Entered:
+    def enter(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> Entered:
         """A batch before its first layer: ``[batch, length]`` ids, no gradient, evaluation behaviour; no layer runs."""
+        if position_ids is not None:
+            check_isolation(self.model)  # while the layers are there
         calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
         stand_ins = nn.ModuleList(_StandIn(layer, calls) for layer in self.layers)
         with torch.no_grad(), evaluating(self.model):
             setattr(self.owner, self.name, stand_ins)
             try:
-                self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                hidden_states(self.model, input_ids, attention_mask, position_ids)
             finally:
                 setattr(self.owner, self.name, self.layers)
         if len(calls) != len(self.layers):

@@ -42,7 +42,7 @@ def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     direction = ops.misdirection(hidden_size, config.train.seed or 0, settings.direction).to(parameters[0].device)
 
     def shared(batch: Batch) -> tuple[Entered, torch.Tensor]:
-        entered = trunk.enter(batch.input_ids, batch.attention_mask)
+        entered = trunk.enter(*batch.inputs)
         with torch.no_grad(), evaluating(model):
             return entered, entered.run(entered.hidden, 0, first)
 
