@@ -1,3 +1,5 @@
+"""The weight's gradient is the largest thing that a loss makes: it must be handed to autograd, not copied."""
+
 import gc
 
 import pytest
