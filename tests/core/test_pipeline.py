@@ -235,7 +235,8 @@ def test_every_setting_is_part_of_the_key():
     train = TrainConfig()
     base = plan_run(small(distill=DistillConfig(train=train))).models[2].stage.key
     for field in dataclasses.fields(TrainConfig):
-        named = {"schedule": "linear", "precision": "bfloat16", "optimizer": "adamw-8bit", "step_in_backward": True}
+        named = {"schedule": "linear", "precision": "bfloat16", "optimizer": "adamw-8bit", "attention": "eager"}
+        named |= dict.fromkeys(("step_in_backward", "activation_checkpointing"), True)
         if field.name in named:
             value = named[field.name]
         else:
