@@ -48,7 +48,11 @@ def has_amx() -> bool:
 @torch.no_grad()
 def vocab_loss(problem: Problem) -> Result:
     """The problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
-    return _Run(problem).result()
+    run = _Run(problem)
+    try:
+        return run.result()
+    finally:
+        run.chunks.clear()  # a cycle would keep the gradient until the garbage collector comes, and make autograd copy it
 
 
 class _Run:
