@@ -56,7 +56,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
     assert all(row.done for row in by_folder.values()) and show(settings).count("there") == len(by_folder)
     for stage in plan_run(settings).stages():
         facts, row = store.manifest(stage), by_folder[stage.name]
-        assert 0.5 < row.memory_bytes / facts["peak_bytes"] < 2
+        assert 0.5 < row.memory.total / facts["peak_bytes"] < 2
         if "steps" in facts:
             assert row.steps == facts["steps"] and row.positions == sum(facts["positions_by_source"].values())
             assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
@@ -70,7 +70,7 @@ def test_a_large_model_is_planned_without_being_built(tmp_path):
     large = {**SHAPE, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
     settings = replace(config(tmp_path), model=ModelConfig(config={**large, "vocab_size": 256000}))
     rows, disk = plan_rows(settings, Store(tmp_path, FUNCTIONS))
-    assert disk > 8e9 and rows[1].memory_bytes > 16 * 2.4e9 and rows[1].seconds > 0
+    assert disk > 8e9 and rows[1].memory.total > 16 * 2.4e9 and rows[1].seconds > 0
 
 
 def test_the_doctor_finds_this_machine_well(capsys):
