@@ -29,6 +29,16 @@ Any key of the configuration can be overridden with --key=value, nested keys wit
 command continues where it was. Finished stages are kept in OUTPUT/stages and shared by every run with the same OUTPUT.
 """
 
+_PLAN = """Print the stages of CONFIG with steps, time, disk and memory by part; run nothing.
+
+  undo plan configs/arithmetic-cpu.yaml
+  undo plan configs/arithmetic-cpu.yaml --memory 8GB
+
+With --memory, name the cheapest flags with which every stage fits: activation checkpointing, smaller micro-batches, a cached
+teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments on the host, in this order. Where none are enough the
+last line says which stage needs how much at least, and the exit code is 2.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``undo``; returns the exit code: 0, 1 for a failure at work, 2 for a mistake in what was asked."""
@@ -59,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="undo", description="UNDO: robust unlearning for language models.", exit_on_error=False)
     subcommands = parser.add_subcommands(required=False)
-    for name, text in (("run", _RUN), ("plan", "Print the stages of CONFIG with steps, tokens, memory and time; run nothing.")):
+    for name, text in (("run", _RUN), ("plan", _PLAN)):
         sub = ArgumentParser(description=text, exit_on_error=False, usage=f"undo {name} CONFIG [--key=value ...]")
         sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
+        if name == "plan":
+            sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     for name, function in commands.COMMANDS.items():
@@ -95,8 +107,8 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     name = parsed.subcommand
     values = parser.instantiate(parsed)[name]
     if name in ("run", "plan"):
-        config = RunConfig(**{key: value for key, value in vars(values).items() if key != "config"})
-        return commands.run(config, command) if name == "run" else commands.plan(config)
+        config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
+        return commands.run(config, command) if name == "run" else commands.plan(config, values.memory)
     function = commands.COMMANDS[name]
     arguments = dict(vars(values))
     settings = _settings_class(function)

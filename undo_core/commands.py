@@ -26,14 +26,25 @@ def run(config: RunConfig, command: str) -> int:
     return 0
 
 
-def plan(config: RunConfig) -> int:
-    """Print what a configuration would do."""
-    from undo_core.plan import plan_table
+def plan(config: RunConfig, memory: str | None = None) -> int:
+    """Print what a configuration would do, and what to change for it to fit in ``memory``.
 
-    wide = (
-        console if console.is_terminal else Console(width=160, highlight=False, soft_wrap=True)
-    )  # a file has no width to keep to
-    wide.print(plan_table(config))
+    Raises:
+        ValueError: no change of settings makes it fit.
+    """
+    from undo_core.plan import bytes_of, fit_notes, plan_table
+
+    limit = None if memory is None else bytes_of(memory)
+    out = console if console.is_terminal else Console(width=100, highlight=False)
+    out.print(plan_table(config))
+    if limit is None:
+        return 0
+    flags, hopeless = fit_notes(config, limit)
+    if hopeless:
+        raise ValueError(f"memory: got {memory}, which is too little: {'; '.join(hopeless)}")
+    out.print(f"\nEverything fits in {memory}." if not flags else f"\nTo fit in {memory}, cheapest first:")
+    for line in flags:
+        out.print(f"  {line}", soft_wrap=True)
     return 0
 
 

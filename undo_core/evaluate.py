@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from undo_core import ops
 from undo_core.data.rows import Rows
-from undo_core.models import head_of, hidden_states
+from undo_core.models import Head, head_of, hidden_states
 
-MOST_ROWS, MOST_POSITIONS = 512, 2**15  # of a forward pass
 _Z = 1.959964  # 97.5 % point of the normal law
+POSITIONS = 16_384  # in a forward pass by default, and 512 rows at most
+LOGITS = 1 << 25  # (answer token, vocabulary row) pairs at once
 
 
 @torch.no_grad()
@@ -27,14 +28,14 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
     Args:
         model: left in the mode it was in.
         rows: ``[n, length]`` token rows.
-        batch_size: rows in a forward pass; None for 512, or as many as have 32,768 positions where that is fewer.
+        batch_size: rows in a forward pass; None for 512, or fewer where those would be more than 16,384 positions.
 
     Returns:
         ``value``, ``low`` and ``high`` (95 %: Wilson's interval for accuracy, normal over rows for cross-entropy), ``n``
         rows, and ``groups`` with the same for each group of rows. The cross-entropy of a diverged model is NaN-free: it is
         reported as the largest finite float32.
 
-    Memory: one batch of hidden states; logits of answer positions alone.
+    Memory: a forward pass of one batch; logits of 2**25 (answer token, vocabulary row) pairs at most.
 
     Raises:
         ValueError: the rows have a token that the model's vocabulary has not.
@@ -46,9 +47,9 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
         )
     training = model.training
     model.eval()
-    score = _correct if rows.answer_mask is not None else _nats
+    score = _correct if rows.answer_mask is not None else token_nats
+    batch_size = batch_size or rows_at_once(rows.length)
     device = next(model.parameters()).device
-    batch_size = batch_size or min(MOST_ROWS, max(1, MOST_POSITIONS // rows.length))
     parts = []
     for start in range(0, len(rows), batch_size):
         ids = rows.input_ids[start : start + batch_size].long().to(device)
@@ -67,30 +68,43 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
     return result
 
 
+def rows_at_once(length: int) -> int:
+    """Rows of ``length`` tokens in a forward pass."""
+    return max(1, min(512, POSITIONS // length))
+
+
 def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """``[batch]`` float64, 1 where every answer token is the most likely one."""
     hidden, labels, mask = _hidden(model, ids, positions), ids[:, 1:], mask[:, 1:]
-    head = head_of(model)
-    # A softcap and a positive scale keep the order of the logits, but ties can arise at the cap: apply them.
-    logits = hidden[mask].float() @ head.weight.float().T
-    if head.bias is not None:
-        logits = logits + head.bias.float()
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
     right = torch.ones_like(mask)
-    right[mask] = logits.argmax(-1) == labels[mask]
+    right[mask] = most_likely(hidden[mask], head_of(model)) == labels[mask]
     return right.all(1).double()
 
 
-def _nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """Tokens ``[n]`` of the largest logits, from hidden states ``[n, d]``."""
+    weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
+    tokens = []
+    for part in hidden.split(max(1, LOGITS // weight.shape[1])):
+        # A softcap and a positive scale keep the order of the logits, but ties can arise at the cap: apply them.
+        logits = part.float() @ weight
+        if bias is not None:
+            logits = logits + bias
+        logits = logits * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        tokens.append(logits.argmax(-1))
+    return torch.cat(tokens)
+
+
+def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """``[batch, 2]`` float64: cross-entropy summed over the row's labels, and their number."""
     labels, mask = ids[:, 1:], mask[:, 1:]
     head = head_of(model)
-    nats = ops.linear_cross_entropy(
+    summed = ops.linear_cross_entropy(
         _hidden(model, ids, positions), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
     )
-    return torch.stack([nats.double().sum(1), mask.double().sum(1)], dim=1)
+    return torch.stack([summed.double().sum(1), mask.double().sum(1)], dim=1)
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

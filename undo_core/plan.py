@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +19,22 @@ from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled
+from undo_core.files import hash_json
+from undo_core.fit import Fit, apply_changes, cheapest_fit
+from undo_core.memory import PARTS, Memory, Predictor, unlearn_config
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.pipeline import attack_stage, plan_run
-from undo_core.stages import FUNCTIONS, unlearn_config
+from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import weight_dtype
 from undo_core.unlearn import unlearn_flops
-from undo_core.unlearn.activations import find_layers
-from undo_core.unlearn.rmu import trained_parameters
 
-BASELINE_BYTES = 550 * 2**20  # a Python process with torch and transformers loaded, measured
 MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
 MATRIX_EFFICIENCY = 0.5  # of a training step against bare matrix products of the same width, measured on small models
-REFERENCE_LOGIT_COPIES = {"distill": 8, "pretrain": 4, "unlearn": 4, "relearn": 4}  # [tokens, V] float32 arrays alive at once
+
+Predict = Callable[..., Memory]
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Row:
         positions: run through the trained model, padding included.
         flops: at most.
         seconds: predicted, at most.
-        memory_bytes: predicted peak of the process.
+        memory: predicted peak, by parts.
+        measured_bytes: the peak that was measured, of a stage that is there.
+        disk_bytes: of what it leaves behind.
         folder: of the stage.
         done: whether it is there already.
     """
@@ -53,19 +61,15 @@ class Row:
     positions: int
     flops: float
     seconds: float
-    memory_bytes: int
+    memory: Memory
+    measured_bytes: int | None
+    disk_bytes: int
     folder: str
     done: bool
 
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
-    """The plan's lines, attacks of a model as one, and the disk that the missing stages take.
-
-    Memory of a stage, in float32: 16 bytes a parameter for weights, gradients and AdamW's moments, 4 for a teacher's (RMU: 4, and 16
-    more for a trained one); activations of a micro-batch in the layers that are trained through,
-    ``4 * positions * layers * (20 * hidden + 3 * intermediate + 3 * heads * length)``; the reference backend's logits,
-    ``4 * positions * V * copies``; and the process itself.
-    """
+    """The plan's lines, attacks of a model as one, and the disk that the missing stages take; memory by :mod:`undo_core.memory`."""
     plan, model = plan_run(config), _meta_model(config)  # a missing folder is not looked for on the hub
     parameters = sum(p.numel() for p in model.parameters())
     measure = _Measure(config, model, parameters)
@@ -74,7 +78,8 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         if entry.attacked:
             stage = attack_stage(config, plan, entry, config.relearn.rates[0])
             lines.append((f"relearn {entry.name}, {len(config.relearn.rates)} rates", stage, len(config.relearn.rates)))
-    rows, cache_bytes = [], 0
+    predict = _predictor(config)
+    rows = []
     for title, stage, times in lines:
         length = _row_length(config, stage)
         settings = _training(config, stage)
@@ -86,45 +91,129 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         ruled = stage.settings.get("recover") is not None or stage.settings.get("stop_retain") is not None
         seconds = 0.0 if settings is None else steps * measure.seconds(size, passes, length)
         flops = passes * forward_flops(model, length) * positions
+        disk = times * parameters * (4 if settings is None else weight_dtype(settings.precision).itemsize)
         if stage.kind == "cache":
             cached = _cached_rows(config, store, plan.prepared)
             steps, positions = -(-cached // stage.settings["batch_size"]), cached * length
-            seconds, flops = (
-                steps * measure.seconds(stage.settings["batch_size"], 1, length),
-                forward_flops(model, length) * positions,
-            )
-            cache_bytes = 0 if store.done(stage) else cached * (length - 1) * _cache_bytes(stage, model)
-        memory = _memory(stage, settings, model, parameters, length)
+            seconds = steps * measure.seconds(stage.settings["batch_size"], 1, length)
+            flops = forward_flops(model, length) * positions
+            disk = cached * (length - 1) * _cache_bytes(stage, model)
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
-        rows.append(
-            Row(title, steps * times, ruled, positions * times, flops * times, seconds * times, memory, stage.name, done)
-        )
-    missing = sum(len(config.relearn.rates) if "rates" in row.title else 1 for row in rows if not row.done)
-    return rows, missing * 4 * parameters + cache_bytes
+        measured = store.manifest(stage)["peak_bytes"] if store.done(stage) else None
+        memory = predict(stage)
+        work = (steps * times, ruled, positions * times, flops * times, seconds * times)
+        rows.append(Row(title, *work, memory, measured, disk, stage.name, done))
+    return rows, sum(row.disk_bytes for row in rows if not row.done)
 
 
 def plan_table(config: RunConfig) -> RenderableType:
-    """``undo plan``: the lines as a table, with sums and what the numbers rest on."""
-    from pathlib import Path
-
-    store = Store(Path(config.output) / "stages", FUNCTIONS)
-    rows, disk = plan_rows(config, store)
-    table = Table(title=f"{config.name}: what would run", title_justify="left", box=None, pad_edge=False)
-    for name in ("stage", "steps", "positions", "TFLOP", "memory", "time", "folder"):
-        table.add_column(name, justify="left" if name in ("stage", "folder") else "right", no_wrap=True)
+    """``undo plan``: the lines as two tables, work and memory, with sums and what the numbers rest on."""
+    rows, disk = plan_rows(config, _store(config))
+    work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
+    size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
+    unit = "GiB" if size == 2**30 else "MiB"
+    shown = lambda count: f"{count / size:,.1f}" if size == 2**30 else f"{count / size:,.0f}"  # noqa: E731
+    memory = _table(f"\nPeak memory, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS)
     for row in rows:
-        steps = "-" if not row.steps else f"{'<= ' if row.ruled else ''}{row.steps:,}"
-        took = "there" if row.done else "-" if not row.steps else f"{'<= ' if row.ruled else ''}{_duration(row.seconds)}"
-        work = ("-", "-") if not row.steps else (f"{row.positions:,}", f"{row.flops / 1e12:.2f}")
-        table.add_row(row.title, steps, *work, f"{row.memory_bytes / 2**30:.2f} GiB", took, row.folder)
+        limit = "<= " if row.ruled else ""
+        took = "there" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
+        done = (f"{limit}{row.steps:,}", f"{row.positions:,}", f"{row.flops / 1e12:.2f}") if row.steps else ("-", "-", "-")
+        work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
+        measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
+        parts = [shown(getattr(row.memory, part)) for part in PARTS]
+        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.moment, *parts)
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
         f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), {disk / 2**20:,.0f} MiB of disk.",
         "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
         f"Time per step: {_basis(sum(p.numel() for p in _meta_model(config).parameters()))}.",
+        f"Memory is of one stage; {config.workers} run side by side."
+        if config.workers > 1
+        else "Memory is of the process that runs.",
     ]
-    return Group(table, *notes)
+    return Group(work, memory, "", *notes)
+
+
+def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
+    """What to do for every stage to fit in ``limit`` bytes: flags to add, and a line for each stage that no flags can help."""
+    predict, groups = _predictor(config), dict[tuple[str, str], list[Stage]]()
+    plan = plan_run(config)
+    stages = plan.stages()
+    attacked = [attack_stage(config, plan, model, config.relearn.rates[0]) for model in plan.models if model.attacked]
+    for stage in stages + attacked[:1]:
+        if predict(stage).total > limit:
+            groups.setdefault((stage.kind, hash_json(stage.settings.get("train", {}))), []).append(stage)
+    flags, hopeless = [], []
+    for (kind, _), group in groups.items():
+        title = "relearn" if kind == "relearn" else group[0].title
+
+        def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
+            return max(_peak(predict, stage, changes) for stage in group)
+
+        changeable = kind == "relearn" or "train" in group[0].settings
+        fit, least = cheapest_fit(kind, group[0].settings, limit, need) if changeable else (None, Fit({}, need({})))
+        if fit is None:
+            with_ = f"with {_flags(kind, least)}" if least.changes else "and no setting changes that"
+            hopeless.append(f"{title} needs at least {_gib(least.memory_bytes)} GiB, {with_}")
+        else:
+            flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(kind, fit)}")
+    return flags, hopeless
+
+
+def bytes_of(text: str) -> int:
+    """``24GB`` (powers of 1000), ``24GiB`` (of 1024), ``500MB`` or a number of bytes, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"memory: got {text!r}, wanted a size such as 24GB, 24GiB or 500MB")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+_HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("stage", "folder", "during") else "right", no_wrap=True)
+    return table
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _flags(kind: str, fit: Fit) -> str:
+    return " ".join(f"--{kind}.{path}={str(value).lower()}" for path, value in fit.changes.items())
+
+
+def _peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
+    """Of a stage with changed settings, and of the cache that a cached teacher asks for."""
+    settings = apply_changes(stage.settings, changes)
+    peak = predict(stage, settings).total
+    if "teacher.kind" in changes:
+        size = settings["train"]["micro_batch_size"] or settings["train"]["batch_size"]
+        peak = max(peak, predict(stage, {"kind": "cached", "dtype": "float32", "batch_size": size}, "cache").total)
+    return peak
+
+
+def _store(config: RunConfig) -> Store:
+    return Store(Path(config.output) / "stages", FUNCTIONS)
+
+
+def _predictor(config: RunConfig) -> Predict:
+    """Memory of a stage, or of it with other settings or as another kind; stages read rows of different lengths."""
+
+    @functools.cache
+    def of_length(length: int) -> Predictor:
+        data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length  # both splits, and their union
+        return Predictor(_model_config(config), length, answers=config.data.kind != "text", data_bytes=data)
+
+    def predict(stage: Stage, settings: dict[str, Any] | None = None, kind: str | None = None) -> Memory:
+        return of_length(_row_length(config, stage))(kind or stage.kind, stage.settings if settings is None else settings)
+
+    return predict
 
 
 def _basis(parameters: int) -> str:
@@ -199,31 +288,6 @@ def _model_config(config: RunConfig) -> Any:
 def _meta_model(config: RunConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(_model_config(config))
-
-
-def _memory(stage: Stage, settings: TrainConfig | None, model: PreTrainedModel, parameters: int, length: int) -> int:
-    if settings is None:
-        return BASELINE_BYTES + 8 * parameters
-    shape = model.config.get_text_config()
-    positions = (settings.micro_batch_size or settings.batch_size) * length
-    per_layer = 20 * shape.hidden_size + 3 * shape.intermediate_size + 3 * shape.num_attention_heads * length
-    layers = shape.num_hidden_layers
-    logits = 4 * positions * shape.vocab_size * REFERENCE_LOGIT_COPIES[stage.kind]
-    weights = 16 * parameters + (_teacher_bytes(stage, parameters, shape))
-    if stage.settings.get("method") == "rmu":
-        settings = unlearn_config(stage.settings).rmu
-        trained = trained_parameters(find_layers(model), settings)
-        weights = 4 * parameters + 16 * sum(p.numel() for named in trained.values() for p in named.values())
-        layers, logits = settings.target_layer - min(trained), 0
-    activations = 4 * positions * layers * per_layer * (2 if stage.kind == "unlearn" else 1)
-    return BASELINE_BYTES + weights + activations + logits
-
-
-def _teacher_bytes(stage: Stage, parameters: int, shape: Any) -> int:
-    """Of a teacher in float32: all of it, or the head where its layers are elsewhere (cached, streamed)."""
-    if stage.kind != "distill":
-        return 0
-    return 4 * (shape.vocab_size * shape.hidden_size if "teacher" in stage.settings else parameters)
 
 
 class _Measure:

@@ -19,6 +19,7 @@ from undo_core.data.splits import TRAIN_SPLITS, distilled, make_splits
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.files import read_json
+from undo_core.memory import Predictor, unlearn_config
 from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import describe_replay, noise_checkpoint, replay_checkpoint
@@ -31,7 +32,7 @@ from undo_core.teacher_cache import CachedTeacher, cache_teacher
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import Precision, weight_dtype
-from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn, unlearn_flops
+from undo_core.unlearn import unlearn, unlearn_flops
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -70,8 +71,8 @@ def pretrain(work: Work) -> dict[str, Any]:
     stop = None
     facts: dict[str, Any] = {}
     if settings.get("recover") is not None:
-        teacher = load_model(work.inputs["target"])
-        stop, facts["retain_target"] = _recovered(_retain(teacher, data), data, settings["recover"])
+        reached = _retain(load_model(work.inputs["target"]), data)
+        stop, facts["retain_target"] = _recovered(reached, data, settings["recover"])
         metrics = _validation(data, ("retain",))
     elif settings.get("stop_retain") is not None:
         wanted = {name: settings[f"stop_{name}"] for name in ("retain", "forget")}
@@ -210,25 +211,34 @@ def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
     return {name: evaluate(model, load_split(data, split)) for name, split in names.items() if split_path(data, split).exists()}
 
 
+def _predicted(kind: str, function: StageFunction) -> StageFunction:
+    """The stage, with the peak that ``undo plan`` would predict in its manifest beside the measured one."""
+
+    def run(work: Work) -> dict[str, Any]:
+        data = work.inputs["prepared"]
+        rows = load_split(data, TRAIN_SPLITS["retain"])
+        answers = load_split(data, "valid_retain").answer_mask is not None
+        source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
+        predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=answers)
+        predicted = predict(kind, work.settings).total
+        return {"predicted_bytes": predicted, **function(work)}
+
+    return run
+
+
 FUNCTIONS: dict[str, StageFunction] = {
     "prepare": prepare,
     "initialise": initialise,
-    "pretrain": pretrain,
-    "unlearn": unlearn_stage,
+    "pretrain": _predicted("pretrain", pretrain),
+    "unlearn": _predicted("unlearn", unlearn_stage),
     "noise": noise,
     "replay": replay,
-    "cache": cache_stage,
-    "distill": distill_stage,
-    "relearn": relearn_stage,
+    "cache": _predicted("cache", cache_stage),
+    "distill": _predicted("distill", distill_stage),
+    "relearn": _predicted("relearn", relearn_stage),
 }
 
 _INTERVAL = {"": "value", "_low": "low", "_high": "high"}
-
-
-def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
-    """An :class:`UnlearnConfig` from JSON values."""
-    nested = {"rmu": RMUConfig(**settings["rmu"]), "train": TrainConfig(**settings["train"])}
-    return UnlearnConfig(**{**settings, **nested})
 
 
 def split_path(data: Path, split: str) -> Path:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ def _cores() -> int:
 
 def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Callable[[Stage], None]) -> None:
     context = multiprocessing.get_context("spawn")
-    board, updates = Board(), context.Manager().Queue()
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with, (os.getpid(),))
+    board, updates = Board(), manager.Queue()
     waiting, running = dict(missing), dict[Future, Stage]()
-    with ProcessPoolExecutor(workers, context, _begin, (workers, updates, os.getpid())) as pool:
+    with manager, ProcessPoolExecutor(workers, context, _begin, (workers, updates, os.getpid())) as pool:
         try:
             while waiting or running:
                 ready = [s for s in waiting.values() if all(store.done(source) for source in s.inputs.values())]
@@ -85,9 +88,8 @@ def _drain(updates: Any, board: Board) -> None:
             return
 
 
-def _begin(workers: int, updates: Any, parent: int) -> None:
-    """Set up a worker process; it ends when the process that started it does, however that ended."""
-    from transformers.utils.logging import disable_progress_bar
+def _end_with(parent: int) -> None:
+    """End this process when ``parent``, which started it, does, however that ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -95,6 +97,13 @@ def _begin(workers: int, updates: Any, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin(workers: int, updates: Any, parent: int) -> None:
+    """Set up a worker process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    _end_with(parent)
     disable_progress_bar()
     use_threads(workers)
 

@@ -51,7 +51,8 @@ def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _problem(*values: Any) -> tuple[Problem, str]:
+def problem_of(*values: Any) -> tuple[Problem, str]:
+    """The problem that an op's arguments describe, and the backend: the inverse of :func:`arguments`."""
     a = dict(zip(_NAMES, values, strict=True))
 
     def side(hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: Any, scale: float, softcap: float | None) -> Any:
@@ -74,18 +75,18 @@ def _problem(*values: Any) -> tuple[Problem, str]:
 
 
 def _run(*values: Any) -> Result:
-    problem, backend = _problem(*values)
+    problem, backend = problem_of(*values)
     return implementation_on("vocab_loss", backend)(problem)
 
 
 def _run_rows(*values: Any) -> Result:
-    problem, backend = _problem(*values)
+    problem, backend = problem_of(*values)
     plan = "auto" if problem.plan == "inplace" else problem.plan  # a word to the backward
     return implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(False, False, False), plan=plan))
 
 
 def _run_logits_(*values: Any) -> None:
-    problem, backend = _problem(*values)
+    problem, backend = problem_of(*values)
     implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(True, False, False), inplace=True))
 
 
@@ -96,7 +97,7 @@ def _scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def _shapes(*values: Any) -> Result:
-    p, _ = _problem(*values)
+    p, _ = problem_of(*values)
     new = p.student.hidden.new_empty
     rows, none = p.rows, new(0, dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import Gemma2Config
 
 from undo_core.cli import main
 
@@ -67,5 +68,8 @@ def test_every_config_is_read(path, capsys, tmp_path, monkeypatch):
     arguments = ["plan", DEMO, "--config", str(path)] if "\nmodel:" not in text else ["plan", str(path)]
     if "kind: text" in text:
         arguments += ["--data.retain=[a.txt]", "--data.forget=[a.txt]"]
+    if "path: checkpoints/" in text:
+        Gemma2Config().save_pretrained("own")
+        arguments += ["--model.path=own"]
     assert main(arguments) == 0
     assert "relearn" in capsys.readouterr().out

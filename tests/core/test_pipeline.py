@@ -117,6 +117,19 @@ def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith("report.html")
 
 
+def session(leader):
+    """Processes of a session, where the system tells."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(number) == leader and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, workers):
     reference, config = finished
@@ -126,13 +139,18 @@ def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, work
     generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
     kills = 0
     for _ in range(2):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
         started = output / "stages"
         while not started.exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 2.0))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while session(process.pid):
+            assert time.monotonic() < deadline, "a process that it started outlives it"
+            time.sleep(0.1)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert kills
     assert weights(output / "stages") == weights(reference / "stages")

@@ -1,12 +1,15 @@
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from undo_core.cli import main
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.doctor import run_doctor
 from undo_core.pipeline import plan_run, run
-from undo_core.plan import plan_rows, plan_table
+from undo_core.plan import bytes_of, plan_rows, plan_table
 from undo_core.relearn import AttackConfig
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Store
@@ -15,6 +18,9 @@ from undo_core.training import TrainConfig
 from undo_core.unlearn import UnlearnConfig
 
 SHAPE = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(output, teacher=None) -> RunConfig:
@@ -56,7 +62,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
     assert all(row.done for row in by_folder.values()) and show(settings).count("there") == len(by_folder)
     for stage in plan_run(settings).stages():
         facts, row = store.manifest(stage), by_folder[stage.name]
-        assert 0.5 < row.memory_bytes / facts["peak_bytes"] < 2
+        assert 0.5 < row.memory.total / facts["peak_bytes"] < 2
         if "steps" in facts:
             assert row.steps == facts["steps"] and row.positions == sum(facts["positions_by_source"].values())
             assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
@@ -70,10 +76,36 @@ def test_a_large_model_is_planned_without_being_built(tmp_path):
     large = {**SHAPE, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
     settings = replace(config(tmp_path), model=ModelConfig(config={**large, "vocab_size": 256000}))
     rows, disk = plan_rows(settings, Store(tmp_path, FUNCTIONS))
-    assert disk > 8e9 and rows[1].memory_bytes > 16 * 2.4e9 and rows[1].seconds > 0
+    assert disk > 8e9 and rows[1].memory.total > 16 * 2.4e9 and rows[1].seconds > 0
 
 
 def test_the_doctor_finds_this_machine_well(capsys):
     assert run_doctor() == 0
     out = capsys.readouterr().out
     assert "linear_kl_div" in out and "Everything that the pipeline needs works here." in out and "wrong" not in out
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("24GB", 24 * 10**9), ("1.5GiB", 3 << 29), ("500 MB", 5 * 10**8)])
+def test_sizes_of_memory(text, wanted):
+    assert bytes_of(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["lots", "-1GB", "0GB", "GB"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=rf"^memory: got {text!r}|^memory: got {text}"):
+        bytes_of(text)
+
+
+def test_what_makes_every_stage_fit(tmp_path, capsys):
+    """A vocabulary whose logits' workspace and gradient matter, so that there is something to save."""
+    Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
+    sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]
+    shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}
+    arguments = ["plan", str(ROOT / "configs" / "language-cpu.yaml"), *sources, f"--model.config={json.dumps(shape)}"]
+    arguments += [f"--output={tmp_path / 'run'}", "--data.length=128"]
+    assert main([*arguments, "--memory", "100GB"]) == 0
+    assert "Everything fits in 100GB" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--memory", "1MB"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("undo: error: memory: got 1MB, which is too little: ")
+    assert "needs at least" in error and not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from undo_core.data.arithmetic import compact_splits
 from undo_core.distill import distill
 from undo_core.models import build_model, load_model
 from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, rows_source, train
-from undo_core.training.loop import _accumulate
+from undo_core.training.loop import accumulate
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import PRECISIONS, convert_, round_stochastically_, seeded
@@ -174,7 +174,7 @@ def test_micro_batches_do_not_change_the_gradient(arithmetic, precision):
         updater = Updater(model, list(model.parameters()), TrainConfig(precision=precision))
         batch = rows_source(arithmetic[1], 32, 0)(0)
         with updater.attached():
-            _accumulate(model, loss, {"text": batch}, {"text": batch.counted}, size)
+            accumulate(model, loss, {"text": batch}, {"text": batch.counted}, size)
         return torch.cat([target.grad.double().flatten() for target in updater.targets])
 
     whole = gradient(None)
@@ -188,7 +188,7 @@ def test_masters_accumulate_micro_batches_in_float32(arithmetic):
     updater = Updater(model, list(model.parameters()), TrainConfig(precision="bfloat16-master"))
     batch = rows_source(arithmetic[1], 32, 0)(0)
     with updater.attached():
-        _accumulate(model, loss, {"text": batch}, {"text": batch.counted}, 4)
+        accumulate(model, loss, {"text": batch}, {"text": batch.counted}, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
     wanted = [torch.zeros_like(target) for target in updater.targets]
     for part in batch.split(4):

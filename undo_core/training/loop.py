@@ -162,7 +162,7 @@ def train(
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
             model.train()
-            value = _accumulate(model, loss, batches, counted, config.micro_batch_size)
+            value = accumulate(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
             total, count = total + value, count + 1
             result.steps += 1
@@ -186,7 +186,7 @@ def train(
     return result
 
 
-def _accumulate(
+def accumulate(
     model: nn.Module, loss: Loss, batches: dict[str, Batch], counted: dict[str, int], micro_batch_size: int | None
 ) -> torch.Tensor:
     """Backward over the micro-batches; the detached loss of the whole batch."""

@@ -1,0 +1,349 @@
+"""Peak memory of a stage, by parts, before anything runs.
+
+The stage's own loss runs forward and backward on the meta device while the storages that live are counted: what autograd keeps,
+temporaries and gradients are those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the
+optimizer's state and its temporaries, the files that weights are read from, and the process. The peak is the largest of a few
+moments: loading; forward and backward of a micro-batch, with the head's gradient between them; the optimizer's step; evaluation.
+
+On a CPU the tests compare this with the resident size of a process. On a GPU it is what the allocator hands out, by the same arithmetic,
+and was compared with nothing: fused attention is assumed for every kernel but eager, and fragmentation is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import undo_kernels
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from undo_kernels.library import choose
+
+from undo_core import ops
+from undo_core.evaluate import most_likely, rows_at_once, token_nats
+from undo_core.files import hash_json
+from undo_core.models import attention_of, head_of, hidden_states, set_attention
+from undo_core.relearn import AttackConfig
+from undo_core.storages import FUSED, Storages
+from undo_core.teacher import ModelTeacher, TeacherConfig
+from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
+from undo_core.training import Batch, TrainConfig
+from undo_core.training.embedding import TiedEmbedding
+from undo_core.training.lean import lean
+from undo_core.training.loop import accumulate
+from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
+from undo_core.training.optimizers import QUANTISED, bytes_per_parameter
+from undo_core.training.precision import convert_
+from undo_core.unlearn import METHODS, Method, RMUConfig, UnlearnConfig
+from undo_core.unlearn.activations import find_layers
+
+PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
+# For each element of a tensor while it is stepped: torchao's update outside a compiled kernel, measured on a CPU.
+STEP_BYTES = {"adamw-8bit": 54, "adamw-4bit": 54}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A stage's memory at the moment where it is largest, in bytes.
+
+    Attributes:
+        moment: loading, forward, backward, step or evaluation.
+        weights: of the trained model, copies that a method keeps, and a file while it is read.
+        gradients: those that exist at that moment.
+        optimizer: masters, moments, and a step's temporaries.
+        activations: what the backward pass will need, and the layers' temporaries; a teacher's too.
+        workspace: of the fused losses.
+        teacher: its weights.
+        process: what is there anyway: libraries and token rows; 0 on a GPU.
+    """
+
+    moment: str
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    workspace: int = 0
+    teacher: int = 0
+    process: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(getattr(self, part) for part in PARTS)
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
+
+
+def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:
+    """The model of a configuration without contents, float32, with an attention kernel as in :class:`TrainConfig`."""
+    kernel = attention_of(config) if attention == "auto" else attention
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), attn_implementation=attention_of(config), dtype=torch.float32
+        )
+    if kernel in ("eager", "sdpa"):
+        set_attention(model, kernel)  # refuses what the model cannot have
+    if kernel != "eager":
+        model.set_attn_implementation(FUSED)
+    model._undo_head_verified = True  # there is nothing to compare
+    return model
+
+
+class Predictor:
+    """Peaks of the stages of one run, each kind of step computed once.
+
+    Args:
+        config: of the models, teachers included.
+        length: tokens in a row.
+        answers: whether evaluation scores answers; else it is cross-entropy.
+        data_bytes: token rows that a stage holds.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, length: int, *, answers: bool = False, data_bytes: int = 0, device: str | None = None
+    ) -> None:
+        self.config, self.length, self.answers, self.data_bytes = config, length, answers, data_bytes
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._known: dict[str, Memory] = {}
+
+    def __call__(self, kind: str, settings: dict[str, Any]) -> Memory:
+        """Peak of a stage, whose kind and settings are those of a :class:`undo_core.store.Stage`.
+
+        Raises:
+            ValueError: settings that the model cannot have.
+        """
+        key = hash_json([kind, _that_matter(settings)])
+        if key not in self._known:
+            with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
+                moments = _Stage(self.config, self.length, self.answers, self.device).moments(kind, settings)
+            peak = max(moments, key=lambda memory: memory.total)
+            process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
+            self._known[key] = dataclasses.replace(peak, process=process)
+        return self._known[key]
+
+
+_NO_MATTER = (
+    "steps",
+    "lr",
+    "min_lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "clip",
+    "eval_every",
+    "seed",
+    "rate",
+)
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that memory depends on."""
+    return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}
+
+
+class _Stage:
+    """One stage on the meta device."""
+
+    def __init__(self, config: PreTrainedConfig, length: int, answers: bool, device: str) -> None:
+        self.config, self.length, self.answers, self.device = config, length, answers, device
+        self.storages = Storages(PARTS)
+
+    def moments(self, kind: str, settings: dict[str, Any]) -> list[Memory]:
+        """The parts at the largest sum of each moment."""
+        whole = _bytes(meta_model(self.config).parameters())
+        file = 0 if self.device == "cuda" else whole
+        if kind in ("prepare", "initialise", "noise", "replay"):
+            return [Memory("loading", weights=whole + file)]
+        loaded = [Memory("loading", weights=whole + file)]
+        if kind == "cache":
+            self._cache(TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"}), settings)
+        elif kind == "relearn":
+            attack = AttackConfig(**{name: value for name, value in settings.items() if name != "rate"}, rates=[1.0])
+            self._train(attack.training(1.0), ("text",), _pretraining)
+        elif kind == "pretrain":
+            self._train(TrainConfig(**settings["train"]), ("text",), _pretraining)
+        elif kind == "unlearn":
+            config = unlearn_config(settings)
+            self._train(config.train, ("forget", "retain"), lambda model: METHODS[config.method](model, config))
+        elif kind == "distill":
+            how = TeacherConfig(**settings.get("teacher", {}))
+            self._train(TrainConfig(**settings["train"]), ("text",), lambda model: self._distillation(how))
+            if how.kind == "resident":
+                loaded.append(Memory("loading", weights=whole + file, teacher=whole))
+        else:
+            raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
+        return loaded + [Memory(moment, **parts) for moment, parts in self.storages.peaks.items() if moment]
+
+    def _train(self, settings: TrainConfig, sources: tuple[str, ...], method_of: Callable[[PreTrainedModel], Method]) -> None:
+        """Forward, backward, step and evaluation, from the second step on: the optimizer's state is there."""
+        storages = self.storages
+        model = meta_model(self.config, settings.attention)
+        convert_(model, settings.precision)
+        storages.hold(model.parameters(), "weights")
+        storages.hold(model.buffers(), "weights")
+        with storages:
+            storages.kind = "weights"
+            method = method_of(model)
+            storages.kind = "activations"
+            trained = list(model.parameters()) if method.parameters is None else method.parameters
+            steps = _Steps(storages, trained, settings, self.device)
+            micro = settings.micro_batch_size or settings.batch_size
+            batches = {name: self._batch(min(settings.batch_size, 2 * micro)) for name in sources}  # a third changes nothing
+
+            def loss(*arguments: Any) -> torch.Tensor:
+                storages.moment = "forward"
+                value = method.loss(*arguments)
+                storages.moment = "backward"
+                return value
+
+            model.train()
+            with (
+                method.alone(model),
+                lean(model, dataclasses.replace(settings, attention="auto")) as tied,
+                steps.attached(tied),
+            ):
+                accumulate(model, loss, batches, dict.fromkeys(sources, 1), settings.micro_batch_size)
+            batches.clear()
+            storages.moment = "step"
+            steps.step()
+            storages.moment = "evaluation"
+            self._evaluate(model)
+
+    def _distillation(self, how: TeacherConfig) -> Method:
+        model = meta_model(self.config).eval()
+        share = {"resident": 1.0, "streamed": self._streamed(model)}.get(how.kind, 0.0)
+        self.storages.hold(model.parameters(), "teacher", share)
+        head = head_of(model)
+        if how.kind == "cached":
+            self.storages.hold([head.weight], "teacher")
+        known = ModelTeacher(model)
+
+        def targets(batch: Batch) -> HiddenTargets | TopTargets:
+            shape = (len(batch.input_ids), batch.input_ids.shape[1] - 1)
+            if how.kind == "cached":
+                packed = torch.empty(*shape, head.weight.shape[1], dtype=getattr(torch, how.dtype), device="meta")
+                return HiddenTargets(packed.clone().to(head.weight.dtype), head)
+            if how.kind == "topk":
+                packed = [torch.empty(*shape, how.k, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32)]
+                return TopTargets(*(tensor.clone() for tensor in packed))
+            return known.targets(batch)
+
+        return Method(
+            lambda student, batches, counted: distillation(student, targets(batches["text"]), batches["text"], counted["text"])
+        )
+
+    def _streamed(self, model: PreTrainedModel) -> float:
+        """The share of a streamed teacher's weights that is there at once: one layer, on a GPU two, and what is in no layer."""
+        layers = [_bytes(layer.parameters()) for layer in find_layers(model)]
+        whole = _bytes(model.parameters())
+        return (whole - sum(layers) + max(layers) * (2 if self.device == "cuda" else 1)) / whole
+
+    def _cache(self, how: TeacherConfig, settings: dict[str, Any]) -> None:
+        storages, model = self.storages, meta_model(self.config).eval()
+        storages.hold(model.parameters(), "teacher", self._streamed(model) if settings.get("streamed") else 1.0)
+        with storages, torch.no_grad():
+            storages.moment = "forward"
+            inputs, _, _ = self._batch(how.batch_size or BATCH_SIZE).shifted()
+            hidden, head = hidden_states(model, *inputs).flatten(0, 1), head_of(model)
+            if how.kind == "topk":
+                storages.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
+            else:
+                ops.linear_lse(hidden, head.weight, **head.options())
+            del hidden
+            storages.moment = "evaluation"
+            self._evaluate(model)
+
+    @torch.no_grad()
+    def _evaluate(self, model: PreTrainedModel) -> None:
+        model.eval()
+        ids = torch.empty(rows_at_once(self.length), self.length, dtype=torch.int64, device="meta")
+        if self.answers:  # at most every position is one of an answer
+            most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
+        else:
+            token_nats(model, ids, None, ids != 0)
+
+    def _batch(self, rows: int) -> Batch:
+        ids = torch.empty(rows, self.length, dtype=torch.int64, device="meta")
+        return Batch(ids, ids != 0)
+
+
+class _Steps:
+    """What :class:`undo_core.training.optimizers.Updater` holds and takes, without contents."""
+
+    def __init__(self, storages: Storages, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
+        self.storages, self.parameters, self.settings = storages, parameters, settings
+        self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
+        self.mastered = settings.precision == "bfloat16-master"
+        self.masters: dict[int, torch.Tensor] = {}  # gradients of masters
+        storages.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters)
+
+    @contextlib.contextmanager
+    def attached(self, tied: TiedEmbedding | None) -> Iterator[None]:
+        hooks = []
+        for parameter in self.parameters:
+            late = tied is not None and parameter is tied.weight
+            register = tied.on_gradient if late else parameter.register_post_accumulate_grad_hook
+            hooks.append(register(self._receive))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def step(self) -> None:
+        """The optimizer's step over all gradients, which are then freed."""
+        if not self.settings.step_in_backward and not self.remote:
+            self.storages.touch("optimizer", max(map(self._temporary, self.parameters)))
+        self.masters.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _receive(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        if self.mastered or self.remote:
+            parameter.grad = None
+        if self.mastered and not self.remote and id(parameter) not in self.masters:
+            self.masters[id(parameter)] = torch.empty_like(gradient, dtype=torch.float32)
+            gradient = self.masters[id(parameter)]
+        if not self.remote:
+            self.storages.hold([gradient], "gradients")
+        if self.settings.step_in_backward:
+            self.storages.touch("optimizer", 0 if self.remote else self._temporary(parameter))
+            self.masters.clear()
+            parameter.grad = None
+
+    def _temporary(self, parameter: nn.Parameter) -> int:
+        return STEP_BYTES.get(self.settings.optimizer, 0) * parameter.numel()
+
+
+def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) -> int:
+    """Of a parameter's master and moments, where they are on the device."""
+    if settings.optimizer in QUANTISED:
+        block = QUANTISED[settings.optimizer][1]
+        if parameter.numel() < 4096 or parameter.numel() % block:
+            settings = dataclasses.replace(settings, optimizer="adamw")
+    return int(bytes_per_parameter(settings, device)["optimizer"] * parameter.numel())
+
+
+def _pretraining(model: PreTrainedModel) -> Method:
+    return Method(lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"]))
+
+
+def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
+    """An :class:`UnlearnConfig` from JSON values."""
+    nested = {"rmu": RMUConfig(**settings["rmu"]), "train": TrainConfig(**settings["train"])}
+    return UnlearnConfig(**{**settings, **nested})
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
