@@ -71,9 +71,10 @@ MODES = {
     "8bit": Mode("float32, 8-bit moments", {"optimizer": "adamw-8bit"}),
     "cached": Mode("float32, cached teacher", {}, "cached"),
     # both: step in the backward pass, activation checkpointing, cached teacher
-    "lean": Mode("lean: float32, 8-bit moments", {**LEAN, "optimizer": "adamw-8bit"}, "cached"),
-    "leanest": Mode(
-        "leanest: bfloat16, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
+    "lean": Mode("lean: float32", LEAN, "cached"),
+    "leanest": Mode("leanest: bfloat16, stochastic", {**LEAN, "precision": "bfloat16-stochastic"}, "cached"),
+    "quantised": Mode(
+        "leanest, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
     ),
 }
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.training import rows_source
-from undo_core.training.loop import _accumulate
+from undo_core.training.loop import accumulate
 from undo_core.unlearn import METHODS, RMUConfig
 
 
@@ -49,7 +49,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, rows, settings):
     for micro in (None, 5):
         model = tiny()
         loss = METHODS[settings.method](model, settings).loss
-        _accumulate(model, loss, data, counted, micro)
+        accumulate(model, loss, data, counted, micro)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     for a, b in zip(*gradients, strict=True):
