@@ -19,6 +19,7 @@ from undo_core.ops.noise import check_seed
 from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, describe
 from undo_core.training.progress import StageProgress
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx")
 NOT_COPIED = ("manifest.json", "log.jsonl")  # they tell how the source was made
 
 
@@ -38,7 +39,7 @@ def noise_checkpoint(
 ) -> dict[str, TensorNoise]:
     """:func:`undo_core.noise_` on the checkpoint folder ``source``, written to the existing, empty folder ``output``.
 
-    Each file is copied and its tensors are changed where they lie, so everything else in it stays as it is. The bits equal those of
+    Each file is copied and its tensors are changed where they lie, so everything else in it stays as it is; weights in other formats are left out. The bits equal those of
     the model loaded in the checkpoint's own dtype, also where transformers renames or stacks tensors on load: names on disk are
     mapped to names in memory through a model on the meta device.
 
@@ -62,7 +63,8 @@ def noise_checkpoint(
             if files[path][name].dtype is None and any(parameter in names for parameter in group.parameters):
                 raise ValueError(f"model: got {name}, which is no float tensor; wanted float32, bfloat16, float16 or float64")
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in NOT_COPIED:
+        other_weights = path.suffix in WEIGHTS and path not in files  # undamaged: they must not come along
+        if path.is_file() and path.name not in NOT_COPIED and not other_weights:
             shutil.copyfile(path, output / path.name)
     mapped = {path: MappedFile(output / path.name) for path in files}
     noise = implementation("noise_", torch.device("cpu"))

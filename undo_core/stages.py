@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,31 +212,26 @@ def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
     return {name: evaluate(model, load_split(data, split)) for name, split in names.items() if split_path(data, split).exists()}
 
 
-def _predicted(kind: str, function: StageFunction) -> StageFunction:
+def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]:
     """The stage, with the peak that ``undo plan`` would predict in its manifest beside the measured one."""
-
-    def run(work: Work) -> dict[str, Any]:
-        data = work.inputs["prepared"]
-        rows = load_split(data, TRAIN_SPLITS["retain"])
-        answers = load_split(data, "valid_retain").answer_mask is not None
-        source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
-        predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=answers)
-        predicted = predict(kind, work.settings).total
-        return {"predicted_bytes": predicted, **function(work)}
-
-    return run
+    data = work.inputs["prepared"]
+    rows = load_split(data, TRAIN_SPLITS["retain"])
+    answers = load_split(data, "valid_retain").answer_mask is not None
+    source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
+    predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=answers)
+    return {"predicted_bytes": predict(kind, work.settings).total, **function(work)}
 
 
 FUNCTIONS: dict[str, StageFunction] = {
     "prepare": prepare,
     "initialise": initialise,
-    "pretrain": _predicted("pretrain", pretrain),
-    "unlearn": _predicted("unlearn", unlearn_stage),
+    "pretrain": partial(_predicted, pretrain, "pretrain"),
+    "unlearn": partial(_predicted, unlearn_stage, "unlearn"),
     "noise": noise,
     "replay": replay,
-    "cache": _predicted("cache", cache_stage),
-    "distill": _predicted("distill", distill_stage),
-    "relearn": _predicted("relearn", relearn_stage),
+    "cache": partial(_predicted, cache_stage, "cache"),
+    "distill": partial(_predicted, distill_stage, "distill"),
+    "relearn": partial(_predicted, relearn_stage, "relearn"),
 }
 
 _INTERVAL = {"": "value", "_low": "low", "_high": "high"}

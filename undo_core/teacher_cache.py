@@ -279,9 +279,11 @@ class _Pass:
             else:  # files of another size
                 for path in self.folder.iterdir():
                     path.unlink()
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
             raise ValueError(f"folder: got {self.folder}, which holds something else; wanted a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*.tmp"):  # a kill within a write
+            path.unlink()
         there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
         if needed > free:

@@ -88,6 +88,48 @@ def test_the_hook_sees_the_whole_gradient_once(number):
     assert weight.grad is not None
 
 
+def test_many_tokens_of_a_bfloat16_weight_are_summed_before_they_are_rounded():
+    model = model_of("llama").to(torch.bfloat16)
+    weight = model.get_input_embeddings().weight
+    with tied_gradient_in_place(model):
+        weight.grad = torch.ones_like(weight)
+        ids = torch.full((1, 512), 7)
+        (model.get_input_embeddings()(ids) * 0.002).sum().backward()
+    torch.testing.assert_close(weight.grad[7].float(), torch.full((16,), 1 + 512 * 0.002), rtol=1e-2, atol=0)
+    assert torch.equal(weight.grad[8], torch.ones(16, dtype=torch.bfloat16))
+
+
+def test_training_repeats_bit_for_bit_on_many_tokens():
+    """Sums over repeated tokens have an order, whatever the threads do."""
+
+    def gradient():
+        model = model_of("gemma2", hidden_size=256, head_dim=128)
+        ids = torch.randint(0, 700, (16, 65), generator=torch.Generator().manual_seed(3))
+        with tied_gradient_in_place(model):
+            cross_entropy(model, Batch(ids, torch.ones_like(ids).bool()), 1024).backward()
+        return model.get_input_embeddings().weight.grad
+
+    first = gradient()
+    assert all(torch.equal(first, gradient()) for _ in range(5))
+
+
+@pytest.mark.parametrize("mode", [{"step_in_backward": True}, {"precision": "bfloat16-master"}])
+def test_an_evaluation_with_gradients_stops_no_update(mode):
+    def run(evaluate):
+        model = model_of("gemma2")
+        source = {"text": lambda step: batches(1)[0]}
+        config = TrainConfig(steps=3, batch_size=3, lr=1e-2, eval_every=1, **mode)
+        loss = lambda m, b, counted: cross_entropy(m, b["text"], counted["text"])  # noqa: E731
+        train(model, loss, source, config, evaluate=evaluate, progress=False)
+        return model.get_input_embeddings().weight.detach()
+
+    def with_gradients(model):
+        with torch.enable_grad():
+            return {"loss": float(cross_entropy(model, batches(1)[0], 1).detach())}
+
+    assert torch.equal(run(with_gradients), run(None))
+
+
 def test_untied_and_frozen_weights_are_left_alone():
     untied, frozen = model_of("llama", tie_word_embeddings=False), model_of("llama").requires_grad_(False)
     for model in (untied, frozen):
@@ -135,8 +177,10 @@ def test_attention_kernels_and_the_softcap():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"^attention: got sdpa for Gemma2ForCausalLM, .*softcap.* wanted eager"):
         steps(model_of("gemma2"), attention="sdpa")
+    model = model_of("llama")
     with pytest.raises(ValueError, match=r"^attention: got flash_attention_2, wanted a kernel that can be used here"):
-        steps(model_of("llama"), attention="flash_attention_2")
+        steps(model, attention="flash_attention_2", precision="bfloat16")
+    assert model.dtype == torch.float32, "nothing was changed"
     with pytest.raises(ValueError, match=r"^attention: got 'flash', wanted auto, eager"):
         TrainConfig(attention="flash")
 

@@ -70,8 +70,11 @@ def test_buffers_and_other_files_stay(tmp_path):
     source, output = folders(tmp_path, model_of("llama"), "1GB")
     (source / "tokenizer.model").write_bytes(b"tokens")
     (source / "manifest.json").write_text("{}")
+    for name in ("pytorch_model.bin", "consolidated.safetensors"):
+        (source / name).write_bytes(b"the undamaged weights once more")
     noise_checkpoint(source, output, **OPTIONS, progress=False)
     assert (output / "tokenizer.model").read_bytes() == b"tokens" and not (output / "manifest.json").exists()
+    assert not list(output.glob("*.bin")) and [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,11 @@ def test_the_loss_falls(tiny, rows):
 def test_micro_batches_do_not_change_the_gradient(tiny, rows, micro):
     whole, split = tiny(), tiny()
     train(whole, loss, {"text": rows_source(rows, 16, 0)}, config(steps=1, lr=0.0, clip=0.0, warmup=0), progress=False)
-    from undo_core.training.loop import _accumulate
+    from undo_core.training.loop import accumulate
 
     batch = rows_source(rows, 16, 0)(0)
     for model, size in ((whole, None), (split, micro)):
-        _accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
+        accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-8)  # the model's norms compute in float32
 

@@ -282,3 +282,18 @@ with warnings.catch_warnings(record=True) as caught:
 assert len(caught) == 1 and "not built" in str(caught[0].message), [str(c.message) for c in caught]
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_graph_that_saved_the_tensor_notices():
+    x = torch.ones(3, 3, requires_grad=True)
+    y = (x * x).sum()
+    ops.noise_({"x": x}, alpha=0.5, beta=0.0, seed=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_parameter_that_is_elsewhere_is_refused_before_anything_changes():
+    here = torch.ones(3, 3)
+    with pytest.raises(ValueError, match=r"^tensors\['b'\]: got a meta tensor"):
+        ops.noise_({"a": here, "b": torch.ones(2, 2, device="meta")}, alpha=0.5, beta=0.1, seed=0)
+    assert torch.equal(here, torch.ones(3, 3))

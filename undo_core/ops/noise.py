@@ -97,6 +97,7 @@ def apply(
         rows = implementation("noise_", device)(segments, seed, rounding)
         for segment, row in zip(segments, rows, strict=True):
             sums[segment.name] += row
+            torch.autograd.graph.increment_version(segment.tensor)  # a graph that has saved it must notice
     if whole_sums:
         for name, (tensor, _) in found.items():
             add_over_shards(tensor, sums[name])
@@ -104,6 +105,8 @@ def apply(
 
 
 def _pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
+    if tensor.is_meta:
+        checks.fail(f"tensors[{name!r}]", "a meta tensor, whose values are elsewhere (offloaded)", "a tensor in memory")
     whole = is_sharded(tensor) or tensor.is_contiguous()
     if tensor.dtype not in checks.FLOATS or tensor.ndim == 0 or not whole:
         got = f"{tensor.dtype}, shape {tuple(tensor.shape)}, {'' if whole else 'not '}contiguous"

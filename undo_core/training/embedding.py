@@ -35,6 +35,10 @@ class TiedEmbedding:
         self._complete = complete
         return self.weight.register_post_accumulate_grad_hook(self._head_came)
 
+    def reset(self) -> None:
+        """Before a step: a forward pass whose backward never came, somebody's evaluation, is not waited for."""
+        self._lookups, self._accumulated = 0, False
+
     def _head_came(self, weight: torch.Tensor) -> None:
         self._accumulated = True
         self._finish()
@@ -64,7 +68,11 @@ class _Lookup(torch.autograd.Function):
             gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        weight.grad.index_put_((ids,), gradient.to(weight.dtype), accumulate=True)
+        # A token's rows are summed in their order, in float32, and added once: repeatable, and right in bfloat16.
+        tokens, place = ids.flatten().unique(return_inverse=True)
+        rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
+        sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
+        weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
         ctx.tied._lookups -= 1
         ctx.tied._finish()
         return None, None, None, None
@@ -80,7 +88,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
-    plain = tied and embedding.weight.requires_grad and embedding.max_norm is None
+    plain = tied and embedding.weight.requires_grad and embedding.max_norm is None and "forward" not in vars(embedding)
     if not plain or embedding.scale_grad_by_freq or embedding.sparse or embedding.weight.nbytes < LEAST_BYTES:
         yield None
         return

@@ -15,7 +15,7 @@ from torch import nn
 from undo_core.training.batches import Batch, Source
 from undo_core.training.checkpoint import load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
-from undo_core.training.lean import lean
+from undo_core.training.lean import choose_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.progress import StageProgress
 
@@ -119,6 +119,7 @@ def train(
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
     device = trained[0].device
+    choose_kernels(model, config)
     updater = Updater(model, trained, config)
     result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
     total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
@@ -133,7 +134,8 @@ def train(
     def evaluate_now() -> bool:
         nonlocal total, count, shown
         model.eval()
-        metrics = {} if evaluate is None else evaluate(model)
+        with torch.no_grad():
+            metrics = {} if evaluate is None else evaluate(model)
         entry = {"step": result.steps, **({"loss": float(total) / count} if count else {}), **metrics}
         total, count = torch.zeros((), device=device), 0
         result.history.append(entry)

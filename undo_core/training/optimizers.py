@@ -75,12 +75,15 @@ class Updater:
         groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
         self.parts = [_optimizer(group, config) for group in groups]
         self._index = 0  # of the step
+        self._tied: TiedEmbedding | None = None
         self._norm: torch.Tensor | None = None  # of the last whole gradient, with step_in_backward
         self._square = torch.zeros((), device=self.targets[0].device)
 
     def begin(self, index: int, rate: float) -> None:
         """Before the backward passes of step ``index`` (from 0), at learning rate ``rate``."""
         self._index = index
+        if self._tied is not None:
+            self._tied.reset()
         for part in self.parts:
             for group in part.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
@@ -91,7 +94,7 @@ class Updater:
     @contextlib.contextmanager
     def attached(self, tied: TiedEmbedding | None = None) -> Iterator[None]:
         """The hooks are on the parameters inside this context; ``tied`` knows when its weight's gradient is complete."""
-        hooks = []
+        hooks, self._tied = [], tied
         for index, (parameter, target) in enumerate(zip(self.parameters, self.targets, strict=True)):
             if target is not parameter or self.config.step_in_backward:
                 late = tied is not None and parameter is tied.weight

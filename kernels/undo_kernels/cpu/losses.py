@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -55,6 +56,11 @@ def vocab_loss(problem: Problem) -> Result:
         run.chunks.clear()  # a cycle would keep the gradient until the garbage collector comes, and make autograd copy it
 
 
+def _new(*shape: int | torch.Size, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 class _Run:
     """One call: the buffers that its chunks share, and the order of its passes."""
 
@@ -69,7 +75,7 @@ class _Run:
         self.block_v, rows = self.plan.block_v, self.plan.rows_per_chunk
         self.gradient = any(problem.needs)
         self.stride = plans.padded(min(rows, self.count))
-        new = torch.empty
+        new = _new
         sides = 2 if problem.target in DENSE else 1
         extent = self.vocabulary if self.plan.stored else self.block_v
         self.leading = plans.leading(self.stride)
@@ -81,9 +87,8 @@ class _Run:
         self.chunks = [_Chunk(self, start, min(rows, self.count - start)) for start in range(0, self.count, rows)]
 
     def _outputs(self) -> None:
-        p, new = self.problem, torch.empty
+        p, new, zeros = self.problem, _new, partial(torch.zeros, dtype=torch.float32, device="cpu")
         rows = p.rows
-        zeros = torch.zeros
         wanted = {
             "divergence": True,
             "nll": p.label_factor is not None,
@@ -314,7 +319,7 @@ class _Chunk:
         self.state[[_MAX_S, _MAX_T]] = -math.inf
         self.state[[_TOP_S, _TOP_T]] = -1
         self.state[_LABEL] = math.nan
-        self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride), strict=True))
+        self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride, dtype=torch.float32), strict=True))
         self.row["base_s"].fill_(_NOWHERE)
         self.row["base_t"].fill_(_NOWHERE)
         gain = p.student.scale / p.student.temperature
@@ -347,7 +352,7 @@ class _Chunk:
             known = p.indices.shape[-1]
             self.indices = torch.full((self.stride, known), -1, dtype=torch.int64)
             self.indices[:tokens] = self.take(p.indices)
-            self.picked = torch.full((self.stride, known), -math.inf)
+            self.picked = torch.full((self.stride, known), -math.inf, dtype=torch.float32)
             c.known, c.indices, c.picked = known, self.indices.data_ptr(), self.picked.data_ptr()
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -373,7 +378,7 @@ class _Chunk:
     def hidden_sum(self) -> torch.Tensor:
         """The hidden states' gradient, summed over tiles in float32, ``[stride, d]``."""
         if self.d_hidden is None:
-            self.d_hidden = torch.zeros(self.stride, self.run.problem.student.hidden.shape[1])
+            self.d_hidden = torch.zeros(self.stride, self.run.problem.student.hidden.shape[1], dtype=torch.float32)
         return self.d_hidden
 
     @property

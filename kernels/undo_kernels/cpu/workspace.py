@@ -22,7 +22,7 @@ def workspace(count: int) -> torch.Tensor:
     """``[count]`` float32 with arbitrary contents, the calling thread's until its next call."""
     if _kept.buffer is None or _kept.buffer.numel() < count:
         _kept.buffer = None  # before the larger one is there
-        _kept.buffer = torch.empty(count)
+        _kept.buffer = torch.empty(count, dtype=torch.float32, device="cpu")
     return _kept.buffer[:count]
 
 
