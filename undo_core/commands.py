@@ -108,16 +108,16 @@ def noise(
     """
     from undo_core.noise_checkpoint import describe_replay, replay_checkpoint
 
-    law_of = {"law": law, "seed": seed, "std": std}
+    law_of, asked = {"law": law, "seed": seed, "std": std}, [dataclasses.asdict(rule) for rule in rules]
     if replay is not None:
         _checkpoint("model", Path(model))
         if output == "-":
-            for name, drawn in replay_checkpoint(Path(model), replay, **law_of):
+            for name, drawn in replay_checkpoint(Path(model), replay, rules=rules, **law_of):
                 console.print(f"{name}  {describe_replay(drawn)}")
             return 0
-        return _build(Path(output), "replay", {"pattern": replay, **law_of}, {"model": model})
+        return _build(Path(output), "replay", {"pattern": replay, "rules": asked, **law_of}, {"model": model})
     Policy(alpha, beta, law, std, tuple(rules))
-    changes = {"rules": [dataclasses.asdict(rule) for rule in rules], "stochastic_rounding": stochastic_rounding}
+    changes = {"rules": asked, "stochastic_rounding": stochastic_rounding}
     _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
     _noise_table(Path(output))
     return 0

@@ -24,7 +24,8 @@ class TensorNoise:
     Attributes:
         before: Frobenius norm.
         after: Frobenius norm.
-        change: root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, shrinkage and noise, which are as good as orthogonal.
+        change: norm of the change: root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, shrinkage and noise, which are as good
+            as orthogonal.
         shrink: share of ``change**2`` that is shrinkage, in [0, 1].
         noise: share that is noise; 0 for a vector, which moves toward a number.
     """
@@ -65,10 +66,14 @@ def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, Ten
     result = {}
     for name, (setting, sums) in applied.items():
         before, noise, after = sums.tolist()
-        shrink = (1.0 - setting.keep) ** 2 * before
-        noise = 0.0 if setting.law == "constant" else noise
-        change = shrink + noise
-        shares = (shrink / change, noise / change) if change > 0 else (0.0, 0.0)
+        alpha = 1.0 - setting.keep
+        if setting.law == "constant":  # toward a number: the cross term of the change follows from the norm after
+            cross = (after - setting.keep**2 * before - noise) / setting.keep if setting.keep else 0.0
+            change, shares = max(0.0, alpha**2 * before + noise - alpha * cross), (1.0, 0.0)
+        else:
+            change = alpha**2 * before + noise
+            shares = (alpha**2 * before / change, noise / change) if change > 0 else (0.0, 0.0)
+        shares = shares if change > 1e-12 * before else (0.0, 0.0)
         result[name] = TensorNoise(math.sqrt(before), math.sqrt(after), math.sqrt(change), *shares)
     return result
 

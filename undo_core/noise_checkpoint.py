@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -96,7 +97,13 @@ def noise_checkpoint(
 
 
 def replay_checkpoint(
-    source: Path, pattern: str, *, seed: int, law: str = "xavier_uniform", std: float | None = None
+    source: Path,
+    pattern: str,
+    *,
+    seed: int,
+    law: str = "xavier_uniform",
+    std: float | None = None,
+    rules: Sequence[NoiseRule] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """``N`` itself, float32, of the checkpoint's parameters whose name matches the glob ``pattern``, one at a time.
 
@@ -105,8 +112,10 @@ def replay_checkpoint(
     """
     check_seed(seed)
     model = meta_model(source)
-    settings, _ = _settings(Policy(1.0, 1.0, law, std), model)
-    shapes = {name: parameter.shape for name, (_, parameter) in describe(model).items()}
+    laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
+    parameters = {name: parameter for name, (_, parameter) in describe(model).items()}
+    settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     wanted = {n: s for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
     if not wanted:
         raise ValueError(

@@ -124,7 +124,8 @@ def noise(work: Work) -> dict[str, Any]:
 def replay(work: Work) -> dict[str, Any]:
     """N itself, for audit."""
     settings = dict(work.settings)
-    drawn = dict(replay_checkpoint(work.inputs["model"], settings.pop("pattern"), **settings))
+    rules = [NoiseRule(**rule) for rule in settings.pop("rules")]
+    drawn = dict(replay_checkpoint(work.inputs["model"], settings.pop("pattern"), rules=rules, **settings))
     save_file(drawn, work.output / "noise.safetensors")
     return {"tensors": {name: describe_replay(tensor) for name, tensor in drawn.items()}}
 

@@ -95,6 +95,9 @@ def choose(op: str, device: torch.device) -> str:
     if wanted == "reference":
         return wanted
     preferred = wanted or ("cpu" if device.type == "cpu" else "triton")
+    if preferred == "cpu" and device.type != "cpu":  # it is handed addresses
+        _warn_once(op, preferred, f"it works on CPU tensors, not on {device.type}")
+        return "reference"
     if preferred in available and preferred not in _unavailable:
         return preferred
     if wanted is not None or (preferred in available and preferred in _unavailable):

@@ -136,6 +136,10 @@ def test_the_command_noises_replays_and_refuses(tmp_path, capsys):
     assert sorted(drawn) == [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(drawn[name].double(), ops.replay(name, drawn[name].shape, seed=3), rtol=1e-6, atol=0)
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert main(["noise", str(source), str(tmp_path / "d"), "--seed=3", "--replay=*1.mlp.down_proj*", f"--rules={rule}"]) == 0
+    replayed = load_file(tmp_path / "d" / "noise.safetensors")[down].double()
+    torch.testing.assert_close(after[down].double(), before[down].double() * 0.5 + 0.5 * 0.7 * replayed, rtol=1e-5, atol=1e-6)
     capsys.readouterr()
     assert main(["noise", str(source), "-", "--seed=3", "--replay=*up_proj*"]) == 0
     printed = capsys.readouterr().out

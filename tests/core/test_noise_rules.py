@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from undo_core import NoiseRule, noise_, ops
-from undo_core.noise import by_kind
+from undo_core.noise import by_kind, report
+from undo_core.ops.noise import apply
 
 
 class Model(nn.Module):
@@ -76,7 +77,16 @@ def test_the_report_tells_norms_and_shares():
             shares = [float(part.square().sum()) for part in (0.5 * before[name].double(), noise)]
             assert got.noise == pytest.approx(shares[1] / sum(shares), rel=1e-5)
         else:
-            assert got.noise == 0
+            assert got.noise == 0 and got.change == pytest.approx(float(change.norm()), rel=1e-4)
+
+
+def test_a_vector_that_is_where_it_shrinks_to_does_not_change():
+    vector = {"norm": torch.ones(8)}
+    moved = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=3.0))["norm"]
+    assert moved.change == pytest.approx(0.6 * 2 * 8**0.5, rel=1e-5) and moved.shrink == 1.0
+    vector["norm"].fill_(1.0)
+    still = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=1.0))["norm"]
+    assert still.change < 1e-3 and still.before == pytest.approx(still.after)
 
 
 def test_the_report_by_kind_adds_squares():

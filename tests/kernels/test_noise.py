@@ -297,3 +297,9 @@ def test_a_parameter_that_is_elsewhere_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match=r"^tensors\['b'\]: got a meta tensor"):
         ops.noise_({"a": here, "b": torch.ones(2, 2, device="meta")}, alpha=0.5, beta=0.1, seed=0)
     assert torch.equal(here, torch.ones(3, 3))
+
+
+def test_the_cpu_backend_is_not_given_another_devices_tensors(monkeypatch):
+    monkeypatch.setattr(undo_kernels.library, "_warned", set())
+    with undo_kernels.backend("cpu"), pytest.warns(undo_kernels.BackendWarning, match="not on cuda"):
+        assert undo_kernels.library.choose("noise_", torch.device("cuda")) == "reference"
