@@ -59,7 +59,6 @@ class Mode:
     teacher: str = "resident"
 
 
-LEAN = {"precision": "bfloat16-stochastic", "step_in_backward": True, "activation_checkpointing": True}
 LEAN = {"step_in_backward": True, "activation_checkpointing": True}
 MODES = {
     "plain": Mode("transformers + torch"),
@@ -70,11 +69,12 @@ MODES = {
     "stochastic": Mode("bfloat16, stochastic", {"precision": "bfloat16-stochastic"}),
     "8bit": Mode("float32, 8-bit moments", {"optimizer": "adamw-8bit"}),
     "cached": Mode("float32, cached teacher", {}, "cached"),
-    # both: step in the backward pass, activation checkpointing, cached teacher
-    "lean": Mode("lean: float32", LEAN, "cached"),
-    "leanest": Mode("leanest: bfloat16, stochastic", {**LEAN, "precision": "bfloat16-stochastic"}, "cached"),
-    "quantised": Mode(
-        "leanest, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
+    # these: step in the backward pass, activation checkpointing, cached teacher
+    "lean-float32": Mode("lean: float32", LEAN, "cached"),
+    "lean-stochastic": Mode("lean: bfloat16, stochastic", {**LEAN, "precision": "bfloat16-stochastic"}, "cached"),
+    "lean": Mode("lean: float32, 8-bit moments", {**LEAN, "optimizer": "adamw-8bit"}, "cached"),
+    "leanest": Mode(
+        "leanest: bfloat16, 4-bit moments", {**LEAN, "precision": "bfloat16-stochastic", "optimizer": "adamw-4bit"}, "cached"
     ),
 }
 

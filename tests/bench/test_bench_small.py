@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "noise": (["--quick", "--rounds", "2", "--only", "f32-uniform"], "xavier-uniform, float32"),
     "rmu": (["--quick", "--rounds", "2"], "layers 1 to 2 of 4"),
-    "step": (["--quick", "--steps", "2", "--modes", "leanest"], "leanest: bfloat16, stochastic"),
+    "step": (["--quick", "--steps", "2", "--modes", "lean-stochastic"], "lean: bfloat16, stochastic"),
 }
 
 

@@ -69,13 +69,18 @@ class _Lookup(torch.autograd.Function):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         # A token's rows are summed in their order, in float32, and added once: repeatable, and right in bfloat16.
-        tokens, place = ids.flatten().unique(return_inverse=True)
+        tokens, place = _distinct(ids.flatten())
         rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
         sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
         weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
         ctx.tied._lookups -= 1
         ctx.tied._finish()
         return None, None, None, None
+
+
+def _distinct(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different ids, and the place of each id among them; on the meta device, where nobody knows, as if all were different."""
+    return (ids, torch.empty_like(ids)) if ids.is_meta else ids.unique(return_inverse=True)
 
 
 @contextlib.contextmanager
