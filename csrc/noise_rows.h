@@ -1,8 +1,7 @@
 // The noise of a range of elements, for whatever vectors simd.h and philox.h give. Of a tile, first N into a buffer that stays in
 // the first-level cache, whatever the dtype and the law; then theta' = rn(rn(keep * theta) + rn(scale * N)).
 //
-// Philox takes 60 vector operations for 2 * LANES words, about as long as the rest together (AVX-512, float32: 0.37 ns of 0.73 ns an
-// element on one core); a stochastic rounding draws once more. 8 bytes an element move (float32). Every step is one rounding, in
+// Philox takes 60 vector operations for 2 * LANES words, about as long as the rest together; a stochastic rounding draws once more. 8 bytes an element move (float32). Every step is one rounding, in
 // the order of reference/noise.py: no fused multiply-add, but for the sums of squares, whose products are exact.
 
 constexpr int64_t TILE = 1024;

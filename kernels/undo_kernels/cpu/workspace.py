@@ -1,7 +1,7 @@
 """The memory of the logits' tiles, kept from one call to the next.
 
-Fresh memory costs a page fault for every 4 KiB that is first written, which for a vocabulary of 256,000 took a fifth of a call's
-time. Each thread keeps the largest workspace that it has used; ``release`` gives it back.
+Fresh memory costs a page fault for every 4 KiB that is first written: a large part of a call where the vocabulary is
+large (docs/findings/cpu-losses.md). Each thread keeps the largest workspace that it has used; ``release`` gives it back.
 """
 
 from __future__ import annotations
