@@ -95,7 +95,7 @@ def choose(op: str, device: torch.device) -> str:
     if wanted == "reference":
         return wanted
     preferred = wanted or ("cpu" if device.type == "cpu" else "triton")
-    if preferred == "cpu" and device.type != "cpu":  # it is handed addresses
+    if preferred == "cpu" and device.type not in ("cpu", "meta"):  # it is handed addresses; on meta nothing is
         _warn_once(op, preferred, f"it works on CPU tensors, not on {device.type}")
         return "reference"
     if preferred in available and preferred not in _unavailable:

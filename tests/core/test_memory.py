@@ -1,8 +1,12 @@
+import dataclasses
+import warnings
+
 import pytest
 import torch
 from transformers import AutoConfig
+from undo_kernels.library import BackendWarning
 
-from undo_core.memory import PARTS, meta_model
+from undo_core.memory import PARTS, Predictor, meta_model
 from undo_core.models import initialise
 from undo_core.storages import Storages
 from undo_core.training import TrainConfig
@@ -44,3 +48,17 @@ def test_activations_are_those_of_the_real_model(kind, precision, checkpointing)
     settings = TrainConfig(precision=precision, activation_checkpointing=checkpointing)
     predicted = saved_bytes(meta_model(config), settings, "meta")
     assert predicted == pytest.approx(saved_bytes(initialise(config, 0), settings, "cpu"), rel=0.1)
+
+
+def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
+    """Not the reference's, which holds every logit; and nothing falls back on the way."""
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=50_000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
+    )
+    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=16))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BackendWarning)
+        peak = Predictor(config, 257, device="cpu")("distill", settings)
+    logits = 4 * 16 * 256 * 50_000
+    assert 0 < peak.workspace < logits
+    assert peak.total - peak.process < 2 * logits  # student's and teacher's
