@@ -39,14 +39,16 @@ def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
     """Write float32 ``value`` into bfloat16 ``target``, away from zero with the probability of the part that is lost.
 
     Without bias, exact on the grid; NaN and infinity are kept, and beyond the largest bfloat16 the result is infinite. Draws from the
-    global generator of the device; ``value`` is overwritten. Temporaries: 5 bytes an element.
+    global generator of the device; ``value`` is overwritten. Temporaries: 6 bytes an element, 11 on a GPU or where a value is no number.
     """
-    nan = value.isnan()
-    bits = value.view(torch.int32)
+    # A generator's time goes by the draw: one of 64 bits serves four values.
+    drawn = torch.empty(-(-value.numel() // 4), dtype=torch.int64, device=value.device).random_(-(2**63), None)
+    drawn = drawn.view(torch.int16)[: value.numel()].view(value.shape).to(torch.int32).bitwise_and_(0xFFFF)
+    # A GPU's answer would have to be waited for; on a CPU a sum is cheaper than a mask.
+    nan = None if value.device.type == "cpu" and math.isfinite(value.sum()) else value.isnan()
     # Sign and magnitude: 16 random bits added below the last kept one carry into it with the wanted probability.
-    drawn = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device)
-    bits.add_(drawn).bitwise_and_(-(1 << 16))
-    target.copy_(value.masked_fill_(nan, math.nan))  # the sum of a NaN's bits may wrap
+    value.view(torch.int32).add_(drawn).bitwise_and_(-(1 << 16))
+    target.copy_(value if nan is None else value.masked_fill_(nan, math.nan))  # the sum of a NaN's bits may wrap
 
 
 @contextlib.contextmanager
