@@ -21,9 +21,9 @@ from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.files import hash_json
 from undo_core.fit import Fit, apply_changes, cheapest_fit
+from undo_core.graph import attack_stage, plan_run
 from undo_core.memory import PARTS, Memory, Predictor, unlearn_config
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
-from undo_core.pipeline import attack_stage, plan_run
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
