@@ -72,7 +72,7 @@ def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnC
         data: folder made by ``undo prepare``.
         config: method and training.
     """
-    return _build(Path(output), "unlearn", dataclasses.asdict(config), {"prepared": data, "model": model})
+    return _build(Path(output), "unlearn", config.settings(), {"prepared": data, "model": model})
 
 
 def noise(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
 from undo_core.store import Stage
+
+_NONE: Mapping[str, Stage] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,9 @@ class Model:
 
     Attributes:
         name: unique within the run.
-        kind: original, unlearn, undo, random, filter or oracle.
+        kind: original, unlearn, undo, random, filter, oracle, oracle-random or gated.
         stage: whose folder holds it.
-        alpha: strength of the noise, for undo.
+        alpha: strength of the noise, for undo and gated.
     """
 
     name: str
@@ -74,7 +78,7 @@ def plan_run(config: RunConfig) -> Plan:
         settings = {"train": seeded(config.pretrain.train, "pretrain"), "splits": ["retain", "forget"], **rule}
         original = Stage("pretrain", settings, {"prepared": prepared}, "pretrain")
 
-    unlearn = dataclasses.asdict(config.unlearn)
+    unlearn = config.unlearn.settings()
     unlearn["train"] = seeded(config.unlearn.train, "unlearn")
     teacher = Stage("unlearn", unlearn, {"prepared": prepared, "model": original}, f"unlearn {config.unlearn.method}")
 
@@ -83,26 +87,36 @@ def plan_run(config: RunConfig) -> Plan:
     how = _teacher_settings(config)
     cache = cache_stage(how, prepared, teacher)
 
-    def distilled(student: Stage, title: str, source: Stage = teacher, **changes: Any) -> Stage:
+    def distilled(
+        student: Stage, title: str, source: Stage = teacher, others: Mapping[str, Stage] = _NONE, **changes: Any
+    ) -> Stage:
         settings = {"train": train, "recover": config.distill.recover, **how, **changes}
-        inputs = {"prepared": prepared, "teacher": source, "student": student}
+        inputs = {"prepared": prepared, "teacher": source, "student": student, **others}
         if cache is not None and source is teacher:
             inputs["cache"] = cache
         return Stage("distill", settings, inputs, title)
 
     models = [Model("original", "original", original), Model("unlearn", "unlearn", teacher)]
-    noise_seed = config.noise.seed if config.noise.seed is not None else derive_seed(seed, "noise")
     for alpha in sorted(config.noise.alphas):
-        settings = {"alpha": alpha, "beta": config.noise.beta, "law": config.noise.law, "seed": noise_seed}
-        if config.noise.std is not None:
-            settings["std"] = config.noise.std
-        if config.noise.rules:
-            settings["rules"] = [dataclasses.asdict(rule) for rule in config.noise.rules]
-        damaged = Stage("noise", settings, {"model": teacher}, f"noise {alpha:g}")
+        damaged = Stage("noise", _noise_settings(config, alpha), {"model": teacher}, f"noise {alpha:g}")
         models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
+    fresh = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
     if config.controls.random:
-        student = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
-        models.append(Model("random", "random", distilled(student, "distill random")))
+        models.append(Model("random", "random", distilled(fresh, "distill random")))
+    # A teacher of few students is not worth a cache.
+    few = {"teacher": {"kind": "streamed"}} if cache is not None else {}
+    gate = config.controls.gate
+    if gate.share:
+        settings = {name: value for name, value in seeded(gate, "gate").items() if name != "alphas"}
+        gated = Stage("gate", settings, {"prepared": prepared}, "gate")
+        for alpha in sorted(gate.alphas) or [None]:
+            name, student = "gated", fresh
+            if alpha is not None:
+                name = f"gated-{alpha:g}"
+                student = Stage("noise", _noise_settings(config, alpha), {"model": original}, f"noise original {alpha:g}")
+            # The target is every student's: what the unlearned teacher retains.
+            others = {"gate": gated, "target": teacher}
+            models.append(Model(name, "gated", distilled(student, f"distill {name}", original, others, **few), alpha))
     if config.controls.filter:
         # C compares steps to one target, so both are counted at one batch size and evaluation interval.
         counted = {"batch_size": config.distill.train.batch_size, "eval_every": config.distill.train.eval_every}
@@ -110,12 +124,27 @@ def plan_run(config: RunConfig) -> Plan:
         settings = {"train": seeded(filter_train, "filter"), "splits": ["retain"], "recover": config.distill.recover}
         filtered = Stage("pretrain", settings, {"prepared": prepared, "target": teacher}, "data filtering")
         models.append(Model("filter", "filter", filtered))
-        if config.controls.oracle_steps:
-            changes = {"train": {**train, "steps": config.controls.oracle_steps}, "recover": None}
-            if cache is not None:  # its teacher has this one student
-                changes["teacher"] = {"kind": "streamed"}
-            models.append(Model("oracle", "oracle", distilled(original, "distill oracle", source=filtered, **changes)))
+        oracles = {
+            "oracle": (original, config.controls.oracle_steps),
+            "oracle-random": (fresh, config.controls.oracle_random_steps),
+        }
+        for kind, (student, steps) in oracles.items():
+            if steps:
+                changes = {"train": {**train, "steps": steps}, "recover": None, **few}
+                models.append(Model(kind, kind, distilled(student, f"distill {kind}", filtered, **changes)))
     return Plan(prepared, models)
+
+
+def _noise_settings(config: RunConfig, alpha: float) -> dict[str, Any]:
+    """Of the published noise at one strength."""
+    noise = config.noise
+    seed = noise.seed if noise.seed is not None else derive_seed(config.seed, "noise")
+    settings = {"alpha": alpha, "beta": noise.beta, "law": noise.law, "seed": seed}
+    if noise.std is not None:
+        settings["std"] = noise.std
+    if noise.rules:
+        settings["rules"] = [dataclasses.asdict(rule) for rule in noise.rules]
+    return settings
 
 
 def _teacher_settings(config: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from undo_core.config import RunConfig
+from undo_core.costs import with_costs
 from undo_core.files import hash_json, read_json, write_json
 from undo_core.graph import Model, Plan, attack_stage, plan_run
 from undo_core.relearn import extension_of
@@ -44,7 +45,7 @@ def run(config: RunConfig, command: str) -> Path:
         "machine": machine(),
         "config": dataclasses.asdict(config),
         "metric": _metric(store, config, plan),
-        "models": [_entry(store, config, plan, model) for model in plan.models],
+        "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
     }
     path = output / f"results-seed{config.seed}.json"
     report = output / "report" / "report.html"
@@ -106,14 +107,16 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         return None
     ruled = facts["stopped"] is not None
     tokens, flops = facts["tokens"], facts["flops"]
-    teacher = next(m.stage for m in plan.models if m.kind == "unlearn")
-    if model.kind in ("undo", "random"):  # what the method costs includes suppressing the capability
+    teacher, inputs = next(m.stage for m in plan.models if m.kind == "unlearn"), model.stage.inputs
+    taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
+    if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
         tokens, flops = tokens + suppressed["tokens"], flops + suppressed["flops"]
         if "cache" in model.stage.inputs:  # the teacher's forwards, once
             flops += store.manifest(model.stage.inputs["cache"])["flops"]
     stopped = facts["stopped"] if ruled else None
-    labelled = store.manifest(teacher) if model.kind in ("unlearn", "undo", "random") else {}
+    source = teacher if taught or model.kind == "unlearn" else inputs.get("gate")
+    labelled = {} if source is None else store.manifest(source)
     return {
         "steps": facts["steps"],
         "tokens": tokens,
@@ -125,6 +128,7 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "stop_flops": flops if stopped else None,
         "labelled_forget_tokens": labelled.get("labelled_forget_tokens"),
         "labelled_retain_tokens": labelled.get("labelled_retain_tokens"),
+        "labelled_distinct_tokens": labelled.get("labelled_distinct_tokens"),
         "peak_bytes": facts["peak_bytes"],
         "history": facts["history"],
     }

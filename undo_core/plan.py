@@ -98,6 +98,8 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
             seconds = steps * measure.seconds(stage.settings["batch_size"], 1, length)
             flops = forward_flops(model, length) * positions
             disk = cached * (length - 1) * _cache_bytes(stage, model)
+        if stage.kind == "gate":
+            disk = _cached_rows(config, store, plan.prepared) + 8 * stage.settings["buckets"]
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
         measured = store.manifest(stage)["peak_bytes"] if store.done(stage) else None
         memory = predict(stage)
