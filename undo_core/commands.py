@@ -57,7 +57,7 @@ def prepare(output: str, data: DataConfig, model: ModelConfig, seed: int = 0) ->
         model: an architecture to initialise, or the folder of a checkpoint, whose tokenizer is then used.
         seed: of everything that is drawn.
     """
-    from undo_core.pipeline import prepare_stage
+    from undo_core.graph import prepare_stage
 
     stage = prepare_stage(data, model, seed)
     return _build(Path(output), "prepare", stage.settings, {})
@@ -72,7 +72,7 @@ def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnC
         data: folder made by ``undo prepare``.
         config: method and training.
     """
-    return _build(Path(output), "unlearn", dataclasses.asdict(config), {"prepared": data, "model": model})
+    return _build(Path(output), "unlearn", config.settings(), {"prepared": data, "model": model})
 
 
 def noise(

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from undo_core.gate import GateConfig
 from undo_core.ops.noise_rules import NoiseRule, Policy
 from undo_core.relearn import AttackConfig
 from undo_core.teacher import TeacherConfig
@@ -143,11 +144,17 @@ class PretrainConfig:
         train: optimizer, rates, batch sizes; ``steps`` is the limit.
         stop_retain: stop at the first evaluation with at least this retain accuracy, and stop_forget met too; None trains for ``steps``.
         stop_forget: the forget accuracy that stop_retain asks for besides; None asks for none.
+        tokens: that a checkpoint (model.path) was pretrained on elsewhere, for the share of them that is labelled; None: unknown.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     stop_retain: float | None = None
     stop_forget: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"pretrain.tokens: got {self.tokens}, wanted an integer >= 1")
 
 
 @dataclass(frozen=True)
@@ -204,11 +211,15 @@ class ControlsConfig:
         filter: data filtering: trained from scratch without the forget set.
         random: the teacher distilled into a fresh initialisation from another seed.
         oracle_steps: steps of distilling the data-filtered model into the original one (the paper's oracle matching); 0 leaves it out.
+        oracle_random_steps: steps of distilling it into a model of random weights; 0 leaves it out.
+        gate: filter-then-distill: no unlearning, but distillation data without the rows that a cheap classifier drops.
     """
 
     filter: bool = True
     random: bool = True
     oracle_steps: int = 0
+    oracle_random_steps: int = 0
+    gate: GateConfig = field(default_factory=GateConfig)
 
 
 @dataclass(frozen=True)
@@ -251,8 +262,9 @@ class RunConfig:
             raise ValueError(
                 "controls.filter: got true, wanted false with model.path: data filtering means pretraining from scratch"
             )
-        if self.controls.oracle_steps and not self.controls.filter:
-            raise ValueError("controls.oracle_steps: wanted 0 without controls.filter, whose model is the oracle")
+        for name in ("oracle_steps", "oracle_random_steps"):
+            if getattr(self.controls, name) and not self.controls.filter:
+                raise ValueError(f"controls.{name}: wanted 0 without controls.filter, whose model is the oracle")
 
 
 def derive_seed(seed: int, name: str) -> int:

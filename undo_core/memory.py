@@ -27,6 +27,7 @@ from undo_kernels.library import choose
 from undo_core import ops
 from undo_core.evaluate import most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
+from undo_core.gate import ROWS_AT_ONCE
 from undo_core.models import attention_of, head_of, hidden_states, set_attention
 from undo_core.relearn import AttackConfig
 from undo_core.storages import FUSED, Storages
@@ -162,6 +163,8 @@ class _Stage:
         """The parts at the largest sum of each moment."""
         whole = _bytes(meta_model(self.config).parameters())
         file = 0 if self.device == "cuda" else whole
+        if kind == "gate":  # features of as many rows as are scored at once; the labelled ones are few
+            return [Memory("forward", activations=8 * settings["buckets"] * ROWS_AT_ONCE)]
         if kind in ("prepare", "initialise", "noise", "replay"):
             return [Memory("loading", weights=whole + file)]
         loaded = [Memory("loading", weights=whole + file)]

@@ -1,14 +1,15 @@
-"""The whole method as a graph of stages: prepare, pretrain, unlearn, noise, distill, relearn, evaluate, report."""
+"""The whole method, run: every stage of the graph, the growing attacks, the results and the report."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
-from undo_core.files import hash_file, hash_json, read_json, write_json
+from undo_core.config import RunConfig
+from undo_core.costs import with_costs
+from undo_core.files import hash_json, read_json, write_json
+from undo_core.graph import Model, Plan, attack_stage, plan_run
 from undo_core.relearn import extension_of
 from undo_core.report import terminal_table, write_report
 from undo_core.stages import FUNCTIONS, evaluate_folder
@@ -17,179 +18,6 @@ from undo_core.training.progress import console
 from undo_core.workers import run_stages, use_threads
 
 RESULTS_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of the comparison.
-
-    Attributes:
-        name: unique within the run.
-        kind: original, unlearn, undo, random, filter or oracle.
-        stage: whose folder holds it.
-        alpha: strength of the noise, for undo.
-    """
-
-    name: str
-    kind: str
-    stage: Stage
-    alpha: float | None = None
-
-    @property
-    def attacked(self) -> bool:
-        """The original has the capability; there is nothing to relearn."""
-        return self.kind != "original"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The models of a run and the prepared data that they share."""
-
-    prepared: Stage
-    models: list[Model]
-
-    def stages(self) -> list[Stage]:
-        """Every stage but the attacks, each once, inputs first."""
-        found: dict[str, Stage] = {}
-
-        def visit(stage: Stage) -> None:
-            for source in stage.inputs.values():
-                visit(source)
-            found.setdefault(stage.key, stage)
-
-        for model in self.models:
-            visit(model.stage)
-        return list(found.values())
-
-
-def plan_run(config: RunConfig) -> Plan:
-    """The stages of a run, from its configuration alone; nothing is computed.
-
-    Raises:
-        FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
-    """
-    seed = config.seed
-
-    def seeded(settings: Any, name: str) -> dict[str, Any]:
-        return _seeded(settings, seed, name)
-
-    prepared = prepare_stage(config.data, config.model, seed)
-    if config.model.path:
-        original = prepared
-    else:
-        rule = {"stop_retain": config.pretrain.stop_retain, "stop_forget": config.pretrain.stop_forget}
-        settings = {"train": seeded(config.pretrain.train, "pretrain"), "splits": ["retain", "forget"], **rule}
-        original = Stage("pretrain", settings, {"prepared": prepared}, "pretrain")
-
-    unlearn = dataclasses.asdict(config.unlearn)
-    unlearn["train"] = seeded(config.unlearn.train, "unlearn")
-    teacher = Stage("unlearn", unlearn, {"prepared": prepared, "model": original}, f"unlearn {config.unlearn.method}")
-
-    train = seeded(config.distill.train, "distill")
-
-    how = _teacher_settings(config)
-    cache = cache_stage(how, prepared, teacher)
-
-    def distilled(student: Stage, title: str, source: Stage = teacher, **changes: Any) -> Stage:
-        settings = {"train": train, "recover": config.distill.recover, **how, **changes}
-        inputs = {"prepared": prepared, "teacher": source, "student": student}
-        if cache is not None and source is teacher:
-            inputs["cache"] = cache
-        return Stage("distill", settings, inputs, title)
-
-    models = [Model("original", "original", original), Model("unlearn", "unlearn", teacher)]
-    noise_seed = config.noise.seed if config.noise.seed is not None else derive_seed(seed, "noise")
-    for alpha in sorted(config.noise.alphas):
-        settings = {"alpha": alpha, "beta": config.noise.beta, "law": config.noise.law, "seed": noise_seed}
-        if config.noise.std is not None:
-            settings["std"] = config.noise.std
-        if config.noise.rules:
-            settings["rules"] = [dataclasses.asdict(rule) for rule in config.noise.rules]
-        damaged = Stage("noise", settings, {"model": teacher}, f"noise {alpha:g}")
-        models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
-    if config.controls.random:
-        student = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
-        models.append(Model("random", "random", distilled(student, "distill random")))
-    if config.controls.filter:
-        # C compares steps to one target, so both are counted at one batch size and evaluation interval.
-        counted = {"batch_size": config.distill.train.batch_size, "eval_every": config.distill.train.eval_every}
-        filter_train = dataclasses.replace(config.pretrain.train, **counted)
-        settings = {"train": seeded(filter_train, "filter"), "splits": ["retain"], "recover": config.distill.recover}
-        filtered = Stage("pretrain", settings, {"prepared": prepared, "target": teacher}, "data filtering")
-        models.append(Model("filter", "filter", filtered))
-        if config.controls.oracle_steps:
-            changes = {"train": {**train, "steps": config.controls.oracle_steps}, "recover": None}
-            if cache is not None:  # its teacher has this one student
-                changes["teacher"] = {"kind": "streamed"}
-            models.append(Model("oracle", "oracle", distilled(original, "distill oracle", source=filtered, **changes)))
-    return Plan(prepared, models)
-
-
-def _teacher_settings(config: RunConfig) -> dict[str, Any]:
-    """Where the teacher is, for a distillation's key: what of the settings has a say."""
-    teacher = config.distill.teacher
-    if teacher.kind == "resident":
-        return {}
-    chosen = {"kind": teacher.kind}
-    if teacher.kind == "cached":
-        chosen["dtype"] = teacher.dtype
-    if teacher.kind == "topk":
-        chosen["k"] = teacher.k
-    if teacher.kind in ("cached", "topk"):
-        train = config.distill.train
-        chosen["batch_size"] = teacher.batch_size or train.micro_batch_size or train.batch_size
-    return {"teacher": chosen}
-
-
-def cache_stage(how: dict[str, Any], prepared: Stage, teacher: Stage) -> Stage | None:
-    """The stage that runs the teacher once for all its students, where the settings ask for one."""
-    settings = how.get("teacher", {})
-    if settings.get("kind") not in ("cached", "topk"):
-        return None
-    return Stage("cache", settings, {"prepared": prepared, "teacher": teacher}, "cache teacher")
-
-
-def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
-    """The stage that draws the data and initialises the model; the files that it reads are part of its key.
-
-    Raises:
-        FileNotFoundError: a data file or the checkpoint folder is missing.
-    """
-    settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
-    files = [Path(path) for path in data.sources() if "://" not in path]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget and data.distill.sources"
-            )
-    if model.path:
-        settings["data"]["tokenizer"] = data.tokenizer or model.path
-        checkpoint = Path(model.path)
-        if not (checkpoint / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
-            )
-        files += [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
-    return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
-
-
-def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
-    """Settings as JSON values, with the stage's seed derived from the run's where it names none."""
-    values = dataclasses.asdict(settings)
-    if values["seed"] is None:
-        values["seed"] = derive_seed(seed, name)
-    return values
-
-
-def attack_stage(config: RunConfig, plan: Plan, model: Model, rate: float) -> Stage:
-    """The attack on one model at one learning rate."""
-    settings = dataclasses.asdict(config.relearn)
-    for name in ("rates", "extend"):
-        del settings[name]
-    if settings["seed"] is None:
-        settings["seed"] = derive_seed(config.seed, "relearn")
-    inputs = {"prepared": plan.prepared, "model": model.stage}
-    return Stage("relearn", {**settings, "rate": rate}, inputs, f"relearn {model.name} {rate:g}")
 
 
 def run(config: RunConfig, command: str) -> Path:
@@ -217,7 +45,7 @@ def run(config: RunConfig, command: str) -> Path:
         "machine": machine(),
         "config": dataclasses.asdict(config),
         "metric": _metric(store, config, plan),
-        "models": [_entry(store, config, plan, model) for model in plan.models],
+        "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
     }
     path = output / f"results-seed{config.seed}.json"
     report = output / "report" / "report.html"
@@ -279,14 +107,16 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         return None
     ruled = facts["stopped"] is not None
     tokens, flops = facts["tokens"], facts["flops"]
-    teacher = next(m.stage for m in plan.models if m.kind == "unlearn")
-    if model.kind in ("undo", "random"):  # what the method costs includes suppressing the capability
+    teacher, inputs = next(m.stage for m in plan.models if m.kind == "unlearn"), model.stage.inputs
+    taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
+    if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
         tokens, flops = tokens + suppressed["tokens"], flops + suppressed["flops"]
         if "cache" in model.stage.inputs:  # the teacher's forwards, once
             flops += store.manifest(model.stage.inputs["cache"])["flops"]
     stopped = facts["stopped"] if ruled else None
-    labelled = store.manifest(teacher) if model.kind in ("unlearn", "undo", "random") else {}
+    source = teacher if taught or model.kind == "unlearn" else inputs.get("gate")
+    labelled = {} if source is None else store.manifest(source)
     return {
         "steps": facts["steps"],
         "tokens": tokens,
@@ -298,6 +128,7 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "stop_flops": flops if stopped else None,
         "labelled_forget_tokens": labelled.get("labelled_forget_tokens"),
         "labelled_retain_tokens": labelled.get("labelled_retain_tokens"),
+        "labelled_distinct_tokens": labelled.get("labelled_distinct_tokens"),
         "peak_bytes": facts["peak_bytes"],
         "history": facts["history"],
     }

@@ -21,9 +21,9 @@ from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.files import hash_json
 from undo_core.fit import Fit, apply_changes, cheapest_fit
+from undo_core.graph import attack_stage, plan_run
 from undo_core.memory import PARTS, Memory, Predictor, unlearn_config
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
-from undo_core.pipeline import attack_stage, plan_run
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -98,6 +98,8 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
             seconds = steps * measure.seconds(stage.settings["batch_size"], 1, length)
             flops = forward_flops(model, length) * positions
             disk = cached * (length - 1) * _cache_bytes(stage, model)
+        if stage.kind == "gate":
+            disk = _cached_rows(config, store, plan.prepared) + 8 * stage.settings["buckets"]
         done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
         measured = store.manifest(stage)["peak_bytes"] if store.done(stage) else None
         memory = predict(stage)

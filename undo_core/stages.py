@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.checkpoint_files import stored_dtype
@@ -20,6 +20,7 @@ from undo_core.data.splits import TRAIN_SPLITS, distilled, make_splits
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.files import read_json
+from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor, unlearn_config
 from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
@@ -102,6 +103,12 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
     config = unlearn_config(settings)
     model, data = _load(work.inputs["model"], config.train.precision), work.inputs["prepared"]
     forget, retain = _train_rows(data, ["forget"]), _train_rows(data, ["retain"])
+    if config.forget_rows is not None:
+        if config.forget_rows > len(forget):
+            raise ValueError(
+                f"forget_rows: got {config.forget_rows}, wanted at most the {len(forget)} rows to forget that there are"
+            )
+        forget = _take(forget, torch.arange(config.forget_rows))
     metrics = _validation(data, ("retain", "forget"))
     result = unlearn(
         model, forget=forget, retain=retain, config=config, evaluate=metrics, folder=work.scratch, title=work.title
@@ -110,7 +117,13 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
     costs = unlearn_flops(model, config, forget.length)
     flops = sum(costs[name] * count for name, count in result.positions.items())
     labelled = {f"labelled_{name}_tokens": count for name, count in result.tokens.items()}
-    return {**labelled, **_facts(result, flops)}
+    drawn = result.steps * config.train.batch_size
+    seeds = {"forget": config.train.seed or 0, "retain": (config.train.seed or 0) + 1}
+    distinct = {
+        name: _take(rows, rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if drawn else 0
+        for name, rows in {"forget": forget, "retain": retain}.items()
+    }
+    return {**labelled, "labelled_distinct_tokens": distinct, **_facts(result, flops)}
 
 
 def noise(work: Work) -> dict[str, Any]:
@@ -137,6 +150,8 @@ def distill_stage(work: Work) -> dict[str, Any]:
     data = work.inputs["prepared"]
     how = TeacherConfig(**settings.get("teacher", {}))
     student, text = _load(work.inputs["student"], config.precision), _distill_rows(data)
+    if "gate" in work.inputs:
+        text = _take(text, load_file(work.inputs["gate"] / KEPT)["kept"])
     if "cache" in work.inputs:
         teacher = CachedTeacher.open(work.inputs["cache"], work.inputs["teacher"], how)
         reached = _cached_retain(work.inputs["cache"], data)
@@ -150,6 +165,8 @@ def distill_stage(work: Work) -> dict[str, Any]:
         teacher, reached, passes = ModelTeacher(model), None, forward_flops(model, text.length)
     stop, facts = None, {}
     if settings["recover"] is not None:
+        if "target" in work.inputs:
+            reached = _retain(load_model(work.inputs["target"]), data)
         reached = _retain(teacher.model, data) if reached is None else reached
         stop, facts["retain_target"] = _recovered(reached, data, settings["recover"])
     metrics = _validation(data, ("retain",))
@@ -157,6 +174,28 @@ def distill_stage(work: Work) -> dict[str, Any]:
     _save(student, load_tokenizer(data), work.output)
     flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
     return {**facts, **_facts(result, flops)}
+
+
+def gate_stage(work: Work) -> dict[str, Any]:
+    """Learn from a labelled sample which of the rows that students are distilled on are to be dropped."""
+    settings, data = dict(work.settings), work.inputs["prepared"]
+    config = GateConfig(**settings)
+    # Whichever rows are labelled, forget and retain are drawn apart.
+    seeds = {"forget": config.seed or 0, "retain": (config.seed or 0) + 1}
+    known = {name: labelled(_train_rows(data, [name]), config.share, seed) for name, seed in seeds.items()}
+    fitted = fit_gate(known["forget"], known["retain"], config)
+    text = _distill_rows(data)
+    kept = ~fitted.forget(text)
+    if not kept.any():
+        raise ValueError(f"controls.gate: got a classifier that drops all {len(text)} rows, wanted one that keeps some")
+    save_file({"kept": kept, "weight": fitted.weight, "bias": fitted.bias}, work.output / KEPT)
+    return {
+        **{f"labelled_{name}_tokens": rows.tokens() for name, rows in known.items()},
+        "labelled_rows": {name: len(rows) for name, rows in known.items()},
+        "heldout": fitted.quality(*(load_split(data, f"valid_{name}") for name in ("forget", "retain"))),
+        "kept_rows": int(kept.sum()),
+        "rows": len(text),
+    }
 
 
 def cache_stage(work: Work) -> dict[str, Any]:
@@ -230,11 +269,13 @@ FUNCTIONS: dict[str, StageFunction] = {
     "unlearn": partial(_predicted, unlearn_stage, "unlearn"),
     "noise": noise,
     "replay": replay,
+    "gate": gate_stage,
     "cache": partial(_predicted, cache_stage, "cache"),
     "distill": partial(_predicted, distill_stage, "distill"),
     "relearn": partial(_predicted, relearn_stage, "relearn"),
 }
 
+KEPT = "gate.safetensors"
 _INTERVAL = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -252,6 +293,11 @@ def _train_rows(data: Path, splits: list[str]) -> Rows:
     """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
     parts = [load_split(data, TRAIN_SPLITS[name]) for name in splits]
     return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id, separator_id=parts[0].separator_id)
+
+
+def _take(rows: Rows, chosen: torch.Tensor) -> Rows:
+    """The chosen rows, by number or by a mask."""
+    return Rows(rows.input_ids[chosen], rows.pad_id, separator_id=rows.separator_id)
 
 
 def _distill_rows(data: Path) -> Rows:

@@ -15,10 +15,10 @@ RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
     {"undo_core.commands"},
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
-    {"undo_core.workers"},
+    {"undo_core.workers", "undo_core.graph", "undo_core.costs"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
     {"undo_core.unlearn", "undo_core.noise", "undo_core.noise_checkpoint", "undo_core.distill", "undo_core.relearn"}
-    | {"undo_core.evaluate", "undo_core.store"},
+    | {"undo_core.evaluate", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
     {

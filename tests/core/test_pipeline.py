@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from undo_core.cli import main
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.files import hash_file, read_json
-from undo_core.pipeline import attack_stage, plan_run, run
+from undo_core.graph import attack_stage, plan_run
+from undo_core.pipeline import run
 from undo_core.relearn import AttackConfig
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store

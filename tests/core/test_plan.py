@@ -8,7 +8,8 @@ from rich.console import Console
 from undo_core.cli import main
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.doctor import run_doctor
-from undo_core.pipeline import plan_run, run
+from undo_core.graph import plan_run
+from undo_core.pipeline import run
 from undo_core.plan import bytes_of, plan_rows, plan_table
 from undo_core.relearn import AttackConfig
 from undo_core.stages import FUNCTIONS

@@ -19,8 +19,11 @@ from undo_core.report.table import rate
 
 # Okabe and Ito's colours (safe for colour-blind readers); the students share a ramp of one blue, darker with alpha.
 COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
+COLOURS |= {"damaged": "#56B4E9", "gated": "#7b3294", "oracle-random": "#b8860b"}
 MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
+MARKERS |= {"damaged": "P", "gated": "h", "oracle-random": "<"}
 LINES = {"unlearn": "-", "undo": "-", "random": (0, (4, 1.5)), "filter": (0, (1, 1)), "oracle": (0, (5, 1, 1, 1))}
+LINES |= {"damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1)), "oracle-random": (0, (1, 2))}
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,

@@ -19,13 +19,16 @@ from typing import Any
 FORMAT = 1
 MIN_DENOMINATOR = 0.1  # of R; below it, R is mostly evaluation noise
 DIVERGED = 1e30  # a loss from here on is the stand-in for a model that diverged
-KINDS = ("original", "unlearn", "undo", "random", "filter", "oracle")
+KINDS = ("original", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
+STUDENTS = ("undo", "damaged", "gated", "random")  # which train to the retain target
 LABELS = {
     "original": "original",
     "unlearn": "unlearn only",
+    "gated": "filter, then distill",
     "random": "random student",
     "filter": "data filtering",
     "oracle": "oracle matching",
+    "oracle-random": "oracle matching, random student",
 }
 UNITS = ("steps", "tokens", "flops")
 CENSORED = "the model is censored"
@@ -130,6 +133,8 @@ class ModelReport:
         """The model's name for readers."""
         if self.kind == "undo" and self.alpha is not None:
             return f"UNDO α={self.alpha:g}"
+        if self.kind == "gated" and self.alpha is not None:
+            return f"filter, then distill α={self.alpha:g}"
         return LABELS.get(self.kind, self.name)
 
     @property
@@ -265,8 +270,8 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
     models = []
     for name, by in entries.items():
         first = _first(by)
-        students = by if first["kind"] in ("undo", "random") else {}
-        ranked = by if first["kind"] in ("undo", "random", "oracle") else {}
+        students = by if first["kind"] in STUDENTS else {}
+        ranked = by if first["kind"] in (*STUDENTS, "oracle", "oracle-random") else {}
         steps = sorted({step for curve in worst[name].values() for step in curve})
         groups = {f"{key} {g}" for e in by.values() for key, m in e["metrics"].items() for g in m.get("groups") or {}}
         models.append(
@@ -317,12 +322,7 @@ def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | s
 def is_censored(entry: dict[str, Any], has_target: bool) -> bool:
     """True where training to a retain target ended at its step limit."""
     training = entry.get("training")
-    return (
-        has_target
-        and entry["kind"] in ("undo", "random", "filter")
-        and training is not None
-        and training.get("stop_step") is None
-    )
+    return has_target and entry["kind"] in (*STUDENTS, "filter") and training is not None and training.get("stop_step") is None
 
 
 def _order(models: list[ModelReport], seed: int | None, headline: int, higher: bool) -> Order:

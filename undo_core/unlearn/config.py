@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from undo_core.training.config import TrainConfig
 
@@ -57,12 +58,14 @@ class UnlearnConfig:
         method: maxent (uniform prediction on forget), graddiff (ascent on forget) or rmu (misdirected activations).
         retain_weight: factor on the retain term.
         rmu: settings of RMU alone.
+        forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
         train: optimizer, rates, batch sizes.
     """
 
     method: Literal["maxent", "graddiff", "rmu"] = "maxent"
     retain_weight: float = 1.0
     rmu: RMUConfig = field(default_factory=RMUConfig)
+    forget_rows: int | None = None
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10, batch_size=40, lr=9e-5))
 
     def __post_init__(self) -> None:
@@ -70,3 +73,12 @@ class UnlearnConfig:
             raise ValueError(f"method: got {self.method!r}, wanted maxent, graddiff or rmu")
         if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
             raise ValueError(f"retain_weight: got {self.retain_weight}, wanted a finite number >= 0")
+        if self.forget_rows is not None and self.forget_rows < 1:
+            raise ValueError(f"forget_rows: got {self.forget_rows}, wanted an integer >= 1")
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON values, without what is left at the default of being absent."""
+        values = dataclasses.asdict(self)
+        if self.forget_rows is None:
+            del values["forget_rows"]
+        return values

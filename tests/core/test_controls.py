@@ -1,0 +1,159 @@
+"""The controls beside the published ones, and what a run's results say that each student cost."""
+
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
+from undo_core.costs import with_costs
+from undo_core.data.rows import Rows
+from undo_core.files import read_json
+from undo_core.gate import GateConfig
+from undo_core.graph import plan_run
+from undo_core.pipeline import run
+from undo_core.plan import plan_rows
+from undo_core.relearn import AttackConfig
+from undo_core.stages import FUNCTIONS
+from undo_core.store import Store
+from undo_core.teacher import TeacherConfig
+from undo_core.training import TrainConfig
+from undo_core.unlearn import UnlearnConfig
+
+SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def config(output="unused", **changes) -> RunConfig:
+    train = TrainConfig(steps=2, batch_size=4)
+    values = {
+        "name": "controls",
+        "output": str(output),
+        "data": DataConfig(train_rows=300, eval_prompts=20),
+        "model": ModelConfig(config=SHAPE),
+        "pretrain": PretrainConfig(train=train),
+        "unlearn": UnlearnConfig(train=TrainConfig(steps=5, batch_size=4), forget_rows=7),
+        "noise": NoiseConfig(alphas=[0.5]),
+        "distill": DistillConfig(recover=-1.0, train=train),
+        "relearn": AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
+        "controls": ControlsConfig(random=False, oracle_random_steps=3, gate=GateConfig(share=0.05, alphas=[0.5])),
+    }
+    return RunConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("controls")
+    settings = config(folder)
+    run(settings, "test")
+    return settings, folder
+
+
+def test_a_run_holds_the_controls(finished):
+    settings, folder = finished
+    results = read_json(folder / "results-seed0.json")
+    models = {model["name"]: model for model in results["models"]}
+    assert list(models) == ["original", "unlearn", "undo-0.5", "gated-0.5", "filter", "oracle-random"]
+    assert models["oracle-random"]["training"]["steps"] == 3 and models["gated-0.5"]["attack"]["curves"]
+    stages = {model.name: model.stage for model in plan_run(settings).models}
+    store = Store(folder / "stages", FUNCTIONS)
+
+    gated = stages["gated-0.5"].inputs
+    assert gated["teacher"].key == stages["original"].key, "nothing is unlearned"
+    assert gated["student"].inputs["model"].key == stages["original"].key
+    gate, prepared = gated["gate"], gated["prepared"]
+    facts = store.manifest(gate)
+    assert facts["labelled_rows"] == {"forget": 15, "retain": 15} and facts["rows"] == 600
+    assert facts["heldout"]["precision"] > 0.9 and facts["heldout"]["recall"] > 0.9, "an operator tells the rows apart"
+    kept = load_file(store.folder(gate) / "gate.safetensors")["kept"]
+    assert int(kept.sum()) == facts["kept_rows"] and kept[:300].sum() > 5 * kept[300:].sum(), "rows to retain come first"
+    training = models["gated-0.5"]["training"]
+    assert training["labelled_forget_tokens"] == facts["labelled_forget_tokens"] > 15
+    # The target is the unlearned model's, as for every student.
+    targets = {store.manifest(stages[name])["retain_target"] for name in ("undo-0.5", "gated-0.5", "filter")}
+    assert len(targets) == 1
+
+    rows = Rows.load(store.folder(prepared) / "data" / "train_forget.safetensors")
+    few = Rows(rows.input_ids[:7], rows.pad_id)
+    labelled = models["undo-0.5"]["training"]["labelled_distinct_tokens"]
+    assert labelled["forget"] == few.tokens(), "5 batches of 4 have each of the 7 rows"
+    retained = Rows.load(store.folder(prepared) / "data" / "train_retain.safetensors")
+    seed = store.manifest(stages["unlearn"])["settings"]["train"]["seed"] + 1
+    assert labelled["retain"] == Rows(retained.input_ids[retained.order(0, 20, seed)], retained.pad_id).tokens()
+    costs = models["undo-0.5"]["costs"]
+    tokens = models["original"]["training"]["tokens"]
+    assert costs["pretraining_tokens"] == tokens and costs["labelled_share"] == sum(labelled.values()) / tokens
+    assert costs["of_filter"] == {"steps": None, "tokens": None, "flops": None}, "neither reached its target"
+    assert models["oracle-random"]["costs"]["of_filter"]["steps"] == 1.5
+
+
+def test_the_plan_knows_them(finished):
+    settings, folder = finished
+    lines = {row.folder: row for row in plan_rows(settings, Store(folder / "stages", FUNCTIONS))[0]}
+    assert all(line.done for line in lines.values())
+    gate = next(line for line in lines.values() if line.title == "gate")
+    assert gate.steps == 0 and 0.5 < gate.memory.total / gate.measured_bytes < 2
+
+
+def test_what_is_left_at_its_default_is_in_no_key():
+    """So that stages made before these settings were there are found again."""
+    base = config(unlearn=UnlearnConfig(), controls=ControlsConfig(oracle_steps=3))
+    stages = {stage.title: stage for stage in plan_run(base).stages()}
+    assert "forget_rows" not in stages["unlearn maxent"].settings
+    assert set(stages["distill 0.5"].settings) == {"train", "recover"}
+    assert set(stages["distill 0.5"].inputs) == {"prepared", "teacher", "student"}
+    assert set(stages["noise 0.5"].settings) == {"alpha", "beta", "law", "seed"}
+    few = {stage.title: stage for stage in plan_run(config(controls=ControlsConfig(oracle_steps=3))).stages()}
+    assert few["unlearn maxent"].settings["forget_rows"] == 7 and few["unlearn maxent"].key != stages["unlearn maxent"].key
+
+
+def test_a_cached_teacher_is_for_its_own_students():
+    cached = config(distill=DistillConfig(teacher=TeacherConfig("cached")))
+    stages = {model.name: model.stage for model in plan_run(cached).models}
+    assert "cache" in stages["undo-0.5"].inputs
+    for name in ("gated-0.5", "oracle-random"):
+        assert "cache" not in stages[name].inputs and stages[name].settings["teacher"] == {"kind": "streamed"}
+
+
+def test_a_student_of_random_weights_is_gated_too():
+    both = replace(config(), controls=ControlsConfig(gate=GateConfig(share=0.01)))
+    stages = {model.name: model.stage for model in plan_run(both).models}
+    assert stages["gated"].inputs["student"].key == stages["random"].inputs["student"].key
+
+
+@pytest.mark.parametrize("name", ["oracle_steps", "oracle_random_steps"])
+def test_an_oracle_needs_data_filtering(name):
+    with pytest.raises(ValueError, match=rf"^controls\.{name}: wanted 0 without controls\.filter"):
+        config(controls=ControlsConfig(filter=False, **{name: 3}))
+
+
+def test_too_many_labelled_rows_are_refused(tmp_path):
+    few = config(tmp_path, unlearn=UnlearnConfig(forget_rows=301), controls=ControlsConfig(filter=False, random=False))
+    with pytest.raises(ValueError, match=r"^forget_rows: got 301, wanted at most the 300 rows"):
+        run(few, "test")
+
+
+def entry(kind, steps, stop=None, ruled=True, **more):
+    counts = {"steps": steps, "tokens": 10 * steps, "flops": 1000 * steps}
+    stops = {"stop_step": stop, "stop_tokens": stop and 10 * stop, "stop_flops": stop and 1000 * stop}
+    return {"name": kind, "kind": kind, "training": {**counts, **stops, "limit_reached": ruled and stop is None, **more}}
+
+
+def test_costs_by_hand():
+    labelled = {"labelled_forget_tokens": 40, "labelled_retain_tokens": 60}
+    models = [entry("original", 100, ruled=False), entry("undo", 30, 30, **labelled), entry("filter", 60, 50)]
+    found = with_costs(models)[1]["costs"]
+    assert found["labelled_tokens"] == {"forget": 40, "retain": 60} and found["labelled_share"] == 0.1
+    assert found["of_filter"] == {"steps": 0.6, "tokens": 0.6, "flops": 0.6}
+    assert "costs" not in with_costs(models)[0] and "costs" not in with_costs(models)[2]
+    distinct = {"forget": 4, "retain": 6}
+    models[1] = entry("undo", 30, None, labelled_distinct_tokens=distinct, **labelled)
+    found = with_costs(models)[1]["costs"]
+    assert found["labelled_share"] == 0.01 and found["of_filter"]["steps"] is None, "censored"
+    alone = [{**models[0], "training": None}, models[1]]
+    assert with_costs(alone)[1]["costs"] == {
+        "pretraining_tokens": None,
+        "labelled_tokens": distinct,
+        "labelled_share": None,
+        "of_filter": None,
+    }
+    assert with_costs(alone, 1000)[1]["costs"]["labelled_share"] == 0.01

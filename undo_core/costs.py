@@ -1,0 +1,52 @@
+"""What a model of the results cost, beside what it is compared with: labels against pretraining, training against data filtering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
+
+
+def with_costs(models: list[dict[str, Any]], pretraining_tokens: int | None = None) -> list[dict[str, Any]]:
+    """The entries of the results, those of students with ``costs``:
+
+    - ``pretraining_tokens``: of the original; None where that is unknown.
+    - ``labelled_tokens``: forget and retain, each token of the data once.
+    - ``labelled_share``: of the pretraining tokens, both together.
+    - ``of_filter``: steps, tokens and FLOPs as shares of data filtering's; where both stop at the retain target, up to there, and None
+      where one of them never reached it.
+
+    Args:
+        models: entries with ``name``, ``kind`` and ``training``.
+        pretraining_tokens: of an original that was not pretrained here.
+    """
+    trainings = {entry["kind"]: entry["training"] for entry in models if entry["kind"] in ("original", "filter")}
+    if trainings.get("original"):
+        pretraining_tokens = trainings["original"]["tokens"]
+    control = trainings.get("filter")
+    result = []
+    for entry in models:
+        training = entry["training"]
+        if training is not None and entry["kind"] not in ("original", "filter"):
+            labelled = _labelled(training)
+            share = sum(labelled.values()) / pretraining_tokens if labelled and pretraining_tokens else None
+            of_filter = None if control is None else {unit: _ratio(training, control, unit) for unit in STOP}
+            costs = {"pretraining_tokens": pretraining_tokens, "labelled_tokens": labelled, "labelled_share": share}
+            entry = {**entry, "costs": {**costs, "of_filter": of_filter}}
+        result.append(entry)
+    return result
+
+
+def _labelled(training: dict[str, Any]) -> dict[str, int] | None:
+    if training.get("labelled_distinct_tokens"):
+        return training["labelled_distinct_tokens"]
+    counts = {name: training.get(f"labelled_{name}_tokens") for name in ("forget", "retain")}
+    return counts if all(count is not None for count in counts.values()) else None
+
+
+def _ratio(training: dict[str, Any], control: dict[str, Any], unit: str) -> float | None:
+    """Up to the retain target where both train to one; an oracle, which has none, and runs without a stop rule count in full."""
+    ruled = [run["limit_reached"] or run["stop_step"] is not None for run in (training, control)]
+    name = STOP[unit] if all(ruled) else unit
+    spent, base = training[name], control[name]
+    return spent / base if spent is not None and base else None

@@ -1,0 +1,123 @@
+"""The gate of filter-then-distill: a cheap classifier that drops what looks like the text to forget, from a few labelled rows.
+
+A row's features are hashed counts of its tokens and of its pairs of neighbouring tokens, ``log(1 + count)``, of norm 1. On them a
+logistic regression with an L2 penalty is fitted by LBFGS in float64; no model runs. A row is dropped where forget is the likelier.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from undo_core.data.rows import Rows
+
+ROWS_AT_ONCE = 1024
+_MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of tokens and of the ones before them
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Filter-then-distill: the original model is the teacher, on rows that a classifier lets through; nothing is unlearned.
+
+    Attributes:
+        share: of the training rows of retain and of forget that are labelled, in (0, 1]; 0 leaves the control out.
+        alphas: the students are copies of the original with the run's noise at these strengths; empty takes one of random weights.
+        buckets: of hashed counts, the classifier's number of weights.
+        penalty: L2, on the mean loss.
+        seed: of the labelled rows; None derives it from the run's seed.
+    """
+
+    share: float = 0.0
+    alphas: list[float] = field(default_factory=list)
+    buckets: int = 4096
+    penalty: float = 1e-4
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"gate.share: got {self.share}, wanted a number in [0, 1]")
+        if any(not 0 <= alpha <= 1 for alpha in self.alphas) or len(set(self.alphas)) < len(self.alphas):
+            raise ValueError(f"gate.alphas: got {self.alphas}, wanted different numbers in [0, 1]")
+        if self.buckets < 2:
+            raise ValueError(f"gate.buckets: got {self.buckets}, wanted an integer >= 2")
+        if not (math.isfinite(self.penalty) and self.penalty > 0):
+            raise ValueError(f"gate.penalty: got {self.penalty}, wanted a finite number > 0")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A fitted classifier: ``weight`` ``[buckets]`` and ``bias``, float64; a positive score says forget."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def forget(self, rows: Rows) -> torch.Tensor:
+        """``[n]`` bool, True where a row looks like one to forget."""
+        parts = rows.input_ids.split(ROWS_AT_ONCE)
+        return torch.cat([features(ids, rows.pad_id, len(self.weight)) @ self.weight + self.bias > 0 for ids in parts])
+
+    def quality(self, forget: Rows, retain: Rows) -> dict[str, Any]:
+        """Precision and recall of the rows to forget, and the numbers they are of; None where a denominator is 0."""
+        hits, alarms = int(self.forget(forget).sum()), int(self.forget(retain).sum())
+        return {
+            "precision": hits / (hits + alarms) if hits + alarms else None,
+            "recall": hits / len(forget),
+            "forget_rows": len(forget),
+            "retain_rows": len(retain),
+        }
+
+
+def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Gate:
+    """The classifier of labelled rows; a function of them and of ``config`` alone.
+
+    Memory: ``8 * buckets`` bytes a row.
+    """
+    config = config or GateConfig()
+    parts = (forget, retain)
+    x = torch.cat([features(rows.input_ids, rows.pad_id, config.buckets) for rows in parts])
+    y = torch.cat([torch.full((len(rows),), float(rows is forget), dtype=torch.float64) for rows in parts])
+    weight = torch.zeros(config.buckets, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    fit = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        fit.zero_grad()
+        value = F.binary_cross_entropy_with_logits(x @ weight + bias, y) + config.penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        fit.step(loss)
+    return Gate(weight.detach(), bias.detach())
+
+
+def labelled(rows: Rows, share: float, seed: int) -> Rows:
+    """The rows of a labelled sample: at least one, drawn without repetition."""
+    index = rows.order(0, max(1, round(share * len(rows))), seed)
+    return Rows(rows.input_ids[index], rows.pad_id, separator_id=rows.separator_id)
+
+
+def features(input_ids: torch.Tensor, pad_id: int, buckets: int) -> torch.Tensor:
+    """``[n, buckets]`` float64 of token rows ``[n, length]``; padding, and pairs with it, count for nothing."""
+    ids = input_ids.long()
+    text = ids != pad_id
+    tokens, pairs = _hash(ids, buckets), _hash(ids[:, 1:], buckets, ids[:, :-1])
+    counts = torch.zeros(len(ids), buckets, dtype=torch.float64)
+    counts.scatter_add_(1, tokens, text.double())
+    counts.scatter_add_(1, pairs, (text[:, 1:] & text[:, :-1]).double())
+    counts.log1p_()
+    return counts.div_(counts.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def _hash(ids: torch.Tensor, buckets: int, before: torch.Tensor | None = None) -> torch.Tensor:
+    """A bucket of each token, or of each token and the one before it."""
+    mixed = (ids + 1) * _MULTIPLIERS[0]
+    if before is not None:
+        mixed = mixed + (before + 1) * _MULTIPLIERS[1] * _MULTIPLIERS[0]
+    mixed = mixed & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * _MULTIPLIERS[1] & 0xFFFFFFFF
+    return (mixed ^ mixed >> 13) % buckets
