@@ -1,4 +1,7 @@
-"""Problems for the interpreted Triton losses, their oracle in float64 by autograd, and the comparison of the two."""
+"""Problems for the Triton losses, their oracle in float64 by autograd, and the comparison of the two.
+
+Problems and results are on the CPU; the losses run where Triton runs: on a GPU, or interpreted.
+"""
 
 import dataclasses
 import math
@@ -9,6 +12,7 @@ from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import loss
 from undo_kernels.triton.products import Workspace
 
+DEVICE = torch.device("cpu" if loss.INTERPRETED else "cuda")
 DENSE = ("forward", "reverse", "jsd")
 
 
@@ -16,6 +20,23 @@ TARGETS = ("own", "uniform", *DENSE)
 
 
 SPARSE = ("bucket", "renormalize")
+
+
+def moved(value, device=DEVICE):
+    """A problem, a side or a result with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **{name: moved(field, device) for name, field in fields.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return value._make(moved(field, device) for field in value)
+    return value
+
+
+def vocab_loss(p):
+    """The Triton loss of a problem on the CPU."""
+    return moved(loss.vocab_loss(moved(p)), torch.device("cpu"))
 
 
 def oracle_logits(side, hidden, weight, bias):
@@ -168,12 +189,13 @@ def error(got, want):
 
 def check(p, **bounds):
     """Every output against the oracle; gradients to twice the error of plain torch, or 0.6 % of a 16-bit store, 2e-5 of a float32 one."""
-    scratch = Workspace(torch.device("cpu"))
-    hidden_before = p.student.hidden.clone() if not p.inplace else None
     want, yardstick = oracle(p), same_dtype(p)
-    got = loss.run(p, scratch)
+    there = moved(p)
+    scratch = Workspace(DEVICE)
+    hidden_before = there.student.hidden.clone() if not p.inplace else None
+    got = moved(loss.run(there, scratch), torch.device("cpu"))
     if hidden_before is not None:
-        assert torch.equal(hidden_before.nan_to_num(7.0), p.student.hidden.nan_to_num(7.0)), "inputs were written to"
+        assert torch.equal(hidden_before.nan_to_num(7.0), there.student.hidden.nan_to_num(7.0)), "inputs were written to"
     narrow = any(t.dtype != torch.float32 for t in (p.student.hidden, p.student.weight))
     for name in ("divergence", "nll", "lse_s", "lse_t"):
         value = getattr(got, name)
@@ -199,7 +221,7 @@ def check(p, **bounds):
             assert (value[p.student.vocabulary :] == 0).all()
         elif p.counted is not None:
             assert (value[~p.counted] == 0).all()
-    plan = loss.gpu_plan(p)
+    plan = loss.gpu_plan(there)
     assert scratch.peak <= plan.workspace_bytes
     if p.workspace_bytes is not None:
         assert scratch.peak <= p.workspace_bytes

@@ -24,6 +24,7 @@ from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import recompute, rows, tuning
 from undo_kernels.triton.costs import GpuPlan, Shapes, gpu_plan
+from undo_kernels.triton.device import current
 from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, product_dtype, widened
 from undo_kernels.triton.sparse import sparse_terms
 from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
@@ -49,7 +50,8 @@ def run(problem: Problem, scratch: Workspace) -> Result:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
     if hidden.dtype == torch.float64:
         raise TypeError("dtype: got torch.float64, wanted float32, bfloat16 or float16 on the triton backend")
-    return _Run(problem, scratch).result()
+    with current(hidden.device):
+        return _Run(problem, scratch).result()
 
 
 class _Head:

@@ -9,24 +9,14 @@ a whole Philox block, memory is read and written 16 bytes at a time; other cuts,
 Nothing may be contracted into fused multiply-adds, so the launch says ``enable_fp_fusion=False``; the sums of squares ask for
 theirs. bfloat16 is widened and rounded as integers.
 
-Instructions and bytes an element (SASS for sm_90 of triton 3.9, whole blocks), and what they bound for 2.614e9 parameters on an
-H200: 132 SMs issue 128 a cycle at 1.8 GHz, memory moves 4.3 TB/s. Calculated; not run on a GPU yet. ::
-
-                                    instructions   ms    bytes   ms
-    float32   uniform                         27   2.3       8  4.9
-              normal                          65   5.6       8  4.9
-    bfloat16  uniform                         41   3.5       4  2.4
-              uniform, stochastic             50   4.3       4  2.4
-              normal, stochastic              87   7.4       4  2.4
-
-A Philox block is 20 wide products and 20 three-input logical operations. Rejected: words joined into the elements' order before
-they are used (bfloat16: 27 conversions of layout through shared memory, 127 registers against 70), and one Philox block where
-16 bytes hold two (10 conversions).
+Bytes an element: 8 of float32, 4 of bfloat16. Philox costs a block of four elements 20 wide products and 20 three-input logical
+operations; ``python -m undo_kernels.triton.aot sm_90`` prints each form's registers and 16-byte accesses. Rejected: words joined
+into the elements' order before they are used, and one Philox block where 16 bytes hold two; both convert layouts through shared
+memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +29,7 @@ from undo_kernels.library import register
 from undo_kernels.reference import noise as reference
 from undo_kernels.segment import Segment
 from undo_kernels.triton import tuning
+from undo_kernels.triton.device import current
 
 INTERPRETED = triton.knobs.runtime.interpret
 BLOCK, BLOCKS, BLOCK_P, THREADS = 1024, 8, 256, 128  # a thread has 16 bytes of a block, 32 of 32-bit types
@@ -103,7 +94,7 @@ def _launch(
     wide = dtype == torch.float64
     stochastic = stochastic and dtype in (torch.bfloat16, torch.float16)
     options = {"num_warps": warps(tuning.target_of(device)), "num_stages": 1, "enable_fp_fusion": False}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with current(device):
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)
         partial = torch.empty(programs, 3, dtype=torch.float64 if wide else torch.float32, device=device)

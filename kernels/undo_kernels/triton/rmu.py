@@ -12,6 +12,7 @@ import triton.language as tl
 
 from undo_kernels.library import register
 from undo_kernels.problem import gradient_dtype
+from undo_kernels.triton.device import current
 
 INTERPRETED = triton.knobs.runtime.interpret
 BLOCK_D, WARPS = 1024, 4
@@ -62,11 +63,12 @@ def rmu_loss(
     partial = hidden.new_empty(rows, dtype=torch.float32)
     own = target.ndim == 2
     if rows:
-        rmu_rows[(rows,)](
-            hidden, target, partial if factor is None else factor.contiguous(), gradient, partial,
-            width, hidden.stride(0), target.stride(0) if own else 0,
-            coefficient, 1.0 / rows,
-            FACTOR=factor is not None, OWN_TARGET=own, GRADIENT=needs,
-            BLOCK_D=min(BLOCK_D, triton.next_power_of_2(width)), num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+        with current(hidden.device):
+            rmu_rows[(rows,)](
+                hidden, target, partial if factor is None else factor.contiguous(), gradient, partial,
+                width, hidden.stride(0), target.stride(0) if own else 0,
+                coefficient, 1.0 / rows,
+                FACTOR=factor is not None, OWN_TARGET=own, GRADIENT=needs,
+                BLOCK_D=min(BLOCK_D, triton.next_power_of_2(width)), num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
     return partial.sum(dtype=torch.float64).float(), gradient

@@ -1,4 +1,4 @@
-"""The Triton losses, interpreted on CPU tensors, against formulas written out in float64: every target with every option."""
+"""The Triton losses, on a GPU or interpreted, against formulas written out in float64: every target with every option."""
 
 import dataclasses
 import itertools
@@ -7,18 +7,16 @@ import os
 
 import pytest
 import torch
-from triton_problems import DENSE, SPARSE, TARGETS, check, problem
+from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, problem, vocab_loss
 from undo_kernels.triton import loss
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def test_runs_interpreted():
-    assert os.environ.get("TRITON_INTERPRET") == "1", (
-        "these tests need TRITON_INTERPRET=1 in the environment before pytest starts"
-    )
-    assert loss.INTERPRETED
+def test_runs_on_the_gpu_or_interpreted():
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == loss.INTERPRETED
+    assert torch.cuda.is_available() != loss.INTERPRETED, "set TRITON_INTERPRET=1 before pytest starts, where there is no GPU"
 
 
 OPTIONS = {
@@ -100,7 +98,7 @@ def test_only_what_is_needed(needs, target, plan):
 @pytest.mark.parametrize("target", ["own", "uniform", *DENSE])
 def test_known_log_sum_exps(target, plan):
     p = problem(target, labels=True, bias=True, plan=plan, softcap=8.0)
-    first = loss.vocab_loss(dataclasses.replace(p, needs=(False,) * 3))
+    first = vocab_loss(dataclasses.replace(p, needs=(False,) * 3))
     lse_t = first.lse_t if target in DENSE else None
     for known in ({"lse_s": first.lse_s, "lse_t": lse_t}, {"lse_t": lse_t}, {"lse_s": first.lse_s}):
         check(dataclasses.replace(p, **known))
@@ -135,7 +133,7 @@ def test_compacted_rows(target, plan):
     for bound in (count, count + 2):
         check(dataclasses.replace(p, max_counted=bound))
     too_many = dataclasses.replace(p, max_counted=count - 1, factor=torch.full_like(p.factor, math.nan))
-    assert loss.vocab_loss(too_many).total.isnan() or target == "own"
+    assert vocab_loss(too_many).total.isnan() or target == "own"
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *SPARSE])
@@ -143,14 +141,17 @@ def test_compacted_rows(target, plan):
 def test_given_logits(target, dtype):
     p = problem(target, given=True, dtype=dtype, padding=6, rows=6, masked=0.3, labels=True, temperature=1.4)
     got = check(p)
-    again = dataclasses.replace(p, student=dataclasses.replace(p.student, hidden=p.student.hidden.clone()), inplace=True)
+    there = moved(p)
+    again = dataclasses.replace(
+        there, student=dataclasses.replace(there.student, hidden=there.student.hidden.clone()), inplace=True
+    )
     result = loss.vocab_loss(again)
     assert result.d_hidden.data_ptr() == again.student.hidden.data_ptr()
-    assert torch.equal(again.student.hidden, got.d_hidden)
-    strided = torch.empty(p.student.hidden.shape[::-1], dtype=dtype).T.copy_(p.student.hidden)
-    again = dataclasses.replace(p, student=dataclasses.replace(p.student, hidden=strided), inplace=True)
+    assert torch.equal(again.student.hidden.cpu(), got.d_hidden)
+    strided = torch.empty(p.student.hidden.shape[::-1], dtype=dtype, device=DEVICE).T.copy_(p.student.hidden)
+    again = dataclasses.replace(there, student=dataclasses.replace(there.student, hidden=strided), inplace=True)
     loss.vocab_loss(again)
-    assert torch.equal(strided, got.d_hidden)
+    assert torch.equal(strided.cpu(), got.d_hidden)
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
@@ -188,7 +189,7 @@ def test_strided_inputs(plan):
 def test_labels_outside_the_vocabulary(plan):
     p = problem("own", rows=3, padding=4, plan=plan, label_factor=torch.ones(3))
     p = dataclasses.replace(p, labels=torch.tensor([1, 102, -5]))
-    got = loss.vocab_loss(p)
+    got = vocab_loss(p)
     assert got.nll.isnan().tolist() == [False, True, False]
     assert got.nll[2] == got.lse_s[2]
 

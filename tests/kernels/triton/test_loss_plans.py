@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from triton_problems import DENSE, SPARSE, TARGETS, check, oracle_logits, problem
+from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import costs, loss, recompute, rows, tuning
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
     monkeypatch.setattr(costs, "_SUMMED_CHUNKS", 1)
     p = problem("forward", rows=33, dtype=torch.bfloat16, plan="chunk", workspace_bytes=40_000)
-    plan = loss.gpu_plan(p)
+    plan = loss.gpu_plan(moved(p))
     assert plan.accumulator
     assert plan.rows_per_chunk < 33
     check(p)
@@ -27,12 +27,12 @@ def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
 @pytest.mark.parametrize("target", ["own", "forward", "jsd"])
 def test_several_chunks_give_one_answer(target):
     p = problem(target, rows=21, vocabulary=211, labels=True, bias=True, padding=3)
-    whole = loss.vocab_loss(dataclasses.replace(p, plan="chunk"))
-    s = costs.Shapes(p, tuning.INTERPRETER)
-    for plan, small in (("chunk", costs.chunk_plan(s, 8)), ("recompute", costs.recompute_plan(s, 2))):
+    whole = vocab_loss(dataclasses.replace(p, plan="chunk"))
+    s = costs.Shapes(p, tuning.target_of(DEVICE))
+    for plan, small in (("chunk", costs.chunk_plan(s, 8)), ("recompute", costs.recompute_plan(s, 1))):
         budget = small.workspace_bytes
         part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
-        chosen = loss.gpu_plan(part)
+        chosen = loss.gpu_plan(moved(part))
         assert chosen.rows_per_chunk < 21 if plan == "chunk" else chosen.block_v < 211
         got = check(part)
         torch.testing.assert_close(got.d_weight, whole.d_weight, atol=1e-5, rtol=1e-4)
@@ -41,18 +41,18 @@ def test_several_chunks_give_one_answer(target):
 def test_workspace_too_small_names_the_least():
     p = problem("forward", workspace_bytes=100)
     with pytest.raises(ValueError, match=r"workspace_bytes: got 100, wanted at least \d+") as refusal:
-        loss.vocab_loss(p)
+        vocab_loss(p)
     least = int(str(refusal.value).split("at least ")[1].split()[0])
     check(dataclasses.replace(p, workspace_bytes=least))
 
 
 def test_unknown_plan_and_dtype_are_refused():
     with pytest.raises(ValueError, match="plan"):
-        loss.vocab_loss(problem("forward", plan="fastest"))
+        vocab_loss(problem("forward", plan="fastest"))
     with pytest.raises(ValueError, match="recompute"):
-        loss.vocab_loss(problem("bucket", plan="recompute"))
+        vocab_loss(problem("bucket", plan="recompute"))
     with pytest.raises(TypeError, match="float64"):
-        loss.vocab_loss(problem("own", dtype=torch.float64))
+        vocab_loss(problem("own", dtype=torch.float64))
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
@@ -60,11 +60,11 @@ def test_unknown_plan_and_dtype_are_refused():
 def test_filter_reports_what_it_drops(target, plan):
     p = problem(target, rows=20, vocabulary=300, widths=(6, 6), needs=(True, True, False), plan=plan, masked=0.2)
     p = dataclasses.replace(p, label_factor=torch.ones(20)) if target == "own" else p
-    full = loss.vocab_loss(p)
-    nothing = loss.vocab_loss(dataclasses.replace(p, filter_below=1e-30))
+    full = vocab_loss(p)
+    nothing = vocab_loss(dataclasses.replace(p, filter_below=1e-30))
     assert nothing.filtered.tolist() == [0.0, 0.0]
     assert torch.equal(nothing.d_weight, full.d_weight)
-    everything = loss.vocab_loss(dataclasses.replace(p, filter_below=1e9))
+    everything = vocab_loss(dataclasses.replace(p, filter_below=1e9))
     assert everything.filtered[0] == pytest.approx(1.0)
     assert not everything.d_weight.any()
     z = oracle_logits(p.student, p.student.hidden.double().nan_to_num(), p.student.weight.double(), None)[p.counted]
@@ -75,7 +75,7 @@ def test_filter_reports_what_it_drops(target, plan):
         )
         slope = slope * p.factor[p.counted, None]
     assert everything.filtered[1] == pytest.approx(float(slope.norm()), rel=1e-3)
-    some = loss.vocab_loss(dataclasses.replace(p, filter_below=float(slope.abs().quantile(0.999))))
+    some = vocab_loss(dataclasses.replace(p, filter_below=float(slope.abs().quantile(0.999))))
     assert 0 < some.filtered[0] < 1
     head = p.student.weight.double().norm()
     assert (some.d_hidden.double() - full.d_hidden.double()).norm() <= some.filtered[1] * head * (1 + 1e-4)
@@ -85,7 +85,7 @@ def test_filter_reports_what_it_drops(target, plan):
 def test_filter_keeps_labels():
     for plan in ("chunk", "recompute"):
         p = problem("own", rows=3, vocabulary=64, labels=True, plan=plan, filter_below=1e9)
-        got = loss.vocab_loss(p)
+        got = vocab_loss(p)
         assert got.d_hidden[p.labels >= 0].any(1).all()
 
 
@@ -93,7 +93,7 @@ def test_filter_keeps_labels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_calls_give_the_same_bits(plan, dtype):
     p = problem("jsd", rows=18, dtype=dtype, plan=plan, labels=True, bias=True, masked=0.3, max_counted=16)
-    for a, b in zip(loss.vocab_loss(p), loss.vocab_loss(p), strict=True):
+    for a, b in zip(vocab_loss(p), vocab_loss(p), strict=True):
         assert torch.equal(a, b)
 
 
@@ -162,6 +162,7 @@ def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
         for name in names:
             monkeypatch.setattr(module, name, _NoKernel())
     monkeypatch.setattr(tuning, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(loss, "INTERPRETED", True)  # or it would want a GPU
     for target, given in itertools.product((*TARGETS, *SPARSE), (False, True)):
         if plan == "recompute" and (target in SPARSE or given):
             continue

@@ -1,7 +1,6 @@
-"""The Triton noise, interpreted on CPU tensors, against the reference: every bit of the parameters, and the sums of squares."""
+"""The Triton noise, on a GPU or interpreted, against the reference on the CPU: every bit of the parameters, and the sums of squares."""
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -12,30 +11,25 @@ from undo_kernels.triton import noise
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+DEVICE = torch.device("cpu" if noise.INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAWS = {"uniform": 3e-8, "normal": 0.4, "constant": 0.3}  # and a scale of each
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SEED = 2**63 + 12345
 
 
-def test_runs_interpreted():
-    assert os.environ.get("TRITON_INTERPRET") == "1", (
-        "these tests need TRITON_INTERPRET=1 in the environment before pytest starts"
-    )
-    assert noise.INTERPRETED
-
-
 def drawn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def copied(segment):
-    """A segment on a copy of its memory."""
-    return Segment(segment.tensor.clone(), *[getattr(segment, f) for f in list(Segment.__dataclass_fields__)[1:]])
+    """A segment on a copy of its memory, on the CPU."""
+    return Segment(segment.tensor.clone().cpu(), *[getattr(segment, f) for f in list(Segment.__dataclass_fields__)[1:]])
 
 
 def same_bits(a, b):
     """Equal bit for bit, but for the payload of NaNs."""
+    a, b = a.cpu(), b.cpu()
     assert torch.equal(a.isnan(), b.isnan())
     a, b = a.nan_to_num(7.0, torch.inf, -torch.inf), b.nan_to_num(7.0, torch.inf, -torch.inf)
     return torch.equal(a.view(BITS[a.element_size()]), b.view(BITS[b.element_size()]))
@@ -49,7 +43,7 @@ def check(segments, stochastic=True, seed=SEED):
     for fast, reference in zip(segments, slow, strict=True):
         assert same_bits(fast.tensor, reference.tensor), (fast.tensor.dtype, fast.law, fast.first, fast.run)
     assert got.dtype == torch.float64 and got.shape == (len(segments), 3)
-    torch.testing.assert_close(got, wanted, rtol=2e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6, atol=0, equal_nan=True)
     return before
 
 
@@ -70,7 +64,7 @@ def test_many_segments_in_one_call():
         for dtype, (i, shape) in pairs
         if dtype != torch.float64 or i != 2
     ]
-    segments.insert(3, Segment(torch.empty(0, 4), "empty", "uniform", 0.5, 1e-8))
+    segments.insert(3, Segment(torch.empty(0, 4, device=DEVICE), "empty", "uniform", 0.5, 1e-8))
     check(segments, seed=5)
 
 
@@ -108,10 +102,11 @@ def test_views_that_are_not_aligned(dtype):
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_rounding_of_every_16_bit_number(dtype, stochastic, monkeypatch):
     """Times 0.7 and plus a little: lost bits of all sizes, subnormals, the edge of the range, infinities and NaN."""
-    monkeypatch.setattr(noise, "BLOCK", 1 << 15)  # the interpreter's time goes with the number of blocks
+    if noise.INTERPRETED:  # its time goes with the number of blocks
+        monkeypatch.setattr(noise, "BLOCK", 1 << 15)
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     for keep, scale in ((0.7, 0.0), (1.0, 0.0), (1.003, 1e-30)):
-        fast, slow = every.clone(), every.clone()
+        fast, slow = every.to(DEVICE, copy=True), every.clone()
         implementation_on("noise_", "triton")([Segment(fast, "w", "uniform", keep, scale)], 1, stochastic)
         implementation_on("noise_", "reference")([Segment(slow, "w", "uniform", keep, scale)], 1, stochastic)
         assert same_bits(fast, slow), (keep, scale)
@@ -124,6 +119,7 @@ def test_infinities_nan_and_subnormals(dtype):
         [torch.inf, -torch.inf, torch.nan, info.max, -info.max, info.tiny, info.tiny / 8, -0.0, 0.0], dtype=dtype
     )
     slow = tensor.clone()
+    tensor = tensor.to(DEVICE)
     implementation_on("noise_", "triton")([Segment(tensor, "w", "uniform", 0.3, info.tiny * 1e-3)], 1, True)
     implementation_on("noise_", "reference")([Segment(slow, "w", "uniform", 0.3, info.tiny * 1e-3)], 1, True)
     assert same_bits(tensor, slow)
@@ -156,9 +152,9 @@ def narrowed(value, words, dtype):
         else:
             tl.store(out_ptr + o, noise.narrow_float16(value, word).to(tl.int16, bitcast=True), mask=o < n)
 
-    out = torch.empty(value.numel(), dtype=torch.int16)
-    kernel[(1,)](value, words, out, value.numel(), BFLOAT16=dtype == torch.bfloat16, BLOCK=1024)
-    return out.view(dtype)
+    out = torch.empty(value.numel(), dtype=torch.int16, device=DEVICE)
+    kernel[(1,)](value.to(DEVICE), words.to(DEVICE), out, value.numel(), BFLOAT16=dtype == torch.bfloat16, BLOCK=1024)
+    return out.cpu().view(dtype)
 
 
 def test_one_launch_for_a_dtype(monkeypatch):
@@ -191,5 +187,5 @@ def test_memory_is_read_in_vectors_where_it_can_be():
 
 
 def test_nothing_but_empty_tensors():
-    sums = implementation_on("noise_", "triton")([Segment(torch.empty(0), "w", "uniform", 0.5, 1.0)], 1, True)
-    assert torch.equal(sums, torch.zeros(1, 3, dtype=torch.float64))
+    sums = implementation_on("noise_", "triton")([Segment(torch.empty(0, device=DEVICE), "w", "uniform", 0.5, 1.0)], 1, True)
+    assert torch.equal(sums.cpu(), torch.zeros(1, 3, dtype=torch.float64))
