@@ -16,7 +16,7 @@ from undo_kernels.segment import Segment
 
 from undo_core.checkpoint_files import MappedFile, groups, meta_model, read_header, to_disk, to_memory, weight_files
 from undo_core.noise import TensorNoise, initial_values, report
-from undo_core.ops.noise import check_seed
+from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, describe
 from undo_core.training.progress import StageProgress
 
@@ -53,7 +53,7 @@ def noise_checkpoint(
         ValueError: a bad argument; a tensor that is no float or has no place in the model; nothing is written.
         FileNotFoundError: no safetensors file.
     """
-    check_seed(seed)
+    checks.seed(seed)
     policy = Policy(alpha, beta, law, std, tuple(rules))
     files = {path: read_header(path) for path in weight_files(source)}
     model = meta_model(source)
@@ -110,7 +110,7 @@ def replay_checkpoint(
     Raises:
         ValueError: no parameter with noise matches.
     """
-    check_seed(seed)
+    checks.seed(seed)
     model = meta_model(source)
     laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
     parameters = {name: parameter for name, (_, parameter) in describe(model).items()}

@@ -37,7 +37,7 @@ from undo_core.training import Batch
 from undo_core.training.losses import HiddenTargets, TopTargets
 from undo_core.training.progress import StageProgress, console
 
-FORMAT = 1
+FORMAT = 2
 FACTS, PROGRESS = "cache.json", "progress.json"
 SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
@@ -80,7 +80,7 @@ def cache_teacher(
         title: name on the progress bar.
         progress: show it.
 
-    Memory: the teacher, and the hidden states of one batch (topk: and 64 MiB of logits).
+    Memory: the teacher, and the hidden states of one batch (topk: and 64 MiB of logits, and a 16-bit head in float32).
 
     Raises:
         ValueError: a bad argument, or a folder of something else; nothing is written.
@@ -141,18 +141,19 @@ class CachedTeacher:
             folder: made by :func:`cache_teacher`.
             head: the teacher, or its checkpoint folder, of which only the head is kept and all weights are compared with those that
                 the cache was made from; or a head alone. topk needs none, and compares where there is one.
-            config: the kind, dtype and k that are expected; None takes the cache as it is.
+            config: the kind, dtype and k that are expected, and the batch_size unless it is None; None takes the cache as it is.
 
         Raises:
             FileNotFoundError: no complete cache.
-            ValueError: a cache of another teacher, kind, dtype or k.
+            ValueError: a cache of another teacher, kind, dtype, k or batch_size.
         """
         folder = Path(folder)
         if not (folder / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {folder}, which has no {FACTS}; wanted a complete cache")
         identity = read_json(folder / FACTS)["identity"]
         if config is not None:
-            _same(identity, _form(config), f"cache: got {folder}, made", "wanted one made as the settings say")
+            expected = _form(config) | ({} if config.batch_size is None else _batched(config))
+            _same(identity, expected, f"cache: got {folder}, made", "wanted one made as the settings say")
         expected: dict[str, Any] = {}
         if isinstance(head, (str, Path)):
             reader = WeightReader(Path(head))
@@ -243,7 +244,7 @@ class _Pass:
 
     def run(self, checkpoint_seconds: float, title: str, progress: bool) -> None:
         done = self._begin()
-        size = self.config.batch_size or BATCH_SIZE
+        size = self.identity["batch_size"]
         with StageProgress(title, len(self.rows), start=done, enabled=progress) as bar:
             for index, name in enumerate(self.names):
                 first, last = self.bounds[index : index + 2]
@@ -371,10 +372,11 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
         stored = hidden.to(getattr(torch, config.dtype))
         return {"hidden": stored, "lse": ops.linear_lse(stored.to(head.weight.dtype), head.weight, **head.options()).float()}
     indices, logprobs = [], []
+    weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
     for part in hidden.split(max(1, LOGIT_BYTES // (4 * head.weight.shape[0]))):
-        logits = part.float() @ head.weight.float().T
-        if head.bias is not None:
-            logits += head.bias.float()
+        logits = part.float() @ weight
+        if bias is not None:
+            logits += bias
         logits *= head.scale
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -442,6 +444,11 @@ def _form(config: TeacherConfig) -> dict[str, Any]:
     return {"kind": config.kind, **({"dtype": config.dtype} if config.kind == "cached" else {"k": config.k})}
 
 
+def _batched(config: TeacherConfig) -> dict[str, int]:
+    """Rows of a forward pass, on which its bits depend."""
+    return {"batch_size": config.batch_size or BATCH_SIZE}
+
+
 def _rows_identity(rows: Rows) -> dict[str, Any]:
     return {"length": rows.length, "rows": rows.digest()}
 
@@ -455,7 +462,7 @@ def _head_identity(head: Head) -> dict[str, Any]:
 
 def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
     """What decides a cache's contents."""
-    known = {"format": FORMAT, **_form(config), "teacher": weights_digest(teacher), **_head_identity(head)}
+    known = {"format": FORMAT, **_form(config), **_batched(config), "teacher": weights_digest(teacher), **_head_identity(head)}
     return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
 
 

@@ -146,6 +146,7 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
     """A gradient of the forward times what arrived, in the input's dtype; in place where it is a tensor."""
     if _eager(gradient):
         torch.ops.undo.scale_(gradient, factor)
+        torch.autograd.graph.increment_version(gradient)  # it is handed out, scaled or not: a second backward must notice
     else:  # a graph has its own way to reuse the memory, and may have handed the gradient out
         gradient = gradient * factor
     return gradient.to(dtype)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from undo_core import distill
+from undo_core import distill, teacher_cache
 from undo_core.data.rows import Rows
 from undo_core.files import hash_file, read_json
 from undo_core.models import build_model, head_of, load_model
@@ -110,6 +110,26 @@ def test_the_error_of_the_top_k_falls_with_k(pair, rows, tmp_path):
         cache_teacher(model, rows, tmp_path / "all", TeacherConfig("topk", k=17), progress=False)
 
 
+def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, rows, monkeypatch):
+    model = tiny(1).bfloat16()
+    hidden = torch.randn(12, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    whole = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
+    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two rows at a time
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        casts, products = 0, 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            self.products += function is torch.ops.aten.mm.default
+            self.casts += function is torch.ops.aten._to_copy.default and arguments[0].shape == (17, 16)
+            return function(*arguments, **(keywords or {}))
+
+    with torch.no_grad(), Watch() as watch:
+        parts = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
+    assert watch.products == 6 and watch.casts == 1
+    assert torch.equal(parts["indices"], whole["indices"])
+
+
 @pytest.fixture
 def cache(tiny, rows, tmp_path):
     tiny(1).save_pretrained(tmp_path / "teacher")
@@ -134,6 +154,7 @@ def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
     for config, message in (
         (TeacherConfig("cached", dtype="bfloat16"), "dtype float32; .* dtype bfloat16"),
         (TeacherConfig("topk"), "kind cached; .* kind topk"),
+        (TeacherConfig("cached", batch_size=8), "batch_size 16; .* batch_size 8"),
     ):
         with pytest.raises(ValueError, match=message):
             CachedTeacher.open(cache, tiny(1), config)
@@ -150,7 +171,9 @@ def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
         with pytest.raises(ValueError, match=message):
             learn(teacher, student, data)
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before.parameters(), strict=True))
-    for different in ((tiny(2), rows, CACHED), (tiny(1), other, CACHED), (tiny(1), rows, TeacherConfig("topk", k=2))):
+    assert CachedTeacher.open(cache, tiny(1), TeacherConfig("cached")).kind == "cached"
+    others = (TeacherConfig("topk", k=2), TeacherConfig("cached", batch_size=8), TeacherConfig("cached"))
+    for different in ((tiny(2), rows, CACHED), (tiny(1), other, CACHED), *((tiny(1), rows, config) for config in others)):
         with pytest.raises(ValueError, match=r"^folder: got .*, a cache"):
             cache_teacher(*different[:2], cache, different[2], progress=False)
 

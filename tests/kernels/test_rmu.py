@@ -263,6 +263,10 @@ def test_a_second_backward_and_a_double_backward_are_refused(name):
         (2 * loss).backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="inplace operation"):
             (2 * loss).backward()
+        loss = ops.rmu_loss(hidden, target)
+        torch.autograd.grad(loss, hidden, retain_graph=True)  # by 1 there is nothing to scale, but the gradient is handed out
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(2 * loss, hidden)
         with pytest.raises(RuntimeError, match=r"undo::rmu_loss.*differentiated again"):
             torch.autograd.grad(ops.rmu_loss(hidden, target), hidden, create_graph=True)
         got = torch.autograd.grad(
@@ -321,6 +325,10 @@ def test_the_direction_depends_on_the_seed_alone():
         assert torch.equal(first, again) and abs(float(first @ other)) < (0.2 if law == "gaussian" else 1)
         assert float(first.norm()) == pytest.approx(1, abs=1e-6)
     assert abs(float(ops.misdirection(4096, 1).mean())) < 5 / 4096 and (ops.misdirection(64, 1, "uniform") > 0).all()
+    assert ops.misdirection(8, 2**64 - 1).isfinite().all()
+    for arguments, name in (((8, -1), "seed"), ((8, 2**64), "seed"), ((8, 1.0), "seed"), ((8, True), "seed"), ((8.0, 1), "width")):
+        with pytest.raises(ValueError, match=f"^{name}: got .*, wanted an integer"):
+            ops.misdirection(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,10 @@ def test_a_second_backward_and_a_double_backward_are_refused():
     (loss * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         (loss * 2).backward()
+    loss = ops.linear_kl_div(h, w, th, tw, **CHUNK)
+    torch.autograd.grad(loss, h, retain_graph=True)  # by 1 there is nothing to scale, but the gradient is handed out
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss * 2, h)
     for reduction in ("mean", "none"):
         loss = ops.linear_kl_div(h, w, th, tw, reduction=reduction, **CHUNK).sum()
         with pytest.raises(RuntimeError, match=r"undo::vocab_loss.*differentiated again"):

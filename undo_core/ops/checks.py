@@ -75,6 +75,13 @@ def number(
     return float(value)
 
 
+def seed(value: Any) -> int:
+    """``value`` as a seed of Philox."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        fail("seed", value, "an integer in [0, 2**64)")
+    return value
+
+
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """``value`` as one of ``choices``."""
     if value not in choices:

@@ -81,7 +81,7 @@ def apply(
     was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
     """
     policy = Policy(**options, rules=tuple(rules))
-    check_seed(seed)
+    checks.seed(seed)
     found = describe(tensors)
     pieces = {name: _pieces(name, tensor) for name, (tensor, _) in found.items()}
     settings = policy.settings({name: parameter for name, (_, parameter) in found.items()}, targets(toward, found))
@@ -133,7 +133,7 @@ def replay(
         std: of the normal law.
         stacked: whether further dimensions count matrices; see :func:`noise_`.
     """
-    check_seed(seed)
+    checks.seed(seed)
     Policy(1.0, 1.0, law, std)
     if (len(shape) < 2 and law != "normal") or not math.prod(shape):
         checks.fail("shape", tuple(shape), "two or more dimensions with Xavier's laws, and no empty one")
@@ -143,9 +143,3 @@ def replay(
         [Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False
     )
     return drawn
-
-
-def check_seed(seed: Any) -> None:
-    """Raise a ValueError unless ``seed`` is an integer in [0, 2**64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        checks.fail("seed", seed, "an integer in [0, 2**64)")

@@ -82,10 +82,11 @@ def misdirection(width: int, seed: int, law: Literal["gaussian", "uniform"] = "g
 
     Args:
         width: hidden size.
-        seed: any integer in [0, 2**64).
+        seed: an integer in [0, 2**64).
         law: of the entries before normalisation: gaussian (as published for UNDO) or uniform on (0, 1) (the original RMU).
     """
-    if width < 1:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         checks.fail("width", width, "an integer >= 1")
+    checks.seed(seed)
     checks.choice("law", law, ("gaussian", "uniform"))
     return reference.rmu.misdirection(width, seed, law)
