@@ -162,6 +162,8 @@ def distill(
     recover: float | None = 0.05,
     streamed: bool = False,
     cache: str | None = None,
+    hidden_weight: float = 0.0,
+    hidden_layers: list[int] | None = None,
 ) -> int:
     """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
 
@@ -174,12 +176,16 @@ def distill(
         recover: stop within this of the teacher's retain performance (absolute accuracy, relative loss); null trains for train.steps.
         streamed: read the teacher's layers from disk for each forward pass instead of holding them; same result.
         cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then held.
+        hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; not with cache.
+        hidden_layers: after how many layers, the last after the final norm; null for every layer.
     """
     from undo_core.files import read_json
     from undo_core.teacher_cache import FACTS
 
     inputs = {"prepared": data, "teacher": teacher, "student": student}
     settings: dict[str, Any] = {"train": dataclasses.asdict(train), "recover": recover}
+    if hidden_weight:
+        settings["hidden"] = {"hidden_weight": hidden_weight, "hidden_layers": hidden_layers}
     if cache is not None:
         if streamed:
             raise ValueError("streamed: got true with cache, wanted one of the two")

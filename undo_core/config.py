@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -196,11 +197,25 @@ class DistillConfig:
         recover: the student (and the data-filtering control) stops at the first evaluation within this of the teacher's retain
             performance: absolute accuracy, or relative cross-entropy (the published rule). None trains for ``steps``.
         teacher: where the teacher is meanwhile. A cache is made once, for every student of the run and of its sweeps.
+        hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; needs a resident or
+            streamed teacher. 0, as published, leaves it out.
+        hidden_layers: after how many layers, the last after the final norm; null for every layer.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     recover: float | None = 0.05
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    hidden_weight: float = 0.0
+    hidden_layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
+            raise ValueError(f"distill.hidden_weight: got {self.hidden_weight}, wanted a finite number >= 0")
+        if self.hidden_weight and self.teacher.kind in ("cached", "topk"):
+            raise ValueError(
+                f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which knows no layers; "
+                f"wanted a resident or streamed teacher"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.models import vocabulary_of
-from undo_core.teacher import Teacher, as_teacher
+from undo_core.teacher import ModelTeacher, Teacher, as_teacher
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
-from undo_core.training.losses import distillation
+from undo_core.training.losses import Match, distillation
 
 
 def distill(
@@ -22,6 +23,8 @@ def distill(
     text: Rows | Source | Iterable[Any],
     config: TrainConfig | None = None,
     *,
+    hidden_weight: float = 0.0,
+    hidden_layers: Sequence[int] | None = None,
     folder: Path | None = None,
     title: str = "distill",
     progress: bool = True,
@@ -36,13 +39,18 @@ def distill(
         text: the whole mix, unlabeled, forget text included (arXiv 2506.06278): token rows, a function of the step, or an iterable;
             a cached teacher knows the rows that it was made from.
         config: optimizer, rates, batch sizes.
+        hidden_weight: factor on a second term, the squared error of the student's hidden states relative to the teacher's own, token by
+            token, a mean over ``hidden_layers``; needs a teacher that is a model. 0 leaves it out.
+        hidden_layers: after how many layers; the last is after the final norm, 0 the embeddings. None for every layer.
         folder: for checkpoints and the log, so that a killed run resumes.
         title: name on the progress bar.
         progress: show it.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
 
+    Memory: with ``hidden_weight``, three times the hidden states of the matched layers.
+
     Raises:
-        ValueError: different vocabularies, data of no known form, or data that a cached teacher does not know.
+        ValueError: different vocabularies, or widths and layers where these are matched, data of no known form, or data that a cached teacher does not know.
     """
     config = config or TrainConfig(steps=1000, batch_size=128, lr=7e-4, warmup=50)
     known = as_teacher(teacher)
@@ -50,9 +58,38 @@ def distill(
     if rows_t != rows_s:
         raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
     known.check(text)
+    match = None
+    if hidden_weight:
+        match = matching(student, known, hidden_weight, hidden_layers)
+        known = ModelTeacher(known.model, match.layers)
 
     def loss(student: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
-        return distillation(student, known.targets(batches["text"]), batches["text"], counted["text"])
+        return distillation(student, known.targets(batches["text"]), batches["text"], counted["text"], match)
 
     source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text")
     return train(student, loss, {"text": source}, config, folder=folder, title=title, progress=progress, **train_options)
+
+
+def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: Sequence[int] | None) -> Match:
+    """What of the hidden states is matched.
+
+    Raises:
+        ValueError: a bad weight or layer, a teacher that is no model, or models of different widths or numbers of layers.
+    """
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"hidden_weight: got {weight}, wanted a finite number >= 0")
+    if not isinstance(teacher, ModelTeacher):
+        raise ValueError(
+            f"hidden_weight: got {weight} with {type(teacher).__name__}, which knows no layers; wanted a resident or streamed teacher"
+        )
+    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (m.config.get_text_config() for m in (student, teacher.model))]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"student: got {shapes[0][0]} layers of width {shapes[0][1]}, wanted the teacher's {shapes[1][0]} of {shapes[1][1]}, to match "
+            f"hidden states"
+        )
+    count = shapes[0][0]
+    chosen = tuple(range(1, count + 1) if layers is None else layers)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= layer <= count for layer in chosen):
+        raise ValueError(f"hidden_layers: got {list(chosen)}, wanted different numbers from 0 to {count}")
+    return Match(weight, chosen)

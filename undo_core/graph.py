@@ -86,6 +86,8 @@ def plan_run(config: RunConfig) -> Plan:
 
     how = _teacher_settings(config)
     cache = cache_stage(how, prepared, teacher)
+    if config.distill.hidden_weight:
+        how["hidden"] = {"hidden_weight": config.distill.hidden_weight, "hidden_layers": config.distill.hidden_layers}
 
     def distilled(
         student: Stage, title: str, source: Stage = teacher, others: Mapping[str, Stage] = _NONE, **changes: Any

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from undo_kernels.library import choose
 
 from undo_core import ops
+from undo_core.distill import matching
 from undo_core.evaluate import most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
@@ -180,7 +181,8 @@ class _Stage:
             self._train(config.train, ("forget", "retain"), lambda model: METHODS[config.method](model, config))
         elif kind == "distill":
             how = TeacherConfig(**settings.get("teacher", {}))
-            self._train(TrainConfig(**settings["train"]), ("text",), lambda model: self._distillation(how))
+            matched = settings.get("hidden")
+            self._train(TrainConfig(**settings["train"]), ("text",), lambda model: self._distillation(model, how, matched))
             if how.kind == "resident":
                 loaded.append(Memory("loading", weights=whole + file, teacher=whole))
         else:
@@ -222,14 +224,17 @@ class _Stage:
             storages.moment = "evaluation"
             self._evaluate(model)
 
-    def _distillation(self, how: TeacherConfig) -> Method:
+    def _distillation(self, student: PreTrainedModel, how: TeacherConfig, matched: dict[str, Any] | None) -> Method:
         model = meta_model(self.config).eval()
         share = {"resident": 1.0, "streamed": self._streamed(model)}.get(how.kind, 0.0)
         self.storages.hold(model.parameters(), "teacher", share)
         head = head_of(model)
         if how.kind == "cached":
             self.storages.hold([head.weight], "teacher")
-        known = ModelTeacher(model)
+        known, match = ModelTeacher(model), None
+        if matched:
+            match = matching(student, known, matched["hidden_weight"], matched["hidden_layers"])
+            known = ModelTeacher(model, match.layers)
 
         def targets(batch: Batch) -> HiddenTargets | TopTargets:
             shape = (len(batch.input_ids), batch.input_ids.shape[1] - 1)
@@ -242,7 +247,9 @@ class _Stage:
             return known.targets(batch)
 
         return Method(
-            lambda student, batches, counted: distillation(student, targets(batches["text"]), batches["text"], counted["text"])
+            lambda student, batches, counted: distillation(
+                student, targets(batches["text"]), batches["text"], counted["text"], match
+            )
         )
 
     def _streamed(self, model: PreTrainedModel) -> float:

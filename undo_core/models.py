@@ -6,6 +6,7 @@ vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,25 @@ def hidden_states(
         check_isolation(model)
         options["position_ids"] = position_ids
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).last_hidden_state
+
+
+def hidden_states_at(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """:func:`hidden_states`, and those after each of ``layers`` layers, as transformers counts them: 0 for the embeddings, and the last
+    after the final norm."""
+    options = {}
+    if position_ids is not None:
+        check_isolation(model)
+        options["position_ids"] = position_ids
+    output = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True, **options
+    )
+    return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
 
 
 @torch.no_grad()

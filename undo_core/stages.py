@@ -170,7 +170,17 @@ def distill_stage(work: Work) -> dict[str, Any]:
         reached = _retain(teacher.model, data) if reached is None else reached
         stop, facts["retain_target"] = _recovered(reached, data, settings["recover"])
     metrics = _validation(data, ("retain",))
-    result = distill(student, teacher, text, config, evaluate=metrics, stop=stop, folder=work.scratch, title=work.title)
+    result = distill(
+        student,
+        teacher,
+        text,
+        config,
+        **settings.get("hidden", {}),
+        evaluate=metrics,
+        stop=stop,
+        folder=work.scratch,
+        title=work.title,
+    )
     _save(student, load_tokenizer(data), work.output)
     flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
     return {**facts, **_facts(result, flops)}

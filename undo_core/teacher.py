@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.models import head_of, hidden_states, vocabulary_of
+from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
 from undo_core.streaming import stream_model
 from undo_core.training import Batch
 from undo_core.training.losses import HiddenTargets, TopTargets
@@ -74,10 +75,11 @@ class ModelTeacher:
 
     Args:
         model: left as it is, in evaluation mode.
+        inner: after which layers it tells its hidden states too.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.vocabulary = model.eval(), vocabulary_of(model)
+    def __init__(self, model: PreTrainedModel, inner: Sequence[int] = ()) -> None:
+        self.model, self.vocabulary, self.inner = model.eval(), vocabulary_of(model), tuple(inner)
 
     @classmethod
     def streamed(cls, folder: str | Path) -> ModelTeacher:
@@ -89,7 +91,11 @@ class ModelTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        return HiddenTargets(hidden_states(self.model, *batch.shifted()[0]), head_of(self.model))
+        inputs = batch.shifted()[0]
+        if not self.inner:
+            return HiddenTargets(hidden_states(self.model, *inputs), head_of(self.model))
+        hidden, inner = hidden_states_at(self.model, self.inner, *inputs)
+        return HiddenTargets(hidden, head_of(self.model), inner=inner)
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:

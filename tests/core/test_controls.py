@@ -33,7 +33,7 @@ def config(output="unused", **changes) -> RunConfig:
         "pretrain": PretrainConfig(train=train),
         "unlearn": UnlearnConfig(train=TrainConfig(steps=5, batch_size=4), forget_rows=7),
         "noise": NoiseConfig(alphas=[0.5]),
-        "distill": DistillConfig(recover=-1.0, train=train),
+        "distill": DistillConfig(recover=-1.0, train=train, hidden_weight=0.5),
         "relearn": AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
         "controls": ControlsConfig(random=False, oracle_random_steps=3, gate=GateConfig(share=0.05, alphas=[0.5])),
     }
@@ -68,6 +68,7 @@ def test_a_run_holds_the_controls(finished):
     assert int(kept.sum()) == facts["kept_rows"] and kept[:300].sum() > 5 * kept[300:].sum(), "rows to retain come first"
     training = models["gated-0.5"]["training"]
     assert training["labelled_forget_tokens"] == facts["labelled_forget_tokens"] > 15
+    assert gated and all(s.settings["hidden"]["hidden_weight"] == 0.5 for s in stages.values() if s.kind == "distill")
     # The target is the unlearned model's, as for every student.
     targets = {store.manifest(stages[name])["retain_target"] for name in ("undo-0.5", "gated-0.5", "filter")}
     assert len(targets) == 1
@@ -91,12 +92,14 @@ def test_the_plan_knows_them(finished):
     lines = {row.folder: row for row in plan_rows(settings, Store(folder / "stages", FUNCTIONS))[0]}
     assert all(line.done for line in lines.values())
     gate = next(line for line in lines.values() if line.title == "gate")
+    student = next(line for line in lines.values() if line.title == "distill 0.5")
+    assert 0.5 < student.memory.total / student.measured_bytes < 2
     assert gate.steps == 0 and 0.5 < gate.memory.total / gate.measured_bytes < 2
 
 
 def test_what_is_left_at_its_default_is_in_no_key():
     """So that stages made before these settings were there are found again."""
-    base = config(unlearn=UnlearnConfig(), controls=ControlsConfig(oracle_steps=3))
+    base = config(unlearn=UnlearnConfig(), distill=DistillConfig(), controls=ControlsConfig(oracle_steps=3))
     stages = {stage.title: stage for stage in plan_run(base).stages()}
     assert "forget_rows" not in stages["unlearn maxent"].settings
     assert set(stages["distill 0.5"].settings) == {"train", "recover"}
@@ -118,6 +121,11 @@ def test_a_student_of_random_weights_is_gated_too():
     both = replace(config(), controls=ControlsConfig(gate=GateConfig(share=0.01)))
     stages = {model.name: model.stage for model in plan_run(both).models}
     assert stages["gated"].inputs["student"].key == stages["random"].inputs["student"].key
+
+
+def test_a_cached_teacher_has_no_hidden_states_to_match():
+    with pytest.raises(ValueError, match=r"^distill\.hidden_weight: got 1.0 with distill\.teacher\.kind cached"):
+        DistillConfig(teacher=TeacherConfig("cached"), hidden_weight=1.0)
 
 
 @pytest.mark.parametrize("name", ["oracle_steps", "oracle_random_steps"])

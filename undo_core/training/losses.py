@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.models import Head, head_of, hidden_states
+from undo_core.models import Head, head_of, hidden_states, hidden_states_at
 from undo_core.training.batches import Batch
 
 
@@ -42,11 +43,13 @@ class HiddenTargets:
         hidden: ``[batch, length - 1, d]``; what the batch's mask leaves out may hold anything.
         head: of the teacher.
         lse: ``[batch, length - 1]`` float32 log-sum-exps of its logits, where known; they save a GPU work.
+        inner: ``[batch, length - 1, d]`` each, its hidden states after each of the matched layers.
     """
 
     hidden: torch.Tensor
     head: Head
     lse: torch.Tensor | None = None
+    inner: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,48 @@ class TopTargets:
     logprobs: torch.Tensor
 
 
-def distillation(student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int) -> torch.Tensor:
-    """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar."""
+@dataclass(frozen=True)
+class Match:
+    """Hidden states to be matched besides the logits.
+
+    Attributes:
+        weight: factor on the term.
+        layers: after how many layers, as :func:`undo_core.models.hidden_states_at` has it.
+    """
+
+    weight: float
+    layers: tuple[int, ...]
+
+
+def distillation(
+    student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int, match: Match | None = None
+) -> torch.Tensor:
+    """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar.
+
+    With ``match``, plus its weight times the mean over layers of :func:`relative_error`, summed and divided alike.
+    """
     inputs, _, mask = batch.shifted()
-    head = head_of(student)
-    hidden = hidden_states(student, *inputs)
+    if match is None:
+        return _divergence(hidden_states(student, *inputs), head_of(student), targets, mask, counted)
+    hidden, inner = hidden_states_at(student, match.layers, *inputs)
+    errors = [relative_error(*pair, mask, counted) for pair in zip(inner, targets.inner, strict=True)]
+    return _divergence(hidden, head_of(student), targets, mask, counted) + match.weight / len(errors) * sum(errors)
+
+
+def relative_error(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, counted: int) -> torch.Tensor:
+    """``|hidden - target|**2 / |target|**2`` of each token that ``mask`` counts, summed and divided by ``counted``; a scalar.
+
+    Relative to the target's own length, since activations grow over layers and a few tokens' are a thousand times the others'; and
+    token by token, so that micro-batches give the whole batch's gradient. Memory: both once more, in float32 at least.
+    """
+    wide = target.to(torch.promote_types(target.dtype, torch.float32))
+    scale = wide.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt().masked_fill(~mask.unsqueeze(-1), 0)
+    return ops.rmu_loss(hidden * scale, wide * scale, mask=mask, normalize="masked") * (mask.sum() / max(counted, 1))
+
+
+def _divergence(
+    hidden: torch.Tensor, head: Head, targets: HiddenTargets | TopTargets, mask: torch.Tensor, counted: int
+) -> torch.Tensor:
     counts = {"mask": mask, "normalizer": float(max(counted, 1))}
     if isinstance(targets, TopTargets):
         return ops.linear_sparse_kl_div(

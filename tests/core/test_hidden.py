@@ -1,0 +1,146 @@
+"""Distillation of hidden states besides logits, against its formula on transformers' own hidden states."""
+
+import copy
+
+import pytest
+import torch
+
+from undo_core import TrainConfig, distill
+from undo_core.data.rows import Rows
+from undo_core.distill import matching
+from undo_core.models import build_model
+from undo_core.streaming import stream_model
+from undo_core.teacher import ModelTeacher, TeacherConfig
+from undo_core.teacher_cache import cache_teacher
+from undo_core.training import rows_source
+from undo_core.training.loop import accumulate
+from undo_core.training.losses import Match, distillation, relative_error
+
+
+@pytest.fixture
+def models(tiny):
+    """A teacher and a student with weights of some size, both in float32."""
+    made = tiny(1), tiny(2)
+    with torch.no_grad():
+        for model in made:
+            for parameter in model.parameters():
+                parameter.mul_(4) if parameter.ndim > 1 else parameter.normal_(generator=torch.Generator().manual_seed(3))
+    return made
+
+
+def wanted_loss(student, teacher, batch, weight, layers):
+    """Written out in float64, logits and all, from models run without this project's code."""
+    ids, keep = batch.input_ids, batch.input_ids[:, 1:] != 0
+    outputs = [copy.deepcopy(m).double()(input_ids=ids, output_hidden_states=True) for m in (student, teacher)]
+    s, t = (output.logits[:, :-1].log_softmax(-1) for output in outputs)
+    loss = (t.exp() * (t - s)).sum(-1)[keep].mean()
+    terms = []
+    for layer in layers:
+        h, g = (output.hidden_states[layer][:, :-1][keep] for output in outputs)
+        terms.append(((h - g).square().sum(-1) / g.square().sum(-1)).mean())
+    return loss + weight * sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (0,), (2,)])
+def test_the_formula(models, rows, layers):
+    teacher, student = models
+    batch = rows_source(rows, 12, 3)(0)
+    got = distillation(student, ModelTeacher(teacher, layers).targets(batch), batch, batch.counted, Match(0.7, layers))
+    wanted = wanted_loss(student, teacher, batch, 0.7, layers)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    alone = distillation(student, ModelTeacher(teacher).targets(batch), batch, batch.counted)
+    assert abs(float((wanted - alone).detach())) > 0.01, "the term is not lost in the tolerance"
+
+
+def gradient(model):
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+def test_the_gradient_of_micro_batches_is_the_whole_batch_s(models, rows):
+    teacher, student = models
+    known, match = ModelTeacher(teacher, (1, 2)), Match(5.0, (1, 2))
+    ids = rows.input_ids.clone()
+    ids[::3, 4:] = 0  # rows of different numbers of labels
+    batch = rows_source(Rows(ids, 0), 12, 3)(0)
+
+    def loss(model, batches, counted):
+        return distillation(model, known.targets(batches["text"]), batches["text"], counted["text"], match)
+
+    gradients, values = [], []
+    for size in (12, 5):
+        student.zero_grad()
+        values.append(accumulate(student, loss, {"text": batch}, {"text": batch.counted}, size))
+        gradients.append(gradient(student))
+    student.zero_grad()
+    exact = wanted_loss(student, teacher, batch, 5.0, (1, 2))
+    torch.testing.assert_close(values[0].double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-6)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-5
+
+
+def test_the_error_is_relative_and_what_is_masked_has_none():
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, 6, generator=draw, requires_grad=True)
+    target = torch.randn(3, 4, 6, generator=draw) * torch.tensor([1.0, 100.0, 1e4, 1e-2]).view(1, 4, 1)
+    mask = torch.rand(3, 4, generator=draw) < 0.6
+    target[0, 0], mask[0, 0] = float("nan"), False
+    value = relative_error(hidden, target, mask, 9)
+    value.backward()
+    h, t = hidden.detach().double()[mask], target.double()[mask]
+    torch.testing.assert_close(value.detach().double(), ((h - t).square().sum(-1) / t.square().sum(-1)).sum() / 9)
+    wanted = torch.zeros_like(hidden, dtype=torch.float64)
+    wanted[mask] = 2 * (h - t) / t.square().sum(-1, keepdim=True) / 9
+    torch.testing.assert_close(hidden.grad.double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+def learn(teacher, student, rows, checkpointing=False, **options):
+    train = TrainConfig(steps=6, batch_size=16, micro_batch_size=8, lr=3e-3, activation_checkpointing=checkpointing)
+    distill(student, teacher, rows, train, progress=False, **options)
+    return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+
+def test_hidden_states_come_closer_and_a_streamed_teacher_gives_the_same_bits(models, rows, tmp_path):
+    teacher, student = models
+    teacher.save_pretrained(tmp_path / "teacher")
+    matched, plain = copy.deepcopy(student), copy.deepcopy(student)
+    wanted = learn(teacher, matched, rows, hidden_weight=10.0)
+    learn(teacher, plain, rows)
+    batch = rows_source(rows, 32, 5)(0)
+    errors = []
+    for model in (student, matched, plain):
+        states = [m(input_ids=batch.input_ids, output_hidden_states=True).hidden_states[1] for m in (model, teacher)]
+        errors.append(float(relative_error(*(s.detach() for s in states), batch.mask, batch.counted)))
+    assert errors[1] < 0.9 * errors[0] and errors[1] < errors[2]
+    streamed = ModelTeacher(stream_model(tmp_path / "teacher"))
+    assert torch.equal(learn(streamed, copy.deepcopy(student), rows, hidden_weight=10.0), wanted)
+    assert torch.equal(learn(teacher, copy.deepcopy(student), rows, checkpointing=True, hidden_weight=10.0), wanted)
+
+
+def test_a_teacher_without_layers_is_refused(models, rows, tmp_path):
+    teacher, student = models
+    cached = cache_teacher(teacher, rows, tmp_path / "cache", TeacherConfig("cached"), progress=False)
+    with pytest.raises(ValueError, match=r"^hidden_weight: got 1.0 with CachedTeacher.*wanted a resident or streamed"):
+        distill(student, cached, rows, hidden_weight=1.0)
+
+
+def test_bad_settings_are_refused(models, tokenizer):
+    teacher, student = models
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    other = build_model(shape, tokenizer, 0)
+    known = ModelTeacher(teacher)
+    for arguments, name in [
+        ((student, known, -1.0, None), "hidden_weight"),
+        ((student, known, float("nan"), None), "hidden_weight"),
+        ((student, known, 1.0, [3]), "hidden_layers"),
+        ((student, known, 1.0, [1, 1]), "hidden_layers"),
+        ((student, known, 1.0, []), "hidden_layers"),
+        ((other, known, 1.0, None), "student"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name}: got .*wanted"):
+            matching(*arguments)
