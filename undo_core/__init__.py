@@ -6,6 +6,7 @@
 from undo_core import quiet as _quiet  # noqa: F401  # isort: skip  # before transformers is imported
 from undo_core.version import __version__  # isort: skip
 from undo_core import ops
+from undo_core.damage import damage_
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.noise import noise_
@@ -26,6 +27,7 @@ __all__ = [
     "UnlearnConfig",
     "__version__",
     "cache_teacher",
+    "damage_",
     "distill",
     "evaluate",
     "noise_",

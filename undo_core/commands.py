@@ -10,7 +10,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from undo_core.config import DataConfig, ModelConfig, RunConfig
-from undo_core.ops.noise_rules import NoiseRule, Policy
+from undo_core.damage import Operator, check_arguments, selection
+from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.relearn import AttackConfig, extension_of, with_seed
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
@@ -84,6 +85,7 @@ def noise(
     law: Literal["xavier_uniform", "xavier_normal", "normal"] = "xavier_uniform",
     std: float | None = None,
     rules: list[NoiseRule] = [],  # noqa: B006
+    layers: str | None = None,
     stochastic_rounding: bool = True,
     replay: str | None = None,
 ) -> int:
@@ -101,13 +103,16 @@ def noise(
         seed: of N.
         law: of N.
         std: of the normal law.
-        rules: other settings for some parameters; match is a glob over names, or matrices, vectors or embeddings; later rules win.
+        rules: other settings for some parameters; match is a glob over names, or matrices, vectors, embeddings or layers:0-3,7, with
+            "not " before it for the others; later rules win.
+        layers: only these layers are noised, such as 0-3,7.
         stochastic_rounding: of 16-bit parameters; false rounds to nearest.
         replay: write N itself of the parameters that match this glob ('*' for all) to OUTPUT/noise.safetensors, for audit; the model
             is left as it is. OUTPUT - prints norms, hashes and first values.
     """
     from undo_core.noise_checkpoint import describe_replay, replay_checkpoint
 
+    rules = list(rules) if layers is None else [*rules, outside(layers)]
     law_of, asked = {"law": law, "seed": seed, "std": std}, [dataclasses.asdict(rule) for rule in rules]
     if replay is not None:
         _checkpoint("model", Path(model))
@@ -120,6 +125,52 @@ def noise(
     changes = {"rules": asked, "stochastic_rounding": stochastic_rounding}
     _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
     _noise_table(Path(output))
+    return 0
+
+
+def damage(
+    model: str,
+    output: str,
+    operator: Operator,
+    strength: float | None = None,
+    alpha: float | None = None,
+    beta: float = 0.1,
+    layers: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Damage the matrices of the checkpoint MODEL otherwise than `undo noise` does and write the result to OUTPUT.
+
+    gaussian adds noise in proportion to each matrix's root mean square; prune zeroes the smallest entries; permute, permute-rows and
+    permute-columns move entries, rows or columns. With --alpha, as much as the published noise would: the strength is found for which
+    |theta' - theta| / |theta| over all matrices is the same. From disk to disk; norms and biases stay as they are.
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        output: folder to make.
+        operator: gaussian, prune, permute, permute-rows or permute-columns.
+        strength: share of what is pruned or permuted, or the factor of gaussian; or
+        alpha: of the noise whose distance is wanted.
+        beta: of that noise.
+        layers: only these layers, such as 0-3,7.
+        seed: of what is drawn.
+    """
+    from undo_core.files import read_json
+    from undo_core.store import MANIFEST
+
+    if (strength is None) == (alpha is None):
+        raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted one of the two")
+    check_arguments(operator, strength or 0.0, seed)
+    selection(layers)
+    settings: dict[str, Any] = {"operator": operator, "seed": seed, "layers": layers}
+    if alpha is None:
+        settings["strength"] = strength
+    else:
+        Policy(alpha, beta)
+        settings["like"] = {"alpha": alpha, "beta": beta, "seed": seed}
+    _build(Path(output), "damage", settings, {"model": model})
+    facts = read_json(Path(output) / MANIFEST)
+    wanted = "" if facts["wanted"] is None else f", the noise's {facts['wanted']:.4f}"
+    console.print(f"strength {facts['strength']:.6g}: distance {facts['distance']:.4f}{wanted}")
     return 0
 
 
@@ -289,7 +340,8 @@ def doctor() -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    function.__name__: function for function in (prepare, unlearn, noise, cache, distill, relearn, evaluate, report, doctor)
+    function.__name__: function
+    for function in (prepare, unlearn, noise, damage, cache, distill, relearn, evaluate, report, doctor)
 }
 
 

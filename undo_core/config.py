@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from undo_core.damage import DamageConfig
 from undo_core.gate import GateConfig
-from undo_core.ops.noise_rules import NoiseRule, Policy
+from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.relearn import AttackConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
@@ -167,7 +168,8 @@ class NoiseConfig:
         beta: scale of the noise.
         law: of N.
         std: of the normal law.
-        rules: other settings for some parameters, by glob or by class (matrices, vectors, embeddings); later rules win.
+        rules: other settings for some parameters, by glob or by class (matrices, vectors, embeddings, layers:0-3,7); later rules win.
+        layers: only these layers are noised, such as 0-3,7; null for everything.
         seed: of N; None derives it from the run's seed.
     """
 
@@ -176,7 +178,12 @@ class NoiseConfig:
     law: Literal["xavier_uniform", "xavier_normal", "normal"] = "xavier_uniform"
     std: float | None = None
     rules: list[NoiseRule] = field(default_factory=list)
+    layers: str | None = None
     seed: int | None = None
+
+    def all_rules(self) -> list[NoiseRule]:
+        """``rules``, and what ``layers`` says as one."""
+        return list(self.rules) if self.layers is None else [*self.rules, outside(self.layers)]
 
     def __post_init__(self) -> None:
         for alpha in self.alphas:
@@ -185,7 +192,7 @@ class NoiseConfig:
         if len(set(self.alphas)) < len(self.alphas) or not self.alphas:
             raise ValueError(f"noise.alphas: got {self.alphas}, wanted one or more different numbers in [0, 1]")
         for alpha in self.alphas:
-            Policy(alpha, self.beta, self.law, self.std, tuple(self.rules))
+            Policy(alpha, self.beta, self.law, self.std, tuple(self.all_rules()))
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,7 @@ class RunConfig:
         distill: how they are repaired.
         relearn: how they are attacked.
         controls: what is compared with.
+        damage: copies damaged otherwise than by the noise, as much.
     """
 
     name: str
@@ -269,6 +277,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     relearn: AttackConfig = field(default_factory=AttackConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
+    damage: DamageConfig = field(default_factory=DamageConfig)
 
     def __post_init__(self) -> None:
         if self.workers < 1:

@@ -22,9 +22,9 @@ class Model:
 
     Attributes:
         name: unique within the run.
-        kind: original, unlearn, undo, random, filter, oracle, oracle-random or gated.
+        kind: original, unlearn, undo, random, filter, oracle, oracle-random, gated or damaged.
         stage: whose folder holds it.
-        alpha: strength of the noise, for undo and gated.
+        alpha: strength of the noise, for undo and gated; for damaged, of the noise that changes as much.
     """
 
     name: str
@@ -102,6 +102,14 @@ def plan_run(config: RunConfig) -> Plan:
     for alpha in sorted(config.noise.alphas):
         damaged = Stage("noise", _noise_settings(config, alpha), {"model": teacher}, f"noise {alpha:g}")
         models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
+    damage = config.damage
+    for operator in damage.operators:
+        drawn = damage.seed if damage.seed is not None else derive_seed(seed, "damage")
+        for alpha in sorted(config.noise.alphas if damage.alphas is None else damage.alphas):
+            settings = {"operator": operator, "seed": drawn, "layers": damage.layers, "like": _noise_settings(config, alpha)}
+            damaged = Stage("damage", settings, {"model": teacher}, f"{operator} {alpha:g}")
+            name = f"undo-{alpha:g}-{operator}"
+            models.append(Model(name, "damaged", distilled(damaged, f"distill {alpha:g} {operator}"), alpha))
     fresh = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
     if config.controls.random:
         models.append(Model("random", "random", distilled(fresh, "distill random")))
@@ -144,8 +152,8 @@ def _noise_settings(config: RunConfig, alpha: float) -> dict[str, Any]:
     settings = {"alpha": alpha, "beta": noise.beta, "law": noise.law, "seed": seed}
     if noise.std is not None:
         settings["std"] = noise.std
-    if noise.rules:
-        settings["rules"] = [dataclasses.asdict(rule) for rule in noise.rules]
+    if rules := noise.all_rules():
+        settings["rules"] = [dataclasses.asdict(rule) for rule in rules]
     return settings
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from undo_kernels.library import choose
 
 from undo_core import ops
+from undo_core.damage import ELEMENT_BYTES as DAMAGE_BYTES
 from undo_core.distill import matching
 from undo_core.evaluate import most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
@@ -168,6 +169,9 @@ class _Stage:
             return [Memory("forward", activations=8 * settings["buckets"] * ROWS_AT_ONCE)]
         if kind in ("prepare", "initialise", "noise", "replay"):
             return [Memory("loading", weights=whole + file)]
+        if kind == "damage":
+            largest = max(p.numel() for p in meta_model(self.config).parameters())
+            return [Memory("forward", weights=4 * largest, activations=DAMAGE_BYTES * largest)]
         loaded = [Memory("loading", weights=whole + file)]
         if kind == "cache":
             self._cache(TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"}), settings)

@@ -87,9 +87,20 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "alpha": model.alpha,
         "stage": model.stage.name,
         "metrics": _evaluation(store, plan, model),
+        **_damage(store, model),
         "training": _training(store, plan, model),
         "attack": _attack(store, config, plan, model) if model.attacked else None,
     }
+
+
+def _damage(store: Store, model: Model) -> dict[str, Any]:
+    """How a student was damaged, where it was otherwise than by the noise."""
+    student = model.stage.inputs.get("student")
+    if student is None or student.kind != "damage":
+        return {}
+    facts = store.manifest(student)
+    damage = {name: facts[name] for name in ("strength", "distance", "wanted")}
+    return {"damage": {"operator": student.settings["operator"], **damage}}
 
 
 def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:

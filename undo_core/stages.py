@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.checkpoint_files import stored_dtype
+from undo_core.damage import damage_checkpoint
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled, make_splits
 from undo_core.distill import distill
@@ -132,6 +133,16 @@ def noise(work: Work) -> dict[str, Any]:
     rules = [NoiseRule(**rule) for rule in settings.pop("rules", [])]
     report = noise_checkpoint(work.inputs["model"], work.output, rules=rules, title=work.title, **settings)
     return {"tensors": {name: dataclasses.asdict(tensor) for name, tensor in report.items()}}
+
+
+def damage_stage(work: Work) -> dict[str, Any]:
+    """Damage the model's matrices by another operator, from disk to disk."""
+    settings = dict(work.settings)
+    if settings.get("like") is not None:
+        rules = [NoiseRule(**rule) for rule in settings["like"].get("rules", [])]
+        settings["like"] = {**settings["like"], "rules": rules}
+    facts = damage_checkpoint(work.inputs["model"], work.output, title=work.title, **settings)
+    return {**facts, "tensors": {name: dataclasses.asdict(tensor) for name, tensor in facts["tensors"].items()}}
 
 
 def replay(work: Work) -> dict[str, Any]:
@@ -279,6 +290,7 @@ FUNCTIONS: dict[str, StageFunction] = {
     "unlearn": partial(_predicted, unlearn_stage, "unlearn"),
     "noise": noise,
     "replay": replay,
+    "damage": damage_stage,
     "gate": gate_stage,
     "cache": partial(_predicted, cache_stage, "cache"),
     "distill": partial(_predicted, distill_stage, "distill"),

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.costs import with_costs
+from undo_core.damage import DamageConfig
 from undo_core.data.rows import Rows
 from undo_core.files import read_json
 from undo_core.gate import GateConfig
@@ -35,6 +36,7 @@ def config(output="unused", **changes) -> RunConfig:
         "noise": NoiseConfig(alphas=[0.5]),
         "distill": DistillConfig(recover=-1.0, train=train, hidden_weight=0.5),
         "relearn": AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
+        "damage": DamageConfig(operators=["prune"], alphas=[0.4]),
         "controls": ControlsConfig(random=False, oracle_random_steps=3, gate=GateConfig(share=0.05, alphas=[0.5])),
     }
     return RunConfig(**{**values, **changes})
@@ -52,7 +54,10 @@ def test_a_run_holds_the_controls(finished):
     settings, folder = finished
     results = read_json(folder / "results-seed0.json")
     models = {model["name"]: model for model in results["models"]}
-    assert list(models) == ["original", "unlearn", "undo-0.5", "gated-0.5", "filter", "oracle-random"]
+    assert list(models) == ["original", "unlearn", "undo-0.5", "undo-0.4-prune", "gated-0.5", "filter", "oracle-random"]
+    damage = models["undo-0.4-prune"]["damage"]
+    assert damage["operator"] == "prune" and damage["distance"] == pytest.approx(damage["wanted"], rel=0.01)
+    assert models["undo-0.4-prune"]["training"]["labelled_forget_tokens"] and "damage" not in models["undo-0.5"]
     assert models["oracle-random"]["training"]["steps"] == 3 and models["gated-0.5"]["attack"]["curves"]
     stages = {model.name: model.stage for model in plan_run(settings).models}
     store = Store(folder / "stages", FUNCTIONS)
@@ -93,6 +98,8 @@ def test_the_plan_knows_them(finished):
     assert all(line.done for line in lines.values())
     gate = next(line for line in lines.values() if line.title == "gate")
     student = next(line for line in lines.values() if line.title == "distill 0.5")
+    damaged = next(line for line in lines.values() if line.title == "prune 0.4")
+    assert 0.5 < damaged.memory.total / damaged.measured_bytes < 2
     assert 0.5 < student.memory.total / student.measured_bytes < 2
     assert gate.steps == 0 and 0.5 < gate.memory.total / gate.measured_bytes < 2
 

@@ -17,7 +17,14 @@ RANKS = [
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
     {"undo_core.workers", "undo_core.graph", "undo_core.costs"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
-    {"undo_core.unlearn", "undo_core.noise", "undo_core.noise_checkpoint", "undo_core.distill", "undo_core.relearn"}
+    {
+        "undo_core.unlearn",
+        "undo_core.noise",
+        "undo_core.noise_checkpoint",
+        "undo_core.damage",
+        "undo_core.distill",
+        "undo_core.relearn",
+    }
     | {"undo_core.evaluate", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
@@ -28,6 +35,7 @@ RANKS = [
         "undo_core.models",
         "undo_core.files",
         "undo_core.checkpoint_files",
+        "undo_core.checkpoint_edit",
     },
     {"undo_core.version", "undo_core.quiet"},
     {"undo_kernels"},

@@ -101,9 +101,29 @@ def test_the_report_by_kind_adds_squares():
 
 
 @pytest.mark.parametrize(
+    ("match", "wanted"),
+    [
+        ("layers:0,2", {"layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"}),
+        ("layers:1-2", {"layers.1.weight", "layers.1.bias", "layers.2.weight", "layers.2.bias"}),
+        ("not layers:0-2", {"embed.weight", "experts", "conv.weight"}),
+        ("not layers.*", {"embed.weight", "experts", "conv.weight"}),
+        ("not vectors", {"embed.weight", "experts", "conv.weight"} | {f"layers.{i}.weight" for i in range(3)}),
+    ],
+)
+def test_layers_by_number_and_all_but_these(match, wanted):
+    before, after, _ = noised(Model(), rules=[NoiseRule("*", alpha=0.0), NoiseRule(match, alpha=0.5)])
+    assert {name for name in before if not torch.equal(before[name], after[name])} == wanted
+
+
+@pytest.mark.parametrize(
     ("rules", "argument"),
     [
         ([NoiseRule("layer.*")], r"rules\[0\].match: got 'layer.\*'"),
+        (
+            [NoiseRule("layers:1-3")],
+            r"rules\[0\].match: got 'layers:1-3' with layer 3, wanted layers that there are; the last is 2",
+        ),
+        ([NoiseRule("not layers:7", alpha=0.0)], r"rules\[0\].match: got 'not layers:7' with layer 7"),
         ([NoiseRule("matrices", law="normal")], "std"),
         ([NoiseRule("vectors", law="xavier_uniform")], "law"),
         ([NoiseRule("vectors", law="normal", std=1.0, toward=1.0)], "law"),
@@ -120,7 +140,18 @@ def test_rules_that_cannot_be_followed_change_nothing(rules, argument):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"match": ""}, {"alpha": 2.0}, {"beta": -1.0}, {"law": "cauchy"}, {"std": -1.0}, {"toward": math.inf}]
+    "bad",
+    [
+        {"match": ""},
+        {"match": "layers:"},
+        {"match": "layers:2-1"},
+        {"match": "not layers:x"},
+        {"alpha": 2.0},
+        {"beta": -1.0},
+        {"law": "cauchy"},
+        {"std": -1.0},
+        {"toward": math.inf},
+    ],
 )
 def test_bad_rules_are_refused_when_they_are_made(bad):
     with pytest.raises(ValueError, match=rf"^{next(iter(bad))}: got"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -18,6 +19,7 @@ LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
 Toward = float | Mapping[str, float] | Callable[[str, torch.Tensor], float]
 
+_NOT = "not "
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 
 
@@ -26,8 +28,9 @@ class NoiseRule:
     """Other settings for some parameters; what is None stays as the rules before it, or the call, have it.
 
     Attributes:
-        match: a glob over canonical names (``model.layers.3.*``), or ``matrices`` (two and more dimensions, embeddings excepted),
-            ``vectors`` (one dimension: norms and biases) or ``embeddings``.
+        match: a glob over canonical names (``*.mlp.*``), or ``matrices`` (two and more dimensions, embeddings excepted), ``vectors``
+            (one dimension: norms and biases), ``embeddings`` or layers by number (``layers:0-3,7``); ``not`` before any of these
+            (``not layers:4-9``) matches the others.
         alpha: strength, in [0, 1]; 0 leaves the parameter as it is.
         beta: scale of the noise, >= 0.
         law: of ``N``. Vectors, which get no noise otherwise, get it when a rule gives them the normal law.
@@ -44,7 +47,8 @@ class NoiseRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
-            checks.fail("match", repr(self.match), "a glob over parameter names, or one of " + ", ".join(ROLES))
+            checks.fail("match", repr(self.match), "a glob over parameter names, layers:0-3,7 or one of " + ", ".join(ROLES))
+        layers_of(self.match)
         _strengths(self.alpha, self.beta)
         if self.law is not None:
             checks.choice("law", self.law, LAWS)
@@ -106,9 +110,10 @@ class Policy:
             ValueError: a rule that matches nothing, a vector that shrinks toward nothing, or a law that a parameter cannot have.
         """
         for i, rule in enumerate(self.rules):
-            if not any(_matches(rule, name, parameter) for name, parameter in parameters.items()):
+            if not any(matches(rule.match, name, parameter) for name, parameter in parameters.items()):
                 example = next(iter(parameters))
                 checks.fail(f"rules[{i}].match", repr(rule.match), f"one that matches a parameter, such as {example!r}")
+            check_layers(f"rules[{i}].match", rule.match, parameters)
         return {name: self._setting(name, parameter, toward.get(name)) for name, parameter in parameters.items()}
 
     def _setting(self, name: str, parameter: Parameter, target: float | None) -> Setting:
@@ -117,7 +122,7 @@ class Policy:
         if vector:
             law = None
         for rule in self.rules:
-            if _matches(rule, name, parameter):
+            if matches(rule.match, name, parameter):
                 alpha = alpha if rule.alpha is None else rule.alpha
                 beta = beta if rule.beta is None else rule.beta
                 law = law if rule.law is None else rule.law
@@ -205,8 +210,50 @@ def canonical_name(name: str) -> str:
         name = stripped
 
 
-def _matches(rule: NoiseRule, name: str, parameter: Parameter) -> bool:
-    return parameter.role == rule.match if rule.match in ROLES else fnmatchcase(name, rule.match)
+def matches(match: str, name: str, parameter: Parameter) -> bool:
+    """Whether a :class:`NoiseRule`'s ``match`` is about the parameter of this canonical name."""
+    if match.startswith(_NOT):
+        return not matches(match.removeprefix(_NOT), name, parameter)
+    if match in ROLES:
+        return parameter.role == match
+    numbers = layers_of(match)
+    return fnmatchcase(name, match) if numbers is None else layer_of(name) in numbers
+
+
+def layers_of(match: str) -> frozenset[int] | None:
+    """The numbers in ``layers:0-3,7``; None where ``match`` is of another form.
+
+    Raises:
+        ValueError: no such list of numbers.
+    """
+    form = match.removeprefix(_NOT)
+    if not form.startswith("layers:"):
+        return None
+    numbers: set[int] = set()
+    for part in form.removeprefix("layers:").split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            checks.fail("match", repr(match), "numbers and rising ranges such as layers:0-3,7")
+        numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return frozenset(numbers)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in: the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def outside(layers: str) -> NoiseRule:
+    """The rule that leaves everything but the layers ``0-3,7`` as it is."""
+    return NoiseRule(f"{_NOT}layers:{layers}", alpha=0.0)
+
+
+def check_layers(argument: str, match: str, parameters: Iterable[str]) -> None:
+    """Raise a ValueError where ``match`` names layers that the model does not have."""
+    known = {layer_of(name) for name in parameters}
+    if missing := sorted((layers_of(match) or frozenset()) - known):
+        last = max((number for number in known if number is not None), default="none")
+        checks.fail(argument, f"{match!r} with layer {missing[0]}", f"layers that there are; the last is {last}")
 
 
 def _identity(tensor: torch.Tensor) -> object:
