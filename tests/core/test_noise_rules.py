@@ -121,7 +121,7 @@ def test_layers_by_number_and_all_but_these(match, wanted):
         ([NoiseRule("layer.*")], r"rules\[0\].match: got 'layer.\*'"),
         (
             [NoiseRule("layers:1-3")],
-            r"rules\[0\].match: got 'layers:1-3' with layer 3, wanted layers that there are; the last is 2",
+            r"rules\[0\].match: got 'layers:1-3' with layer 3, wanted layers.*the last is 2",
         ),
         ([NoiseRule("not layers:7", alpha=0.0)], r"rules\[0\].match: got 'not layers:7' with layer 7"),
         ([NoiseRule("matrices", law="normal")], "std"),
@@ -134,8 +134,9 @@ def test_layers_by_number_and_all_but_these(match, wanted):
 def test_rules_that_cannot_be_followed_change_nothing(rules, argument):
     model = Model()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=rf"^{argument}.*wanted"):
+    with pytest.raises(ValueError, match=rf"^{argument}") as error:
         noise_(model, alpha=0.5, seed=1, toward=0.0, rules=rules)
+    assert ", wanted " in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
