@@ -83,7 +83,8 @@ def _sets(kind: str, settings: Settings) -> Iterator[dict[str, Any]]:
 def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
     """Whether the stage has this setting and it is not so already."""
     if name == "teacher.kind":
-        return kind == "distill" and settings.get("teacher", {}).get("kind", "resident") == "resident"
+        matched = "hidden" in settings  # a cache knows no layers
+        return kind == "distill" and not matched and settings.get("teacher", {}).get("kind", "resident") == "resident"
     training = settings if kind == "relearn" else settings["train"]
     if name == "micro_batch_size":
         size = training.get(name) or training["batch_size"]

@@ -1,6 +1,7 @@
 """Distillation of hidden states besides logits, against its formula on transformers' own hidden states."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from undo_core import TrainConfig, distill
 from undo_core.data.rows import Rows
 from undo_core.distill import matching
+from undo_core.fit import cheapest_fit
 from undo_core.models import build_model
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -121,6 +123,20 @@ def test_a_teacher_without_layers_is_refused(models, rows, tmp_path):
     cached = cache_teacher(teacher, rows, tmp_path / "cache", TeacherConfig("cached"), progress=False)
     with pytest.raises(ValueError, match=r"^hidden_weight: got 1.0 with CachedTeacher.*wanted a resident or streamed"):
         distill(student, cached, rows, hidden_weight=1.0)
+
+
+def test_no_cache_is_advised_for_less_memory():
+    tried = []
+
+    def need(changes):
+        tried.append(changes)
+        return 1
+
+    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=4))}
+    for matched, wanted in (({}, True), ({"hidden": {"hidden_weight": 1.0, "hidden_layers": None}}, False)):
+        tried.clear()
+        cheapest_fit("distill", {**settings, **matched}, 0, need)
+        assert any("teacher.kind" in changes for changes in tried) == wanted
 
 
 def test_bad_settings_are_refused(models, tokenizer):
