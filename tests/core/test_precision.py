@@ -13,8 +13,8 @@ from undo_core.data.arithmetic import compact_splits
 from undo_core.distill import distill
 from undo_core.models import build_model, load_model
 from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, rows_source, train
-from undo_core.training.loop import accumulate
 from undo_core.training.batches import RowsSource
+from undo_core.training.loop import accumulate
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import PRECISIONS, convert_, round_stochastically_, seeded
