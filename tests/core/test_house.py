@@ -18,7 +18,7 @@ RANKS = [
     {"undo_core.workers", "undo_core.graph", "undo_core.costs"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
     {"undo_core.unlearn", "undo_core.noise", "undo_core.noise_checkpoint", "undo_core.distill", "undo_core.relearn"}
-    | {"undo_core.evaluate", "undo_core.store", "undo_core.gate"},
+    | {"undo_core.evaluate", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
     {
