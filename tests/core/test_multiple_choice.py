@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from undo_core.cli import main
 from undo_core.data.questions import DESCRIPTION, Question, prompts, read_questions
 from undo_core.models import build_model
-from undo_core.multiple_choice import MultipleChoiceConfig, encode, log_likelihoods, multiple_choice
+from undo_core.multiple_choice import MultipleChoiceConfig, encode, log_likelihoods
 
 MODEL = {
     "hidden_size": 16,
@@ -22,7 +22,7 @@ MODEL = {
     "head_dim": 8,
     "max_position_embeddings": 400,
 }
-WORDS = "virus enzyme packet kernel buffer protein cell port shell spore vector heap".split()
+WORDS = ["virus", "enzyme", "packet", "kernel", "buffer", "protein", "cell", "port", "shell", "spore", "vector", "heap"]
 
 
 @pytest.fixture(scope="module")
