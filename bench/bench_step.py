@@ -16,7 +16,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -115,14 +114,14 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     config = TrainConfig(steps=steps, batch_size=shape.rows, lr=1e-4, seed=0, **mode.train)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
+    before = harness.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if name == "plain":
         loss = plain_loop(student, teacher, gated, config)
     else:
         known = teacher if cached else ModelTeacher(teacher)
         loss = distill(student, known, gated, config, progress=False).history[-1]["loss"]
-    say(loss=loss, resident=before, peak=resident("VmHWM"))
+    say(loss=loss, resident=before, peak=harness.status("VmHWM"))
 
 
 def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
@@ -150,11 +149,6 @@ def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
         optimizer.zero_grad()
         total += float(loss.detach())
     return total / config.steps
-
-
-def resident(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
 
 
 # -- the parent ----------------------------------------------------------------------------------------------------------------

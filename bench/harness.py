@@ -84,11 +84,11 @@ def peak_extra_cpu(warm_up: Step, run: Step, output_bytes: int) -> dict[str, Any
     warm_up()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    started_at = _status("VmHWM")
+    started_at = status("VmHWM")
     outputs = run()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del outputs
     return {
         "extra_bytes": max(0, peak - before - output_bytes),
@@ -130,7 +130,7 @@ def in_fresh_process(script: Path, request: dict[str, Any], threads: int) -> dic
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int32: "I32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,50 @@ def to_disk(model: PreTrainedModel, group: Group, parameters: Mapping[str, torch
             f"transformers does not undo; wanted tensors that it writes as it read them"
         )
     return tensors
+
+
+class TensorWriter:
+    """A safetensors file that is written in any order, without holding its tensors; its data begin at a multiple of 64 bytes.
+
+    Args:
+        path: of the file.
+        layout: dtype and shape of every tensor, by name.
+        keep: go on with the file of this layout that is there.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], keep: bool = False) -> None:
+        self.path, self.layout, self.at = path, layout, {}
+        header, end = {}, 0
+        for name, (dtype, shape) in layout.items():
+            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        for name, entry in header.items():
+            self.at[name] = 8 + len(text) + entry["data_offsets"][0]
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+        self._put(struct.pack("<Q", len(text)) + text, 0)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.file)
+
+    def write(self, name: str, position: int, values: torch.Tensor) -> None:
+        """Entries of the tensor ``name``, from ``position`` of its first dimension on."""
+        dtype, shape = self.layout[name]
+        row = dtype.itemsize * torch.Size(shape[1:]).numel()
+        self._put(memoryview(values.contiguous().cpu().flatten().view(torch.uint8).numpy()), self.at[name] + position * row)
+
+    def flush(self) -> None:
+        """Write what is there to disk."""
+        os.fsync(self.file)
+
+    def _put(self, data: bytes | memoryview, offset: int) -> None:
+        while len(data):
+            written = os.pwrite(self.file, data, offset)
+            data, offset = data[written:], offset + written
 
 
 class MappedFile:

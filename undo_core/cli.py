@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
     parser = _parser()
     try:
-        parsed = parser.parse_args(_config_first(arguments))
+        parsed = parser.parse_args([_dashes(argument) for argument in _config_first(arguments)])
         if parsed.subcommand is None:
             parser.print_help()
             return 2
@@ -91,8 +91,15 @@ def _description(function: Callable[..., int]) -> str:
     return inspect.cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
 
 
+def _dashes(argument: str) -> str:
+    """``--a-flag=value`` as ``--a_flag=value``."""
+    name, *value = argument.split("=", 1)
+    return "=".join([name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name, *value])
+
+
 def _config_first(arguments: list[str]) -> list[str]:
-    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it."""
+    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it. What may be left out
+    is a flag to the parser: ``evaluate MODEL DATA`` has ``--data DATA``."""
     if len(arguments) > 1 and arguments[0] in ("run", "plan") and not arguments[1].startswith("-"):
         path = Path(arguments[1])
         if not path.is_file():
@@ -100,6 +107,8 @@ def _config_first(arguments: list[str]) -> list[str]:
                 f"config: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
             )
         return [arguments[0], "--config", str(path), *arguments[2:]]
+    if len(arguments) > 2 and arguments[0] == "evaluate" and not any(part.startswith("-") for part in arguments[1:3]):
+        return [*arguments[:2], "--data", *arguments[2:]]  # it may be left out
     return arguments
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.damage import Operator, check_arguments, selection
+from undo_core.data.questions import DESCRIPTION
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.relearn import AttackConfig, extension_of, with_seed
 from undo_core.teacher import TeacherConfig
@@ -291,20 +292,49 @@ def relearn(model: str, output: str, data: str, config: AttackConfig = AttackCon
     return 0
 
 
-def evaluate(model: str, data: str) -> int:
-    """Print the checkpoint MODEL's test metrics as JSON, with 95 % intervals.
+def evaluate(
+    model: str,
+    data: str | None = None,
+    multiple_choice: list[str] | str = [],  # noqa: B006
+    examples: list[str] | str = [],  # noqa: B006
+    shots: int = 0,
+    description: str = DESCRIPTION,
+    limit: float = 1.0,
+) -> int:
+    """Print the checkpoint MODEL's metrics as JSON, with 95 % intervals.
+
+    On the test rows of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as lm-eval's WMDP and MMLU tasks do it:
+    undo evaluate MODEL --multiple-choice wmdp.jsonl; 5-shot MMLU: --multiple-choice mmlu.parquet --examples dev.parquet --shots 5
 
     Args:
         model: Hugging Face checkpoint folder.
         data: folder made by ``undo prepare``.
+        multiple_choice: JSONL or Parquet files with question, choices, answer (an index) and subject.
+        examples: files of the same form with answered questions, of which the first ``shots`` of the subject are shown.
+        shots: how many.
+        description: text before everything; {subject} in it becomes the question's subject.
+        limit: share of each subject's questions, the first ones; published for MMLU: 0.4.
     """
     import json
 
+    from undo_core.models import load_model, load_tokenizer
+    from undo_core.multiple_choice import MultipleChoiceConfig
+    from undo_core.multiple_choice import multiple_choice as score
     from undo_core.stages import evaluate_folder
 
+    if data is None and not multiple_choice:
+        raise ValueError("data: got none and no multiple_choice, wanted one of the two")
     _checkpoint("model", Path(model))
-    _prepared(Path(data))
-    print(json.dumps(evaluate_folder(Path(model), Path(data)), indent=1))
+    metrics: dict[str, Any] = {}
+    if multiple_choice:
+        files, shown = ([paths] if isinstance(paths, str) else paths for paths in (multiple_choice, examples))
+        config = MultipleChoiceConfig(list(files), list(shown), shots, description, limit)
+    if data is not None:
+        _prepared(Path(data))
+        metrics = evaluate_folder(Path(model), Path(data))
+    if multiple_choice:
+        metrics["multiple_choice"] = score(load_model(model), load_tokenizer(model), config)
+    print(json.dumps(metrics, indent=1))
     return 0
 
 

@@ -57,7 +57,7 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
         parts.append(score(model, ids, rows.position_ids(ids), mask).cpu())
     model.train(training)
     scores = torch.cat(parts)
-    summary = _accuracy if rows.answer_mask is not None else _mean_nats
+    summary = accuracy if rows.answer_mask is not None else _mean_nats
     result = summary(scores)
     if rows.group is not None:
         result["groups"] = {
@@ -111,7 +111,8 @@ def _hidden(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor |
     return hidden_states(model, ids[:, :-1], None, None if positions is None else positions[:, :-1])
 
 
-def _accuracy(scores: torch.Tensor) -> dict[str, Any]:
+def accuracy(scores: torch.Tensor) -> dict[str, Any]:
+    """Mean of scores ``[n]`` of 0 and 1, with Wilson's 95 % interval."""
     n, p = len(scores), float(scores.mean())
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))

@@ -13,7 +13,7 @@ from undo_kernels.library import implementation
 from undo_kernels.segment import Segment
 
 from undo_core.checkpoint_edit import CheckpointParameters
-from undo_core.checkpoint_files import meta_model
+from undo_core.checkpoint_files import TensorWriter, meta_model
 from undo_core.noise import TensorNoise, initial_values, report
 from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, describe
@@ -74,24 +74,55 @@ def replay_checkpoint(
         ValueError: no parameter with noise matches.
     """
     checks.seed(seed)
-    model = meta_model(source)
-    laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
-    parameters = {name: parameter for name, (_, parameter) in describe(model).items()}
-    settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    wanted = {n: s for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
-    if not wanted:
-        raise ValueError(
-            f"replay: got {pattern!r}, wanted a glob that matches a parameter with noise, such as {next(iter(shapes))!r}"
-        )
-    for name, setting in wanted.items():
-        drawn = torch.zeros(shapes[name])
+    for name, (setting, shape) in _replayed(source, pattern, law, std, rules).items():
+        drawn = torch.zeros(shape)
         implementation("noise_", drawn.device)([Segment(drawn, name, setting.law, 0.0, setting.scale)], seed, False)
         yield name, drawn
 
 
+def write_replay(
+    source: Path,
+    path: Path,
+    pattern: str,
+    *,
+    seed: int,
+    law: str = "xavier_uniform",
+    std: float | None = None,
+    rules: Sequence[NoiseRule] = (),
+) -> dict[str, str]:
+    """What :func:`replay_checkpoint` draws, in the safetensors file ``path``; returns :func:`describe_replay` of each tensor.
+
+    Memory: the largest tensor.
+    """
+    shapes = {name: shape for name, (_, shape) in _replayed(source, pattern, law, std, rules).items()}
+    described = {}
+    with TensorWriter(path, {name: (torch.float32, shape) for name, shape in shapes.items()}) as file:
+        for name, drawn in replay_checkpoint(source, pattern, seed=seed, law=law, std=std, rules=rules):
+            file.write(name, 0, drawn)
+            described[name] = describe_replay(drawn)
+            del drawn  # before the next one is drawn
+        file.flush()
+    return described
+
+
+def _replayed(
+    source: Path, pattern: str, law: str, std: float | None, rules: Sequence[NoiseRule]
+) -> dict[str, tuple[Setting, tuple[int, ...]]]:
+    """Setting and shape of the parameters with noise that ``pattern`` matches."""
+    model = meta_model(source)
+    laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
+    parameters = {name: parameter for name, (_, parameter) in describe(model).items()}
+    settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
+    wanted = {n: (s, parameters[n].shape) for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
+    if not wanted:
+        raise ValueError(
+            f"replay: got {pattern!r}, wanted a glob that matches a parameter with noise, such as {next(iter(parameters))!r}"
+        )
+    return wanted
+
+
 def describe_replay(drawn: torch.Tensor) -> str:
     """Shape, norm, SHA-256 of the float32 bytes and first values of ``N``."""
-    digest = hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(drawn.numpy().data).hexdigest()
     first = " ".join(f"{value:.9g}" for value in drawn.flatten()[:4].tolist())
-    return f"{tuple(drawn.shape)}  |N| {float(drawn.double().norm()):.6g}  sha256 {digest[:16]}  {first} ..."
+    return f"{tuple(drawn.shape)}  |N| {float(torch.linalg.vector_norm(drawn, dtype=torch.float64)):.6g}  sha256 {digest[:16]}  {first} ..."

@@ -25,7 +25,7 @@ from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor, unlearn_config
 from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
-from undo_core.noise_checkpoint import describe_replay, noise_checkpoint, replay_checkpoint
+from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
 from undo_core.relearn import AttackConfig, attack
 from undo_core.store import MANIFEST, StageFunction, Work
@@ -149,9 +149,8 @@ def replay(work: Work) -> dict[str, Any]:
     """N itself, for audit."""
     settings = dict(work.settings)
     rules = [NoiseRule(**rule) for rule in settings.pop("rules")]
-    drawn = dict(replay_checkpoint(work.inputs["model"], settings.pop("pattern"), rules=rules, **settings))
-    save_file(drawn, work.output / "noise.safetensors")
-    return {"tensors": {name: describe_replay(tensor) for name, tensor in drawn.items()}}
+    path = work.output / "noise.safetensors"
+    return {"tensors": write_replay(work.inputs["model"], path, settings.pop("pattern"), rules=rules, **settings)}
 
 
 def distill_stage(work: Work) -> dict[str, Any]:

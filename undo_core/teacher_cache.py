@@ -14,10 +14,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import shutil
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.checkpoint_files import MappedFile
+from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.data.rows import Rows
 from undo_core.files import hash_json, read_json, sync_folder, write_json
 from undo_core.models import Head, head_of, hidden_states
@@ -45,7 +43,6 @@ BATCH_SIZE = 128
 CHECKED_ROWS = 64
 STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in their standard deviations
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 Column = tuple[torch.dtype, int]  # of a stored tensor: dtype, and entries a position
 
 
@@ -250,7 +247,7 @@ class _Pass:
                 first, last = self.bounds[index : index + 2]
                 if done >= last or (self.folder / name).exists():  # the kill came between its rename and the record
                     continue
-                shard = _Shard(self.folder / f".{name}.partial", self._layout(first, last), keep=done > first)
+                shard = TensorWriter(self.folder / f".{name}.partial", self._layout(first, last), keep=done > first)
                 saved = time.monotonic()
                 with shard:
                     for start in range(max(first, done), last, size):
@@ -311,42 +308,6 @@ class _Pass:
         mask = ids[:, 1:] != self.rows.pad_id
         mask[end - start :] = False
         return _store(hidden_states(self.teacher, *_inputs(self.rows, ids))[mask], self.head, self.config)
-
-
-class _Shard:
-    """A safetensors file that is written in any order; its data begin at a multiple of 64 bytes."""
-
-    def __init__(self, path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], keep: bool) -> None:
-        self.path, self.layout, self.at = path, layout, {}
-        header, end = {}, 0
-        for name, (dtype, shape) in layout.items():
-            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % 64)
-        for name, entry in header.items():
-            self.at[name] = 8 + len(text) + entry["data_offsets"][0]
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
-        self._put(struct.pack("<Q", len(text)) + text, 0)
-
-    def __enter__(self) -> _Shard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.file)
-
-    def write(self, name: str, position: int, values: torch.Tensor) -> None:
-        dtype, shape = self.layout[name]
-        row = dtype.itemsize * torch.Size(shape[1:]).numel()
-        self._put(memoryview(values.contiguous().cpu().flatten().view(torch.uint8).numpy()), self.at[name] + position * row)
-
-    def flush(self) -> None:
-        os.fsync(self.file)
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        while len(data):
-            written = os.pwrite(self.file, data, offset)
-            data, offset = data[written:], offset + written
 
 
 class _DiskFull:

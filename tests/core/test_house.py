@@ -25,7 +25,7 @@ RANKS = [
         "undo_core.distill",
         "undo_core.relearn",
     }
-    | {"undo_core.evaluate", "undo_core.store", "undo_core.gate"},
+    | {"undo_core.evaluate", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
     {

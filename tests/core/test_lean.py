@@ -171,6 +171,31 @@ def test_activation_checkpointing_changes_only_what_is_kept(kind):
     assert len(calls) == 9, "and once without it"
 
 
+def test_the_model_has_its_kernels_again_also_after_an_error():
+    def failing(batch):
+        raise KeyboardInterrupt
+
+    for kind, before, other in (("llama", "sdpa", "eager"), ("gemma2", "eager", "flex_attention")):
+        model = model_of(kind)
+        model.set_attn_implementation(before)
+        steps(model, attention="eager", activation_checkpointing=True)
+        assert model.config._attn_implementation == before and not any(
+            layer.gradient_checkpointing for layer in model.model.layers
+        )
+        embedding_of = model.get_input_embeddings()
+        embedding_of.weight.requires_grad_(False)
+        assert not embedding_of(torch.tensor([1])).requires_grad, "no hook is left behind"
+        embedding_of.weight.requires_grad_(True)
+
+        own = lambda function, *arguments, **options: function(*arguments, **options)  # noqa: E731
+        model._set_gradient_checkpointing(True, own)  # the caller's way
+        with pytest.raises(KeyboardInterrupt):
+            config = TrainConfig(steps=1, attention=other, activation_checkpointing=True)
+            train(model, lambda m, b, c: failing(b), {"text": lambda step: batches(1)[0]}, config, progress=False)
+        assert model.config._attn_implementation == before
+        assert all(layer.gradient_checkpointing and layer._gradient_checkpointing_func is own for layer in model.model.layers)
+
+
 def test_attention_kernels_and_the_softcap():
     wanted = steps(model_of("llama"), attention="sdpa")
     for a, b in zip(wanted, steps(model_of("llama"), attention="eager"), strict=True):

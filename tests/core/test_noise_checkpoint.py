@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_, ops
+from undo_core import noise_checkpoint as noise_checkpoint_module
 from undo_core.cli import main
 from undo_core.noise_checkpoint import noise_checkpoint
 from undo_core.ops.noise_rules import NoiseRule
@@ -115,6 +117,27 @@ print(peak_bytes() - before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     grown, size = int(done.stdout.split()[-1]), (source / "model.safetensors").stat().st_size
     assert size > 64 << 20 and grown < 40 << 20, (grown, size)
+
+
+def test_a_replay_to_disk_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    source, _ = folders(tmp_path, model_of("llama"), "1GB")
+    wanted = dict(noise_checkpoint_module.replay_checkpoint(source, "*", seed=3))
+    drawn = []
+
+    def watched(*arguments, **options):
+        for name, tensor in replay_checkpoint(*arguments, **options):
+            assert all(reference() is None for reference in drawn), "an earlier tensor is still held"
+            drawn.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    replay_checkpoint = noise_checkpoint_module.replay_checkpoint
+    monkeypatch.setattr(noise_checkpoint_module, "replay_checkpoint", watched)
+    described = noise_checkpoint_module.write_replay(source, tmp_path / "n.safetensors", "*", seed=3)
+    got = load_file(tmp_path / "n.safetensors")
+    assert list(described) == list(wanted) and len(drawn) == len(wanted) > 10
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor) and f"|N| {float(tensor.double().norm()):.6g}" in described[name]
 
 
 def test_the_command_noises_replays_and_refuses(tmp_path, capsys):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from undo_core import NoiseRule, noise_, ops
-from undo_core.noise import by_kind, report
+from undo_core.noise import TensorNoise, by_kind, report
 from undo_core.ops.noise import apply
+from undo_core.ops.noise_rules import canonical_name
 
 
 class Model(nn.Module):
@@ -98,6 +99,54 @@ def test_the_report_by_kind_adds_squares():
     assert count == 3 and total.after == pytest.approx(math.hypot(*(part.after for part in parts)))
     noise = sum(part.noise * part.change**2 for part in parts)
     assert total.noise == pytest.approx(noise / total.change**2) and total.shrink + total.noise == pytest.approx(1.0)
+
+
+def test_a_rule_spares_a_parameter_without_a_dimension(tmp_path):
+    class Scaled(Model):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+    before, after, report = noised(Scaled(), rules=[NoiseRule("scale", alpha=0.0)])
+    assert float(after["scale"]) == 3.0 and report["scale"] == TensorNoise(3.0, 3.0, 0.0, 0.0, 0.0)
+    assert not torch.equal(after["layers.0.weight"], before["layers.0.weight"])
+    for rules in ([], [NoiseRule("vectors", toward=0.0)]):
+        model = Scaled()
+        with pytest.raises(ValueError, match=r"^scale: got a parameter without a dimension, wanted .* alpha=0 for it"):
+            noise_(model, alpha=0.5, seed=1, toward=0.0, rules=rules)
+
+
+def test_a_rule_spares_a_vector_that_starts_from_several_values():
+    _, after, _ = noised(Model(), rules=[NoiseRule("layers.0.bias", alpha=0.0)])
+    model = Model()
+    model.layers[0].bias = after["layers.0.bias"]
+    rule = NoiseRule("layers.0.bias", alpha=0.0)
+    toward = {name: 0.0 for name, p in model.named_parameters() if p.ndim == 1 and name != "layers.0.bias"}
+    apply(model, alpha=0.5, beta=0.1, seed=0, toward=toward, rules=[rule])
+    with pytest.raises(ValueError, match=r"^toward: got no one value for layers.0.bias"):
+        apply(model, alpha=0.5, beta=0.1, seed=0, toward=toward)
+
+
+@pytest.mark.parametrize("share", [lambda w: w[2:], lambda w: w.view(-1), lambda w: w.view(-1)[6:14], lambda w: w.view(2, 10)])
+def test_tensors_that_share_a_part_of_their_memory_are_refused_by_name(share):
+    whole = torch.ones(4, 5)
+    with pytest.raises(ValueError, match=r"^tensors: got '(w|part)' and '(w|part)', which share memory, wanted"):
+        ops.noise_({"part": share(whole), "w": whole, "other": torch.ones(3)}, alpha=0.5, beta=0.1, seed=0)
+    assert (whole == 1).all()
+    halves = {"a": whole[:2], "b": whole[2:], "again": whole[2:]}  # side by side, and a tied one
+    ops.noise_(halves, alpha=0.5, beta=0.0, seed=0)
+    assert (whole == 0.5).all()
+
+
+def test_the_names_of_wrappers_are_stripped():
+    wanted = "model.layers.0.self_attn.q_proj.weight"
+    for name in (
+        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+        "module._orig_mod.model.layers.0.self_attn._orig_mod.q_proj.weight",
+        "_orig_mod.base_model.model.model.layers.0.self_attn.q_proj.base_layer.base_layer.weight",
+        wanted,
+    ):
+        assert canonical_name(name) == wanted
 
 
 @pytest.mark.parametrize(

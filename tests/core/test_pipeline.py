@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from folders import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undo_core.cli import main
@@ -60,10 +61,6 @@ def finished(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")  # as in the processes that the tests below compare with
         assert main(["run", str(config)]) == 0
     return folder / "out", config
-
-
-def weights(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
 def test_every_stage_folder_loads(finished):

@@ -13,6 +13,7 @@ from undo_core.data.arithmetic import compact_splits
 from undo_core.distill import distill
 from undo_core.models import build_model, load_model
 from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, rows_source, train
+from undo_core.training.batches import RowsSource
 from undo_core.training.loop import accumulate
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
@@ -210,15 +211,15 @@ def test_killed_it_ends_with_the_same_bits(arithmetic, tmp_path, precision, opti
     whole, losses = run(arithmetic, **settings)
     fresh = torch.random.get_rng_state()
     assert torch.equal(before, fresh), "training left the global generator elsewhere"
-    plain = rows_source(arithmetic[1], 32, 0)
 
-    def dying(step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return plain(step)
+    class Dying(RowsSource):
+        def __call__(self, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return super().__call__(step)
 
     with pytest.raises(KeyboardInterrupt):
-        run(arithmetic, folder=tmp_path, source=dying, **settings)
+        run(arithmetic, folder=tmp_path, source=Dying(arithmetic[1], 32, 0), **settings)
     torch.manual_seed(2)  # another past
     resumed, again = run(arithmetic, folder=tmp_path, **settings)
     assert torch.equal(weights(resumed), weights(whole)) and again == losses
@@ -226,7 +227,7 @@ def test_killed_it_ends_with_the_same_bits(arithmetic, tmp_path, precision, opti
 
 def test_a_checkpoint_of_another_mode_is_refused(arithmetic, tmp_path):
     run(arithmetic, folder=tmp_path, steps=2)
-    with pytest.raises(ValueError, match=r"^folder: got a checkpoint of .*float32.* wanted one of .*bfloat16"):
+    with pytest.raises(ValueError, match=r"^folder: got .*precision float32; wanted .*precision bfloat16"):
         run(arithmetic, folder=tmp_path, steps=4, precision="bfloat16")
 
 

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from folders import weights as files
 
 from undo_core import distill, teacher_cache
 from undo_core.data.rows import Rows
-from undo_core.files import hash_file, read_json
+from undo_core.files import read_json
 from undo_core.models import build_model, head_of, load_model
 from undo_core.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -176,10 +177,6 @@ def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
     for different in ((tiny(2), rows, CACHED), (tiny(1), other, CACHED), *((tiny(1), rows, config) for config in others)):
         with pytest.raises(ValueError, match=r"^folder: got .*, a cache"):
             cache_teacher(*different[:2], cache, different[2], progress=False)
-
-
-def files(folder):
-    return {path.name: hash_file(path) for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
+from undo_core.data.rows import Rows
 from undo_core.training import DivergedError, TrainConfig, as_source, rows_source, train
+from undo_core.training.batches import RowsSource
 from undo_core.training.losses import cross_entropy
 
 
@@ -59,13 +61,14 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, rows, tmp_path):
         folder = tmp_path / f"killed-{kill}"
         folder.mkdir()
 
-        def dying(step, kill=kill):
-            if step == kill:
-                raise KeyboardInterrupt
-            return plain(step)
+        class Dying(RowsSource):
+            def __call__(self, step, kill=kill):
+                if step == kill:
+                    raise KeyboardInterrupt
+                return super().__call__(step)
 
         with pytest.raises(KeyboardInterrupt):
-            run(folder, dying)
+            run(folder, Dying(rows, 16, 0))
         resumed, result = run(folder, plain)
         assert torch.equal(weights(resumed), weights(model))
         assert result.history == whole.history and result.tokens == whole.tokens
@@ -81,6 +84,45 @@ def test_a_torn_checkpoint_is_never_loaded(tiny, rows, tmp_path):
     model = tiny()
     result = train(model, loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, progress=False)
     assert result.steps == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({"lr": 1e-3}, 0, "made with lr 0.003; wanted lr 0.001, or a new folder"),
+        (
+            {"steps": 24, "optimizer": "adamw-8bit"},
+            0,
+            "made with steps 12, optimizer adamw; wanted steps 24, optimizer adamw-8bit",
+        ),
+        ({"seed": 1}, 0, "made with seed None; wanted seed 1"),
+        ({}, 1, "made with sources.text.seed 0; wanted sources.text.seed 1"),
+    ],
+)
+def test_a_checkpoint_made_otherwise_is_refused(tiny, rows, tmp_path, changes, seed, message):
+    def run(model, seed=0, **options):
+        source = {"text": rows_source(rows, 16, seed)}
+        return train(model, loss, source, config(**options.pop("config", {})), folder=tmp_path, progress=False, **options)
+
+    run(tiny(), checkpoint_seconds=0.0)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    model = tiny()
+    with pytest.raises(ValueError, match=f"^folder: got .* with a checkpoint {message}"):
+        run(model, seed, config=changes)
+    assert torch.equal(weights(model), weights(tiny()))
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"made with penalty None; wanted penalty 2"):
+        run(model, settings={"penalty": 2})
+    assert run(model).steps == 12
+
+
+def test_other_rows_are_refused(tiny, rows, tmp_path):
+    run = lambda rows: train(  # noqa: E731
+        tiny(), loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, checkpoint_seconds=0.0, progress=False
+    )
+    run(rows)
+    with pytest.raises(ValueError, match=r"made with sources.text.rows [0-9a-f]+; wanted sources.text.rows"):
+        run(Rows(rows.input_ids.flip(0), rows.pad_id))
 
 
 def test_the_stop_rule_ends_it_and_a_limit_is_reported(tiny, rows):

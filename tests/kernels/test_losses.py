@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from undo_kernels import backend
+from vocab_losses import divergence, logits
 
 from undo_core import ops
 
@@ -19,23 +20,6 @@ def draw(rows=9, vocabulary=37, width=6, dtype=torch.float64, seed=0, spread=1.0
     hidden, weight = make(rows, width) * spread, make(vocabulary, width) / width**0.5
     teacher_hidden, teacher_weight = make(rows, teacher_width) * spread, make(vocabulary, teacher_width) / teacher_width**0.5
     return [t.to(dtype) for t in (hidden, weight, teacher_hidden, teacher_weight)]
-
-
-def logits(hidden, weight, scale=1.0, softcap=None, bias=None, temperature=1.0, vocab_size=None):
-    z = hidden.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    return (z / temperature)[..., :vocab_size]
-
-
-def divergence(z_s, z_t, kind, beta=0.5):
-    s, t = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    if kind == "forward":
-        return (t.exp() * (t - s)).sum(-1)
-    if kind == "reverse":
-        return (s.exp() * (s - t)).sum(-1)
-    m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
-    return beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1)
 
 
 OPTIONS = [

@@ -326,7 +326,13 @@ def test_the_direction_depends_on_the_seed_alone():
         assert float(first.norm()) == pytest.approx(1, abs=1e-6)
     assert abs(float(ops.misdirection(4096, 1).mean())) < 5 / 4096 and (ops.misdirection(64, 1, "uniform") > 0).all()
     assert ops.misdirection(8, 2**64 - 1).isfinite().all()
-    for arguments, name in (((8, -1), "seed"), ((8, 2**64), "seed"), ((8, 1.0), "seed"), ((8, True), "seed"), ((8.0, 1), "width")):
+    for arguments, name in (
+        ((8, -1), "seed"),
+        ((8, 2**64), "seed"),
+        ((8, 1.0), "seed"),
+        ((8, True), "seed"),
+        ((8.0, 1), "width"),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: got .*, wanted an integer"):
             ops.misdirection(*arguments)
 

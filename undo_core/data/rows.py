@@ -83,7 +83,9 @@ class Rows:
         """SHA-256 of the token ids, of what counts as padding and of what separates documents, in hexadecimal."""
         ids = self.input_ids.to(torch.int32).contiguous().numpy()
         isolated = "" if self.separator_id is None else f"{self.separator_id} "
-        return hashlib.sha256(f"{ids.shape} {self.pad_id} {isolated}".encode() + ids.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{ids.shape} {self.pad_id} {isolated}".encode())
+        digest.update(ids.data)
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the rows to a safetensors file."""

@@ -51,7 +51,8 @@ def noise_(
     Memory: nothing of a tensor's size.
 
     Raises:
-        ValueError: an argument is wrong, or a tensor is not a contiguous float tensor; nothing is changed.
+        ValueError: an argument is wrong; a tensor is not a contiguous float tensor, or has no dimension and no rule with alpha=0; two
+            tensors share a part of their memory. Nothing is changed.
     """
     apply(
         tensors,
@@ -108,9 +109,9 @@ def _pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
     if tensor.is_meta:
         checks.fail(f"tensors[{name!r}]", "a meta tensor, whose values are elsewhere (offloaded)", "a tensor in memory")
     whole = is_sharded(tensor) or tensor.is_contiguous()
-    if tensor.dtype not in checks.FLOATS or tensor.ndim == 0 or not whole:
+    if tensor.dtype not in checks.FLOATS or not whole:
         got = f"{tensor.dtype}, shape {tuple(tensor.shape)}, {'' if whole else 'not '}contiguous"
-        checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor with a dimension")
+        checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor")
     return local_pieces(name, tensor)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -133,7 +134,11 @@ class Policy:
                         "toward", f"{rule.toward} for {name}", "a rule that matches vectors alone; the others shrink toward 0"
                     )
         keep = 1.0 - alpha
+        if not parameter.shape and alpha:
+            checks.fail(name, "a parameter without a dimension", "at least one, or a rule with alpha=0 for it")
         if law is None:
+            if not alpha:
+                return Setting("constant", keep, 0.0)
             if target is None:
                 checks.fail("toward", f"no one value for {name}", "an entry for it, or a rule that gives one")
             return Setting("constant", keep, alpha * target)
@@ -154,7 +159,7 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     known to be an embedding.
 
     Raises:
-        ValueError: no tensors, or two different ones of the same canonical name.
+        ValueError: no tensors, two different ones of the same canonical name, or two that share a part of their memory.
     """
     convolutions, embeddings = set(), set()
     if isinstance(tensors, nn.Module):
@@ -186,6 +191,7 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
         found[short] = (tensor, Parameter(tuple(tensor.shape), role, stacked))
     if not found:
         checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient")
+    _check_apart({name: tensor for name, (tensor, _) in found.items()})
     return found
 
 
@@ -202,7 +208,7 @@ def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]])
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes of wrappers (compile, data parallel, PEFT)."""
     while True:
-        stripped = name.replace("._orig_mod.", ".")
+        stripped = name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
         for prefix in _WRAPPERS:
             stripped = stripped.removeprefix(prefix)
         if stripped == name:
@@ -260,6 +266,20 @@ def _identity(tensor: torch.Tensor) -> object:
     """Equal for tied tensors, whichever object holds them; meta tensors have no storage to compare."""
     local = local_of(tensor)
     return (local.data_ptr(), tuple(tensor.shape)) if local.device.type != "meta" and local.numel() else id(tensor)
+
+
+def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse views of one memory that are not the same tensor: what they share would be noised twice."""
+    spans = []
+    for name, tensor in tensors.items():
+        local = local_of(tensor)
+        if local.device.type != "meta" and local.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)) + 1
+            spans.append((str(local.device), local.data_ptr(), local.data_ptr() + reach * local.element_size(), name))
+    spans.sort()
+    for (device, _, end, name), (next_device, start, _, other) in pairwise(spans):
+        if device == next_device and start < end:
+            checks.fail("tensors", f"{name!r} and {other!r}, which share memory", "tensors apart, or tied ones of one shape")
 
 
 def _strengths(alpha: float | None, beta: float | None) -> None:

@@ -75,15 +75,27 @@ class Batch:
 Source = Callable[[int], Batch]  # the batch of a step; a pure function where a run must be resumable
 
 
-def rows_source(rows: Rows, size: int, seed: int) -> Source:
+@dataclass(frozen=True)
+class RowsSource:
     """Batches of ``size`` rows in the order that ``seed`` gives; a pure function of the step."""
 
-    def batch(step: int) -> Batch:
-        index = rows.order(step, size, seed)
-        ids = rows.input_ids[index].long()
-        return Batch(ids, ids != rows.pad_id, rows=index, position_ids=rows.position_ids(ids))
+    rows: Rows
+    size: int
+    seed: int
 
-    return batch
+    def __call__(self, step: int) -> Batch:
+        index = self.rows.order(step, self.size, self.seed)
+        ids = self.rows.input_ids[index].long()
+        return Batch(ids, ids != self.rows.pad_id, rows=index, position_ids=self.rows.position_ids(ids))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides every batch, as JSON values."""
+        return {"rows": self.rows.digest(), "size": self.size, "seed": self.seed}
+
+
+def rows_source(rows: Rows, size: int, seed: int) -> Source:
+    """The :class:`RowsSource` of ``rows``."""
+    return RowsSource(rows, size, seed)
 
 
 def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str) -> Source:

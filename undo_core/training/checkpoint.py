@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater,
     temporary = fresh(folder / "writing")
     save_file(_unique(model), temporary / "model.safetensors")
     save_file(updater.tensors(), temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", {"step": step, "mode": _mode(updater), **state})
+    write_json(temporary / "state.json", {"step": step, **state})
     final = folder / f"step-{step}"
     if final.exists():  # the same step again after a resume
         shutil.rmtree(final)
@@ -33,31 +34,40 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater,
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, updater: Updater) -> dict[str, Any] | None:
-    """Restore the newest complete checkpoint under ``folder``; None where there is none.
+def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint under ``folder`` and its state; None where there is none.
 
     Raises:
-        ValueError: it was written with another precision or optimizer, whose state is of another kind.
+        ValueError: its state's ``made_by`` is another.
     """
     steps = [int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     if not steps:
         return None
     newest = folder / f"step-{max(steps)}"
     state = read_json(newest / "state.json")
-    if state["mode"] != _mode(updater):
-        raise ValueError(
-            f"folder: got a checkpoint of {state['mode']}, wanted one of {_mode(updater)}; train into a new folder"
-        )
-    saved, own = load_file(newest / "model.safetensors"), _unique(model)
+    found, wanted = _flat(state.get("made_by", {})), _flat(json.loads(json.dumps(made_by)))
+    changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if changed:
+        was, now = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (found, wanted))
+        raise ValueError(f"folder: got {folder.parent} with a checkpoint made with {was}; wanted {now}, or a new folder")
+    return newest, state
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
+    """Restore model and optimizer."""
+    saved, own = load_file(checkpoint / "model.safetensors"), _unique(model)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-    updater.load(load_file(newest / "optimizer.safetensors"))
-    return state
+    updater.load(load_file(checkpoint / "optimizer.safetensors"))
 
 
-def _mode(updater: Updater) -> dict[str, Any]:
-    return {name: getattr(updater.config, name) for name in ("precision", "optimizer", "step_in_backward")}
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _unique(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +13,23 @@ from transformers import PreTrainedModel
 from undo_core.models import set_attention
 from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding, tied_gradient_in_place
+
+
+def keeps_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` leaves its first argument, a model, with the attention kernel that it came with, also where it raises."""
+
+    @functools.wraps(function)
+    def keeping(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(model, PreTrainedModel):
+            return function(model, *arguments, **options)
+        kernel = model.config._attn_implementation
+        try:
+            return function(model, *arguments, **options)
+        finally:
+            if model.config._attn_implementation != kernel:
+                model.set_attn_implementation(kernel)
+
+    return keeping
 
 
 def choose_kernels(model: nn.Module, config: TrainConfig) -> None:
@@ -40,18 +59,38 @@ def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None
     if not isinstance(model, PreTrainedModel):
         yield None
         return
-    if config.activation_checkpointing:
-        _checkpointing(model, "enable")
+    checkpointing = _checkpointing(model) if config.activation_checkpointing else contextlib.nullcontext()
+    with checkpointing, tied_gradient_in_place(model) as tied:
+        yield tied
+
+
+@contextlib.contextmanager
+def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Activation checkpointing within the block, then the caller's own again; transformers' switch would turn that off, and leave
+    behind the hooks that make the embeddings' outputs require a gradient."""
+    before = [(module, _held(module, _FLAGS)) for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    hooks = _held(model, _HOOKS)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in 5.24
+    enable({"use_reentrant": False})
     try:
-        with tied_gradient_in_place(model) as tied:
-            yield tied
+        yield
     finally:
-        if config.activation_checkpointing:
-            _checkpointing(model, "disable")
+        for module, held in before:
+            _put_back(module, _FLAGS, held)
+        if _held(model, _HOOKS) != hooks:
+            model.disable_input_require_grads()
+        _put_back(model, _HOOKS, hooks)
 
 
-def _checkpointing(model: PreTrainedModel, change: str) -> None:
-    new, old = (
-        getattr(model, f"{kind}_checkpointing_{change}", None) for kind in ("activation", "gradient")
-    )  # renamed in 5.24
-    (new or old)(*([{"use_reentrant": False}] if change == "enable" else []))
+_FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_HOOKS = ("_require_grads_hook", "_require_grads_hooks")
+
+
+def _held(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def _put_back(module: nn.Module, names: tuple[str, ...], held: dict[str, Any]) -> None:
+    for name in names:
+        vars(module).pop(name, None)
+    vars(module).update(held)

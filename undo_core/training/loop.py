@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from undo_core.training.batches import Batch, Source
-from undo_core.training.checkpoint import load_checkpoint, save_checkpoint
+from undo_core.training.batches import Batch, RowsSource, Source
+from undo_core.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
-from undo_core.training.lean import choose_kernels, lean
+from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.progress import StageProgress
 
@@ -56,6 +56,7 @@ class DivergedError(RuntimeError):
     """The loss is not finite."""
 
 
+@keeps_kernels
 def train(
     model: nn.Module,
     loss: Loss,
@@ -68,6 +69,7 @@ def train(
     stop: Callable[[Metrics], bool] | None = None,
     must_stay_finite: bool = True,
     folder: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     checkpoint_seconds: float = 10.0,
     title: str = "training",
     progress: bool = True,
@@ -76,7 +78,8 @@ def train(
 
     Args:
         model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation
-            mode; bfloat16-master drops the masters at the end.
+            mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
+            again then, also after an error.
         loss: see :data:`Loss`.
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.
@@ -85,7 +88,9 @@ def train(
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
         stop: ends the stage at the first evaluation whose metrics satisfy it.
         must_stay_finite: False lets an attack at an excessive rate run to its end with its weights as they are.
-        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed.
+        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed, if it is the same:
+            ``config``, ``settings`` and, where sources tell it (:func:`rows_source` does), their rows, order and seed.
+        settings: what else decides the result, as JSON values.
         checkpoint_seconds: time between checkpoints.
         title: name on the progress bar.
         progress: show it.
@@ -112,19 +117,22 @@ def train(
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        ValueError: nothing to train, or a checkpoint of another precision or optimizer in ``folder``.
+        ValueError: nothing to train, or a checkpoint in ``folder`` that was made otherwise.
         ModuleNotFoundError: the optimizer needs torchao.
     """
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
     device = trained[0].device
+    made_by = {} if folder is None else {**asdict(config), "sources": _identities(sources), **(settings or {})}
+    found = None if folder is None else find_checkpoint(folder / "checkpoint", made_by)
     choose_kernels(model, config)
     updater = Updater(model, trained, config)
     result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
     total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
-    saved = None if folder is None else load_checkpoint(folder / "checkpoint", model, updater)
-    if saved is not None:
+    if found is not None:
+        checkpoint, saved = found
+        load_checkpoint(checkpoint, model, updater)
         result = TrainResult(**saved["result"])
         total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
     log = _Log(folder, result.steps)
@@ -147,10 +155,10 @@ def train(
 
     def save() -> None:
         if folder is not None:
-            state = {"result": vars(result), "loss_sum": float(total), "loss_count": count}
+            state = {"result": vars(result), "loss_sum": float(total), "loss_count": count, "made_by": made_by}
             save_checkpoint(folder / "checkpoint", result.steps, model, updater, state)
 
-    done = evaluate_now() if saved is None else bool(result.stopped)
+    done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
     before = result.seconds
     with (
@@ -201,6 +209,11 @@ def accumulate(
         term.backward()
         value = term.detach() if value is None else value + term.detach()
     return value
+
+
+def _identities(sources: Mapping[str, Source]) -> dict[str, Any]:
+    """What each source says that it is; a function or a stream says nothing."""
+    return {name: source.identity() if isinstance(source, RowsSource) else None for name, source in sources.items()}
 
 
 class _Log:

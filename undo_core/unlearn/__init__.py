@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def unlearn(
             config.train,
             parameters=method.parameters,
             folder=folder,
+            settings={"unlearn": {name: value for name, value in asdict(config).items() if name != "train"}},
             title=title,
             progress=progress,
             **train_options,

@@ -1,0 +1,151 @@
+"""Multiple choice as lm-eval scores it: the letter with the largest log-likelihood after the prompt. The head runs at the letters'
+positions alone, and letters that follow the same tokens share one forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from undo_core import ops
+from undo_core.data.questions import DESCRIPTION, LETTERS, Question, prompts, read_questions
+from undo_core.evaluate import POSITIONS, accuracy
+from undo_core.models import head_of, hidden_states
+
+Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for
+
+
+@dataclass(frozen=True)
+class MultipleChoiceConfig:
+    """Which questions, and how they are put.
+
+    Attributes:
+        files: JSONL or Parquet files of questions; see :func:`undo_core.data.questions.read_questions`.
+        examples: files of answered questions to show before each one.
+        shots: how many of them, of the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
+        description: text before everything; ``{subject}`` in it becomes the question's subject.
+        limit: share of each subject's questions, the first ones, in (0, 1]; published for MMLU: 0.4.
+    """
+
+    files: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+    shots: int = 0
+    description: str = DESCRIPTION
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("multiple_choice: got no file, wanted at least one of questions")
+        if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 0:
+            raise ValueError(f"shots: got {self.shots}, wanted an integer >= 0")
+        if self.shots and not self.examples:
+            raise ValueError(f"shots: got {self.shots} and no examples, wanted files of examples")
+        if not 0 < self.limit <= 1:
+            raise ValueError(f"limit: got {self.limit}, wanted a number in (0, 1]")
+
+
+def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MultipleChoiceConfig) -> dict[str, Any]:
+    """Accuracy of ``model`` on multiple-choice questions.
+
+    Returns:
+        ``value``, ``low`` and ``high`` (95 %, Wilson's interval) and ``n`` questions, ``truncated``, the number of questions whose
+        beginning does not fit into the model, and ``groups`` with the same for each subject where there are several.
+
+    Raises:
+        ValueError: a file that holds no questions, or a tokenizer that does not keep a letter apart from the prompt.
+        FileNotFoundError: a file is missing.
+    """
+    questions = first_of_each(read_questions(config.files), config.limit)
+    texts = prompts(questions, read_questions(config.examples), shots=config.shots, description=config.description)
+    requests, truncated = [], 0
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for question, text in zip(questions, texts, strict=True):
+        own = [encode(tokenizer, text, f" {letter}") for letter in LETTERS[: len(question.choices)]]
+        truncated += room is not None and any(len(given) + len(asked) - 1 > room for given, asked in own)
+        requests += own
+    scores = log_likelihoods(model, requests).split([len(question.choices) for question in questions])
+    right = torch.tensor(
+        [float(int(part.numpy().argmax()) == q.answer) for part, q in zip(scores, questions, strict=True)], dtype=torch.float64
+    )
+    result = {**accuracy(right), "truncated": truncated}
+    subjects = dict.fromkeys(question.subject for question in questions)
+    if len(subjects) > 1:
+        of = {name: torch.tensor([question.subject == name for question in questions]) for name in subjects}
+        result["groups"] = {name: accuracy(right[mask]) for name, mask in of.items()}
+    return result
+
+
+def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]:
+    """The first share ``limit`` of each subject's questions, rounded up."""
+    left: dict[str, int] = {}
+    for question in questions:
+        left[question.subject] = left.get(question.subject, 0) + 1
+    left = {subject: math.ceil(count * limit) for subject, count in left.items()}
+    kept = []
+    for question in questions:
+        if left[question.subject] > 0:
+            left[question.subject] -= 1
+            kept.append(question)
+    return kept
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Request:
+    """Tokens of ``prompt`` and those that ``continuation`` adds to it.
+
+    Raises:
+        ValueError: it adds none.
+    """
+    given, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + continuation)
+    if len(whole) <= len(given):
+        raise ValueError(f"tokenizer: got no token for {continuation!r} after the prompt, wanted one that keeps it apart")
+    return given, whole[len(given) :]
+
+
+@torch.no_grad()
+def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, positions: int = POSITIONS) -> torch.Tensor:
+    """Log-probabilities of continuations, summed over their tokens: ``[requests]`` float64 on the CPU.
+
+    What does not fit into the model is left out at the beginning. Rows of like lengths run together, longest first.
+
+    Args:
+        model: left in the mode it was in.
+        requests: tokens that are given, and those whose likelihood is asked for; at least one of each.
+        positions: in a forward pass, padding included; one row at least.
+
+    Memory: a forward pass of one batch and the hidden states of the continuations' positions; no logits beyond the op's workspace.
+
+    Raises:
+        ValueError: a request without a token, or with one that the model's vocabulary has not.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # what is read, and who asks for what after it
+    for index, (given, asked) in enumerate(requests):
+        if not given or not asked or not all(0 <= token < vocabulary for token in (*given, *asked)):
+            raise ValueError(f"requests[{index}]: got {given}, {asked}, wanted one or more token ids each, below {vocabulary}")
+        read = (*given, *asked)[:-1]
+        read = read if room is None else read[-room:]
+        rows.setdefault(read, []).append((index, asked[-len(read) :]))
+    training, device, head = model.training, next(model.parameters()).device, head_of(model)
+    model.eval()
+    scores = torch.zeros(len(requests), dtype=torch.float64)
+    ordered = sorted(rows, key=len, reverse=True)
+    while ordered:
+        count = max(1, min(512, positions // len(ordered[0])))
+        batch, ordered = ordered[:count], ordered[count:]
+        ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)  # padding on the right is not attended to
+        where = []  # row, position, token, request
+        for row, read in enumerate(batch):
+            ids[row, : len(read)] = torch.tensor(read)
+            for index, asked in rows[read]:
+                where += [(row, len(read) - len(asked) + at, token, index) for at, token in enumerate(asked)]
+        row, position, token, index = torch.tensor(where).T
+        hidden = hidden_states(model, ids.to(device))[row.to(device), position.to(device)]
+        nats = ops.linear_cross_entropy(hidden, head.weight, token.to(device), reduction="none", **head.options())
+        scores.index_add_(0, index, -nats.double().cpu())
+    model.train(training)
+    return scores
