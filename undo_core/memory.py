@@ -2,8 +2,9 @@
 
 The stage's own loss runs forward and backward on the meta device while the storages that live are counted: what autograd keeps,
 temporaries and gradients are those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the
-optimizer's state and its temporaries, the files that weights are read from, and the process. The peak is the largest of a few
-moments: loading; forward and backward of a micro-batch, with the head's gradient between them; the optimizer's step; evaluation.
+optimizer's state, the files that weights are read from, and the process; a step's temporaries are counted in the optimizer's own
+code. The peak is the largest of a few moments: loading; forward and backward of a micro-batch, with the head's gradient between
+them; the optimizer's step; evaluation.
 
 On a CPU the tests compare this with the resident size of a process. On a GPU it is what the allocator hands out, by the same arithmetic,
 and was compared with nothing: fused attention is assumed for every kernel but eager, and fragmentation is left out.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +42,12 @@ from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.lean import lean
 from undo_core.training.loop import accumulate
 from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
-from undo_core.training.optimizers import QUANTISED, bytes_per_parameter
-from undo_core.training.precision import convert_
+from undo_core.training.optimizers import QUANTISED, bytes_per_parameter, optimizer_of
+from undo_core.training.precision import convert_, weight_dtype
 from undo_core.unlearn import METHODS, Method, RMUConfig, UnlearnConfig
 from undo_core.unlearn.activations import find_layers
 
 PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
-# For each element of a tensor while it is stepped: torchao's update outside a compiled kernel, measured on a CPU.
-STEP_BYTES = {"adamw-8bit": 54, "adamw-4bit": 54}
 
 
 @dataclass(frozen=True)
@@ -105,31 +105,49 @@ class Predictor:
         config: of the models, teachers included.
         length: tokens in a row.
         answers: whether evaluation scores answers; else it is cross-entropy.
+        evaluated: rows that an evaluation has; None where nobody knows, for as many as it takes at once.
         data_bytes: token rows that a stage holds.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, length: int, *, answers: bool = False, data_bytes: int = 0, device: str | None = None
+        self,
+        config: PreTrainedConfig,
+        length: int,
+        *,
+        answers: bool = False,
+        evaluated: int | None = None,
+        data_bytes: int = 0,
+        device: str | None = None,
     ) -> None:
         self.config, self.length, self.answers, self.data_bytes = config, length, answers, data_bytes
+        self.evaluated = min(rows_at_once(length), evaluated or rows_at_once(length))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._known: dict[str, Memory] = {}
 
-    def __call__(self, kind: str, settings: dict[str, Any]) -> Memory:
+    def __call__(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> Memory:
         """Peak of a stage, whose kind and settings are those of a :class:`undo_core.store.Stage`.
+
+        Args:
+            kind: of the stage.
+            settings: of the stage.
+            stored: dtype of the weights in the folders that it reads.
 
         Raises:
             ValueError: settings that the model cannot have.
         """
-        key = hash_json([kind, _that_matter(settings)])
+        key = hash_json([kind, _that_matter(settings), str(stored)])
         if key not in self._known:
-            with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
-                moments = _Stage(self.config, self.length, self.answers, self.device).moments(kind, settings)
-            peak = max(moments, key=lambda memory: memory.total)
-            process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
-            self._known[key] = dataclasses.replace(peak, process=process)
+            self._known[key] = max(self.moments(kind, settings, stored), key=lambda memory: memory.total)
         return self._known[key]
+
+    def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> list[Memory]:
+        """The parts at the largest sum of each moment."""
+        with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
+            stage = _Stage(self.config, self.length, self.answers, self.evaluated, self.device)
+            moments = stage.moments(kind, settings, stored)
+        process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
+        return [dataclasses.replace(memory, process=process) for memory in moments]
 
 
 _NO_MATTER = (
@@ -157,41 +175,65 @@ def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
 class _Stage:
     """One stage on the meta device."""
 
-    def __init__(self, config: PreTrainedConfig, length: int, answers: bool, device: str) -> None:
-        self.config, self.length, self.answers, self.device = config, length, answers, device
+    def __init__(self, config: PreTrainedConfig, length: int, answers: bool, evaluated: int, device: str) -> None:
+        self.config, self.length, self.answers, self.evaluated, self.device = config, length, answers, evaluated, device
         self.storages = Storages(PARTS)
 
-    def moments(self, kind: str, settings: dict[str, Any]) -> list[Memory]:
+    def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype) -> list[Memory]:
         """The parts at the largest sum of each moment."""
-        whole = _bytes(meta_model(self.config).parameters())
-        file = 0 if self.device == "cuda" else whole
+        sizes = [parameter.numel() for parameter in meta_model(self.config).parameters()]
+        mapped = 0 if self.device == "cuda" else stored.itemsize  # a file's pages, on a CPU, until everything is read
+
+        def reading(dtype: torch.dtype) -> int:
+            """What is there beside the weights while they are read: the file, and one that is cloned."""
+            return mapped * sum(sizes) + (mapped and dtype != stored) * dtype.itemsize * max(sizes)
+
         if kind == "gate":  # features of as many rows as are scored at once; the labelled ones are few
             return [Memory("forward", activations=8 * settings["buckets"] * ROWS_AT_ONCE)]
-        if kind in ("prepare", "initialise", "noise", "replay"):
-            return [Memory("loading", weights=whole + file)]
+        if kind == "noise":  # in the file's pages, tensor by tensor
+            return [Memory("loading", weights=mapped * max(sizes))]
         if kind == "damage":
-            largest = max(p.numel() for p in meta_model(self.config).parameters())
-            return [Memory("forward", weights=4 * largest, activations=DAMAGE_BYTES * largest)]
-        loaded = [Memory("loading", weights=whole + file)]
+            return [Memory("forward", weights=mapped * max(sizes), activations=DAMAGE_BYTES * max(sizes))]
+        if kind in ("prepare", "initialise", "replay"):
+            read = kind == "prepare" and settings["model"]["path"]
+            return [Memory("loading", weights=stored.itemsize * sum(sizes) + reading(stored) if read else 4 * sum(sizes))]
+        loaded = []
         if kind == "cache":
-            self._cache(TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"}), settings)
-        elif kind == "relearn":
-            attack = AttackConfig(**{name: value for name, value in settings.items() if name != "rate"}, rates=[1.0])
-            self._train(attack.training(1.0), ("text",), _pretraining)
-        elif kind == "pretrain":
-            self._train(TrainConfig(**settings["train"]), ("text",), _pretraining)
-        elif kind == "unlearn":
-            config = unlearn_config(settings)
-            self._train(config.train, ("forget", "retain"), lambda model: METHODS[config.method](model, config))
-        elif kind == "distill":
-            how = TeacherConfig(**settings.get("teacher", {}))
-            matched = settings.get("hidden")
-            self._train(TrainConfig(**settings["train"]), ("text",), lambda model: self._distillation(model, how, matched))
-            if how.kind == "resident":
-                loaded.append(Memory("loading", weights=whole + file, teacher=whole))
+            model = meta_model(self.config)
+            share = self._streamed(model) if settings.get("streamed") else 1.0
+            file = mapped * max(sizes) if settings.get("streamed") else reading(torch.float32)
+            loaded.append(Memory("loading", weights=file, teacher=int(share * 4 * sum(sizes))))
+            how = TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"})
+            self._cache(how, model, share)
         else:
-            raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
+            train, sources, method_of = self._training(kind, settings, stored)
+            keeps = train.precision == "bfloat16-master" and stored != torch.bfloat16
+            dtype = torch.float32 if keeps else weight_dtype(train.precision)
+            loaded.append(Memory("loading", weights=dtype.itemsize * sum(sizes) + reading(dtype)))
+            if settings.get("teacher", {}).get("kind", "resident") == "resident" and kind == "distill":
+                own, teacher = dtype.itemsize * sum(sizes), _teacher_dtype(train, stored)
+                file = reading(teacher)
+                loaded.append(Memory("loading", weights=own + file, teacher=teacher.itemsize * sum(sizes)))
+            self._train(train, sources, method_of)
         return loaded + [Memory(moment, **parts) for moment, parts in self.storages.peaks.items() if moment]
+
+    def _training(
+        self, kind: str, settings: dict[str, Any], stored: torch.dtype
+    ) -> tuple[TrainConfig, tuple[str, ...], Callable[[PreTrainedModel], Method]]:
+        """How a stage trains, on which sources, and its method."""
+        if kind == "relearn":
+            attack = AttackConfig(**{name: value for name, value in settings.items() if name != "rate"}, rates=[1.0])
+            return attack.training(1.0), ("text",), _pretraining
+        if kind == "pretrain":
+            return TrainConfig(**settings["train"]), ("text",), _pretraining
+        if kind == "unlearn":
+            config = unlearn_config(settings)
+            return config.train, ("forget", "retain"), lambda model: METHODS[config.method](model, config)
+        if kind == "distill":
+            how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
+            dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")
+            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched)
+        raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
 
     def _train(self, settings: TrainConfig, sources: tuple[str, ...], method_of: Callable[[PreTrainedModel], Method]) -> None:
         """Forward, backward, step and evaluation, from the second step on: the optimizer's state is there."""
@@ -204,8 +246,9 @@ class _Stage:
             storages.kind = "weights"
             method = method_of(model)
             storages.kind = "activations"
-            trained = list(model.parameters()) if method.parameters is None else method.parameters
-            steps = _Steps(storages, trained, settings, self.device)
+        trained = list(model.parameters()) if method.parameters is None else method.parameters
+        steps = _Steps(storages, trained, settings, self.device)
+        with storages:
             micro = settings.micro_batch_size or settings.batch_size
             batches = {name: self._batch(min(settings.batch_size, 2 * micro)) for name in sources}  # a third changes nothing
 
@@ -228,8 +271,12 @@ class _Stage:
             storages.moment = "evaluation"
             self._evaluate(model)
 
-    def _distillation(self, student: PreTrainedModel, how: TeacherConfig, matched: dict[str, Any] | None) -> Method:
+    def _distillation(
+        self, student: PreTrainedModel, how: TeacherConfig, dtype: torch.dtype, matched: dict[str, Any] | None
+    ) -> Method:
         model = meta_model(self.config).eval()
+        if how.kind == "resident":
+            model.to(dtype)
         share = {"resident": 1.0, "streamed": self._streamed(model)}.get(how.kind, 0.0)
         self.storages.hold(model.parameters(), "teacher", share)
         head = head_of(model)
@@ -262,9 +309,9 @@ class _Stage:
         whole = _bytes(model.parameters())
         return (whole - sum(layers) + max(layers) * (2 if self.device == "cuda" else 1)) / whole
 
-    def _cache(self, how: TeacherConfig, settings: dict[str, Any]) -> None:
-        storages, model = self.storages, meta_model(self.config).eval()
-        storages.hold(model.parameters(), "teacher", self._streamed(model) if settings.get("streamed") else 1.0)
+    def _cache(self, how: TeacherConfig, model: PreTrainedModel, share: float) -> None:
+        storages = self.storages
+        storages.hold(model.eval().parameters(), "teacher", share)
         with storages, torch.no_grad():
             storages.moment = "forward"
             inputs, _, _ = self._batch(how.batch_size or BATCH_SIZE).shifted()
@@ -280,7 +327,7 @@ class _Stage:
     @torch.no_grad()
     def _evaluate(self, model: PreTrainedModel) -> None:
         model.eval()
-        ids = torch.empty(rows_at_once(self.length), self.length, dtype=torch.int64, device="meta")
+        ids = torch.empty(self.evaluated, self.length, dtype=torch.int64, device="meta")
         if self.answers:  # at most every position is one of an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
         else:
@@ -295,7 +342,7 @@ class _Steps:
     """What :class:`undo_core.training.optimizers.Updater` holds and takes, without contents."""
 
     def __init__(self, storages: Storages, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
-        self.storages, self.parameters, self.settings = storages, parameters, settings
+        self.storages, self.parameters, self.settings, self.device = storages, parameters, settings, device
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
         self.masters: dict[int, torch.Tensor] = {}  # gradients of masters
@@ -337,7 +384,34 @@ class _Steps:
             parameter.grad = None
 
     def _temporary(self, parameter: nn.Parameter) -> int:
-        return STEP_BYTES.get(self.settings.optimizer, 0) * parameter.numel()
+        settings = self.settings
+        dtype = torch.float32 if self.mastered else parameter.dtype
+        return _update_bytes(parameter.numel(), dtype, settings.optimizer, settings.precision, self.device)
+
+
+@functools.cache
+def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str, device: str) -> int:
+    """What an optimizer's update of a tensor of ``count`` elements takes beside weight, gradient and state."""
+    if optimizer in QUANTISED:
+        if device == "cuda":  # compiled: the update stays in registers
+            return 0
+    elif precision != "bfloat16-stochastic":  # fused
+        return 0
+    target = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
+    target.grad = torch.empty_like(target)
+    storages = Storages(("optimizer",))
+    storages.kind = "optimizer"
+    updater = optimizer_of([target], TrainConfig(optimizer=optimizer, precision=precision), device)
+    for storages.moment in ("first", "second"):
+        before = storages.now["optimizer"]  # its state is there before the second
+        with storages:
+            updater.step()
+    return storages.peaks["second"]["optimizer"] - before
+
+
+def _teacher_dtype(settings: TrainConfig, stored: torch.dtype) -> torch.dtype:
+    """Of a resident teacher: a student in 16 bits learns from one in 16 bits, where its folder has it so."""
+    return torch.float32 if settings.precision == "float32" else stored
 
 
 def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) -> int:

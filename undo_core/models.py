@@ -23,6 +23,9 @@ from transformers import (
 )
 
 
+VERIFIED_ROWS = 4096  # of a head, in float64 at once
+
+
 @dataclass(frozen=True)
 class Head:
     """The vocabulary head of a causal language model: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
@@ -88,7 +91,8 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         hidden = hidden_states(model, ids).double()
     finally:
         model.train(training)
-    got = hidden @ head.weight.double().T
+    parts = head.weight.split(VERIFIED_ROWS)  # a head in float64 would be the largest tensor of a run
+    got = torch.cat([hidden @ part.double().T for part in parts], dim=-1)
     if head.bias is not None:
         got = got + head.bias.double()
     got = got * head.scale

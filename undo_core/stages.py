@@ -276,9 +276,9 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     """The stage, with the peak that ``undo plan`` would predict in its manifest beside the measured one."""
     data = work.inputs["prepared"]
     rows = load_split(data, TRAIN_SPLITS["retain"])
-    answers = load_split(data, "valid_retain").answer_mask is not None
+    scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
-    predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=answers)
+    predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored))
     return {"predicted_bytes": predict(kind, work.settings).total, **function(work)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from undo_kernels.plan import cpu_plan
+from undo_kernels.problem import Problem
 from undo_kernels.torch_ops import problem_of
 
 FUSED = "undo-fused"  # an attention kernel of transformers, for the meta device
@@ -60,27 +62,32 @@ class Storages(TorchDispatchMode):
         self._mark({**self.now, kind: self.now[kind] + int(size)})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # The host asks whether nothing is masked, whether no rows are packed, how large an error is.
             return True if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
-        output = function(*args, **(kwargs or {}))
+        if any(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for kind in types):
+            return NotImplemented  # a quantised tensor: what it is made of comes here again
+        output = _run(function, args, kwargs or {})
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._held:
                 self.hold([tensor], self.kind)
         if function is torch.ops.undo.vocab_loss.default:
             self.hold([output[-2]], "gradients")  # of the head's weight
-        if function in (torch.ops.undo.vocab_loss.default, torch.ops.undo.vocab_loss_rows.default):
-            self._workspace(args)
+            self._workspace(*problem_of(*args))
+        elif function is torch.ops.undo.vocab_loss_rows.default:
+            problem, backend = problem_of(*args)
+            self._workspace(dataclasses.replace(problem, needs=(False, False, False)), backend)
         self._mark(self.now)
         return output
 
-    def _workspace(self, args: tuple[Any, ...]) -> None:
-        problem, backend = problem_of(*args)
-        if backend == "cpu":  # the thread keeps it
+    def _workspace(self, problem: Problem, backend: str) -> None:
+        if backend == "cpu":
             from undo_kernels.cpu.losses import has_amx
 
-            size = cpu_plan(problem, problem.rows, has_amx()).workspace_bytes
-            self.now["workspace"] = max(self.now["workspace"], size)
+            plan = cpu_plan(problem, problem.rows, has_amx())
+            kept = plan.kept_bytes(problem)  # the thread keeps its largest
+            self.now["workspace"] = max(self.now["workspace"], kept)
+            self.touch("workspace", plan.workspace_bytes - kept)
         else:
             from undo_kernels.triton import costs, tuning
 
@@ -93,6 +100,49 @@ class Storages(TorchDispatchMode):
     def _free(self, key: int) -> None:
         kind, size = self._held.pop(key)
         self.now[kind] -= size
+
+
+_shapes: dict[Any, Any] = {}
+
+
+def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``function(*args, **kwargs)``; what has been computed for such shapes on the meta device is not computed again.
+
+    A model's layers are alike, and so are the models that are compared: most of the time went into finding the same shapes.
+    """
+    given: list[torch.Tensor] = []
+    key = (function, _key(args, given), _key(tuple(kwargs.items()), given))
+    schema = function._schema
+    aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    if aliases or not given or not all(tensor.is_meta for tensor in given):
+        return function(*args, **kwargs)
+    if key in _shapes:
+        leaves, spec = _shapes[key]
+        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in leaves]
+        return tree_unflatten(made, spec)
+    output = function(*args, **kwargs)
+    leaves, spec = tree_flatten(output)
+    if leaves and all(isinstance(leaf, torch.Tensor) and _fresh(leaf, given) for leaf in leaves):
+        _shapes[key] = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves], spec
+    return output
+
+
+def _key(value: Any, given: list[torch.Tensor]) -> Any:
+    """What decides the shapes of an operation's output; tensors are added to ``given``."""
+    if isinstance(value, torch.Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(part, given) for part in value)
+    return type(value), value
+
+
+def _fresh(output: torch.Tensor, given: list[torch.Tensor]) -> bool:
+    """Whether the tensor has a storage of its own, no larger than it needs."""
+    storage = output.untyped_storage()
+    least = 0 if not output.numel() else 1 + sum((n - 1) * stride for n, stride in zip(output.shape, output.stride(), strict=True))
+    alone = all(storage._cdata != tensor.untyped_storage()._cdata for tensor in given)
+    return output.is_meta and alone and storage.nbytes() == least * output.itemsize
 
 
 def fused_attention(module: torch.nn.Module, *args: Any, softcap: float | None = None, **kwargs: Any) -> Any:

@@ -92,6 +92,12 @@ class CpuPlan:
     workspace_bytes: int
     products: float
 
+    def kept_bytes(self, problem: Problem) -> int:
+        """The part of the workspace that holds the tiles of logits, which the thread keeps."""
+        sides = 2 if problem.target in DENSE else 1
+        extent = problem.student.vocabulary if self.stored else min(self.block_v, problem.student.vocabulary)
+        return 4 * sides * extent * leading(padded(min(self.rows_per_chunk, problem.rows)))
+
     def cost(self) -> float:
         """Time in units of one matrix product over every token at its best rate."""
         return self.products * (1 + _HALF_ROWS / max(self.rows_per_chunk, 1))

@@ -73,7 +73,7 @@ class Updater:
         originals = originals or [parameter.data for parameter in parameters]
         self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
         groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
-        self.parts = [_optimizer(group, config) for group in groups]
+        self.parts = [optimizer_of(group, config) for group in groups]
         self._index = 0  # of the step
         self._tied: TiedEmbedding | None = None
         self._norm: torch.Tensor | None = None  # of the last whole gradient, with step_in_backward
@@ -115,7 +115,7 @@ class Updater:
             return
         gradients = [target.grad for target in self.targets if target.grad is not None]
         if self.config.clip and gradients:
-            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # a bfloat16 norm would be 0.4 % off
+            norms = _norms(gradients)
             norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
             nn.utils.clip_grads_with_norm_(self.targets, self.config.clip, norm)
         self._update(0, range(len(self.targets)))
@@ -128,10 +128,10 @@ class Updater:
             if target.grad is None:
                 target.grad = torch.empty_like(target, pin_memory=target.is_pinned()).copy_(gradient)
             else:
-                target.grad.add_(gradient.to(target.device))
+                _add_(target.grad, gradient.to(target.device))
         if self.config.step_in_backward:
             if self.config.clip:
-                own = torch.linalg.vector_norm(target.grad, dtype=torch.float32).to(self._square.device)
+                (own,) = (value.to(self._square.device) for value in _norms([target.grad]))
                 self._square += own.square()
                 so_far = self._square.sqrt()
                 norm = so_far if self._norm is None else torch.maximum(so_far, self._norm)
@@ -199,7 +199,28 @@ def _is_remote(parameter: nn.Parameter) -> bool:
     return parameter.device.type != "cpu"
 
 
-def _optimizer(targets: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Their norms, float32: a bfloat16 norm would be 0.4 % off. On a CPU torch would convert a whole tensor first, so it gets parts."""
+    whole = [g for g in gradients if g.device.type != "cpu" or g.dtype == torch.float32]
+    found = dict(zip(map(id, whole), torch._foreach_norm(whole, 2, dtype=torch.float32) if whole else (), strict=True))
+    for gradient in gradients:
+        if id(gradient) not in found:
+            parts = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradient.reshape(-1).split(BLOCK_CPU)]
+            found[id(gradient)] = torch.linalg.vector_norm(torch.stack(parts))
+    return [found[id(gradient)] for gradient in gradients]
+
+
+def _add_(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    """``total += gradient`` of another dtype, which on a CPU torch would convert as a whole first."""
+    if total.device.type != "cpu" or total.dtype == gradient.dtype:
+        total.add_(gradient)
+        return
+    for part, more in zip(total.view(-1).split(BLOCK_CPU), gradient.reshape(-1).split(BLOCK_CPU), strict=True):
+        part.add_(more)
+
+
+def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str | None = None) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names; ``device`` is where targets on the meta device would be."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
@@ -210,7 +231,7 @@ def _optimizer(targets: list[nn.Parameter], config: TrainConfig) -> torch.optim.
     if config.optimizer in QUANTISED:
         return _torchao(config.optimizer)(targets, bf16_stochastic_round=stochastic, **settings)
     if stochastic:
-        return StochasticAdamW(targets, **settings)
+        return StochasticAdamW(targets, **settings, block=_block(device or targets[0].device.type))
     return torch.optim.AdamW(targets, fused=True, **settings)
 
 
@@ -223,7 +244,7 @@ def _torchao(name: str) -> type[torch.optim.Optimizer]:
     class Quantised(base):
         def step(self) -> None:
             # Compiling takes seconds for every shape: on a GPU it fuses the update; on a CPU it would take longer than it saves.
-            eager = all(target.device.type == "cpu" for group in self.param_groups for target in group["params"])
+            eager = not any(target.is_cuda for group in self.param_groups for target in group["params"])
             with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
                 super().step()
 
@@ -238,8 +259,16 @@ class StochasticAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        parameters: list[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        block: int | None = None,
     ):
+        self.block = block
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -255,7 +284,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 state["step"] += 1
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                size = BLOCK_CPU if parameter.device.type == "cpu" else BLOCK_GPU
+                size = self.block or _block(parameter.device.type)
                 blocks = (tensor.reshape(-1).split(size) for tensor in tensors)
                 for block in zip(*blocks, strict=True):
                     _step_block(*block, int(state["step"]), group)
@@ -272,6 +301,10 @@ def _step_block(
     w.mul_(1 - rate * group["weight_decay"]).addcdiv_(m, scale, value=-rate / (1 - beta1**step))
     for target, value in ((weight, w), (first, m), (second, v)):
         round_stochastically_(target, value)
+
+
+def _block(device: str) -> int:
+    return BLOCK_CPU if device == "cpu" else BLOCK_GPU
 
 
 def _plain(value: torch.Tensor) -> dict[str, torch.Tensor]:
