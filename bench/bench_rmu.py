@@ -1,4 +1,4 @@
-"""RMU's step, and its bare loss, beside the usual way, on this machine's CPU, in one process.
+"""RMU's step, and its bare loss, beside the usual way, on this machine's CPU, in one process; on a GPU the bare loss alone.
 
 step: forget and retain text through a 12-layer decoder, backward, AdamW. The usual way keeps two whole models, asks for every hidden
       state (and so computes every layer and the logits), and gives every parameter a gradient and two moments.
@@ -172,11 +172,11 @@ def step_errors(row: StepRow) -> dict[str, float]:
 # -- the op --------------------------------------------------------------------------------------------------------------------
 
 
-def draw(row: OpRow) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(row: OpRow, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(row.tokens, row.width, generator=generator).to(DTYPES[row.dtype]).requires_grad_()
+    hidden = torch.randn(row.tokens, row.width, generator=generator).to(device, DTYPES[row.dtype]).requires_grad_()
     shape = (row.tokens, row.width) if row.frozen else (row.width,)
-    return hidden, torch.randn(shape, generator=generator).to(DTYPES[row.dtype])
+    return hidden, torch.randn(shape, generator=generator).to(device, DTYPES[row.dtype])
 
 
 def op(name: str, row: OpRow, hidden: torch.Tensor, target: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -192,9 +192,9 @@ def op(name: str, row: OpRow, hidden: torch.Tensor, target: torch.Tensor) -> Cal
     return run
 
 
-def op_errors(name: str, row: OpRow) -> dict[str, float]:
+def op_errors(name: str, row: OpRow, device: str) -> dict[str, float]:
     """Against float64."""
-    hidden, target = draw(dataclasses.replace(row, tokens=61))
+    hidden, target = draw(dataclasses.replace(row, tokens=61), device)
     loss, gradient = op(name, row, hidden, target)()
     difference = hidden.detach().double() - COEFFICIENT * target.double()
     wanted = 2 * difference / difference.numel()
@@ -231,19 +231,24 @@ def measure(row: StepRow | OpRow, options: argparse.Namespace) -> dict[str, Any]
     load = os.getloadavg()
     records = {name: {"name": name, "samples_s": []} for name in CONTENDERS}
     for name, record in records.items():
-        if not options.no_memory:
+        if options.device == "cuda":
+            inputs = draw(row, "cuda")
+            run = op(name, row, *inputs)
+            run()
+            record["memory"] = harness.peak_extra_cuda(run, inputs[0].numel() * inputs[0].element_size())
+        elif not options.no_memory:
             request = {"kind": kind, "row": asdict(row), "contender": name}
             record["memory"] = harness.in_fresh_process(Path(__file__), request, torch.get_num_threads())
-        record["verification"] = step_errors(row) if kind == "step" else op_errors(name, row)
+        record["verification"] = step_errors(row) if kind == "step" else op_errors(name, row, options.device)
     if kind == "step":
         steps = {name: STEPS[name](row, build_model(row)) for name in CONTENDERS}
         runs = {name: (lambda step=step: step(True)) for name, step in steps.items()}
     else:
-        inputs = draw(row)
+        inputs = draw(row, options.device)
         runs = {name: op(name, row, *inputs) for name in CONTENDERS}
     for run in (*runs.values(), *runs.values()):
         run()
-    for name, taken in harness.interleave(runs, options.rounds * (1 if kind == "step" else 5), "cpu"):
+    for name, taken in harness.interleave(runs, options.rounds * (1 if kind == "step" else 5), options.device):
         records[name]["samples_s"].append(taken)
     loads = {"load_before": load, "load_after": os.getloadavg()}
     made = harness.provenance("bench/bench_rmu.py", options.given)
@@ -271,19 +276,28 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def rows_of(options: argparse.Namespace) -> list[StepRow | OpRow]:
+    """The device's rows."""
+    rows = QUICK if options.quick else ROWS
+    return [row for row in rows if options.device == "cpu" or isinstance(row, OpRow)]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(row.id for row in ROWS)}")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed rounds (default: 9, and 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results (default: bench/results/rmu-cpu/MACHINE.json; none with --quick)"
+        "--out", type=Path, metavar="FILE", help="results (default: bench/results/rmu-DEVICE/MACHINE.json; none with --quick)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    known = [row.id for row in (QUICK if options.quick else ROWS)]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got 'cuda', but torch sees no GPU here")
+    known = [row.id for row in rows_of(options)]
     for name in options.only or ():
         if name not in known:
             parser.error(f"--only: got {name!r}, wanted some of {', '.join(known)}")
@@ -304,14 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         worker(json.loads(options.worker))
         return []
     options.given = list(sys.argv[1:] if arguments is None else arguments)
-    rows = [row for row in (QUICK if options.quick else ROWS) if not options.only or row.id in options.only]
+    rows = [row for row in rows_of(options) if not options.only or row.id in options.only]
     measured = []
     for row in rows:
         measured.append(measure(row, options))
         show(measured[-1:])
     console.print("errors: of a step, between the two; of the op, against float64", style="dim")
     if options.out or not options.quick:
-        console.print(f"results: {harness.record('rmu', measured, 'cpu', options.out)}")
+        console.print(f"results: {harness.record('rmu', measured, options.device, options.out)}")
     return measured
 
 

@@ -15,13 +15,16 @@ from undo_core import ops
 NORMALIZE = ("all", "masked", "sequence")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 built = pytest.mark.skipif(cpu.losses._cpu is None, reason="no C++ compiler was here when undo-core was installed")
+interpreted = pytest.mark.skipif(
+    not triton.rmu.INTERPRETED, reason="CPU tensors; test_triton_rmu.py runs on the GPU that is here"
+)
+quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 kernels = pytest.mark.parametrize(
-    "name",
-    [pytest.param("cpu", marks=built), pytest.param("triton", marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))],
+    "name", [pytest.param("cpu", marks=built), pytest.param("triton", marks=[quiet, interpreted])]
 )
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain", "triton", "reference"])
+@pytest.fixture(params=["avx512", "avx2", "plain", pytest.param("triton", marks=interpreted), "reference"])
 def on(request, monkeypatch):
     """Each way to run the op; the C++ of each instruction set that is here."""
     if request.param in ("triton", "reference"):

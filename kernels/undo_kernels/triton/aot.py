@@ -89,10 +89,11 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
     for wide, kernel in itertools.product((False, True), tuning.KERNELS):
-        for variant in _tile_variants(target, kernel, wide, tuning.tile(target, kernel, wide), every):
-            yield variant
-            if every and not wide:
-                yield replace(variant, name=f"{variant.name} of ones", ones=True)
+        for tile in tuning.tiles(target, kernel, wide):
+            for variant in _tile_variants(target, kernel, wide, tile, every):
+                yield variant
+                if every and not wide:
+                    yield replace(variant, name=f"{variant.name} of ones", ones=True)
 
 
 def _row_variants(target: str, every: bool) -> Iterator[Variant]:

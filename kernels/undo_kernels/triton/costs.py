@@ -146,12 +146,12 @@ class Shapes:
 
     @property
     def stats_tile(self) -> tuning.Tile:
-        return tuning.tile(self.target, "cross" if self.crossed else "stats", self.wide)
+        return tuning.tile(self.target, "cross" if self.crossed else "stats", self.wide, self.width)
 
     @property
     def loss_tile(self) -> tuning.Tile:
         heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
-        return tuning.tile(self.target, "filter" if heavy else "loss", self.wide)
+        return tuning.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
 
     def copies(self, side: Projection) -> bool:
         """Whether a side's hidden states are copied before they are multiplied."""

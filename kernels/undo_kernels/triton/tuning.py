@@ -1,4 +1,4 @@
-"""Tile sizes by target, kernel and dtype: a table in code. Nothing is timed at run time, so that a run repeats bit for bit.
+"""Tile sizes by target, kernel, dtype and width: a table in code. Nothing is timed at run time, so that a run repeats bit for bit.
 
 Every entry is compiled ahead of time by tests/kernels/triton/test_aot.py, which fails on spills and on too much shared memory.
 Imports without triton.
@@ -6,9 +6,13 @@ Imports without triton.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from undo_kernels.triton.measured import MEASURED
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,30 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")  # consumer Blackwell has the shared memory of sm_86
 
 
-def tile(target: str, kernel: str, wide: bool) -> Tile:
-    """Of a matrix kernel; ``wide`` for float32 operands."""
-    return _TILES[target, kernel, wide]
+def tile(target: str, kernel: str, wide: bool, width: int) -> Tile:
+    """Of a matrix kernel; ``wide`` for float32 operands. Measured at the next larger width, or the largest, where one was."""
+    widths = sorted(key[3] for key in MEASURED if key[:3] == (target, kernel, wide))
+    if not widths:
+        return _TILES[target, kernel, wide]
+    return Tile(*MEASURED[target, kernel, wide, next((known for known in widths if known >= width), widths[-1])])
+
+
+def tiles(target: str, kernel: str, wide: bool) -> list[Tile]:
+    """Every tile that :func:`tile` may give, whatever the width."""
+    measured = [Tile(*fields) for key, fields in MEASURED.items() if key[:3] == (target, kernel, wide)]
+    return list(dict.fromkeys(measured)) or [_TILES[target, kernel, wide]]
+
+
+@contextlib.contextmanager
+def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
+    """Has :func:`tile` give this one for a while."""
+    before = dict(MEASURED)
+    MEASURED[key] = (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.stages, tile.pieces)
+    try:
+        yield
+    finally:
+        MEASURED.clear()
+        MEASURED.update(before)
 
 
 def row(target: str, vocabulary: int) -> Row:

@@ -201,5 +201,5 @@ def test_describe():
 
 def test_every_tile_of_the_table_is_a_power_of_two():
     for target, kernel, wide in itertools.product(tuning.TARGETS, tuning.KERNELS, (False, True)):
-        tile = tuning.tile(target, kernel, wide)
-        assert all(n & (n - 1) == 0 for n in (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.pieces))
+        for tile in tuning.tiles(target, kernel, wide):
+            assert all(n & (n - 1) == 0 for n in (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.pieces))

@@ -1,0 +1,97 @@
+"""The table of measured tiles in code, kernels/undo_kernels/triton/measured.py, from bench/results/tiles/*.json.
+
+Of each kernel, dtype and width the fastest candidate that compiles for its target with every option on and spills nothing; where
+several GPUs of one target were measured, the one with the least geometric mean of time over the fastest's. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import harness
+
+TABLE = harness.ROOT / "kernels" / "undo_kernels" / "triton" / "measured.py"
+RESULTS = harness.ROOT / "bench" / "results" / "tiles"
+
+Key = tuple[str, str, bool, int]
+Fields = tuple[int, ...]
+CHECK = """
+import sys, json
+from undo_kernels.triton import aot, tuning
+target, kernel, wide, *fields = json.loads(sys.argv[1])
+reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tuning.Tile(*fields), False)]
+print(json.dumps([max(r["spills"] for r in reports), max(r["shared"] for r in reports), aot.SHARED_LIMIT[target]]))
+"""
+
+
+def measured(paths: Iterable[Path]) -> dict[Key, list[dict[Fields, float]]]:
+    """Each GPU's seconds of each candidate that counted."""
+    found: dict[Key, list[dict[Fields, float]]] = {}
+    for path in paths:
+        for row in json.loads(path.read_text())["rows"]:
+            result = row.get("result") or {}
+            seconds = {tuple(tried["tile"]): tried["seconds"] for tried in result.get("tried", ()) if "seconds" in tried}
+            if seconds:
+                key = (result["target"], result["kernel"], result["wide"], result["width"])
+                found.setdefault(key, []).append(seconds)
+    return found
+
+
+def ranked(gpus: list[dict[Fields, float]]) -> Iterator[Fields]:
+    """Candidates that every GPU timed, fastest first."""
+    common = set.intersection(*(set(seconds) for seconds in gpus))
+    cost = {tile: sum(math.log(seconds[tile] / min(seconds.values())) for seconds in gpus) for tile in common}
+    yield from sorted(common, key=lambda tile: (cost[tile], tile))
+
+
+def compiles(key: Key, tile: Fields) -> bool:
+    """Whether the kernel's heaviest forms compile for the target without a spill; in a process where nothing is interpreted."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", CHECK, json.dumps([*key[:3], *tile])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return False
+    spills, shared, limit = json.loads(done.stdout.splitlines()[-1])
+    return spills == 0 and shared <= limit
+
+
+def table(found: dict[Key, list[dict[Fields, float]]], usable: Callable[[Key, Fields], bool] = compiles) -> dict[Key, Fields]:
+    """The winners; nothing for a key that has none."""
+    winners = {key: next((tile for tile in ranked(found[key]) if usable(key, tile)), None) for key in sorted(found)}
+    return {key: tile for key, tile in winners.items() if tile is not None}
+
+
+def source(winners: dict[Key, Fields]) -> str:
+    """measured.py's text."""
+    head = TABLE.read_text().split("MEASURED:")[0]
+    declared = "MEASURED: dict[tuple[str, str, bool, int], tuple[int, int, int, int, int, int]] = {"
+    lines = [
+        f'    ("{target}", "{kernel}", {wide}, {width}): {tile},' for (target, kernel, wide, width), tile in winners.items()
+    ]
+    return head + declared + ("\n" + "\n".join(lines) + "\n" if lines else "") + "}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where table and results differ")
+    options = parser.parse_args(arguments)
+    wanted = source(table(measured(sorted(RESULTS.glob("*.json")))))
+    same = TABLE.read_text() == wanted
+    if options.check:
+        if not same:
+            print(f"{TABLE.name}: differs from {RESULTS}; python bench/tiles.py rewrites it")
+        return int(not same)
+    if not same:
+        TABLE.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
