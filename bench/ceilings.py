@@ -20,7 +20,7 @@ MODES = ("forward", "both")
 
 def measure(device: str, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
     """FLOP/s of a square product and bytes/s of a copy (read and written), each at its best of a few interleaved rounds."""
-    side, size = (128, 1 << 16) if quick else (SIDES[device], COPIED[device])
+    side, size = (512, 1 << 22) if quick else (SIDES[device], COPIED[device])
     a, b, c = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(3))
     source, target = (torch.ones(size // 4, dtype=torch.float32, device=device) for _ in range(2))
     steps = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}

@@ -3,8 +3,7 @@
 Four kinds of numbers, from the least noisy one on:
 
 plan          workspace, products and traffic that the plans of full-size problems ask for, on CPU and GPU. Exact anywhere.
-calls         products, their FLOPs, allocations and bytes of one step, counted by torch's profiler. Exact on any machine whose plan
-              is the same.
+calls         products, their FLOPs, allocations and bytes of one float32 step, counted by torch's profiler. Exact.
 instructions  that the C++ kernels execute for each element, AVX2, counted by valgrind --tool=callgrind. Other programs do not
               change them, another compiler does: compared where the compiler is the baseline's.
 ratio         time of a step over that of its bare products, the smallest of interleaved rounds each. Compared on the machine that
@@ -26,18 +25,22 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import harness
 import peers
 import peers_cross_entropy
 import torch
+import undo_kernels
 from callgrind_worker import KERNELS
+from contenders import used_backend
 from problems import DTYPES, Row, draw
 from torch.profiler import ProfilerActivity, profile
-
-from undo_core import ops
+from undo_kernels import plan as plans
+from undo_kernels.problem import Problem
+from undo_kernels.projection import Projection
+from undo_kernels.triton import costs
 
 BASELINE = harness.ROOT / "bench" / "baseline.json"
 TOLERANCE = {"plan": 0.0, "calls": 0.0, "instructions": 0.02, "ratio": 0.25}
@@ -54,12 +57,12 @@ RATIOS = {
 }
 ROUNDS, TRIES = 7, 3
 PLANS = [
-    (op, device, dtype, rows, vocabulary, width)
-    for op in ("linear_kl_div", "linear_cross_entropy")
-    for device, rows in (("cpu", 1024), ("cuda", 8192))
+    (target, backend, dtype, rows, vocabulary, width)
+    for target in ("forward", "own")
+    for backend, rows in (("cpu", 1024), ("cpu with AMX", 1024), ("triton", 8192))
     for dtype in ("float32", "bfloat16")
     for vocabulary, width in ((32000, 320), (256000, 320), (256000, 2304), (128256, 4096))
-    if (device, dtype) != ("cpu", "bfloat16")  # whose plan follows the processor: with AMX or without
+    if (backend, dtype) != ("cpu with AMX", "float32")
 ]
 
 Numbers = dict[str, float]
@@ -69,16 +72,25 @@ Numbers = dict[str, float]
 
 
 def plan() -> Numbers:
-    """Of full-size problems, forward and backward."""
+    """Of full-size problems on the meta device, forward and backward: with a teacher (forward) and with labels (own)."""
     found: Numbers = {}
-    for op, device, dtype, rows, vocabulary, width in PLANS:
-        shapes = {"hidden": (rows, width), "weight": (vocabulary, width), "labels": (rows,)}
-        if op == "linear_kl_div":
-            sides = ("student", "teacher")
-            shapes = {f"{side}_{part}": shapes[part] for side in sides for part in ("hidden", "weight")}
-        made = ops.explain(op, shapes, DTYPES[dtype], device)
-        name = f"{op} {device} {dtype} {rows}x{vocabulary}x{width}"
-        found |= {f"{name}: {key}": getattr(made, key) for key in ("workspace_bytes", "flops", "traffic_bytes")}
+    for target, backend, dtype, rows, vocabulary, width in PLANS:
+        row = torch.empty(rows, device="meta")
+        sides = [
+            Projection(*(torch.empty(size, width, dtype=DTYPES[dtype], device="meta") for size in (rows, vocabulary)))
+            for _ in range(2)
+        ]
+        teacher = sides[1] if target == "forward" else None
+        label = None if teacher else row
+        problem = Problem(sides[0], target, row, label_factor=label, teacher=teacher, needs=(True, True, False))
+        name = f"{target}, {backend}, {dtype}, {rows} × {vocabulary} × {width}"
+        if backend == "triton":
+            made = costs.gpu_plan(problem, "sm_90")
+            found |= {f"{name}: FLOPs": made.flops, f"{name}: bytes moved": made.traffic_bytes}
+        else:
+            made = plans.cpu_plan(problem, rows, amx="AMX" in backend)
+            found[f"{name}: products"] = made.products
+        found[f"{name}: workspace bytes"] = made.workspace_bytes
     return found
 
 
@@ -88,9 +100,7 @@ def calls() -> Numbers:
     for name, (suite, row) in STEPS.items():
         workspace = SMALL_WORKSPACE if "workspace" in name else None
         inputs = draw(row, "cpu", suite == "kl")
-        step = SUITES[suite]["undo-core"].step(
-            inputs if workspace is None else type(inputs)(**vars(inputs) | {"workspace_bytes": workspace})
-        )
+        step = SUITES[suite]["undo-core"].step(replace(inputs, workspace_bytes=workspace))
         step()
         with profile(activities=[ProfilerActivity.CPU], with_flops=True, profile_memory=True) as profiler:
             outputs = step()
@@ -110,8 +120,6 @@ def calls() -> Numbers:
 
 def instructions() -> tuple[Numbers, str | None]:
     """For each element, by kernel; and the compiler, or None with no numbers where there is no valgrind."""
-    import undo_kernels
-
     valgrind, library = shutil.which("valgrind"), getattr(undo_kernels.cpu.losses, "_cpu", None)
     if valgrind is None or library is None:
         return {}, None
@@ -177,17 +185,22 @@ def ratio() -> Numbers:
 # -- comparing -----------------------------------------------------------------------------------------------------------------
 
 
+def shown(value: float) -> str:
+    """For people: counts whole, others to four digits."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
 def worse(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float]) -> list[str]:
     """One line for each number above its tolerance, and for each that is gone."""
     lines = []
     for name, before in wanted.items():
         now = measured.get(name)
         if now is None:
-            lines.append(f"{kind}: {name} is no longer measured; the baseline has {before:,.6g}")
+            lines.append(f"{kind}: {name} is no longer measured; the baseline has {shown(before)}")
         elif now > before * (1 + TOLERANCE[kind]):
             change = f"+{(now / before - 1) * 100:.1f} %" if before else "from nothing"
             lines.append(
-                f"{kind}: {name} got worse: {before:,.6g} -> {now:,.6g} ({change}, tolerated {TOLERANCE[kind] * 100:g} %)"
+                f"{kind}: {name} got worse: {shown(before)} -> {shown(now)} ({change}, tolerated {TOLERANCE[kind] * 100:g} %)"
             )
     return lines
 
@@ -198,9 +211,9 @@ def better(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float]
     for name, now in measured.items():
         before = wanted.get(name)
         if before is None:
-            lines.append(f"{kind}: {name} is new: {now:,.6g}")
+            lines.append(f"{kind}: {name} is new: {shown(now)}")
         elif now < before * (1 - TOLERANCE[kind]):
-            lines.append(f"{kind}: {name} got better: {before:,.6g} -> {now:,.6g}")
+            lines.append(f"{kind}: {name} got better: {shown(before)} -> {shown(now)}")
     return lines
 
 
@@ -230,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if kind == "plan":
             measured = plan()
         elif kind == "calls":
-            measured = calls()
+            measured, key = calls(), f"backend {used_backend('cpu', torch.float32)}"
         elif kind == "instructions":
             measured, key = instructions()
             if key is None:

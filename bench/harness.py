@@ -78,11 +78,16 @@ def interleave(
     With ``least``, no further round begins after that many once ``seconds`` have passed.
     """
     measure, began = stopwatch(device), time.monotonic()
-    for done in range(rounds):
-        if least is not None and done >= least and time.monotonic() - began > seconds:
-            return
-        for name, step in steps.items():
-            yield name, measure(step)
+    gc.collect()
+    gc.freeze()  # collecting before each sample is then cheap
+    try:
+        for done in range(rounds):
+            if least is not None and done >= least and time.monotonic() - began > seconds:
+                return
+            for name, step in steps.items():
+                yield name, measure(step)
+    finally:
+        gc.unfreeze()
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------
@@ -244,6 +249,13 @@ def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None
 # -- what the samples say ------------------------------------------------------------------------------------------------------
 
 
+def summary_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows with a peer in them; of a file that has default rows, those and the ones on captured activations."""
+    own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
+    rows = [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
+    return [row for row in rows if row.get("group") == "default" or "kl" in row] or rows
+
+
 SAMPLES = {"both": "samples_s", "forward": "forward_s"}  # seconds of every round: forward and backward, forward alone
 
 
@@ -279,6 +291,11 @@ def megabytes(count: float | None) -> str:
     if count >= 0.9995e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 9.95e6 else f"{count / 1e6:.1f} MB"
+
+
+def short(number: int) -> str:
+    """A count for people: thousands as k where nothing is lost."""
+    return f"{number // 1000}k" if number % 1000 == 0 else f"{number:,}"
 
 
 def seconds(value: float | None) -> str:

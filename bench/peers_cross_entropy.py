@@ -80,7 +80,13 @@ CONTENDERS = {
         Contender("undo-reference", "undo-core, reference", functools.partial(_undo, backend="reference")),
         Contender("plain", "plain torch", _plain, differs=_ROUNDED),
         Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
-        Contender("torch-chunked", "torch linear_cross_entropy", _torch_chunked, softcap=False, differs=_ROUNDED),
+        Contender(
+            "torch-chunked",
+            "torch linear_cross_entropy",
+            _torch_chunked,
+            softcap=False,
+            differs="rounds logits to 16 bits and adds the loss up in 16 bits",
+        ),
         Contender("liger", "Liger fused", _liger, package="liger-kernel", module=_LIGER, gpu_only=True),
         Contender("trl", "TRL chunked log-probs", _trl, package="trl", module=_TRL, differs=_ROUNDED),
         Contender(

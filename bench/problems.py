@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest relative errors (loss, gradients) of "same"; beyond the second pair a contender computes something else.
-TOLERANCE = {"float32": ((1e-5, 1e-4), (1e-4, 1e-3)), "bfloat16": ((1e-3, 1e-2), (2e-2, 2e-1))}
+TOLERANCE = {"float32": ((1e-5, 1e-4), (1e-4, 1e-3)), "bfloat16": ((1e-3, 1e-2), (5e-2, 2e-1))}
 
 Outputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 DEFAULT, ALL = "default", "all"  # groups of rows: measured without further words, and with --all

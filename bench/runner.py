@@ -42,7 +42,8 @@ def show(row: dict[str, Any]) -> None:
         ("both", "memory", "forward and backward"),
         ("forward", "forward_memory", "forward alone"),
     ):
-        table = Table(title=f"{row['id']}: {size}; {words}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        console.print(f"{row['id']}: {size}; {words}", style="bold")
+        table = Table(box=None, pad_edge=False)
         table.add_column("contender", no_wrap=True)
         headings = ["time", "× undo-core", "× products", "floor", "memory", *(["error"] if mode == "both" else [])]
         for heading in headings:
