@@ -1,4 +1,4 @@
-# make demo | test | test-aot | bench | lint | clean ; `make help` lists them.
+# make demo | test | test-aot | bench | bench-all | bench-check | lint | clean ; `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -30,13 +30,30 @@ test: $(INSTALLED)  ## all tests
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
 
-bench: $(INSTALLED)  ## losses, noise, RMU and a whole step beside what one would use instead; results in bench/results
+BENCH_INSTALLED := $(VENV)/.installed-bench
+$(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(BENCH_INSTALLED)  ## losses, noise and RMU beside what one would use instead, about five minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
-	$(BIN)/python bench/plot.py
+	$(BIN)/python bench/bench_cross_entropy.py
 	$(BIN)/python bench/bench_noise.py
+	$(BIN)/python bench/bench_rmu.py --rounds 5
+	$(BIN)/python bench/plot.py
+
+bench-all: $(BENCH_INSTALLED)  ## every row, activations of trained models, and a whole training step; long, for a machine with memory
+	$(BIN)/python bench/bench_kl.py --all
+	$(BIN)/python bench/bench_kl.py --activations
+	$(BIN)/python bench/bench_cross_entropy.py --all
+	$(BIN)/python bench/bench_cross_entropy.py --activations
+	$(BIN)/python bench/bench_noise.py --rounds 15
 	$(BIN)/python bench/bench_rmu.py
 	$(BIN)/python bench/bench_step.py
+	$(BIN)/python bench/plot.py
+
+bench-check: $(INSTALLED)  ## fails if the kernels need more work, memory or time than bench/baseline.json says
+	$(BIN)/python bench/gate.py
 
 lint: $(INSTALLED)  ## format and lint
 	$(BIN)/python -m pip install --quiet ruff
@@ -46,4 +63,4 @@ lint: $(INSTALLED)  ## format and lint
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-aot bench lint clean
+.PHONY: help install demo test test-aot bench bench-all bench-check lint clean

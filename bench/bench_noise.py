@@ -137,14 +137,39 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+# -- for pytest bench --benchmark-only -----------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    cases = [(row, d, quick, name) for d in devices for quick in (False, True) for row in ROWS for name in CONTENDERS]
+    names = [f"noise-{device}-{'quick-' * quick}{row.id}-{name}" for row, device, quick, name in cases]
+    metafunc.parametrize(("row", "device", "quick", "contender"), cases, ids=names)
+
+
+def test_noise(benchmark: Any, row: Row, device: str, quick: bool, contender: str) -> None:
+    step = CONTENDERS[contender](draw(row, device, quick), row)
+
+    def run() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"noise {'quick-' * quick}{row.id}"
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[row.id for row in ROWS], metavar="ROW", help="some of %(choices)s")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timed rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model; its numbers mean nothing")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results (default: bench/results/noise-DEVICE/MACHINE.json; none with --quick)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="results (default: bench/results/noise-DEVICE/MACHINE-VERSION.json; none with --quick)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -6,7 +6,7 @@ op:   loss and gradient of [tokens, width] activations: ops.rmu_loss beside mse_
 
 Loss and gradients are compared before anything is timed: the step's with the usual way's, the op's with float64. Memory is the peak
 of a process of its own beyond what it had before it built its models (step) or beyond inputs and gradient (op); time is
-interleaved, see harness.py. Prints a table; results go to bench/results/rmu-cpu/MACHINE.json.
+interleaved, see harness.py. Prints a table; results go to bench/results/rmu-cpu/MACHINE-VERSION.json.
 """
 
 from __future__ import annotations
@@ -282,6 +282,20 @@ def rows_of(options: argparse.Namespace) -> list[StepRow | OpRow]:
     return [row for row in rows if options.device == "cpu" or isinstance(row, OpRow)]
 
 
+# -- for pytest bench --benchmark-only -----------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    cases = [(row, name) for row in (*ROWS, *QUICK) for name in CONTENDERS]
+    metafunc.parametrize(("row", "contender"), cases, ids=[f"rmu-cpu-{row.id}-{name}" for row, name in cases])
+
+
+def test_rmu(benchmark: Any, row: StepRow | OpRow, contender: str) -> None:
+    step = STEPS[contender](row, build_model(row)) if isinstance(row, StepRow) else op(contender, row, *draw(row))
+    benchmark.group = f"rmu {row.id}"
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
@@ -290,7 +304,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results (default: bench/results/rmu-DEVICE/MACHINE.json; none with --quick)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="results (default: bench/results/rmu-DEVICE/MACHINE-VERSION.json; none with --quick)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -6,7 +6,7 @@ steps less what was resident when its models were loaded. The student is the tea
 rows are random tokens, the same for all; the loss is the mean over the steps.
 
 The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
-results go to bench/results/step-cpu/MACHINE.json.
+results go to bench/results/step-cpu/MACHINE-VERSION.json.
 """
 
 from __future__ import annotations
@@ -257,7 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; nothing is recorded")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results (default: bench/results/step-cpu/MACHINE.json; none with --quick)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="results (default: bench/results/step-cpu/MACHINE-VERSION.json; none with --quick)",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

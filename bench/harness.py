@@ -32,9 +32,11 @@ from typing import Any
 
 import torch
 
+from undo_core.version import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-PACKAGES = ("undo-core", "torch", "triton", "liger-kernel", "trl", "transformers", "numpy")
+PACKAGES = ("undo-core", "torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers", "numpy")
 
 Step = Callable[[], Any]
 
@@ -68,12 +70,24 @@ def _seconds_cuda(step: Step) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def interleave(steps: Mapping[str, Step], rounds: int, device: str) -> Iterator[tuple[str, float]]:
-    """Samples ``(name, seconds)``, every name once a round."""
-    measure = stopwatch(device)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            yield name, measure(step)
+def interleave(
+    steps: Mapping[Any, Step], rounds: int, device: str, least: int | None = None, seconds: float = 0.0
+) -> Iterator[tuple[Any, float]]:
+    """Samples ``(name, seconds)``, every name once a round.
+
+    With ``least``, no further round begins after that many once ``seconds`` have passed.
+    """
+    measure, began = stopwatch(device), time.monotonic()
+    gc.collect()
+    gc.freeze()  # collecting before each sample is then cheap
+    try:
+        for done in range(rounds):
+            if least is not None and done >= least and time.monotonic() - began > seconds:
+                return
+            for name, step in steps.items():
+                yield name, measure(step)
+    finally:
+        gc.unfreeze()
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------
@@ -218,10 +232,16 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def results_path(suite: str, device: str, quick: bool = False) -> Path:
+    """``bench/results/SUITE-DEVICE/MACHINE-VERSION.json``: one file per machine and version; a quick run's is in ``runs/bench``."""
+    folder = ROOT / ("runs/bench" if quick else "bench/results") / (f"{suite}-{device}" + ("-quick" if quick else ""))
+    return folder / f"{machine(device)['name']}-{__version__}.json"
+
+
 def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None) -> Path:
-    """Write a whole suite's rows to ``out``, by default ``bench/results/SUITE-DEVICE/MACHINE.json``; returns where."""
+    """Write a whole suite's rows to ``out``, by default to :func:`results_path`; returns where."""
     facts = machine(device)
-    path = out or ROOT / "bench" / "results" / f"{suite}-{device}" / f"{facts['name']}.json"
+    path = out or results_path(suite, device)
     write_json(path, {"format": 1, "suite": f"{suite}-{device}", "machine": facts, "rows": rows})
     return path
 
@@ -229,18 +249,28 @@ def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None
 # -- what the samples say ------------------------------------------------------------------------------------------------------
 
 
-def median(record: Mapping[str, Any]) -> float | None:
+def summary_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows with a peer in them; of a file that has default rows, those and the ones on captured activations."""
+    own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
+    rows = [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
+    return [row for row in rows if row.get("group") == "default" or "kl" in row] or rows
+
+
+SAMPLES = {"both": "samples_s", "forward": "forward_s"}  # seconds of every round: forward and backward, forward alone
+
+
+def median(record: Mapping[str, Any], mode: str = "both") -> float | None:
     """Median seconds of a contender's record; None where it was not timed."""
-    samples = record.get("samples_s")
+    samples = record.get(SAMPLES[mode])
     return statistics.median(samples) if samples else None
 
 
-def ratio(record: Mapping[str, Any], to: Mapping[str, Any] | None) -> float | None:
+def ratio(record: Mapping[str, Any], to: Mapping[str, Any] | None, mode: str = "both") -> float | None:
     """Median over rounds of the time of ``record`` over the time of ``to`` in the same round."""
-    if to is None or not record.get("samples_s") or not to.get("samples_s"):
+    own, others = record.get(SAMPLES[mode]), (to or {}).get(SAMPLES[mode])
+    if not own or not others:
         return None
-    pairs = zip(record["samples_s"], to["samples_s"], strict=True)
-    return statistics.median(one / other for one, other in pairs)
+    return statistics.median(one / other for one, other in zip(own, others, strict=True))
 
 
 def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -249,8 +279,8 @@ def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 
 def gradient_error(record: Mapping[str, Any]) -> float | None:
-    """The larger of a contender's two gradient errors on the small problem."""
-    checked = record.get("verification")
+    """The larger of a contender's two gradient errors: on the captured problem where there is one, else on the small one."""
+    checked = record.get("captured") or record.get("verification")
     return max(checked["d_hidden"], checked["d_weight"]) if checked else None
 
 
@@ -263,9 +293,19 @@ def megabytes(count: float | None) -> str:
     return f"{count / 1e6:.0f} MB" if count >= 9.95e6 else f"{count / 1e6:.1f} MB"
 
 
+def short(number: int) -> str:
+    """A count for people: thousands as k where nothing is lost."""
+    return f"{number // 1000}k" if number % 1000 == 0 else f"{number:,}"
+
+
 def seconds(value: float | None) -> str:
     """Seconds for people: three digits."""
     return "–" if value is None else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def share(value: float | None) -> str:
+    """A fraction for people."""
+    return "–" if value is None else f"{value * 100:.0f} %"
 
 
 def times(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of the recorded benchmarks: time and memory of every contender, and gradient error against KL."""
+"""The pictures of the recorded benchmarks: time, memory, both against each size, a roofline, and gradient error against KL."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ceilings
 import harness
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,10 +29,27 @@ COLOURS = {
     "compile": "#9a9a9a",
     "liger-chunked": "#D55E00",
     "liger-triton": "#D55E00",
+    "liger-kl": "#E69F00",
+    "liger": "#D55E00",
+    "torch-chunked": "#CC79A7",
     "trl": "#009E73",
+    "cce": "#E69F00",
     "products": "#d0d0d0",
 }
-MARKERS = {"undo-core": "o", "plain": "s", "compile": "x", "liger-chunked": "D", "liger-triton": "D", "trl": "^"}
+MARKERS = {
+    "undo-core": "o",
+    "plain": "s",
+    "compile": "x",
+    "liger-chunked": "D",
+    "liger-triton": "D",
+    "liger": "D",
+    "liger-kl": "v",
+    "torch-chunked": "P",
+    "trl": "^",
+    "cce": "v",
+    "products": "_",
+}
+SIZES = {"tokens": "tokens", "width": "width", "vocabulary": "vocabulary"}
 
 
 def time(results: dict[str, Any]) -> Figure | None:
@@ -44,7 +62,7 @@ def time(results: dict[str, Any]) -> Figure | None:
         results,
         value,
         lambda ratio: f"{ratio:.2f}×",
-        "time over that of the four bare matrix products (dashed); tokens × vocabulary × width",
+        "time over that of the bare matrix products (dashed); tokens × vocabulary × width",
     )
     for axes in figure.axes if figure else ():
         axes.axvline(1, color="#222222", linewidth=1, linestyle=(0, (3, 2)), zorder=2.5)
@@ -100,6 +118,106 @@ def error(results: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def scaling(results: dict[str, Any]) -> Figure | None:
+    """Time and peak memory against one size at a time, where three rows or more differ in that size alone."""
+    sweeps = {size: rows for size in SIZES if len(rows := _sweep(results, size)) >= 3}
+    if not sweeps:
+        return None
+    figure = Figure(figsize=(3.4 * len(sweeps) + 0.6, 5.6), layout="constrained")
+    grid = figure.subplots(2, len(sweeps), squeeze=False, sharey="row")
+    for column, (size, rows) in enumerate(sweeps.items()):
+        fixed = [f"{name} {rows[0][name]:,}" for name in SIZES if name != size]
+        grid[0][column].set_title(", ".join([*fixed, rows[0]["dtype"]]), loc="left", fontsize=9.5)
+        for axes, value in ((grid[0][column], _milliseconds), (grid[1][column], _extra)):
+            for name in dict.fromkeys(record["name"] for row in rows for record in row["contenders"]):
+                records = [harness.contender(row, name) for row in rows]
+                points = [
+                    (row[size], found) for row, r in zip(rows, records, strict=True) if r and (found := value(r)) is not None
+                ]
+                if points and not (name == "products" and value is _extra):
+                    label = next(r["label"] for r in records if r)
+                    own = name == "undo-core"
+                    axes.plot(
+                        *zip(*points, strict=True), color=COLOURS[name], marker=MARKERS.get(name, "o"), markersize=5, label=label,
+                        linewidth=2.6 if own else 1.5, zorder=4 if own else 3,
+                    )  # fmt: skip
+            axes.set(xscale="log", yscale="log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks([row[size] for row in rows], [harness.short(row[size]) for row in rows])
+        grid[1][column].set_xlabel(size)
+    grid[0][0].set_ylabel("forward and backward, ms")
+    grid[1][0].set_ylabel("extra memory, MB")
+    for axes in grid[:, 0]:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    figure.get_layout_engine().set(w_pad=0.1)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9.5)
+    return figure
+
+
+def _sweep(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
+    """The largest set of rows that differ in ``size`` alone, sorted by it."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if "kl" not in row:
+            fixed = tuple(row[name] for name in SIZES if name != size)
+            groups.setdefault((*fixed, row["dtype"], row["softcap"]), {})[row[size]] = row
+    rows = max(groups.values(), key=len, default={})
+    return [rows[value] for value in sorted(rows)]
+
+
+def _milliseconds(record: dict[str, Any]) -> float | None:
+    taken = harness.median(record)
+    return None if taken is None else taken * 1e3
+
+
+def _extra(record: dict[str, Any]) -> float | None:
+    extra = record.get("memory", {}).get("extra_bytes")
+    return extra / 1e6 if extra else None
+
+
+def roofline(results: dict[str, Any]) -> Figure | None:
+    """Owed FLOPs over time, against owed FLOPs over owed bytes, under the ceilings of the same runs; a panel for each dtype."""
+    measured = [row for row in results["rows"] if "ceilings" in row]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in measured))
+    if not measured:
+        return None
+    figure = Figure(figsize=(4.8 * len(dtypes) + 0.4, 4.6), layout="constrained")
+    shown: dict[str, Any] = {}
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0], dtypes, strict=True):
+        rows = [row for row in measured if row["dtype"] == dtype]
+        rate, bandwidth = (max(row["ceilings"][key] for row in rows) for key in ("flops", "bytes_per_s"))
+        spots = [ceilings.intensity(row) for row in rows]
+        ridge = rate / bandwidth
+        xs = [min(*spots, ridge) / 3, ridge, max(*spots, ridge) * 3]
+        axes.plot(xs, [min(rate, bandwidth * x) / 1e9 for x in xs], color="#222222", linewidth=1.5, zorder=2)
+        axes.annotate(
+            f"products: {rate / 1e9:,.0f} GFLOP/s", (xs[-1], rate / 1e9), xytext=(-2, 4), textcoords="offset points", ha="right",
+            fontsize=9, color="#444444",
+        )  # fmt: skip
+        axes.annotate(
+            f"copy: {bandwidth / 1e9:,.0f} GB/s", (xs[0], bandwidth * xs[0] / 1e9), xytext=(8, 0), textcoords="offset points",
+            va="center", fontsize=9, color="#444444",
+        )  # fmt: skip
+        for row in rows:
+            for record in row["contenders"]:
+                value, name = ceilings.achieved(row, record), record["name"]
+                if value is not None and name not in ("undo-core-workspace", "undo-reference"):
+                    own, label = name == "undo-core", record["label"]
+                    shown[label] = axes.scatter(
+                        ceilings.intensity(row), value / 1e9, color=COLOURS[name], marker=MARKERS.get(name, "o"),
+                        s=46 if own else 30, zorder=4 if own else 3,
+                    )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="owed FLOP for each owed byte")
+        axes.set_title(dtype, loc="left")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    figure.axes[0].set_ylabel("owed GFLOP/s, forward and backward")
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(4 * len(dtypes), 5), frameon=False, fontsize=9.5)
+    return figure
+
+
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Names beside the right ends of lines on a logarithmic axis, moved apart where they would touch."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
@@ -123,7 +241,9 @@ def _bars(
     label: str,
 ) -> Figure | None:
     rows = [
-        row for row in results["rows"] if any(value(row, r) is not None and r["name"] == "plain" for r in row["contenders"])
+        row
+        for row in harness.summary_rows(results)
+        if any(value(row, r) is not None and r["name"] == "plain" for r in row["contenders"])
     ]
     if not rows:
         return None
@@ -167,12 +287,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python bench/plot.py bench/results/kl-cpu/MACHINE.json     writes docs/results/kl-cpu/{time,memory,error}.png",
+        epilog="example:\n  python bench/plot.py bench/results/kl-cpu/MACHINE-VERSION.json     writes docs/results/kl-cpu/*.png",
     )
-    parser.add_argument("results", type=Path, nargs="*", help="JSON files of bench_kl.py (default: all in bench/results/kl-*)")
+    parser.add_argument(
+        "results", type=Path, nargs="*", help="JSON files (default: all of bench_kl.py and bench_cross_entropy.py)"
+    )
     parser.add_argument("--out", type=Path, help="folder (default: docs/results/SUITE)")
     options = parser.parse_args(arguments)
-    paths = options.results or sorted((harness.ROOT / "bench/results").glob("kl-*/*.json"))
+    recorded = harness.ROOT / "bench/results"
+    paths = options.results or sorted([*recorded.glob("kl-*/*.json"), *recorded.glob("cross-entropy-*/*.json")])
     if not paths:
         parser.error("no results: run python bench/bench_kl.py first")
     for path in paths:
@@ -180,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.out or harness.ROOT / "docs/results" / results["suite"]
         folder.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE):
-            for draw in (time, memory, error):
+            for draw in (time, memory, scaling, roofline, error):
                 figure = draw(results)
                 if figure is not None:
                     target = folder / f"{draw.__name__}.png"

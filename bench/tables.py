@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ceilings
 import harness
 from summaries import SUMMARIES, markdown
 
@@ -35,46 +36,50 @@ def render(results: dict[str, Any], source: str, full: bool) -> str:
     return "\n\n".join([*parts, _footer(results, source)]) + "\n"
 
 
-def _count(number: int) -> str:
-    return f"{number // 1000}k" if number % 1000 == 0 else f"{number:,}"
-
-
 def _problem(row: dict[str, Any]) -> str:
     softcap = "" if row["softcap"] is None else f", softcap {row['softcap']:g}"
-    return f"{row['tokens']:,} × {_count(row['vocabulary'])} × {row['width']}, {row['dtype']}{softcap}"
-
-
-def _rows_of_summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows with a peer in them."""
-    own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
-    return [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
+    about = ", ".join(filter(None, ["trained" if "kl" in row else "", row.get("model", "")]))
+    model = f" ({about})" if about else ""
+    return f"{row['tokens']:,} × {harness.short(row['vocabulary'])} × {row['width']}, {row['dtype']}{softcap}{model}"
 
 
 def _summary(results: dict[str, Any]) -> str:
-    rows = _rows_of_summary(results)
+    rows = harness.summary_rows(results)
     longest_first = sorted(rows, key=lambda row: -len(row["contenders"]))  # it has the order of them all
     names = dict.fromkeys(record["name"] for row in longest_first for record in row["contenders"])
     section = results.get("error_versus_kl") or {"curves": []}
     curves = {curve["name"]: curve for curve in section["curves"] if curve["dtype"] == "bfloat16" and curve["points"]}
     header = ["tokens × vocabulary × width", *(_problem(row) for row in rows)]
-    header += [f"dH error, bfloat16, KL {SHOWN_KL:g}"] if curves else []
+    header += [f"dH error, bfloat16, KL {SHOWN_KL:g}" if curves else "gradient error"]
     lines = []
     for name in names:
         records = [harness.contender(row, name) for row in rows]
         label = next(record["label"] for record in records if record)
         cells = [_cell(row, record) for row, record in zip(rows, records, strict=True)]
-        error = [_error_at(curves.get(name), SHOWN_KL)] if curves else []
-        lines.append([f"**{label}**" if name == "undo-core" else label, *cells, *error])
+        error = _error_at(curves.get(name), SHOWN_KL) if curves else _worst_error(records)
+        lines.append([f"**{label}**" if name == "undo-core" else label, *cells, error])
     said = (
         "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and gradients. "
-        "*Four bare products*: the matrix products that every method owes, alone."
+        "*Bare products*: the matrix products that every method owes, alone."
     )
+    if any("ceilings" in row for row in rows):
+        said += (
+            " The share before the memory: the least time that the owed products or bytes take at the rates measured in the same run, "
+            "over the contender's."
+        )
+    if any("kl" in row for row in rows):
+        said += " On the hidden states of trained models: last, the larger error of the two gradients on them."
     return f"{markdown(header, lines)}\n\n{said}"
 
 
 def _error_at(curve: dict[str, Any] | None, target: float) -> str:
     points = [point for point in curve["points"] if point["target_kl"] == target] if curve else []
     return harness.percent(max(run["d_hidden"] for run in points[0]["seeds"])) if points else "–"
+
+
+def _worst_error(records: Sequence[dict[str, Any] | None]) -> str:
+    found = [harness.gradient_error(record) for record in records if record]
+    return harness.percent(max((error for error in found if error is not None), default=None))
 
 
 def _cell(row: dict[str, Any], record: dict[str, Any] | None) -> str:
@@ -85,9 +90,13 @@ def _cell(row: dict[str, Any], record: dict[str, Any] | None) -> str:
     undo = harness.contender(row, "undo-core")
     ratio = harness.ratio(record, undo)
     time = harness.seconds(harness.median(record))
-    shown = time if ratio is None or record is undo else harness.times(ratio)
+    shown = [time if ratio is None or record is undo else harness.times(ratio)]
+    floor = ceilings.of_floor(row, record)
+    shown += [] if floor is None else [harness.share(floor)]
     extra = record.get("memory", {}).get("extra_bytes")
-    return shown if extra is None or record["name"] == "products" else f"{shown} · {harness.megabytes(extra)}"
+    shown += [] if extra is None or record["name"] == "products" else [harness.megabytes(extra)]
+    shown += [harness.percent(harness.gradient_error(record))] if "captured" in record else []
+    return " · ".join(shown)
 
 
 def _row_table(row: dict[str, Any]) -> str:
@@ -98,6 +107,11 @@ def _row_table(row: dict[str, Any]) -> str:
         "fastest",
         "× undo-core",
         "× products",
+        "of floor",
+        "extra memory",
+        "forward",
+        "× undo-core",
+        "of floor",
         "extra memory",
         "loss error",
         "dH error",
@@ -105,7 +119,7 @@ def _row_table(row: dict[str, Any]) -> str:
     ]
     lines, notes = [], []
     for record in row["contenders"]:
-        checked = record.get("verification", {})
+        checked = record.get("captured") or record.get("verification", {})
         remarks = [] if record["status"] == "measured" else [record["status"]]
         remarks += [f"backend {record['backend']}"] if "backend" in record else []
         remarks += record["notes"]
@@ -118,7 +132,12 @@ def _row_table(row: dict[str, Any]) -> str:
                 harness.seconds(min(samples) if samples else None),
                 harness.times(harness.ratio(record, undo)),
                 harness.times(harness.ratio(record, products)),
+                harness.share(ceilings.of_floor(row, record)),
                 harness.megabytes(record.get("memory", {}).get("extra_bytes")),
+                harness.seconds(harness.median(record, "forward")),
+                harness.times(harness.ratio(record, undo, "forward")),
+                harness.share(ceilings.of_floor(row, record, "forward")),
+                harness.megabytes(record.get("forward_memory", {}).get("extra_bytes")),
                 *(harness.percent(checked.get(key)) for key in ("loss", "d_hidden", "d_weight")),
             ]
         )
@@ -126,6 +145,11 @@ def _row_table(row: dict[str, Any]) -> str:
     when = (
         f"{row['rounds']} rounds, {made['threads']} threads, commit {made['commit']}, {made['when'][:10]}: `{made['command']}`"
     )
+    rates = row.get("ceilings")
+    if rates:
+        when = f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes_per_s'] / 1e9:,.1f} GB/s at best; {when}"
+    if "kl" in row:
+        when = f"Hidden states of {row['model']}, a KL of {row['kl']:.2g}; errors on them. {when}"
     return "\n\n".join([markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
 
 
@@ -145,7 +169,9 @@ def _footer(results: dict[str, Any], source: str) -> str:
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
     commands = list(dict.fromkeys(row["provenance"]["command"] for row in results["rows"]))
     packages = results["rows"][0]["provenance"]["versions"] if results["rows"] else {}
-    told = ", ".join(f"{name} {packages[name]}" for name in ("torch", "liger-kernel", "trl") if packages.get(name))
+    told = ", ".join(
+        f"{name} {packages[name]}" for name in ("torch", "liger-kernel", "trl", "cut-cross-entropy") if packages.get(name)
+    )
     return f"{where}; {told}. From [`{source.rsplit('../', 1)[-1]}`]({source}), made by\n`{'` and `'.join(commands)}`."
 
 
@@ -170,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python bench/tables.py README.md bench/results/kl-cpu/MACHINE.json     write the block that these results belong to
+  python bench/tables.py README.md bench/results/kl-cpu/MACHINE-VERSION.json     write the block that these results belong to
   python bench/tables.py README.md                                       regenerate every block from the results that it names
   python bench/tables.py README.md --check                               exit 1 where text and results differ""",
     )

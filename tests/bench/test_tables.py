@@ -76,6 +76,40 @@ def test_generation_is_idempotent_and_touches_nothing_else(tables, document):
     assert tables.main([str(path), "--check"]) == 0
 
 
+def test_what_a_newer_record_has_is_shown(tables, document):
+    """The floor beside the time, the forward pass alone in the full table, errors on captured activations."""
+    path, recorded = document
+    found = results()
+    row = found["rows"][0]
+    row |= {"group": "default", "model": "0.1B", "ceilings": {"flops": 1e9, "bytes_per_s": 1e9}}
+    row["owed"] = {"forward": {"flops": 4e7, "bytes": 1e3}, "both": {"flops": 1e8, "bytes": 1e3}}
+    for record in row["contenders"]:
+        if record["status"] == "measured":
+            record |= {"forward_s": [0.05, 0.04, 0.06], "forward_memory": {"extra_bytes": 7_000_000}}
+    captured = json.loads(json.dumps(row)) | {"id": "captured-f32", "group": "all", "model": "generated", "kl": 0.25}
+    captured["contenders"][0]["captured"] = {"loss": 1e-7, "d_hidden": 0.03, "d_weight": 0.01}
+    hidden = json.loads(json.dumps(row)) | {"id": "sweep", "group": "all", "tokens": 7}
+    found["rows"] += [captured, hidden]
+    recorded.write_text(json.dumps(found))
+    assert tables.main([str(path), str(recorded)]) == 0
+    text = path.read_text()
+    summary, full = text.split("\nbetween\n")
+    assert "| **undo-core** | 200 ms · 50 % · 12 MB | 200 ms · 50 % · 12 MB · 3 % | 0.17 % |" in summary
+    assert "(0.1B)" in summary and "(trained, generated)" in summary and "7 × 32k" not in summary and "7 × 32k" in full
+    assert "| undo-core | 200 ms | 180 ms | 1.00× | 2.00× | 50 % | 12 MB | 50 ms | 1.00× | 80 % | 7.0 MB |" in full
+    assert "Hidden states of generated, a KL of 0.25" in full
+
+
+def test_cross_entropy_has_a_table_of_its_own(tables, document):
+    path, recorded = document
+    found = results() | {"suite": "cross-entropy-cpu"}
+    del found["error_versus_kl"]
+    recorded.write_text(json.dumps(found))
+    path.write_text("<!-- bench:cross-entropy-cpu -->\n<!-- /bench:cross-entropy-cpu -->\n")
+    assert tables.main([str(path), str(recorded)]) == 0
+    assert "| **undo-core** | 200 ms · 12 MB | 0.2 % |" in path.read_text() and "gradient error |" in path.read_text()
+
+
 def test_check_finds_a_number_that_the_results_do_not_have(tables, document, capsys):
     path, recorded = document
     tables.main([str(path), str(recorded)])

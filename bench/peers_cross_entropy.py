@@ -1,0 +1,109 @@
+"""The contenders for the cross-entropy of a head's logits: undo-core, and what one would use instead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import undo_kernels
+from contenders import Contender, loader, products
+from problems import Inputs
+
+from undo_core import ops
+
+_LIGER, _TRL = "liger_kernel.transformers.fused_linear_cross_entropy", "trl.kernels.chunked_logprob"
+_ROUNDED = "rounds logits to 16 bits"
+
+Loss = Callable[[], torch.Tensor]
+
+
+def _undo(inputs: Inputs, backend: str | None = None) -> Loss:
+    def loss() -> torch.Tensor:
+        return ops.linear_cross_entropy(
+            *inputs.heads[:2], inputs.labels, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes
+        )
+
+    def on_backend() -> torch.Tensor:
+        with undo_kernels.backend(backend):
+            return loss()
+
+    return loss if backend is None else on_backend
+
+
+def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Cross-entropy as one writes it in torch; logits in the inputs' dtype, softmax in float32."""
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _plain(inputs: Inputs, compiled: bool = False) -> Loss:
+    loss = torch.compile(plain_loss, fullgraph=True, dynamic=False) if compiled else plain_loss
+    return lambda: loss(*inputs.heads[:2], inputs.labels, inputs.softcap)
+
+
+def _torch_chunked(inputs: Inputs) -> Loss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda: F.linear_cross_entropy(*inputs.heads[:2], inputs.labels, options=options)
+
+
+def _liger(inputs: Inputs) -> Loss:
+    loss = loader(_LIGER)().LigerFusedLinearCrossEntropyLoss(softcap=inputs.softcap)
+    return lambda: loss(inputs.student_weight, inputs.student_hidden, inputs.labels)
+
+
+def _trl(inputs: Inputs) -> Loss:
+    function = loader(_TRL)().ChunkedLogProbFunction
+    # no bias; temperature, vocabulary rows of a tile, softcap, scale, no further outputs
+    options = (1.0, TRL_TILE, inputs.softcap, 1.0, ())
+    return lambda: -function.apply(*inputs.heads[:2], None, inputs.labels, *options)[0].mean()
+
+
+def _cce(inputs: Inputs) -> Loss:
+    function = loader("cut_cross_entropy")().linear_cross_entropy
+    return lambda: function(*inputs.heads[:2], inputs.labels, softcap=inputs.softcap)
+
+
+TRL_TILE = 32768  # what its trainers pass
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("undo-core", "undo-core", _undo),
+        Contender(
+            "undo-core-workspace", "undo-core, workspace", _undo, note="workspace: a tenth of plain torch's extra memory"
+        ),
+        Contender("undo-reference", "undo-core, reference", functools.partial(_undo, backend="reference")),
+        Contender("plain", "plain torch", _plain, differs=_ROUNDED),
+        Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
+        Contender(
+            "torch-chunked",
+            "torch linear_cross_entropy",
+            _torch_chunked,
+            softcap=False,
+            differs="rounds logits to 16 bits and adds the loss up in 16 bits",
+        ),
+        Contender("liger", "Liger fused", _liger, package="liger-kernel", module=_LIGER, gpu_only=True),
+        Contender("trl", "TRL chunked log-probs", _trl, package="trl", module=_TRL, differs=_ROUNDED),
+        Contender(
+            "cce",
+            "Cut Cross-Entropy",
+            _cce,
+            package="cut-cross-entropy",
+            module="cut_cross_entropy",
+            gpu_only=True,
+            note="skips gradient blocks below its threshold, as it does by default",
+        ),
+        Contender(
+            "products",
+            "three bare products",
+            functools.partial(products, teacher=False),
+            is_loss=False,
+            note="no softmax, no loss; one product of the forward pass",
+        ),
+    )
+}

@@ -1,0 +1,115 @@
+"""The gate passes what is as good as the baseline and fails, in one line that names the number, what was made worse."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from undo_kernels import plan as plans
+from undo_kernels.cpu import losses
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+needs_kernels = pytest.mark.skipif(losses._cpu is None, reason="no C++ kernels here")
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gate")
+
+
+def test_plans_are_as_good_as_the_baseline(gate, capsys):
+    assert gate.main(["--only", "plan"]) == 0
+    assert capsys.readouterr().out == "bench-check: nothing got worse (plan)\n"
+
+
+def test_a_larger_workspace_fails_and_is_named(gate, monkeypatch, capsys):
+    monkeypatch.setattr(plans, "_ROWS", 2 * plans._ROWS)
+    assert gate.main(["--only", "plan"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("plan: forward, cpu, float32, 1024 × 256000 × 320: workspace bytes got worse: 558,956,544 -> ")
+        for line in lines
+    ), lines
+
+
+@needs_kernels
+def test_a_pass_that_runs_twice_fails_and_is_named(gate, monkeypatch, capsys):
+    assert gate.main(["--only", "calls"]) == 0, capsys.readouterr().out
+    once = losses._Run._statistics
+
+    def twice(self, chunk):
+        for first, rows in self.tiles():
+            self._tile(chunk, first, rows)
+        once(self, chunk)
+
+    monkeypatch.setattr(losses._Run, "_statistics", twice)
+    assert gate.main(["--only", "calls"]) == 1
+    assert "calls: kl f32: products got worse: 8 -> 12 (+50.0 %, tolerated 0 %)" in capsys.readouterr().out
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind here")
+def test_instructions_are_counted_and_more_of_them_fail(gate, tmp_path, capsys):
+    path = tmp_path / "baseline.json"
+    assert gate.main(["--only", "instructions", "--write", "--baseline", str(path)]) == 0
+    baseline = json.loads(path.read_text())
+    (counted,) = baseline["instructions"].values()
+    assert set(counted) == set(gate.KERNELS) and all(0.1 < value < 100 for value in counted.values())
+    again = {name: value * (1.05 if "noise" in name else 1.0) for name, value in counted.items()}
+    lines = gate.worse("instructions", again, counted)
+    assert len(lines) == 1 and lines[0].startswith("instructions: noise, uniform, float32 got worse")
+    committed = json.loads(gate.BASELINE.read_text())["instructions"]
+    for compiler in committed.keys() & baseline["instructions"].keys():
+        assert gate.worse("instructions", counted, committed[compiler]) == []
+
+
+def test_callgrinds_costs_leave_calls_out(gate):
+    text = "\n".join(
+        [
+            "ob=(1) /x/_cpu.so", "fn=(7) undo::avx2::stats", "0 5", "+3 10", "cfn=(8) memset", "calls=1 0", "* 1000", "* 2",
+            "fn=(8)", "0 900", "fn=(7)", "0 1", "totals: 918",
+        ]
+    )  # fmt: skip
+    assert gate.self_costs(text, "undo::avx2::") == {"undo::avx2::stats": 18}
+
+
+def test_another_compiler_is_not_compared_and_said(gate, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps({"instructions": {"GCC: A": {"stats": 1.0}}}))
+    monkeypatch.setattr(gate, "instructions", lambda: ({"stats": 5.0}, "GCC: B"))
+    assert gate.main(["--only", "instructions", "--baseline", str(path)]) == 0
+    assert "instructions: not compared: the baseline is of GCC: A, this is GCC: B" in capsys.readouterr().out
+    monkeypatch.setattr(gate, "instructions", lambda: ({"stats": 5.0}, "GCC: A"))
+    assert gate.main(["--only", "instructions", "--baseline", str(path)]) == 1
+
+
+def test_a_noisy_ratio_is_measured_again(gate):
+    tries = iter([{"kl": 3.0}, {"kl": 1.1}, {"kl": 9.0}])
+    assert gate.steady_ratio({"kl": 1.0}, lambda: next(tries)) == {"kl": 1.1}
+    slow = {"kl": 2.0}
+    assert gate.worse("ratio", gate.steady_ratio({"kl": 1.0}, lambda: slow), {"kl": 1.0})
+
+
+def test_a_step_made_slower_raises_the_ratio(gate, monkeypatch):
+    """An injected regression: the step computes five times."""
+    name, (suite, row) = next(iter(gate.RATIOS.items()))
+    monkeypatch.setattr(gate, "RATIOS", {name: (suite, gate.replace(row, tokens=64, vocabulary=4000))})
+    monkeypatch.setattr(gate, "ROUNDS", 5)
+    before = gate.ratio()
+    right = gate.SUITES[suite]["undo-core"]
+
+    def build(inputs):
+        loss = right.build(inputs)
+        return lambda: [loss() for _ in range(5)][-1]
+
+    monkeypatch.setitem(gate.SUITES[suite], "undo-core", gate.replace(right, build=build))
+    assert gate.worse("ratio", gate.ratio(), before)
+
+
+def test_a_number_that_is_gone_fails(gate):
+    assert gate.worse("calls", {}, {"kl: products": 4}) == ["calls: kl: products is no longer measured; the baseline has 4"]
+    assert gate.better("calls", {"new": 1, "less": 1}, {"less": 2}) == [
+        "calls: new is new: 1", "calls: less got better: 2 -> 1"
+    ]  # fmt: skip
