@@ -1,9 +1,11 @@
-"""The command line: ``undo run | plan | doctor | report`` and every stage alone, on Hugging Face checkpoint folders."""
+"""The command line: ``undo run | sweep | plan | doctor | report`` and every stage alone, on Hugging Face checkpoint folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import json
 import os
 import shlex
 import sys
@@ -12,12 +14,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import commands
 from undo_core.config import RunConfig
+from undo_core.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
@@ -37,6 +41,18 @@ _PLAN = """Print the stages of CONFIG with steps, time, disk and memory by part;
 With --memory, name the cheapest flags with which every stage fits: activation checkpointing, smaller micro-batches, a cached
 teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments on the host, in this order. Where none are enough the
 last line says which stage needs how much at least, and the exit code is 2.
+"""
+
+
+_SWEEP = """Run every combination that FILE describes over one folder of stages, then report on each run and on all of them.
+
+  undo sweep configs/sweep-beta.yaml
+  undo sweep configs/sweep-beta.yaml --dry-run
+
+FILE names a base configuration and what is varied: grid, a mapping of dotted keys to lists, and runs, a list of named variants.
+Stages that runs have in common are computed once; all runs share one pool of workers, one on each GPU. Killed at any moment, the
+same command continues. A run that fails is reported at the end, stops no other, and makes the exit code 1. The results are in
+OUTPUT/runs/NAME/results-seedN.json, the report over all runs in OUTPUT/report/comparison.html.
 """
 
 
@@ -76,6 +92,11 @@ def _parser() -> ArgumentParser:
             sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
+    sub = ArgumentParser(description=_SWEEP, exit_on_error=False, usage="undo sweep FILE [--dry-run] [--key=value ...]")
+    sub.add_argument("--config", action="config", help="YAML file of the sweep")
+    sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
+    sub.add_class_arguments(SweepConfig)
+    subcommands.add_subcommand("sweep", sub, help=_SWEEP.splitlines()[0])
     for name, function in commands.COMMANDS.items():
         sub = ArgumentParser(description=_description(function), exit_on_error=False)
         settings = _settings_class(function)
@@ -98,17 +119,26 @@ def _dashes(argument: str) -> str:
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it. What may be left out
-    is a flag to the parser: ``evaluate MODEL DATA`` has ``--data DATA``."""
-    if len(arguments) > 1 and arguments[0] in ("run", "plan") and not arguments[1].startswith("-"):
+    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it.
+
+    ``plan`` of a sweep's file is the sweep's dry run; the paths of ``report`` become a list. What may be left out is a flag to the
+    parser: ``evaluate MODEL DATA`` has ``--data DATA``.
+    """
+    if len(arguments) > 1 and arguments[0] in ("run", "plan", "sweep") and not arguments[1].startswith("-"):
         path = Path(arguments[1])
         if not path.is_file():
             raise FileNotFoundError(
                 f"config: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
             )
-        return [arguments[0], "--config", str(path), *arguments[2:]]
+        rest = ["--config", str(path), *arguments[2:]]
+        if arguments[0] == "plan" and "base" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+            return ["sweep", *rest, "--dry-run"]
+        return [arguments[0], *rest]
     if len(arguments) > 2 and arguments[0] == "evaluate" and not any(part.startswith("-") for part in arguments[1:3]):
-        return [*arguments[:2], "--data", *arguments[2:]]  # it may be left out
+        return [*arguments[:2], "--data", *arguments[2:]]
+    if arguments[:1] == ["report"]:
+        paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+        return ["report", *([json.dumps(paths)] if paths else []), *arguments[1 + len(paths) :]]
     return arguments
 
 
@@ -118,6 +148,9 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     if name in ("run", "plan"):
         config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
         return commands.run(config, command) if name == "run" else commands.plan(config, values.memory)
+    if name == "sweep":
+        fields = {key: value for key, value in vars(values).items() if key not in ("config", "dry_run")}
+        return commands.sweep(SweepConfig(**fields), command, values.dry_run)
     function = commands.COMMANDS[name]
     arguments = dict(vars(values))
     settings = _settings_class(function)

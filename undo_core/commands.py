@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from undo_core.damage import Operator, check_arguments, selection
 from undo_core.data.questions import DESCRIPTION
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.relearn import AttackConfig, extension_of, with_seed
+from undo_core.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.training.progress import console
@@ -26,6 +28,20 @@ def run(config: RunConfig, command: str) -> int:
 
     run_pipeline(config, command)
     return 0
+
+
+def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
+    """Run a sweep, or print what it would run."""
+    from undo_core.sweep import run_sweep, sweep_table
+
+    if dry_run:
+        out = console if console.is_terminal else Console(width=120, highlight=False)
+        out.print(sweep_table(config))
+        return 0
+    failures = run_sweep(config, command)
+    for line in failures:
+        print(f"undo: failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def plan(config: RunConfig, memory: str | None = None) -> int:
@@ -338,26 +354,34 @@ def evaluate(
     return 0
 
 
-def report(results: list[str], output: str, title: str = "UNDO") -> int:
-    """Write figures, tables and report.html to OUTPUT from results.json files, one per seed.
+def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> int:
+    """Write figures, tables and pages from the results of one run, of its seeds, or of many runs.
+
+    Runs that differ in nothing but their seed get report.html; any runs get comparison.html, points.csv (every plotted value with the
+    folder that it is from) and methods.md, .tex and .csv.
 
     Args:
-        results: results-seedN.json files written by ``undo run``.
-        output: folder to make.
-        title: of the page.
+        paths: results-seedN.json files, folders of runs, or folders of sweeps.
+        output: folder to make; None for the folder ``report`` in the one folder that is given.
+        title: of the pages.
     """
-    from undo_core.files import read_json
     from undo_core.report import terminal_table, write_report
+    from undo_core.report.compare import comparison_table, load, write_comparison
 
-    loaded = []
-    for path in map(Path, results):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"results: got {path}, which is not a file; wanted a results-seedN.json written by undo run"
+    loaded = load([Path(path) for path in paths])
+    if output is None:
+        if len(paths) > 1 or not Path(paths[0]).is_dir():
+            raise ValueError(
+                f"output: got none with {', '.join(paths)}, wanted a folder, as there is not one folder of results"
             )
-        loaded.append(read_json(path))
-    page = write_report(loaded, Path(output), title)
-    console.print(terminal_table(loaded))
+        output = str(Path(paths[0]) / "report")
+    if len({folder for folder, _ in loaded}) == 1:
+        results = [values for _, values in loaded]
+        page = write_report(results, Path(output), title)
+        console.print(terminal_table(results))
+        console.print(str(page))
+    page = write_comparison(loaded, Path(output), title)
+    console.print(comparison_table(loaded))
     console.print(str(page))
     return 0
 

@@ -25,16 +25,31 @@ def run(config: RunConfig, command: str) -> Path:
 
     Killed at any moment, the same call continues, and ends with the same bits.
     """
-    output = Path(config.output)
-    store = Store(output / "stages", FUNCTIONS)
+    store = Store(Path(config.output) / "stages", FUNCTIONS)
     plan = plan_run(config)
+    while stages := missing_stages(store, config, plan):
+        run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
+    results, changed = save_results(store, config, plan, command)
+    report = Path(config.output) / "report" / "report.html"
+    if changed or not report.exists():
+        write_report([results], report.parent, config.name)
+    console.print(terminal_table([results]))
+    console.print(str(report))
+    return report
 
-    def finished(stage: Stage) -> None:
-        console.print(_summary(stage, store.manifest(stage)))
 
-    run_stages(store, plan.stages() + _attacks(config, plan), config.workers, finished)
-    while extensions := _extensions(store, config, plan):
-        run_stages(store, extensions, config.workers, finished)
+def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
+    """What a run lacks: models and attacks; once they are there, the attacks by which its grids grow."""
+    wanted = [stage for stage in plan.stages() + _attacks(config, plan) if not store.done(stage)]
+    return wanted or _extensions(store, config, plan)
+
+
+def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> tuple[dict[str, Any], bool]:
+    """Evaluate the models of a run that lacks no stage, and write ``results-seedN.json`` into its output folder.
+
+    Returns:
+        The results, and whether the file was not there or held others.
+    """
     use_threads(1)
     results = {
         "format": RESULTS_FORMAT,
@@ -47,14 +62,17 @@ def run(config: RunConfig, command: str) -> Path:
         "metric": _metric(store, config, plan),
         "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
     }
-    path = output / f"results-seed{config.seed}.json"
-    report = output / "report" / "report.html"
-    if not (path.exists() and report.exists() and hash_json(read_json(path)) == hash_json(results)):
+    path = Path(config.output) / f"results-seed{config.seed}.json"
+    changed = not (path.exists() and hash_json(read_json(path)) == hash_json(results))
+    if changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, results)
-        write_report([results], report.parent, config.name)
-    console.print(terminal_table([results]))
-    console.print(str(report))
-    return report
+    return results, changed
+
+
+def announce(store: Store, stage: Stage) -> None:
+    """Print a line about a stage that was just built."""
+    console.print(_summary(stage, store.manifest(stage)))
 
 
 def _summary(stage: Stage, facts: dict[str, Any]) -> str:

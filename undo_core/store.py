@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import sys
@@ -38,7 +39,7 @@ class Stage:
     inputs: dict[str, Stage] = field(default_factory=dict)
     title: str = ""
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Hash of the stage's settings and of its inputs' keys."""
         inputs = {name: stage.key for name, stage in self.inputs.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -17,12 +19,22 @@ import torch
 from undo_core.store import Stage, Store
 from undo_core.training.progress import Board, Update, send_updates_to
 
+Finished = Callable[[Stage], None]
+Failed = Callable[[Stage, Exception], None]
 
-def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Callable[[Stage], None]) -> None:
+
+def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Finished, failed: Failed | None = None) -> None:
     """Build every stage that is missing, inputs first; ``finished`` is called for each one that was built.
 
-    With more than one worker each runs with its share of the processor's threads. A stage's bits can depend on the number of
-    threads, so a run must be continued with the workers that it was begun with.
+    With more than one worker each runs with its share of the processor's threads and, in turn, on one of the GPUs at hand. A stage's
+    bits can depend on the number of threads, so a run must be continued with the workers that it was begun with.
+
+    Args:
+        store: where the stages are built.
+        stages: wanted, with their inputs.
+        workers: processes; one builds in this process.
+        finished: told of each stage that was built.
+        failed: told of each stage that was not, and why; the others go on but for those that read it. None raises at the first.
     """
     missing: dict[str, Stage] = {}
 
@@ -37,10 +49,25 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Ca
     if workers == 1:
         use_threads(1)
         for stage in missing.values():
-            store.ensure(stage)
-            finished(stage)
+            if failed is not None and not _ready(store, stage):
+                continue
+            try:
+                store.ensure(stage)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(stage, error)
+            else:
+                finished(stage)
     elif missing:
-        _side_by_side(store, missing, workers, finished)
+        _side_by_side(store, missing, workers, finished, failed)
+
+
+def gpus() -> list[str]:
+    """The GPUs at hand, as values for ``CUDA_VISIBLE_DEVICES``."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(count)] if named is None else named.replace(" ", "").split(",")[:count]
 
 
 def use_threads(workers: int) -> None:
@@ -56,28 +83,70 @@ def _cores() -> int:
     return int(limit) if limit.isdigit() and int(limit) > 0 else len(os.sched_getaffinity(0))
 
 
-def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Callable[[Stage], None]) -> None:
+def _ready(store: Store, stage: Stage) -> bool:
+    return all(store.done(source) for source in stage.inputs.values())
+
+
+def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Finished, failed: Failed | None) -> None:
+    """Each worker is a pool of one process, so that one that is killed takes nobody's stage but its own."""
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_end_with, (os.getpid(),))
-    board, updates = Board(), manager.Queue()
-    waiting, running = dict(missing), dict[Future, Stage]()
-    with manager, ProcessPoolExecutor(workers, context, _begin, (workers, updates, os.getpid())) as pool:
+    board, updates, devices = Board(), manager.Queue(), gpus()
+    pools, free = dict[int, ProcessPoolExecutor](), list(range(workers))
+    waiting, running = dict(missing), dict[Future, tuple[Stage, int]]()
+
+    def start(worker: int) -> ProcessPoolExecutor:
+        pool = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (workers, updates, os.getpid())))
+        with _visible(devices[worker % len(devices)] if devices else None):
+            pool.submit(os.getpid)  # the process begins, with this environment
+        return pool
+
+    with manager, contextlib.ExitStack() as stack:
         try:
             while waiting or running:
-                ready = [s for s in waiting.values() if all(store.done(source) for source in s.inputs.values())]
-                for stage in ready[: workers - len(running)]:
-                    running[pool.submit(_build, store, waiting.pop(stage.key))] = stage
+                ready = [stage for stage in waiting.values() if _ready(store, stage)]
+                if not ready and not running:
+                    break  # what is left reads a stage that failed
+                for stage in ready[: len(free)]:
+                    worker = free.pop(0)
+                    if worker not in pools:
+                        pools[worker] = start(worker)
+                    running[pools[worker].submit(_build, store, waiting.pop(stage.key))] = stage, worker
                 done, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
                 _drain(updates, board)
                 for future in done:
-                    stage = running.pop(future)
-                    future.result()
-                    finished(stage)
+                    stage, worker = running.pop(future)
+                    free.append(worker)
+                    error = future.exception()
+                    if error is None:
+                        finished(stage)
+                    elif failed is None or not isinstance(error, Exception):
+                        raise error
+                    else:
+                        failed(stage, error)
+                        if isinstance(error, BrokenProcessPool):
+                            del pools[worker]
         except BaseException:
-            for process in list(pool._processes.values()):
-                process.kill()
+            for pool in pools.values():
+                for process in list((pool._processes or {}).values()):
+                    process.kill()
             raise
+
+
+@contextlib.contextmanager
+def _visible(device: str | None) -> Iterator[None]:
+    """Processes that begin inside see this GPU alone; None changes nothing."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif device is not None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _drain(updates: Any, board: Board) -> None:

@@ -27,7 +27,9 @@ DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
         (["unlearn", "no-model", "out", "no-data"], ["no-data", "undo prepare"]),
         (["noise", "no-model", "out", "--alpha=0.5"], ["model", "no-model", "config.json"]),
         (["noise", "no-model", "out", "--alpha=1.5"], ["alpha", "1.5", "[0, 1]"]),
-        (["report", "[none.json]", "out"], ["none.json"]),
+        (["report", "none.json", "--output=out"], ["none.json"]),
+        (["report", "a", "b"], ["results", "a"]),
+        (["sweep", "nowhere.yaml"], ["nowhere.yaml", "not a file"]),
     ],
 )
 def test_one_line_and_exit_code_2(arguments, wanted, capsys, tmp_path, monkeypatch):
@@ -49,7 +51,7 @@ def test_an_unknown_key_in_the_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["plan"], ["unlearn"], ["noise"], ["distill"], ["relearn"], ["evaluate"], ["report"]]
+    "command", [[], ["run"], ["sweep"], ["plan"], ["unlearn"], ["noise"], ["distill"], ["relearn"], ["evaluate"], ["report"]]
 )
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -59,7 +61,10 @@ def test_help_teaches(command, capsys):
     assert "usage: undo" in text and len(text.splitlines()) > 5
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+RUNS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.name.startswith("sweep-")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_config_is_read(path, capsys, tmp_path, monkeypatch):
     """With the data files and overlays that it needs, every configuration plans."""
     monkeypatch.chdir(tmp_path)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
     {"undo_core.commands"},
+    {"undo_core.sweep"},
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
-    {"undo_core.workers", "undo_core.graph", "undo_core.costs"},
+    {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
     {
         "undo_core.unlearn",

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 
 from undo_core.files import write_bytes, write_json, write_text
 from undo_core.report import figures, page, words
+from undo_core.report.claims import claims
 from undo_core.report.metrics import Report, derive
 from undo_core.report.table import cost_table, markdown, order_sentence, results_table, terminal
 
@@ -55,6 +56,9 @@ def _tables(report: Report) -> str:
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]
+    said = claims(report)
+    if said:
+        parts.append("Beside the published claims:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
     costs = cost_table(report)
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]

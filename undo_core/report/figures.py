@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,38 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from undo_core.report.metrics import DIVERGED, ModelReport, Report, Stat, worst_case
+from undo_core.report.attacks import envelope
+from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
+from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import rate
-
-# Okabe and Ito's colours (safe for colour-blind readers); the students share a ramp of one blue, darker with alpha.
-COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
-COLOURS |= {"damaged": "#56B4E9", "gated": "#7b3294", "oracle-random": "#b8860b"}
-MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
-MARKERS |= {"damaged": "P", "gated": "h", "oracle-random": "<"}
-LINES = {"unlearn": "-", "undo": "-", "random": (0, (4, 1.5)), "filter": (0, (1, 1)), "oracle": (0, (5, 1, 1, 1))}
-LINES |= {"damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1)), "oracle-random": (0, (1, 2))}
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": "#222222",
-    "axes.titlesize": 10.5,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-}
-DPI = 180
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -53,9 +26,7 @@ def draw(report: Report) -> dict[str, bytes]:
         for function in (relearning, compute, tradeoff, training, rates):
             figure = function(report)
             if figure is not None:
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-                drawn[function.__name__] = buffer.getvalue()
+                drawn[function.__name__] = png(figure)
     return drawn
 
 
@@ -64,13 +35,13 @@ def relearning(report: Report) -> Figure | None:
     models = [model for model in report.models if model.worst]
     if not models:
         return None
-    figure, (axes,) = _figure(6.2, 4.3)
+    figure, (axes,) = new_figure(6.2, 4.3)
     colours, ends = _colours(report), []
     for model in models:
         steps = list(model.worst)
-        means = [_shown(model.worst[step].mean) for step in steps]
+        means = [finite(model.worst[step].mean) for step in steps]
         spreads = [model.worst[step].spread or (model.worst[step].mean,) * 2 for step in steps]
-        low, high = ([_shown(pair[side]) for pair in spreads] for side in (0, 1))
+        low, high = ([finite(pair[side]) for pair in spreads] for side in (0, 1))
         colour = colours[model.name]
         axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.plot(
@@ -83,8 +54,8 @@ def relearning(report: Report) -> Figure | None:
         ends.append((original.mean, "original, not attacked", COLOURS["original"]))
     axes.axvline(report.headline, color="#bbbbbb", linewidth=0.9, zorder=1)
     axes.set_xlabel("attack step (fine-tuning on the forget set)")
-    axes.set_ylabel(f"worst-case forget {_unit(report)}")
-    _scale(axes.yaxis, axes, report)
+    axes.set_ylabel(f"worst-case forget {unit_name(report)}")
+    scale(axes.yaxis, axes, report)
     axes.set_xlim(0, report.steps[-1] or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.text(
@@ -102,11 +73,11 @@ def relearning(report: Report) -> Figure | None:
 
 def compute(report: Report) -> Figure | None:
     """R against C, in steps and in FLOPs, a point per alpha, between unlearn only and data filtering."""
-    students = [m for m in report.models if m.kind in ("undo", "random") and m.robustness]
+    students = [m for m in report.models if m.kind in STUDENTS and m.robustness]
     panels = [unit for unit in ("steps", "flops") if any(_pairs(m, unit) for m in students)]
     if not panels:
         return None
-    figure, axes_row = _figure(3.4 * len(panels) + 0.8 * (len(panels) == 1), 4.0, columns=len(panels), sharey=True)
+    figure, axes_row = new_figure(3.4 * len(panels) + 0.8 * (len(panels) == 1), 4.0, columns=len(panels), sharey=True)
     colours, halo = _colours(report), [withStroke(linewidth=3, foreground="white")]
     for axes, unit in zip(axes_row, panels, strict=True):
         axes.axline((0, 0), (1, 1), color="#bbbbbb", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
@@ -151,6 +122,7 @@ def compute(report: Report) -> Figure | None:
     kinds = ["unlearn", *dict.fromkeys(m.kind for m in students), "filter"]
     dark = colours[report.of("undo")[-1].name] if report.of("undo") else "#08306b"
     names = {"undo": "UNDO (number: α)", "unlearn": "unlearn only", "filter": "data filtering", "random": "random student"}
+    names["gated"] = LABELS["gated"]
     handles = [
         Line2D([], [], color=COLOURS.get(kind, dark), marker=MARKERS[kind], linestyle="none", markersize=7, label=names[kind])
         for kind in kinds
@@ -165,11 +137,11 @@ def tradeoff(report: Report) -> Figure | None:
     drawn = [m for m in report.models if m.metrics.get("retain") and m.metrics.get("forget")]
     if not drawn:
         return None
-    figure, (axes,) = _figure(6.2, 4.6)
+    figure, (axes,) = new_figure(6.2, 4.6)
     colours, handles = _colours(report), []
     for model in drawn:
         colour, marker = colours[model.name], MARKERS[model.kind]
-        x, y = (_shown(model.metrics[key].mean) for key in ("retain", "forget"))
+        x, y = (finite(model.metrics[key].mean) for key in ("retain", "forget"))
         after = _after(model, report)
         axes.plot(
             x,
@@ -189,10 +161,10 @@ def tradeoff(report: Report) -> Figure | None:
         handles.append(
             Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=model.label + _dagger(model))
         )
-    axes.set_xlabel(f"retain {_unit(report)}")
-    axes.set_ylabel(f"forget {_unit(report)}")
-    _scale(axes.yaxis, axes, report)
-    _scale(axes.xaxis, axes, report)
+    axes.set_xlabel(f"retain {unit_name(report)}")
+    axes.set_ylabel(f"forget {unit_name(report)}")
+    scale(axes.yaxis, axes, report)
+    scale(axes.xaxis, axes, report)
     if any(_after(m, report) for m in drawn):
         handles.append(
             Line2D(
@@ -217,13 +189,13 @@ def training(report: Report) -> Figure | None:
     curves: dict[str, list[tuple[list[int], list[float], bool | None]]] = {}
     for model in report.models:
         for seed, run in model.trainings.items():
-            points = [(p["step"], _shown(p["retain"])) for p in run.get("history") or [] if p.get("retain") is not None]
-            if points and model.kind in ("undo", "random", "filter", "oracle"):
-                reached = None if seed not in report.targets or model.kind == "oracle" else seed not in model.censored
+            points = [(p["step"], finite(p["retain"])) for p in run.get("history") or [] if p.get("retain") is not None]
+            if points and model.kind not in ("original", "unlearn"):
+                reached = None if seed not in report.targets or model.kind.startswith("oracle") else seed not in model.censored
                 curves.setdefault(model.name, []).append(([p[0] for p in points], [p[1] for p in points], reached))
     if not curves:
         return None
-    figure, (axes,) = _figure(6.2, 4.1)
+    figure, (axes,) = new_figure(6.2, 4.1)
     colours, handles, right = _colours(report), [], 0
     for model in report.models:
         runs = curves.get(model.name, [])
@@ -249,8 +221,8 @@ def training(report: Report) -> Figure | None:
             }
             axes.annotate("retain target", xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9, **place)
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"retain {_unit(report)}, validation")
-    _scale(axes.yaxis, axes, report)
+    axes.set_ylabel(f"retain {unit_name(report)}, validation")
+    scale(axes.yaxis, axes, report)
     axes.set_xlim(0, right * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ended = {seed not in model.censored for model in report.models if model.name in curves for seed in model.trainings}
@@ -272,25 +244,25 @@ def rates(report: Report) -> Figure | None:
     shades = {r: colormaps["cividis"](0.93 * i / max(1, len(grid) - 1)) for i, r in enumerate(grid)}
     columns = 2 if len(models) in (2, 4) else min(3, len(models))
     rows = -(-len(models) // columns)
-    figure, panels = _figure(2.25 * columns + 0.4, 1.95 * rows + 0.9, rows, columns, sharex=True, sharey=True)
+    figure, panels = new_figure(2.25 * columns + 0.4, 1.95 * rows + 0.9, rows, columns, sharex=True, sharey=True)
     for index, (axes, model) in enumerate(zip(panels, models, strict=False)):
         for seed, attack in model.attacks.items():
-            envelope = worst_case(attack, seed, report.higher)
+            worst = envelope({"attack": attack}, seed, report.higher)
             axes.plot(
-                list(envelope), [_shown(p.value) for p in envelope.values()], color="#f2b8a0", linewidth=5, alpha=0.75, zorder=1
+                list(worst), [finite(p.value) for p in worst.values()], color="#f2b8a0", linewidth=5, alpha=0.75, zorder=1
             )
             for curve in attack["curves"]:
-                values = [_shown(score["value"]) for score in curve["forget"]]
+                values = [finite(score["value"]) for score in curve["forget"]]
                 axes.plot(attack["steps"][: len(values)], values, color=shades[curve["rate"]], linewidth=1.2)
         axes.set_title(model.label + _dagger(model), fontsize=9.5)
         axes.tick_params(labelsize=8.5, labelbottom=index + columns >= len(models))
         axes.set_xlim(0, report.steps[-1] or 1)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _scale(axes.yaxis, axes, report)
+        scale(axes.yaxis, axes, report)
     for axes in panels[len(models) :]:
         axes.set_visible(False)
     figure.supxlabel("attack step", fontsize=10.5)
-    figure.supylabel(f"forget {_unit(report)}", fontsize=10.5)
+    figure.supylabel(f"forget {unit_name(report)}", fontsize=10.5)
     handles = [Line2D([], [], color=shades[r], linewidth=1.6, label=rate(r)) for r in grid]
     handles.append(Line2D([], [], color="#f2b8a0", linewidth=5, label="worst case"))
     figure.legend(
@@ -303,11 +275,6 @@ def rates(report: Report) -> Figure | None:
     return figure
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
-
-
 def _colours(report: Report) -> dict[str, Any]:
     """``{model name: colour}``."""
     undo = [model.name for model in report.of("undo")]
@@ -315,25 +282,8 @@ def _colours(report: Report) -> dict[str, Any]:
     return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
 
 
-def _unit(report: Report) -> str:
-    return "accuracy, %" if report.higher else "loss, nats/token"
-
-
-def _shown(value: float) -> float:
-    """NaN, which leaves a gap, for a model that diverged."""
-    return value if value < DIVERGED else float("nan")
-
-
 def _dagger(model: ModelReport) -> str:
     return " (censored)" if model.censored else ""
-
-
-def _scale(axis: Any, axes: Axes, report: Report) -> None:
-    """Per cent from 0 to 100 for accuracy."""
-    if report.higher:
-        vertical = axis is axes.yaxis
-        (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
@@ -406,5 +356,5 @@ def _after(model: ModelReport, report: Report) -> tuple[float, float] | None:
     points = [p for p in model.worst.get(report.headline, Stat()).points if p.retain is not None]
     if not points:
         return None
-    pair = _shown(_mean([p.retain for p in points])), _shown(_mean([p.value for p in points]))
+    pair = finite(_mean([p.retain for p in points])), finite(_mean([p.value for p in points]))
     return None if any(v != v for v in pair) else pair

@@ -5,7 +5,7 @@ the training spent until the retain target was first reached:
 
     R = (P_undo - P_unlearn) / (P_filter - P_unlearn)        C = S_undo / S_filter
 
-A worst case is the attacker's best learning rate: the largest forget accuracy, or the smallest forget loss.
+A worst case is the attacker's best attack and learning rate: the largest forget accuracy, or the smallest forget loss.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from undo_core.report.attacks import Point, envelope
 
 FORMAT = 1
 MIN_DENOMINATOR = 0.1  # of R; below it, R is mostly evaluation noise
@@ -35,28 +37,6 @@ CENSORED = "the model is censored"
 FILTER_CENSORED = "data filtering is censored"
 NO_FILTER = "no data filtering"
 _STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One seed's value.
-
-    Attributes:
-        seed: of the run.
-        value: accuracy in [0, 1], nats per token, or a ratio.
-        low, high: 95 % interval of the evaluation, where the value is one evaluation.
-        n: rows evaluated.
-        rate: learning rate of the attack that gave the value.
-        retain: retain performance of the same attacked model.
-    """
-
-    seed: int
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    rate: float | None = None
-    retain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +177,12 @@ class Report:
         """Attack steps at which any model was evaluated."""
         return sorted({step for model in self.models for step in model.worst})
 
+    @property
+    def strongest(self) -> ModelReport | None:
+        """The UNDO model that stands for the method: of the largest alpha at which no seed is censored, or else of the largest."""
+        models = self.of("undo")
+        return next((model for model in reversed(models) if not model.censored), models[-1] if models else None)
+
     def of(self, kind: str) -> list[ModelReport]:
         """The models of a kind."""
         return [model for model in self.models if model.kind == kind]
@@ -233,7 +219,7 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
     for result in results:
         for entry in result["models"]:
             entries.setdefault(entry["name"], {})[result["seed"]] = entry
-    worst = {name: {seed: worst_case(e.get("attack"), seed, higher) for seed, e in by.items()} for name, by in entries.items()}
+    worst = {name: {seed: envelope(e, seed, higher) for seed, e in by.items()} for name, by in entries.items()}
     named = {kind: next((n for n, by in entries.items() if _first(by)["kind"] == kind), None) for kind in ("unlearn", "filter")}
 
     def pick(table: dict[str, dict[int, Any]], name: str | None, seed: int) -> Any:
@@ -295,20 +281,6 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
     return Report(title, metric["kind"], headline, targets, models, orders, results)
 
 
-def worst_case(attack: dict[str, Any] | None, seed: int, higher: bool) -> dict[int, Point]:
-    """The worst case over the rates at every attack step; empty without an attack."""
-    envelope = {}
-    for index, step in enumerate(attack["steps"] if attack else ()):
-        curves = [c for c in attack["curves"] if index < len(c["forget"])]
-        if not curves:
-            continue
-        worst = (max if higher else min)(curves, key=lambda c: c["forget"][index]["value"])
-        score = worst["forget"][index]
-        retain = worst["retain"][index]["value"] if worst.get("retain") else None
-        envelope[step] = Point(seed, score["value"], score.get("low"), score.get("high"), score.get("n"), worst["rate"], retain)
-    return envelope
-
-
 def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | str:
     """R, or the reason why it is not given."""
     if max(undo, unlearn, filter) >= DIVERGED:
@@ -356,7 +328,13 @@ def _stat(values: Iterable[tuple[int, float | str]]) -> Stat:
 
 def _evaluations(entries: dict[int, dict[str, Any]], score: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Stat:
     found = {seed: score(entry) for seed, entry in entries.items()}
-    return Stat(tuple(Point(s, m["value"], m.get("low"), m.get("high"), m.get("n")) for s, m in found.items() if m is not None))
+    return Stat(
+        tuple(
+            Point(s, m["value"], m.get("low"), m.get("high"), m.get("n"), stage=entries[s].get("stage"))
+            for s, m in found.items()
+            if m is not None
+        )
+    )
 
 
 def _group(entry: dict[str, Any], label: str) -> dict[str, Any] | None:
@@ -402,9 +380,9 @@ def _check(results: list[dict[str, Any]]) -> None:
     seeds = [result["seed"] for result in results]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"results: got seeds {seeds}, wanted each seed once")
-    first = _settings(results[0])
+    first = settings_of(results[0])
     for result in results[1:]:
-        other = _settings(result)
+        other = settings_of(result)
         differing = sorted(key for key in {**first, **other} if first.get(key) != other.get(key))
         if differing:
             named = ", ".join(differing[:3])
@@ -413,9 +391,9 @@ def _check(results: list[dict[str, Any]]) -> None:
             )
 
 
-def _settings(result: dict[str, Any]) -> dict[str, Any]:
-    """What must agree between seeds, flat."""
-    config = {k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name")}
+def settings_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between seeds, flat: dotted keys and their values."""
+    config = {k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers")}
     metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step")}
     return dict(_flat({**config, "metric": metric}, ""))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable
 from html import escape
 
 from undo_core.report import words
+from undo_core.report.claims import claims
 from undo_core.report.metrics import Report
 from undo_core.report.table import Table, cost_table, group_table, order_sentence, results_table
 
@@ -79,23 +81,21 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         f'<p class="soft">{escape(" · ".join(filter(None, [first.get("name"), seeds, device])))}</p>',
         f"<p>{escape(words.opening(report))}</p>",
         "<h2>Results</h2>",
-        _table(results_table(report)),
+        table_html(results_table(report)),
     ]
     if orders:
         text = "".join(f"<li>{escape(order_sentence(order, report))}</li>" for order in orders)
         parts.append(f'<p>Does the attack get harder with α? After {report.headline} steps:</p><ul class="notes">{text}</ul>')
+    parts.append(claims_html(claims(report)))
     for name, png in figures.items():
-        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-        caption = escape(captions[name])
-        image = f'<div><img alt="{caption}" src="{source}"></div>'
-        parts.append(f"<h2>{_TITLES[name]}</h2><figure>{image}<figcaption>{caption}</figcaption></figure>")
+        parts.append(figure_html(_TITLES[name], png, captions[name]))
     costs, groups = cost_table(report), group_table(report)
     means = "Means over seeds. " if len(report.seeds) > 1 else ""
     if costs.rows:
-        parts.append(f"<h2>What it took</h2>{_table(costs)}")
+        parts.append(f"<h2>What it took</h2>{table_html(costs)}")
         parts.append(f'<p class="soft">{means}Tokens and FLOPs of students include the unlearning.</p>')
     if groups.rows:
-        parts.append(f"<details><summary>By group of rows, before the attack</summary>{_table(groups)}</details>")
+        parts.append(f"<details><summary>By group of rows, before the attack</summary>{table_html(groups)}</details>")
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in words.definitions(report))
     parts.append(f"<h2>Terms</h2><dl>{terms}</dl><h2>To repeat it</h2>")
     commands = "\n".join(dict.fromkeys(result.get("command", "") for result in report.results))
@@ -106,10 +106,29 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     parts.append(
         _details("Configuration" + (f" (of seed {report.seeds[0]})" if len(report.seeds) > 1 else ""), first.get("config"))
     )
-    return _PAGE.format(title=escape(report.title), css=_CSS, body="\n".join(parts))
+    return document(report.title, parts)
 
 
-def _table(table: Table) -> str:
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page around its parts."""
+    return _PAGE.format(title=escape(title), css=_CSS, body="\n".join(parts))
+
+
+def figure_html(title: str, png: bytes, caption: str) -> str:
+    """A figure under its heading, the image inlined."""
+    source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    image = f'<div><img alt="{escape(caption)}" src="{source}"></div>'
+    return f"<h2>{escape(title)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def claims_html(sentences: Iterable[str]) -> str:
+    """What the results say to the published claims; empty where they say nothing."""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<p>Beside the published claims:</p><ul class="notes">{items}</ul>' if items else ""
+
+
+def table_html(table: Table) -> str:
+    """The table with its footnotes."""
     heads = "".join(
         f"<th>{escape(name)}{f'<small>{escape(unit)}</small>' if unit else ''}</th>" for name, unit in table.headers
     )

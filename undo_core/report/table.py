@@ -41,7 +41,7 @@ class Table:
 
 def results_table(report: Report) -> Table:
     """Performance before and after the attack, R and C: one row per model."""
-    notes = _Notes()
+    notes = Notes()
     unit = "%" if report.higher else "nats/token"
     steps = _columns(report)
     held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
@@ -53,11 +53,11 @@ def results_table(report: Report) -> Table:
     headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
     rows = []
     for model in report.models:
-        row = [Cell(model.label, marks=_model_marks(model, report, notes))]
+        row = [Cell(model.label, marks=model_marks(model, report, notes))]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
         row += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
         if ranked:
-            row += [_ratio(stat, notes) for stat in (model.robustness, *model.compute.values())]
+            row += [ratio_cell(stat, notes) for stat in (model.robustness, *model.compute.values())]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
         rows.append(row)
     return Table(headers, rows, notes.texts)
@@ -100,10 +100,10 @@ def group_table(report: Report) -> Table:
     return Table(headers, rows if labels else [])
 
 
-def markdown(table: Table) -> str:
-    """GitHub Markdown, footnotes below."""
+def markdown(table: Table, names: int = 1) -> str:
+    """GitHub Markdown, footnotes below; the first ``names`` columns are aligned to the left."""
     lines = ["| " + " | ".join(f"{name} ({unit})" if unit else name for name, unit in table.headers) + " |"]
-    lines.append("|" + "|".join(["---", *["---:"] * (len(table.headers) - 1)]) + "|")
+    lines.append("|" + "|".join(["---"] * names + ["---:"] * (len(table.headers) - names)) + "|")
     for row in table.rows:
         cells = [f"{c.main}{f' ({c.small})' if c.small else ''}{''.join(f' [{m}]' for m in c.marks)}" for c in row]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -210,13 +210,14 @@ def _bytes(value: float) -> str:
 _AMOUNT = {"flops": lambda value: f"{value:.2e}", "seconds": _duration, "peak_bytes": _bytes}
 
 
-class _Notes:
+class Notes:
     """Footnotes in the order of their first use."""
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
 
     def mark(self, text: str) -> str:
+        """The mark of a footnote with this text."""
         for mark, known in self.texts.items():
             if known == text:
                 return mark
@@ -225,7 +226,8 @@ class _Notes:
         return mark
 
 
-def _model_marks(model: ModelReport, report: Report, notes: _Notes) -> str:
+def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
+    """Footnotes on a model: where it is censored, and where a stronger attack may exist."""
     marks = ""
     if model.censored:
         where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
@@ -235,7 +237,8 @@ def _model_marks(model: ModelReport, report: Report, notes: _Notes) -> str:
     return marks
 
 
-def _ratio(stat: Stat, notes: _Notes) -> Cell:
+def ratio_cell(stat: Stat, notes: Notes) -> Cell:
+    """R or C: mean, range, and why it is missing."""
     marks = "".join(dict.fromkeys(notes.mark(f"n/a: {reason}") for reason in stat.missing.values()))
     if not stat:
         return Cell("n/a" if stat.missing else NONE, marks=marks)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import number, ratio
 
-METHODS = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
+METHODS = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU", "npo": "NPO", "simnpo": "SimNPO", "undial": "UNDIAL"}
+METHODS |= {"sam": "SAM", "repnoise": "RepNoise"}
+_SYMBOLS = {"alphas": "α", "beta": "β"}
+
+
+def method_name(name: str) -> str:
+    """``maxent+sam`` as MaxEnt + SAM, ``beta=0.1`` as β=0.1; other names as they are."""
+    parts = re.split(r"[-+_]", name)
+    if all(part in METHODS for part in parts):
+        return " + ".join(METHODS[part] for part in parts)
+    return ", ".join(
+        "=".join([_SYMBOLS.get(part.partition("=")[0], part.partition("=")[0]), *part.split("=")[1:]])
+        for part in name.split(",")
+    )
 
 
 def opening(report: Report) -> str:
@@ -52,7 +66,7 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         "held-out": "the same on problems that no stage of training, and no attack, has seen",
         "values": f"{several}; an interval covers the sampling of evaluation rows alone, not training nor the choice "
         "of the worst rate",
-        "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over the attack's learning rates, chosen "
+        "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
         "anew at each step",
         "unlearn only": "the suppressed model, which is also the teacher",
         "UNDO α": "a copy of it, damaged by noise of strength α and distilled back on unlabeled text",
@@ -80,6 +94,12 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         if kind not in kinds:
             terms.pop(term)
     return list(terms.items())
+
+
+def _over(report: Report) -> str:
+    """What a worst case is chosen from."""
+    further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
+    return "all attacks and their learning rates, each as it was last evaluated" if further else "the attack's learning rates"
 
 
 def unit(report: Report) -> str:

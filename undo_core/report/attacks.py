@@ -1,0 +1,71 @@
+"""The attacks of one model in one seed's results: their curves, and the worst case over them at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """One seed's value.
+
+    Attributes:
+        seed: of the run.
+        value: accuracy in [0, 1], nats per token, or a ratio.
+        low, high: 95 % interval of the evaluation, where the value is one evaluation.
+        n: rows evaluated.
+        rate: learning rate of the attack that gave the value.
+        retain: retain performance of the same attacked model.
+        attack: name of that attack; None for the headline attack.
+        stage: folder of the model that was evaluated.
+    """
+
+    seed: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    rate: float | None = None
+    retain: float | None = None
+    attack: str | None = None
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One attack on one model at one learning rate: the steps at which the attack evaluates, and what was evaluated there."""
+
+    steps: list[int]
+    points: dict[int, Point]
+
+
+def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
+    """Every attack's curves on a model, those of the headline attack first."""
+    attacks = {None: entry.get("attack"), **(entry.get("attacks") or {})}
+    curves = []
+    for name, attack in attacks.items():
+        for curve in (attack or {}).get("curves", ()):
+            points = {}
+            for index, (step, score) in enumerate(zip(attack["steps"], curve["forget"], strict=False)):
+                retain = curve["retain"][index]["value"] if curve.get("retain") else None
+                interval = (score.get("low"), score.get("high"), score.get("n"))
+                points[step] = Point(seed, score["value"], *interval, curve.get("rate"), retain, name, curve.get("stage"))
+            curves.append(Curve(attack["steps"], points))
+    return curves
+
+
+def envelope(entry: dict[str, Any], seed: int, higher: bool, least: bool = False) -> dict[int, Point]:
+    """A model's worst case at every step of its headline attack, over that attack's rates and all further attacks.
+
+    Of an attack that evaluates at other steps the last evaluation before counts, so that one without training, which has step 0
+    alone, counts at every step. ``least`` gives the other side of the envelope: the weakest attack at every step.
+    """
+    curves, found = attack_curves(entry, seed), {}
+    pick = max if higher is not least else min
+    for step in (entry.get("attack") or {}).get("steps", ()):
+        at = [(curve, max((s for s in curve.steps if s <= step), default=None)) for curve in curves]
+        known = [curve.points[last] for curve, last in at if last in curve.points]
+        if known:
+            found[step] = pick(known, key=lambda point: point.value)
+    return found

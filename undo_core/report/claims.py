@@ -1,0 +1,70 @@
+"""What the results say to the two claims of the abstract of arXiv 2506.06278, beside what was published."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from undo_core.report.metrics import Report
+from undo_core.report.table import count, ratio
+
+PUBLISHED_LABELS = "0.01 %"
+PUBLISHED_COMPUTE = "60–80 %"
+
+
+def claims(report: Report) -> list[str]:
+    """A sentence on the labels and one on the compute, of what the results hold; means over seeds."""
+    return [sentence for sentence in (_labels(report), _compute(report)) if sentence]
+
+
+def label_shares(report: Report) -> dict[int, tuple[int, int]]:
+    """Labelled tokens of the unlearning, forget and retain, and tokens of the pretraining, by seed, where both are known."""
+    pretrained = {seed: run.get("tokens") for model in report.of("original") for seed, run in model.trainings.items()}
+    shares = {}
+    for model in report.of("unlearn"):
+        for seed, entry in model.entries.items():
+            tokens = (entry.get("costs") or {}).get("pretraining_tokens") or pretrained.get(seed)
+            labelled = labelled_tokens(entry)
+            if labelled and tokens:
+                shares[seed] = sum(labelled.values()), tokens
+    return shares
+
+
+def labelled_tokens(entry: dict[str, Any]) -> dict[str, int]:
+    """Labelled tokens that a model's unlearning used, forget and retain; older results count a token as often as it was read."""
+    named = (entry.get("costs") or {}).get("labelled_tokens")
+    if named:
+        return dict(named)
+    training = entry.get("training") or {}
+    counts = {name: training.get(f"labelled_{name}_tokens") for name in ("forget", "retain")}
+    return {name: tokens for name, tokens in counts.items() if tokens}
+
+
+def _labels(report: Report) -> str:
+    shares = list(label_shares(report).values())
+    if not shares:
+        return ""
+    labelled, tokens = (statistics.fmean(pair[index] for pair in shares) for index in (0, 1))
+    share = statistics.fmean(pair[0] / pair[1] for pair in shares)
+    return (
+        f"Labels: {count(labelled)} labelled tokens, forget and retain, {_percent(share)} of the {count(tokens)} tokens of pretraining "
+        f"(published: {PUBLISHED_LABELS} of the pretraining data)."
+    )
+
+
+def _compute(report: Report) -> str:
+    model = report.strongest
+    if model is None or not (model.robustness and model.compute["steps"]):
+        return ""
+    shares = [f"{_percent(model.compute['steps'].mean)} of data filtering's training steps"]
+    if model.compute["flops"]:
+        shares.append(f"{_percent(model.compute['flops'].mean)} of its FLOPs")
+    return (
+        f"Compute: α = {model.alpha:g} reaches R = {ratio(model.robustness.mean)} at {' and '.join(shares)} (published: the robustness "
+        f"of data filtering, R = 1, at {PUBLISHED_COMPUTE} of its compute)."
+    )
+
+
+def _percent(share: float) -> str:
+    """Two significant digits below one per cent, whole numbers from ten on."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"

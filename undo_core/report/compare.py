@@ -1,0 +1,163 @@
+"""The report over several runs: their results grouped by setting, the paper's figures, and a table of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from undo_core.files import hash_json, read_json, write_bytes, write_json, write_text
+from undo_core.report import compare_figures, compare_page, compare_table
+from undo_core.report.claims import claims
+from undo_core.report.metrics import derive, settings_of
+from undo_core.report.points import FIGURES, Setting, csv_text, plot_points
+from undo_core.report.words import method_name
+
+FORMAT = 1
+Loaded = tuple[str, dict[str, Any]]  # a run's folder and the contents of its results
+
+
+def load(paths: Sequence[Path]) -> list[Loaded]:
+    """The results in files, in folders of runs, and in folders of sweeps, each file once.
+
+    Raises:
+        FileNotFoundError: a path with no results.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        found = (
+            [path] if path.is_file() else sorted([*path.glob("results-seed*.json"), *path.glob("runs/*/results-seed*.json")])
+        )
+        if not found:
+            raise FileNotFoundError(
+                f"results: got {path}, which has no results-seedN.json; wanted what undo run or undo sweep wrote"
+            )
+        files.update({file.resolve(): file for file in found})
+    return [(str(file.parent), read_json(file)) for file in files.values()]
+
+
+def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path:
+    """Write ``comparison.html``, its figures as PNG, ``points.csv`` behind them, and ``methods.md``, ``.tex`` and ``.csv``.
+
+    Args:
+        loaded: run folders and their results.
+        folder: made where missing; a report of the same results is left as it is.
+        title: heading of the page.
+
+    Returns:
+        The path of ``comparison.html``.
+
+    Raises:
+        ValueError: as :func:`~undo_core.report.derive`; or runs whose metrics or headline steps differ.
+    """
+    sources = [{"folder": run, "seed": values["seed"], "sha256": hash_json(values)} for run, values in loaded]
+    known, page = folder / "comparison.json", folder / "comparison.html"
+    if known.exists() and page.exists():
+        before = read_json(known)
+        if (before["format"], before["title"], before["sources"]) == (FORMAT, title, sources):
+            return page
+    settings = compare(loaded, title)
+    points = plot_points(settings)
+    drawn = compare_figures.draw(settings, points)
+    table = compare_table.methods_table(settings)
+    said = {setting.label: claims(setting.report) for setting in settings}
+    html = compare_page.render(title, settings, drawn, said)
+    numbers = [{"label": s.label, "runs": s.runs, **s.report.to_json(), "claims": said[s.label]} for s in settings]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        if name in drawn:
+            write_bytes(folder / f"{name}.png", drawn[name])
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+    write_text(folder / "points.csv", csv_text([point for point in points if point.figure in drawn]))
+    write_text(folder / "methods.md", compare_table.methods_markdown(title, table, said))
+    write_text(folder / "methods.tex", compare_table.latex(table))
+    write_text(folder / "methods.csv", compare_table.methods_csv(settings))
+    write_text(page, html)
+    write_json(known, {"format": FORMAT, "title": title, "sources": sources, "settings": numbers})  # last: all else is there
+    return page
+
+
+def comparison_table(loaded: Sequence[Loaded]) -> RenderableType:
+    """The table of the methods for ``rich``; the same arguments and errors as :func:`write_comparison`."""
+    return compare_table.terminal(compare_table.methods_table(compare(loaded, "")))
+
+
+def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
+    """The results by setting: runs that differ in their seed, or in which alphas they have, are one setting."""
+    groups: dict[str, list[Loaded]] = {}
+    for run, values in loaded:
+        derive([values], title)  # refuses what is not a run's results
+        groups.setdefault(hash_json(sorted(_varied(values).items())), []).append((run, values))
+    settings = []
+    for label, group in zip(_labels(list(groups.values())), groups.values(), strict=True):
+        merged = _merge(group)
+        settings.append(Setting(label, derive(merged, label), _origins(group), sorted({run for run, _ in group})))
+    first = settings[0].report
+    for setting in settings[1:]:
+        for name in ("kind", "headline"):
+            if getattr(setting.report, name) != getattr(first, name):
+                raise ValueError(
+                    f"results: {settings[0].label} and {setting.label} differ in metric.{name}; wanted runs with one metric and one "
+                    "headline step"
+                )
+    return settings
+
+
+def _varied(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that tell runs apart, flat."""
+    return {key: value for key, value in settings_of(values).items() if key != "noise.alphas"}
+
+
+def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
+    """One results value for each seed, with the models of all its runs."""
+    merged: dict[int, dict[str, Any]] = {}
+    alphas: set[float] = set()
+    for run, values in group:
+        alphas |= set(((values.get("config") or {}).get("noise") or {}).get("alphas", ()))
+        known = merged.setdefault(values["seed"], {**values, "models": []})
+        there = {entry["name"]: entry["stage"] for entry in known["models"]}
+        entries = {entry["name"]: entry for entry in values["models"]}
+        for name in (name for name in entries if there.get(name, entries[name]["stage"]) != entries[name]["stage"]):
+            raise ValueError(
+                f"results: got two models {name} of seed {values['seed']} from runs whose settings agree, {run} among them; wanted one"
+            )
+        known["models"] = known["models"] + [entry for name, entry in entries.items() if name not in there]
+    for values in merged.values():
+        config = values.get("config") or {}
+        if "alphas" in (config.get("noise") or {}):
+            values["config"] = {**config, "noise": {**config["noise"], "alphas": sorted(alphas)}}
+    return list(merged.values())
+
+
+def _origins(group: Iterable[Loaded]) -> dict[tuple[str, int], str]:
+    """The folder that each model of each seed is from."""
+    origins: dict[tuple[str, int], str] = {}
+    for run, values in group:
+        for entry in values["models"]:
+            origins.setdefault((entry["name"], values["seed"]), run)
+    return origins
+
+
+def _labels(groups: list[list[Loaded]]) -> list[str]:
+    """A name for each setting: the runs' own name, or what its runs' names have in common; with settings where names are alike."""
+    labels = []
+    for group in groups:
+        names = [str(values.get("name") or "") for _, values in group]
+        common = [part for part in names[0].split(",") if all(part in name.split(",") for name in names)]
+        method = ((group[0][1].get("config") or {}).get("unlearn") or {}).get("method")
+        labels.append(method_name(",".join(common) or method or "results"))
+    settings = [_varied(group[0][1]) for group in groups]
+    return [_told_apart(index, labels, settings) for index in range(len(labels))]
+
+
+def _told_apart(index: int, labels: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
+    """A label with the settings in which it differs from others that have the same name."""
+    own, alike = settings[index], [other for label, other in zip(labels, settings, strict=True) if label == labels[index]]
+    differing = sorted(key for key in set().union(*alike) if any(other.get(key) != own.get(key) for other in alike))
+    if not differing:
+        return labels[index]
+    named = ", ".join(f"{key.rpartition('.')[2]}={own.get(key)}" for key in differing)
+    return f"{labels[index]} ({named})"

@@ -1,0 +1,65 @@
+"""The page over several runs: one HTML file, figures inlined, no script, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from undo_core.report.compare_table import methods_table
+from undo_core.report.page import claims_html, document, figure_html, table_html
+from undo_core.report.points import Setting
+
+_TITLES = {
+    "overview": "Overview",
+    "oracle": "Oracle matching",
+    "methods": "Retain against forget",
+    "envelopes": "Relearning",
+    "robustness": "Robustness against compute",
+    "labels": "Robustness over the label budget",
+}
+
+
+def render(title: str, settings: Sequence[Setting], figures: Mapping[str, bytes], said: Mapping[str, Sequence[str]]) -> str:
+    """The page as one string; ``figures`` are PNGs by name, ``said`` the sentences on the published claims by setting."""
+    explained = captions(settings)
+    several = len(settings) > 1
+    sentences = [f"{label}: {text}" if several else text for label, texts in said.items() for text in texts]
+    seeds = sorted({seed for setting in settings for seed in setting.report.seeds})
+    named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{len(settings)} {"methods" if several else "method"} · {escape(named)}</p>',
+        "<h2>Before and after UNDO</h2>",
+        table_html(methods_table(settings)),
+        '<p class="soft">Means over seeds, smallest and largest seed. The same in methods.md, methods.tex and methods.csv.</p>',
+        claims_html(sentences),
+    ]
+    parts += [figure_html(_TITLES[name], png, explained[name]) for name, png in figures.items()]
+    rows = "".join(f"<dt>{escape(s.label)}</dt><dd>{escape(', '.join(s.runs))}</dd>" for s in settings)
+    parts.append(f"<h2>Runs</h2><p>Every plotted value with its run folder and stage: points.csv.</p><dl>{rows}</dl>")
+    commands = dict.fromkeys(result.get("command", "") for setting in settings for result in setting.report.results)
+    parts.append(f"<h2>To repeat it</h2><pre>{escape(chr(10).join(commands))}</pre>")
+    return document(title, parts)
+
+
+def captions(settings: Sequence[Setting]) -> dict[str, str]:
+    """A caption for each figure."""
+    report = settings[0].report
+    alphas = sorted({s.report.strongest.alpha or 0.0 for s in settings if s.report.strongest})
+    stands = f"UNDO stands with the largest α that no seed's step limit censored ({', '.join(f'{a:g}' for a in alphas)})."
+    stands = stands if alphas else ""
+    worst = "The worst case is over all attacks and learning rates"
+    return {
+        "overview": f"Each method alone and after UNDO, before and after {report.headline} attack steps; {worst[4:].lower()}. {stands} "
+        "Means; lines from the smallest to the largest seed.",
+        "oracle": "A model that behaves like data filtering is not yet as robust: the data-filtered model distilled into the "
+        "original one, or into random weights where that was run. Lines: worst case at every step, means over seeds.",
+        "methods": f"Every method from unlearning alone (square) to UNDO (circle), before the attack and after {report.headline} steps "
+        f"of it. {stands} Means; bars from the smallest to the largest seed.",
+        "envelopes": f"{worst}, at every step anew (line), and the weakest attack at that step (edge of the band); means over "
+        f"seeds. {stands}",
+        "robustness": "R, robustness on the scale from unlearn only (0) to data filtering (1), against C, training over data "
+        "filtering's, a point for each α: medians, bars from the smallest to the largest seed. FLOPs count the teacher's forward "
+        "passes and the unlearning. Numbers: α, where there is room. Censored models have neither.",
+        "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest seed.",
+    }

@@ -1,0 +1,133 @@
+"""The table of the methods before and after UNDO, as Markdown, LaTeX, CSV and for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from undo_core.report.claims import label_shares
+from undo_core.report.metrics import Stat
+from undo_core.report.points import COMPARED, Setting
+from undo_core.report.table import NONE, Cell, Notes, Table, markdown, model_marks, performance, rate, ratio_cell
+
+_TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
+_TEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--", "α": r"$\alpha$", "β": r"$\beta$", "−": "$-$"}
+_TEX |= {"<": "$<$", ">": "$>$", "|": "$|$", "\u00a0": "~"}
+
+
+def methods_table(settings: Sequence[Setting]) -> Table:
+    """A method's rows: before UNDO, after UNDO, data filtering; performance, worst case after relearning, R and C."""
+    report, notes = settings[0].report, Notes()
+    unit = "%" if report.higher else "nats/token"
+    headers = [("method", ""), ("model", ""), ("retain", unit), ("forget", unit)]
+    headers += [(f"after {report.headline} steps", f"forget, {unit}"), ("worst attack", "")]
+    headers += [("R", "robustness"), ("C", "steps"), ("C", "FLOPs")]
+    rows = []
+    for setting in settings:
+        for model in setting.compared(*COMPARED):
+            name = "before UNDO" if model.kind == "unlearn" else model.label
+            row = [Cell(setting.label), Cell(name, marks=model_marks(model, setting.report, notes))]
+            row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
+            worst = model.worst.get(report.headline, Stat())
+            shown = performance(worst, report.higher)
+            row += [Cell(shown.main, shown.spread), Cell(_attack(worst))]
+            stats = (model.robustness, model.compute.get("steps", Stat()), model.compute.get("flops", Stat()))
+            row += [ratio_cell(stat, notes) for stat in stats]
+            rows.append(row)
+    return Table(headers, rows, notes.texts)
+
+
+def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]) -> str:
+    """The table, and what it says to the published claims."""
+    parts = [f"# {title}", markdown(table, names=2).rstrip()]
+    if any(said.values()):
+        parts.append("## Beside the published claims")
+        named = [(f"{label}: " if len(said) > 1 else "", text) for label, texts in said.items() for text in texts]
+        parts.append("\n".join(f"- {label}{text}" for label, text in named))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(table: Table) -> str:
+    """A ``tabular`` that needs no package, ranges in parentheses, footnotes below."""
+    lines = [rf"\begin{{tabular}}{{ll{'r' * (len(table.headers) - 2)}}}", r"\hline"]
+    lines.append(" & ".join(_tex(name) for name, _ in table.headers) + r" \\")
+    lines.append(" & ".join(_tex(unit) for _, unit in table.headers) + r" \\")
+    lines.append(r"\hline")
+    for row in table.rows:
+        cells = []
+        for cell in row:
+            spread = f" ({_tex(cell.spread)})" if cell.spread else ""
+            marks = f"$^{{{','.join(cell.marks)}}}$" if cell.marks else ""
+            cells.append(f"{_tex(cell.main)}{spread}{marks}")
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\hline", r"\end{tabular}"]
+    lines += [rf"\par {{\footnotesize $^{{{mark}}}$ {_tex(text)}}}" for mark, text in table.notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def methods_csv(settings: Sequence[Setting]) -> str:
+    """Every model of every method with bare numbers: means, smallest and largest seed; empty where there is none."""
+    stats = ("retain", "forget", "forget_attacked", "R", "C_steps", "C_tokens", "C_flops")
+    names = ["method", "model", "kind", "alpha", "seeds", "censored_seeds"]
+    names += [f"{stat}{part}" for stat in stats for part in ("", "_min", "_max")]
+    names += ["headline_step", "metric", "labelled_share_of_pretraining", "runs"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for setting in settings:
+        report = setting.report
+        shares = [labelled / tokens for labelled, tokens in label_shares(report).values()]
+        for model in report.models:
+            row = {"method": setting.label, "model": model.name, "kind": model.kind, "alpha": model.alpha}
+            row |= {"seeds": _list(model.entries), "censored_seeds": _list(model.censored), "runs": _list(setting.runs)}
+            row |= {"headline_step": report.headline, "metric": report.kind}
+            if shares and model.kind in ("unlearn", "undo", "random"):
+                row["labelled_share_of_pretraining"] = sum(shares) / len(shares)
+            values = [model.metrics.get("retain"), model.metrics.get("forget"), model.worst.get(report.headline)]
+            values += [model.robustness, *model.compute.values()]
+            for name, stat in zip(stats, values, strict=False):
+                if stat:
+                    points = [point.value for point in stat.points]
+                    row |= {name: stat.mean, f"{name}_min": min(points), f"{name}_max": max(points)}
+            writer.writerow(row)
+    return out.getvalue()
+
+
+def terminal(table: Table) -> Group:
+    """For a terminal of 80 columns: the means; ranges, worst attacks and C in FLOPs are left to the page."""
+    rich = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    shown = [index for index, header in enumerate(table.headers) if header not in (("worst attack", ""), ("C", "FLOPs"))]
+    for name, unit in (table.headers[index] for index in shown):
+        left, small = name in ("method", "model"), unit if name != "R" else ""
+        heading = f"{name}\n{small}".rstrip()
+        rich.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=name == "model")
+    before = ""
+    for row in table.rows:
+        cells = [Text(f"{row[index].main} {row[index].marks}".rstrip()) for index in shown]
+        if row[0].main == before:
+            cells[0] = Text("")
+        before = row[0].main
+        rich.add_row(*cells)
+    return Group(rich, *(Text(f"{mark}  {text}", style="yellow") for mark, text in table.notes.items()))
+
+
+def _attack(stat: Stat) -> str:
+    """The attacks and rates that the worst cases are from."""
+    names = {
+        f"{point.attack or 'fine-tuning'}{'' if point.rate is None else f' at {rate(point.rate)}'}" for point in stat.points
+    }
+    return ", ".join(sorted(names)) or NONE
+
+
+def _list(values: object) -> str:
+    return " ".join(map(str, values))  # type: ignore[call-overload]
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)

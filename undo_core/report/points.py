@@ -1,0 +1,200 @@
+"""Every plotted value of the report over several runs, with the run folder and the stage that it is from."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from undo_core.report.attacks import Point, envelope
+from undo_core.report.claims import labelled_tokens
+from undo_core.report.metrics import STUDENTS, ModelReport, Report
+from undo_core.report.words import method_name
+
+FIGURES = ("overview", "oracle", "methods", "envelopes", "robustness", "labels")
+COMPARED = ("unlearn", "undo", "filter")  # a method before and after UNDO, and the gold standard
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed, or in which alphas they have: one method of the comparison.
+
+    Attributes:
+        label: for readers.
+        report: what follows from its results.
+        origins: the run folder of each ``(model name, seed)``.
+        runs: its run folders.
+    """
+
+    label: str
+    report: Report
+    origins: dict[tuple[str, int], str]
+    runs: list[str]
+
+    def compared(self, *kinds: str) -> Iterator[ModelReport]:
+        """The models of these kinds, of UNDO the strongest alone."""
+        for kind in kinds:
+            models = self.report.of(kind) if kind != "undo" else [self.report.strongest] if self.report.strongest else []
+            yield from models
+
+
+@dataclass(frozen=True)
+class PlotPoint:
+    """One seed's value in a figure.
+
+    Attributes:
+        figure: name of the figure.
+        panel: of the figure.
+        series: what is drawn as one line, bar or marker.
+        x, y: coordinates; x is a name where the axis has names. A y of 1e30 and more stands for a model that diverged.
+        seed: of the run.
+        run: folder of the run.
+        stage: folder of the model that was evaluated, under the run's, or its sweep's, ``stages``; several for a ratio.
+    """
+
+    figure: str
+    panel: str
+    series: str
+    x: float | str
+    y: float
+    seed: int
+    run: str
+    stage: str
+
+
+def plot_points(settings: Sequence[Setting]) -> list[PlotPoint]:
+    """The points of every figure."""
+    makers = (_overview, _oracle, _methods, _envelopes, _robustness, _labels)
+    return [point for make in makers for point in make(settings)]
+
+
+def csv_text(points: Sequence[PlotPoint]) -> str:
+    """The points as CSV with a header."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(PlotPoint)])
+    writer.writerows(dataclasses.astuple(point) for point in points)
+    return out.getvalue()
+
+
+def _overview(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """Retain and forget performance before and after the attack, by method."""
+    for setting in settings:
+        for model in setting.compared("original", *COMPARED):
+            for panel in ("retain", "forget"):
+                before, after = _before(model, panel), _after(setting, model, panel)
+                yield from _at("overview", panel, f"{model.kind}, before", setting, model, setting.label, before)
+                yield from _at("overview", panel, f"{model.kind}, after", setting, model, setting.label, after)
+
+
+def _methods(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """Forget against retain performance, before and after the attack."""
+    for setting in settings:
+        for model in setting.compared(*COMPARED):
+            series = f"{setting.label}, {model.kind}"
+            for panel, pairs in (
+                ("before", (_before(model, "retain"), _before(model, "forget"))),
+                ("after", (_after(setting, model, "retain"), _after(setting, model, "forget"))),
+            ):
+                yield from _pairs("methods", panel, series, setting, model, *pairs)
+
+
+def _oracle(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """Worst-case relearning curves of oracle matching and of what it is compared with, where there is oracle matching."""
+    for setting in settings:
+        if setting.report.of("oracle") or setting.report.of("oracle-random"):
+            yield from _curves("oracle", setting, ("unlearn", "oracle", "oracle-random", "filter"))
+
+
+def _envelopes(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """Relearning curves: the worst case over attacks and rates at every step, and the weakest attack beside it."""
+    for setting in settings:
+        yield from _curves("envelopes", setting, ("unlearn", "undo", "damaged", "gated", "random", "filter"))
+
+
+def _robustness(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """R against C, by alpha."""
+    for setting in settings:
+        for model in (m for m in setting.report.models if m.kind in STUDENTS):
+            series = f"{setting.label}, {model.name}"
+            for unit in ("steps", "flops"):
+                spent = {point.seed: point for point in model.compute[unit].points}
+                pairs = [(spent[p.seed], p) for p in model.robustness.points if p.seed in spent]
+                yield from _pairs("robustness", unit, series, setting, model, *zip(*pairs, strict=True) if pairs else ((), ()))
+
+
+def _labels(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
+    """Robustness over the label budget, for methods that were run with several."""
+    budgets: dict[str, set[int]] = {}
+    for setting in settings:
+        budgets.setdefault(_method(setting), set()).update(_labelled(setting).values())
+    for setting in settings:
+        if len(budgets[_method(setting)]) < 2:
+            continue
+        labelled = _labelled(setting)
+        for model in setting.compared(*COMPARED):
+            for panel, points in (("forget", _after(setting, model, "forget")), ("R", model.robustness.points)):
+                known = [point for point in points if point.seed in labelled]
+                at = [dataclasses.replace(point, value=labelled[point.seed]) for point in known]
+                yield from _pairs("labels", panel, f"{_method(setting)}, {model.kind}", setting, model, at, known)
+
+
+def _method(setting: Setting) -> str:
+    unlearn = (setting.report.results[0].get("config") or {}).get("unlearn") or {}
+    parts = [unlearn.get("method") or setting.label, unlearn.get("robust") or "none"]
+    return method_name("+".join(part for part in parts if part != "none"))
+
+
+def _labelled(setting: Setting) -> dict[int, int]:
+    """Labelled forget tokens of each seed's unlearning."""
+    entries = [item for model in setting.report.of("unlearn") for item in model.entries.items()]
+    labelled = {seed: labelled_tokens(entry).get("forget") for seed, entry in entries}
+    return {seed: tokens for seed, tokens in labelled.items() if tokens}
+
+
+def _before(model: ModelReport, key: str) -> Sequence[Point]:
+    return model.metrics[key].points if key in model.metrics else ()
+
+
+def _after(setting: Setting, model: ModelReport, key: str) -> Sequence[Point]:
+    """Of the attack that is worst for the forget set at the headline step: its forget or its retain performance."""
+    worst = model.worst.get(setting.report.headline)
+    points = worst.points if worst else ()
+    if key == "forget":
+        return points
+    return [dataclasses.replace(point, value=point.retain) for point in points if point.retain is not None]
+
+
+def _curves(figure: str, setting: Setting, kinds: Sequence[str]) -> Iterator[PlotPoint]:
+    for model in setting.compared(*kinds):
+        for step, stat in model.worst.items():
+            yield from _at(figure, setting.label, model.kind, setting, model, step, stat.points)
+        for seed, entry in model.entries.items():
+            least = envelope(entry, seed, setting.report.higher, least=True)
+            for step, point in least.items():
+                yield from _at(figure, setting.label, f"{model.kind}, weakest", setting, model, step, [point])
+
+
+def _at(
+    figure: str, panel: str, series: str, setting: Setting, model: ModelReport, x: float | str, points: Sequence[Point]
+) -> Iterator[PlotPoint]:
+    for point in points:
+        run = setting.origins[model.name, point.seed]
+        yield PlotPoint(figure, panel, series, x, point.value, point.seed, run, _stage(model, point))
+
+
+def _pairs(
+    figure: str, panel: str, series: str, setting: Setting, model: ModelReport, xs: Sequence[Point], ys: Sequence[Point]
+) -> Iterator[PlotPoint]:
+    """Points of seeds that have both coordinates."""
+    across = {point.seed: point.value for point in xs}
+    for point in ys:
+        if point.seed in across:
+            yield from _at(figure, panel, series, setting, model, across[point.seed], [point])
+
+
+def _stage(model: ModelReport, point: Point) -> str:
+    """The folder behind a value; of R and C, which are computed from several, the model's own."""
+    return point.stage or model.entries[point.seed].get("stage") or ""

@@ -1,0 +1,71 @@
+"""What the figures share: colours, marks, axes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from undo_core.report.metrics import DIVERGED, Report
+
+# Okabe and Ito's colours (safe for colour-blind readers); the students share a ramp of one blue, darker with alpha.
+COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
+COLOURS |= {"damaged": "#56B4E9", "gated": "#7b3294", "oracle-random": "#b8860b"}
+MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
+MARKERS |= {"damaged": "P", "gated": "h", "oracle-random": "<"}
+LINES = {"unlearn": "-", "undo": "-", "random": (0, (4, 1.5)), "filter": (0, (1, 1)), "oracle": (0, (5, 1, 1, 1))}
+LINES |= {"damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1)), "oracle-random": (0, (1, 2))}
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 10.5,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.9,
+    "lines.solid_capstyle": "round",
+}
+DPI = 180
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def unit_name(report: Report) -> str:
+    """Of a performance, on an axis."""
+    return "accuracy, %" if report.higher else "loss, nats/token"
+
+
+def finite(value: float) -> float:
+    """NaN, which leaves a gap, for a model that diverged."""
+    return value if value < DIVERGED else float("nan")
+
+
+def scale(axis: Any, axes: Axes, report: Report) -> None:
+    """Per cent from 0 to 100 for accuracy."""
+    if report.higher:
+        vertical = axis is axes.yaxis
+        (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))

@@ -1,0 +1,140 @@
+"""Many runs over one folder of stages; what they have in common is computed once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from undo_core.config import RunConfig
+from undo_core.graph import Plan, plan_run
+from undo_core.pipeline import announce, missing_stages, save_results
+from undo_core.report import write_report
+from undo_core.report.compare import comparison_table, write_comparison
+from undo_core.stages import FUNCTIONS
+from undo_core.store import Stage, Store
+from undo_core.sweep_config import SweepConfig, expand
+from undo_core.training.progress import console
+from undo_core.workers import gpus, run_stages
+
+
+def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
+    """Run everything that is not there yet, all runs in one pool of workers, and report on each run and on all of them.
+
+    Killed at any moment, the same call continues. A run that fails stops no other.
+
+    Returns:
+        One line for each run that failed.
+    """
+    runs = [(config, plan_run(config)) for config in _configs(sweep)]
+    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    errors: dict[str, str] = {}
+    failures: dict[tuple[str, int], str] = {}
+    whole, left = [], runs
+
+    def failed(stage: Stage, error: Exception) -> None:
+        errors[stage.key] = f"{stage.title}: {type(error).__name__}: {' '.join(str(error).split())}"
+        console.print(f"  {errors[stage.key]}")
+
+    while left:
+        wanted = [missing_stages(store, config, plan) for config, plan in left]
+        whole += [run for run, stages in zip(left, wanted, strict=True) if not stages]
+        todo = [(*run, stages) for run, stages in zip(left, wanted, strict=True) if stages]
+        if todo:
+            titled = _titled([(config, stages) for config, _, stages in todo])
+            run_stages(store, titled, todo[0][0].workers, lambda stage: announce(store, stage), failed)
+        left = []
+        for config, plan, stages in todo:
+            reason = next((_cause(stage, errors) for stage in stages if not store.done(stage)), None)
+            if reason is None:
+                left.append((config, plan))
+            else:
+                failures[config.name, config.seed] = reason
+    folders = collections.defaultdict(list)
+    for config, plan in sorted(whole, key=lambda run: runs.index(run)):
+        try:
+            folders[Path(config.output)].append(save_results(store, config, plan, command))
+        except Exception as error:  # of one run's evaluation
+            failures[config.name, config.seed] = f"results: {type(error).__name__}: {' '.join(str(error).split())}"
+    for folder, saved in folders.items():
+        if any(changed for _, changed in saved) or not (folder / "report" / "report.html").exists():
+            write_report([results for results, _ in saved], folder / "report", folder.name)
+    loaded = [(str(folder), results) for folder, saved in folders.items() for results, _ in saved]
+    if loaded:
+        page = write_comparison(loaded, Path(sweep.output) / "report", sweep.name)
+        console.print(comparison_table(loaded))
+        console.print(str(page))
+    return [f"{name}, seed {seed}: {reason}" for (name, seed), reason in failures.items()]
+
+
+def sweep_table(sweep: SweepConfig) -> RenderableType:
+    """What :func:`run_sweep` would run: the runs, and their stages by kind, shared, there and missing."""
+    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
+    for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    stages_of = [(config, _all_stages(config, plan_run(config))) for config in _configs(sweep)]
+    wanted = collections.Counter(key for _, stages in stages_of for key in stages)
+    names = list(dict.fromkeys(config.name for config, _ in stages_of))
+    for name in names:
+        group = [(config, stages) for config, stages in stages_of if config.name == name]
+        own = {key: stage for _, stages in group for key, stage in stages.items()}
+        inside = collections.Counter(key for _, stages in group for key in stages)
+        shared = sum(wanted[key] > inside[key] for key in own)
+        missing = sum(not store.done(stage) for stage in own.values())
+        done = sum((Path(config.output) / f"results-seed{config.seed}.json").exists() for config, _ in group)
+        seeds = ", ".join(str(config.seed) for config, _ in group)
+        table.add_row(name, seeds, str(len(own)), str(shared), str(missing), f"{done} of {len(group)}")
+    kinds = Table(title="\nTheir stages", title_justify="left", box=None, pad_edge=False)
+    for heading in ("kind", "asked for", "distinct", "there", "missing"):
+        kinds.add_column(heading, justify="left" if heading == "kind" else "right")
+    every = {key: stage for _, stages in stages_of for key, stage in stages.items()}
+    counted = collections.Counter(stage.kind for stage in every.values())
+    there = collections.Counter(stage.kind for stage in every.values() if store.done(stage))
+    for kind, distinct in counted.items():
+        asked = sum(wanted[key] for key, stage in every.items() if stage.kind == kind)
+        kinds.add_row(kind, str(asked), str(distinct), str(there[kind]), str(distinct - there[kind]))
+    shared = sum(times > 1 for times in wanted.values())
+    notes = [
+        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
+        f"{len(every) - there.total()} to do with {stages_of[0][0].workers} worker(s).",
+        "Attacks by which a grid of rates grows come on top. For steps, memory and time of one run: undo plan.",
+    ]
+    return Group(table, kinds, "", *notes)
+
+
+def _configs(sweep: SweepConfig) -> list[RunConfig]:
+    configs = expand(sweep)
+    workers = sweep.workers or len(gpus()) or configs[0].workers
+    return [dataclasses.replace(config, workers=workers) for config in configs]
+
+
+def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
+    """Every stage of a run but those by which its grids may grow."""
+    return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
+
+
+_EMPTY = Store(Path("/nonexistent"), {})  # of which every stage is missing
+
+
+def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
+    """The stages, those of one run alone under its name."""
+    several = len({config.name for config, _ in runs}) > 1
+    seeds = len({config.seed for config, _ in runs}) > 1
+    wanted = collections.Counter(stage.key for _, stages in runs for stage in stages)
+    for config, stages in runs:
+        parts = [config.name] * several + [f"seed {config.seed}"] * seeds
+        for stage in stages:
+            alone = wanted[stage.key] == 1 and parts
+            yield dataclasses.replace(stage, title=f"{' '.join(parts)}: {stage.title}") if alone else stage
+
+
+def _cause(stage: Stage, errors: Mapping[str, str]) -> str | None:
+    """The error by which a stage is not there: its own, or of what it reads."""
+    if stage.key in errors:
+        return errors[stage.key]
+    return next(filter(None, (_cause(source, errors) for source in stage.inputs.values())), None)

@@ -1,0 +1,110 @@
+"""The settings of a sweep: a base configuration and what is varied, and the runs that follow from them."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from undo_core.config import RunConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: every entry of ``runs`` with every combination of ``grid``.
+
+    Attributes:
+        name: of the sweep, and of its report.
+        base: YAML file of a run.
+        output: folder of the stages, which all runs share, of the runs' results, and of the report over them.
+        overlays: further files, laid over the base one after the other.
+        overrides: dotted keys of the run's configuration and their values, for every run.
+        grid: dotted keys and the values that each takes; all combinations are run. Runs that differ in ``seed`` alone share a name.
+        runs: named variants: ``name``, ``overlay`` (a file, or a list of files) and dotted keys with their values.
+        workers: stages that run side by side; None for one on each GPU, or without one what the base configuration says.
+    """
+
+    name: str
+    base: str
+    output: str
+    overlays: list[str] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.grid or self.runs):
+            raise ValueError("grid, runs: got neither, wanted at least one of them")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{key}: got no values, wanted at least one")
+        names = [str(run.get("name")) for run in self.runs]
+        for name in names:
+            if not _NAME.fullmatch(name) or names.count(name) > 1:
+                raise ValueError(f"runs: got the name {name!r}, wanted one of letters, digits and ._+=,- for each, once")
+
+
+def expand(sweep: SweepConfig) -> list[RunConfig]:
+    """The configuration of every run, in order: ``name`` is the run's, ``output`` its folder, ``OUTPUT/runs/NAME``.
+
+    Raises:
+        FileNotFoundError: a file that the sweep names is missing.
+        ValueError: a setting of a run is wrong, or two runs would share a name and a seed.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig)
+    configs: list[RunConfig] = []
+    short = _short(key for key in sweep.grid if key != "seed")
+    for run in sweep.runs or [{}]:
+        own = {key: value for key, value in run.items() if key not in ("name", "overlay")}
+        overlays = run.get("overlay", [])
+        files = [sweep.base, *sweep.overlays, *([overlays] if isinstance(overlays, str) else overlays)]
+        for path in files:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"base, overlays: got {path}, which is not a file; wanted a YAML file of settings")
+        for values in itertools.product(*sweep.grid.values()):
+            chosen = dict(zip(sweep.grid, values, strict=True))
+            parts = [run["name"]] if run else []
+            parts += [f"{short[key]}={_readable(value)}" for key, value in chosen.items() if key != "seed"]
+            name = ",".join(parts) or sweep.name
+            fixed = {"name": name, "output": str(Path(sweep.output) / "runs" / name)}
+            settings = {**sweep.overrides, **own, **chosen, **fixed}
+            arguments = [f"--config={path}" for path in files] + [f"--{k}={_argument(v)}" for k, v in settings.items()]
+            try:
+                read = vars(parser.instantiate(parser.parse_args(arguments)))
+            except (ArgumentError, ValueError) as error:
+                raise ValueError(f"run {name}: {error}") from error
+            configs.append(RunConfig(**{key: value for key, value in read.items() if key != "config"}))
+    for (name, seed), times in collections.Counter((c.name, c.seed) for c in configs).items():
+        if times > 1:
+            raise ValueError(f"grid, runs: got {times} runs named {name} with seed {seed}, wanted one; list them under runs")
+    return configs
+
+
+def _short(keys: Iterator[str]) -> dict[str, str]:
+    """Each dotted key's last part, or the whole key where that is not enough to tell them apart."""
+    keys = list(keys)
+    last = collections.Counter(key.rpartition(".")[2] for key in keys)
+    return {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def _readable(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")
+
+
+def _argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
