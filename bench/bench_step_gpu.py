@@ -1,8 +1,8 @@
 """Memory and speed of a distillation step on a GPU, in one mode a process: prints one JSON object.
 
-Gemma 2 2B's shape, random weights, 10 x 1024 tokens by default, AdamW included. ``plain`` is the transformers and torch loop in float32,
-at the largest batch that fits the GPU, or ``--limit-gb`` of it; its teacher is float32 too. The other modes' teachers are bfloat16,
-where their students are. Peak: torch's allocator over all steps, models included; the first step is no part of the time.
+Gemma 2 2B's shape, random weights, 10 x 1024 tokens by default, AdamW included. ``plain`` is the transformers and torch loop in
+float32, at the largest batch that fits the GPU, or ``--limit-gb`` of it; its teacher is float32 too. The other modes' teachers are
+bfloat16 where their students are. Peak: torch's allocator over all steps, models included; the first step is no part of the time.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Everything that needs a GPU, on a machine without network: python 3.11, torch, triton, numpy and pytest are enough to begin.
 
 tests      the Triton tests on the GPU, then compute-sanitizer's memcheck and racecheck on small problems
-tune       the fastest tile of each kernel, dtype and width; keep the file as bench/results/tiles/GPU.json, then python bench/tiles.py
+tune       the fastest tile of each kernel, dtype and width; keep the file as bench/results/tiles/GPU.json, then
+           python bench/tiles.py
 bench      the losses, the noise and RMU beside what one would use instead
 memory     a distillation step of Gemma 2 2B's shape in every mode, 10 x 1024 tokens
 pipeline   the arithmetic pipeline at the published model's shape, steps reduced
 
-Each part is one file PART.json in --out ($OUT, else runs/gpu), replaced whole after every row. A row that passed there, or in --from,
-with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No part
+Each part is one file PART.json in --out ($OUT, else runs/gpu), replaced whole after every row. A row that passed there, or in
+--from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No part
 lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every row
 that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
 """

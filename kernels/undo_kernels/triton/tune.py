@@ -1,4 +1,4 @@
-"""Which tile of a matrix kernel is fastest on this GPU: ``python -m undo_kernels.triton.tune loss float32 2304`` prints one JSON object.
+"""The fastest tile of a matrix kernel on this GPU, as a JSON object: ``python -m undo_kernels.triton.tune loss float32 2304``.
 
 Not used at run time: ``bench/gpu_suite.sh --part tune`` runs it, and the winners become the table in measured.py. A candidate
 counts if its numbers are those of the default tile and nothing of it is spilled. ``--first`` runs each candidate once, which

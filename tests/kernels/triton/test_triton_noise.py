@@ -1,4 +1,4 @@
-"""The Triton noise, on a GPU or interpreted, against the reference on the CPU: every bit of the parameters, and the sums of squares."""
+"""The Triton noise, on a GPU or interpreted, against the CPU's reference: every bit of the parameters, and the sums of squares."""
 
 import itertools
 
