@@ -228,7 +228,7 @@ def complaint(result: Any) -> str | None:
     if "tried" in result and result["best"] is None:
         return "no tile counts"
     for record in (record for row in result.get("rows", ()) for record in row["contenders"]):
-        if record["name"].startswith("undo") and record.get("status", "measured") != "measured":
+        if record["name"].startswith("undo-core") and record.get("status", "measured") != "measured":
             return f"{record['name']}: {record['status']}"
         if record["name"].startswith("undo-core") and record.get("backend", "triton") != "triton":
             return f"{record['name']}: ran on the {record['backend']} backend"
