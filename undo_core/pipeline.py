@@ -29,10 +29,8 @@ def run(config: RunConfig, command: str) -> Path:
     plan = plan_run(config)
     while stages := missing_stages(store, config, plan):
         run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
-    results, changed = save_results(store, config, plan, command)
-    report = Path(config.output) / "report" / "report.html"
-    if changed or not report.exists():
-        write_report([results], report.parent, config.name)
+    results = save_results(store, config, plan, command)
+    report = write_report([results], Path(config.output) / "report", config.name)
     console.print(terminal_table([results]))
     console.print(str(report))
     return report
@@ -44,12 +42,8 @@ def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
     return wanted or _extensions(store, config, plan)
 
 
-def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> tuple[dict[str, Any], bool]:
-    """Evaluate the models of a run that lacks no stage, and write ``results-seedN.json`` into its output folder.
-
-    Returns:
-        The results, and whether the file was not there or held others.
-    """
+def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
+    """Evaluate the models of a run that lacks no stage; returns what ``results-seedN.json`` in its output folder then holds."""
     use_threads(1)
     results = {
         "format": RESULTS_FORMAT,
@@ -63,11 +57,10 @@ def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> t
         "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
     }
     path = Path(config.output) / f"results-seed{config.seed}.json"
-    changed = not (path.exists() and hash_json(read_json(path)) == hash_json(results))
-    if changed:
+    if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, results)
-    return results, changed
+    return results
 
 
 def announce(store: Store, stage: Stage) -> None:

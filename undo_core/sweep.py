@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -54,16 +55,15 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
                 left.append((config, plan))
             else:
                 failures[config.name, config.seed] = reason
-    folders = collections.defaultdict(list)
+    folders: dict[Path, list[dict[str, Any]]] = collections.defaultdict(list)
     for config, plan in sorted(whole, key=lambda run: runs.index(run)):
         try:
             folders[Path(config.output)].append(save_results(store, config, plan, command))
         except Exception as error:  # of one run's evaluation
             failures[config.name, config.seed] = f"results: {type(error).__name__}: {' '.join(str(error).split())}"
     for folder, saved in folders.items():
-        if any(changed for _, changed in saved) or not (folder / "report" / "report.html").exists():
-            write_report([results for results, _ in saved], folder / "report", folder.name)
-    loaded = [(str(folder), results) for folder, saved in folders.items() for results, _ in saved]
+        write_report(saved, folder / "report", folder.name)
+    loaded = [(str(folder), results) for folder, saved in folders.items() for results in saved]
     if loaded:
         page = write_comparison(loaded, Path(sweep.output) / "report", sweep.name)
         console.print(comparison_table(loaded))

@@ -136,6 +136,9 @@ def test_label_budgets_are_drawn_where_they_were_swept() -> None:
     loaded = [(f"runs/{n}", results(f"rows={n}", strength=n**0.1, labelled=n)) for n in (30, 300)]
     points = [point for point in plot_points(compare(loaded, "t")) if point.figure == "labels"]
     assert {(p.panel, p.series, p.x) for p in points} >= {("R", "MaxEnt, undo", 30), ("forget", "MaxEnt, unlearn", 300)}
+    seeds = [("runs/x", results("x", seed, labelled=30 + seed)) for seed in range(2)]
+    seeds += [("runs/y", results("y", seed, labelled=30 + seed, lr=1)) for seed in range(2)]
+    assert not [point for point in plot_points(compare(seeds, "t")) if point.figure == "labels"], "seeds are no budgets"
     used = {"pretraining_tokens": 1000, "labelled_tokens": {"forget": 7, "retain": 8}, "labelled_share": 0.015}
     for _, values in loaded:  # a token that was read twice is one label
         entry(values, "unlearn")["costs"] = used

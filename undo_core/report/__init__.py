@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from undo_core.files import write_bytes, write_json, write_text
+from undo_core.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import figures, page, words
 from undo_core.report.claims import claims
 from undo_core.report.metrics import Report, derive
@@ -19,7 +19,8 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
 
     Args:
         results: contents of ``results.json``, one per seed, of runs that differ in their seed alone.
-        folder: made where missing; files of an earlier report are replaced, each atomically, the page last.
+        folder: made where missing; files of an earlier report are replaced, each atomically, and a report of the same results is left
+            as it is.
         title: heading of the page.
 
     Returns:
@@ -29,6 +30,12 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
         ValueError: no results, an unknown format, a seed twice, or runs that do not belong together.
     """
     report = derive(results, title)
+    known, done = folder / "report.json", folder / "report.html"
+    sources = [{"seed": values["seed"], "sha256": hash_json(values)} for values in report.results]
+    if known.exists() and done.exists():
+        before = read_json(known)
+        if (before["title"], before.get("sources")) == (title, sources):
+            return done
     drawn = figures.draw(report)
     html = page.render(report, drawn)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,10 +44,10 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would not belong to this one
     for name, png in drawn.items():
         write_bytes(folder / f"{name}.png", png)
-    write_json(folder / "report.json", report.to_json())
     write_text(folder / "table.md", _tables(report))
-    write_text(folder / "report.html", html)
-    return folder / "report.html"
+    write_text(done, html)
+    write_json(known, {**report.to_json(), "sources": sources})  # last: all else is there
+    return done
 
 
 def terminal_table(results: list[dict[str, Any]]) -> RenderableType:

@@ -126,19 +126,20 @@ def _robustness(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
 
 
 def _labels(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
-    """Robustness over the label budget, for methods that were run with several."""
-    budgets: dict[str, set[int]] = {}
+    """Robustness over the label budget, for methods that were run with several: seeds' budgets differ a little, rows in length."""
+    budgets: dict[tuple[str, int], set[int]] = {}
     for setting in settings:
-        budgets.setdefault(_method(setting), set()).update(_labelled(setting).values())
+        for seed, tokens in _labelled(setting).items():
+            budgets.setdefault((_method(setting), seed), set()).add(tokens)
+    swept = {method for (method, _), tokens in budgets.items() if len(tokens) > 1}
     for setting in settings:
-        if len(budgets[_method(setting)]) < 2:
-            continue
         labelled = _labelled(setting)
+        if _method(setting) not in swept or not labelled:
+            continue
+        budget = round(sum(labelled.values()) / len(labelled))
         for model in setting.compared(*COMPARED):
             for panel, points in (("forget", _after(setting, model, "forget")), ("R", model.robustness.points)):
-                known = [point for point in points if point.seed in labelled]
-                at = [dataclasses.replace(point, value=labelled[point.seed]) for point in known]
-                yield from _pairs("labels", panel, f"{_method(setting)}, {model.kind}", setting, model, at, known)
+                yield from _at("labels", panel, f"{_method(setting)}, {model.kind}", setting, model, budget, points)
 
 
 def _method(setting: Setting) -> str:
