@@ -253,7 +253,7 @@ def summary_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Rows with a peer in them; of a file that has default rows, those and the ones on captured activations."""
     own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
     rows = [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
-    return [row for row in rows if row.get("group") == "default" or "kl" in row] or rows
+    return [row for row in rows if row.get("group") == "default" or "captured_loss" in row] or rows
 
 
 SAMPLES = {"both": "samples_s", "forward": "forward_s"}  # seconds of every round: forward and backward, forward alone

@@ -234,7 +234,7 @@ def measure(
     size = DTYPES[row.dtype].itemsize
     result = asdict(row) | {"load_before": load, "load_after": os.getloadavg(), "ceilings": limits}
     if wanted is not None:
-        result["kl"] = float(wanted[0])
+        result["captured_loss"] = float(wanted[0])
     result["owed"] = ceilings.owed(row.tokens, row.vocabulary, row.width, size, 1 + suite.teacher)
     result["rounds"] = max((len(record.get("samples_s", ())) for record in records.values()), default=0)
     return result | {

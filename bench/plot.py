@@ -160,7 +160,7 @@ def _sweep(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
     """The largest set of rows that differ in ``size`` alone, sorted by it."""
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
-        if "kl" not in row:
+        if "captured_loss" not in row:
             fixed = tuple(row[name] for name in SIZES if name != size)
             groups.setdefault((*fixed, row["dtype"], row["softcap"]), {})[row[size]] = row
     rows = max(groups.values(), key=len, default={})
@@ -278,7 +278,7 @@ def _bars(
         )  # fmt: skip
     for axes in list(grid.flat)[len(rows) :]:
         axes.set_visible(False)
-    figure.supxlabel(label, fontsize=10.5)
+    figure.supxlabel(label if across > 1 else label.replace("; ", "\n"), fontsize=10.5)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     return figure
 

@@ -38,7 +38,7 @@ def render(results: dict[str, Any], source: str, full: bool) -> str:
 
 def _problem(row: dict[str, Any]) -> str:
     softcap = "" if row["softcap"] is None else f", softcap {row['softcap']:g}"
-    about = ", ".join(filter(None, ["trained" if "kl" in row else "", row.get("model", "")]))
+    about = ", ".join(filter(None, ["trained" if "captured_loss" in row else "", row.get("model", "")]))
     model = f" ({about})" if about else ""
     return f"{row['tokens']:,} × {harness.short(row['vocabulary'])} × {row['width']}, {row['dtype']}{softcap}{model}"
 
@@ -67,7 +67,7 @@ def _summary(results: dict[str, Any]) -> str:
             " The share before the memory: the least time that the owed products or bytes take at the rates measured in the same run, "
             "over the contender's."
         )
-    if any("kl" in row for row in rows):
+    if any("captured_loss" in row for row in rows):
         said += " On the hidden states of trained models: last, the larger error of the two gradients on them."
     return f"{markdown(header, lines)}\n\n{said}"
 
@@ -148,8 +148,8 @@ def _row_table(row: dict[str, Any]) -> str:
     rates = row.get("ceilings")
     if rates:
         when = f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes_per_s'] / 1e9:,.1f} GB/s at best; {when}"
-    if "kl" in row:
-        when = f"Hidden states of {row['model']}, a KL of {row['kl']:.2g}; errors on them. {when}"
+    if "captured_loss" in row:
+        when = f"Hidden states of {row['model']}, a true loss of {row['captured_loss']:.2g}; errors on them. {when}"
     return "\n\n".join([markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
 
 

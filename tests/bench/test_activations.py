@@ -73,6 +73,6 @@ def test_a_run_on_trained_models_reports_errors_on_them(activations, tmp_path):
         ("captured-f32", "float32", "generated"), ("captured-bf16", "bfloat16", "generated")
     ]  # fmt: skip
     for row, bound in zip(rows, (1e-4, 1e-2), strict=True):
-        assert row["kl"] > 0 and row["softcap"] == 30.0
+        assert row["captured_loss"] > 0 and row["softcap"] == 30.0
         ours = bench.runner.harness.contender(row, "undo-core")
         assert len(ours["samples_s"]) == 1 and max(ours["captured"]["d_hidden"], ours["captured"]["d_weight"]) < bound

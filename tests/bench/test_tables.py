@@ -86,7 +86,7 @@ def test_what_a_newer_record_has_is_shown(tables, document):
     for record in row["contenders"]:
         if record["status"] == "measured":
             record |= {"forward_s": [0.05, 0.04, 0.06], "forward_memory": {"extra_bytes": 7_000_000}}
-    captured = json.loads(json.dumps(row)) | {"id": "captured-f32", "group": "all", "model": "generated", "kl": 0.25}
+    captured = json.loads(json.dumps(row)) | {"id": "captured-f32", "group": "all", "model": "generated", "captured_loss": 0.25}
     captured["contenders"][0]["captured"] = {"loss": 1e-7, "d_hidden": 0.03, "d_weight": 0.01}
     hidden = json.loads(json.dumps(row)) | {"id": "sweep", "group": "all", "tokens": 7}
     found["rows"] += [captured, hidden]
@@ -97,7 +97,7 @@ def test_what_a_newer_record_has_is_shown(tables, document):
     assert "| **undo-core** | 200 ms · 50 % · 12 MB | 200 ms · 50 % · 12 MB · 3 % | 0.17 % |" in summary
     assert "(0.1B)" in summary and "(trained, generated)" in summary and "7 × 32k" not in summary and "7 × 32k" in full
     assert "| undo-core | 200 ms | 180 ms | 1.00× | 2.00× | 50 % | 12 MB | 50 ms | 1.00× | 80 % | 7.0 MB |" in full
-    assert "Hidden states of generated, a KL of 0.25" in full
+    assert "Hidden states of generated, a true loss of 0.25" in full
 
 
 def test_cross_entropy_has_a_table_of_its_own(tables, document):
