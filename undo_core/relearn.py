@@ -32,8 +32,12 @@ def attack(
     folder: Path | None = None,
     title: str = "relearn",
     progress: bool = True,
+    **train_options: Any,
 ) -> TrainResult:
-    """Fine-tune ``model`` in place with next-token cross-entropy at one rate; its history is the relearning curve."""
+    """Fine-tune ``model`` in place with next-token cross-entropy at one rate; its history is the relearning curve.
+
+    Arguments are those of :func:`relearn`, and of :func:`undo_core.training.train` where a killed attack shall resume.
+    """
     _check(config, forget, retain)
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
     sources = {name: as_source(data[name], size=size, seed=seed, name=name) for name, size in config.rows().items()}
@@ -51,6 +55,7 @@ def attack(
             folder=folder,
             title=title,
             progress=progress,
+            **train_options,
         )
 
 
