@@ -2,20 +2,19 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from undo_core.attacks import worst_of
+from undo_core.attacks import AttackConfig, Trial, worst_of
 from undo_core.cli import main
 from undo_core.files import read_json
+from undo_core.fit import cheapest_fit
 from undo_core.stages import FUNCTIONS, evaluate_folder
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("peft", "torchao"))), reason="peft or torchao is not installed"
 )
-ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 name: attacked
 output: {output}
@@ -157,9 +156,26 @@ def test_the_command_attacks_a_checkpoint_in_every_way(finished, tmp_path, capsy
     assert json.loads((tmp_path / "rounded" / "int4" / "manifest.json").read_text())["quantised"] > 0
 
 
-def test_the_shipped_attacks_are_planned(capsys):
-    files = [str(ROOT / "configs" / "arithmetic-cpu.yaml"), "--config", str(ROOT / "configs" / "attacks.yaml")]
-    assert main(["plan", *files]) == 0
+def test_the_plan_has_a_line_for_each_attack(finished, capsys):
+    _, config = finished
+    capsys.readouterr()
+    assert main(["plan", str(config)]) == 0
     table = capsys.readouterr().out
-    for line in ("published undo-0.6, 10 rates", "adapters filter, 3 rates", "prompted unlearn, 6 trials", "quantised oracle"):
-        assert line in table
+    lines = {"same undo-0.5, 1 rates", "mixed unlearn, 2 trials", "adapters unlearn, 1 rates", "prompted unlearn, 2 trials"}
+    for line in lines | {"relearn unlearn, 1 rates", "rounded undo-0.5, 2 trials"}:
+        (row,) = [row for row in table.splitlines() if row.startswith(line) and "there" in row]
+        assert ("probe" in row) == ("prompted" in line or "rounded" in line)
+
+
+@pytest.mark.parametrize(("optimizer", "swapped"), [("adamw", True), ("sgd", False)])
+def test_what_makes_an_attack_fit(optimizer, swapped):
+    """Settings that are left out of the stage are at their defaults, and another optimizer would be another attack."""
+    settings = AttackConfig(seed=0, optimizer=optimizer).stage(Trial(rate=1e-3))[1]
+    saved = {"micro_batch_size": 4, "activation_checkpointing": 1}
+    need = lambda changes: 10 - sum(saved.get(name, 0) for name in changes)  # noqa: E731
+    assert cheapest_fit("relearn", settings, 9, need)[0].changes == {"activation_checkpointing": True}
+    fit, _ = cheapest_fit("relearn", settings, 6, need)
+    assert fit.changes == {"micro_batch_size": 32}
+    tried = []
+    cheapest_fit("relearn", settings, 0, lambda changes: tried.append(changes) or 1)
+    assert any("optimizer" in changes for changes in tried) == swapped
