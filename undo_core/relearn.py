@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def attack(
             evaluate_at=config.evaluate_at,
             must_stay_finite=False,
             folder=folder,
+            settings={"lora": dataclasses.asdict(config.lora)} if config.kind == "lora" else None,
             title=title,
             progress=progress,
             **train_options,

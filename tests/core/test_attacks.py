@@ -22,6 +22,7 @@ from undo_core.memory import Predictor
 from undo_core.models import build_model
 from undo_core.relearn import attack, mixed_cross_entropy, relearn
 from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
+from undo_core.training.batches import RowsSource
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
 from undo_core.unlearn import UnlearnConfig, unlearn
@@ -202,13 +203,14 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(world, tmp_path, how, ins
     model, whole = run(tmp_path / "whole", plain)
     for kill in (1, 5):
 
-        def dying(step, kill=kill):
-            if step == kill:
-                raise KeyboardInterrupt
-            return plain(step)
+        class Dying(RowsSource):
+            def __call__(self, step, kill=kill):
+                if step == kill:
+                    raise KeyboardInterrupt
+                return super().__call__(step)
 
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / f"killed-{kill}", dying)
+            run(tmp_path / f"killed-{kill}", Dying(forget, 12, 5))
         resumed, result = run(tmp_path / f"killed-{kill}", plain)
         assert torch.equal(weights(resumed), weights(model)) and result.history == whole.history
 
