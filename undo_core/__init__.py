@@ -6,6 +6,7 @@
 from undo_core import quiet as _quiet  # noqa: F401  # isort: skip  # before transformers is imported
 from undo_core.version import __version__  # isort: skip
 from undo_core import ops
+from undo_core.attacks import LoraConfig, Trial, few_shot, quantise_, worst_of
 from undo_core.damage import damage_
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
@@ -21,18 +22,23 @@ from undo_core.unlearn import UnlearnConfig, unlearn
 __all__ = [
     "AttackConfig",
     "CachedTeacher",
+    "LoraConfig",
     "NoiseRule",
     "TeacherConfig",
     "TrainConfig",
+    "Trial",
     "UnlearnConfig",
     "__version__",
     "cache_teacher",
     "damage_",
     "distill",
     "evaluate",
+    "few_shot",
     "noise_",
     "ops",
+    "quantise_",
     "relearn",
     "stream_model",
     "unlearn",
+    "worst_of",
 ]

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
+from undo_core.attacks.grid import explore
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.damage import Operator, check_arguments, selection
 from undo_core.data.questions import DESCRIPTION
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
-from undo_core.relearn import AttackConfig, extension_of, with_seed
 from undo_core.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
@@ -270,6 +271,9 @@ def distill(
 def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
     """Attack the checkpoint MODEL at every learning rate; one folder a rate under OUTPUT, and the curves in OUTPUT/curves.json.
 
+    With --kind=lora by adapters, which are merged; --kind=fewshot and --kind=quantise train nothing and have one folder for each of
+    --shots or --bits.
+
     Args:
         model: Hugging Face checkpoint folder.
         output: folder to make.
@@ -281,29 +285,23 @@ def relearn(model: str, output: str, data: str, config: AttackConfig = AttackCon
     from undo_core.stages import split_path
     from undo_core.store import MANIFEST
 
+    check_installed(config.kind)
     config = with_seed(config, 0)
-    settings = dataclasses.asdict(config)
-    for name in ("rates", "extend"):
-        del settings[name]
     _prepared(Path(data))
     accuracy = Rows.load(split_path(Path(data), "test_forget")).answer_mask is not None
-    curves: dict[float, list[dict[str, Any]]] = {}
-    rates = list(config.rates)
-    while rates:
-        rate = rates.pop(0)
-        folder = Path(output) / f"rate-{rate:g}"
-        _build(folder, "relearn", {**settings, "rate": rate}, {"prepared": data, "model": model}, quiet=True)
-        curves[rate] = read_json(folder / MANIFEST)["curve"]
-        line = "  ".join(f"{point['step']}: {point['forget']['value']:.3f}" for point in curves[rate])
-        console.print(f"rate {rate:g}   forget at step  {line}")
-        if not rates and len(curves) < len(config.rates) + config.extend:
-            headline = {
-                r: next(p["forget"]["value"] for p in c if p["step"] == config.headline_step) for r, c in curves.items()
-            }
-            beyond = extension_of(headline, accuracy)
-            rates = [] if beyond is None else [beyond]
+
+    def curve_of(trial: Trial) -> list[dict[str, Any]]:
+        folder = Path(output) / trial.name
+        _build(folder, *config.stage(trial), {"prepared": data, "model": model}, quiet=True)
+        curve = read_json(folder / MANIFEST)["curve"]
+        line = "  ".join(f"{point['step']}: {point['forget']['value']:.3f}" for point in curve)
+        console.print(f"{trial.name.replace('-', ' ', 1)}   forget at step  {line}")
+        return curve
+
+    curves = explore(config, curve_of, accuracy)
+    ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.order))
     path = Path(output) / "curves.json"
-    write_json(path, {f"{rate:g}": curve for rate, curve in sorted(curves.items())})
+    write_json(path, {trial.name.removeprefix("rate-"): curves[trial] for trial in ordered})
     console.print(str(path))
     return 0
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from undo_core.attacks.config import AttackConfig
 from undo_core.damage import DamageConfig
 from undo_core.gate import GateConfig
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
-from undo_core.relearn import AttackConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn.config import UnlearnConfig
@@ -263,6 +264,7 @@ class RunConfig:
         relearn: how they are attacked.
         controls: what is compared with.
         damage: copies damaged otherwise than by the noise, as much.
+        attacks: further attacks, by name.
     """
 
     name: str
@@ -278,6 +280,7 @@ class RunConfig:
     relearn: AttackConfig = field(default_factory=AttackConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
+    attacks: dict[str, AttackConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -289,6 +292,13 @@ class RunConfig:
         for name in ("oracle_steps", "oracle_random_steps"):
             if getattr(self.controls, name) and not self.controls.filter:
                 raise ValueError(f"controls.{name}: wanted 0 without controls.filter, whose model is the oracle")
+        if not self.relearn.trains:
+            raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; others go under attacks")
+        for name in self.attacks:
+            if name == "relearn" or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
+                )
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -18,7 +18,9 @@ LOGITS = 1 << 25  # (answer token, vocabulary row) pairs at once
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = None) -> dict[str, Any]:
+def evaluate(
+    model: PreTrainedModel, rows: Rows, *, batch_size: int | None = None, counted: torch.Tensor | None = None
+) -> dict[str, Any]:
     """Score ``model`` on ``rows``: accuracy where they have answers, else mean cross-entropy in nats per token.
 
     Accuracy is the exact match of the greedy answer, terminator included. It is computed in one forward pass over the
@@ -29,6 +31,7 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
         model: left in the mode it was in.
         rows: ``[n, length]`` token rows.
         batch_size: rows in a forward pass; None for 512, or fewer where those would be more than 16,384 positions.
+        counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Rows with answers need none.
 
     Returns:
         ``value``, ``low`` and ``high`` (95 %: Wilson's interval for accuracy, normal over rows for cross-entropy), ``n``
@@ -53,7 +56,8 @@ def evaluate(model: PreTrainedModel, rows: Rows, *, batch_size: int | None = Non
     parts = []
     for start in range(0, len(rows), batch_size):
         ids = rows.input_ids[start : start + batch_size].long().to(device)
-        mask = ids != rows.pad_id if rows.answer_mask is None else rows.answer_mask[start : start + batch_size].to(device)
+        chosen = counted if rows.answer_mask is None else rows.answer_mask
+        mask = ids != rows.pad_id if chosen is None else chosen[start : start + batch_size].to(device)
         parts.append(score(model, ids, rows.position_ids(ids), mask).cpu())
     model.train(training)
     scores = torch.cat(parts)

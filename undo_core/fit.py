@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from undo_core.attacks.config import AttackConfig
 
 Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
@@ -85,7 +88,9 @@ def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
     if name == "teacher.kind":
         matched = "hidden" in settings  # a cache knows no layers
         return kind == "distill" and not matched and settings.get("teacher", {}).get("kind", "resident") == "resident"
-    training = settings if kind == "relearn" else settings["train"]
+    training = _training(kind, settings)
+    if name == "optimizer" and not training["optimizer"].startswith("adamw"):
+        return False
     if name == "micro_batch_size":
         size = training.get(name) or training["batch_size"]
         return name in training and size > 1 and not training["step_in_backward"]
@@ -98,6 +103,11 @@ def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
     return name in training and training[name] != value
 
 
+def _training(kind: str, settings: Settings) -> Settings:
+    """A stage's training settings; an attack's leave out what is at its default."""
+    return {**dataclasses.asdict(AttackConfig()), **settings} if kind == "relearn" else settings["train"]
+
+
 def _path(kind: str, name: str) -> str:
     return name if kind == "relearn" or name.startswith("teacher") else f"train.{name}"
 
@@ -108,7 +118,8 @@ def _sizes(kind: str, settings: Settings, changes: dict[str, Any], limit: int, n
     if path not in changes:
         yield changes
         return
-    size = settings["train"]["micro_batch_size"] or settings["train"]["batch_size"]
+    training = _training(kind, settings)
+    size = training["micro_batch_size"] or training["batch_size"]
     smallest = {**changes, path: 1}
     if need(smallest) > limit:
         yield smallest

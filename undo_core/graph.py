@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from undo_core.attacked import Attacked
+from undo_core.attacks.config import Trial, with_seed
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
 from undo_core.store import Stage
@@ -213,12 +215,19 @@ def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
     return values
 
 
+def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
+    """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
+    higher, seed = config.data.kind != "text", derive_seed(config.seed, "relearn")
+    return {
+        attack: {
+            model.name: Attacked(with_seed(settings, seed), plan.prepared, model.stage, f"{attack} {model.name}", higher)
+            for model in plan.models
+            if model.attacked
+        }
+        for attack, settings in {"relearn": config.relearn, **config.attacks}.items()
+    }
+
+
 def attack_stage(config: RunConfig, plan: Plan, model: Model, rate: float) -> Stage:
-    """The attack on one model at one learning rate."""
-    settings = dataclasses.asdict(config.relearn)
-    for name in ("rates", "extend"):
-        del settings[name]
-    if settings["seed"] is None:
-        settings["seed"] = derive_seed(config.seed, "relearn")
-    inputs = {"prepared": plan.prepared, "model": model.stage}
-    return Stage("relearn", {**settings, "rate": rate}, inputs, f"relearn {model.name} {rate:g}")
+    """The headline attack on one model at one learning rate."""
+    return attacked_models(config, plan)["relearn"][model.name].stage(Trial(rate=rate))

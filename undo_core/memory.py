@@ -27,13 +27,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from undo_kernels.library import choose
 
 from undo_core import ops
+from undo_core.attacks.config import AttackConfig, attack_config
+from undo_core.attacks.lora import insert
 from undo_core.damage import ELEMENT_BYTES as DAMAGE_BYTES
 from undo_core.distill import matching
 from undo_core.evaluate import most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
 from undo_core.models import attention_of, head_of, hidden_states, set_attention
-from undo_core.relearn import AttackConfig
+from undo_core.relearn import mixed_cross_entropy
 from undo_core.storages import FUSED, Storages
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
@@ -205,6 +207,10 @@ class _Stage:
             loaded.append(Memory("loading", weights=file, teacher=int(share * 4 * sum(sizes))))
             how = TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"})
             self._cache(how, model, share)
+        elif kind == "probe":  # a prompt's examples stand in its row
+            self.length *= 1 + settings.get("shots", 0)
+            loaded.append(Memory("loading", weights=4 * sum(sizes) + reading(torch.float32)))
+            self._probe()
         else:
             train, sources, method_of = self._training(kind, settings, stored)
             keeps = train.precision == "bfloat16-master" and stored != torch.bfloat16
@@ -219,11 +225,11 @@ class _Stage:
 
     def _training(
         self, kind: str, settings: dict[str, Any], stored: torch.dtype
-    ) -> tuple[TrainConfig, tuple[str, ...], Callable[[PreTrainedModel], Method]]:
-        """How a stage trains, on which sources, and its method."""
+    ) -> tuple[TrainConfig, Iterable[str], Callable[[PreTrainedModel], Method]]:
+        """How a stage trains, on which sources, which may have rows of their own number, and its method."""
         if kind == "relearn":
-            attack = AttackConfig(**{name: value for name, value in settings.items() if name != "rate"}, rates=[1.0])
-            return attack.training(1.0), ("text",), _pretraining
+            attack = attack_config(settings)
+            return attack.training(1.0), attack.rows(), lambda model: _attack(model, attack)
         if kind == "pretrain":
             return TrainConfig(**settings["train"]), ("text",), _pretraining
         if kind == "unlearn":
@@ -235,7 +241,15 @@ class _Stage:
             return train, ("text",), lambda model: self._distillation(model, how, dtype, matched)
         raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
 
-    def _train(self, settings: TrainConfig, sources: tuple[str, ...], method_of: Callable[[PreTrainedModel], Method]) -> None:
+    def _probe(self) -> None:
+        model = meta_model(self.config)
+        self.storages.hold(model.parameters(), "weights")
+        self.storages.hold(model.buffers(), "weights")
+        with self.storages:
+            self.storages.kind, self.storages.moment = "activations", "evaluation"
+            self._evaluate(model)
+
+    def _train(self, settings: TrainConfig, sources: Iterable[str], method_of: Callable[[PreTrainedModel], Method]) -> None:
         """Forward, backward, step and evaluation, from the second step on: the optimizer's state is there."""
         storages = self.storages
         model = meta_model(self.config, settings.attention)
@@ -245,12 +259,14 @@ class _Stage:
         with storages:
             storages.kind = "weights"
             method = method_of(model)
+            convert_(model, settings.precision)  # what the method added
             storages.kind = "activations"
         trained = list(model.parameters()) if method.parameters is None else method.parameters
         steps = _Steps(storages, trained, settings, self.device)
         with storages:
             micro = settings.micro_batch_size or settings.batch_size
-            batches = {name: self._batch(min(settings.batch_size, 2 * micro)) for name in sources}  # a third changes nothing
+            rows = sources if isinstance(sources, dict) else dict.fromkeys(sources, settings.batch_size)
+            batches = {name: self._batch(min(size, 2 * micro)) for name, size in rows.items()}  # a third changes nothing
 
             def loss(*arguments: Any) -> torch.Tensor:
                 storages.moment = "forward"
@@ -264,7 +280,7 @@ class _Stage:
                 lean(model, dataclasses.replace(settings, attention="auto")) as tied,
                 steps.attached(tied),
             ):
-                accumulate(model, loss, batches, dict.fromkeys(sources, 1), settings.micro_batch_size)
+                accumulate(model, loss, batches, dict.fromkeys(rows, 1), settings.micro_batch_size)
             batches.clear()
             storages.moment = "step"
             steps.step()
@@ -395,6 +411,8 @@ def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str
     if optimizer in QUANTISED:
         if device == "cuda":  # compiled: the update stays in registers
             return 0
+    elif optimizer in ("sgd", "adafactor"):  # a gradient with the weight's decay, or the update
+        return count * dtype.itemsize
     elif precision != "bfloat16-stochastic":  # fused
         return 0
     target = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
@@ -425,6 +443,10 @@ def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) ->
 
 def _pretraining(model: PreTrainedModel) -> Method:
     return Method(lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"]))
+
+
+def _attack(model: PreTrainedModel, config: AttackConfig) -> Method:
+    return Method(mixed_cross_entropy, insert(model, config.lora, 0)[1] if config.kind == "lora" else None)
 
 
 def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from undo_core.attacks.config import check_installed
+from undo_core.attacks.grid import worst_of
 from undo_core.config import RunConfig
 from undo_core.costs import with_costs
 from undo_core.files import hash_json, read_json, write_json
-from undo_core.graph import Model, Plan, attack_stage, plan_run
-from undo_core.relearn import extension_of
+from undo_core.graph import Model, Plan, attacked_models, plan_run
 from undo_core.report import terminal_table, write_report
 from undo_core.stages import FUNCTIONS, evaluate_folder
 from undo_core.store import Stage, Store, machine, versions
@@ -38,8 +39,13 @@ def run(config: RunConfig, command: str) -> Path:
 
 def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
     """What a run lacks: models and attacks; once they are there, the attacks by which its grids grow."""
-    wanted = [stage for stage in plan.stages() + _attacks(config, plan) if not store.done(stage)]
-    return wanted or _extensions(store, config, plan)
+    for settings in (config.relearn, *config.attacks.values()):
+        check_installed(settings.kind)
+    attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
+    wanted = plan.stages() + [stage for entry in attacked for stage in entry.stages()]
+    return [stage for stage in wanted if not store.done(stage)] or [
+        stage for entry in attacked for stage in entry.extension(store)
+    ]
 
 
 def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[str, Any]:
-    return {
+    under = {name: models[model.name] for name, models in attacked_models(config, plan).items() if model.attacked}
+    entry = {
         "name": model.name,
         "kind": model.kind,
         "alpha": model.alpha,
@@ -100,8 +107,12 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "metrics": _evaluation(store, plan, model),
         **_damage(store, model),
         "training": _training(store, plan, model),
-        "attack": _attack(store, config, plan, model) if model.attacked else None,
+        "attack": under["relearn"].entry(store) if under else None,
     }
+    if under and config.attacks:
+        entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
+        entry["worst"] = worst_of(entry, _metric(store, config, plan))
+    return entry
 
 
 def _damage(store: Store, model: Model) -> dict[str, Any]:
@@ -153,51 +164,4 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "labelled_distinct_tokens": labelled.get("labelled_distinct_tokens"),
         "peak_bytes": facts["peak_bytes"],
         "history": facts["history"],
-    }
-
-
-def _attacks(config: RunConfig, plan: Plan) -> list[Stage]:
-    """The attacks of the configured grid, on every attacked model."""
-    return [attack_stage(config, plan, model, rate) for model in plan.models if model.attacked for rate in config.relearn.rates]
-
-
-def _extensions(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
-    """The attacks by which the grids still have to grow."""
-    limit = len(config.relearn.rates) + config.relearn.extend
-    grids = [(model, *_grid(store, config, plan, model)) for model in plan.models if model.attacked]
-    return [
-        attack_stage(config, plan, model, beyond) for model, rates, beyond in grids if beyond is not None and len(rates) < limit
-    ]
-
-
-def _grid(store: Store, config: RunConfig, plan: Plan, model: Model) -> tuple[list[float], float | None]:
-    """The rates attacked so far, configured and added, and the next one where the worst of them is an end of the grid."""
-    attack, rates = config.relearn, list(config.relearn.rates)
-    while True:
-        headline = {}
-        for rate in rates:
-            curve = store.manifest(attack_stage(config, plan, model, rate))["curve"]
-            headline[rate] = next(point["forget"]["value"] for point in curve if point["step"] == attack.headline_step)
-        beyond = extension_of(headline, higher_is_better=config.data.kind != "text")
-        if beyond is None or len(rates) == len(attack.rates) + attack.extend:
-            return rates, beyond
-        if not store.done(attack_stage(config, plan, model, beyond)):
-            return rates, beyond
-        rates.append(beyond)
-
-
-def _attack(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[str, Any]:
-    """The curves of the attacks on one model."""
-    rates, beyond = _grid(store, config, plan, model)
-    stages = {rate: attack_stage(config, plan, model, rate) for rate in sorted(rates)}
-    curves = {rate: store.manifest(stage)["curve"] for rate, stage in stages.items()}
-    return {
-        "rates": sorted(rates),
-        "steps": config.relearn.evaluate_at,
-        "extended": len(rates) > len(config.relearn.rates),
-        "worst_at_end_of_grid": beyond is not None,
-        "curves": [
-            {"rate": rate, "stage": stages[rate].name, **{name: [p[name] for p in curve] for name in ("forget", "retain")}}
-            for rate, curve in curves.items()
-        ],
     }

@@ -15,13 +15,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from undo_core.attacks.config import attack_config
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.files import hash_json
 from undo_core.fit import Fit, apply_changes, cheapest_fit
-from undo_core.graph import attack_stage, plan_run
+from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor, unlearn_config
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.stages import FUNCTIONS
@@ -73,14 +74,15 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     plan, model = plan_run(config), _meta_model(config)  # a missing folder is not looked for on the hub
     parameters = sum(p.numel() for p in model.parameters())
     measure = _Measure(config, model, parameters)
-    lines: list[tuple[str, Stage, int]] = [(stage.title, stage, 1) for stage in plan.stages()]
-    for entry in plan.models:
-        if entry.attacked:
-            stage = attack_stage(config, plan, entry, config.relearn.rates[0])
-            lines.append((f"relearn {entry.name}, {len(config.relearn.rates)} rates", stage, len(config.relearn.rates)))
+    lines = [(stage.title, [stage]) for stage in plan.stages()]
+    for models in attacked_models(config, plan).values():
+        for attacked in models.values():
+            of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
+            lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
     predict = _predictor(config)
     rows = []
-    for title, stage, times in lines:
+    for title, stages in lines:
+        stage, times = _largest(stages), len(stages)
         length = _row_length(config, stage)
         settings = _training(config, stage)
         steps = 0 if settings is None else settings.steps
@@ -100,7 +102,9 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
             disk = cached * (length - 1) * _cache_bytes(stage, model)
         if stage.kind == "gate":
             disk = _cached_rows(config, store, plan.prepared) + 8 * stage.settings["buckets"]
-        done = store.done(stage) if times == 1 else _attacks_done(config, store, plan, stage)
+        if stage.kind == "probe":  # a manifest
+            disk = 0
+        done = all(map(store.done, stages))
         measured = store.manifest(stage)["peak_bytes"] if store.done(stage) else None
         memory = predict(stage)
         work = (steps * times, ruled, positions * times, flops * times, seconds * times)
@@ -142,13 +146,17 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
     predict, groups = _predictor(config), dict[tuple[str, str], list[Stage]]()
     plan = plan_run(config)
     stages = plan.stages()
-    attacked = [attack_stage(config, plan, model, config.relearn.rates[0]) for model in plan.models if model.attacked]
-    for stage in stages + attacked[:1]:
+    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
+    sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
+    for stage in stages + [_largest(trials) for trials in attacks.values()]:
         if predict(stage).total > limit:
-            groups.setdefault((stage.kind, hash_json(stage.settings.get("train", {}))), []).append(stage)
+            groups.setdefault((sections.get(stage.key, stage.kind), hash_json(stage.settings.get("train", {}))), []).append(
+                stage
+            )
     flags, hopeless = [], []
-    for (kind, _), group in groups.items():
-        title = "relearn" if kind == "relearn" else group[0].title
+    for (name, _), group in groups.items():
+        kind, title = group[0].kind, name if group[0].key in sections else group[0].title
+        section = f"attacks.{name}" if name in config.attacks else kind
 
         def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
             return max(_peak(predict, stage, changes) for stage in group)
@@ -156,11 +164,16 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
         changeable = kind == "relearn" or "train" in group[0].settings
         fit, least = cheapest_fit(kind, group[0].settings, limit, need) if changeable else (None, Fit({}, need({})))
         if fit is None:
-            with_ = f"with {_flags(kind, least)}" if least.changes else "and no setting changes that"
+            with_ = f"with {_flags(section, least)}" if least.changes else "and no setting changes that"
             hopeless.append(f"{title} needs at least {_gib(least.memory_bytes)} GiB, {with_}")
         else:
-            flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(kind, fit)}")
+            flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(section, fit)}")
     return flags, hopeless
+
+
+def _largest(stages: list[Stage]) -> Stage:
+    """The one whose rows are longest."""
+    return max(stages, key=lambda stage: stage.settings.get("shots", 0))
 
 
 def bytes_of(text: str) -> int:
@@ -186,8 +199,8 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
 
-def _flags(kind: str, fit: Fit) -> str:
-    return " ".join(f"--{kind}.{path}={str(value).lower()}" for path, value in fit.changes.items())
+def _flags(section: str, fit: Fit) -> str:
+    return " ".join(f"--{section}.{path}={str(value).lower()}" for path, value in fit.changes.items())
 
 
 def _peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
@@ -230,7 +243,7 @@ def _duration(seconds: float) -> str:
 
 def _training(config: RunConfig, stage: Stage) -> TrainConfig | None:
     if stage.kind == "relearn":
-        return config.relearn.training(stage.settings["rate"])
+        return attack_config(stage.settings).training(stage.settings["rate"])
     return TrainConfig(**stage.settings["train"]) if "train" in stage.settings else None
 
 
@@ -240,7 +253,7 @@ def _passes(stage: Stage, model: PreTrainedModel, length: int) -> float:
         flops = unlearn_flops(model, unlearn_config(stage.settings), length)
         return sum(flops.values()) / len(flops) / forward_flops(model, length)
     if stage.kind != "distill":
-        return 3
+        return 2 if stage.settings.get("kind") == "lora" else 3
     if "cache" not in stage.inputs:
         return 4
     exact = stage.settings["teacher"]["kind"] == "cached"  # the teacher's head is left to each step
@@ -260,11 +273,6 @@ def _cache_bytes(stage: Stage, model: PreTrainedModel) -> int:
     if stage.settings["kind"] == "topk":
         return 8 * stage.settings["k"]
     return model.config.get_text_config().hidden_size * getattr(torch, stage.settings["dtype"]).itemsize + 4
-
-
-def _attacks_done(config: RunConfig, store: Store, plan: Any, first: Stage) -> bool:
-    model = next(m for m in plan.models if m.stage.key == first.inputs["model"].key)
-    return all(store.done(attack_stage(config, plan, model, rate)) for rate in config.relearn.rates)
 
 
 def _row_length(config: RunConfig, stage: Stage) -> int:

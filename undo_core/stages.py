@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
+from undo_core.attacks import few_shot, quantise_
+from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import stored_dtype
 from undo_core.damage import damage_checkpoint
 from undo_core.data.rows import Rows
@@ -27,7 +29,7 @@ from undo_core.models import build_model, forward_flops, head_flops, load_model,
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
-from undo_core.relearn import AttackConfig, attack
+from undo_core.relearn import attack
 from undo_core.store import MANIFEST, StageFunction, Work
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -237,11 +239,9 @@ def cache_stage(work: Work) -> dict[str, Any]:
 
 def relearn_stage(work: Work) -> dict[str, Any]:
     """Attack the model at one learning rate; the manifest holds the curve, on the test rows."""
-    settings = dict(work.settings)
-    rate = settings.pop("rate")
-    config = AttackConfig(**settings, rates=[rate])
+    config, rate = attack_config(work.settings), work.settings["rate"]
     model, data = _load(work.inputs["model"], config.precision), work.inputs["prepared"]
-    forget = _train_rows(data, ["forget"])
+    texts = {name: _train_rows(data, [name]) for name in config.rows()}
     tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
     points: dict[int, dict[str, Any]] = {}
 
@@ -249,7 +249,8 @@ def relearn_stage(work: Work) -> dict[str, Any]:
         scores = {name: evaluate(model, rows) for name, rows in tests.items()}
         return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in _INTERVAL.items()}
 
-    result = attack(model, forget, rate, config, evaluate=metrics, folder=work.scratch, title=work.title)
+    given = {"forget": None, **texts}
+    result = attack(model, rate=rate, config=config, **given, evaluate=metrics, folder=work.scratch, title=work.title)
     for entry in result.history:
         points[int(entry["step"])] = {
             name: {key: entry[f"{name}{suffix}"] for suffix, key in _INTERVAL.items()} | {"n": len(rows)}
@@ -257,7 +258,27 @@ def relearn_stage(work: Work) -> dict[str, Any]:
         }
     _save(model, load_tokenizer(data), work.output)
     curve = [{"step": step, **point} for step, point in points.items()]
-    return {"curve": curve, **_facts(result, 3 * forward_flops(model, forget.length) * result.positions["forget"])}
+    passes = 2 if config.kind == "lora" else 3  # a frozen matrix needs no gradient of its own
+    flops = sum(passes * forward_flops(model, rows.length) * result.positions[name] for name, rows in texts.items())
+    return {"curve": curve, **_facts(result, flops)}
+
+
+def probe_stage(work: Work) -> dict[str, Any]:
+    """Evaluate the model under an attack that trains nothing; the manifest, which is all there is, holds one point of a curve."""
+    settings, data = work.settings, work.inputs["prepared"]
+    model = load_model(work.inputs["model"])
+    tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
+    if settings["kind"] == "fewshot":
+        examples, positions = load_split(data, "valid_forget"), model.config.get_text_config().max_position_embeddings
+        how = {"seed": settings["seed"], "positions": positions}
+        prompted = {name: few_shot(rows, examples, settings["shots"], **how) for name, rows in tests.items()}
+        facts = {"length": prompted["forget"][0].length}
+        scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}
+    else:
+        facts = {"quantised": quantise_(model, settings["bits"], settings.get("group_size", 1))}
+        scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+    point = {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
+    return {"curve": [{"step": 0, **point}], **facts}
 
 
 def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
@@ -278,7 +299,9 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     rows = load_split(data, TRAIN_SPLITS["retain"])
     scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
-    predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored))
+    predict = Predictor(
+        AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored)
+    )
     return {"predicted_bytes": predict(kind, work.settings).total, **function(work)}
 
 
@@ -294,6 +317,7 @@ FUNCTIONS: dict[str, StageFunction] = {
     "cache": partial(_predicted, cache_stage, "cache"),
     "distill": partial(_predicted, distill_stage, "distill"),
     "relearn": partial(_predicted, relearn_stage, "relearn"),
+    "probe": partial(_predicted, probe_stage, "probe"),
 }
 
 KEPT = "gate.safetensors"

@@ -28,7 +28,8 @@ class Stage:
     """One step of the method: what is done, with which settings, to which other stages' folders.
 
     Attributes:
-        kind: name of the stage function: prepare, pretrain, initialise, unlearn, noise, damage, gate, cache, distill or relearn.
+        kind: name of the stage function: prepare, pretrain, initialise, unlearn, noise, damage, gate, cache, distill,
+            relearn or probe.
         settings: everything that decides the result besides the inputs, as JSON values, seeds included.
         inputs: the stages whose folders this one reads.
         title: for people; not part of the key.

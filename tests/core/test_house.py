@@ -16,7 +16,7 @@ RANKS = [
     {"undo_core.commands"},
     {"undo_core.sweep"},
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
-    {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config"},
+    {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config", "undo_core.attacked"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
     {
         "undo_core.unlearn",
@@ -25,6 +25,7 @@ RANKS = [
         "undo_core.damage",
         "undo_core.distill",
         "undo_core.relearn",
+        "undo_core.attacks",
     }
     | {"undo_core.evaluate", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},

@@ -9,8 +9,8 @@ from typing import Literal
 from undo_core.training.precision import PRECISIONS, Precision
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
-OptimizerName = Literal["adamw", "adamw-8bit", "adamw-4bit", "adamw-offload"]
-OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-offload")
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-4bit", "adamw-offload", "sgd", "adafactor"]
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-offload", "sgd", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class TrainConfig:
         min_lr: rate at ``steps``, for the decaying schedules; None for 0.
         schedule: shape of the rate after the warm-up.
         warmup: steps of linear warm-up from 0.
-        weight_decay: of AdamW, on every parameter, as published.
-        beta1: of AdamW.
+        weight_decay: on every parameter, as published; of sgd added to the gradient, of the others to the step.
+        beta1: of AdamW; the momentum of sgd.
         beta2: of AdamW.
         eps: of AdamW.
         clip: largest norm of the gradient; 0 switches clipping off.
@@ -37,7 +37,8 @@ class TrainConfig:
             updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
             published attack). The model is left in its weights' dtype.
         optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
-            and moments in the host's memory and steps there (on a CPU it is adamw).
+            and moments in the host's memory and steps there (on a CPU it is adamw); sgd has one moment, adafactor (torch's, whose step is
+            the rate times the weights' root mean square) almost none.
         step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
             norm is then known too late, so ``clip`` scales each gradient by min(1, clip / norm), where the norm is the larger one of
             the step before and of the gradients so far in this one: a spike is caught, if not in its first gradients.
@@ -109,6 +110,8 @@ def check_mode(precision: str, optimizer: str) -> None:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: got {optimizer!r}, wanted one of {', '.join(OPTIMIZERS)}")
+    if precision == "bfloat16-stochastic" and not optimizer.startswith("adamw"):
+        raise ValueError(f"optimizer: got {optimizer} with precision bfloat16-stochastic, wanted adamw, which alone rounds so")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

@@ -74,7 +74,7 @@ def train(
     title: str = "training",
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place with AdamW.
+    """Train ``model`` in place.
 
     Args:
         model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation
@@ -110,6 +110,8 @@ def train(
     bfloat16(-stochastic)  adamw           2        2         4          8
     bfloat16(-stochastic)  adamw-8bit      2        2         2.03       6.03
     bfloat16(-stochastic)  adamw-4bit      2        2         1.06       5.06
+    float32                sgd             4        4         4          12
+    float32                adafactor       4        4         0          8
     any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; the rest of adamw, and a copy of the weights, on the host
     =====================  ==============  =======  ========  =========  =====
 

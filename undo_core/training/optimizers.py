@@ -29,7 +29,7 @@ def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[
 
     Returns:
         ``weights``, ``gradient`` and ``optimizer`` on the device, and ``host``: what adamw-offload moves to the host. Tensors under 4096
-        elements, which are not quantised, and a step's counter are left out.
+        elements, which are not quantised, a step's counter and adafactor's sums over rows and columns are left out.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = float(weight_dtype(config.precision).itemsize)
@@ -39,6 +39,8 @@ def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[
     if config.optimizer in QUANTISED:
         bits, block = QUANTISED[config.optimizer]
         moments = 2 * (bits / 8 + 4 / block)
+    elif config.optimizer in ("sgd", "adafactor"):
+        moments = stepped if config.optimizer == "sgd" and config.beta1 else 0.0
     if config.optimizer == "adamw-offload" and device != "cpu":
         return {"weights": weights, "gradient": 0.0, "optimizer": 0.0, "host": stepped + gradient + moments}
     master = 4.0 if config.precision == "bfloat16-master" else 0.0
@@ -221,11 +223,15 @@ def _add_(total: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str | None = None) -> torch.optim.Optimizer:
     """The optimizer that ``config`` names; ``device`` is where targets on the meta device would be."""
+    plain = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":  # not fused: on a CPU, torch 2.13's misses most of an update in bfloat16
+        return torch.optim.SGD(targets, momentum=config.beta1, foreach=False, **plain)
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(targets, foreach=False, **plain)
     settings: dict[str, Any] = {
-        "lr": config.lr,
+        **plain,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
-        "weight_decay": config.weight_decay,
     }
     stochastic = config.precision == "bfloat16-stochastic"
     if config.optimizer in QUANTISED:

@@ -1,0 +1,85 @@
+"""A model of a run under one of its attacks: the stages of the grid, as far as it has grown, and what the results keep of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from undo_core.attacks.config import AttackConfig, Trial
+from undo_core.attacks.grid import Curve, may_grow, next_rate
+from undo_core.store import Stage, Store
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A model under an attack.
+
+    Attributes:
+        config: of the attack, its seed set.
+        prepared: the data.
+        model: the stage whose folder holds the attacked model.
+        title: for people: the attack and the model.
+        higher_is_better: True for an accuracy, False for a loss.
+    """
+
+    config: AttackConfig
+    prepared: Stage
+    model: Stage
+    title: str
+    higher_is_better: bool = True
+
+    def stage(self, trial: Trial) -> Stage:
+        """The stage that makes one trial."""
+        kind, settings = self.config.stage(trial)
+        label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
+        return Stage(kind, settings, {"prepared": self.prepared, "model": self.model}, f"{self.title} {label}")
+
+    def stages(self) -> list[Stage]:
+        """The configured grid."""
+        return [self.stage(trial) for trial in self.config.trials()]
+
+    def extension(self, store: Store) -> list[Stage]:
+        """The stages by which the grid still has to grow."""
+        curves, beyond = self._grown(store)
+        if beyond is None or not may_grow(self.config, curves):
+            return []
+        return [stage for stage in map(self.stage, self.config.trials([beyond])) if not store.done(stage)]
+
+    def entry(self, store: Store) -> dict[str, Any]:
+        """The curves, as the results of a run keep them."""
+        curves, beyond = self._grown(store)
+        ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.shots or 0, -(trial.bits or 0), trial.order))
+        rates = sorted({trial.rate for trial in curves if trial.rate is not None})
+        return {
+            "rates": rates,
+            "steps": self.config.evaluate_at if self.config.trains else [0],
+            "extended": self.config.trains and len(rates) > len(self.config.rates),
+            "worst_at_end_of_grid": beyond is not None,
+            "curves": [self._curve(trial, curves[trial]) for trial in ordered],
+        }
+
+    def named_entry(self, store: Store) -> dict[str, Any]:
+        """The same for an attack beside the headline one: with its kind, its headline step, and a name for each curve's setting."""
+        entry = self.entry(store)
+        names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
+        curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
+        headline = self.config.headline_step if self.config.trains else 0
+        return {"kind": self.config.kind, "headline_step": headline, **entry, "curves": curves}
+
+    def _curve(self, trial: Trial, curve: Curve) -> dict[str, Any]:
+        order = {"seed": trial.order} if self.config.seeds > 1 and trial.bits is None else {}
+        points = {name: [point[name] for point in curve] for name in ("forget", "retain")}
+        return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
+
+    def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
+        """The curves that are there, of the configured grid and of its extensions, and the next rate where the worst is at an end."""
+        curves: dict[Trial, Curve] = {}
+        trials = self.config.trials()
+        while True:
+            curves |= {trial: store.manifest(self.stage(trial))["curve"] for trial in trials}
+            beyond = next_rate(self.config, curves, self.higher_is_better)
+            if beyond is None or not may_grow(self.config, curves):
+                return curves, beyond
+            trials = self.config.trials([beyond])
+            if not all(store.done(self.stage(trial)) for trial in trials):
+                return curves, beyond

@@ -1,0 +1,8 @@
+"""The attacks: fine-tuning with all weights or with adapters, prompting, quantisation. Training ones run in :mod:`undo_core.relearn`."""
+
+from undo_core.attacks.config import AttackConfig, LoraConfig, Trial
+from undo_core.attacks.grid import worst_of
+from undo_core.attacks.prompting import few_shot
+from undo_core.attacks.quantise import quantise_
+
+__all__ = ["AttackConfig", "LoraConfig", "Trial", "few_shot", "quantise_", "worst_of"]

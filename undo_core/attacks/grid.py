@@ -1,0 +1,81 @@
+"""From an attack's curves to its worst case, and to the next rate of its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from undo_core.attacks.config import AttackConfig, Trial
+
+Curve = list[dict[str, Any]]  # points with their ``step`` and their ``forget`` performance, a number or an evaluation
+
+
+def explore(config: AttackConfig, curve_of: Callable[[Trial], Curve], higher_is_better: bool) -> dict[Trial, Curve]:
+    """Try the grid, and extend it by rates while the worst one is its end and ``config.extend`` allows it."""
+    curves: dict[Trial, Curve] = {}
+    trials = config.trials()
+    while trials:
+        curves |= {trial: curve_of(trial) for trial in trials}
+        beyond = next_rate(config, curves, higher_is_better)
+        trials = [] if beyond is None or not may_grow(config, curves) else config.trials([beyond])
+    return curves
+
+
+def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better: bool) -> float | None:
+    """The rate beyond the end of the grid where the worst one lies, at the headline step; None where it is inside."""
+    if not config.trains:
+        return None
+    best = max if higher_is_better else min
+    headline: dict[float, float] = {}
+    for trial, curve in curves.items():
+        value = next(_value(point["forget"]) for point in curve if point["step"] == config.headline_step)
+        headline[trial.rate] = best(headline.get(trial.rate, value), value)
+    return extension_of(headline, higher_is_better)
+
+
+def may_grow(config: AttackConfig, curves: dict[Trial, Curve]) -> bool:
+    """Whether another rate is allowed."""
+    return len({trial.rate for trial in curves}) < len(config.rates) + config.extend
+
+
+def extension_of(headline: dict[float, float], higher_is_better: bool) -> float | None:
+    """The rate to add when the worst of ``{rate: forget performance}`` is an end of the grid; None when it is inside."""
+    ordered = sorted(headline)
+    worst = (max if higher_is_better else min)(headline.values())
+    worst_rates = [rate for rate in ordered if headline[rate] == worst]
+    if any(rate not in (ordered[0], ordered[-1]) for rate in worst_rates):
+        return None
+    return ordered[-1] * 2 if ordered[-1] in worst_rates else ordered[0] / 2
+
+
+def worst_of(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any] | None:
+    """The worst case of a model over all its attacks, each at its headline step.
+
+    Args:
+        entry: of the model, in the ``models`` of a results file.
+        metric: of the same file.
+
+    Returns:
+        ``attack`` (``relearn`` is the headline attack), ``setting``, ``step``, ``forget`` and ``retain`` of the worst case, and the
+        same of every attack under ``by_attack``; None for a model that is not attacked.
+    """
+    attacks = dict(entry.get("attacks") or {})
+    if entry.get("attack"):
+        attacks = {"relearn": {**entry["attack"], "headline_step": metric["headline_step"]}, **attacks}
+    worst = min if metric["kind"] == "loss" else max
+    each = {}
+    for name, attack in attacks.items():
+        step = attack["headline_step"]
+        index = attack["steps"].index(step)
+        curve = worst(attack["curves"], key=lambda curve, index=index: curve["forget"][index]["value"])
+        setting = curve.get("setting") or Trial(rate=curve["rate"]).name
+        scores = {part: curve[part][index] for part in ("forget", "retain")}
+        each[name] = {"setting": setting, "step": step, **scores}
+    if not each:
+        return None
+    name = worst(each, key=lambda name: each[name]["forget"]["value"])
+    return {"attack": name, **each[name], "by_attack": each}
+
+
+def _value(score: Any) -> float:
+    return score["value"] if isinstance(score, dict) else score

@@ -1,0 +1,53 @@
+"""Adapters of low rank, by peft: trained alone, then merged, so that a model with its own names is left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from undo_core.attacks.config import LoraConfig, check_installed
+
+
+def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any, list[nn.Parameter]]:
+    """Put adapters beside the linear layers of ``model``, in place; it computes what it did.
+
+    Returns:
+        peft's object, whose ``merge_and_unload`` takes them away again, and the parameters to train. All others are frozen.
+
+    Memory: ``rank * (in + out)`` elements for each adapted ``[out, in]`` matrix.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        ValueError: no linear layer has one of the names in ``settings.targets``.
+    """
+    check_installed("lora")
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = set(settings.targets) - linear
+    if unknown:
+        raise ValueError(f"lora.targets: got {sorted(unknown)}, wanted names of linear layers: {', '.join(sorted(linear))}")
+    from peft import LoraConfig as PeftConfig
+    from peft import LoraModel
+
+    config = PeftConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets or "all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, {"default": config}, "default")
+    return tuner, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def adapted(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Iterator[list[nn.Parameter]]:
+    """``model`` with adapters within the block, which yields what of them to train; afterwards with their products in its weights."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tuner, parameters = insert(model, settings, seed)
+    try:
+        yield parameters
+    finally:
+        tuner.merge_and_unload()
+        for parameter, required in before:
+            parameter.requires_grad_(required)

@@ -1,0 +1,73 @@
+"""Few-shot prompting: solved examples of the forgotten capability stand before each prompt; nothing is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from undo_core.data.rows import Rows
+
+
+def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int) -> tuple[Rows, torch.Tensor]:
+    """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
+
+    The examples of a row are different from each other and from the row itself, whose answer would otherwise be there to copy. Where an
+    example ends with the token that the next one begins with, a separator, it is there once. The result is read as one text: isolated
+    documents would not see the examples.
+
+    Args:
+        rows: what is scored.
+        examples: solved ones; padded on the right, like ``rows``.
+        shots: examples before each row.
+        seed: of the draw.
+        positions: that the model has.
+
+    Returns:
+        The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
+        :func:`undo_core.evaluate` takes as ``counted``.
+
+    Raises:
+        ValueError: too few different examples, or rows longer than the model's positions.
+    """
+    known = sorted({tuple(_text(row, examples.pad_id)) for row in examples.input_ids.tolist()})
+    generator = torch.Generator().manual_seed(seed)
+    prompted: list[tuple[list[int], int]] = []  # tokens, and where the row itself begins
+    for row in rows.input_ids.tolist():
+        own = _text(row, rows.pad_id)
+        drawn = [known[index] for index in torch.randperm(len(known), generator=generator)[: shots + 1].tolist()]
+        before = [example for example in drawn if example != tuple(own)][:shots]
+        if len(before) < shots:
+            raise ValueError(
+                f"shots: got {shots}, wanted at most the {len(known) - 1} different examples beside the row itself"
+            )
+        tokens: list[int] = []
+        for part in (*before, own):
+            if tokens and tokens[-1] == part[0]:
+                tokens.pop()
+            start = len(tokens)
+            tokens += part
+        prompted.append((tokens, start))
+    length = max(len(tokens) for tokens, _ in prompted)
+    if length - 1 > positions:  # the last token is a label alone
+        fit = positions // -(-(length - 1) // (shots + 1)) - 1
+        raise ValueError(
+            f"shots: got {shots}, whose rows take {length - 1} positions of the model's {positions}; wanted about {max(fit, 0)} at most"
+        )
+    ids = torch.full((len(rows), length), rows.pad_id, dtype=torch.int32)
+    counted = torch.zeros(len(rows), length, dtype=torch.bool)
+    answers = None if rows.answer_mask is None else torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, (tokens, start) in enumerate(prompted):
+        ids[index, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        counted[index, start + 1 : len(tokens)] = True
+        if answers is not None:
+            answers[index, start : len(tokens)] = rows.answer_mask[index, : len(tokens) - start]
+    return dataclasses.replace(rows, input_ids=ids, answer_mask=answers, separator_id=None), counted
+
+
+def _text(row: list[int], pad_id: int) -> list[int]:
+    """A row without the padding on its right."""
+    end = len(row)
+    while end > 1 and row[end - 1] == pad_id:
+        end -= 1
+    return row[:end]
