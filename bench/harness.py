@@ -280,7 +280,7 @@ def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def gradient_error(record: Mapping[str, Any]) -> float | None:
     """The larger of a contender's two gradient errors: on the captured problem where there is one, else on the small one."""
-    checked = record.get("captured") or record.get("verification")
+    checked = record.get("captured", record.get("verification"))
     return max(checked["d_hidden"], checked["d_weight"]) if checked else None
 
 

@@ -119,7 +119,7 @@ def _row_table(row: dict[str, Any]) -> str:
     ]
     lines, notes = [], []
     for record in row["contenders"]:
-        checked = record.get("captured") or record.get("verification", {})
+        checked = record.get("captured", record.get("verification")) or {}
         remarks = [] if record["status"] == "measured" else [record["status"]]
         remarks += [f"backend {record['backend']}"] if "backend" in record else []
         remarks += record["notes"]
