@@ -3,17 +3,26 @@
 import copy
 import dataclasses
 import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import undo_kernels
 
+import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
+from undo_core.cli import _parser
 from undo_core.data.rows import Rows
 from undo_core.evaluate import evaluate
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
-from undo_core.unlearn import METHODS, ROBUST, method_of, referred, unlearn_config, unlearn_flops
+from undo_core.unlearn import METHODS, ROBUST, method_of, referred, register, unlearn_config, unlearn_flops
 from undo_core.unlearn.npo import NPOConfig
 from undo_core.unlearn.repnoise import RepNoiseConfig, noise_distance
 from undo_core.unlearn.sam import SAMConfig, moved
@@ -363,3 +372,68 @@ def test_flops_count_every_pass(tiny):
     assert costs["rmu+sam"] == {name: 2 * value for name, value in costs["rmu"].items()}
     assert costs["maxent+repnoise"]["forget"] > 6 * forward - 1e-6
     assert not set(METHODS) & set(ROBUST)
+
+
+OWN = '''
+"""Ascent, scaled."""
+
+from dataclasses import dataclass
+
+from undo_core.training.losses import cross_entropy
+from undo_core.unlearn.method import Method, forget_and_retain, register
+
+
+@dataclass(frozen=True)
+class ScaledConfig:
+    """Settings of the scaled ascent alone.
+
+    Attributes:
+        scale: factor on the ascent.
+    """
+
+    scale: float = 1.0
+
+
+@register("scaled", "Scaled ascent", settings=ScaledConfig)
+def scaled(model, config):
+    return Method(forget_and_retain(lambda *of: -config.scaled.scale * cross_entropy(*of), config.retain_weight))
+'''
+
+
+def test_a_method_is_one_file(tmp_path):
+    """In a copy of the package: its name and its settings are in the help, in the configuration and in the plan."""
+    package = Path(undo_core.__file__).parent
+    shutil.copytree(package, tmp_path / "undo_core", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "undo_core" / "unlearn" / "scaled.py").write_text(OWN)
+    program = """
+        import sys
+        from undo_core.cli import main
+        demo = ["plan", sys.argv[1], "--output=nowhere", "--unlearn.method=scaled"]
+        assert main([*demo, "--unlearn.scaled.scale=0.5"]) == 0
+        assert main([*demo, "--unlearn.scaled.scale=much"]) == 2
+        main(["unlearn", "--help"])
+    """
+    kernels = str(Path(undo_kernels.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{kernels}", "COLUMNS": "200"}
+    demo = str(Path(__file__).resolve().parents[2] / "configs" / "arithmetic-cpu.yaml")
+    command = [sys.executable, "-c", textwrap.dedent(program), demo]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "unlearn scaled" in done.stdout and "scaled.scale" in done.stdout and "factor on the ascent" in done.stdout
+    assert "undo: error:" in done.stderr and "scale" in done.stderr
+    assert not (package / "unlearn" / "scaled.py").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "configs" / "methods").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_overlay_is_read_over_the_demo(path):
+    demo = str(path.parents[1] / "arithmetic-cpu.yaml")
+    parser = _parser()
+    config = parser.instantiate(parser.parse_args(["plan", "--config", demo, "--config", str(path)]))["plan"].unlearn
+    assert config.title == path.stem.replace("-", "+")
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="^name: got 'npo'"):
+        register("npo", "Another")(lambda model, config: None)

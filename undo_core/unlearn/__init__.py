@@ -102,7 +102,9 @@ def _with_reference(model: PreTrainedModel, source: Source, method: Method, conf
     for step in range(config.steps):
         batch = source(step)
         parts = batch.to(device).split(config.micro_batch_size or len(batch.input_ids))
-        batches.append(dataclasses.replace(batch, reference=torch.cat([referred(model, part, method).reference for part in parts]).cpu()))
+        batches.append(
+            dataclasses.replace(batch, reference=torch.cat([referred(model, part, method).reference for part in parts]).cpu())
+        )
     return batches.__getitem__
 
 

@@ -49,7 +49,9 @@ def _check(config: UnlearnConfig) -> None:
         if value != wanted:
             raise ValueError(f"robust: got sam with train.{name} {value}, wanted {wanted} with it")
     if train.optimizer == "adamw-offload":
-        raise ValueError("robust: got sam with train.optimizer adamw-offload, wanted another: it needs the gradients beside the weights")
+        raise ValueError(
+            "robust: got sam with train.optimizer adamw-offload, wanted another: it needs the gradients beside the weights"
+        )
 
 
 def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: int) -> Costs:
