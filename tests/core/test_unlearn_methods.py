@@ -435,5 +435,5 @@ def test_every_overlay_is_read_over_the_demo(path):
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="^name: got 'npo'"):
+    with pytest.raises(ValueError, match=r"^name: got 'npo'"):
         register("npo", "Another")(lambda model, config: None)
