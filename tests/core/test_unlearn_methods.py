@@ -20,6 +20,7 @@ from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.cli import _parser
 from undo_core.data.rows import Rows
 from undo_core.evaluate import evaluate
+from undo_core.memory import Predictor
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
 from undo_core.unlearn import METHODS, ROBUST, method_of, referred, register, unlearn_config, unlearn_flops
@@ -437,3 +438,16 @@ def test_every_overlay_is_read_over_the_demo(path):
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match=r"^name: got 'npo'"):
         register("npo", "Another")(lambda model, config: None)
+
+
+def test_the_memory_of_every_method_is_predicted(tiny):
+    settings = TrainConfig(steps=5, batch_size=8, micro_batch_size=4)
+    predict = Predictor(tiny().config, 64, device="cuda")
+
+    def parts(config):
+        return predict("unlearn", dataclasses.replace(config, train=settings).settings())
+
+    plain, peaks = parts(UnlearnConfig()), {config.title: parts(config) for config in EVERY}
+    assert peaks["undial"].weights == 2 * plain.weights, "a copy of the original"
+    assert peaks["npo"].weights == plain.weights, "no copy"
+    assert all(peak.total > 0 for peak in peaks.values())
