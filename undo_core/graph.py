@@ -82,7 +82,7 @@ def plan_run(config: RunConfig) -> Plan:
 
     unlearn = config.unlearn.settings()
     unlearn["train"] = seeded(config.unlearn.train, "unlearn")
-    teacher = Stage("unlearn", unlearn, {"prepared": prepared, "model": original}, f"unlearn {config.unlearn.method}")
+    teacher = Stage("unlearn", unlearn, {"prepared": prepared, "model": original}, f"unlearn {config.unlearn.title}")
 
     train = seeded(config.distill.train, "distill")
 

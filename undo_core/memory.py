@@ -42,11 +42,10 @@ from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.lean import lean
-from undo_core.training.loop import accumulate
 from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
 from undo_core.training.optimizers import QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
-from undo_core.unlearn import METHODS, Method, RMUConfig, UnlearnConfig
+from undo_core.unlearn import Method, method_of, referred, unlearn_config
 from undo_core.unlearn.activations import find_layers
 
 PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
@@ -234,7 +233,7 @@ class _Stage:
             return TrainConfig(**settings["train"]), ("text",), _pretraining
         if kind == "unlearn":
             config = unlearn_config(settings)
-            return config.train, ("forget", "retain"), lambda model: METHODS[config.method](model, config)
+            return config.train, ("forget", "retain"), lambda model: method_of(model, config)
         if kind == "distill":
             how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
             dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")
@@ -274,13 +273,16 @@ class _Stage:
                 storages.moment = "backward"
                 return value
 
+            if method.reference is not None:
+                storages.moment = "forward"
+                batches["forget"] = referred(model, batches["forget"], method)
             model.train()
             with (
                 method.alone(model),
                 lean(model, dataclasses.replace(settings, attention="auto")) as tied,
                 steps.attached(tied),
             ):
-                accumulate(model, loss, batches, dict.fromkeys(rows, 1), settings.micro_batch_size)
+                method.gradient(model, loss, batches, dict.fromkeys(rows, 1), settings.micro_batch_size)
             batches.clear()
             storages.moment = "step"
             steps.step()
@@ -447,12 +449,6 @@ def _pretraining(model: PreTrainedModel) -> Method:
 
 def _attack(model: PreTrainedModel, config: AttackConfig) -> Method:
     return Method(mixed_cross_entropy, insert(model, config.lora, 0)[1] if config.kind == "lora" else None)
-
-
-def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
-    """An :class:`UnlearnConfig` from JSON values."""
-    nested = {"rmu": RMUConfig(**settings["rmu"]), "train": TrainConfig(**settings["train"])}
-    return UnlearnConfig(**{**settings, **nested})
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

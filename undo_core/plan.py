@@ -23,14 +23,14 @@ from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.files import hash_json
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
-from undo_core.memory import PARTS, Memory, Predictor, unlearn_config
+from undo_core.memory import PARTS, Memory, Predictor
 from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import weight_dtype
-from undo_core.unlearn import unlearn_flops
+from undo_core.unlearn import unlearn_config, unlearn_flops
 
 MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
 MATRIX_EFFICIENCY = 0.5  # of a training step against bare matrix products of the same width, measured on small models

@@ -24,7 +24,7 @@ from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
-from undo_core.memory import Predictor, unlearn_config
+from undo_core.memory import Predictor
 from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
@@ -37,7 +37,7 @@ from undo_core.teacher_cache import CachedTeacher, cache_teacher
 from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import Precision, weight_dtype
-from undo_core.unlearn import unlearn, unlearn_flops
+from undo_core.unlearn import unlearn, unlearn_config, unlearn_flops
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import number, ratio
+from undo_core.unlearn.config import METHODS as _METHODS
+from undo_core.unlearn.config import ROBUST
 
-METHODS = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU", "npo": "NPO", "simnpo": "SimNPO", "undial": "UNDIAL"}
-METHODS |= {"sam": "SAM", "repnoise": "RepNoise"}
+METHODS = {name: entry.title for name, entry in {**_METHODS, **ROBUST}.items()}
 _SYMBOLS = {"alphas": "α", "beta": "β"}
 
 
@@ -109,8 +110,9 @@ def unit(report: Report) -> str:
 
 def _done(report: Report) -> str:
     config: dict[str, Any] = report.results[0].get("config") or {}
-    method = (config.get("unlearn") or {}).get("method")
-    by = f" with {METHODS.get(method, method)}" if method else ""
+    unlearn = config.get("unlearn") or {}
+    names = [name for name in (unlearn.get("method"), unlearn.get("robust")) if name and name != "none"]
+    by = f" with {method_name('+'.join(names))}" if names else ""
     alphas = [f"{m.alpha:g}" for m in report.of("undo") if m.alpha is not None]
     text = f"The forget capability was suppressed{by}"
     if alphas:

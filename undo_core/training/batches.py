@@ -22,6 +22,7 @@ class Batch:
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
         position_ids: ``[batch, length]`` int64 or None; where they start again, a document begins that does not attend to what stands
             before it. Not with an attention mask, beside which transformers would let it attend.
+        reference: ``[batch, length - 1]`` float, what a loss needs to know of another model; of an unlearning method's forget batches.
         whole: of a micro-batch, the batch that it is a part of.
         rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
     """
@@ -31,6 +32,7 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
     whole: Batch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,12 +54,13 @@ class Batch:
         return int(self.mask[:, 1:].sum())
 
     def to(self, device: torch.device) -> Batch:
-        attention, positions = (None if x is None else x.to(device) for x in (self.attention_mask, self.position_ids))
-        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows, positions)
+        columns = (self.attention_mask, self.position_ids, self.reference)
+        attention, positions, reference = (None if column is None else column.to(device) for column in columns)
+        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows, positions, reference)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
-        columns = (self.input_ids, self.mask, self.attention_mask, self.rows, self.position_ids)
+        columns = (self.input_ids, self.mask, self.attention_mask, self.rows, self.position_ids, self.reference)
         parts = [repeat(None) if column is None else column.split(size) for column in columns]
         return [Batch(*part, whole=self) for part in zip(*parts, strict=False)]
 

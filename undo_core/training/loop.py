@@ -23,6 +23,9 @@ Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
 """``loss(model, micro_batches, counted)``: each term summed over its micro-batch's labels and divided by ``counted[source]``,
 the labels of the whole batch, so that the gradient is the same for any split into micro-batches."""
 
+Gradient = Callable[[nn.Module, Loss, dict[str, Batch], dict[str, int], int | None], torch.Tensor]
+"""``gradient(model, loss, batches, counted, micro_batch_size)``: leaves a step's gradient in the parameters and returns its loss."""
+
 Metrics = dict[str, float]
 
 
@@ -64,6 +67,7 @@ def train(
     config: TrainConfig,
     *,
     parameters: Iterable[nn.Parameter] | None = None,
+    gradient: Gradient | None = None,
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     evaluate_at: Iterable[int] | None = None,
     stop: Callable[[Metrics], bool] | None = None,
@@ -84,6 +88,7 @@ def train(
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.
         parameters: what is trained; None for every parameter that requires a gradient.
+        gradient: see :data:`Gradient`; None for :func:`accumulate`.
         evaluate: called before the first step and then as ``config.eval_every`` or ``evaluate_at`` say, and at the end.
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
         stop: ends the stage at the first evaluation whose metrics satisfy it.
@@ -174,7 +179,7 @@ def train(
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
             model.train()
-            value = accumulate(model, loss, batches, counted, config.micro_batch_size)
+            value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
             total, count = total + value, count + 1
             result.steps += 1

@@ -26,6 +26,15 @@ def cross_entropy(model: PreTrainedModel, batch: Batch, counted: int) -> torch.T
     )
 
 
+def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of each next token, ``[batch, length - 1]`` float32, 0 where it is no label; the logits are made twice."""
+    inputs, labels, mask = batch.shifted()
+    head = head_of(model)
+    return ops.linear_cross_entropy(
+        hidden_states(model, *inputs), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
+    )
+
+
 def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
     """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar."""
     inputs, _, mask = batch.shifted()

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.models import forward_flops
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
-from undo_core.unlearn.config import RMUConfig, UnlearnConfig
-from undo_core.unlearn.graddiff import graddiff
-from undo_core.unlearn.maxent import maxent
-from undo_core.unlearn.method import Method
-from undo_core.unlearn.rmu import rmu, rmu_flops
-
-METHODS: dict[str, Callable[[PreTrainedModel, UnlearnConfig], Method]] = {"maxent": maxent, "graddiff": graddiff, "rmu": rmu}
+from undo_core.training.batches import Batch
+from undo_core.unlearn.activations import evaluating
+from undo_core.unlearn.config import UnlearnConfig, unlearn_config
+from undo_core.unlearn.method import METHODS, ROBUST, Method, register, register_robust
+from undo_core.unlearn.rmu import RMUConfig
 
 
 def unlearn(
@@ -57,7 +56,9 @@ def unlearn(
         "forget": as_source(forget, size=size, seed=seed, name="forget"),
         "retain": as_source(retain, size=size, seed=seed + 1, name="retain"),
     }
-    method = METHODS[config.method](model, config)
+    method = method_of(model, config)
+    if method.reference is not None:
+        sources["forget"] = _with_reference(model, sources["forget"], method, config.train)
     with method.alone(model):
         return train(
             model,
@@ -65,19 +66,67 @@ def unlearn(
             sources,
             config.train,
             parameters=method.parameters,
+            gradient=method.gradient,
             folder=folder,
-            settings={"unlearn": {name: value for name, value in asdict(config).items() if name != "train"}},
+            settings={"unlearn": {name: value for name, value in config.settings().items() if name != "train"}},
             title=title,
             progress=progress,
             **train_options,
         )
 
 
+def method_of(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+    """The method of ``config`` for a model that is still the original, with what is wrapped around it."""
+    method = METHODS[config.method](model, config)
+    return method if config.robust == "none" else ROBUST[config.robust](method, model, config)
+
+
 def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
     """FLOPs of a training step for one position of each source, in rows of ``length`` tokens."""
-    if config.method == "rmu":
-        return rmu_flops(model, config, length)
-    return dict.fromkeys(("forget", "retain"), 3 * forward_flops(model, length))
+    entry = METHODS[config.method]
+    passes = 3 * forward_flops(model, length)
+    costs = {"forget": passes, "retain": passes if config.retain_weight else 0.0}
+    costs = costs if entry.flops is None else entry.flops(model, config, length)
+    if config.robust != "none":
+        costs = _sum(costs, ROBUST[config.robust].flops(costs, model, config, length))
+    return costs if entry.reference_flops is None else _sum(costs, entry.reference_flops(model, config, length))
 
 
-__all__ = ["METHODS", "Method", "RMUConfig", "TrainConfig", "UnlearnConfig", "unlearn", "unlearn_flops"]
+def _sum(*costs: dict[str, float]) -> dict[str, float]:
+    return {name: sum(part[name] for part in costs) for name in costs[0]}
+
+
+def _with_reference(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> Source:
+    """The batches of all steps, which are read once, each with its reference."""
+    device, batches = next(model.parameters()).device, []
+    for step in range(config.steps):
+        batch = source(step)
+        parts = batch.to(device).split(config.micro_batch_size or len(batch.input_ids))
+        batches.append(
+            dataclasses.replace(batch, reference=torch.cat([referred(model, part, method).reference for part in parts]).cpu())
+        )
+    return batches.__getitem__
+
+
+@torch.no_grad()
+def referred(model: PreTrainedModel, batch: Batch, method: Method) -> Batch:
+    """The batch with its reference; ``model`` is the original."""
+    with evaluating(model):
+        return dataclasses.replace(batch, reference=method.reference(model, batch))
+
+
+__all__ = [
+    "METHODS",
+    "ROBUST",
+    "Method",
+    "RMUConfig",
+    "TrainConfig",
+    "UnlearnConfig",
+    "method_of",
+    "referred",
+    "register",
+    "register_robust",
+    "unlearn",
+    "unlearn_config",
+    "unlearn_flops",
+]

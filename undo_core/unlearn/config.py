@@ -1,84 +1,91 @@
-"""Settings of the unlearning stage."""
+"""Settings of the unlearning stage: those of every method, and one field for each method that has its own."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from undo_core.training.config import TrainConfig
+from undo_core.unlearn.method import METHODS, ROBUST, Entry
+
+for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # whatever registers a method
+    importlib.import_module(f"{__package__}.{found.name}")
+
+MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+RobustName = Literal[("none", *ROBUST)]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
-class RMUConfig:
-    """Settings of RMU alone.
-
-    As published for UNDO: arithmetic and language train layers 5 to 10 of 14 (``first_layer: 5, target_layer: 11``; their list names 11
-    too, which the activations before it do not reach), coefficients 6 and 6.5, no retain term (``retain_weight: 0``), ``normalize: all``,
-    ``direction: gaussian``; WMDP with Gemma 2 2B ``first_layer: 10, target_layer: 15``, coefficient 80. The original RMU draws a uniform
-    direction.
-
-    Attributes:
-        first_layer: first layer whose matrices are trained (from 0).
-        target_layer: the activations after this many layers are misdirected, before the final norm where these are all layers; layers
-            below it, from ``first_layer``, are trained.
-        coefficient: length of the misdirection; the published arithmetic setting is 6.
-        trained: pattern of the trained parameters' names within a layer; GPT-NeoX calls them ``mlp.dense_4h_to_h.weight``.
-        normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are labels)
-            or sequence (each row's labels, then the rows that have any).
-        direction: law of the misdirection's entries: gaussian or uniform on (0, 1).
-    """
-
-    first_layer: int = 0
-    target_layer: int = 2
-    coefficient: float = 6.0
-    trained: str = "*mlp.down_proj.weight"
-    normalize: Literal["all", "masked", "sequence"] = "masked"
-    direction: Literal["gaussian", "uniform"] = "gaussian"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.first_layer < self.target_layer:
-            raise ValueError(
-                f"target_layer: got {self.target_layer}, wanted more than first_layer, {self.first_layer}, which is >= 0"
-            )
-        if not (math.isfinite(self.coefficient) and self.coefficient > 0):
-            raise ValueError(f"coefficient: got {self.coefficient}, wanted a finite number > 0")
-        if self.normalize not in ("all", "masked", "sequence"):
-            raise ValueError(f"normalize: got {self.normalize!r}, wanted all, masked or sequence")
-        if self.direction not in ("gaussian", "uniform"):
-            raise ValueError(f"direction: got {self.direction!r}, wanted gaussian or uniform")
-
-
-@dataclass(frozen=True)
-class UnlearnConfig:
+class _Common:
     """How the capability is suppressed.
 
     Attributes:
-        method: maxent (uniform prediction on forget), graddiff (ascent on forget) or rmu (misdirected activations).
+        method: {methods}.
         retain_weight: factor on the retain term.
-        rmu: settings of RMU alone.
         forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
+        robust: what is wrapped around the method against relearning: none, {robust}.
         train: optimizer, rates, batch sizes.
     """
 
-    method: Literal["maxent", "graddiff", "rmu"] = "maxent"
+    method: MethodName = "maxent"
     retain_weight: float = 1.0
-    rmu: RMUConfig = field(default_factory=RMUConfig)
     forget_rows: int | None = None
+    robust: RobustName = "none"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10, batch_size=40, lr=9e-5))
 
     def __post_init__(self) -> None:
-        if self.method not in ("maxent", "graddiff", "rmu"):
-            raise ValueError(f"method: got {self.method!r}, wanted maxent, graddiff or rmu")
+        for name, entries in (("method", METHODS), ("robust", {"none": None, **ROBUST})):
+            if getattr(self, name) not in entries:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(entries)}")
         if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
             raise ValueError(f"retain_weight: got {self.retain_weight}, wanted a finite number >= 0")
         if self.forget_rows is not None and self.forget_rows < 1:
             raise ValueError(f"forget_rows: got {self.forget_rows}, wanted an integer >= 1")
+        for entry in self.entries():
+            if entry.check is not None:
+                entry.check(self)
+
+    def entries(self) -> list[Entry]:
+        """The method, and what is wrapped around it."""
+        return [METHODS[self.method], *([] if self.robust == "none" else [ROBUST[self.robust]])]
+
+    @property
+    def title(self) -> str:
+        """The method in a word."""
+        return self.method if self.robust == "none" else f"{self.method}+{self.robust}"
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values, without what is left at the default of being absent."""
-        values = dataclasses.asdict(self)
-        if self.forget_rows is None:
-            del values["forget_rows"]
-        return values
+        """As JSON values, without what has no say: settings of what is not used, and what is absent by default."""
+        used = {self.method, self.robust, "rmu"}  # those of rmu have always been there
+        unused = {name for name, entry in {**METHODS, **ROBUST}.items() if entry.settings} - used
+        absent = {name for name, value in (("forget_rows", None), ("robust", "none")) if getattr(self, name) == value}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused | absent}
+
+
+def _unlearn_config() -> type:
+    own = {name: entry for name, entry in {**METHODS, **ROBUST}.items() if entry.settings}
+    names = {
+        "{methods}": ", ".join(f"{name} ({entry.title})" for name, entry in METHODS.items()),
+        "{robust}": " or ".join(f"{name} ({entry.title})" for name, entry in ROBUST.items()),
+    }
+    text = (_Common.__doc__ or "").rstrip()
+    for mark, value in names.items():
+        text = text.replace(mark, value)
+    text += "".join(f"\n        {name}: settings of {entry.title} alone." for name, entry in own.items()) + "\n    "
+    fields = [(name, entry.settings, field(default_factory=entry.settings)) for name, entry in own.items()]
+    namespace = {"__doc__": text, "__module__": __name__}
+    return dataclasses.make_dataclass("UnlearnConfig", fields, bases=(_Common,), frozen=True, namespace=namespace)
+
+
+UnlearnConfig = _unlearn_config()
+
+
+def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
+    """An :class:`UnlearnConfig` from JSON values."""
+    types = {"train": TrainConfig, **{name: entry.settings for name, entry in {**METHODS, **ROBUST}.items() if entry.settings}}
+    return UnlearnConfig(**{name: types[name](**value) if name in types else value for name, value in settings.items()})

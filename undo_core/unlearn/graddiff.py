@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from transformers import PreTrainedModel
 
-from undo_core.training.batches import Batch
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearn.config import UnlearnConfig
-from undo_core.unlearn.method import Method
+from undo_core.unlearn.method import Method, forget_and_retain, register
+
+if TYPE_CHECKING:
+    from undo_core.unlearn.config import UnlearnConfig
 
 
+@register("graddiff", "GradDiff")
 def graddiff(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """The published language (weight 1) and arithmetic (weight 15) setting; every parameter is trained."""
-
-    def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
-        terms = []
-        if "forget" in batches:
-            terms.append(-cross_entropy(model, batches["forget"], counted["forget"]))
-        if "retain" in batches:
-            terms.append(config.retain_weight * cross_entropy(model, batches["retain"], counted["retain"]))
-        return sum(terms)
-
-    return Method(loss)
+    return Method(forget_and_retain(lambda *arguments: -cross_entropy(*arguments), config.retain_weight))

@@ -1,22 +1,40 @@
-"""What an unlearning method is."""
+"""What an unlearning method is, what may be wrapped around it, and the registers of both."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from undo_core.training.loop import Loss
+from undo_core.training.batches import Batch
+from undo_core.training.loop import Gradient, Loss, accumulate
+from undo_core.training.losses import cross_entropy
+
+if TYPE_CHECKING:
+    from undo_core.unlearn.config import UnlearnConfig
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss over the sources ``forget`` and ``retain``, and the parameters it trains (None: all)."""
+    """How a model is made to forget.
+
+    Attributes:
+        loss: over the sources ``forget`` and ``retain``.
+        parameters: what it trains; None for all.
+        reference: what is kept of each forget batch, ``[batch, length - 1]``, from the original model; computed before the first step and
+            given to ``loss`` as the batch's ``reference``.
+        gradient: how a step's gradient is made of the loss.
+    """
 
     loss: Loss
     parameters: list[nn.Parameter] | None = None
+    reference: Callable[[PreTrainedModel, Batch], torch.Tensor] | None = None
+    gradient: Gradient = accumulate
 
     @contextlib.contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -33,3 +51,78 @@ class Method:
         finally:
             for parameter, required in before:
                 parameter.requires_grad_(required)
+
+
+Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
+"""``term(model, micro_batch, counted)``: as a :data:`Loss`, of one source."""
+
+
+def forget_and_retain(forget: Term, retain_weight: float) -> Loss:
+    """``forget(forget text) + retain_weight * CE(retain text)``; retain is not run at weight 0."""
+
+    def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
+        terms = []
+        if "forget" in batches:
+            terms.append(forget(model, batches["forget"], counted["forget"]))
+        if "retain" in batches and retain_weight:
+            terms.append(retain_weight * cross_entropy(model, batches["retain"], counted["retain"]))
+        return sum(terms) if terms else torch.zeros((), requires_grad=True)
+
+    return loss
+
+
+Costs = dict[str, float]
+Flops = Callable[[PreTrainedModel, "UnlearnConfig", int], Costs]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is registered under a name; called, it makes the :class:`Method`.
+
+    Attributes:
+        make: of a method, ``(model, config) -> Method``; of a wrapper, ``(method, model, config) -> Method``.
+        title: for people.
+        settings: dataclass of what is its alone: the field of :class:`UnlearnConfig` that has its name.
+        flops: ``(model, config, length)`` to FLOPs of a step for one position of each source; None for a forward and a backward pass.
+            Of a wrapper: those that it adds to ``costs``, ``(costs, model, config, length)``.
+        reference_flops: the same, of what is computed once; a wrapper adds nothing to it.
+        check: raises a ValueError where the other settings cannot go with it.
+    """
+
+    make: Callable[..., Method]
+    title: str
+    settings: type | None = None
+    flops: Callable[..., Costs] | None = None
+    reference_flops: Flops | None = None
+    check: Callable[[UnlearnConfig], None] | None = None
+
+    def __call__(self, *arguments: Any) -> Method:
+        return self.make(*arguments)
+
+
+METHODS: dict[str, Entry] = {}
+ROBUST: dict[str, Entry] = {}
+
+
+def register(name: str, title: str, **more: Any) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Decorator: the function becomes the method ``name`` of :class:`UnlearnConfig`; ``more`` are fields of :class:`Entry`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return _register(METHODS, name, title, more)
+
+
+def register_robust(name: str, title: str, **more: Any) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """:func:`register` for what wraps a method."""
+    return _register(ROBUST, name, title, more)
+
+
+def _register(into: dict[str, Entry], name: str, title: str, more: dict[str, Any]) -> Callable[..., Any]:
+    def decorate(make: Callable[..., Method]) -> Callable[..., Method]:
+        if name in METHODS or name in ROBUST:
+            raise ValueError(f"name: got {name!r}, which is registered already; wanted another")
+        into[name] = Entry(make, title, **more)
+        return make
+
+    return decorate

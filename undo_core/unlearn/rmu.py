@@ -11,7 +11,10 @@ add its own noise to what the frozen activations are.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -21,10 +24,53 @@ from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
 from undo_core.unlearn.activations import Entered, Trunk, evaluating, find_layers
-from undo_core.unlearn.config import RMUConfig, UnlearnConfig
-from undo_core.unlearn.method import Method
+from undo_core.unlearn.method import Method, register
+
+if TYPE_CHECKING:
+    from undo_core.unlearn.config import UnlearnConfig
 
 
+@dataclass(frozen=True)
+class RMUConfig:
+    """Settings of RMU alone.
+
+    As published for UNDO: arithmetic and language train layers 5 to 10 of 14 (``first_layer: 5, target_layer: 11``; their list names 11
+    too, which the activations before it do not reach), coefficients 6 and 6.5, no retain term (``retain_weight: 0``), ``normalize: all``,
+    ``direction: gaussian``; WMDP with Gemma 2 2B ``first_layer: 10, target_layer: 15``, coefficient 80. The original RMU draws a uniform
+    direction.
+
+    Attributes:
+        first_layer: first layer whose matrices are trained (from 0).
+        target_layer: the activations after this many layers are misdirected, before the final norm where these are all layers; layers
+            below it, from ``first_layer``, are trained.
+        coefficient: length of the misdirection; the published arithmetic setting is 6.
+        trained: pattern of the trained parameters' names within a layer; GPT-NeoX calls them ``mlp.dense_4h_to_h.weight``.
+        normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are labels)
+            or sequence (each row's labels, then the rows that have any).
+        direction: law of the misdirection's entries: gaussian or uniform on (0, 1).
+    """
+
+    first_layer: int = 0
+    target_layer: int = 2
+    coefficient: float = 6.0
+    trained: str = "*mlp.down_proj.weight"
+    normalize: Literal["all", "masked", "sequence"] = "masked"
+    direction: Literal["gaussian", "uniform"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_layer < self.target_layer:
+            raise ValueError(
+                f"target_layer: got {self.target_layer}, wanted more than first_layer, {self.first_layer}, which is >= 0"
+            )
+        if not (math.isfinite(self.coefficient) and self.coefficient > 0):
+            raise ValueError(f"coefficient: got {self.coefficient}, wanted a finite number > 0")
+        if self.normalize not in ("all", "masked", "sequence"):
+            raise ValueError(f"normalize: got {self.normalize!r}, wanted all, masked or sequence")
+        if self.direction not in ("gaussian", "uniform"):
+            raise ValueError(f"direction: got {self.direction!r}, wanted gaussian or uniform")
+
+
+@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments))
 def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 

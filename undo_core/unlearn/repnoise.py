@@ -1,0 +1,174 @@
+"""RepNoise around a method: on the forget text, every layer's MLP is pushed toward noise and every layer's prediction away from the text.
+
+``method's loss + beta * mean_l MMD(MLP_l(forget), N(0, I)) - alpha * log(1 + mean_l CE(head(norm(h_l)), forget))``; Rosati et al.,
+"Representation Noising", 2024 (arXiv 2405.14577), as UNDO's baselines add it to MaxEnt and RMU. What of it is computed how:
+
+- ``h_l``: hidden states after some evenly spaced layers, the last one among them; published: after every layer and the embedding, the
+  last one twice. Each cross-entropy is a fused one, without logits.
+- MMD: squared, biased, over tokens, with the published five Gaussian kernels, whose widths are the mean squared distance times 1/4 to 4.
+  Expectations over the noise are computed in closed form, so that nothing is drawn and a resumed run needs no state; published:
+  as many draws as there are activations, whose rows are whole sequences. At most ``samples`` evenly spaced tokens of a micro-batch.
+- Cross-entropy on harmless text, a term of the published sum, is the method's retain term: with MaxEnt, ``retain_weight`` 2 is that sum.
+- Published, a token counts where harmful and harmless text differ, which are pairs there; here, where it is a label.
+- Neither term is a sum over tokens: each is of a micro-batch, weighted by its share of the labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from undo_core import ops
+from undo_core.models import forward_flops, head_flops, head_of, hidden_states
+from undo_core.training.batches import Batch
+from undo_core.unlearn.activations import find_layers
+from undo_core.unlearn.method import Costs, Method, register_robust
+
+if TYPE_CHECKING:
+    from undo_core.unlearn.config import UnlearnConfig
+
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names of the final norm in transformers
+WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class RepNoiseConfig:
+    """Settings of RepNoise alone.
+
+    Attributes:
+        alpha: factor on the ascent of the layers' cross-entropies; published for UNDO 0.1 to 4, for WMDP 1.
+        beta: factor on the distance from noise; published for UNDO 1e-4 to 4, for WMDP 1.
+        layers: how many layers, evenly spaced, the last one among them; None for all.
+        samples: tokens of a micro-batch that the distance is computed on at most; it costs their square.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    layers: int | None = 4
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a finite number >= 0")
+        if self.alpha == self.beta == 0:
+            raise ValueError("alpha: got 0 with beta 0, wanted one of them > 0; robust none is that")
+        for name in ("layers", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= 1")
+
+
+def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: int) -> Costs:
+    """A forward and a backward pass of the trunk, and of the head at each layer."""
+    heads = len(_spaced(len(find_layers(model)), config.repnoise.layers)) if config.repnoise.alpha else 0
+    head = head_flops(model)
+    return {"forget": 3 * (forward_flops(model, length) - head + heads * head), "retain": 0.0}
+
+
+@register_robust("repnoise", "RepNoise", settings=RepNoiseConfig, flops=_flops)
+def repnoise(method: Method, model: PreTrainedModel, config: UnlearnConfig) -> Method:
+    """Memory: the activations of a second forward pass of the forget micro-batch, and ``[samples, samples]`` distances a layer.
+
+    Raises:
+        ValueError: a model whose layers have no ``mlp`` or whose final norm has no known name.
+    """
+    settings = config.repnoise
+    layers, norm = find_layers(model), _final_norm(model)
+    chosen = [layers[k] for k in _spaced(len(layers), settings.layers)]
+    for layer in chosen:
+        if not isinstance(getattr(layer, "mlp", None), nn.Module):
+            raise ValueError(f"model: got {type(model).__name__}, whose layers have no mlp; RepNoise needs one")
+
+    def added(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        inputs, labels, mask = batch.shifted()
+        head = head_of(model)
+        with outputs_of([layer.mlp for layer in chosen]) as inside, outputs_of(chosen) as after:
+            hidden_states(model, *inputs)
+        value = torch.zeros((), device=mask.device)
+        if settings.beta:
+            distances = [noise_distance(h.flatten(0, 1), mask.flatten(), settings.samples) for h in inside]
+            value = value + settings.beta * sum(distances) / len(chosen)
+        if settings.alpha:
+            labels = labels.masked_fill(~mask, -100)
+            nats = [ops.linear_cross_entropy(norm(h), head.weight, labels, **head.options()) for h in after]
+            value = value - settings.alpha * torch.log1p(sum(nats) / len(chosen))
+        return value
+
+    def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
+        value = method.loss(model, batches, counted)
+        if "forget" in batches:
+            share = batches["forget"].mask[:, 1:].sum() / max(counted["forget"], 1)
+            value = value + share * added(model, batches["forget"])
+        return value
+
+    return dataclasses.replace(method, loss=loss)
+
+
+def noise_distance(hidden: torch.Tensor, mask: torch.Tensor, samples: int) -> torch.Tensor:
+    """``MMD**2`` between the counted rows of ``hidden`` and the standard normal law; a scalar, 0 where nothing counts.
+
+    Args:
+        hidden: ``[rows, d]``; gradient.
+        mask: ``[rows]`` bool, True counts.
+        samples: at most so many evenly spaced rows are looked at.
+
+    With ``k(x, y) = exp(-|x - y|**2 / h)``, ``E k(x, N) = (1 + 2/h)**(-d/2) exp(-|x|**2 / (h + 2))`` and ``E k(N, N') = (1 + 4/h)**(-d/2)``.
+    ``h`` is a width times the mean squared distance within the rows and as many draws, expected over these; no gradient.
+    """
+    if len(hidden) > samples:
+        at = torch.linspace(0, len(hidden) - 1, samples, device=hidden.device).round().long()
+        hidden, mask = hidden[at], mask[at]
+    x = torch.where(mask[:, None], hidden, 0.0).to(torch.promote_types(hidden.dtype, torch.float32))
+    d, weight = x.shape[1], mask.to(x.dtype)
+    count = weight.sum().clamp_min(1)
+    squares = x.square().sum(-1)
+    between = (squares[:, None] + squares - 2 * x @ x.T).clamp_min(0)
+    pairs = weight[:, None] * weight
+    with torch.no_grad():
+        to_noise = (weight * (squares + d)).sum()
+        total = (pairs * between).sum() + 2 * count * to_noise + (count**2 - count) * 2 * d
+        mean = total / (4 * count**2 - 2 * count)
+    value = torch.zeros((), dtype=x.dtype, device=x.device)
+    for width in WIDTHS:
+        h = width * mean
+        within = (pairs * torch.exp(-between / h)).sum() / count**2
+        across = (weight * torch.exp(-squares / (h + 2) - d / 2 * torch.log1p(2 / h))).sum() / count
+        value = value + within - 2 * across + torch.exp(-d / 2 * torch.log1p(4 / h))
+    return torch.where(mask.any(), value, 0.0)
+
+
+@contextlib.contextmanager
+def outputs_of(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """What the modules return inside the ``with`` block, in the order of their calls; no hook is left behind."""
+    found: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _spaced(count: int, wanted: int | None) -> list[int]:
+    """At most ``wanted`` of ``count`` layers, the last one among them."""
+    wanted = count if wanted is None else min(wanted, count)
+    return [(k + 1) * count // wanted - 1 for k in range(wanted)]
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module:
+    for name in NORMS:
+        if isinstance(getattr(model.base_model, name, None), nn.Module):
+            return getattr(model.base_model, name)
+    raise ValueError(f"model: got {type(model).__name__}, whose final norm is none of {', '.join(NORMS)}; RepNoise needs it")

@@ -1,0 +1,85 @@
+"""UNDIAL: distil the original model, its logit of the label lowered by ``gamma``, on the forget text.
+
+``KL(q || p)(forget) + retain_weight * CE(retain)`` with ``q = softmax(z_original - gamma * onehot(y))`` (Dong et al., "UNDIAL:
+Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models", 2024, arXiv 2402.10052).
+
+No ``[tokens, V]`` array is needed for ``q``. With ``t = softmax(z_original)``, ``d = 1 - exp(-gamma)`` and ``Z = 1 - d t_y``, ``q`` is
+``t / Z`` but for ``q_y = exp(-gamma) t_y / Z``, so that
+
+    KL(q || p) = (KL(t || p) - d t_y (CE_p(y) - CE_t(y))) / Z - gamma q_y - log Z
+
+is the plain distillation loss and a cross-entropy, each with a weight a token. Where the original is certain of the label, ``1 / Z`` is up
+to ``exp(gamma)`` and so is what it makes of rounding; hence the limit on ``gamma``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core import ops
+from undo_core.models import forward_flops, head_flops, head_of, hidden_states
+from undo_core.training.batches import Batch
+from undo_core.training.precision import weight_dtype
+from undo_core.unlearn.method import Method, forget_and_retain, register
+
+if TYPE_CHECKING:
+    from undo_core.unlearn.config import UnlearnConfig
+
+MOST = 10.0
+
+
+@dataclass(frozen=True)
+class UNDIALConfig:
+    """Settings of UNDIAL alone.
+
+    Attributes:
+        gamma: by how much the label's logit is lowered, at most 10, the default of OpenUnlearning.
+    """
+
+    gamma: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= MOST:
+            raise ValueError(f"gamma: got {self.gamma}, wanted a number in (0, {MOST:g}]")
+
+
+def _flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+    """The original's forward pass, the student's forward and backward, and its head once more for the cross-entropy."""
+    own = forward_flops(model, length)
+    return {"forget": 4 * own + 3 * head_flops(model), "retain": 3 * own if config.retain_weight else 0.0}
+
+
+@register("undial", "UNDIAL", settings=UNDIALConfig, flops=_flops)
+def undial(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+    """Memory: a copy of the model in the dtype of the weights, without gradients, and a second gradient of the head while the two terms
+    are added."""
+    gamma, lowered = config.undial.gamma, -math.expm1(-config.undial.gamma)
+    original = copy.deepcopy(model).to(weight_dtype(config.train.precision)).eval().requires_grad_(False)
+
+    def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
+        inputs, labels, mask = batch.shifted()
+        labels = labels.masked_fill(~mask, -100)
+        with torch.no_grad():
+            known, head = hidden_states(original, *inputs), head_of(original)
+            nats = ops.linear_cross_entropy(known, head.weight, labels, reduction="none", **head.options())
+            total = math.exp(-gamma) - lowered * torch.expm1(-nats)  # Z
+            share = torch.exp(-nats) / total
+            constant = lowered * share * nats - gamma * math.exp(-gamma) * share - total.log()
+        own, hidden = head_of(model), hidden_states(model, *inputs)
+        normalizer = float(max(counted, 1))
+        whole = ops.linear_kl_div(
+            hidden, own.weight, known, head.weight, mask=mask, token_weight=1 / total, normalizer=normalizer,
+            **own.options("student_"), **head.options("teacher_"),
+        )  # fmt: skip
+        label = ops.linear_cross_entropy(
+            hidden, own.weight, labels, token_weight=lowered * share, normalizer=normalizer, **own.options()
+        )
+        return whole - label + constant.masked_fill(~mask, 0.0).sum() / normalizer
+
+    return Method(forget_and_retain(forget, config.retain_weight))
