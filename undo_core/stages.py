@@ -220,7 +220,7 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
     predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored))
-    return {"predicted_bytes": predict(kind, work.settings).total, **function(work)}
+    return {"predicted_bytes": predict(kind, work.settings, stored_dtype(source)).total, **function(work)}
 
 
 FUNCTIONS: dict[str, StageFunction] = {
