@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-
 VERIFIED_ROWS = 4096  # of a head, in float64 at once
 
 

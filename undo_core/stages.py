@@ -219,7 +219,9 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     rows = load_split(data, TRAIN_SPLITS["retain"])
     scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
-    predict = Predictor(AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored))
+    predict = Predictor(
+        AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored)
+    )
     return {"predicted_bytes": predict(kind, work.settings, stored_dtype(source)).total, **function(work)}
 
 
