@@ -73,7 +73,7 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
 
 
 # Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an hour).
-QUICK = ["llama: bfloat16-stochastic", "llama: 8-bit", "gemma2: distill, cached"]
+QUICK = ["llama: bfloat16-stochastic, wide", "llama: 8-bit", "gemma2: distill, cached"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count peaks")

@@ -103,8 +103,6 @@ def test_what_makes_every_stage_fit(tmp_path, capsys):
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}
     arguments = ["plan", str(ROOT / "configs" / "language-cpu.yaml"), *sources, f"--model.config={json.dumps(shape)}"]
     arguments += [f"--output={tmp_path / 'run'}", "--data.length=128"]
-    assert main([*arguments, "--memory", "100GB"]) == 0
-    assert "Everything fits in 100GB" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--memory", "760MB"]) == 0
     suggested = {
         line.split(":")[0]: line.split(" with ")[1].split()
