@@ -15,12 +15,13 @@ import ctypes
 import gc
 import json
 import os
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import harness
 
 # One arena, and big blocks go back at once: a peak is then of what lives.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
@@ -38,7 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64,
     },
 }  # fmt: skip
-SMALL = {"num_hidden_layers": 2, "vocab_size": 4096}  # the same kernels on the same widths: what they load and keep is the process's
+SMALL = {
+    "num_hidden_layers": 2,
+    "vocab_size": 4096,
+}  # the same kernels on the same widths: what they load and keep is the process's
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ CASES = _cases()
 def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
     """A prepared folder: rows of random tokens, and a model at random weights."""
     import torch
+
     from undo_core.data.rows import Rows
     from undo_core.data.splits import TRAIN_SPLITS
     from undo_core.data.tokenizers import character_tokenizer
@@ -192,8 +197,9 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     """In this process: what the stage is predicted to take, and takes, beyond the process."""
     import torch
     from transformers import AutoConfig
-    from undo_core.memory import Predictor
     from undo_kernels.cpu.workspace import release
+
+    from undo_core.memory import Predictor
 
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
@@ -203,16 +209,11 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     release()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
+    before = harness.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run_stage(case, folder, shape)
-    measured, predicted = resident("VmHWM") - before, memory.total - memory.process
+    measured, predicted = harness.status("VmHWM") - before, memory.total - memory.process
     return {"case": name, "moment": memory.moment, "process": before, "measured": measured, "predicted": predicted}
-
-
-def resident(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
 
 
 def forked(name: str, root: Path) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def forked(name: str, root: Path) -> dict[str, Any]:
             try:
                 result = json.dumps(measure(name, root))
                 status = 0
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 import traceback
 
                 traceback.print_exc()
@@ -269,8 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     import torchao.optim  # noqa: F401
     import transformers
-    import undo_core.stages  # noqa: F401
     from rich.console import Console
+
+    import undo_core.stages  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

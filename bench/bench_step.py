@@ -2,7 +2,7 @@
 
 Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then each
 mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark over all
-steps less what was resident when its models were loaded. The student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the
+steps less what was resident when its models were loaded; beside it stands what ``undo plan`` would have predicted. The student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the
 rows are random tokens, the same for all; the loss is the mean over the steps.
 
 The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
@@ -29,7 +29,7 @@ from typing import Any
 import harness
 from rich.console import Console
 from rich.table import Table
-from summaries import faster
+from summaries import accuracy, faster
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -106,6 +106,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
         sys.stdin.readline()
 
     mode = MODES[name]
+    process = harness.status("VmRSS")
     rows = Rows.load(folder / "rows.safetensors")
     gated = Gated(rows.input_ids, rows.pad_id)
     student = load_model(folder / "student")
@@ -121,7 +122,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     else:
         known = teacher if cached else ModelTeacher(teacher)
         loss = distill(student, known, gated, config, progress=False).history[-1]["loss"]
-    say(loss=loss, resident=before, peak=harness.status("VmHWM"))
+    say(loss=loss, process=process, resident=before, peak=harness.status("VmHWM"))
 
 
 def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
@@ -179,6 +180,22 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
     cache_teacher(load_model(folder / "teacher"), rows, folder / "cache", progress=False)
 
 
+def predicted(name: str, shape: Shape, folder: Path) -> int | None:
+    """The peak beyond the process, models included, that ``undo plan`` would say; of the plain loop it knows nothing."""
+    from transformers import AutoConfig
+
+    from undo_core.memory import Predictor
+    from undo_core.training import TrainConfig
+
+    if name == "plain":
+        return None
+    mode = MODES[name]
+    settings = {"train": asdict(TrainConfig(batch_size=shape.rows, **mode.train)), "teacher": {"kind": mode.teacher}}
+    predict = Predictor(AutoConfig.from_pretrained(folder / "teacher"), shape.length, evaluated=1, device="cpu")
+    moments = [memory for memory in predict.moments("distill", settings) if memory.moment in ("forward", "backward", "step")]
+    return max(memory.total - memory.process for memory in moments)  # the workers evaluate nothing
+
+
 class Worker:
     """A contender's process."""
 
@@ -226,6 +243,7 @@ def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Call
                 samples[name].append(seconds)
                 if index == steps - 1 and not (name == "plain" and records):
                     facts = {"loss": end["loss"], "resident_before": end["resident"], "peak": end["peak"]}
+                    facts |= {"process": end["process"], "predicted": predicted(name, shape, folder)}
                     beside = None if name == "plain" else samples["plain"][1:]
                     records.append(
                         {"name": name, "label": MODES[name].label, "samples_s": samples[name][1:], "beside": beside, **facts}
@@ -238,13 +256,23 @@ def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Call
 
 def table(records: list[dict[str, Any]], tokens: int) -> Table:
     """For people."""
-    result = Table("mode", "step", "faster", "tokens/s", "peak\nbeyond models", "of plain's", "peak\nin all", "mean loss")
+    result = Table(
+        "mode",
+        "step",
+        "faster",
+        "tokens/s",
+        "peak\nbeyond models",
+        "of plain's",
+        "peak\nin all",
+        "predicted /\nmeasured",
+        "mean loss",
+    )
     whole = records[0]["peak"] - records[0]["resident_before"]
     for record in records:
         seconds, extra = statistics.median(record["samples_s"]), record["peak"] - record["resident_before"]
         result.add_row(
             record["label"], harness.seconds(seconds), harness.times(faster(record)), f"{tokens / seconds:.0f}",
-            harness.megabytes(extra), f"{extra / whole:.2f}", harness.megabytes(record["peak"]), f"{record['loss']:.5f}",
+            harness.megabytes(extra), f"{extra / whole:.2f}", harness.megabytes(record["peak"]), accuracy(record), f"{record['loss']:.5f}",
         )  # fmt: skip
     return result
 

@@ -77,6 +77,7 @@ def step(results: dict[str, Any]) -> str:
                 harness.megabytes(extra),
                 f"{extra / whole:.2f}",
                 harness.megabytes(record["peak"]),
+                accuracy(record),
                 f"{record['loss']:.5f}",
             ]
         )
@@ -88,6 +89,7 @@ def step(results: dict[str, Any]) -> str:
         "peak beyond the loaded models",
         "of plain's",
         "peak of the process",
+        "predicted / measured",
         "mean loss",
     ]
     said = (
@@ -103,6 +105,13 @@ def faster(record: dict[str, Any]) -> float | None:
     if not record.get("beside"):
         return None
     return statistics.median(plain / own for plain, own in zip(record["beside"], record["samples_s"], strict=True))
+
+
+def accuracy(record: dict[str, Any]) -> str:
+    """The predicted peak over the measured one, both beyond the process; a dash where older results have none."""
+    if record.get("predicted") is None:
+        return "–"
+    return f"{record['predicted'] / (record['peak'] - record['process']):.2f}"
 
 
 SUMMARIES = {"noise-cpu": noise, "rmu-cpu": rmu, "step-cpu": step}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 
 from undo_core.attacks.config import AttackConfig
+from undo_core.training.optimizers import QUANTISED
 
 Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
 
+Change = tuple[str, Any]  # a setting and its new value
+
 # Cheapest first: in time, then in what may change the result. "micro_batch_size" stands for the largest one that fits.
-CHANGES: tuple[tuple[str, Any], ...] = (
+CHANGES: tuple[Change, ...] = (
     ("activation_checkpointing", True),
     ("micro_batch_size", None),
     ("teacher.kind", "cached"),
@@ -44,21 +48,84 @@ class Fit:
 def cheapest_fit(kind: str, settings: Settings, limit: int, need: Need) -> tuple[Fit | None, Fit]:
     """The cheapest changes with which stages need at most ``limit`` bytes, None where there are none; and those that need least.
 
-    A change is taken to be dearer than all before it in ``CHANGES`` together, so sets of them are tried in the order of binary
-    numbers.
+    A change is taken to be dearer than all before it in ``CHANGES`` together. Each one is left out, the dearest first, where as many
+    cheaper ones as agree suffice without it: a few predictions a change, instead of one for every set.
 
     Args:
         kind: of the stages, and ``settings`` those of one of them, to see what can be changed.
         limit: bytes.
         need: peak of the largest of the stages with changes.
     """
-    found = []
-    for changes in _sets(kind, settings):
-        for changed in _sizes(kind, settings, changes, limit, need):
-            found.append(Fit(changed, need(changed)))
-            if found[-1].memory_bytes <= limit:
-                return found[-1], found[-1]
-    return None, min(found, key=lambda fit: fit.memory_bytes)
+    possible = [change for change in CHANGES if _possible(kind, settings, *change)]
+    known: dict[tuple[Change, ...], Fit] = {}
+
+    def fit(chosen: tuple[Change, ...]) -> Fit:
+        changes = {_path(kind, name): 1 if name == "micro_batch_size" else value for name, value in chosen}
+        if chosen not in known:
+            known[chosen] = Fit(changes, need(changes))
+        return known[chosen]
+
+    def least(chosen: tuple[Change, ...], cheaper: list[Change]) -> Fit:
+        """With all of the cheaper changes that go together; the first of them that fits."""
+        fits = []
+        for together in _together(chosen, cheaper):
+            fits.append(fit(together))
+            if fits[-1].memory_bytes <= limit:
+                break
+        return min(fits, key=lambda fit: fit.memory_bytes)
+
+    smallest = least((), possible)
+    if smallest.memory_bytes > limit:
+        return None, smallest
+    chosen: tuple[Change, ...] = ()
+    for index in reversed(range(len(possible))):
+        alone = all(_agree(possible[index], other) for other in chosen)
+        if alone and least(chosen, possible[:index]).memory_bytes > limit:
+            chosen = (possible[index], *chosen)
+    found = fit(chosen)  # what fitted before a change was looked at fits after it
+    path = _path(kind, "micro_batch_size")
+    if path in found.changes:
+        found = _widest(found, path, _training(kind, settings), limit, need)
+    return found, found
+
+
+def _widest(smallest: Fit, path: str, training: Settings, limit: int, need: Need) -> Fit:
+    """With the largest micro-batch, of halves of the size that is, that fits."""
+    sizes = [training["micro_batch_size"] or training["batch_size"]]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    first, last, best = 1, len(sizes) - 1, smallest  # the last one fits
+    while first < last:
+        middle = (first + last) // 2
+        changes = {**smallest.changes, path: sizes[middle]}
+        tried = Fit(changes, need(changes))
+        if tried.memory_bytes <= limit:
+            last, best = middle, tried
+        else:
+            first = middle + 1
+    return best
+
+
+def _together(chosen: tuple[Change, ...], cheaper: list[Change]) -> Iterator[tuple[Change, ...]]:
+    """``chosen`` and as many of the cheaper changes as agree: the dearer of two that do not, or micro-batches; quantised moments or not.
+
+    Quantised moments are the one change that may need more memory: of a tensor, while it is stepped outside a compiled kernel.
+    """
+    seen = set()
+    for skipped, wanted in itertools.product(((), tuple(QUANTISED)), (None, "micro_batch_size")):
+        together = list(chosen)
+        for change in sorted(reversed(cheaper), key=lambda change: change[0] != wanted):
+            if change[1] not in skipped and all(_agree(change, other) for other in together):
+                together.append(change)
+        result = tuple(sorted(together, key=CHANGES.index))
+        if result not in seen:
+            seen.add(result)
+            yield result
+
+
+def _agree(one: Change, other: Change) -> bool:
+    """Whether two changes can be made together."""
+    return one[0] != other[0] and {one[0], other[0]} != {"micro_batch_size", "step_in_backward"}
 
 
 def apply_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
@@ -71,16 +138,6 @@ def apply_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
             place = place.setdefault(part, {})
         place[name] = value
     return changed
-
-
-def _sets(kind: str, settings: Settings) -> Iterator[dict[str, Any]]:
-    possible = [change for change in CHANGES if _possible(kind, settings, *change)]
-    for number in range(1 << len(possible)):
-        chosen = [change for index, change in enumerate(possible) if number >> index & 1]
-        names = [name for name, _ in chosen]
-        if len(set(names)) < len(names) or {"micro_batch_size", "step_in_backward"} <= set(names):
-            continue
-        yield {_path(kind, name): value for name, value in chosen}
 
 
 def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
@@ -110,20 +167,3 @@ def _training(kind: str, settings: Settings) -> Settings:
 
 def _path(kind: str, name: str) -> str:
     return name if kind == "relearn" or name.startswith("teacher") else f"train.{name}"
-
-
-def _sizes(kind: str, settings: Settings, changes: dict[str, Any], limit: int, need: Need) -> Iterator[dict[str, Any]]:
-    """The changes with each micro-batch size that is worth a try, the largest first; the smallest alone where it does not fit."""
-    path = _path(kind, "micro_batch_size")
-    if path not in changes:
-        yield changes
-        return
-    training = _training(kind, settings)
-    size = training["micro_batch_size"] or training["batch_size"]
-    smallest = {**changes, path: 1}
-    if need(smallest) > limit:
-        yield smallest
-        return
-    while size > 1:
-        size = -(-size // 2)
-        yield {**changes, path: size}

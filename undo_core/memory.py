@@ -360,10 +360,14 @@ class _Steps:
     """What :class:`undo_core.training.optimizers.Updater` holds and takes, without contents."""
 
     def __init__(self, storages: Storages, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
-        self.storages, self.parameters, self.settings, self.device = storages, parameters, settings, device
+        self.storages, self.parameters, self.settings = storages, parameters, settings
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
         self.masters: dict[int, torch.Tensor] = {}  # gradients of masters
+        self.temporaries = {}  # of an update, by the number of elements; here, where nothing else counts them
+        for p in parameters:
+            dtype = torch.float32 if self.mastered else p.dtype
+            self.temporaries[p.numel()] = _update_bytes(p.numel(), dtype, settings.optimizer, settings.precision, device)
         storages.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters)
 
     @contextlib.contextmanager
@@ -402,9 +406,7 @@ class _Steps:
             parameter.grad = None
 
     def _temporary(self, parameter: nn.Parameter) -> int:
-        settings = self.settings
-        dtype = torch.float32 if self.mastered else parameter.dtype
-        return _update_bytes(parameter.numel(), dtype, settings.optimizer, settings.precision, self.device)
+        return self.temporaries[parameter.numel()]
 
 
 @functools.cache

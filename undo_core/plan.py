@@ -16,11 +16,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from undo_core.attacks.config import attack_config
+from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled
-from undo_core.files import hash_json
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
@@ -143,24 +143,22 @@ def plan_table(config: RunConfig) -> RenderableType:
 
 def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
     """What to do for every stage to fit in ``limit`` bytes: flags to add, and a line for each stage that no flags can help."""
-    predict, groups = _predictor(config), dict[tuple[str, str], list[Stage]]()
+    predict, groups = _predictor(config), dict[str, list[Stage]]()
     plan = plan_run(config)
-    stages = plan.stages()
     attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
     sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
-    for stage in stages + [_largest(trials) for trials in attacks.values()]:
+    for stage in plan.stages() + [_largest(trials) for trials in attacks.values()]:
         if predict(stage).total > limit:
-            groups.setdefault((sections.get(stage.key, stage.kind), hash_json(stage.settings.get("train", {}))), []).append(
-                stage
-            )
+            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)  # a flag is of all stages of a kind
     flags, hopeless = [], []
-    for (name, _), group in groups.items():
-        kind, title = group[0].kind, name if group[0].key in sections else group[0].title
+    for name, group in groups.items():
+        kind = group[0].kind
         section = f"attacks.{name}" if name in config.attacks else kind
 
         def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
             return max(_peak(predict, stage, changes) for stage in group)
 
+        title = name if len(group) > 1 or group[0].key in sections else group[0].title
         changeable = kind == "relearn" or "train" in group[0].settings
         fit, least = cheapest_fit(kind, group[0].settings, limit, need) if changeable else (None, Fit({}, need({})))
         if fit is None:
@@ -226,9 +224,23 @@ def _predictor(config: RunConfig) -> Predict:
         return Predictor(_model_config(config), length, answers=config.data.kind != "text", data_bytes=data)
 
     def predict(stage: Stage, settings: dict[str, Any] | None = None, kind: str | None = None) -> Memory:
-        return of_length(_row_length(config, stage))(kind or stage.kind, stage.settings if settings is None else settings)
+        predictor = of_length(_row_length(config, stage))
+        return predictor(kind or stage.kind, stage.settings if settings is None else settings, _stored(config, stage))
 
     return predict
+
+
+def _stored(config: RunConfig, stage: Stage) -> torch.dtype:
+    """Dtype of the weights in the folder that the stage reads its model from."""
+    names = [name for name in ("student", "model", "teacher", "prepared") if name in stage.inputs]
+    if names:
+        source = stage.inputs[names[0]]
+        if "train" in source.settings:
+            return weight_dtype(source.settings["train"]["precision"])
+        return torch.float32 if source.kind == "initialise" else _stored(config, source)
+    path = config.model.path and Path(config.model.path)
+    there = path and any((path / name).is_file() for name in (INDEX, SINGLE))
+    return stored_dtype(path) if there else torch.float32
 
 
 def _basis(parameters: int) -> str:

@@ -302,7 +302,7 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     predict = Predictor(
         AutoConfig.from_pretrained(source), rows.length, answers=scored.answer_mask is not None, evaluated=len(scored)
     )
-    return {"predicted_bytes": predict(kind, work.settings).total, **function(work)}
+    return {"predicted_bytes": predict(kind, work.settings, stored_dtype(source)).total, **function(work)}
 
 
 FUNCTIONS: dict[str, StageFunction] = {

@@ -140,7 +140,9 @@ def _key(value: Any, given: list[torch.Tensor]) -> Any:
 def _fresh(output: torch.Tensor, given: list[torch.Tensor]) -> bool:
     """Whether the tensor has a storage of its own, no larger than it needs."""
     storage = output.untyped_storage()
-    least = 0 if not output.numel() else 1 + sum((n - 1) * stride for n, stride in zip(output.shape, output.stride(), strict=True))
+    least = (
+        0 if not output.numel() else 1 + sum((n - 1) * stride for n, stride in zip(output.shape, output.stride(), strict=True))
+    )
     alone = all(storage._cdata != tensor.untyped_storage()._cdata for tensor in given)
     return output.is_meta and alone and storage.nbytes() == least * output.itemsize
 

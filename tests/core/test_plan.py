@@ -104,8 +104,18 @@ def test_what_makes_every_stage_fit(tmp_path, capsys):
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}
     arguments = ["plan", str(ROOT / "configs" / "language-cpu.yaml"), *sources, f"--model.config={json.dumps(shape)}"]
     arguments += [f"--output={tmp_path / 'run'}", "--data.length=128"]
-    assert main([*arguments, "--memory", "100GB"]) == 0
-    assert "Everything fits in 100GB" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--memory", "760MB"]) == 0
+    suggested = {
+        line.split(":")[0]: line.split(" with ")[1].split()
+        for line in capsys.readouterr().out.splitlines()
+        if " with --" in line
+    }
+    assert suggested and len(suggested) == len({flag.split(".")[0] for flags in suggested.values() for flag in flags}), (
+        "each kind once"
+    )
+    flags = [flag for flags in suggested.values() for flag in flags]
+    assert main([*arguments, *flags, "--memory", "760MB"]) == 0, "the flags are real ones"
+    assert "Everything fits in 760MB" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--memory", "1MB"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("undo: error: memory: got 1MB, which is too little: ")
