@@ -95,7 +95,7 @@ def step(results: dict[str, Any]) -> str:
     said = (
         f"Gemma 2, {shape['layers']} layers, width {shape['width']}, {shape['vocabulary']:,} tokens, random weights; "
         f"{shape['rows']} × {shape['length'] - 1} tokens, AdamW included. *lean* and *leanest*: step in the backward pass, activation "
-        "checkpointing, cached teacher. torchao's quantised moments are made for GPUs: on a CPU their step is slow and takes room."
+        "checkpointing, cached teacher. torchao's quantised moments are made for GPUs: on a CPU their step is slow."
     )
     return f"{markdown(header, lines)}\n\n{said}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from undo_core.attacks.config import AttackConfig
-from undo_core.training.optimizers import QUANTISED
 
 Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
@@ -107,15 +105,12 @@ def _widest(smallest: Fit, path: str, training: Settings, limit: int, need: Need
 
 
 def _together(chosen: tuple[Change, ...], cheaper: list[Change]) -> Iterator[tuple[Change, ...]]:
-    """``chosen`` and as many of the cheaper changes as agree: the dearer of two that do not, or micro-batches; quantised moments or not.
-
-    Quantised moments are the one change that may need more memory: of a tensor, while it is stepped outside a compiled kernel.
-    """
+    """``chosen`` and as many of the cheaper changes as agree: the dearer of two that do not, or micro-batches."""
     seen = set()
-    for skipped, wanted in itertools.product(((), tuple(QUANTISED)), (None, "micro_batch_size")):
+    for wanted in (None, "micro_batch_size"):
         together = list(chosen)
         for change in sorted(reversed(cheaper), key=lambda change: change[0] != wanted):
-            if change[1] not in skipped and all(_agree(change, other) for other in together):
+            if all(_agree(change, other) for other in together):
                 together.append(change)
         result = tuple(sorted(together, key=CHANGES.index))
         if result not in seen:

@@ -43,7 +43,7 @@ from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.lean import lean
 from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
-from undo_core.training.optimizers import QUANTISED, bytes_per_parameter, optimizer_of
+from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
 from undo_core.unlearn import Method, method_of, referred, unlearn_config
 from undo_core.unlearn.activations import find_layers
@@ -419,7 +419,8 @@ def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str
         return count * dtype.itemsize
     elif precision != "bfloat16-stochastic":  # fused
         return 0
-    target = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
+    # In slices on a CPU: a few of them take what all do.
+    target = nn.Parameter(torch.empty(count if device == "cuda" else min(count, 4 * BLOCK_CPU), dtype=dtype, device="meta"))
     target.grad = torch.empty_like(target)
     storages = Storages(("optimizer",))
     storages.kind = "optimizer"

@@ -249,6 +249,33 @@ def test_stochastic_rounding_keeps_what_is_not_finite():
     assert rounded[:, :3].isnan().all() and (rounded[:, 3] == torch.inf).all() and (rounded[:, 4] == -torch.inf).all()
 
 
+@torchao
+@pytest.mark.parametrize(("name", "whole"), [("adamw-8bit", "AdamW8bit"), ("adamw-4bit", "AdamW4bit")])
+def test_a_quantised_step_in_slices_has_the_bits_of_the_whole_one(monkeypatch, name, whole):
+    from torchao import optim
+
+    monkeypatch.setattr(optimizers, "BLOCK_CPU", 1024)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 256), (100,), (3, 128 * 41)]  # the second is not quantised, the third not at 8 bits
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    steps = [optimizers._torchao(name)(ours, **settings), getattr(optim, whole)(theirs, **settings)]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        with torch.compiler.set_stance("force_eager"):
+            for optimizer in steps:
+                optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+        for key in ("exp_avg", "exp_avg_sq"):
+            parts = [optimizers._plain(optimizer.state[p][key]) for optimizer, p in zip(steps, (one, other), strict=True)]
+            assert parts[0].keys() == parts[1].keys()
+            assert all(torch.equal(value, parts[1][part]) for part, value in parts[0].items())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_small_updates_are_lost_by_plain_bfloat16_alone(optimizer):
     def moved(precision):
@@ -367,7 +394,7 @@ def test_student_and_teacher_may_differ(arithmetic):
     ("bad", "wanted"),
     [
         ({"precision": "float16"}, "^precision: got 'float16', wanted one of float32, "),
-        ({"optimizer": "sgd"}, "^optimizer: got 'sgd', wanted one of adamw, "),
+        ({"optimizer": "lion"}, "^optimizer: got 'lion', wanted one of adamw, "),
         ({"step_in_backward": True, "micro_batch_size": 4}, "^step_in_backward: got true with micro_batch_size 4, wanted"),
     ],
 )

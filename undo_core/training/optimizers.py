@@ -244,17 +244,49 @@ def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str |
 @functools.cache
 def _torchao(name: str) -> type[torch.optim.Optimizer]:
     from torchao import optim
+    from torchao.optim import adam
 
     base = {"adamw-8bit": optim.AdamW8bit, "adamw-4bit": optim.AdamW4bit}[name]
 
     class Quantised(base):
+        @torch.no_grad()
         def step(self) -> None:
-            # Compiling takes seconds for every shape: on a GPU it fuses the update; on a CPU it would take longer than it saves.
-            eager = not any(target.is_cuda for group in self.param_groups for target in group["params"])
-            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            """On a GPU one compiled kernel a shape; elsewhere in slices, whose temporaries, some 60 bytes an element, stay in the cache."""
+            if any(target.is_cuda for group in self.param_groups for target in group["params"]):
                 super().step()
+                return
+            for group in self.param_groups:
+                for target in group["params"]:
+                    if target.grad is not None:
+                        self._step_in_slices(target, group)
+
+        def _step_in_slices(self, target: nn.Parameter, group: dict[str, Any]) -> None:
+            state = self.state[target]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = self._new_buffer(target, True), self._new_buffer(target, False)
+            state["step"] += 1
+            rounds = self.bf16_stochastic_round and target.dtype is torch.bfloat16
+            settings = (None, group["lr"], *group["betas"], group["weight_decay"], group["eps"], self.is_adamw, rounds)
+            weight, gradient = target.detach().view(-1), target.grad.reshape(-1)
+            for start in range(0, len(weight), BLOCK_CPU):
+                part = slice(start, min(start + BLOCK_CPU, len(weight)))
+                moments = (_moment_part(state[name], part) for name in ("exp_avg", "exp_avg_sq"))
+                adam.single_param_adam(weight[part], gradient[part], state["step"], *moments, *settings)
 
     return Quantised
+
+
+def _moment_part(moment: torch.Tensor, part: slice) -> torch.Tensor:
+    """A view of some elements of a moment; of a quantised one, whole blocks with their scales."""
+    if type(moment) is torch.Tensor:
+        return moment.view(-1)[part]
+    codes, scale = (
+        tensor.view(-1)[part.start * tensor.numel() // moment.numel() : part.stop * tensor.numel() // moment.numel()]
+        for tensor in (moment.codes, moment.scale)
+    )
+    packed = () if moment.codes.numel() == moment.numel() else ((part.stop - part.start,),)  # 4 bits: the shape besides
+    return type(moment)(codes, scale, moment.qmap, moment.signed, *packed, dtype=moment.dtype)
 
 
 class StochasticAdamW(torch.optim.Optimizer):
