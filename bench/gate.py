@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.write and not options.baseline.exists():
         parser.error(f"--baseline: got {options.baseline}, which does not exist; --write makes it")
     baseline = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
-    failures, remarks = [], []
+    failures, remarks, compared = [], [], []
     for kind in options.only:
         known = baseline.get(kind, {})
         key, measured = None, {}
@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if key and not wanted:
             remarks.append(f"{kind}: not compared: the baseline is of {', '.join(known) or 'nothing'}, this is {key}")
             continue
+        compared.append(kind)
         failures += worse(kind, measured, wanted)
         remarks += better(kind, measured, wanted)
     if options.write:
@@ -269,8 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in (*remarks, *failures):
         print(line)
     if not failures:
-        print(f"bench-check: nothing got worse ({', '.join(options.only)})")
-    return int(bool(failures))
+        print(f"bench-check: nothing got worse ({', '.join(compared)})" if compared else "bench-check: nothing was compared")
+    return int(bool(failures) or not compared)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,15 @@ def rows_of(part: str) -> list[Row]:
         return [Row(mode, (*command, mode), whole + needs, printed=True, seconds=200) for mode, needs in modes.items()]
     reduced = ("--pretrain.train.steps=60", "--distill.train.steps=40", "--unlearn.train.steps=5", "--data.train_rows=50000")
     reduced += ("--noise.alphas=[0.7]", "--relearn.rates=[1e-4]", "--relearn.evaluate_at=[0,10]", "--relearn.headline_step=10")
-    command = ("{python}", "-m", "undo_core", "run", "configs/arithmetic.yaml", "--output=runs/gpu-arithmetic", *reduced)
+    command = (
+        "{python}",
+        "-m",
+        "undo_core",
+        "run",
+        "configs/arithmetic.yaml",
+        f"--output=runs/gpu-arithmetic-{source()}",
+        *reduced,
+    )
     return [Row("arithmetic", command, (*whole, "jsonargparse", "matplotlib"))]
 
 

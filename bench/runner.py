@@ -162,6 +162,10 @@ def load(path: Path, suite: str, options: argparse.Namespace, sections: Mapping[
         raise SystemExit(
             f"{path}: got format {found.get('format')} of {found.get('suite')}, wanted {FORMAT} of {suite}; try --fresh"
         )
+    if found["machine"]["name"] != empty["machine"]["name"]:
+        raise SystemExit(
+            f"{path}: got rows of {found['machine']['name']}, wanted {empty['machine']['name']}; try --fresh or another --out"
+        )
     return empty | found | {"machine": empty["machine"]}
 
 

@@ -218,7 +218,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
     A folder keeps the dtype that its stage trained in; :func:`undo_core.training.train` converts what it trains to its own.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
     )

@@ -297,7 +297,7 @@ def _row_length(config: RunConfig, stage: Stage) -> int:
 
 def _model_config(config: RunConfig) -> Any:
     if config.model.path:
-        return AutoConfig.from_pretrained(config.model.path)
+        return AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
     if config.data.tokenizer:
         size = len(load_tokenizer(config.data.tokenizer))
     else:

@@ -221,6 +221,15 @@ def test_pytest_benchmark_runs_the_same_contenders(tmp_path):
     assert {"noise", "rmu"} <= {one["group"].split()[0] for one in found}
 
 
+def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
+    runner = importlib.import_module("runner")
+    options = runner.parse(bench_kl.SUITE, "", ["--out", str(tmp_path / "rows.json")])
+    record = runner.load(options.out, "kl", options, {})
+    options.out.write_text(json.dumps({**record, "machine": {**record["machine"], "name": "another"}}))
+    with pytest.raises(SystemExit, match="rows of another, wanted"):
+        runner.load(options.out, "kl", options, {})
+
+
 def test_a_record_is_replaced_whole(bench_kl, monkeypatch, tmp_path):
     harness = importlib.import_module("harness")
     path = tmp_path / "deep" / "results.json"

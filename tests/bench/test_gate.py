@@ -79,8 +79,9 @@ def test_another_compiler_is_not_compared_and_said(gate, monkeypatch, tmp_path, 
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps({"instructions": {"GCC: A": {"stats": 1.0}}}))
     monkeypatch.setattr(gate, "instructions", lambda: ({"stats": 5.0}, "GCC: B"))
-    assert gate.main(["--only", "instructions", "--baseline", str(path)]) == 0
-    assert "instructions: not compared: the baseline is of GCC: A, this is GCC: B" in capsys.readouterr().out
+    assert gate.main(["--only", "instructions", "--baseline", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "instructions: not compared: the baseline is of GCC: A, this is GCC: B" in said and "nothing was compared" in said
     monkeypatch.setattr(gate, "instructions", lambda: ({"stats": 5.0}, "GCC: A"))
     assert gate.main(["--only", "instructions", "--baseline", str(path)]) == 1
 

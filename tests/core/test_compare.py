@@ -211,6 +211,9 @@ def test_the_folder(tmp_path: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in page.parent.iterdir()}
     write_comparison(loaded, page.parent, "A <title>")
     assert {path: path.stat().st_mtime_ns for path in page.parent.iterdir()} == written, "the same results: nothing to do"
+    (page.parent / "points.csv").unlink()
+    write_comparison(loaded, page.parent, "A <title>")
+    assert (page.parent / "points.csv").exists(), "a file that is gone is made again"
     plain = [(run, {**values, "models": values["models"][:-2]}) for run, values in loaded[:1]]
     write_comparison(plain, page.parent, "A <title>")
     assert "oracle" not in {path.stem for path in page.parent.glob("*.png")}, "of the earlier report"

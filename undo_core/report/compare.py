@@ -14,6 +14,7 @@ from undo_core.report.claims import claims
 from undo_core.report.metrics import derive, settings_of
 from undo_core.report.points import FIGURES, Setting, csv_text, plot_points
 from undo_core.report.words import method_name
+from undo_core.version import __version__
 
 FORMAT = 1
 Loaded = tuple[str, dict[str, Any]]  # a run's folder and the contents of its results
@@ -54,9 +55,11 @@ def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path
     """
     sources = [{"folder": run, "seed": values["seed"], "sha256": hash_json(values)} for run, values in loaded]
     known, page = folder / "comparison.json", folder / "comparison.html"
-    if known.exists() and page.exists():
+    made_of = {"format": FORMAT, "version": __version__, "title": title, "sources": sources}
+    if known.exists():
         before = read_json(known)
-        if (before["format"], before["title"], before["sources"]) == (FORMAT, title, sources):
+        there = all((folder / name).exists() for name in (page.name, *before.get("files", [page.name])))
+        if there and all(before.get(name) == value for name, value in made_of.items()):
             return page
     settings = compare(loaded, title)
     points = plot_points(settings)
@@ -76,7 +79,8 @@ def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path
     write_text(folder / "methods.tex", compare_table.latex(table))
     write_text(folder / "methods.csv", compare_table.methods_csv(settings))
     write_text(page, html)
-    write_json(known, {"format": FORMAT, "title": title, "sources": sources, "settings": numbers})  # last: all else is there
+    files = [*(f"{name}.png" for name in drawn), "points.csv", "methods.md", "methods.tex", "methods.csv"]
+    write_json(known, {**made_of, "files": files, "settings": numbers})  # last: all else is there
     return page
 
 

@@ -137,7 +137,8 @@ def tune(
                 elif not first:
                     record["seconds"] = seconds(launch)
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as failure:
-            record["failed"] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:120]}"
+            said = str(failure).strip().partition("\n")[0]
+            record["failed"] = f"{type(failure).__name__}: {said[:120]}"
         finally:
             for name, stand_in in watched.items():
                 setattr(recompute, name, stand_in.kernel)
