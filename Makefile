@@ -24,8 +24,8 @@ install: $(INSTALLED)  ## virtual environment and install
 demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 	$(BIN)/undo run configs/arithmetic-cpu.yaml
 
-test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## all tests, file by file on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --benchmark-disable
 
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
