@@ -35,7 +35,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	@touch $@
 
-bench: $(BENCH_INSTALLED)  ## losses, noise and RMU beside what one would use instead, about five minutes; results in bench/results
+bench: $(BENCH_INSTALLED)  ## losses, noise and RMU beside what one would use instead, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/bench_cross_entropy.py
 	$(BIN)/python bench/bench_noise.py

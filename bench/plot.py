@@ -15,9 +15,9 @@ import harness
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from undo_core.report.figures import DPI, STYLE
+from undo_core.report.style import DPI, STYLE
 
 # Okabe and Ito's colours, as in the pipeline's reports; undo-core is the blue.
 COLOURS = {
@@ -213,8 +213,10 @@ def roofline(results: dict[str, Any]) -> Figure | None:
         axes.set_title(dtype, loc="left")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     figure.axes[0].set_ylabel("owed GFLOP/s, forward and backward")
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(4 * len(dtypes), 5), frameon=False, fontsize=9.5)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2 * len(dtypes), frameon=False, fontsize=9.5)
     return figure
 
 
