@@ -18,6 +18,10 @@ from undo_core.store import Stage
 _NONE: Mapping[str, Stage] = MappingProxyType({})
 
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges*", "*.model"),
+)
 @dataclass(frozen=True)
 class Model:
     """A model of the comparison.
@@ -184,7 +188,9 @@ def cache_stage(how: dict[str, Any], prepared: Stage, teacher: Stage) -> Stage |
 
 
 def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
-    """The stage that draws the data and initialises the model; the files that it reads are part of its key.
+    """The stage that draws the data and initialises the model; the files that it reads are part of its key: text, a checkpoint, a
+    tokenizer. What is streamed from the hub (``hf://``) cannot be hashed: its name alone is part of the key, and a data set that
+    changes there is not drawn again.
 
     Raises:
         FileNotFoundError: a data file or the checkpoint folder is missing.
@@ -209,6 +215,8 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
 
 def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
     """Settings as JSON values, with the stage's seed derived from the run's where it names none."""
+    if tokenizer := settings["data"]["tokenizer"]:
+        files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
     values = dataclasses.asdict(settings)
     if values["seed"] is None:
         values["seed"] = derive_seed(seed, name)
