@@ -16,9 +16,11 @@ from torch import nn
 from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantise_, worst_of
 from undo_core.attacks.grid import explore
 from undo_core.attacks.lora import adapted
+from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluate import evaluate
+from undo_core.graph import plan_run
 from undo_core.memory import Predictor
 from undo_core.models import build_model
 from undo_core.relearn import attack, mixed_cross_entropy, relearn
@@ -175,8 +177,6 @@ def test_adapters_are_trained_alone_and_merge_to_the_same_function(world):
 
 
 @peft
-def test_adapters_start_from_their_seed(world):
-@peft
 @pytest.mark.parametrize(
     ("targets", "wanted"), [([], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}), (["c_fc"], {"mlp.c_fc"})]
 )
@@ -313,6 +313,28 @@ def test_no_row_finds_its_own_answer_among_its_examples(world):
         few_shot(forget, forget, 11, seed=0, positions=64)
 
 
+    assert few_shot(forget, forget, 11, seed=0, positions=None)[0].length > 65, "a model without a limit"
+
+
+@pytest.mark.parametrize(
+    ("data", "most"), [(DataConfig(), 9), (DataConfig(kind="arithmetic"), 5), (DataConfig(kind="text", length=9), 7)]
+)
+def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, data, most):
+    if data.kind == "text":
+        (tmp_path / "text.txt").write_text("one\n")
+        data = dataclasses.replace(data, retain=[str(tmp_path / "text.txt")], forget=[str(tmp_path / "text.txt")])
+
+    def plan(shots, model):
+        attacks = {"asked": AttackConfig(kind="fewshot", shots=[1, shots])}
+        return plan_run(RunConfig("run", str(tmp_path), ModelConfig(model), data=data, attacks=attacks))
+
+    for model in (SHAPE, GPT2):
+        assert plan(most, model)
+        with pytest.raises(
+            ValueError, match=rf"^attacks\.asked\.shots: got {most + 1}, .* of the model's 64; wanted {most} at most"
+        ):
+            plan(most + 1, model)
+    assert plan(1000, {"model_type": "bloom"}), "which has no limit"
 def test_prompted_text_is_scored_on_its_own_labels(world):
     _, forget, retain, model, _ = world
     text = Rows(retain.input_ids[:6], 0, separator_id=1)
