@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantise_, worst_of
-from undo_core.attacks.grid import explore
+from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
@@ -467,6 +467,24 @@ def test_the_worst_case_over_all_attacks():
 
 @peft
 def test_predicted_memory_knows_the_attack():
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_an_evaluation_that_is_not_finite_is_never_the_worst_case(kind, bad):
+    higher = kind == "accuracy"
+    mild, worst = (0.5, 0.9) if higher else (5.0, 0.9)
+    config = AttackConfig(rates=[1.0, 2.0], evaluate_at=[0], headline_step=0, seeds=2)
+    found = {Trial(rate=1.0): mild, Trial(rate=2.0): bad, Trial(rate=2.0, order=1): worst}
+    for order in itertools.permutations(found):
+        assert next_rate(config, {trial: [{"step": 0, "forget": found[trial]}] for trial in order}, higher) == 4.0
+        curves = [{"rate": trial.rate, "forget": [{"value": found[trial]}], "retain": [{"value": 0.0}]} for trial in order]
+        one = worst_of({"attack": {"steps": [0], "curves": curves}}, {"kind": kind, "headline_step": 0})
+        each = {str(i): {"steps": [0], "headline_step": 0, "curves": [curve]} for i, curve in enumerate(curves)}
+        several = worst_of({"attacks": each}, {"kind": kind, "headline_step": 0})
+        assert one["forget"]["value"] == several["forget"]["value"] == worst
+    for order in itertools.permutations([(1.0, bad), (2.0, worst), (4.0, mild)]):
+        assert extension_of(dict(order), higher) is None
+
+
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**{**SHAPE, "vocab_size": 97, "hidden_size": 64, "intermediate_size": 256})
