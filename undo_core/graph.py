@@ -9,12 +9,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from transformers import AutoConfig
+
 from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
+from undo_core.models import architecture, positions_of
 from undo_core.store import Stage
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges*", "*.model"),
+)
 _NONE: Mapping[str, Stage] = MappingProxyType({})
 
 
@@ -66,6 +73,7 @@ def plan_run(config: RunConfig) -> Plan:
 
     Raises:
         FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
+        ValueError: examples of a few-shot attack that cannot fit the model's positions.
     """
     seed = config.seed
 
@@ -73,6 +81,7 @@ def plan_run(config: RunConfig) -> Plan:
         return _seeded(settings, seed, name)
 
     prepared = prepare_stage(config.data, config.model, seed)
+    _check_shots(config)
     if config.model.path:
         original = prepared
     else:
@@ -184,7 +193,9 @@ def cache_stage(how: dict[str, Any], prepared: Stage, teacher: Stage) -> Stage |
 
 
 def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
-    """The stage that draws the data and initialises the model; the files that it reads are part of its key.
+    """The stage that draws the data and initialises the model; the files that it reads are part of its key: text, a checkpoint, a
+    tokenizer. What is streamed from the hub (``hf://``) cannot be hashed: its name alone is part of the key, and a data set that
+    changes there is not drawn again.
 
     Raises:
         FileNotFoundError: a data file or the checkpoint folder is missing.
@@ -217,6 +228,25 @@ def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
 
 def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
     """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
+def _check_shots(config: RunConfig) -> None:
+    """Refuse numbers of examples whose rows are too long for the model at their shortest; the probe itself knows the rows drawn."""
+    attacks = {name: attack for name, attack in config.attacks.items() if attack.kind == "fewshot"}
+    if not attacks:
+        return
+    model = config.model
+    positions = positions_of(AutoConfig.from_pretrained(model.path) if model.path else architecture(model.config))
+    # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
+    own = config.data.tokenizer or model.path
+    part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
+    for name, attack in attacks.items():
+        shots = max(attack.shots)
+        if positions is not None and (shots + 1) * part > positions:
+            raise ValueError(
+                f"attacks.{name}.shots: got {shots}, whose rows take at least {(shots + 1) * part} positions of the model's {positions}; "
+                f"wanted {max(positions // part - 1, 0)} at most"
+            )
+
+
     higher, seed = config.data.kind != "text", derive_seed(config.seed, "relearn")
     return {
         attack: {

@@ -191,19 +191,29 @@ def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, se
         tokenizer: gives the vocabulary size (unless ``settings`` has one) and the special tokens.
         seed: of the initialisation.
     """
-    settings = dict(settings)
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
+    config = architecture({"vocab_size": len(tokenizer), **special, **settings})
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"model.config.vocab_size: got {config.vocab_size}, wanted at least the tokenizer's {len(tokenizer)}")
     return initialise(config, seed)
+
+
+def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
+    """The Hugging Face configuration that keyword arguments, ``model_type`` among them, describe."""
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None where its configuration names no limit (BLOOM)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from undo_core.evaluate import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor
-from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer
+from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer, positions_of
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
@@ -270,8 +270,7 @@ def probe_stage(work: Work) -> dict[str, Any]:
     model = load_model(work.inputs["model"])
     tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
     if settings["kind"] == "fewshot":
-        examples, positions = load_split(data, "valid_forget"), model.config.get_text_config().max_position_embeddings
-        how = {"seed": settings["seed"], "positions": positions}
+        examples, how = load_split(data, "valid_forget"), {"seed": settings["seed"], "positions": positions_of(model.config)}
         prompted = {name: few_shot(rows, examples, settings["shots"], **how) for name, rows in tests.items()}
         facts = {"length": prompted["forget"][0].length}
         scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}

@@ -26,19 +26,27 @@ from undo_core.workers import gpus, run_stages
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     """Run everything that is not there yet, all runs in one pool of workers, and report on each run and on all of them.
 
-    Killed at any moment, the same call continues. A run that fails stops no other.
+    Killed at any moment, the same call continues. A run that fails stops no other, be it for a file or a package that it lacks.
 
     Returns:
         One line for each run that failed.
     """
-    runs = [(config, plan_run(config)) for config in _configs(sweep)]
     store = Store(Path(sweep.output) / "stages", FUNCTIONS)
     errors: dict[str, str] = {}
     failures: dict[tuple[str, int], str] = {}
+    runs: list[tuple[RunConfig, Plan]] = []
+    for config in _configs(sweep):
+        try:
+            plan = plan_run(config)
+            missing_stages(_EMPTY, config, plan)  # asks for the packages too
+            runs.append((config, plan))
+        except (OSError, ImportError, ValueError) as error:
+            failures[config.name, config.seed] = _line("plan", error)
+            console.print(f"  {config.name}: {failures[config.name, config.seed]}")
     whole, left = [], runs
 
     def failed(stage: Stage, error: Exception) -> None:
-        errors[stage.key] = f"{stage.title}: {type(error).__name__}: {' '.join(str(error).split())}"
+        errors[stage.key] = _line(stage.title, error)
         console.print(f"  {errors[stage.key]}")
 
     while left:
@@ -60,7 +68,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
         try:
             folders[Path(config.output)].append(save_results(store, config, plan, command))
         except Exception as error:  # of one run's evaluation
-            failures[config.name, config.seed] = f"results: {type(error).__name__}: {' '.join(str(error).split())}"
+            failures[config.name, config.seed] = _line("results", error)
     for folder, saved in folders.items():
         write_report(saved, folder / "report", folder.name)
     loaded = [(str(folder), results) for folder, saved in folders.items() for results in saved]
@@ -119,6 +127,10 @@ def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
 
 
 _EMPTY = Store(Path("/nonexistent"), {})  # of which every stage is missing
+
+
+def _line(what: str, error: Exception) -> str:
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:

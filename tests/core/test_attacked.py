@@ -125,13 +125,16 @@ def test_a_second_run_does_nothing_and_further_attacks_share_what_is_there(finis
         (["--attacks={bad name: {}}"], "attacks: got the name 'bad name'"),
         (["--attacks={relearn: {}}"], "attacks: got the name 'relearn'"),
         (["--relearn.kind=fewshot"], "relearn.kind: got fewshot, wanted finetune or lora"),
-        (["--attacks.prompted.shots=[40]"], "shots: got 40"),
+        (
+            ["--attacks.prompted.shots=[2, 40]"],
+            "attacks.prompted.shots: got 40, whose rows take at least 246 positions of the model's 64",
+        ),
     ],
 )
-def test_a_mistake_is_one_line(finished, capsys, flags, wanted):
+def test_a_mistake_is_one_line_before_any_work(finished, tmp_path, capsys, flags, wanted):
     _, config = finished
     capsys.readouterr()
-    assert main(["run", str(config), *flags]) == 2
+    assert main(["run", str(config), f"--output={tmp_path / 'out'}", *flags]) == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert error.startswith("undo: error: ") and wanted in error and error.count("\n") == 1
 

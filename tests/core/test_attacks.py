@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantise_, worst_of
-from undo_core.attacks.grid import explore
+from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
+from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluate import evaluate
+from undo_core.graph import plan_run
 from undo_core.memory import Predictor
 from undo_core.models import build_model
 from undo_core.relearn import attack, mixed_cross_entropy, relearn
@@ -41,6 +44,7 @@ SHAPE = {
 }
 
 
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 def problems(tokenizer, operation):
     """All problems of two digits below five, one a row, with their answers."""
     texts = [f"{a}{operation}{b}={a * b if operation == '*' else a + b}" for a, b in itertools.product(range(5), repeat=2)]
@@ -173,7 +177,23 @@ def test_adapters_are_trained_alone_and_merge_to_the_same_function(world):
 
 
 @peft
-def test_adapters_start_from_their_seed(world):
+@pytest.mark.parametrize(
+    ("targets", "wanted"), [([], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}), (["c_fc"], {"mlp.c_fc"})]
+)
+def test_adapters_of_gpt_2_s_transposed_layers(world, targets, wanted):
+    model, ids = build_model(GPT2, world[0], 0).eval(), world[1].input_ids.long()
+    held = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        with adapted(model, LoraConfig(2, 4.0, targets), 0) as parameters, torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(torch.sin(torch.arange(parameter.numel()) + index).view_as(parameter))
+            during = model(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits.detach(), during, rtol=1e-4, atol=1e-4)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, held[name])}
+    assert changed == {f"transformer.h.0.{name}.weight" for name in wanted}
+
+
     state = torch.random.get_rng_state()
     drawn = []
     for seed in (1, 1, 2):
@@ -293,6 +313,28 @@ def test_no_row_finds_its_own_answer_among_its_examples(world):
         few_shot(forget, forget, 11, seed=0, positions=64)
 
 
+    assert few_shot(forget, forget, 11, seed=0, positions=None)[0].length > 65, "a model without a limit"
+
+
+@pytest.mark.parametrize(
+    ("data", "most"), [(DataConfig(), 9), (DataConfig(kind="arithmetic"), 5), (DataConfig(kind="text", length=9), 7)]
+)
+def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, data, most):
+    if data.kind == "text":
+        (tmp_path / "text.txt").write_text("one\n")
+        data = dataclasses.replace(data, retain=[str(tmp_path / "text.txt")], forget=[str(tmp_path / "text.txt")])
+
+    def plan(shots, model):
+        attacks = {"asked": AttackConfig(kind="fewshot", shots=[1, shots])}
+        return plan_run(RunConfig("run", str(tmp_path), ModelConfig(model), data=data, attacks=attacks))
+
+    for model in (SHAPE, GPT2):
+        assert plan(most, model)
+        with pytest.raises(
+            ValueError, match=rf"^attacks\.asked\.shots: got {most + 1}, .* of the model's 64; wanted {most} at most"
+        ):
+            plan(most + 1, model)
+    assert plan(1000, {"model_type": "bloom"}), "which has no limit"
 def test_prompted_text_is_scored_on_its_own_labels(world):
     _, forget, retain, model, _ = world
     text = Rows(retain.input_ids[:6], 0, separator_id=1)
@@ -309,15 +351,17 @@ def test_prompted_text_is_scored_on_its_own_labels(world):
 
 
 @torchao
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 1), (4, 32), (4, 8), (2, 16)])
-def test_quantised_weights_are_the_nearest_of_their_grid(world, bits, group_size):
-    model = copy.deepcopy(world[4])
+@pytest.mark.parametrize(
+    ("shape", "bits", "group_size"), [(None, 8, 1), (None, 4, 32), (None, 4, 8), (None, 2, 16), (GPT2, 8, 1), (GPT2, 4, 8)]
+)
+def test_quantised_weights_are_the_nearest_of_their_grid(world, shape, bits, group_size):
+    model = copy.deepcopy(world[4]) if shape is None else build_model(shape, world[0], 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     count = quantise_(model, bits, group_size)
     changed = 0
     for name, parameter in model.named_parameters():
         was, now = (tensor.detach().double().numpy() for tensor in (before[name], parameter))
-        if "proj" not in name:
+        if ("h.0" not in name and "proj" not in name) or was.ndim == 1:
             assert np.array_equal(was, now), name
             continue
         columns = was.shape[1] if bits == 8 else group_size
@@ -344,6 +388,8 @@ def test_a_matrix_that_has_no_whole_groups_is_refused_before_any_change(world):
 
 @torchao
 def test_coarser_weights_are_further_from_the_model(world):
+        if "h.0" in name:  # [in, out]
+            was, now = was.T, now.T
     ids, outputs = world[1].input_ids.long(), []
     for bits in (8, 4, 2):
         model = copy.deepcopy(world[3])
@@ -366,6 +412,18 @@ def test_several_data_orders_are_kept_apart_and_the_grid_grows_by_the_worst():
     curves = explore(config, curve_of, higher_is_better=True)
     assert [(trial.rate, trial.order) for trial in tried] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1), (4.0, 0), (4.0, 1)]
     assert set(curves) == set(tried), "0.7 at rate 2 in the second order is worse than 0.4 at rate 4: the grid grows once"
+@torchao
+def test_a_model_with_matrices_that_cannot_be_rounded_is_refused_before_any_change(world):
+    model = build_model({**SHAPE, "model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}, world[0], 0)
+    before = weights(model).clone()
+    wanted = (
+        r"^model: got MixtralForCausalLM, whose model\.layers\.0\.mlp\.experts\.gate_up_proj \(of 2 such\) is the weight of no"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        quantise_(model, 8)
+    assert torch.equal(weights(model), before)
+
+
     keys = {str(config.stage(trial)) for trial in curves}
     assert len(keys) == 6
 
@@ -409,6 +467,24 @@ def test_the_worst_case_over_all_attacks():
 
 @peft
 def test_predicted_memory_knows_the_attack():
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_an_evaluation_that_is_not_finite_is_never_the_worst_case(kind, bad):
+    higher = kind == "accuracy"
+    mild, worst = (0.5, 0.9) if higher else (5.0, 0.9)
+    config = AttackConfig(rates=[1.0, 2.0], evaluate_at=[0], headline_step=0, seeds=2)
+    found = {Trial(rate=1.0): mild, Trial(rate=2.0): bad, Trial(rate=2.0, order=1): worst}
+    for order in itertools.permutations(found):
+        assert next_rate(config, {trial: [{"step": 0, "forget": found[trial]}] for trial in order}, higher) == 4.0
+        curves = [{"rate": trial.rate, "forget": [{"value": found[trial]}], "retain": [{"value": 0.0}]} for trial in order]
+        one = worst_of({"attack": {"steps": [0], "curves": curves}}, {"kind": kind, "headline_step": 0})
+        each = {str(i): {"steps": [0], "headline_step": 0, "curves": [curve]} for i, curve in enumerate(curves)}
+        several = worst_of({"attacks": each}, {"kind": kind, "headline_step": 0})
+        assert one["forget"]["value"] == several["forget"]["value"] == worst
+    for order in itertools.permutations([(1.0, bad), (2.0, worst), (4.0, mild)]):
+        assert extension_of(dict(order), higher) is None
+
+
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**{**SHAPE, "vocab_size": 97, "hidden_size": 64, "intermediate_size": 256})

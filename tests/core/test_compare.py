@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from sweep_results import STEPS, attacked, results, score
 
+from undo_core.attacks import worst_of
 from undo_core.cli import main
 from undo_core.report import derive
 from undo_core.report.attacks import envelope
@@ -45,28 +46,55 @@ def entry(values: dict[str, Any], name: str) -> dict[str, Any]:
 def test_the_worst_case_is_over_all_attacks(loss: bool) -> None:
     worst = max if not loss else min
     base = {"attack": attacked("x", 50.0, loss)}
-    alone = envelope(base, 0, not loss)
+    alone = envelope(base, 0, not loss, 100)
     assert list(alone) == STEPS and all(
         alone[step].value == worst(curve["forget"][i]["value"] for curve in base["attack"]["curves"])
         for i, step in enumerate(STEPS)
     )
     strong, weak = (0.0, 9.0) if loss else (0.99, 0.0)
     curve = {"rate": 5e-3, "stage": "relearn-lora", "forget": [score(weak), score(strong)], "retain": [score(0.5)] * 2}
-    lora = {"kind": "lora", "rates": [5e-3], "steps": [0, 100], "curves": [curve]}
-    probe = {"kind": "quantise", "steps": [0], "curves": [{"stage": "probe-0", "forget": [score(alone[20].value)]}]}
+    lora = {"kind": "lora", "headline_step": 100, "rates": [5e-3], "steps": [0, 100], "curves": [curve]}
+    probe = {"kind": "quantise", "headline_step": 0, "steps": [0]}
+    probe["curves"] = [{"stage": "probe-0", "forget": [score(alone[20].value)]}]
     all_of_them = {**base, "attacks": {"lora": lora, "int4": probe}}
-    found = envelope(all_of_them, 0, not loss)
+    found = envelope(all_of_them, 0, not loss, 100)
     assert found[0].value == alone[20].value and found[0].attack == "int4" and found[0].stage == "probe-0"
     assert found[20].value == alone[20].value, "lora counts as at step 0"
     assert found[40] == alone[40] and found[100].attack == "lora" and found[200].value == strong, "as it was last evaluated"
-    least = envelope(all_of_them, 0, not loss, least=True)
+    least = envelope(all_of_them, 0, not loss, 100, least=True)
     assert least[20].value == weak and list(least) == STEPS
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_the_report_and_the_results_have_one_worst_case(loss: bool) -> None:
+    weak, strong, stronger = (9.0, 0.5, 0.1) if loss else (0.0, 0.98, 0.99)
+
+    def further(headline: int, steps: list[int], *curves: list[float]) -> dict[str, Any]:
+        rates = [1e-3 * (index + 1) for index in range(len(curves))]
+        made = [
+            {"rate": rate, "stage": f"own-{headline}-{rate:g}", "forget": list(map(score, c)), "retain": [score(0.5)] * len(c)}
+            for rate, c in zip(rates, curves, strict=True)
+        ]
+        return {"kind": "finetune", "headline_step": headline, "rates": rates, "steps": steps, "curves": made}
+
+    values = results("maxent", alphas=(0.8,), loss=loss)
+    model = entry(values, "undo-0.8")
+    late = further(500, [0, 100, 500], [weak, weak, weak], [weak, weak, strong])
+    early = further(20, [0, 20, 100], [weak, weak, stronger])
+    model["attacks"] = {"late": late, "early": early}
+    saved = worst_of(model, values["metric"])
+    shown = next(m for m in derive([values], "t").models if m.name == "undo-0.8").worst
+    (point,) = shown[100].points
+    assert (saved["attack"], saved["step"], saved["forget"]["value"]) == ("late", 500, strong)
+    assert (point.attack, point.stage, point.value) == ("late", "own-500-0.002", strong)
+    assert shown[200].points[0].value == stronger, "elsewhere as it was last evaluated"
 
 
 def test_r_counts_further_attacks() -> None:
     values = results("maxent", alphas=(0.8,))
     before = next(m for m in derive([values], "t").models if m.name == "undo-0.8")
-    broken = {"kind": "lora", "rates": [1.0], "steps": [0, 100], "curves": [{"rate": 1.0, "forget": [score(0.0), score(0.9)]}]}
+    broken = {"kind": "lora", "headline_step": 100, "rates": [1.0], "steps": [0, 100]}
+    broken["curves"] = [{"rate": 1.0, "forget": [score(0.0), score(0.9)]}]
     entry(values, "undo-0.8")["attacks"] = {"lora": broken}
     after = next(m for m in derive([values], "t").models if m.name == "undo-0.8")
     ends = [entry(values, name)["attack"] for name in ("unlearn", "filter")]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from undo_core.cli import main
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.files import hash_file, read_json
-from undo_core.graph import attack_stage, plan_run
+from undo_core.graph import attack_stage, plan_run, prepare_stage
 from undo_core.pipeline import run
 from undo_core.relearn import AttackConfig
 from undo_core.stages import FUNCTIONS
@@ -263,6 +263,31 @@ def test_every_setting_is_part_of_the_key():
             value = getattr(train, field.name) + 1
         changed = dataclasses.replace(train, **{field.name: value})
         assert plan_run(small(distill=DistillConfig(train=changed))).models[2].stage.key != base, field.name
+
+
+@pytest.mark.parametrize("as_checkpoint", [False, True])
+def test_the_tokenizer_s_files_are_part_of_the_key(tmp_path, as_checkpoint):
+    def key():
+        if as_checkpoint:
+            return prepare_stage(DataConfig(kind="arithmetic"), ModelConfig(path=str(tmp_path)), 0).key
+        return prepare_stage(DataConfig(kind="arithmetic", tokenizer=str(tmp_path)), ModelConfig({"model_type": "gpt2"}), 0).key
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("one")
+    known = [key()]
+    (tmp_path / "README.md").write_text("no file of a tokenizer")
+    assert key() == known[0]
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+    ):
+        (tmp_path / name).write_text("two")
+        assert key() not in known, name
+        known.append(key())
 
 
 def test_a_failed_stage_leaves_no_folder(tmp_path):

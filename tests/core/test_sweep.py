@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from undo_core import workers
+from undo_core.attacks.config import NEEDS
 from undo_core.cli import main
 from undo_core.files import read_json
 from undo_core.graph import plan_run
@@ -153,7 +154,10 @@ def test_runs_share_stages_and_each_leaves_its_results(tmp_path, monkeypatch, ca
 
 def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     runs = [{"name": "bad", "unlearn.train.lr": 7.0}, {"name": "good"}]
-    path, original = write(tmp_path, runs=runs), FUNCTIONS["unlearn"]
+    nothing = {"data.kind": "text", "data.retain": ["none.txt"], "data.forget": ["none.txt"]}
+    lacking = [{"name": "file", **nothing}, {"name": "package", "attacks": {"adapters": {"kind": "lora"}}}]
+    path, original = write(tmp_path, runs=[*lacking, *runs]), FUNCTIONS["unlearn"]
+    monkeypatch.setitem(NEEDS, "lora", "a_package_that_is_nowhere")
 
     def failing(work):
         if work.settings["train"]["lr"] == 7.0:
@@ -163,11 +167,14 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FUNCTIONS, "unlearn", failing)
     assert main(["sweep", path]) == 1
     out = tmp_path / "out"
-    assert capsys.readouterr().err == "undo: failed: bad, seed 0: bad: unlearn maxent: RuntimeError: half way\n"
+    file, package, bad = capsys.readouterr().err.splitlines()
+    assert file.startswith("undo: failed: file, seed 0: plan: FileNotFoundError: data: got none.txt, which is not a file")
+    assert package.startswith("undo: failed: package, seed 0: plan: ModuleNotFoundError: kind: got lora, which needs a_package")
+    assert bad == "undo: failed: bad, seed 0: bad: unlearn maxent: RuntimeError: half way"
     assert (out / "runs" / "good" / "results-seed0.json").exists() and not (out / "runs" / "bad").exists()
     assert [s["label"] for s in read_json(out / "report" / "comparison.json")["settings"]] == ["good"]
     monkeypatch.setitem(FUNCTIONS, "unlearn", original)
-    assert main(["sweep", path]) == 0 and (out / "runs" / "bad" / "results-seed0.json").exists()
+    assert main(["sweep", write(tmp_path, runs=runs)]) == 0 and (out / "runs" / "bad" / "results-seed0.json").exists()
     assert [s["label"] for s in read_json(out / "report" / "comparison.json")["settings"]] == ["bad", "good"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,12 @@ def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better
     """The rate beyond the end of the grid where the worst one lies, at the headline step; None where it is inside."""
     if not config.trains:
         return None
-    best = max if higher_is_better else min
-    headline: dict[float, float] = {}
+    headline: dict[float, list[float]] = {}
     for trial, curve in curves.items():
         value = next(_value(point["forget"]) for point in curve if point["step"] == config.headline_step)
-        headline[trial.rate] = best(headline.get(trial.rate, value), value)
-    return extension_of(headline, higher_is_better)
+        headline.setdefault(trial.rate, []).append(value)
+    worst = {rate: max(values, key=lambda value: harm(value, higher_is_better)) for rate, values in headline.items()}
+    return extension_of(worst, higher_is_better)
 
 
 def may_grow(config: AttackConfig, curves: dict[Trial, Curve]) -> bool:
@@ -41,15 +42,23 @@ def may_grow(config: AttackConfig, curves: dict[Trial, Curve]) -> bool:
 def extension_of(headline: dict[float, float], higher_is_better: bool) -> float | None:
     """The rate to add when the worst of ``{rate: forget performance}`` is an end of the grid; None when it is inside."""
     ordered = sorted(headline)
-    worst = (max if higher_is_better else min)(headline.values())
-    worst_rates = [rate for rate in ordered if headline[rate] == worst]
+    harms = {rate: harm(value, higher_is_better) for rate, value in headline.items()}
+    worst_rates = [rate for rate in ordered if harms[rate] == max(harms.values())]
     if any(rate not in (ordered[0], ordered[-1]) for rate in worst_rates):
         return None
     return ordered[-1] * 2 if ordered[-1] in worst_rates else ordered[0] / 2
 
 
+def harm(forget: float, higher_is_better: bool) -> float:
+    """What the worst case is the largest of: the forget performance, a loss with its sign turned; a model whose evaluation is not
+    finite has recovered nothing, and harms least."""
+    if not math.isfinite(forget):
+        return -math.inf
+    return forget if higher_is_better else -forget
+
+
 def worst_of(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any] | None:
-    """The worst case of a model over all its attacks, each at its headline step.
+    """The worst case of a model over all its attacks, each at its own headline step: what reports show at the run's.
 
     Args:
         entry: of the model, in the ``models`` of a results file.
@@ -62,18 +71,21 @@ def worst_of(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any] | 
     attacks = dict(entry.get("attacks") or {})
     if entry.get("attack"):
         attacks = {"relearn": {**entry["attack"], "headline_step": metric["headline_step"]}, **attacks}
-    worst = min if metric["kind"] == "loss" else max
-    each = {}
+    each: dict[str, Any] = {}
+
+    def harm_of(score: dict[str, Any]) -> float:
+        return harm(score["value"], metric["kind"] != "loss")
+
     for name, attack in attacks.items():
         step = attack["headline_step"]
         index = attack["steps"].index(step)
-        curve = worst(attack["curves"], key=lambda curve, index=index: curve["forget"][index]["value"])
+        curve = max(attack["curves"], key=lambda curve, index=index: harm_of(curve["forget"][index]))
         setting = curve.get("setting") or Trial(rate=curve["rate"]).name
         scores = {part: curve[part][index] for part in ("forget", "retain")}
         each[name] = {"setting": setting, "step": step, **scores}
     if not each:
         return None
-    name = worst(each, key=lambda name: each[name]["forget"]["value"])
+    name = max(each, key=lambda name: harm_of(each[name]["forget"]))
     return {"attack": name, **each[name], "by_attack": each}
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from undo_core.attacks.config import LoraConfig, check_installed
 
 
 def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any, list[nn.Parameter]]:
-    """Put adapters beside the linear layers of ``model``, in place; it computes what it did.
+    """Put adapters beside the linear layers of ``model`` (``Linear``, or GPT-2's ``Conv1D``), in place; it computes what it did.
 
     Returns:
         peft's object, whose ``merge_and_unload`` takes them away again, and the parameters to train. All others are frozen.
@@ -26,14 +27,22 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
         ValueError: no linear layer has one of the names in ``settings.targets``.
     """
     check_installed("lora")
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = set(settings.targets) - linear
-    if unknown:
-        raise ValueError(f"lora.targets: got {sorted(unknown)}, wanted names of linear layers: {', '.join(sorted(linear))}")
+    linear, transposed = (
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kind)}
+        for kind in (nn.Linear, Conv1D)
+    )
+    if unknown := set(settings.targets) - linear - transposed:
+        names = ", ".join(sorted(linear | transposed))
+        raise ValueError(f"lora.targets: got {sorted(unknown)}, wanted names of linear layers: {names}")
     from peft import LoraConfig as PeftConfig
     from peft import LoraModel
 
-    config = PeftConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets or "all-linear")
+    config = PeftConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.targets or "all-linear",
+        fan_in_fan_out=bool(transposed.intersection(settings.targets or transposed)),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tuner = LoraModel(model, {"default": config}, "default")

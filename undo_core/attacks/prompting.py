@@ -9,7 +9,7 @@ import torch
 from undo_core.data.rows import Rows
 
 
-def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int) -> tuple[Rows, torch.Tensor]:
+def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int | None) -> tuple[Rows, torch.Tensor]:
     """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
 
     The examples of a row are different from each other and from the row itself, whose answer would otherwise be there to copy. Where an
@@ -21,7 +21,7 @@ def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: in
         examples: solved ones; padded on the right, like ``rows``.
         shots: examples before each row.
         seed: of the draw.
-        positions: that the model has.
+        positions: that the model has; None for one without a limit.
 
     Returns:
         The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
@@ -49,7 +49,7 @@ def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: in
             tokens += part
         prompted.append((tokens, start))
     length = max(len(tokens) for tokens, _ in prompted)
-    if length - 1 > positions:  # the last token is a label alone
+    if positions is not None and length - 1 > positions:  # the last token is a label alone
         fit = positions // -(-(length - 1) // (shots + 1)) - 1
         raise ValueError(
             f"shots: got {shots}, whose rows take {length - 1} positions of the model's {positions}; wanted about {max(fit, 0)} at most"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from undo_core.attacks.grid import harm
+
 
 @dataclass(frozen=True)
 class Point:
@@ -34,10 +36,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One attack on one model at one learning rate: the steps at which the attack evaluates, and what was evaluated there."""
+    """One attack on one model at one learning rate.
+
+    Attributes:
+        steps: at which the attack evaluates.
+        points: what was evaluated there.
+        headline: step whose worst case is quoted, of a further attack; None for the headline attack, whose is the run's.
+    """
 
     steps: list[int]
     points: dict[int, Point]
+    headline: int | None = None
+
+    def counted(self, step: int, headline: int) -> Point | None:
+        """What counts of it at a step of the headline attack: the last evaluation until then; at the run's headline step its own."""
+        at = max((s for s in self.steps if s <= step), default=None)
+        if step == headline and self.headline is not None:
+            at = self.headline
+        return self.points.get(at)
 
 
 def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
@@ -51,21 +67,21 @@ def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
                 retain = curve["retain"][index]["value"] if curve.get("retain") else None
                 interval = (score.get("low"), score.get("high"), score.get("n"))
                 points[step] = Point(seed, score["value"], *interval, curve.get("rate"), retain, name, curve.get("stage"))
-            curves.append(Curve(attack["steps"], points))
+            curves.append(Curve(attack["steps"], points, attack.get("headline_step")))
     return curves
 
 
-def envelope(entry: dict[str, Any], seed: int, higher: bool, least: bool = False) -> dict[int, Point]:
+def envelope(entry: dict[str, Any], seed: int, higher: bool, headline: int, least: bool = False) -> dict[int, Point]:
     """A model's worst case at every step of its headline attack, over that attack's rates and all further attacks.
 
     Of an attack that evaluates at other steps the last evaluation before counts, so that one without training, which has step 0
-    alone, counts at every step. ``least`` gives the other side of the envelope: the weakest attack at every step.
+    alone, counts at every step. At ``headline``, the run's headline step, every attack counts at its own headline step, as in
+    :func:`undo_core.worst_of`. ``least`` gives the other side of the envelope: the weakest attack at every step.
     """
     curves, found = attack_curves(entry, seed), {}
-    pick = max if higher is not least else min
+    pick = min if least else max
     for step in (entry.get("attack") or {}).get("steps", ()):
-        at = [(curve, max((s for s in curve.steps if s <= step), default=None)) for curve in curves]
-        known = [curve.points[last] for curve, last in at if last in curve.points]
+        known = [point for curve in curves if (point := curve.counted(step, headline)) is not None]
         if known:
-            found[step] = pick(known, key=lambda point: point.value)
+            found[step] = pick(known, key=lambda point: harm(point.value, higher))
     return found

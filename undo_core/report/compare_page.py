@@ -50,14 +50,15 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
     stands = stands if alphas else ""
     worst = "The worst case is over all attacks and learning rates"
     return {
-        "overview": f"Each method alone and after UNDO, before and after {report.headline} attack steps; {worst[4:].lower()}. {stands} "
+        "overview": f"Each method alone and after UNDO, before and after {report.headline} attack steps; {worst[4:].lower()}, "
+        f"each attack at its own headline step. {stands} "
         "Means; lines from the smallest to the largest seed.",
         "oracle": "A model that behaves like data filtering is not yet as robust: the data-filtered model distilled into the "
         "original one, or into random weights where that was run. Lines: worst case at every step, means over seeds.",
         "methods": f"Every method from unlearning alone (square) to UNDO (circle), before the attack and after {report.headline} steps "
         f"of it. {stands} Means; bars from the smallest to the largest seed.",
-        "envelopes": f"{worst}, at every step anew (line), and the weakest attack at that step (edge of the band); means over "
-        f"seeds. {stands}",
+        "envelopes": f"{worst}, at every step anew (line), and the weakest attack at that step (edge of the band), after "
+        f"{report.headline} steps each attack at its own headline step; means over seeds. {stands}",
         "robustness": "R, robustness on the scale from unlearn only (0) to data filtering (1), against C, training over data "
         "filtering's, a point for each α: medians, bars from the smallest to the largest seed. FLOPs count the teacher's forward "
         "passes and the unlearning. Numbers: α, where there is room. Censored models have neither.",

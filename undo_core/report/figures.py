@@ -247,7 +247,7 @@ def rates(report: Report) -> Figure | None:
     figure, panels = new_figure(2.25 * columns + 0.4, 1.95 * rows + 0.9, rows, columns, sharex=True, sharey=True)
     for index, (axes, model) in enumerate(zip(panels, models, strict=False)):
         for seed, attack in model.attacks.items():
-            worst = envelope({"attack": attack}, seed, report.higher)
+            worst = envelope({"attack": attack}, seed, report.higher, report.headline)
             axes.plot(
                 list(worst), [finite(p.value) for p in worst.values()], color="#f2b8a0", linewidth=5, alpha=0.75, zorder=1
             )

@@ -219,7 +219,7 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
     for result in results:
         for entry in result["models"]:
             entries.setdefault(entry["name"], {})[result["seed"]] = entry
-    worst = {name: {seed: envelope(e, seed, higher) for seed, e in by.items()} for name, by in entries.items()}
+    worst = {name: {seed: envelope(e, seed, higher, headline) for seed, e in by.items()} for name, by in entries.items()}
     named = {kind: next((n for n, by in entries.items() if _first(by)["kind"] == kind), None) for kind in ("unlearn", "filter")}
 
     def pick(table: dict[str, dict[int, Any]], name: str | None, seed: int) -> Any:

@@ -173,7 +173,7 @@ def _curves(figure: str, setting: Setting, kinds: Sequence[str]) -> Iterator[Plo
         for step, stat in model.worst.items():
             yield from _at(figure, setting.label, model.kind, setting, model, step, stat.points)
         for seed, entry in model.entries.items():
-            least = envelope(entry, seed, setting.report.higher, least=True)
+            least = envelope(entry, seed, setting.report.higher, setting.report.headline, least=True)
             for step, point in least.items():
                 yield from _at(figure, setting.label, f"{model.kind}, weakest", setting, model, step, [point])
 

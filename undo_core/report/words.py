@@ -100,7 +100,12 @@ def definitions(report: Report) -> list[tuple[str, str]]:
 def _over(report: Report) -> str:
     """What a worst case is chosen from."""
     further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
-    return "all attacks and their learning rates, each as it was last evaluated" if further else "the attack's learning rates"
+    if not further:
+        return "the attack's learning rates"
+    return (
+        "all attacks and their learning rates, each as it was last evaluated, but after "
+        f"{report.headline} steps each attack as at its own headline step"
+    )
 
 
 def unit(report: Report) -> str:
