@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.config import AttackConfig, attack_config
+from undo_core.training.config import TrainConfig
+from undo_core.unlearn import unlearn_config
 
 Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
 
 Change = tuple[str, Any]  # a setting and its new value
+Agree = Callable[[Change, Change], bool]
 
 # Cheapest first: in time, then in what may change the result. "micro_batch_size" stands for the largest one that fits.
 CHANGES: tuple[Change, ...] = (
@@ -56,17 +60,18 @@ def cheapest_fit(kind: str, settings: Settings, limit: int, need: Need) -> tuple
     """
     possible = [change for change in CHANGES if _possible(kind, settings, *change)]
     known: dict[tuple[Change, ...], Fit] = {}
+    agree = functools.cache(functools.partial(_agree, kind, settings))
 
     def fit(chosen: tuple[Change, ...]) -> Fit:
-        changes = {_path(kind, name): 1 if name == "micro_batch_size" else value for name, value in chosen}
         if chosen not in known:
+            changes = _by_path(kind, chosen)
             known[chosen] = Fit(changes, need(changes))
         return known[chosen]
 
     def least(chosen: tuple[Change, ...], cheaper: list[Change]) -> Fit:
         """With all of the cheaper changes that go together; the first of them that fits."""
         fits = []
-        for together in _together(chosen, cheaper):
+        for together in _together(chosen, cheaper, agree):
             fits.append(fit(together))
             if fits[-1].memory_bytes <= limit:
                 break
@@ -77,7 +82,7 @@ def cheapest_fit(kind: str, settings: Settings, limit: int, need: Need) -> tuple
         return None, smallest
     chosen: tuple[Change, ...] = ()
     for index in reversed(range(len(possible))):
-        alone = all(_agree(possible[index], other) for other in chosen)
+        alone = all(agree(possible[index], other) for other in chosen)
         if alone and least(chosen, possible[:index]).memory_bytes > limit:
             chosen = (possible[index], *chosen)
     found = fit(chosen)  # what fitted before a change was looked at fits after it
@@ -104,13 +109,13 @@ def _widest(smallest: Fit, path: str, training: Settings, limit: int, need: Need
     return best
 
 
-def _together(chosen: tuple[Change, ...], cheaper: list[Change]) -> Iterator[tuple[Change, ...]]:
+def _together(chosen: tuple[Change, ...], cheaper: list[Change], agree: Agree) -> Iterator[tuple[Change, ...]]:
     """``chosen`` and as many of the cheaper changes as agree: the dearer of two that do not, or micro-batches."""
     seen = set()
     for wanted in (None, "micro_batch_size"):
         together = list(chosen)
         for change in sorted(reversed(cheaper), key=lambda change: change[0] != wanted):
-            if all(_agree(change, other) for other in together):
+            if all(agree(change, other) for other in together):
                 together.append(change)
         result = tuple(sorted(together, key=CHANGES.index))
         if result not in seen:
@@ -118,9 +123,28 @@ def _together(chosen: tuple[Change, ...], cheaper: list[Change]) -> Iterator[tup
             yield result
 
 
-def _agree(one: Change, other: Change) -> bool:
+def _agree(kind: str, settings: Settings, one: Change, other: Change) -> bool:
     """Whether two changes can be made together."""
-    return one[0] != other[0] and {one[0], other[0]} != {"micro_batch_size", "step_in_backward"}
+    return one[0] != other[0] and _accepted(kind, settings, one, other)
+
+
+def _accepted(kind: str, settings: Settings, *chosen: Change) -> bool:
+    """Whether the settings themselves allow the changes."""
+    changed = apply_changes(settings, _by_path(kind, chosen))
+    try:
+        if kind == "unlearn":
+            unlearn_config(changed)
+        elif kind == "relearn":
+            attack_config(changed)
+        else:
+            TrainConfig(**changed["train"])
+    except ValueError:
+        return False
+    return True
+
+
+def _by_path(kind: str, chosen: tuple[Change, ...]) -> dict[str, Any]:
+    return {_path(kind, name): 1 if name == "micro_batch_size" else value for name, value in chosen}
 
 
 def apply_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
@@ -136,23 +160,23 @@ def apply_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 
 def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
-    """Whether the stage has this setting and it is not so already."""
+    """Whether the stage has this setting, allows the change, and it is not so already."""
     if name == "teacher.kind":
         matched = "hidden" in settings  # a cache knows no layers
         return kind == "distill" and not matched and settings.get("teacher", {}).get("kind", "resident") == "resident"
     training = _training(kind, settings)
     if name == "optimizer" and not training["optimizer"].startswith("adamw"):
         return False
-    if name == "micro_batch_size":
-        size = training.get(name) or training["batch_size"]
-        return name in training and size > 1 and not training["step_in_backward"]
-    if name == "step_in_backward" and training.get("micro_batch_size") is not None:
+    if not _accepted(kind, settings, (name, value)):
         return False
+    if name == "micro_batch_size":  # it would change what some methods compute
+        sums = kind != "unlearn" or all(entry.sums for entry in unlearn_config(settings).entries())
+        return (training[name] or training["batch_size"]) > 1 and sums
     if value == "adamw-offload" and not torch.cuda.is_available():
         return False
     if name == "precision" and training[name] == "bfloat16":
         return False
-    return name in training and training[name] != value
+    return training[name] != value
 
 
 def _training(kind: str, settings: Settings) -> Settings:

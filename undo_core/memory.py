@@ -233,7 +233,7 @@ class _Stage:
             return TrainConfig(**settings["train"]), ("text",), _pretraining
         if kind == "unlearn":
             config = unlearn_config(settings)
-            return config.train, ("forget", "retain"), lambda model: method_of(model, config)
+            return config.train, ("forget", "retain")[: 1 + bool(config.retain_weight)], lambda model: method_of(model, config)
         if kind == "distill":
             how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
             dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")

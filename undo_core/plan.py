@@ -86,8 +86,7 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         length = _row_length(config, stage)
         settings = _training(config, stage)
         steps = 0 if settings is None else settings.steps
-        sources = 2 if stage.kind == "unlearn" else 1
-        size = 0 if settings is None else settings.batch_size * sources
+        size = 0 if settings is None else settings.batch_size * _sources(stage)
         positions = steps * size * length
         passes = _passes(stage, model, length)
         ruled = stage.settings.get("recover") is not None or stage.settings.get("stop_retain") is not None
@@ -259,11 +258,16 @@ def _training(config: RunConfig, stage: Stage) -> TrainConfig | None:
     return TrainConfig(**stage.settings["train"]) if "train" in stage.settings else None
 
 
+def _sources(stage: Stage) -> int:
+    """How many batches a step reads."""
+    return 2 if stage.kind == "unlearn" and stage.settings["retain_weight"] else 1
+
+
 def _passes(stage: Stage, model: PreTrainedModel, length: int) -> float:
     """Forward passes of the trained model that a step costs; a backward pass is two, a teacher's forward one."""
-    if stage.kind == "unlearn":  # of each of its two sources
+    if stage.kind == "unlearn":  # of each of its sources
         flops = unlearn_flops(model, unlearn_config(stage.settings), length)
-        return sum(flops.values()) / len(flops) / forward_flops(model, length)
+        return sum(flops.values()) / _sources(stage) / forward_flops(model, length)
     if stage.kind != "distill":
         return 2 if stage.settings.get("kind") == "lora" else 3
     if "cache" not in stage.inputs:

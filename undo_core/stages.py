@@ -120,13 +120,14 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
     _save(model, load_tokenizer(data), work.output)
     costs = unlearn_flops(model, config, forget.length)
     flops = sum(costs[name] * count for name, count in result.positions.items())
-    labelled = {f"labelled_{name}_tokens": count for name, count in result.tokens.items()}
+    read = {name: result.tokens.get(name, 0) for name in ("forget", "retain")}
     drawn = result.steps * config.train.batch_size
     seeds = {"forget": config.train.seed or 0, "retain": (config.train.seed or 0) + 1}
     distinct = {
-        name: _take(rows, rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if drawn else 0
+        name: _take(rows, rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if read[name] else 0
         for name, rows in {"forget": forget, "retain": retain}.items()
     }
+    labelled = {f"labelled_{name}_tokens": count for name, count in read.items()}
     return {**labelled, "labelled_distinct_tokens": distinct, **_facts(result, flops)}
 
 

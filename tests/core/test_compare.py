@@ -185,7 +185,11 @@ def test_the_claims_stand_beside_the_published_ones() -> None:
     labels, compute = claims(derive([values], "t"))
     assert "600 labelled tokens" in labels and "0.05 %" in labels and "published: 0.01 %" in labels
     student, control = (entry(values, name)["training"]["stop_step"] for name in ("undo-0.8", "filter"))
-    assert f"at {100 * student / control:.0f} % of data filtering's training steps" in compute and "60–80 %" in compute
+    assert (
+        f"and {100 * student / control:.0f} % of its training steps (the student's alone)" in compute and "60–80 %" in compute
+    )
+    spent, whole = (entry(values, name)["training"]["stop_flops"] for name in ("undo-0.8", "filter"))
+    assert f"at {100 * spent / whole:.0f} % of data filtering's FLOPs" in compute, "which leads"
     for model in values["models"]:
         model["training"] = None
     assert claims(derive([values], "t")) == []

@@ -90,6 +90,20 @@ def test_a_run_holds_the_controls(finished):
     assert models["oracle-random"]["costs"]["of_filter"]["steps"] == 1.5
 
 
+def test_a_retain_text_that_is_not_read_is_not_counted(finished):
+    settings, folder = finished
+    settings = replace(settings, unlearn=replace(settings.unlearn, retain_weight=0.0))
+    (stage,) = [model.stage for model in plan_run(settings).models if model.kind == "unlearn"]
+    store = Store(folder / "stages", FUNCTIONS)
+    store.ensure(stage)
+    facts = store.manifest(stage)
+    assert facts["labelled_retain_tokens"] == facts["labelled_distinct_tokens"]["retain"] == 0
+    assert facts["tokens"] == facts["labelled_forget_tokens"] > 0
+    (row,) = [row for row in plan_rows(settings, store)[0] if row.folder == stage.name]
+    assert row.positions == sum(facts["positions_by_source"].values()) > 0
+    assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
+
+
 def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeypatch):
     """What the unlearned model retains, not what the original does, its teacher."""
     settings, folder = finished

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
-from undo_core import fit
+from undo_core import UnlearnConfig, fit
 from undo_core.fit import CHANGES, apply_changes, cheapest_fit
 from undo_core.training import TrainConfig
+from undo_core.unlearn import unlearn_config
 
 SAVED = {  # of 1000
     ("activation_checkpointing", True): 100,
@@ -78,4 +80,36 @@ def test_changes_leave_the_settings_as_they_are():
 def test_changes_of_one_name_or_that_exclude_each_other_are_never_made_together():
     for one, other in itertools.combinations(CHANGES, 2):
         names = {one[0], other[0]}
-        assert fit._agree(one, other) == (len(names) == 2 and names != {"micro_batch_size", "step_in_backward"})
+        agree = fit._agree("distill", settings(), one, other)
+        assert agree == (len(names) == 2 and names != {"micro_batch_size", "step_in_backward"})
+
+
+def asked(kind, stage):
+    """Every set of changes that is tried, at a limit that none meets and at those that some meet."""
+    tried = []
+    for limit in (0, 500, 700, 900, 1000):
+        cheapest_fit(kind, stage, limit, lambda changes: tried.append(changes) or need(changes))
+    assert tried
+    return tried
+
+
+@pytest.mark.parametrize("robust", ["none", "sam", "repnoise"])
+def test_what_the_settings_refuse_is_not_suggested(robust, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # offloading too
+    stage = UnlearnConfig("maxent", robust=robust, train=TrainConfig(batch_size=64)).settings()
+    found = set()
+    for changes in asked("unlearn", stage):
+        unlearn_config(apply_changes(stage, changes))  # refuses what cannot go together
+        found |= {(path.removeprefix("train."), value) for path, value in changes.items()}
+    names = {name for name, _ in found}
+    assert {"activation_checkpointing", "optimizer"} <= names
+    assert ("micro_batch_size" in names) == (robust != "repnoise"), "it would be another loss"
+    assert (("optimizer", "adamw-offload") in found) == ("precision" in names) == (robust != "sam")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_another_optimizers_weights_are_not_rounded_stochastically(optimizer):
+    stage = settings(optimizer=optimizer)
+    for changes in asked("pretrain", stage):
+        TrainConfig(**apply_changes(stage, changes)["train"])
+        assert "train.precision" not in changes

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from undo_core.data.rows import Rows
-from undo_core.training import DivergedError, TrainConfig, as_source, rows_source, train
+from undo_core.models import build_model
+from undo_core.training import DivergedError, TrainConfig, as_source, loop, rows_source, train
 from undo_core.training.batches import RowsSource
 from undo_core.training.losses import cross_entropy
 
@@ -154,6 +155,50 @@ def test_evaluations_happen_where_asked(tiny, rows):
 def test_a_diverged_run_says_so(tiny, rows):
     with pytest.raises(DivergedError, match="lower lr"):
         train(tiny(), lambda *a: loss(*a) * math.nan, {"text": rows_source(rows, 16, 0)}, config(), progress=False)
+
+
+def test_a_loss_that_was_not_read_is_in_the_sum(tiny, rows, monkeypatch):
+    """As on a GPU, where a step's loss is not waited for: a published stage has no NaN in any."""
+    monkeypatch.setattr(loop, "_is_read", lambda device, step: step % 10 == 0)
+    seen = []
+
+    def once(*arguments):
+        seen.append(1)
+        return loss(*arguments) * (math.nan if len(seen) == 4 else 1.0)
+
+    source = {"text": rows_source(rows, 16, 0)}
+    with pytest.raises(DivergedError, match="by step 8"):
+        train(tiny(), once, source, config(steps=8), progress=False)
+    assert len(seen) == 8
+
+
+def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, rows, tmp_path):
+    shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    shape |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.1}
+
+    def run(source, folder=None, **changes):
+        torch.rand(3)  # whatever was drawn before
+        model, settings = build_model(shape, tokenizer, 0), config(steps=6, eval_every=2, **changes)
+        train(model, loss, {"text": source}, settings, folder=folder, checkpoint_seconds=0.0, progress=False)
+        return weights(model)
+
+    class Dying(RowsSource):
+        def __call__(self, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return super().__call__(step)
+
+    plain = rows_source(rows, 16, 0)
+    whole, state = run(plain), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        run(Dying(rows, 16, 0), tmp_path)
+    assert torch.equal(run(plain, tmp_path), whole)
+    assert not torch.equal(run(plain, seed=1), whole), "other masks from another seed"
+    torch.set_rng_state(state)
+    drawn = torch.rand(6)
+    torch.set_rng_state(state)
+    run(plain)
+    assert torch.equal(torch.rand(3), drawn[3:]), "the caller's generator goes on"
 
 
 def test_rates():

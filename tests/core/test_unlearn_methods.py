@@ -21,9 +21,11 @@ from undo_core.cli import _parser
 from undo_core.data.rows import Rows
 from undo_core.evaluate import evaluate
 from undo_core.memory import Predictor
+from undo_core.models import build_model
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
-from undo_core.unlearn import METHODS, ROBUST, method_of, referred, register, unlearn_config, unlearn_flops
+from undo_core.training.precision import PRECISIONS, converted, seeded, weight_dtype
+from undo_core.unlearn import METHODS, ROBUST, method_of, npo, referred, register, unlearn_config, unlearn_flops
 from undo_core.unlearn.npo import NPOConfig
 from undo_core.unlearn.repnoise import RepNoiseConfig, noise_distance
 from undo_core.unlearn.sam import SAMConfig, moved
@@ -123,6 +125,39 @@ def test_npo_at_the_original_is_half_the_ascent(tiny, rows):
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, rows, precision, monkeypatch):
+    """A gap of 0 at the first step, of a float32 checkpoint and whatever it is trained in; the masters keep their bits."""
+    gaps, own = [], npo.token_cross_entropy
+
+    def kept(model, batch):
+        value = own(model, batch)
+        if batch.reference is not None:
+            gaps.append((batch.reference - value).detach().abs().max())
+        return value
+
+    monkeypatch.setattr(npo, "token_cross_entropy", kept)
+    train = TrainConfig(steps=1, batch_size=8, lr=0.0, micro_batch_size=5, precision=precision, attention="eager")
+    model, source = tiny(), rows_source(rows, 8, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    seen = [p.data_ptr() for p in model.parameters()]
+    config = UnlearnConfig("npo", train=train)
+    with converted(model, precision):
+        assert {p.dtype for p in model.parameters()} == {weight_dtype(precision)}
+    assert [p.data_ptr() for p in model.parameters()] == seen
+    unlearn(model, forget=source, retain=source, config=config, progress=False)
+    assert [float(gap) for gap in gaps] == [0.0, 0.0]
+    assert all(torch.equal(p, old.to(p.dtype)) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_other_rows_to_forget_are_refused_with_a_reference_too(tiny, rows, tmp_path):
+    config = UnlearnConfig("npo", train=TrainConfig(steps=2, batch_size=8, lr=1e-3, eval_every=1))
+    options = {"config": config, "folder": tmp_path, "progress": False, "checkpoint_seconds": 0.0}
+    unlearn(tiny(), forget=rows, retain=rows, **options)
+    with pytest.raises(ValueError, match=r"made with sources\.forget\.rows [0-9a-f]+; wanted sources\.forget\.rows"):
+        unlearn(tiny(), forget=Rows(rows.input_ids.flip(0), rows.pad_id), retain=rows, **options)
+
+
 @pytest.mark.parametrize("seed", [2, 8])
 def test_undial_holds_where_the_original_is_certain(seed, tiny, rows):
     """What 1 / Z, large there, makes of rounding."""
@@ -181,6 +216,18 @@ def test_the_distance_takes_what_counts_alone():
     (gradient,) = torch.autograd.grad(got, x)
     assert gradient[mask].abs().sum() > 0 and not gradient[~mask].any()
     assert float(noise_distance(x.detach(), torch.zeros(20, dtype=torch.bool), 64)) == 0
+
+
+@pytest.mark.parametrize("count", [3, 600])
+def test_the_distance_looks_at_labels_however_sparse(count):
+    generator = torch.Generator().manual_seed(2)
+    x, mask = torch.randn(1000, 4, generator=generator), torch.zeros(1000, dtype=torch.bool)
+    mask[torch.randperm(1000, generator=generator)[:count]] = True
+    labels = x[mask]
+    spread = [round(k * (count - 1) / 15) for k in range(16)] if count > 16 else list(range(count))
+    wanted = noise_distance(labels[spread], torch.ones(len(spread), dtype=torch.bool), 16)
+    assert float(wanted) > 0
+    torch.testing.assert_close(noise_distance(x, mask, 16), wanted)
 
 
 def repnoise(base="maxent", **settings):
@@ -258,6 +305,20 @@ def test_sam_is_the_gradient_at_a_moved_copy(tiny, rows, base):
         if got.grad is not None:
             assert (got.grad - there.grad).norm() <= 1e-5 * there.grad.norm() + 1e-8
             assert not torch.equal(got.grad, first), "not the gradient here"
+
+
+def test_both_passes_of_sam_draw_the_same_dropout(tokenizer, rows):
+    """So near that the two gradients are one, but for what is drawn."""
+    data, counted = drawn(rows)
+    shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.3}
+    plain, near = build_model(shape, tokenizer, 0).train(), build_model(shape, tokenizer, 0).train()
+    method = method_of(near, UnlearnConfig("maxent", robust="sam", sam=SAMConfig(1e-6)))
+    with seeded(torch.device("cpu"), 1):
+        accumulate(plain, method.loss, data, counted, 5)
+    with seeded(torch.device("cpu"), 1):
+        method.gradient(near, method.loss, data, counted, 5)
+    a, b = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (near, plain))
+    assert (a - b).norm() <= 1e-3 * b.norm()
 
 
 def test_sam_restores_after_a_failure(tiny):

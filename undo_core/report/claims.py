@@ -56,9 +56,9 @@ def _compute(report: Report) -> str:
     model = report.strongest
     if model is None or not (model.robustness and model.compute["steps"]):
         return ""
-    shares = [f"{_percent(model.compute['steps'].mean)} of data filtering's training steps"]
-    if model.compute["flops"]:
-        shares.append(f"{_percent(model.compute['flops'].mean)} of its FLOPs")
+    shares = [f"{_percent(model.compute['flops'].mean)} of data filtering's FLOPs"] if model.compute["flops"] else []
+    owner = "its" if shares else "data filtering's"
+    shares.append(f"{_percent(model.compute['steps'].mean)} of {owner} training steps (the student's alone)")
     return (
         f"Compute: α = {model.alpha:g} reaches R = {ratio(model.robustness.mean)} at {' and '.join(shares)} (published: the robustness "
         f"of data filtering, R = 1, at {PUBLISHED_COMPUTE} of its compute)."

@@ -96,6 +96,26 @@ class RowsSource:
         return {"rows": self.rows.digest(), "size": self.size, "seed": self.seed}
 
 
+@dataclass(frozen=True)
+class ReadSource:
+    """The batches of all steps of ``source``, read already; what it says of itself is said of them."""
+
+    source: Source
+    batches: list[Batch]
+
+    def __call__(self, step: int) -> Batch:
+        return self.batches[step]
+
+    def identity(self) -> dict[str, Any] | None:
+        """As of ``source``."""
+        return identity_of(self.source)
+
+
+def identity_of(source: Source) -> dict[str, Any] | None:
+    """What a source says that decides its batches, as JSON values; a function or a stream says nothing."""
+    return source.identity() if isinstance(source, (RowsSource, ReadSource)) else None
+
+
 def rows_source(rows: Rows, size: int, seed: int) -> Source:
     """The :class:`RowsSource` of ``rows``."""
     return RowsSource(rows, size, seed)

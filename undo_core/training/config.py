@@ -20,7 +20,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps at most; a stage with a stop rule may end earlier.
         batch_size: rows of each source in an optimizer step.
-        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it.
+        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it, but
+            for what dropout draws, and for an unlearning's ``robust: repnoise``, whose terms are of a micro-batch each.
         lr: peak learning rate.
         min_lr: rate at ``steps``, for the decaying schedules; None for 0.
         schedule: shape of the rate after the warm-up.

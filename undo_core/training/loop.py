@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from undo_core.training.batches import Batch, RowsSource, Source
+from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
+from undo_core.training.precision import seeded
 from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -94,7 +95,8 @@ def train(
         stop: ends the stage at the first evaluation whose metrics satisfy it.
         must_stay_finite: False lets an attack at an excessive rate run to its end with its weights as they are.
         folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed, if it is the same:
-            ``config``, ``settings`` and, where sources tell it (:func:`rows_source` does), their rows, order and seed.
+            ``config``, ``settings`` and, where sources tell it (:func:`rows_source` does), their rows, order and seed. What a model
+            with dropout draws in a step, from the device's global generator, is a function of ``config.seed`` and the step.
         settings: what else decides the result, as JSON values.
         checkpoint_seconds: time between checkpoints.
         title: name on the progress bar.
@@ -131,7 +133,8 @@ def train(
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
     device = trained[0].device
-    made_by = {} if folder is None else {**asdict(config), "sources": _identities(sources), **(settings or {})}
+    identities = {name: identity_of(source) for name, source in sources.items()}
+    made_by = {} if folder is None else {**asdict(config), "sources": identities, **(settings or {})}
     found = None if folder is None else find_checkpoint(folder / "checkpoint", made_by)
     choose_kernels(model, config)
     updater = Updater(model, trained, config)
@@ -179,7 +182,8 @@ def train(
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
             model.train()
-            value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
+            with seeded(device, config.seed or 0, step):
+                value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
             total, count = total + value, count + 1
             result.steps += 1
@@ -187,13 +191,13 @@ def train(
                 result.tokens[name] += counted[name]
                 result.positions[name] += batch.input_ids.numel()
             due = result.steps in at if at is not None else config.eval_every and result.steps % config.eval_every == 0
-            loss_now = float(value) if device.type == "cpu" or step % 10 == 0 else None
-            if must_stay_finite and loss_now is not None and not abs(loss_now) < float("inf"):
-                raise DivergedError(
-                    f"{title}: the loss is {loss_now} at step {result.steps} (lr {config.rate(step):g}); lower lr"
-                )
+            due = due or result.steps == config.steps
+            loss_now = float(value) if _is_read(device, step) else None
+            seen = float(total) if due else loss_now  # the sum has the steps whose losses were not read
+            if must_stay_finite and seen is not None and not abs(seen) < float("inf"):
+                raise DivergedError(f"{title}: the loss is {seen} by step {result.steps} (lr {config.rate(step):g}); lower lr")
             bar.update(result.steps, sum(counted.values()), loss_now, shown)
-            if due or result.steps == config.steps:
+            if due:
                 done = evaluate_now()
             result.seconds = before + time.monotonic() - began
             if time.monotonic() - last_save > checkpoint_seconds:
@@ -218,9 +222,9 @@ def accumulate(
     return value
 
 
-def _identities(sources: Mapping[str, Source]) -> dict[str, Any]:
-    """What each source says that it is; a function or a stream says nothing."""
-    return {name: source.identity() if isinstance(source, RowsSource) else None for name, source in sources.items()}
+def _is_read(device: torch.device, step: int) -> bool:
+    """Whether a step's loss is read at once; a GPU's would be waited for."""
+    return device.type == "cpu" or step % 10 == 0
 
 
 class _Log:

@@ -34,6 +34,18 @@ def convert_(model: nn.Module, precision: Precision) -> None:
             parameter.data = parameter.data.to(dtype, memory_format=torch.contiguous_format)
 
 
+@contextlib.contextmanager
+def converted(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """:func:`convert_` inside the ``with`` block, the same tensors as before afterwards; both exist meanwhile where the dtype differs."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    convert_(model, precision)
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
 @torch.no_grad()
 def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
     """Write float32 ``value`` into bfloat16 ``target``, away from zero with the probability of the part that is lost.
@@ -55,10 +67,17 @@ def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
     """The device's global generator in a state that ``key`` alone gives, and afterwards as it was."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+    with rewound(device) as generator:
+        generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def rewound(device: torch.device) -> Iterator[torch.Generator]:
+    """The device's global generator, after the ``with`` block as it was before: what comes next draws the same again."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     before = generator.get_state()
-    generator.manual_seed(seed)
     try:
-        yield
+        yield generator
     finally:
         generator.set_state(before)

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from undo_core.data.rows import Rows
 from undo_core.models import forward_flops
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
-from undo_core.training.batches import Batch
+from undo_core.training.batches import Batch, ReadSource
+from undo_core.training.lean import choose_kernels, keeps_kernels
+from undo_core.training.precision import converted
 from undo_core.unlearn.activations import evaluating
 from undo_core.unlearn.config import UnlearnConfig, unlearn_config
 from undo_core.unlearn.method import METHODS, ROBUST, Method, register, register_robust
@@ -37,7 +39,7 @@ def unlearn(
         model: any Hugging Face causal language model; trained in place. A method that trains some parameters leaves the others without
             gradients meanwhile.
         forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
-        retain: text to keep, in the same forms.
+        retain: text to keep, in the same forms; not read where ``config.retain_weight`` is 0.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
         folder: for checkpoints and the log, so that a killed run resumes.
         title: name on the progress bar.
@@ -56,6 +58,8 @@ def unlearn(
         "forget": as_source(forget, size=size, seed=seed, name="forget"),
         "retain": as_source(retain, size=size, seed=seed + 1, name="retain"),
     }
+    if not config.retain_weight:
+        del sources["retain"]
     method = method_of(model, config)
     if method.reference is not None:
         sources["forget"] = _with_reference(model, sources["forget"], method, config.train)
@@ -96,16 +100,19 @@ def _sum(*costs: dict[str, float]) -> dict[str, float]:
     return {name: sum(part[name] for part in costs) for name in costs[0]}
 
 
+@keeps_kernels
 def _with_reference(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> Source:
-    """The batches of all steps, which are read once, each with its reference."""
+    """The batches of all steps, which are read once, each with its reference: of the original in the precision and with the attention
+    kernel that it will be trained in, so that at the first step the two differ by nothing."""
+    choose_kernels(model, config)
     device, batches = next(model.parameters()).device, []
-    for step in range(config.steps):
-        batch = source(step)
-        parts = batch.to(device).split(config.micro_batch_size or len(batch.input_ids))
-        batches.append(
-            dataclasses.replace(batch, reference=torch.cat([referred(model, part, method).reference for part in parts]).cpu())
-        )
-    return batches.__getitem__
+    with converted(model, config.precision):
+        for step in range(config.steps):
+            batch = source(step)
+            parts = batch.to(device).split(config.micro_batch_size or len(batch.input_ids))
+            references = [referred(model, part, method).reference for part in parts]
+            batches.append(dataclasses.replace(batch, reference=torch.cat(references).cpu()))
+    return ReadSource(source, batches)
 
 
 @torch.no_grad()

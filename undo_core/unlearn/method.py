@@ -87,6 +87,7 @@ class Entry:
             Of a wrapper: those that it adds to ``costs``, ``(costs, model, config, length)``.
         reference_flops: the same, of what is computed once; a wrapper adds nothing to it.
         check: raises a ValueError where the other settings cannot go with it.
+        sums: whether its gradient is the same for any split into micro-batches.
     """
 
     make: Callable[..., Method]
@@ -95,6 +96,7 @@ class Entry:
     flops: Callable[..., Costs] | None = None
     reference_flops: Flops | None = None
     check: Callable[[UnlearnConfig], None] | None = None
+    sums: bool = True
 
     def __call__(self, *arguments: Any) -> Method:
         return self.make(*arguments)

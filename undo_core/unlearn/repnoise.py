@@ -7,7 +7,7 @@
   last one twice. Each cross-entropy is a fused one, without logits.
 - MMD: squared, biased, over tokens, with the published five Gaussian kernels, whose widths are the mean squared distance times 1/4 to 4.
   Expectations over the noise are computed in closed form, so that nothing is drawn and a resumed run needs no state; published:
-  as many draws as there are activations, whose rows are whole sequences. At most ``samples`` evenly spaced tokens of a micro-batch.
+  as many draws as there are activations, whose rows are whole sequences. At most ``samples`` evenly spaced labels of a micro-batch.
 - Cross-entropy on harmless text, a term of the published sum, is the method's retain term: with MaxEnt, ``retain_weight`` 2 is that sum.
 - Published, a token counts where harmful and harmless text differ, which are pairs there; here, where it is a label.
 - Neither term is a sum over tokens: each is of a micro-batch, weighted by its share of the labels.
@@ -47,7 +47,7 @@ class RepNoiseConfig:
         alpha: factor on the ascent of the layers' cross-entropies; published for UNDO 0.1 to 4, for WMDP 1.
         beta: factor on the distance from noise; published for UNDO 1e-4 to 4, for WMDP 1.
         layers: how many layers, evenly spaced, the last one among them; None for all.
-        samples: tokens of a micro-batch that the distance is computed on at most; it costs their square.
+        samples: labels of a micro-batch that the distance is computed on at most; it costs their square.
     """
 
     alpha: float = 1.0
@@ -73,7 +73,7 @@ def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: 
     return {"forget": 3 * (forward_flops(model, length) - head + heads * head), "retain": 0.0}
 
 
-@register_robust("repnoise", "RepNoise", settings=RepNoiseConfig, flops=_flops)
+@register_robust("repnoise", "RepNoise", settings=RepNoiseConfig, flops=_flops, sums=False)
 def repnoise(method: Method, model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """Memory: the activations of a second forward pass of the forget micro-batch, and ``[samples, samples]`` distances a layer.
 
@@ -118,13 +118,15 @@ def noise_distance(hidden: torch.Tensor, mask: torch.Tensor, samples: int) -> to
     Args:
         hidden: ``[rows, d]``; gradient.
         mask: ``[rows]`` bool, True counts.
-        samples: at most so many evenly spaced rows are looked at.
+        samples: at most so many of the counted rows, evenly spaced, are looked at.
 
     With ``k(x, y) = exp(-|x - y|**2 / h)``, ``E k(x, N) = (1 + 2/h)**(-d/2) exp(-|x|**2 / (h + 2))`` and ``E k(N, N') = (1 + 4/h)**(-d/2)``.
     ``h`` is a width times the mean squared distance within the rows and as many draws, expected over these; no gradient.
     """
     if len(hidden) > samples:
-        at = torch.linspace(0, len(hidden) - 1, samples, device=hidden.device).round().long()
+        counted_first = torch.argsort(~mask, stable=True)
+        spacing = ((mask.sum().double() - 1) / max(samples - 1, 1)).clamp_min(1)
+        at = counted_first[(torch.arange(samples, device=mask.device) * spacing).round().long()]
         hidden, mask = hidden[at], mask[at]
     x = torch.where(mask[:, None], hidden, 0.0).to(torch.promote_types(hidden.dtype, torch.float32))
     d, weight = x.shape[1], mask.to(x.dtype)

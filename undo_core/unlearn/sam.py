@@ -1,6 +1,7 @@
 """SAM around a method: its gradient is taken where ``rho * g / |g|`` leads, ``g`` the gradient here, and applied here.
 
 Foret et al., "Sharpness-Aware Minimization", 2021 (arXiv 2010.01412); against relearning, Fan et al., 2025 (arXiv 2502.05374).
+Forget and retain gradients are both taken there, as in UNDO's code; Fan et al., as far as known, move the weights for the forget loss alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from undo_core.training.batches import Batch
 from undo_core.training.loop import Loss
+from undo_core.training.precision import rewound
 from undo_core.unlearn.method import Costs, Method, register_robust
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def sam(method: Method, model: PreTrainedModel, config: UnlearnConfig) -> Method
     def gradient(
         model: nn.Module, loss: Loss, batches: dict[str, Batch], counted: dict[str, int], micro_batch_size: int | None
     ) -> torch.Tensor:
-        value = method.gradient(model, loss, batches, counted, micro_batch_size)
+        with rewound(next(model.parameters()).device):  # both passes draw the same dropout
+            value = method.gradient(model, loss, batches, counted, micro_batch_size)
         with moved([p for p in model.parameters() if p.grad is not None], config.sam.rho):
             method.gradient(model, loss, batches, counted, micro_batch_size)
         return value
