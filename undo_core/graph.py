@@ -215,6 +215,8 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
                 f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
             )
         files += [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
+    if tokenizer := settings["data"]["tokenizer"]:
+        files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
     return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
 
 
@@ -226,15 +228,13 @@ def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
     return values
 
 
-def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
-    """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
 def _check_shots(config: RunConfig) -> None:
     """Refuse numbers of examples whose rows are too long for the model at their shortest; the probe itself knows the rows drawn."""
     attacks = {name: attack for name, attack in config.attacks.items() if attack.kind == "fewshot"}
     if not attacks:
         return
     model = config.model
-    positions = positions_of(AutoConfig.from_pretrained(model.path) if model.path else architecture(model.config))
+    positions = positions_of(AutoConfig.from_pretrained(model.path, trust_remote_code=False) if model.path else architecture(model.config))
     # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
@@ -247,6 +247,8 @@ def _check_shots(config: RunConfig) -> None:
             )
 
 
+def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
+    """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
     higher, seed = config.data.kind != "text", derive_seed(config.seed, "relearn")
     return {
         attack: {
