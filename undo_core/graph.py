@@ -234,7 +234,9 @@ def _check_shots(config: RunConfig) -> None:
     if not attacks:
         return
     model = config.model
-    positions = positions_of(AutoConfig.from_pretrained(model.path, trust_remote_code=False) if model.path else architecture(model.config))
+    positions = positions_of(
+        AutoConfig.from_pretrained(model.path, trust_remote_code=False) if model.path else architecture(model.config)
+    )
     # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]

@@ -317,7 +317,8 @@ def test_no_row_finds_its_own_answer_among_its_examples(world):
 
 
 @pytest.mark.parametrize(
-    ("data", "most"), [(DataConfig(), 9), (DataConfig(kind="arithmetic"), 5), (DataConfig(kind="text", length=9, retain=["a"], forget=["b"]), 7)]
+    ("data", "most"),
+    [(DataConfig(), 9), (DataConfig(kind="arithmetic"), 5), (DataConfig(kind="text", length=9, retain=["a"], forget=["b"]), 7)],
 )
 def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, data, most):
     if data.kind == "text":
