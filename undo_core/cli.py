@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         print(f"undo: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except yaml.YAMLError as error:
+        print(f"undo: error: config: no YAML: {_one_line(error)}", file=sys.stderr)
+        return 2
     except (DivergedError, OSError, SafetensorError) as error:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -61,9 +61,11 @@ def plan(config: RunConfig, memory: str | None = None) -> int:
     flags, hopeless = fit_notes(config, limit)
     if hopeless:
         raise ValueError(f"memory: got {memory}, which is too little: {'; '.join(hopeless)}")
-    out.print(f"\nEverything fits in {memory}." if not flags else f"\nTo fit in {memory}, cheapest first:")
+    out.print(f"\nEvery stage fits in {memory}." if not flags else f"\nFor every stage to fit in {memory}, cheapest first:")
     for line in flags:
         out.print(f"  {line}", soft_wrap=True)
+    if config.workers > 1:
+        out.print(f"{memory} is for one stage; {config.workers} run side by side. With --workers=1 they run one by one.")
     return 0
 
 

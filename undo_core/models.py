@@ -6,6 +6,8 @@ vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is i
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,12 +205,21 @@ def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, se
 
 
 def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
-    """The Hugging Face configuration that keyword arguments, ``model_type`` among them, describe."""
+    """The Hugging Face configuration that keyword arguments, ``model_type`` among them, describe.
+
+    Raises:
+        ValueError: no or an unknown ``model_type``, or what looks like a misspelt setting.
+    """
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
-    return AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **settings)
+    known = {*inspect.signature(type(config).__init__).parameters, *config.attribute_map}
+    for name in settings.keys() - known:  # transformers keeps what it does not know, and takes the default of what was meant
+        if near := difflib.get_close_matches(name, known, 1, cutoff=0.85):
+            raise ValueError(f"model.config: got {name}, wanted {near[0]}, or another setting of {type(config).__name__}")
+    return config
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -24,7 +24,7 @@ from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
-from undo_core.models import forward_flops, head_flops, initialise, load_tokenizer
+from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -308,7 +308,7 @@ def _model_config(config: RunConfig) -> Any:
         alphabets = {"arithmetic-compact": arithmetic.COMPACT_ALPHABET, "arithmetic": arithmetic.CHARACTERS}
         size = config.data.vocab_size if config.data.kind == "text" else len(alphabets[config.data.kind]) + 2
     settings = {"vocab_size": size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **config.model.config}
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return architecture(settings)
 
 
 def _meta_model(config: RunConfig) -> PreTrainedModel:

@@ -96,16 +96,22 @@ def relearn(
     Memory: one copy of the model with its optimizer state at a time.
 
     Raises:
-        ValueError: an attack that does not train, or no text for a share of the mix.
+        ValueError: an attack that does not train, no text for a share of the mix, or metrics without ``forget``, before any step.
         ModuleNotFoundError: an attack with lora, and peft is not installed.
     """
     config = config or AttackConfig()
     _check(config, forget, retain)
     results: dict[Trial, TrainResult] = {}
 
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        metrics = evaluate(model)
+        if "forget" not in metrics:
+            raise ValueError(f"evaluate: got metrics {', '.join(metrics) or 'none'}, wanted an entry forget among them")
+        return metrics
+
     def curve_of(trial: Trial) -> Curve:
         title = f"relearn {trial.name}"
-        copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": evaluate, "title": title, "progress": progress}
+        copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": measured, "title": title, "progress": progress}
         results[trial] = attack(copied, forget, trial.rate, config.at(trial), **options)
         return results[trial].history
 

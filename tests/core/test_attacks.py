@@ -557,3 +557,15 @@ def test_a_missing_package_is_one_line(world, kind, monkeypatch):
             attack(copy.deepcopy(world[4]), world[1], 1e-3, AttackConfig(kind="lora"), evaluate=lambda m: {})
         else:
             quantise_(world[4], 4)
+
+
+def test_metrics_without_forget_are_refused_before_any_step(world):
+    steps = []
+
+    def forget(step):
+        steps.append(step)
+        return {"input_ids": world[1].input_ids[:4].long()}
+
+    with pytest.raises(ValueError, match=r"^evaluate: got metrics acc, wanted an entry forget"):
+        relearn(world[4], forget, AttackConfig(rates=[1e-3]), evaluate=lambda model: {"acc": 1.0}, progress=False)
+    assert not steps

@@ -42,6 +42,21 @@ def test_one_line_and_exit_code_2(arguments, wanted, capsys, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [], "nothing may be written before the mistake is found"
 
 
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    path = tmp_path / "torn.yaml"
+    path.write_text("a: [1\nb: 2")
+    for command in ("plan", "run"):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("undo: error: ") and error.count("\n") == 1 and "line 2" in error
+
+
+def test_an_unknown_setting_of_the_architecture_is_named(tmp_path, capsys):
+    """transformers takes any keyword, and would build its default width."""
+    assert main(["plan", DEMO, '--model.config={"model_type": "gemma2", "hiden_size": 96}']) == 2
+    assert "model.config: got hiden_size, wanted hidden_size, or another setting of Gemma2Config" in capsys.readouterr().err
+
+
 def test_an_unknown_key_in_the_file_is_named(tmp_path, capsys):
     config = tmp_path / "x.yaml"
     config.write_text(Path(DEMO).read_text() + "\ndistil: {recover: 0.1}\n")

@@ -115,7 +115,7 @@ def test_what_makes_every_stage_fit(tmp_path, capsys):
     )
     flags = [flag for flags in suggested.values() for flag in flags]
     assert main([*arguments, *flags, "--memory", "760MB"]) == 0, "the flags are real ones"
-    assert "Everything fits in 760MB" in " ".join(capsys.readouterr().out.split())
+    assert "Every stage fits in 760MB" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--memory", "1MB"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("undo: error: memory: got 1MB, which is too little: ")

@@ -406,3 +406,5 @@ def test_explain_prints_a_table():
     assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 80_000
     with pytest.raises(ValueError, match=r"^op: got"):
         ops.explain("linear_magic", {}, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):
+        ops.explain("linear_kl_div", torch.ones(2, 3), torch.float32, "cpu")

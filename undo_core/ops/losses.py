@@ -415,7 +415,11 @@ def explain(
         "linear_uniform_kl": "uniform",
         "linear_sparse_kl_div": "bucket",
     }
-    checks.choice("op", op, tuple(targets))
+    checks.choice("op", op if isinstance(op, str) else type(op).__name__, tuple(targets))
+    if not isinstance(shapes, dict):
+        checks.fail(
+            "shapes", type(shapes).__name__, "a dictionary of shapes by argument, such as {'student_hidden': (512, 320), ...}"
+        )
     prefixes = ("student_", "teacher_") if op == "linear_kl_div" else ("",)
     for name in [prefix + part for prefix in prefixes for part in ("hidden", "weight")]:
         if name not in shapes:
