@@ -118,6 +118,40 @@ def test_runs_that_differ_in_seed_or_alphas_are_one_setting() -> None:
         compare([*loaded, ("runs/c", other)], "t")
 
 
+def test_data_filtering_is_trained_once_for_all_methods() -> None:
+    """A method without its own takes that of the method that has one, seed by seed, and says so."""
+    loaded = methods()
+    for _, values in loaded[2:]:
+        values["models"] = [model for model in values["models"] if not model["kind"].startswith(("filter", "oracle"))]
+    first, second, _ = compare(loaded, "t")
+    assert first.lender is None and second.lender == "MaxEnt"
+    (model,) = (m for m in second.report.models if m.name == "undo-0.4")
+    for seed in range(2):
+
+        def after(values: dict[str, Any], name: str) -> float:
+            curves = entry(values, name)["attack"]["curves"]
+            return max(curve["forget"][STEPS.index(100)]["value"] for curve in curves)
+
+        ours, theirs = loaded[2 + seed][1], loaded[seed][1]
+        unlearned, filtered = after(ours, "unlearn"), after(theirs, "filter")
+        assert model.robustness.points[seed].value == pytest.approx(
+            (after(ours, "undo-0.4") - unlearned) / (filtered - unlearned)
+        )
+        spent = [entry(v, name)["training"]["stop_step"] for v, name in ((ours, "undo-0.4"), (theirs, "filter"))]
+        assert model.compute["steps"].points[seed].value == pytest.approx(spent[0] / spent[1])
+        assert second.origins["filter", seed] == "runs/m/runs/maxent"
+    assert {p.run for p in plot_points([second]) if p.series == "filter"} == {"runs/m/runs/maxent"}
+    table = methods_table(compare(loaded, "t"))
+    assert sum(row[1].main == "data filtering" for row in table.rows) == 1
+    (mark,) = (mark for mark, text in table.notes.items() if "data filtering of MaxEnt" in text)
+    marked = {row[0].main for row in table.rows if mark in row[6].marks and mark in row[7].marks}
+    assert marked == {"RMU", "MaxEnt + SAM"}
+    for _, values in loaded[2:]:
+        values["config"]["relearn"] = {"batch_size": 8}  # another attack: nothing to compare with
+    other = compare(loaded, "t")[1]
+    assert other.lender is None and not other.report.of("undo")[0].robustness
+
+
 def test_settings_are_named_by_what_tells_them_apart() -> None:
     assert [s.label for s in compare(methods(1), "t")] == ["MaxEnt", "RMU", "MaxEnt + SAM"]
     same = [("runs/a", results("x", beta=0.1)), ("runs/b", results("x", beta=0.5))]

@@ -241,8 +241,6 @@ def test_killed_it_continues(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("sweep-*.yaml")), ids=lambda path: path.name)
 def test_every_sweep_is_read(path, monkeypatch, capsys):
-    if path.stem == "sweep-methods" and not (ROOT / "configs" / "methods").is_dir():
-        pytest.skip("configs/methods, which it lays over the base, is not there")
     monkeypatch.chdir(ROOT)
     assert main(["sweep", str(path), "--dry-run", "--output=nowhere"]) == 0
     assert "runs ask for" in capsys.readouterr().out

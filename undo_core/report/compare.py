@@ -95,10 +95,19 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
     for run, values in loaded:
         derive([values], title)  # refuses what is not a run's results
         groups.setdefault(hash_json(sorted(_varied(values).items())), []).append((run, values))
+    labels = _labels(list(groups.values()))
+    merged = [_merge(group) for group in groups.values()]
+    origins = [_origins(group) for group in groups.values()]
     settings = []
-    for label, group in zip(_labels(list(groups.values())), groups.values(), strict=True):
-        merged = _merge(group)
-        settings.append(Setting(label, derive(merged, label), _origins(group), sorted({run for run, _ in group})))
+    for label, results, origin, group in zip(labels, merged, origins, groups.values(), strict=True):
+        own, lender = [], None
+        for values in results:
+            filtered, donor = _filtered(values, merged)
+            if donor is not None:
+                lender = labels[donor]
+                origin = {**origin, ("filter", values["seed"]): origins[donor]["filter", values["seed"]]}
+            own.append({**values, "models": values["models"] + filtered})
+        settings.append(Setting(label, derive(own, label), origin, sorted({run for run, _ in group}), lender))
     first = settings[0].report
     for setting in settings[1:]:
         for name in ("kind", "headline"):
@@ -134,6 +143,34 @@ def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
         if "alphas" in (config.get("noise") or {}):
             values["config"] = {**config, "noise": {**config["noise"], "alphas": sorted(alphas)}}
     return list(merged.values())
+
+
+def _filtered(values: dict[str, Any], merged: Sequence[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], int | None]:
+    """Data filtering for a run that trained none: of the first setting that did, with the same seed, data, model, pretraining and
+    attacks; and that setting's index."""
+    if any(entry["kind"] == "filter" for entry in values["models"]):
+        return [], None
+    for index, results in enumerate(merged):
+        for other in results:
+            found = [entry for entry in other["models"] if entry["kind"] == "filter"]
+            if found and other["seed"] == values["seed"] and _controlled(other) == _controlled(values):
+                return found, index
+    return [], None
+
+
+def _controlled(values: dict[str, Any]) -> list[Any]:
+    """The settings on which data filtering and the attack on it depend, but for the retain accuracy at which it stops."""
+    config = values.get("config") or {}
+    distill = config.get("distill") or {}
+    train = distill.get("train") or {}
+    own = [config.get(name) for name in ("data", "model", "pretrain", "relearn", "attacks")]
+    return [
+        *own,
+        distill.get("recover"),
+        train.get("batch_size"),
+        train.get("eval_every"),
+        values["metric"].get("headline_step"),
+    ]
 
 
 def _origins(group: Iterable[Loaded]) -> dict[tuple[str, int], str]:

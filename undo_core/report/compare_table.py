@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,8 @@ def methods_table(settings: Sequence[Setting]) -> Table:
     rows = []
     for setting in settings:
         for model in setting.compared(*COMPARED):
+            if model.kind == "filter" and setting.lender:
+                continue  # a row of the lender's
             name = "before UNDO" if model.kind == "unlearn" else model.label
             row = [Cell(setting.label), Cell(name, marks=model_marks(model, setting.report, notes))]
             row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
@@ -39,6 +42,9 @@ def methods_table(settings: Sequence[Setting]) -> Table:
             row += [Cell(shown.main, shown.spread), Cell(_attack(worst))]
             stats = (model.robustness, model.compute.get("steps", Stat()), model.compute.get("flops", Stat()))
             row += [ratio_cell(stat, notes) for stat in stats]
+            if setting.lender and model.kind == "undo":
+                text = f"against the data filtering of {setting.lender}, trained to that teacher's retain target"
+                row[-3:] = [dataclasses.replace(cell, marks=cell.marks + notes.mark(text)) for cell in row[-3:]]
             rows.append(row)
     return Table(headers, rows, notes.texts)
 
@@ -84,6 +90,8 @@ def methods_csv(settings: Sequence[Setting]) -> str:
         report = setting.report
         shares = [labelled / tokens for labelled, tokens in label_shares(report).values()]
         for model in report.models:
+            if model.kind == "filter" and setting.lender:
+                continue
             row = {"method": setting.label, "model": model.name, "kind": model.kind, "alpha": model.alpha}
             row |= {"seeds": _list(model.entries), "censored_seeds": _list(model.censored), "runs": _list(setting.runs)}
             row |= {"headline_step": report.headline, "metric": report.kind}

@@ -26,12 +26,14 @@ class Setting:
         report: what follows from its results.
         origins: the run folder of each ``(model name, seed)``.
         runs: its run folders.
+        lender: label of the setting whose data filtering stands for this one's, which trained none.
     """
 
     label: str
     report: Report
     origins: dict[tuple[str, int], str]
     runs: list[str]
+    lender: str | None = None
 
     def compared(self, *kinds: str) -> Iterator[ModelReport]:
         """The models of these kinds, of UNDO the strongest alone."""
