@@ -13,7 +13,7 @@ def with_costs(models: list[dict[str, Any]], pretraining_tokens: int | None = No
     - ``pretraining_tokens``: of the original; None where that is unknown.
     - ``labelled_tokens``: forget and retain, each token of the data once.
     - ``labelled_share``: of the pretraining tokens, both together.
-    - ``of_filter``: steps, tokens and FLOPs as shares of data filtering's; where both stop at the retain target, up to there, and None
+    - ``of_filter``: steps, tokens and FLOPs, the unlearning's included, as shares of data filtering's; where both stop at the retain target, up to there, and None
       where one of them never reached it.
 
     Args:
@@ -49,4 +49,6 @@ def _ratio(training: dict[str, Any], control: dict[str, Any], unit: str) -> floa
     ruled = [run["limit_reached"] or run["stop_step"] is not None for run in (training, control)]
     name = STOP[unit] if all(ruled) else unit
     spent, base = training[name], control[name]
+    if unit == "steps" and spent is not None:
+        spent += training.get("unlearning_steps", 0)
     return spent / base if spent is not None and base else None

@@ -139,12 +139,12 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     if "steps" not in facts:
         return None
     ruled = facts["stopped"] is not None
-    tokens, flops = facts["tokens"], facts["flops"]
+    tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
     teacher, inputs = next(m.stage for m in plan.models if m.kind == "unlearn"), model.stage.inputs
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
-        tokens, flops = tokens + suppressed["tokens"], flops + suppressed["flops"]
+        tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["steps"]
         if "cache" in model.stage.inputs:  # the teacher's forwards, once
             flops += store.manifest(model.stage.inputs["cache"])["flops"]
     stopped = facts["stopped"] if ruled else None
@@ -156,6 +156,7 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "flops": flops,
         "seconds": facts["seconds"],
         "limit_reached": facts["limit_reached"],
+        "unlearning_steps": unlearning,  # which tokens and FLOPs include
         "stop_step": facts["steps"] if stopped else None,
         "stop_tokens": tokens if stopped else None,
         "stop_flops": flops if stopped else None,

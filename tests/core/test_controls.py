@@ -187,6 +187,8 @@ def test_costs_by_hand():
     found = with_costs(models)[1]["costs"]
     assert found["labelled_tokens"] == {"forget": 40, "retain": 60} and found["labelled_share"] == 0.1
     assert found["of_filter"] == {"steps": 0.6, "tokens": 0.6, "flops": 0.6}
+    models[1]["training"]["unlearning_steps"] = 5  # tokens and FLOPs have them already
+    assert with_costs(models)[1]["costs"]["of_filter"] == {"steps": 0.7, "tokens": 0.6, "flops": 0.6}
     assert "costs" not in with_costs(models)[0] and "costs" not in with_costs(models)[2]
     distinct = {"forget": 4, "retain": 6}
     models[1] = entry("undo", 30, None, labelled_distinct_tokens=distinct, **labelled)

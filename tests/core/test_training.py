@@ -172,6 +172,27 @@ def test_a_loss_that_was_not_read_is_in_the_sum(tiny, rows, monkeypatch):
     assert len(seen) == 8
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, rows, finite):
+    """The loss of that step is fine, and no later one would show what its update did."""
+
+    def gradient(model, *arguments):
+        value = loop.accumulate(model, *arguments)
+        steps.append(1)
+        if len(steps) == 3:
+            next(model.parameters()).grad.view(-1)[0] = math.inf
+        return value
+
+    steps, source, model = [], {"text": rows_source(rows, 16, 0)}, tiny()
+    options = {"gradient": gradient, "must_stay_finite": finite, "progress": False}
+    if finite:
+        with pytest.raises(DivergedError, match="not finite after step 3"):
+            train(model, loss, source, config(steps=3), **options)
+    else:
+        assert train(model, loss, source, config(steps=3), **options).steps == 3
+    assert not next(model.parameters()).isfinite().all()
+
+
 def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, rows, tmp_path):
     shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
     shape |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.1}

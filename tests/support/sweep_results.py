@@ -31,7 +31,7 @@ def attacked(name: str, pace: float, loss: bool = False, rates: list[float] | No
     return {"rates": rates or RATES, "steps": STEPS, "extended": False, "worst_at_end_of_grid": False, "curves": curves}
 
 
-def training(steps: int, reached: bool = True, labelled: int | None = None) -> dict[str, Any]:
+def training(steps: int, reached: bool = True, labelled: int | None = None, unlearning: int = 0) -> dict[str, Any]:
     stop = {"stop_step": steps, "stop_tokens": 1000 * steps, "stop_flops": 4e9 * steps} if reached else {}
     return {
         "steps": steps,
@@ -39,6 +39,7 @@ def training(steps: int, reached: bool = True, labelled: int | None = None) -> d
         "flops": 4e9 * steps,
         "seconds": 60.0,
         "limit_reached": not reached,
+        "unlearning_steps": unlearning,
         "stop_step": None,
         "stop_tokens": None,
         "stop_flops": None,
@@ -86,10 +87,13 @@ def results(
 
     models = [model("original", training=training(1200)), model("unlearn", training=training(60, False, labelled))]
     models += [
-        model("undo", alpha, training=training(int(100 + 800 * alpha + 20 * seed), alpha not in censored, labelled))
+        model("undo", alpha, training=training(int(100 + 800 * alpha + 20 * seed), alpha not in censored, labelled, 60))
         for alpha in alphas
     ]
-    models += [model("random", training=training(900 + 10 * seed, labelled=labelled)), model("filter", training=training(1000))]
+    models += [
+        model("random", training=training(900 + 10 * seed, labelled=labelled, unlearning=60)),
+        model("filter", training=training(1000)),
+    ]
     if oracles:
         models += [model("oracle", training=training(200)), model("oracle-random", training=training(200))]
     config = {"name": name, "seed": seed, "output": "runs/x", "noise": {"alphas": list(alphas), **settings.pop("noise", {})}}

@@ -58,7 +58,7 @@ def _compute(report: Report) -> str:
         return ""
     shares = [f"{_percent(model.compute['flops'].mean)} of data filtering's FLOPs"] if model.compute["flops"] else []
     owner = "its" if shares else "data filtering's"
-    shares.append(f"{_percent(model.compute['steps'].mean)} of {owner} training steps (the student's alone)")
+    shares.append(f"{_percent(model.compute['steps'].mean)} of {owner} training steps")
     return (
         f"Compute: α = {model.alpha:g} reaches R = {ratio(model.robustness.mean)} at {' and '.join(shares)} (published: the robustness "
         f"of data filtering, R = 1, at {PUBLISHED_COMPUTE} of its compute)."

@@ -77,8 +77,8 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         "R": "robustness, (P_undo − P_unlearn) / (P_filter − P_unlearn): 0 is unlearn only, 1 is data filtering; "
         f"P is the worst case after {report.headline} attack steps; n/a where the denominator is under "
         f"{MIN_DENOMINATOR:g}{'' if report.higher else ' nats'} in size",
-        "C": "compute, S_undo / S_filter: the training until the retain target was first reached; tokens and FLOPs include "
-        "the unlearning, FLOPs the teacher's forward passes too; steps are the student's alone",
+        "C": "compute, S_undo / S_filter: the training until the retain target was first reached, the unlearning "
+        "included, and in FLOPs the teacher's forward passes too",
         "censored": "the step limit came before the retain target; such a model has no R and no C",
     }
     kinds = {model.kind for model in report.models}

@@ -57,7 +57,7 @@ class TrainResult:
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite."""
+    """The loss or a weight is not finite."""
 
 
 @keeps_kernels
@@ -125,7 +125,7 @@ def train(
     Gradients of micro-batches are added in float32 with float32 and bfloat16-master, and in bfloat16 with the other two.
 
     Raises:
-        DivergedError: the loss became NaN or infinite.
+        DivergedError: the loss, or a weight in the last step, became NaN or infinite.
         ValueError: nothing to train, or a checkpoint in ``folder`` that was made otherwise.
         ModuleNotFoundError: the optimizer needs torchao.
     """
@@ -204,6 +204,9 @@ def train(
                 save()
                 last_save = time.monotonic()
     model.eval()
+    # No later loss would tell what the last step did. A sum has what its terms have, and takes no memory.
+    if must_stay_finite and not all(weight.detach().sum(dtype=torch.float64).isfinite() for weight in trained):
+        raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
     return result
 
 
