@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from undo_core.config import RunConfig
@@ -38,9 +39,9 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     for config in _configs(sweep):
         try:
             plan = plan_run(config)
-            missing_stages(_EMPTY, config, plan)  # asks for the packages too
+            _all_stages(config, plan)
             runs.append((config, plan))
-        except (OSError, ImportError, ValueError) as error:
+        except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
             console.print(f"  {config.name}: {failures[config.name, config.seed]}")
     whole, left = [], runs
@@ -85,7 +86,12 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
     for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    stages_of = [(config, _all_stages(config, plan_run(config))) for config in _configs(sweep)]
+    stages_of, refused = [], dict[str, list[RunConfig]]()
+    for config in (configs := _configs(sweep)):
+        try:
+            stages_of.append((config, _all_stages(config, plan_run(config))))
+        except _UNPLANNED as error:
+            refused.setdefault(_line("plan", error), []).append(config)
     wanted = collections.Counter(key for _, stages in stages_of for key in stages)
     names = list(dict.fromkeys(config.name for config, _ in stages_of))
     for name in names:
@@ -109,9 +115,12 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     shared = sum(times > 1 for times in wanted.values())
     notes = [
         f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
-        f"{len(every) - there.total()} to do with {stages_of[0][0].workers} worker(s).",
+        f"{len(every) - there.total()} to do with {configs[0].workers} worker(s).",
         "Attacks by which a grid of rates grows come on top. For steps, memory and time of one run: undo plan.",
     ]
+    for reason, left_out in refused.items():
+        named = ", ".join(dict.fromkeys(config.name for config in left_out))
+        notes.append(f"[yellow]{len(left_out)} run(s) cannot begin ({named}):[/] {escape(reason)}")
     return Group(table, kinds, "", *notes)
 
 
@@ -122,10 +131,11 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
 
 
 def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
-    """Every stage of a run but those by which its grids may grow."""
+    """Every stage of a run but those by which its grids may grow; asks for the packages that they need."""
     return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
 
 
+_UNPLANNED = (OSError, ImportError, ValueError)  # what a run lacks: a file, a package, a setting that fits its model
 _EMPTY = Store(Path("/nonexistent"), {})  # of which every stage is missing
 
 

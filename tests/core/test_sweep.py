@@ -100,6 +100,14 @@ def test_a_mistake_is_one_line_before_any_work(tmp_path, settings, wanted, capsy
         assert word in error
 
 
+def test_the_dry_run_names_the_runs_that_cannot_begin(tmp_path, capsys):
+    lost = {"data.kind": "text", "data.retain": ["no.txt"], "data.forget": ["no.txt"]}
+    path = write(tmp_path, runs=[{"name": "plain"}, {"name": "lost", **lost}, {"name": "gone", **lost}])
+    assert main(["sweep", path, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 runs ask for" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data: got no.txt" in said
+
+
 def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
     path = write(tmp_path, grid={"noise.beta": [0.1, 0.5]})
     configs = expand(sweep(tmp_path, grid={"noise.beta": [0.1, 0.5]}))
