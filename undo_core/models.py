@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 VERIFIED_ROWS = 4096  # of a head, in float64 at once
 
@@ -274,7 +275,9 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     config = model.config.get_text_config()
     parts = [model] if layers is None else layers
     count = config.num_hidden_layers if layers is None else len(layers)
-    weights = sum(module.weight.numel() for part in parts for module in part.modules() if isinstance(module, nn.Linear))
+    weights = sum(
+        module.weight.numel() for part in parts for module in part.modules() if isinstance(module, (nn.Linear, Conv1D))
+    )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2.0 * weights + 4.0 * count * config.num_attention_heads * head_dim * length
 

@@ -64,10 +64,11 @@ def test_initialisation_is_a_function_of_the_seed():
     assert all(a for a, _ in same) and not all(b for _, b in same)
 
 
-def test_flops_are_those_of_the_matrix_products():
+@pytest.mark.parametrize(("kind", "extra"), [("gemma2", {"num_key_value_heads": 1, "head_dim": 8}), ("gpt2", {})])
+def test_flops_are_those_of_the_matrix_products(kind, extra):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, length = build("gemma2", num_key_value_heads=1, head_dim=8), 24
+    model, length = build(kind, **extra), 24
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(3, length, dtype=torch.long), use_cache=False)
     assert forward_flops(model, length) * 3 * length == pytest.approx(counter.get_total_flops(), rel=0.02)
