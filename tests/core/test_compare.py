@@ -303,3 +303,14 @@ def test_the_terminal_table_fits_80_columns() -> None:
     console.print(comparison_table(methods(2)))
     text = console.export_text()
     assert "…" not in text and "MaxEnt + SAM" in text and "UNDO α=0.8" in text and "data filtering" in text
+
+
+def test_a_method_alone_shows_every_model() -> None:
+    loaded = [("runs/a", results("x", seed)) for seed in range(2)]
+    rows = methods_table(compare(loaded, "t")).rows
+    assert len(rows) == len(loaded[0][1]["models"]) - 1 and {row[0].main for row in rows} == {"MaxEnt"}, "all but the original"
+    assert rows[0][5].main == "fine-tuning at 2e-3" and [row[1].main for row in rows][1:3] == ["UNDO α=0.2", "UNDO α=0.4"]
+    console = Console(width=80, record=True, file=io.StringIO(), color_system=None)
+    console.print(comparison_table(loaded))
+    text = console.export_text()
+    assert "oracle matching, random student" in text and "after 100" in text and "MaxEnt" not in text

@@ -188,8 +188,9 @@ def _labels(groups: list[list[Loaded]]) -> list[str]:
     for group in groups:
         names = [str(values.get("name") or "") for _, values in group]
         common = [part for part in names[0].split(",") if all(part in name.split(",") for name in names)]
-        method = ((group[0][1].get("config") or {}).get("unlearn") or {}).get("method")
-        labels.append(method_name(",".join(common) or method or "results"))
+        unlearn = (group[0][1].get("config") or {}).get("unlearn") or {}
+        method = "+".join(name for name in (unlearn.get("method"), unlearn.get("robust")) if name not in (None, "none"))
+        labels.append(method_name(method if len(groups) == 1 and method else ",".join(common) or method or "results"))
     settings = [_varied(group[0][1]) for group in groups]
     return [_told_apart(index, labels, settings) for index in range(len(labels))]
 

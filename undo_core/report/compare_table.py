@@ -23,7 +23,8 @@ _TEX |= {"<": "$<$", ">": "$>$", "|": "$|$", "\u00a0": "~"}
 
 
 def methods_table(settings: Sequence[Setting]) -> Table:
-    """A method's rows: before UNDO, after UNDO, data filtering; performance, worst case after relearning, R and C."""
+    """A method's rows: before UNDO, after UNDO, data filtering; performance, worst case after relearning, R and C. Of one method alone
+    every model has a row."""
     report, notes = settings[0].report, Notes()
     unit = "%" if report.higher else "nats/token"
     headers = [("method", ""), ("model", ""), ("retain", unit), ("forget", unit)]
@@ -31,7 +32,10 @@ def methods_table(settings: Sequence[Setting]) -> Table:
     headers += [("R", "robustness"), ("C", "steps"), ("C", "FLOPs")]
     rows = []
     for setting in settings:
-        for model in setting.compared(*COMPARED):
+        models = (
+            setting.compared(*COMPARED) if len(settings) > 1 else (m for m in setting.report.models if m.kind != "original")
+        )
+        for model in models:
             if model.kind == "filter" and setting.lender:
                 continue  # a row of the lender's
             name = "before UNDO" if model.kind == "unlearn" else model.label
@@ -108,9 +112,13 @@ def methods_csv(settings: Sequence[Setting]) -> str:
 
 
 def terminal(table: Table) -> Group:
-    """For a terminal of 80 columns: the means; ranges, worst attacks and C in FLOPs are left to the page."""
+    """For a terminal of 80 columns: the means; ranges, worst attacks and C in FLOPs are left to the page, and the
+    name of a method that is alone."""
     rich = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    shown = [index for index, header in enumerate(table.headers) if header not in (("worst attack", ""), ("C", "FLOPs"))]
+    left_out = [("worst attack", ""), ("C", "FLOPs")]
+    if len({row[0].main for row in table.rows}) == 1:
+        left_out.append(("method", ""))
+    shown = [index for index, header in enumerate(table.headers) if header not in left_out]
     for name, unit in (table.headers[index] for index in shown):
         left, small = name in ("method", "model"), unit if name != "R" else ""
         heading = f"{name}\n{small}".rstrip()
@@ -118,7 +126,7 @@ def terminal(table: Table) -> Group:
     before = ""
     for row in table.rows:
         cells = [Text(f"{row[index].main} {row[index].marks}".rstrip()) for index in shown]
-        if row[0].main == before:
+        if 0 in shown and row[0].main == before:
             cells[0] = Text("")
         before = row[0].main
         rich.add_row(*cells)
@@ -127,10 +135,11 @@ def terminal(table: Table) -> Group:
 
 def _attack(stat: Stat) -> str:
     """The attacks and rates that the worst cases are from."""
-    names = {
-        f"{point.attack or 'fine-tuning'}{'' if point.rate is None else f' at {rate(point.rate)}'}" for point in stat.points
-    }
-    return ", ".join(sorted(names)) or NONE
+    rates: dict[str, set[float]] = {}
+    for point in stat.points:
+        rates.setdefault(point.attack or "fine-tuning", set()).update([] if point.rate is None else [point.rate])
+    named = {name: ", ".join(map(rate, sorted(found))) for name, found in sorted(rates.items())}
+    return "; ".join(f"{name} at {found}" if found else name for name, found in named.items()) or NONE
 
 
 def _list(values: object) -> str:

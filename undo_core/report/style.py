@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from undo_core.report.metrics import DIVERGED, Report
 
@@ -68,4 +68,5 @@ def scale(axis: Any, axes: Axes, report: Report) -> None:
     if report.higher:
         vertical = axis is axes.yaxis
         (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}" if value < 1.001 else ""))
