@@ -8,6 +8,7 @@ import torch
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.memory import Predictor
+from undo_core.models import build_model
 from undo_core.teacher import ModelTeacher
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
@@ -17,6 +18,7 @@ from undo_core.unlearn import method_of, referred, unlearn_config, unlearn_flops
 from undo_core.unlearn.rmu import RMUConfig
 
 METHODS = ("maxent", "graddiff", "npo", "simnpo", "undial")
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def drawn(rows):
@@ -71,12 +73,12 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, rows, name):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_at_the_original_it_is_nothing(tiny, rows, precision, monkeypatch):
+def test_at_the_original_it_is_nothing(tokenizer, rows, precision, monkeypatch):
     """In whatever a float32 checkpoint is trained: the copy has the weights, rotary frequencies and attention kernel of the trained model."""
     data, counted = drawn(rows)
-    model, copies = tiny(), []
+    model, copies = build_model(LLAMA, tokenizer, 0), []
     monkeypatch.setattr(base, "ModelTeacher", lambda copied: copies.append(copied) or ModelTeacher(copied))
-    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"
     train = TrainConfig(steps=1, precision=precision, attention="eager")
     method = method_of(model, UnlearnConfig(retain_loss="kl", train=train))
     convert_(model, precision)
