@@ -198,7 +198,7 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
     changes there is not drawn again.
 
     Raises:
-        FileNotFoundError: a data file or the checkpoint folder is missing.
+        FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
     files = [Path(path) for path in data.sources() if "://" not in path]
@@ -215,6 +215,10 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
                 f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
             )
         files += [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
+    if data.tokenizer and not Path(data.tokenizer).is_dir():
+        raise FileNotFoundError(
+            f"data.tokenizer: got {data.tokenizer}, which is not a folder; wanted one with a tokenizer's files"
+        )
     if tokenizer := settings["data"]["tokenizer"]:
         files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
     return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")

@@ -6,6 +6,7 @@ import pytest
 from transformers import Gemma2Config
 
 from undo_core.cli import main
+from undo_core.data.tokenizers import character_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
@@ -91,5 +92,8 @@ def test_every_config_is_read(path, capsys, tmp_path, monkeypatch):
     if "path: checkpoints/" in text:
         Gemma2Config().save_pretrained("own")
         arguments += ["--model.path=own"]
+    if "tokenizer: checkpoints/" in text:
+        character_tokenizer("ab").save_pretrained("own")
+        arguments += ["--data.tokenizer=own"]
     assert main(arguments) == 0
     assert "relearn" in capsys.readouterr().out

@@ -16,7 +16,9 @@ from undo_core.data.tokenizers import train_bpe
 from undo_core.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE, WMDP = (str(ROOT / "configs" / name) for name in ("hf-template.yaml", "wmdp-gemma-2-2b.yaml"))
+TEMPLATE, WMDP, LANGUAGE = (
+    str(ROOT / "configs" / name) for name in ("hf-template.yaml", "wmdp-gemma-2-2b.yaml", "language.yaml")
+)
 WORDS = {
     "retain": "house river garden window morning paper light stone field bread",
     "forget": "socket buffer kernel packet handle thread pointer mutex signal heap",
@@ -134,6 +136,7 @@ def test_the_published_settings_are_the_published_ones(tmp_path, capsys):
     ("arguments", "wanted"),
     [
         ([WMDP], ["model.path: got checkpoints/gemma-2-2b", "config.json"]),
+        ([LANGUAGE], ["data.tokenizer: got checkpoints/gemma-2-2b", "not a folder"]),
         ([TEMPLATE], ["data.retain", "got no files"]),
         ([TEMPLATE, "--data.retain=[a.txt]", "--data.forget=[b.txt]"], ["a.txt", "not a file"]),
         ([WMDP, "--data.tokens=null"], ["data.tokens: got null with shares in data.retain"]),

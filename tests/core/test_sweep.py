@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Gemma2Config
 
 from undo_core import workers
 from undo_core.attacks.config import NEEDS
@@ -248,7 +249,10 @@ def test_killed_it_continues(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("sweep-*.yaml")), ids=lambda path: path.name)
-def test_every_sweep_is_read(path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    assert main(["sweep", str(path), "--dry-run", "--output=nowhere"]) == 0
+def test_every_sweep_is_read(path, monkeypatch, capsys, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    Gemma2Config().save_pretrained(tmp_path / "checkpoints" / "gemma-2-2b")  # where a checkpoint or its tokenizer is
+    monkeypatch.chdir(tmp_path)
+    one_seed = ["--grid={seed: [0]}"] if path.stem.endswith("-methods") else []  # of every method
+    assert main(["sweep", str(path), "--dry-run", "--output=nowhere", *one_seed]) == 0
     assert "runs ask for" in capsys.readouterr().out

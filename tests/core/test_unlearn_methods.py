@@ -458,7 +458,7 @@ class ScaledConfig:
 
 @register("scaled", "Scaled ascent", settings=ScaledConfig)
 def scaled(model, config):
-    return Method(forget_and_retain(lambda *of: -config.scaled.scale * cross_entropy(*of), config.retain_weight))
+    return Method(forget_and_retain(lambda *of: -config.scaled.scale * cross_entropy(*of), model, config))
 '''
 
 

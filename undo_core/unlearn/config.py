@@ -27,6 +27,7 @@ class _Common:
     Attributes:
         method: {methods}.
         retain_weight: factor on the retain term.
+        retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept.
         forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
         robust: what is wrapped around the method against relearning: none, {robust}.
         train: optimizer, rates, batch sizes.
@@ -34,6 +35,7 @@ class _Common:
 
     method: MethodName = "maxent"
     retain_weight: float = 1.0
+    retain_loss: Literal["cross-entropy", "kl"] = "cross-entropy"
     forget_rows: int | None = None
     robust: RobustName = "none"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10, batch_size=40, lr=9e-5))
@@ -44,6 +46,10 @@ class _Common:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(entries)}")
         if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
             raise ValueError(f"retain_weight: got {self.retain_weight}, wanted a finite number >= 0")
+        if self.retain_loss not in ("cross-entropy", "kl"):
+            raise ValueError(f"retain_loss: got {self.retain_loss!r}, wanted cross-entropy or kl")
+        if self.retain_loss == "kl" and not self.retain_weight:
+            raise ValueError("retain_loss: got kl with retain_weight 0, wanted a retain_weight > 0 with it")
         if self.forget_rows is not None and self.forget_rows < 1:
             raise ValueError(f"forget_rows: got {self.forget_rows}, wanted an integer >= 1")
         for entry in self.entries():
@@ -63,7 +69,8 @@ class _Common:
         """As JSON values, without what has no say: settings of what is not used, and what is absent by default."""
         used = {self.method, self.robust, "rmu"}  # those of rmu have always been there
         unused = {name for name, entry in {**METHODS, **ROBUST}.items() if entry.settings} - used
-        absent = {name for name, value in (("forget_rows", None), ("robust", "none")) if getattr(self, name) == value}
+        defaults = (("forget_rows", None), ("robust", "none"), ("retain_loss", "cross-entropy"))
+        absent = {name for name, value in defaults if getattr(self, name) == value}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused | absent}
 
 

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 @register("graddiff", "GradDiff")
 def graddiff(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """The published language (weight 1) and arithmetic (weight 15) setting; every parameter is trained."""
-    return Method(forget_and_retain(lambda *arguments: -cross_entropy(*arguments), config.retain_weight))
+    return Method(forget_and_retain(lambda *arguments: -cross_entropy(*arguments), model, config))

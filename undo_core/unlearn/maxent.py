@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 @register("maxent", "MaxEnt")
 def maxent(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """The published language and arithmetic setting (arXiv 2506.06278, code); every parameter is trained."""
-    return Method(forget_and_retain(uniform_kl, config.retain_weight))
+    return Method(forget_and_retain(uniform_kl, model, config))

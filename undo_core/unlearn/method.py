@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import Batch
+from undo_core.training.lean import choose_kernels
 from undo_core.training.loop import Gradient, Loss, accumulate
-from undo_core.training.losses import cross_entropy
+from undo_core.training.losses import cross_entropy, distillation
+from undo_core.training.precision import convert_
 
 if TYPE_CHECKING:
     from undo_core.unlearn.config import UnlearnConfig
@@ -57,18 +61,37 @@ Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
 """``term(model, micro_batch, counted)``: as a :data:`Loss`, of one source."""
 
 
-def forget_and_retain(forget: Term, retain_weight: float) -> Loss:
-    """``forget(forget text) + retain_weight * CE(retain text)``; retain is not run at weight 0."""
+def forget_and_retain(forget: Term, model: PreTrainedModel, config: UnlearnConfig) -> Loss:
+    """``forget(forget text) + retain_weight * CE(retain text)``; with ``config.retain_loss`` kl ``KL(p_original || p)`` in the place of CE.
+
+    ``model`` is still the original. retain is not run at weight 0.
+    """
+    retain = kept(model, config) if config.retain_loss == "kl" else cross_entropy
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         terms = []
         if "forget" in batches:
             terms.append(forget(model, batches["forget"], counted["forget"]))
-        if "retain" in batches and retain_weight:
-            terms.append(retain_weight * cross_entropy(model, batches["retain"], counted["retain"]))
+        if "retain" in batches and config.retain_weight:
+            terms.append(config.retain_weight * retain(model, batches["retain"], counted["retain"]))
         return sum(terms) if terms else torch.zeros((), requires_grad=True)
 
     return loss
+
+
+def kept(model: PreTrainedModel, config: UnlearnConfig) -> Term:
+    """``KL(p_original || p)``, of the model as it is now. Memory: :func:`original_of`."""
+    original = original_of(model, config)
+    choose_kernels(original, config.train)  # the model's: at the first step the two differ by nothing
+    teacher = ModelTeacher(original)
+    return lambda model, batch, counted: distillation(model, teacher.targets(batch), batch, counted)
+
+
+def original_of(model: PreTrainedModel, config: UnlearnConfig) -> PreTrainedModel:
+    """A copy of the model as it is now, its weights as those in training, without gradients, in evaluation mode."""
+    original = copy.deepcopy(model).eval().requires_grad_(False)
+    convert_(original, config.train.precision)
+    return original
 
 
 Costs = dict[str, float]

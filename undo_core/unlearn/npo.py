@@ -61,7 +61,7 @@ def npo(model: PreTrainedModel, config: UnlearnConfig) -> Method:
             return 2 / beta * (F.softplus(beta * gap) * labels).sum() / max(counted, 1)
         return 2 / beta * (F.softplus(beta * gap.sum(-1)) * labels.any(-1)).sum() / labelled_rows(batch)
 
-    return Method(forget_and_retain(forget, config.retain_weight), reference=token_cross_entropy)
+    return Method(forget_and_retain(forget, model, config), reference=token_cross_entropy)
 
 
 def labelled_rows(batch: Batch) -> torch.Tensor:

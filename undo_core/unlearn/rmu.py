@@ -70,7 +70,12 @@ class RMUConfig:
             raise ValueError(f"direction: got {self.direction!r}, wanted gaussian or uniform")
 
 
-@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments))
+def _check(config: UnlearnConfig) -> None:
+    if config.retain_loss == "kl":
+        raise ValueError("retain_loss: got kl with method rmu, whose retain term is of activations; wanted it left out")
+
+
+@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check)
 def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 

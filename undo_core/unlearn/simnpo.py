@@ -52,4 +52,4 @@ def simnpo(model: PreTrainedModel, config: UnlearnConfig) -> Method:
         nats = token_cross_entropy(model, batch).sum(-1) / labels.sum(-1).clamp_min(1)
         return 2 / beta * (F.softplus(gamma - beta * nats) * labels.any(-1)).sum() / labelled_rows(batch)
 
-    return Method(forget_and_retain(forget, config.retain_weight))
+    return Method(forget_and_retain(forget, model, config))

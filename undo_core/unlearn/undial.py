@@ -14,7 +14,6 @@ to ``exp(gamma)`` and so is what it makes of rounding; hence the limit on ``gamm
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,8 +24,7 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
-from undo_core.training.precision import weight_dtype
-from undo_core.unlearn.method import Method, forget_and_retain, register
+from undo_core.unlearn.method import Method, forget_and_retain, original_of, register
 
 if TYPE_CHECKING:
     from undo_core.unlearn.config import UnlearnConfig
@@ -60,7 +58,7 @@ def undial(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """Memory: a copy of the model in the dtype of the weights, without gradients, and a second gradient of the head while the two terms
     are added."""
     gamma, lowered = config.undial.gamma, -math.expm1(-config.undial.gamma)
-    original = copy.deepcopy(model).to(weight_dtype(config.train.precision)).eval().requires_grad_(False)
+    original = original_of(model, config)
 
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
         inputs, labels, mask = batch.shifted()
@@ -82,4 +80,4 @@ def undial(model: PreTrainedModel, config: UnlearnConfig) -> Method:
         )
         return whole - label + constant.masked_fill(~mask, 0.0).sum() / normalizer
 
-    return Method(forget_and_retain(forget, config.retain_weight))
+    return Method(forget_and_retain(forget, model, config))
