@@ -45,8 +45,8 @@ def folder(tmp_path_factory):
         lines = [{"text": " ".join(draw.choices(words.split(), k=draw.randint(8, 30)))} for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "letters.txt").write_text(" A B C D\n" * 3000)  # a token for each letter
-    write(folder / "wmdp.jsonl", questions(40, seed=1, subjects=("",)))
-    write(folder / "mmlu.jsonl", questions(100, seed=2)), write(folder / "dev.jsonl", questions(20, seed=3))
+    write(folder / "wmdp.jsonl", questions(20, seed=1, subjects=("",)))
+    write(folder / "mmlu.jsonl", questions(30, seed=2)), write(folder / "dev.jsonl", questions(20, seed=3))
     tokenizer = train_bpe([str(folder / f"{name}.jsonl") for name in WORDS] + [str(folder / "letters.txt")], 320)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -110,6 +110,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     data += [f"--data.distill.sources={{{folder / 'web'}.jsonl: 0.9, {folder / 'retain'}.jsonl: 0.1}}"]
     for name, file in (("forget.files", "wmdp"), ("retain.files", "mmlu"), ("retain.examples", "dev")):
         data.append(f"--data.questions.{name}=[{folder / file}.jsonl]")
+    data.append("--data.questions.valid_fraction=0.3")
     arguments = [*data, *small(folder, tmp_path / "out", 4, 2), "--unlearn.rmu.first_layer=0", "--unlearn.rmu.target_layer=2"]
     assert main(["plan", WMDP, *arguments]) == 0 and not (tmp_path / "out").exists()
     assert main(["run", WMDP, *arguments]) == 0
@@ -123,7 +124,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     assert found["models"][2]["training"]["steps"] == 3
     assert found["metric"]["kind"] == "accuracy"
     sizes = {name: len(rows) for name, rows in rows.items() if rows.choices is not None}
-    assert sizes["valid_forget"] + sizes["test_forget"] == 40 and 40 <= sizes["valid_retain"] + sizes["test_retain"] <= 42
+    assert sizes["valid_forget"] + sizes["test_forget"] == 20 and 12 <= sizes["valid_retain"] + sizes["test_retain"] <= 13
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     asked = {name: tokenizer.decode(rows[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
     assert asked["forget"].startswith("The following are multiple choice questions (with answers) about cybersecurity.\n\n")

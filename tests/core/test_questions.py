@@ -11,6 +11,7 @@ import torch
 from asked import WORDS, bytewise_tokenizer, questions, write
 
 from undo_core import evaluate as evaluate_rows
+from undo_core import few_shot
 from undo_core.cli import main
 from undo_core.config import DataConfig, ModelConfig, PretrainConfig, QuestionsConfig, RunConfig
 from undo_core.data.question_rows import question_splits
@@ -103,7 +104,9 @@ def test_rows_of_like_lengths_run_together(bytewise, tmp_path, monkeypatch):
     rows = splits_of(bytewise, MultipleChoiceConfig([str(path)]), positions=None, valid_fraction=0.01)[0]["test_forget"]
     shapes, forward = [], module.hidden_states
     monkeypatch.setattr(module, "POSITIONS", 1000)
-    monkeypatch.setattr(module, "hidden_states", lambda model, ids, *a: shapes.append(tuple(ids.shape)) or forward(model, ids, *a))
+    monkeypatch.setattr(
+        module, "hidden_states", lambda model, ids, *a: shapes.append(tuple(ids.shape)) or forward(model, ids, *a)
+    )
     evaluate_rows(model, rows)
     assert sum(count for count, _ in shapes) == len(rows) and len(shapes) < len(rows) // 3
     assert all(count * (length + 1) <= 1000 or count == 1 for count, length in shapes)
@@ -159,8 +162,23 @@ def test_rows_with_choices_survive_the_disk_and_are_checked(bytewise, asked, tmp
         with pytest.raises(ValueError, match=f"^{name}"):
             Rows(**{"input_ids": ids, "pad_id": 0, "answer_mask": mask, "choices": letters, **changes})
     model = build_model({"model_type": "llama", **MODEL}, bytewise, 0)
-    with pytest.raises(ValueError, match="^rows: got token id 4000"):
+    with pytest.raises(ValueError, match=r"^rows: got token id 4000"):
         evaluate_rows(model, Rows(ids, 0, mask, choices=torch.tensor([[7, 4000]])))
+
+
+def test_answered_questions_are_shown_before_a_question(bytewise, tmp_path):
+    """The few-shot attack: what stands before a question leaves its letters and its answer what they are."""
+    files = [write(tmp_path / "q.jsonl", questions(30, seed=4, choices=(2, 4)))]
+    splits, _ = splits_of(bytewise, MultipleChoiceConfig(files, description="It.\n\n"), positions=None)
+    rows, shown = splits["test_forget"], splits["valid_forget"]
+    between = bytewise.encode("\n\n", add_special_tokens=False)
+    prompted, _ = few_shot(rows, shown, 2, seed=0, positions=None, between=between)
+    examples = {bytewise.decode(row[row != 0]) for row in shown.input_ids}
+    assert torch.equal(prompted.choices, rows.choices)
+    for row, answer, long, mask in zip(rows.input_ids, rows.answer_mask, prompted.input_ids, prompted.answer_mask, strict=True):
+        *before, own = bytewise.decode(long[long != 0]).split("<bos>")[1:]
+        assert "<bos>" + own == bytewise.decode(row[row != 0]) and long[mask].tolist() == row[answer].tolist()
+        assert len(before) == 2 and all(text.endswith("\n\n") and "<bos>" + text[:-2] in examples for text in before)
 
 
 def test_hub_questions_are_streamed(monkeypatch):
@@ -187,7 +205,12 @@ def test_what_cannot_be_scored_is_named(bytewise, tmp_path):
     for tokenizer, names, changes, message in (
         (bytewise, many, {}, r"data\.tokenizer: got the tokens \[\d+, \d+\] for ' E' after a prompt"),
         (letterless, files, {}, r"data\.tokenizer: got the tokens \[\d+, \d+\] for ' A' after a prompt"),
-        (bytewise, files, {"valid_fraction": 1e-9}, r"data\.questions\.valid_fraction: got 1e-09, with which none of forget's 20"),
+        (
+            bytewise,
+            files,
+            {"valid_fraction": 1e-9},
+            r"data\.questions\.valid_fraction: got 1e-09, with which none of forget's 20",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             splits_of(tokenizer, MultipleChoiceConfig(names), **changes)
@@ -280,7 +303,10 @@ def finished(tmp_path_factory, bytewise):
     folder = tmp_path_factory.mktemp("asked-run")
     draw = random.Random(0)
     for name, words in (("retain", WORDS[:6]), ("forget", WORDS[6:])):
-        lines = [{"text": " ".join(draw.choices(words, k=draw.randint(8, 30))) + f"\nAnswer: {draw.choice('ABCD')}"} for _ in range(200)]
+        lines = [
+            {"text": " ".join(draw.choices(words, k=draw.randint(8, 30))) + f"\nAnswer: {draw.choice('ABCD')}"}
+            for _ in range(200)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     bytewise.save_pretrained(folder / "tokenizer")
     write(folder / "wmdp.jsonl", questions(60, seed=1, subjects=("",), choices=(2, 4)))
@@ -335,7 +361,9 @@ def test_its_scores_are_those_of_the_command(finished, bytewise, tmp_path, capsy
             assert main(["evaluate", folder, "--multiple-choice", path, *options]) == 0
             wanted = json.loads(capsys.readouterr().out)["multiple_choice"]
             got = model["metrics"][name]
-            assert {key: got[key] for key in ("value", "low", "high", "n")} == {key: wanted[key] for key in ("value", "low", "high", "n")}
+            assert {key: got[key] for key in ("value", "low", "high", "n")} == {
+                key: wanted[key] for key in ("value", "low", "high", "n")
+            }
             values.add(wanted["value"])
     assert len(values) > 2
 
@@ -370,7 +398,10 @@ def test_what_is_cut_is_said(finished, tmp_path, capsys):
     """Prepared for a model of fewer positions."""
     flags = [f"--data.{name}=[{finished}/{name}.jsonl]" for name in ("retain", "forget")]
     flags += [f"--data.questions.forget.files=[{finished}/wmdp.jsonl]", "--data.questions.forget.description=x"]
-    flags += [f"--data.questions.retain.files=[{finished}/mmlu.jsonl]", f"--data.questions.retain.examples=[{finished}/dev.jsonl]"]
+    flags += [
+        f"--data.questions.retain.files=[{finished}/mmlu.jsonl]",
+        f"--data.questions.retain.examples=[{finished}/dev.jsonl]",
+    ]
     flags += ["--data.questions.retain.shots=2", "--data.kind=text", f"--data.tokenizer={finished}/tokenizer"]
     config = {"model_type": "llama", "max_position_embeddings": 170, **MODEL}
     assert main(["prepare", str(tmp_path / "data"), *flags, f"--model.config={json.dumps(config)}"]) == 0
@@ -378,7 +409,10 @@ def test_what_is_cut_is_said(finished, tmp_path, capsys):
     cut = {name: facts["truncated"] for name, facts in splits.items() if "truncated" in facts}
     assert cut["test_retain"] > 0 and cut["test_forget"] == cut["valid_forget"] == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{cut['test_retain']} of {splits['test_retain']['rows']} questions of test_retain are cut" in said and "test_forget" not in said
+    assert (
+        f"{cut['test_retain']} of {splits['test_retain']['rows']} questions of test_retain are cut" in said
+        and "test_forget" not in said
+    )
     rows = Rows.load(tmp_path / "data" / "data" / "test_retain.safetensors")
     full = Rows.load(next((finished / "out" / "stages").glob("prepare-*/data")) / "test_retain.safetensors")
     assert rows.length == 171 < full.length, "as many positions as the model has, and the letter"
