@@ -117,10 +117,9 @@ def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, c
     """
     hidden = _hidden(model, ids, None)[torch.arange(len(ids), device=ids.device), at - 1]
     head, letters = head_of(model), choices.clamp_min(0)
+    bias = None if head.bias is None else head.bias[letters].float()
     products = torch.bmm(head.weight[letters].float(), hidden.float()[:, :, None])[:, :, 0]
-    return _logits(products, None if head.bias is None else head.bias[letters].float(), head).masked_fill(
-        choices < 0, -math.inf
-    )
+    return _logits(products, bias, head).masked_fill(choices < 0, -math.inf)
 
 
 def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -132,9 +131,10 @@ def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return torch.cat(tokens)
 
 
-def _logits(products: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torch.Tensor:
-    """Of the head's products. A softcap and a positive scale keep their order, but ties can arise at the cap: it is applied."""
-    logits = products if bias is None else products + bias
+def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torch.Tensor:
+    """Of the head's bare products. A softcap and a positive scale keep their order, but ties can arise at the cap: it is applied."""
+    if bias is not None:
+        logits = logits + bias
     logits = logits * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
