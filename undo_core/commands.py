@@ -325,8 +325,9 @@ def evaluate(
     Args:
         model: Hugging Face checkpoint folder.
         data: folder made by ``undo prepare``.
-        multiple_choice: JSONL or Parquet files with question, choices, answer (an index) and subject.
-        examples: files of the same form with answered questions, of which the first ``shots`` of the subject are shown.
+        multiple_choice: JSONL or Parquet files, or hf://name[:config[:split]] (cais/mmlu:all), with question, choices, answer (an index)
+            and subject.
+        examples: sources of the same form with answered questions, of which the first ``shots`` of the subject are shown.
         shots: how many.
         description: text before everything; {subject} in it becomes the question's subject.
         limit: share of each subject's questions, the first ones; published for MMLU: 0.4.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from undo_core.attacks.config import AttackConfig
 from undo_core.damage import DamageConfig
+from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.gate import GateConfig
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.teacher import TeacherConfig
@@ -40,6 +41,40 @@ class DistillDataConfig:
 
 
 @dataclass(frozen=True)
+class QuestionsConfig:
+    """Multiple-choice questions by which a run on text is scored, instead of the cross-entropy of held-out text: WMDP and MMLU.
+
+    Of each entry both or neither. Validation and test rows are then questions, retain and forget performance is the share answered right,
+    and stop rules take it as they take any accuracy. What a run trains on stays the same.
+
+    Attributes:
+        forget: questions whose answers are to be forgotten.
+        retain: questions whose answers are to be kept.
+        valid_fraction: share of the questions, by a hash of the seed and the question, that stop rules and training curves are of; the
+            results are of the others.
+    """
+
+    forget: MultipleChoiceConfig | None = None
+    retain: MultipleChoiceConfig | None = None
+    valid_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name, other in (("forget", "retain"), ("retain", "forget")):
+            if getattr(self, name) is None and getattr(self, other) is not None:
+                raise ValueError(f"data.questions.{name}: got none beside those of {other}, wanted both or neither")
+        if not 0 < self.valid_fraction < 1:
+            raise ValueError(f"data.questions.valid_fraction: got {self.valid_fraction}, wanted a number in (0, 1)")
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return self.forget is not None
+
+    def chosen(self) -> dict[str, MultipleChoiceConfig]:
+        """By name, retain and forget; empty where there are none."""
+        return {"retain": self.retain, "forget": self.forget} if self else {}
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is retained and what is forgotten.
 
@@ -57,6 +92,7 @@ class DataConfig:
         forget: the same, of what is forgotten (text).
         tokens: taken of each of retain and forget, in all three splits together; None takes everything (text).
         distill: other text to distill on (text).
+        questions: multiple-choice questions to score by, instead of held-out text (text).
         valid_fraction: share of the documents in each of the validation and the test split (text).
         tokenizer: folder of a tokenizer; None builds one: characters for arithmetic, byte-level BPE for text.
         vocab_size: of the BPE tokenizer (text).
@@ -73,6 +109,7 @@ class DataConfig:
     forget: Sources = field(default_factory=list)
     tokens: int | None = None
     distill: DistillDataConfig = field(default_factory=DistillDataConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     valid_fraction: float = 0.05
     tokenizer: str | None = None
     vocab_size: int = 8000
@@ -100,10 +137,18 @@ class DataConfig:
             _check_sources(f"data.{name}", getattr(self, name), "data.tokens", self.tokens)
         if self.distill.sources and self.kind != "text":
             raise ValueError(f"data.distill.sources: got some with kind {self.kind}, wanted none: they are of kind text")
+        if self.questions and self.kind != "text":
+            raise ValueError(f"data.questions: got some with kind {self.kind}, wanted none: they are of kind text")
+
+    @property
+    def metric(self) -> Literal["accuracy", "loss"]:
+        """What performance is: the share of answers that are right, or the cross-entropy of text that has none."""
+        return "loss" if self.kind == "text" and not self.questions else "accuracy"
 
     def sources(self) -> list[str]:
         """Every file and hub data set that is read."""
-        return [*self.retain, *self.forget, *self.distill.sources]
+        asked = [path for questions in self.questions.chosen().values() for path in (*questions.files, *questions.examples)]
+        return [*self.retain, *self.forget, *self.distill.sources, *asked]
 
 
 def _check_sources(name: str, sources: Sources, budget: str, tokens: int | None) -> None:
@@ -203,7 +248,8 @@ class DistillConfig:
     Attributes:
         train: optimizer, rates, batch sizes; ``steps`` is the limit.
         recover: the student (and the data-filtering control) stops at the first evaluation within this of the teacher's retain
-            performance: absolute accuracy, or relative cross-entropy (the published rule). None trains for ``steps``.
+            performance: absolute, of an accuracy (arithmetic, questions), or relative, of a cross-entropy (the published rule). None
+            trains for ``steps``.
         teacher: where the teacher is meanwhile. A cache is made once, for every student of the run and of its sweeps.
         hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; needs a resident or
             streamed teacher. 0, as published, leaves it out.
@@ -292,6 +338,11 @@ class RunConfig:
         for name in ("oracle_steps", "oracle_random_steps"):
             if getattr(self.controls, name) and not self.controls.filter:
                 raise ValueError(f"controls.{name}: wanted 0 without controls.filter, whose model is the oracle")
+        if self.data.metric == "loss" and self.pretrain.stop_retain is not None:
+            raise ValueError(
+                f"pretrain.stop_retain: got {self.pretrain.stop_retain} with text that is scored by its cross-entropy, wanted null: it is "
+                f"an accuracy, of arithmetic or of data.questions"
+            )
         if not self.relearn.trains:
             raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; others go under attacks")
         for name in self.attacks:

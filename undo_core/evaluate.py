@@ -1,8 +1,9 @@
-"""Evaluation: exact match of greedy answers, or cross-entropy on text, each with a 95 % interval."""
+"""Evaluation: exact match of greedy answers, the likeliest letter of multiple choice, or cross-entropy on text, each with a 95 % interval."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def evaluate(
 
     Accuracy is the exact match of the greedy answer, terminator included. It is computed in one forward pass over the
     reference text: greedy decoding gives the reference answer exactly when the most likely token is right at every answer
-    position given the tokens before it, which are then the ones that decoding itself produced.
+    position given the tokens before it, which are then the ones that decoding itself produced. Of rows with choices it is the share
+    whose right letter is the likeliest of the letters. They run sorted by length, each batch cut to its longest row.
 
     Args:
         model: left in the mode it was in.
@@ -43,24 +45,28 @@ def evaluate(
     Raises:
         ValueError: the rows have a token that the model's vocabulary has not.
     """
-    largest, vocabulary = int(rows.input_ids.max()), model.get_input_embeddings().weight.shape[0]
+    largest, vocabulary = rows.largest_id(), model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
         raise ValueError(
             f"rows: got token id {largest}, wanted ids below the model's vocabulary of {vocabulary}; prepare the data for this model"
         )
     training = model.training
     model.eval()
-    score = _correct if rows.answer_mask is not None else token_nats
-    batch_size = batch_size or rows_at_once(rows.length)
     device = next(model.parameters()).device
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        ids = rows.input_ids[start : start + batch_size].long().to(device)
-        chosen = counted if rows.answer_mask is None else rows.answer_mask
-        mask = ids != rows.pad_id if chosen is None else chosen[start : start + batch_size].to(device)
-        parts.append(score(model, ids, rows.position_ids(ids), mask).cpu())
+    parts, order = [], []
+    for index, length in _batches(rows, batch_size):
+        ids = rows.input_ids[index, :length].long().to(device)
+        if rows.choices is not None:
+            part = _right_letter(model, ids, rows.answer_mask[index, :length].to(device), rows.choices[index].to(device))
+        else:
+            chosen = counted if rows.answer_mask is None else rows.answer_mask
+            mask = ids != rows.pad_id if chosen is None else chosen[index].to(device)
+            score = token_nats if rows.answer_mask is None else _correct
+            part = score(model, ids, rows.position_ids(ids), mask)
+        parts.append(part.cpu())
+        order.append(index)
     model.train(training)
-    scores = torch.cat(parts)
+    scores = torch.cat(parts)[torch.cat(order).argsort()]
     summary = accuracy if rows.answer_mask is not None else _mean_nats
     result = summary(scores)
     if rows.group is not None:
@@ -77,6 +83,17 @@ def rows_at_once(length: int) -> int:
     return max(1, min(512, POSITIONS // length))
 
 
+def _batches(rows: Rows, size: int | None) -> Iterator[tuple[torch.Tensor, int]]:
+    """Indices of the rows that run together, and how many of their columns."""
+    lengths = torch.full((len(rows),), rows.length) if rows.choices is None else rows.answer_mask.int().argmax(1) + 1
+    left = lengths.argsort(descending=True, stable=True)
+    while len(left):
+        longest = int(lengths[left[0]])
+        count = size or rows_at_once(longest)
+        yield left[:count], longest
+        left = left[count:]
+
+
 def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """``[batch]`` float64, 1 where every answer token is the most likely one."""
     hidden, labels, mask = _hidden(model, ids, positions), ids[:, 1:], mask[:, 1:]
@@ -85,20 +102,41 @@ def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor 
     return right.all(1).double()
 
 
+def _right_letter(model: PreTrainedModel, ids: torch.Tensor, answers: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+    """``[batch]`` float64, 1 where no letter is likelier than the right one; of equals the first counts, and NaN is wrong."""
+    at = answers.int().argmax(1)
+    right = choices == ids.gather(1, at[:, None])
+    logits = letter_logits(model, ids, at, choices)
+    return (right.gather(1, logits.argmax(1, keepdim=True))[:, 0] & ~logits.isnan().any(1)).double()
+
+
+def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+    """``[batch, k]`` float32: logits of the tokens ``choices`` at the positions ``at`` ``[batch]`` of the rows; -inf for a choice of -1.
+
+    They differ from log-likelihoods by the same for all letters of a row. Of the head, only the letters' rows are read.
+    """
+    hidden = _hidden(model, ids, None)[torch.arange(len(ids), device=ids.device), at - 1]
+    head, letters = head_of(model), choices.clamp_min(0)
+    bias = None if head.bias is None else head.bias[letters].float()
+    products = torch.bmm(head.weight[letters].float(), hidden.float()[:, :, None])[:, :, 0]
+    return _logits(products, bias, head).masked_fill(choices < 0, -math.inf)
+
+
 def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """Tokens ``[n]`` of the largest logits, from hidden states ``[n, d]``."""
     weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
     tokens = []
     for part in hidden.split(max(1, LOGITS // weight.shape[1])):
-        # A softcap and a positive scale keep the order of the logits, but ties can arise at the cap: apply them.
-        logits = part.float() @ weight
-        if bias is not None:
-            logits = logits + bias
-        logits = logits * head.scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        tokens.append(logits.argmax(-1))
+        tokens.append(_logits(part.float() @ weight, bias, head).argmax(-1))
     return torch.cat(tokens)
+
+
+def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torch.Tensor:
+    """Of the head's bare products. A softcap and a positive scale keep their order, but ties can arise at the cap: it is applied."""
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:

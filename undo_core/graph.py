@@ -9,13 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoConfig
-
 from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
-from undo_core.models import architecture, positions_of
+from undo_core.models import configuration, positions_of
 from undo_core.store import Stage
 
 TOKENIZER_FILES = (
@@ -201,11 +199,13 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
         FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
+    if not data.questions:  # as in the keys of runs from before there were questions
+        del settings["data"]["questions"]
     files = [Path(path) for path in data.sources() if "://" not in path]
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget and data.distill.sources"
+                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and data.questions"
             )
     if model.path:
         settings["data"]["tokenizer"] = data.tokenizer or model.path
@@ -235,12 +235,10 @@ def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
 def _check_shots(config: RunConfig) -> None:
     """Refuse numbers of examples whose rows are too long for the model at their shortest; the probe itself knows the rows drawn."""
     attacks = {name: attack for name, attack in config.attacks.items() if attack.kind == "fewshot"}
-    if not attacks:
+    if not attacks or config.data.questions:
         return
     model = config.model
-    positions = positions_of(
-        AutoConfig.from_pretrained(model.path, trust_remote_code=False) if model.path else architecture(model.config)
-    )
+    positions = positions_of(configuration(vars(model)))
     # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
@@ -255,7 +253,7 @@ def _check_shots(config: RunConfig) -> None:
 
 def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
     """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
-    higher, seed = config.data.kind != "text", derive_seed(config.seed, "relearn")
+    higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
     return {
         attack: {
             model.name: Attacked(with_seed(settings, seed), plan.prepared, model.stage, f"{attack} {model.name}", higher)

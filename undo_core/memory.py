@@ -31,7 +31,7 @@ from undo_core.attacks.config import AttackConfig, attack_config
 from undo_core.attacks.lora import insert
 from undo_core.damage import ELEMENT_BYTES as DAMAGE_BYTES
 from undo_core.distill import matching
-from undo_core.evaluate import most_likely, rows_at_once, token_nats
+from undo_core.evaluate import letter_logits, most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
 from undo_core.models import attention_of, head_of, hidden_states, set_attention
@@ -106,7 +106,9 @@ class Predictor:
         config: of the models, teachers included.
         length: tokens in a row.
         answers: whether evaluation scores answers; else it is cross-entropy.
+        choices: letters of a question, where evaluation compares those; 0 where it does not.
         evaluated: rows that an evaluation has; None where nobody knows, for as many as it takes at once.
+        evaluated_length: tokens in the longest of them; None for ``length``.
         data_bytes: token rows that a stage holds.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
     """
@@ -117,12 +119,16 @@ class Predictor:
         length: int,
         *,
         answers: bool = False,
+        choices: int = 0,
         evaluated: int | None = None,
+        evaluated_length: int | None = None,
         data_bytes: int = 0,
         device: str | None = None,
     ) -> None:
-        self.config, self.length, self.answers, self.data_bytes = config, length, answers, data_bytes
-        self.evaluated = min(rows_at_once(length), evaluated or rows_at_once(length))
+        self.config, self.length, self.data_bytes = config, length, data_bytes
+        columns = evaluated_length or length
+        most = rows_at_once(columns)
+        self.scored = _Scored(min(most, evaluated or most), columns, answers, choices)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._known: dict[str, Memory] = {}
 
@@ -145,7 +151,7 @@ class Predictor:
     def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> list[Memory]:
         """The parts at the largest sum of each moment."""
         with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
-            stage = _Stage(self.config, self.length, self.answers, self.evaluated, self.device)
+            stage = _Stage(self.config, self.length, self.scored, self.device)
             moments = stage.moments(kind, settings, stored)
         process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
         return [dataclasses.replace(memory, process=process) for memory in moments]
@@ -173,11 +179,21 @@ def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """The rows of an evaluation's forward pass, their length, and what of them is scored."""
+
+    rows: int
+    length: int
+    answers: bool
+    choices: int
+
+
 class _Stage:
     """One stage on the meta device."""
 
-    def __init__(self, config: PreTrainedConfig, length: int, answers: bool, evaluated: int, device: str) -> None:
-        self.config, self.length, self.answers, self.evaluated, self.device = config, length, answers, evaluated, device
+    def __init__(self, config: PreTrainedConfig, length: int, scored: _Scored, device: str) -> None:
+        self.config, self.length, self.scored, self.device = config, length, scored, device
         self.storages = Storages(PARTS)
 
     def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype) -> list[Memory]:
@@ -345,8 +361,12 @@ class _Stage:
     @torch.no_grad()
     def _evaluate(self, model: PreTrainedModel) -> None:
         model.eval()
-        ids = torch.empty(self.evaluated, self.length, dtype=torch.int64, device="meta")
-        if self.answers:  # at most every position is one of an answer
+        scored = self.scored
+        ids = torch.empty(scored.rows, scored.length, dtype=torch.int64, device="meta")
+        if scored.choices:
+            letters = torch.empty(scored.rows, scored.choices, dtype=torch.int64, device="meta")
+            letter_logits(model, ids, letters[:, 0], letters)
+        elif scored.answers:  # at most every position is one of an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
         else:
             token_nats(model, ids, None, ids != 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,12 @@ def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
         if near := difflib.get_close_matches(name, known, 1, cutoff=0.85):
             raise ValueError(f"model.config: got {name}, wanted {near[0]}, or another setting of {type(config).__name__}")
     return config
+
+
+def configuration(settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """Of a model that ``settings`` describe: a checkpoint folder ``path``, or the keyword arguments ``config``."""
+    path = settings["path"]
+    return AutoConfig.from_pretrained(path, trust_remote_code=False) if path else architecture(settings["config"])
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

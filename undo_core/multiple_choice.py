@@ -3,49 +3,18 @@ positions alone, and letters that follow the same tokens share one forward pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undo_core import ops
-from undo_core.data.questions import DESCRIPTION, LETTERS, Question, prompts, read_questions
+from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
 from undo_core.evaluate import POSITIONS, accuracy
 from undo_core.models import head_of, hidden_states
 
 Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for
-
-
-@dataclass(frozen=True)
-class MultipleChoiceConfig:
-    """Which questions, and how they are put.
-
-    Attributes:
-        files: JSONL or Parquet files of questions; see :func:`undo_core.data.questions.read_questions`.
-        examples: files of answered questions to show before each one.
-        shots: how many of them, of the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
-        description: text before everything; ``{subject}`` in it becomes the question's subject.
-        limit: share of each subject's questions, the first ones, in (0, 1]; published for MMLU: 0.4.
-    """
-
-    files: list[str] = field(default_factory=list)
-    examples: list[str] = field(default_factory=list)
-    shots: int = 0
-    description: str = DESCRIPTION
-    limit: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("multiple_choice: got no file, wanted at least one of questions")
-        if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 0:
-            raise ValueError(f"shots: got {self.shots}, wanted an integer >= 0")
-        if self.shots and not self.examples:
-            raise ValueError(f"shots: got {self.shots} and no examples, wanted files of examples")
-        if not 0 < self.limit <= 1:
-            raise ValueError(f"limit: got {self.limit}, wanted a number in (0, 1]")
 
 
 def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MultipleChoiceConfig) -> dict[str, Any]:
@@ -59,8 +28,7 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         ValueError: a file that holds no questions, or a tokenizer that does not keep a letter apart from the prompt.
         FileNotFoundError: a file is missing.
     """
-    questions = first_of_each(read_questions(config.files), config.limit)
-    texts = prompts(questions, read_questions(config.examples), shots=config.shots, description=config.description)
+    questions, texts = posed(config)
     requests, truncated = [], 0
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for question, text in zip(questions, texts, strict=True):
@@ -68,8 +36,9 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         truncated += room is not None and any(len(given) + len(asked) - 1 > room for given, asked in own)
         requests += own
     scores = log_likelihoods(model, requests).split([len(question.choices) for question in questions])
-    right = torch.tensor(
-        [float(int(part.numpy().argmax()) == q.answer) for part, q in zip(scores, questions, strict=True)], dtype=torch.float64
+    right = torch.tensor(  # NaN, of a diverged model, is wrong
+        [float(int(part.argmax()) == q.answer and not part.isnan().any()) for part, q in zip(scores, questions, strict=True)],
+        dtype=torch.float64,
     )
     result = {**accuracy(right), "truncated": truncated}
     subjects = dict.fromkeys(question.subject for question in questions)
@@ -77,20 +46,6 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         of = {name: torch.tensor([question.subject == name for question in questions]) for name in subjects}
         result["groups"] = {name: accuracy(right[mask]) for name, mask in of.items()}
     return result
-
-
-def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]:
-    """The first share ``limit`` of each subject's questions, rounded up."""
-    left: dict[str, int] = {}
-    for question in questions:
-        left[question.subject] = left.get(question.subject, 0) + 1
-    left = {subject: math.ceil(count * limit) for subject, count in left.items()}
-    kept = []
-    for question in questions:
-        if left[question.subject] > 0:
-            left[question.subject] -= 1
-            kept.append(question)
-    return kept
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Request:

@@ -90,7 +90,7 @@ def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
     splits = store.manifest(plan.prepared)["splits"]
     targets = [store.manifest(m.stage).get("retain_target") for m in plan.models]
     return {
-        "kind": "loss" if config.data.kind == "text" else "accuracy",
+        "kind": config.data.metric,
         "headline_step": config.relearn.headline_step,
         "retain_target": next((t for t in targets if t is not None), None),
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},

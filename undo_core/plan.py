@@ -220,7 +220,8 @@ def _predictor(config: RunConfig) -> Predict:
     @functools.cache
     def of_length(length: int) -> Predictor:
         data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length  # both splits, and their union
-        return Predictor(_model_config(config), length, answers=config.data.kind != "text", data_bytes=data)
+        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}  # as most have
+        return Predictor(_model_config(config), length, **scored, data_bytes=data)
 
     def predict(stage: Stage, settings: dict[str, Any] | None = None, kind: str | None = None) -> Memory:
         predictor = of_length(_row_length(config, stage))

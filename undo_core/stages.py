@@ -19,13 +19,13 @@ from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import stored_dtype
 from undo_core.damage import damage_checkpoint
 from undo_core.data.rows import Rows
-from undo_core.data.splits import TRAIN_SPLITS, distilled, make_splits
+from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text, make_splits
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor
-from undo_core.models import build_model, forward_flops, head_flops, load_model, load_tokenizer, positions_of
+from undo_core.models import build_model, configuration, forward_flops, head_flops, load_model, load_tokenizer, positions_of
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
@@ -45,18 +45,22 @@ Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
 def prepare(work: Work) -> dict[str, Any]:
     """Draw, tokenise and split the data; build the tokenizer and the model at its initialisation."""
-    tokenizer, splits = make_splits(work.settings["data"])
     settings = work.settings["model"]
+    tokenizer, splits, cut = make_splits(work.settings["data"], positions_of(configuration(settings)))
     path = settings["path"]
     model = load_model(path, stored_dtype(Path(path))) if path else build_model(settings["config"], tokenizer, settings["seed"])
     (work.output / "data").mkdir()
     for name, rows in splits.items():
         rows.save(work.output / "data" / f"{name}.safetensors")
     _save(model, tokenizer, work.output)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "splits": {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()},
-    }
+    facts = {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()}
+    for name, count in cut.items():
+        facts[name]["truncated"] = count
+        if count:
+            console.print(
+                f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the model"
+            )
+    return {"parameters": sum(p.numel() for p in model.parameters()), "splits": facts}
 
 
 def initialise(work: Work) -> dict[str, Any]:
@@ -216,7 +220,7 @@ def gate_stage(work: Work) -> dict[str, Any]:
     return {
         **{f"labelled_{name}_tokens": rows.tokens() for name, rows in known.items()},
         "labelled_rows": {name: len(rows) for name, rows in known.items()},
-        "heldout": fitted.quality(*(load_split(data, f"valid_{name}") for name in ("forget", "retain"))),
+        "heldout": fitted.quality(*(_heldout_text(data, name) for name in ("forget", "retain"))),
         "kept_rows": int(kept.sum()),
         "rows": len(text),
     }
@@ -227,16 +231,16 @@ def cache_stage(work: Work) -> dict[str, Any]:
     settings = dict(work.settings)
     streamed = settings.pop("streamed", False)
     model, data = (stream_model if streamed else load_model)(work.inputs["teacher"]), work.inputs["prepared"]
-    text, heldout = _distill_rows(data), load_split(data, "valid_retain")
+    text, scored = _distill_rows(data), load_split(data, "valid_retain")
     scratch, config = work.scratch / "cache", TeacherConfig(**settings)
-    cached = cache_teacher(model, text, scratch, config, check=heldout, title=work.title)
+    cached = cache_teacher(model, text, scratch, config, check=_heldout_text(data, "retain"), title=work.title)
     for path in sorted(scratch.iterdir()):
         try:
             os.link(path, work.output / path.name)  # a second name: a kill before the folder is published loses nothing
         except OSError:  # a file system without hard links
             shutil.copyfile(path, work.output / path.name)
     flops = forward_flops(model, text.length) * text.input_ids.numel()
-    return {**cached.facts, "flops": flops, "retain": _retain(model, data), "retain_rows": heldout.digest()}
+    return {**cached.facts, "flops": flops, "retain": _retain(model, data), "retain_rows": scored.digest()}
 
 
 def relearn_stage(work: Work) -> dict[str, Any]:
@@ -272,6 +276,8 @@ def probe_stage(work: Work) -> dict[str, Any]:
     tests = {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
     if settings["kind"] == "fewshot":
         examples, how = load_split(data, "valid_forget"), {"seed": settings["seed"], "positions": positions_of(model.config)}
+        if examples.choices is not None:  # an answered question ends without its own end
+            how["between"] = load_tokenizer(data).encode("\n\n", add_special_tokens=False)
         prompted = {name: few_shot(rows, examples, settings["shots"], **how) for name, rows in tests.items()}
         facts = {"length": prompted["forget"][0].length}
         scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}
@@ -301,7 +307,7 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    predict = Predictor(config, rows.length, answers=scored.answer_mask is not None, evaluated=len(scored))
+    predict = Predictor(config, rows.length, **_scored(scored))
     try:
         predicted = predict(kind, work.settings, stored_dtype(source)).total
     except Exception as error:  # of the diagnostic: whether the stage can run is the stage's to say
@@ -351,7 +357,21 @@ def _take(rows: Rows, chosen: torch.Tensor) -> Rows:
 
 
 def _distill_rows(data: Path) -> Rows:
-    return _train_rows(data, distilled({name for name in TRAIN_SPLITS.values() if split_path(data, name).exists()}))
+    return _train_rows(data, distilled(_splits(data)))
+
+
+def _heldout_text(data: Path, name: str) -> Rows:
+    return load_split(data, heldout_text(_splits(data), name))
+
+
+def _splits(data: Path) -> set[str]:
+    return {path.stem for path in (data / "data").glob("*.safetensors")}
+
+
+def _scored(rows: Rows) -> dict[str, Any]:
+    """What a prediction of memory has to know of rows that are evaluated."""
+    asked = {} if rows.choices is None else {"choices": rows.choices.shape[1], "evaluated_length": rows.length}
+    return {"answers": rows.answer_mask is not None, "evaluated": len(rows), **asked}
 
 
 def _load(folder: Path, precision: Precision) -> PreTrainedModel:

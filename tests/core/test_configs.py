@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from asked import questions, write
 from safetensors.torch import load_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
 from undo_core.data.rows import Rows
@@ -45,7 +46,10 @@ def folder(tmp_path_factory):
     for name, words in WORDS.items():
         lines = [{"text": " ".join(draw.choices(words.split(), k=draw.randint(8, 30)))} for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tokenizer = train_bpe([str(folder / f"{name}.jsonl") for name in WORDS], 320)
+    (folder / "letters.txt").write_text(" A B C D\n" * 3000)  # a token for each letter
+    write(folder / "wmdp.jsonl", questions(20, seed=1, subjects=("",)))
+    write(folder / "mmlu.jsonl", questions(30, seed=2)), write(folder / "dev.jsonl", questions(20, seed=3))
+    tokenizer = train_bpe([str(folder / f"{name}.jsonl") for name in WORDS] + [str(folder / "letters.txt")], 320)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
@@ -106,6 +110,9 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     data = [retain, f"--data.forget=[{folder / 'forget'}.jsonl]", "--data.tokens=4000", "--data.valid_fraction=0.1"]
     data += ["--data.length=16", "--data.distill.length=32", "--data.distill.tokens=8000"]
     data += [f"--data.distill.sources={{{folder / 'web'}.jsonl: 0.9, {folder / 'retain'}.jsonl: 0.1}}"]
+    for name, file in (("forget.files", "wmdp"), ("retain.files", "mmlu"), ("retain.examples", "dev")):
+        data.append(f"--data.questions.{name}=[{folder / file}.jsonl]")
+    data.append("--data.questions.valid_fraction=0.3")
     arguments = [*data, *small(folder, tmp_path / "out", 4, 2), "--unlearn.rmu.first_layer=0", "--unlearn.rmu.target_layer=2"]
     assert main(["plan", WMDP, *arguments]) == 0 and not (tmp_path / "out").exists()
     assert main(["run", WMDP, *arguments]) == 0
@@ -117,6 +124,13 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")
     assert read_json(student)["positions_by_source"] == {"text": 3 * 4 * 32}
     assert found["models"][2]["training"]["steps"] == 3
+    assert found["metric"]["kind"] == "accuracy"
+    sizes = {name: len(rows) for name, rows in rows.items() if rows.choices is not None}
+    assert sizes["valid_forget"] + sizes["test_forget"] == 20 and 12 <= sizes["valid_retain"] + sizes["test_retain"] <= 13
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    asked = {name: tokenizer.decode(rows[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
+    assert asked["forget"].startswith("The following are multiple choice questions (with answers) about cybersecurity.\n\n")
+    assert [text.count("Answer:") for text in asked.values()] == [1, 6], "no example, and five"
 
 
 def test_the_published_settings_are_the_published_ones(tmp_path, capsys):

@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import random
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from asked import bytewise_tokenizer, questions, write
 
 from undo_core.cli import main
 from undo_core.data.questions import DESCRIPTION, Question, prompts, read_questions
@@ -22,21 +21,11 @@ MODEL = {
     "head_dim": 8,
     "max_position_embeddings": 400,
 }
-WORDS = ["virus", "enzyme", "packet", "kernel", "buffer", "protein", "cell", "port", "shell", "spore", "vector", "heap"]
 
 
 @pytest.fixture(scope="module")
 def bytewise():
-    """A byte-level BPE tokenizer with a token for each letter after a space."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet)
-    made.train_from_iterator([f"{question.prompt()} {'ABCD'[question.answer]}" for question in questions(50, seed=9)], trainer)
-    made.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return bytewise_tokenizer()
 
 
 @pytest.fixture(scope="module", params=["gemma2", "llama"])
@@ -47,20 +36,6 @@ def model(request, bytewise):
             if parameter.ndim > 1:
                 parameter.mul_(12)  # answers that differ
     return made
-
-
-def questions(count, seed=0, subjects=("biology", "computer_security")):
-    draw = random.Random(seed)
-    sentence = lambda low, high: " ".join(draw.choices(WORDS, k=draw.randint(low, high)))  # noqa: E731
-    return [
-        Question(sentence(2, 9) + "? ", tuple(sentence(1, 3) for _ in range(4)), draw.randrange(4), draw.choice(subjects))
-        for _ in range(count)
-    ]
-
-
-def write(path, asked):
-    path.write_text("".join(json.dumps(vars(question)) + "\n" for question in asked))
-    return str(path)
 
 
 def naive(model, request):

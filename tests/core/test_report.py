@@ -17,6 +17,7 @@ from rich.console import Console
 from undo_core.report import derive, terminal_table, write_report
 from undo_core.report.figures import spread_apart
 from undo_core.report.metrics import ratio_of_robustness
+from undo_core.report.table import group_table
 
 STEPS = [0, 20, 100]
 RATES = [1e-3, 4e-3]
@@ -119,6 +120,19 @@ def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def censor(result: dict[str, Any], name: str) -> None:
     entry(result, name)["training"] |= {"stop_step": None, "stop_tokens": None, "stop_flops": None, "limit_reached": True}
+
+
+def test_many_groups_have_a_line_each() -> None:
+    """MMLU has 57 subjects, too many for columns."""
+    result = run()
+    for model in result["models"]:
+        model["metrics"]["forget"]["groups"] = {f"subject_{i:02}": score(i / 100) for i in range(30)}
+    table = group_table(derive([result], "title"))
+    assert [name for name, _ in table.headers] == ["group", *(m.label for m in derive([result], "title").models)]
+    assert [row[0].main for row in table.rows] == ["retain +", "retain -", *(f"forget subject_{i:02}" for i in range(30))]
+    assert all(cell.main == "7.0" for cell in table.rows[9][1:]) and len(table.rows[9]) == len(table.headers)
+    few = group_table(derive([run()], "title"))
+    assert [name for name, _ in few.headers] == ["model", "retain +", "retain -"]
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "loss"])

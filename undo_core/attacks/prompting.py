@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from undo_core.data.rows import Rows
 
 
-def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int | None) -> tuple[Rows, torch.Tensor]:
+def few_shot(
+    rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int | None, between: Sequence[int] = ()
+) -> tuple[Rows, torch.Tensor]:
     """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
 
     The examples of a row are different from each other and from the row itself, whose answer would otherwise be there to copy. Where an
@@ -22,6 +25,7 @@ def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: in
         shots: examples before each row.
         seed: of the draw.
         positions: that the model has; None for one without a limit.
+        between: token ids after each example.
 
     Returns:
         The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
@@ -46,7 +50,7 @@ def few_shot(rows: Rows, examples: Rows, shots: int, *, seed: int, positions: in
             if tokens and tokens[-1] == part[0]:
                 tokens.pop()
             start = len(tokens)
-            tokens += part
+            tokens += part if part is own else [*part, *between]
         prompted.append((tokens, start))
     length = max(len(tokens) for tokens, _ in prompted)
     if positions is not None and length - 1 > positions:  # the last token is a label alone

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from undo_core.data.text import HUB, hub_records
+
 LETTERS = string.ascii_uppercase
 DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
+
+
+@dataclass(frozen=True)
+class MultipleChoiceConfig:
+    """Which questions, and how they are put.
+
+    Attributes:
+        files: of questions: JSONL, Parquet or hf://name[:config[:split]]; see :func:`read_questions`.
+        examples: the same, of answered questions to show before each one.
+        shots: how many of them, of the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
+        description: text before everything; ``{subject}`` in it becomes the question's subject.
+        limit: share of each subject's questions, the first ones, in (0, 1]; published for MMLU: 0.4.
+    """
+
+    files: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+    shots: int = 0
+    description: str = DESCRIPTION
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("multiple_choice: got no file, wanted at least one of questions")
+        if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 0:
+            raise ValueError(f"shots: got {self.shots}, wanted an integer >= 0")
+        if self.shots and not self.examples:
+            raise ValueError(f"shots: got {self.shots} and no examples, wanted files of examples")
+        if not 0 < self.limit <= 1:
+            raise ValueError(f"limit: got {self.limit}, wanted a number in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -39,21 +71,47 @@ def read_questions(sources: Iterable[str | Path]) -> list[Question]:
     """The questions of every source, in order.
 
     Args:
-        sources: ``.jsonl`` or ``.parquet`` files with the fields ``question``, ``choices``, ``answer`` (an index) and, where it has
-            one, ``subject``: the columns of ``cais/wmdp`` and ``cais/mmlu``.
+        sources: ``.jsonl`` or ``.parquet`` files, or ``hf://name[:config[:split]]`` (the split ``test`` where none is named), with the
+            fields ``question``, ``choices``, ``answer`` (an index) and, where it has one, ``subject``: the columns of ``cais/wmdp``
+            and ``cais/mmlu``.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown ending, a malformed record, or a file without a question; names file and line.
-        ImportError: Parquet without pyarrow; names the command that installs it.
+        ValueError: an unknown ending, a malformed record, or a source without a question; names source and line.
+        ImportError: an extra is missing; names the command that installs it.
     """
     found = []
-    for path in map(Path, sources):
-        questions = [_question(record, f"{path}, {where}") for where, record in _records(path)]
+    for source in map(str, sources):
+        questions = [_question(record, f"{source}, {where}") for where, record in _records(source)]
         if not questions:
-            raise ValueError(f"{path}: got no question, wanted at least one")
+            raise ValueError(f"{source}: got no question, wanted at least one")
         found += questions
     return found
+
+
+def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]:
+    """The first share ``limit`` of each subject's questions, rounded up."""
+    left: dict[str, int] = {}
+    for question in questions:
+        left[question.subject] = left.get(question.subject, 0) + 1
+    left = {subject: math.ceil(count * limit) for subject, count in left.items()}
+    kept = []
+    for question in questions:
+        if left[question.subject] > 0:
+            left[question.subject] -= 1
+            kept.append(question)
+    return kept
+
+
+def posed(config: MultipleChoiceConfig) -> tuple[list[Question], list[str]]:
+    """The questions that ``config`` chooses, and what a model reads before it answers each.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`read_questions` and :func:`prompts`.
+    """
+    questions = first_of_each(read_questions(config.files), config.limit)
+    examples = read_questions(config.examples)
+    return questions, prompts(questions, examples, shots=config.shots, description=config.description)
 
 
 def prompts(
@@ -69,7 +127,7 @@ def prompts(
         description: text before everything; ``{subject}`` in it becomes the question's, with spaces for underscores.
 
     Raises:
-        ValueError: a subject with fewer examples than ``shots``.
+        ValueError: a subject with fewer examples than ``shots``; ``{subject}`` with a question that has none.
     """
     by_subject: dict[str, list[Question]] = {}
     for example in examples:
@@ -81,14 +139,25 @@ def prompts(
             raise ValueError(
                 f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted as many examples"
             )
+        if not subject and "{subject}" in description:
+            raise ValueError(
+                f"description: got {description!r} and a question without a subject, wanted one that names what it is about"
+            )
         parts = [f"{example.prompt()} {LETTERS[example.answer]}\n\n" for example in known]
         heads[subject] = description.replace("{subject}", subject.replace("_", " ")) + "".join(parts)
     return [heads[question.subject] + question.prompt() for question in questions]
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def _records(source: str) -> Iterator[tuple[str, Any]]:
+    if source.startswith(HUB):
+        for number, record in enumerate(hub_records(source, "test"), 1):
+            yield f"row {number}", record
+        return
+    path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"multiple_choice: got {path}, which is not a file; wanted .jsonl or .parquet")
+        raise FileNotFoundError(
+            f"multiple_choice: got {path}, which is not a file; wanted .jsonl, .parquet or {HUB}name[:config[:split]]"
+        )
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

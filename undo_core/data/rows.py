@@ -29,6 +29,8 @@ class Rows:
         group_names: names of the groups.
         separator_id: id of the token before each document of a row, where documents are isolated from each other: none attends to
             another, and positions start again at each. None where a row is read as one text.
+        choices: ``[n, k]`` int32, of multiple-choice questions: the token of each choice's letter, -1 beyond a question's choices. The
+            answer is then one token, of the right letter, and the last of the row; the rows are scored by which letter is likeliest.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +39,7 @@ class Rows:
     group: torch.Tensor | None = None
     group_names: tuple[str, ...] = ()
     separator_id: int | None = None
+    choices: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape[0] == 0:
@@ -45,6 +48,16 @@ class Rows:
             raise ValueError(
                 f"answer_mask: got shape {tuple(self.answer_mask.shape)}, wanted {tuple(self.input_ids.shape)} like input_ids"
             )
+        if self.choices is not None:
+            self._check_choices(self.choices)
+
+    def _check_choices(self, choices: torch.Tensor) -> None:
+        if choices.ndim != 2 or len(choices) != len(self):
+            raise ValueError(f"choices: got shape {tuple(choices.shape)}, wanted [{len(self)}, k] for the rows of input_ids")
+        if self.answer_mask is None or not (self.answer_mask[:, 1:].sum(1) == 1).all() or self.answer_mask[:, 0].any():
+            raise ValueError("answer_mask: got one with choices that marks other than one token after a prompt in each row")
+        if not (self.input_ids[self.answer_mask][:, None] == choices).any(1).all():
+            raise ValueError("choices: got rows whose answer is none of them, wanted the tokens of all letters")
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -52,6 +65,10 @@ class Rows:
     @property
     def length(self) -> int:
         return self.input_ids.shape[1]
+
+    def largest_id(self) -> int:
+        """Of the tokens that a model has to know."""
+        return int(self.input_ids.max()) if self.choices is None else int(max(self.input_ids.max(), self.choices.max()))
 
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
@@ -94,6 +111,8 @@ class Rows:
             tensors["answer_mask"] = self.answer_mask.contiguous()
         if self.group is not None:
             tensors["group"] = self.group.to(torch.int16).contiguous()
+        if self.choices is not None:
+            tensors["choices"] = self.choices.to(torch.int32).contiguous()
         # One entry only: safetensors writes several in an order that changes from run to run.
         facts = {"pad_id": self.pad_id, "group_names": self.group_names, "separator_id": self.separator_id}
         save_file(tensors, path, metadata={"rows": json.dumps(facts)})
@@ -113,6 +132,7 @@ class Rows:
                 group=file.get_tensor("group") if "group" in keys else None,
                 group_names=tuple(facts["group_names"]),
                 separator_id=facts.get("separator_id"),
+                choices=file.get_tensor("choices") if "choices" in keys else None,
             )
 
 

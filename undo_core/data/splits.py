@@ -8,6 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from undo_core.data import arithmetic, text, tokenizers
+from undo_core.data.question_rows import question_splits
+from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.data.rows import Rows
 from undo_core.models import load_tokenizer
 
@@ -19,12 +21,40 @@ def distilled(splits: Container[str]) -> list[str]:
     return ["distill"] if TRAIN_SPLITS["distill"] in splits else ["retain", "forget"]
 
 
-def make_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Rows]]:
+def heldout_text(splits: Container[str], name: str) -> str:
+    """The validation split of text of ``name``, retain or forget: where questions are evaluated, one beside theirs."""
+    beside = f"valid_text_{name}"
+    return beside if beside in splits else f"valid_{name}"
+
+
+def make_splits(
+    settings: dict[str, Any], positions: int | None = None
+) -> tuple[PreTrainedTokenizerBase, dict[str, Rows], dict[str, int]]:
     """Tokenizer and token rows of every split: train, valid and test, each for retain and forget, and held-out where there is one.
+
+    With questions, those are valid and test; the validation part of the text is beside them, its test part nowhere.
 
     Args:
         settings: the fields of :class:`undo_core.config.DataConfig`, its seed set.
+        positions: that the model has; None for one without a limit.
+
+    Returns:
+        Tokenizer, rows by split, and for splits of questions how many are cut at their beginning to fit into ``positions``.
     """
+    tokenizer, splits = _training_splits(settings)
+    questions = settings.get("questions")
+    if questions is None:
+        return tokenizer, splits, {}
+    for name in ("retain", "forget"):
+        splits[f"valid_text_{name}"] = splits[f"valid_{name}"]
+    chosen = {name: MultipleChoiceConfig(**questions[name]) for name in ("retain", "forget")}
+    how = {"valid_fraction": questions["valid_fraction"], "seed": settings["seed"], "positions": positions}
+    asked, cut = question_splits(tokenizer, chosen, **how)
+    return tokenizer, {**splits, **asked}, cut
+
+
+def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Rows]]:
+    """Of the data that a run trains on."""
     kind, seed = settings["kind"], settings["seed"]
     if kind == "arithmetic-compact":
         return arithmetic.compact_splits(

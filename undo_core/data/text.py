@@ -88,16 +88,25 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         yield from (value or "" for value in batch.column(0).to_pylist())
 
 
-def _read_hub(source: str, field: str) -> Iterator[str]:
+def hub_records(source: str, split: str) -> Iterator[dict[str, Any]]:
+    """The records of ``hf://name[:config[:split]]``, streamed; of ``split`` where the source names none.
+
+    Raises:
+        ImportError: without Hugging Face ``datasets``; names the command that installs it.
+    """
     try:
         import datasets
     except ImportError:
         raise ImportError(f"{source}: reading it needs datasets; pip install 'undo-core[data]'") from None
-    name, _, named = source.removeprefix(HUB).partition("#")
+    name, *rest = source.removeprefix(HUB).split(":")
+    config, named = [*rest, "", ""][:2]
+    yield from datasets.load_dataset(name, config or None, split=named or split, streaming=True)
+
+
+def _read_hub(source: str, field: str) -> Iterator[str]:
+    name, _, named = source.partition("#")
     field = named or field
-    name, *rest = name.split(":")
-    config, split = [*rest, "", ""][:2]
-    for record in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+    for record in hub_records(name, "train"):
         if not isinstance(record.get(field), str):
             raise ValueError(f"{source}: got the fields {', '.join(record)}, wanted one named {field!r} with text")
         yield record[field]

@@ -90,13 +90,18 @@ def cost_table(report: Report) -> Table:
 
 
 def group_table(report: Report) -> Table:
-    """Performance before the attack for each group of rows; no rows where there are no groups."""
+    """Performance before the attack for each group of rows, a line a model or, of many groups, a line a group; no rows where there are
+    none."""
     unit = "%" if report.higher else "nats/token"
     labels = sorted({label for model in report.models for label in model.groups}, key=_group_order)
     headers = [("model", ""), *((label.replace("heldout_", "held-out "), unit) for label in labels)]
     rows = [
         [Cell(m.label), *(performance(m.groups.get(label, Stat()), report.higher) for label in labels)] for m in report.models
     ]
+    if len(labels) > 20:
+        names = [Cell(name) for name, _ in headers[1:]]
+        turned = [list(cells) for cells in zip(names, *(row[1:] for row in rows), strict=True)]
+        return Table([("group", ""), *((row[0].main, unit) for row in rows)], turned)
     return Table(headers, rows if labels else [])
 
 

@@ -55,7 +55,11 @@ def captions(report: Report) -> dict[str, str]:
 
 def definitions(report: Report) -> list[tuple[str, str]]:
     """Each term in one line."""
-    value = "share of prompts whose greedy answer matches exactly" if report.higher else "mean cross-entropy in nats per token"
+    value, rows = "mean cross-entropy in nats per token", "rows"
+    if report.higher:
+        value = "share of prompts whose greedy answer matches exactly"
+    if _asked(report):
+        value, rows = "share of multiple-choice questions whose right letter is the likeliest", "questions"
     several = (
         "mean over seeds, with the smallest and the largest seed"
         if len(report.seeds) > 1
@@ -63,7 +67,7 @@ def definitions(report: Report) -> list[tuple[str, str]]:
     )
     worst = "largest" if report.higher else "smallest"
     terms = {
-        "retain, forget": f"{value}, on test rows of what is to be kept and of what is to be forgotten",
+        "retain, forget": f"{value}, on test {rows} of what is to be kept and of what is to be forgotten",
         "held-out": "the same on problems that no stage of training, and no attack, has seen",
         "values": f"{several}; an interval covers the sampling of evaluation rows alone, not training nor the choice "
         "of the worst rate",
@@ -95,6 +99,12 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         if kind not in kinds:
             terms.pop(term)
     return list(terms.items())
+
+
+def _asked(report: Report) -> bool:
+    """Whether performance is that on multiple-choice questions."""
+    data: dict[str, Any] = (report.results[0].get("config") or {}).get("data") or {}
+    return bool((data.get("questions") or {}).get("forget"))
 
 
 def _over(report: Report) -> str:

@@ -1,0 +1,95 @@
+"""Multiple-choice questions as token rows, which :func:`undo_core.evaluate` scores like any others with answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from undo_core.data.questions import LETTERS, MultipleChoiceConfig, Question, posed
+from undo_core.data.rows import Rows
+
+
+def question_splits(
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Mapping[str, MultipleChoiceConfig],
+    *,
+    valid_fraction: float,
+    seed: int,
+    positions: int | None,
+) -> tuple[dict[str, Rows], dict[str, int]]:
+    """Rows of valid and test for each entry of ``chosen``, and how many questions of each are cut to fit into the model.
+
+    A question's split is a hash of the seed, its text and its choices: copies fall into one split, and a question's does not depend on
+    the others. Its tokens are those that lm-eval gives a model, and the letter's at the end.
+
+    Args:
+        tokenizer: its special tokens are put where it puts them by itself.
+        chosen: the questions by name, retain and forget.
+        valid_fraction: share of the questions in valid; the others are test.
+        seed: of the split.
+        positions: that the model has; None for one without a limit. Of a longer prompt the beginning is left out.
+
+    Memory: 5 bytes a token of the longest question, for each question.
+
+    Raises:
+        ValueError: a split without a question, a tokenizer with more or less than one token for a letter, or what is wrong with a file.
+        FileNotFoundError: a file is missing.
+    """
+    splits: dict[str, Rows] = {}
+    cut: dict[str, int] = {}
+    for name, config in chosen.items():
+        parts: dict[str, list[tuple[Question, str]]] = {"valid": [], "test": []}
+        for question, text in zip(*posed(config), strict=True):
+            parts["valid" if _share(question, seed) < valid_fraction else "test"].append((question, text))
+        for split, part in parts.items():
+            if not part:
+                raise ValueError(
+                    f"data.questions.valid_fraction: got {valid_fraction}, with which none of {name}'s "
+                    f"{sum(map(len, parts.values()))} questions fell into {split}"
+                )
+            splits[f"{split}_{name}"], cut[f"{split}_{name}"] = _rows(tokenizer, part, positions)
+    return splits, cut
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, posed: Sequence[tuple[Question, str]], positions: int | None) -> tuple[Rows, int]:
+    encoded = [_encode(tokenizer, text, len(question.choices)) for question, text in posed]
+    cut = sum(positions is not None and len(given) > positions for given, _ in encoded)
+    # The last token, the right letter, is a label alone: no position of the model reads it.
+    prompts = [given if positions is None else given[-positions:] for given, _ in encoded]
+    ids = torch.full((len(posed), max(map(len, prompts)) + 1), tokenizer.pad_token_id, dtype=torch.int32)
+    answers = torch.zeros(ids.shape, dtype=torch.bool)
+    choices = torch.full((len(posed), max(len(letters) for _, letters in encoded)), -1, dtype=torch.int32)
+    for row, ((question, _), given, (_, letters)) in enumerate(zip(posed, prompts, encoded, strict=True)):
+        ids[row, : len(given) + 1] = torch.tensor([*given, letters[question.answer]], dtype=torch.int32)
+        answers[row, len(given)] = True
+        choices[row, : len(letters)] = torch.tensor(letters, dtype=torch.int32)
+    subjects = sorted({question.subject for question, _ in posed})
+    group = torch.tensor([subjects.index(question.subject) for question, _ in posed], dtype=torch.int16)
+    grouped: dict[str, Any] = {"group": group, "group_names": tuple(subjects)} if len(subjects) > 1 else {}
+    return Rows(ids, tokenizer.pad_token_id, answers, choices=choices, **grouped), cut
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, and the one that each of the first ``count`` letters adds to it."""
+    given, *whole = tokenizer([prompt, *(f"{prompt} {letter}" for letter in LETTERS[:count])])["input_ids"]
+    added = [ids[len(given) :] for ids in whole]
+    if any(len(tokens) != 1 for tokens in added) or len({tokens[0] for tokens in added}) < count:
+        letter, tokens = next(
+            ((letter, tokens) for letter, tokens in zip(LETTERS, added, strict=False) if len(tokens) != 1),
+            (LETTERS[0], added[0]),
+        )
+        raise ValueError(
+            f"data.tokenizer: got the tokens {tokens} for {f' {letter}'!r} after a prompt, wanted a tokenizer with one token of its own "
+            f"for each letter, as data.questions compares them; `undo evaluate --multiple-choice` takes any"
+        )
+    return given, [tokens[0] for tokens in added]
+
+
+def _share(question: Question, seed: int) -> float:
+    """A number in [0, 1), evenly distributed over questions."""
+    digest = hashlib.sha256(f"{seed}/{question.prompt()}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
