@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from asked import bytewise_tokenizer, questions, write
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
@@ -184,9 +185,10 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = train_bpe([str(folder / f"{name}.jsonl") for name in WORDS], 320)
     tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer.save_pretrained(folder / "model")
+    lettered = bytewise_tokenizer()
+    lettered.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    ids = {"vocab_size": len(lettered), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     Gemma2ForCausalLM(Gemma2Config(**SHAPE, **ids)).bfloat16().save_pretrained(folder / "model")
     return folder
 
@@ -230,7 +232,15 @@ def test_wmdps_maxent_runs_in_a_sweep(folder, tmp_path, at_root):
         "data.distill.sources": {own["data.retain"][0]: 1.0},
         "data.distill.tokens": 6000,
     }
-    small |= {"data.distill.length": 32, "distill.train.warmup": 1, "distill.train.micro_batch_size": 4}
+    write(tmp_path / "asked.jsonl", questions(30, seed=1))
+    small |= {f"data.questions.{name}.files": [str(tmp_path / "asked.jsonl")] for name in ("forget", "retain")}
+    small |= {f"data.questions.retain.{name}": value for name, value in {"examples": [], "shots": 0, "limit": 1.0}.items()}
+    small |= {
+        "data.questions.valid_fraction": 0.3,
+        "data.distill.length": 32,
+        "distill.train.warmup": 1,
+        "distill.train.micro_batch_size": 4,
+    }
     settings["overrides"] |= own | small | {"unlearn.train.steps": 2, "unlearn.train.batch_size": 8}
     settings["runs"] = [run for run in settings["runs"] if run["name"] == "maxent"]
     settings["grid"] = {"seed": [42, 43]}
