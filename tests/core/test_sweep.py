@@ -181,7 +181,8 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert package.startswith("undo: failed: package, seed 0: plan: ModuleNotFoundError: kind: got lora, which needs a_package")
     assert bad == "undo: failed: bad, seed 0: bad: unlearn maxent: RuntimeError: half way"
     assert (out / "runs" / "good" / "results-seed0.json").exists() and not (out / "runs" / "bad").exists()
-    assert [s["label"] for s in read_json(out / "report" / "comparison.json")["settings"]] == ["good"]
+    (alone,) = read_json(out / "report" / "comparison.json")["settings"]
+    assert alone["label"] == "MaxEnt" and alone["runs"] == [str(out / "runs" / "good")]
     monkeypatch.setitem(FUNCTIONS, "unlearn", original)
     assert main(["sweep", write(tmp_path, runs=runs)]) == 0 and (out / "runs" / "bad" / "results-seed0.json").exists()
     assert [s["label"] for s in read_json(out / "report" / "comparison.json")["settings"]] == ["bad", "good"]
