@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from undo_core.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import figures, page, words
-from undo_core.report.claims import claims
+from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.metrics import Report, derive
 from undo_core.report.table import cost_table, markdown, order_sentence, results_table, terminal
 
@@ -65,7 +65,7 @@ def _tables(report: Report) -> str:
     ]
     said = claims(report)
     if said:
-        parts.append("Beside the published claims:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+        parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
     costs = cost_table(report)
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]

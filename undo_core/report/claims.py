@@ -8,12 +8,11 @@ from typing import Any
 from undo_core.report.metrics import Report
 from undo_core.report.table import count, ratio
 
-PUBLISHED_LABELS = "0.01 %"
-PUBLISHED_COMPUTE = "60–80 %"
+PUBLISHED = "Published: labels for 0.01 % of the pretraining data, and the robustness of data filtering, R = 1, at 60–80 % of its compute. Here:"
 
 
 def claims(report: Report) -> list[str]:
-    """A sentence on the labels and one on the compute, of what the results hold; means over seeds."""
+    """A sentence on the labels and one on the compute, of what the results hold, to stand under :data:`PUBLISHED`; means over seeds."""
     return [sentence for sentence in (_labels(report), _compute(report)) if sentence]
 
 
@@ -47,8 +46,8 @@ def _labels(report: Report) -> str:
     labelled, tokens = (statistics.fmean(pair[index] for pair in shares) for index in (0, 1))
     share = statistics.fmean(pair[0] / pair[1] for pair in shares)
     return (
-        f"Labels: {count(labelled)} labelled tokens, forget and retain, {_percent(share)} of the {count(tokens)} tokens of pretraining "
-        f"(published: {PUBLISHED_LABELS} of the pretraining data)."
+        f"Labels: {count(labelled)} labelled tokens, forget and retain, {_percent(share)} of the {count(tokens)} tokens of "
+        "pretraining."
     )
 
 
@@ -59,10 +58,7 @@ def _compute(report: Report) -> str:
     shares = [f"{_percent(model.compute['flops'].mean)} of data filtering's FLOPs"] if model.compute["flops"] else []
     owner = "its" if shares else "data filtering's"
     shares.append(f"{_percent(model.compute['steps'].mean)} of {owner} training steps")
-    return (
-        f"Compute: α = {model.alpha:g} reaches R = {ratio(model.robustness.mean)} at {' and '.join(shares)} (published: the robustness "
-        f"of data filtering, R = 1, at {PUBLISHED_COMPUTE} of its compute)."
-    )
+    return f"Compute: α = {model.alpha:g} reaches R = {ratio(model.robustness.mean)} at {' and '.join(shares)}."
 
 
 def _percent(share: float) -> str:

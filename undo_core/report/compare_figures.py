@@ -22,7 +22,7 @@ from undo_core.report.table import count
 UNDO = "#08519c"
 KIND_COLOURS = {**COLOURS, "undo": UNDO}
 KIND_NAMES = {**LABELS, "undo": "UNDO", "damaged": "other damage"}
-# Methods: Okabe and Ito's colours again; more methods than colours take a ramp.
+# Methods: Okabe and Ito's colours again; more methods take longer lists, or a ramp.
 METHODS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d00")
 HALO = [withStroke(linewidth=3, foreground="white")]
 GREY = "#bbbbbb"
@@ -322,6 +322,9 @@ def _line(points: Iterable[PlotPoint]) -> dict[Any, float]:
 def _method_colours(names: Sequence[str]) -> dict[str, Any]:
     if len(names) <= len(METHODS):
         return dict(zip(names, METHODS, strict=False))
+    for known in (colormaps["tab10"].colors, colormaps["tab20"].colors):
+        if len(names) <= len(known):
+            return dict(zip(names, known, strict=False))
     return {name: colormaps["viridis"](0.95 * index / (len(names) - 1)) for index, name in enumerate(names)}
 
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from undo_core.report.claims import label_shares
+from undo_core.report.claims import PUBLISHED, label_shares
 from undo_core.report.metrics import Stat
 from undo_core.report.points import COMPARED, Setting
 from undo_core.report.table import NONE, Cell, Notes, Table, markdown, model_marks, performance, rate, ratio_cell
@@ -58,6 +58,7 @@ def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]
     parts = [f"# {title}", markdown(table, names=2).rstrip()]
     if any(said.values()):
         parts.append("## Beside the published claims")
+        parts.append(PUBLISHED)
         named = [(f"{label}: " if len(said) > 1 else "", text) for label, texts in said.items() for text in texts]
         parts.append("\n".join(f"- {label}{text}" for label, text in named))
     return "\n\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from undo_core.report import words
-from undo_core.report.claims import claims
+from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.metrics import Report
 from undo_core.report.table import Table, cost_table, group_table, order_sentence, results_table
 
@@ -124,7 +124,7 @@ def figure_html(title: str, png: bytes, caption: str) -> str:
 def claims_html(sentences: Iterable[str]) -> str:
     """What the results say to the published claims; empty where they say nothing."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f'<p>Beside the published claims:</p><ul class="notes">{items}</ul>' if items else ""
+    return f'<p>{escape(PUBLISHED)}</p><ul class="notes">{items}</ul>' if items else ""
 
 
 def table_html(table: Table) -> str:
