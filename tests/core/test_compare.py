@@ -22,6 +22,7 @@ from undo_core.report.claims import claims
 from undo_core.report.compare import compare, comparison_table, load, write_comparison
 from undo_core.report.compare_table import latex, methods_csv, methods_table
 from undo_core.report.points import FIGURES, plot_points
+from undo_core.report.table import attack_table
 from undo_core.report.words import method_name
 
 METHODS = {"maxent": "none", "rmu": "none", "maxent+sam": "sam"}
@@ -102,6 +103,35 @@ def test_r_counts_further_attacks() -> None:
     assert (
         after.robustness.mean == pytest.approx((0.9 - unlearn) / (control - unlearn)) != pytest.approx(before.robustness.mean)
     )
+
+
+def test_each_attack_has_a_line_with_its_own_worst_case() -> None:
+    loaded = []
+    for seed in range(2):
+        values = results("x", seed)
+        for model in values["models"]:
+            if model["attack"]:
+                long = {"kind": "finetune", "headline_step": 500, "rates": [1e-4, 1e-3], "steps": [0, 100, 500]}
+                long["curves"] = [
+                    {"rate": rate, "forget": [score(0.0), score(0.99), score(high + 0.1 * seed)]}
+                    for rate, high in ((1e-4, 0.3), (1e-3, 0.6))
+                ]
+                model["attacks"] = {
+                    "long": long,
+                    "int4": {"headline_step": 0, "steps": [0], "curves": [{"forget": [score(0.01)]}]},
+                }
+        loaded.append(values)
+    table = attack_table(derive(loaded, "t"))
+    assert [(row[0].main, row[1].main) for row in table.rows] == [("fine-tuning", "100"), ("long", "500"), ("int4", "0")]
+    unlearn = [name for name, _ in table.headers].index("unlearn only")
+    assert (table.rows[1][unlearn].main, table.rows[1][unlearn].spread) == ("65.0", "60.0–70.0"), (
+        "not step 100, not the lower rate"
+    )
+    assert table.rows[1][unlearn].remark == "at 1e-3" and table.rows[2][unlearn].main == "1.0"
+    curves = [entry(values, "unlearn")["attack"]["curves"] for values in loaded]
+    alone = sum(max(curve["forget"][STEPS.index(100)]["value"] for curve in of) for of in curves) / 2
+    assert table.rows[0][unlearn].main == f"{100 * alone:.1f}"
+    assert not attack_table(derive([results("x")], "t")).rows, "one attack is in the table of results"
 
 
 def test_runs_that_differ_in_seed_or_alphas_are_one_setting() -> None:

@@ -11,7 +11,7 @@ from undo_core.files import hash_json, read_json, write_bytes, write_json, write
 from undo_core.report import figures, page, words
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.metrics import Report, derive
-from undo_core.report.table import cost_table, markdown, order_sentence, results_table, terminal
+from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, results_table, terminal
 
 
 def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Path:
@@ -66,7 +66,9 @@ def _tables(report: Report) -> str:
     said = claims(report)
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
-    costs = cost_table(report)
+    attacks, costs = attack_table(report), cost_table(report)
+    if attacks.rows:
+        parts += ["## By attack", markdown(attacks).rstrip()]
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]
     return "\n\n".join(parts) + "\n"

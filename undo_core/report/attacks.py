@@ -71,6 +71,18 @@ def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
     return curves
 
 
+def worst_by_attack(entry: dict[str, Any], seed: int, higher: bool, headline: int) -> dict[tuple[str | None, int], Point]:
+    """A model's worst case under each attack, over its grid, by the attack's name and its own headline step."""
+    found: dict[tuple[str | None, int], Point] = {}
+    for curve in attack_curves(entry, seed):
+        step = headline if curve.headline is None else curve.headline
+        point = curve.points.get(step)
+        if point is not None:
+            key = point.attack, step
+            found[key] = max(found.get(key, point), point, key=lambda point: harm(point.value, higher))
+    return found
+
+
 def envelope(entry: dict[str, Any], seed: int, higher: bool, headline: int, least: bool = False) -> dict[int, Point]:
     """A model's worst case at every step of its headline attack, over that attack's rates and all further attacks.
 

@@ -10,7 +10,7 @@ from html import escape
 from undo_core.report import words
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.metrics import Report
-from undo_core.report.table import Table, cost_table, group_table, order_sentence, results_table
+from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #626a75; --paper: #fff; --line: #dfe3e8; --tint: #f5f7f9;
@@ -87,6 +87,12 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         text = "".join(f"<li>{escape(order_sentence(order, report))}</li>" for order in orders)
         parts.append(f'<p>Does the attack get harder with α? After {report.headline} steps:</p><ul class="notes">{text}</ul>')
     parts.append(claims_html(claims(report)))
+    attacks = attack_table(report)
+    if attacks.rows:
+        parts.append(f"<h2>By attack</h2>{table_html(attacks)}")
+        parts.append(
+            '<p class="soft">Each at its own headline step, the worst of its grid: rates, orders of the data, examples, bits.</p>'
+        )
     for name, png in figures.items():
         parts.append(figure_html(_TITLES[name], png, captions[name]))
     costs, groups = cost_table(report), group_table(report)

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.metrics import DIVERGED, ModelReport, Order, Report, Stat
 
 NONE = "–"
@@ -61,6 +62,27 @@ def results_table(report: Report) -> Table:
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
         rows.append(row)
     return Table(headers, rows, notes.texts)
+
+
+def attack_table(report: Report) -> Table:
+    """Worst-case forget performance under each attack at its own headline step, a line an attack; no rows where there is one attack."""
+    worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
+    attacked = [model for model in report.models if model.attacks]
+    for model in attacked:
+        for seed, entry in model.entries.items():
+            for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
+                worst.setdefault(key, {}).setdefault(model.name, []).append(point)
+    unit = "%" if report.higher else "nats/token"
+    headers = [("attack", ""), ("steps", ""), *((model.label, f"forget, {unit}") for model in attacked)]
+    rows = [
+        [
+            Cell(name or "fine-tuning"),
+            Cell(str(step)),
+            *(performance(Stat(tuple(found.get(model.name, ()))), report.higher) for model in attacked),
+        ]
+        for (name, step), found in worst.items()
+    ]
+    return Table(headers, rows if len(worst) > 1 else [])
 
 
 def cost_table(report: Report) -> Table:
