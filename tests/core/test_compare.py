@@ -189,6 +189,16 @@ def test_settings_are_named_by_what_tells_them_apart() -> None:
     assert method_name("beta=0.1,rows=30") == "β=0.1, rows=30" and method_name("my-run") == "my-run"
 
 
+def test_runs_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["rows=30", "rows=100", "rows=1000", "other"]
+    for name in names:
+        for seed in (2, 10):
+            (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "runs" / name / f"results-seed{seed}.json").write_text(json.dumps({"seed": seed}))
+    found = [(Path(run).name, values["seed"]) for run, values in load([tmp_path])]
+    assert found == [(name, seed) for name in [names[-1], *names[:-1]] for seed in (2, 10)]
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     text = results("text", loss=True)
     with pytest.raises(ValueError, match=r"MaxEnt and text differ in metric\.kind"):

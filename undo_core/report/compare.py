@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
     files: dict[Path, Path] = {}
     for path in paths:
         found = (
-            [path] if path.is_file() else sorted([*path.glob("results-seed*.json"), *path.glob("runs/*/results-seed*.json")])
+            [path]
+            if path.is_file()
+            else sorted([*path.glob("results-seed*.json"), *path.glob("runs/*/results-seed*.json")], key=_by_number)
         )
         if not found:
             raise FileNotFoundError(
@@ -117,6 +120,11 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
                     "headline step"
                 )
     return settings
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """So that rows=300 comes before rows=1000."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+|^)(\d*)", str(path))]
 
 
 def _varied(values: dict[str, Any]) -> dict[str, Any]:
