@@ -144,7 +144,8 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
-        tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["steps"]
+        tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
+        unlearning = unlearning * facts["steps"] / facts["tokens"] if facts["tokens"] else 0
         if "cache" in model.stage.inputs:  # the teacher's forwards, once
             flops += store.manifest(model.stage.inputs["cache"])["flops"]
     stopped = facts["stopped"] if ruled else None
@@ -156,7 +157,7 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "flops": flops,
         "seconds": facts["seconds"],
         "limit_reached": facts["limit_reached"],
-        "unlearning_steps": unlearning,  # which tokens and FLOPs include
+        "unlearning_steps": unlearning,  # in steps of as many tokens as the student's; tokens and FLOPs include it
         "stop_step": facts["steps"] if stopped else None,
         "stop_tokens": tokens if stopped else None,
         "stop_flops": flops if stopped else None,

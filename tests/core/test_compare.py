@@ -170,16 +170,35 @@ def test_data_filtering_is_trained_once_for_all_methods() -> None:
         spent = [entry(v, name)["training"]["stop_step"] for v, name in ((ours, "undo-0.4"), (theirs, "filter"))]
         assert model.compute["steps"].points[seed].value == pytest.approx((spent[0] + 60) / spent[1])
         assert second.origins["filter", seed] == "runs/m/runs/maxent"
+    for _, values in loaded[
+        2:4
+    ]:  # data filtering, whose history is .18, .36, ..., .9 at 200, 400, ..., 1000 steps, met this at 800
+        values["metric"]["retain_target"] = 0.7
+    for _, values in loaded[4:]:
+        values["metric"]["retain_target"] = 0.91
+    _, earlier, never = compare(loaded, "t")
+    (model,) = (m for m in earlier.report.models if m.name == "undo-0.4")
+    for unit, extra in (("steps", 60), ("tokens", 0), ("flops", 0)):
+        name = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}[unit]
+        mine, base = (entry(loaded[at][1], kind)["training"][name] for at, kind in ((2, "undo-0.4"), (0, "filter")))
+        assert model.compute[unit].points[0].value == pytest.approx((mine + extra) / (0.8 * base))
+    (model,) = (m for m in never.report.models if m.name == "undo-0.4")
+    assert not model.compute["steps"] and "ended before it met" in model.compute["steps"].missing[0] and model.robustness
+    for _, values in loaded:
+        values["metric"]["retain_target"] = 0.87
     assert {p.run for p in plot_points([second]) if p.series == "filter"} == {"runs/m/runs/maxent"}
     table = methods_table(compare(loaded, "t"))
     assert sum(row[1].main == "data filtering" for row in table.rows) == 1
     (mark,) = (mark for mark, text in table.notes.items() if "data filtering of MaxEnt" in text)
     marked = {row[0].main for row in table.rows if mark in row[6].marks and mark in row[7].marks}
     assert marked == {"RMU", "MaxEnt + SAM"}
+    loaded[3][1]["models"].append(copy.deepcopy(entry(loaded[1][1], "filter")))  # of one seed its own
+    second = compare(loaded, "t")[1]
+    assert second.lender is None and set(second.report.of("filter")[0].entries) == {1}
     for _, values in loaded[2:]:
         values["config"]["relearn"] = {"batch_size": 8}  # another attack: nothing to compare with
     other = compare(loaded, "t")[1]
-    assert other.lender is None and not other.report.of("undo")[0].robustness
+    assert other.lender is None and [p.seed for p in other.report.of("undo")[0].robustness.points] == [1]
 
 
 def test_settings_are_named_by_what_tells_them_apart() -> None:

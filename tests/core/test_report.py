@@ -55,6 +55,7 @@ def trained(steps: int, flops: float, reached: bool = True) -> dict[str, Any]:
         "flops": flops,
         "seconds": 3.0,
         "limit_reached": not reached,
+        "unlearning_steps": 0,
         "stop_step": None,
         "stop_tokens": None,
         "stop_flops": None,

@@ -23,8 +23,8 @@ def question_splits(
 ) -> tuple[dict[str, Rows], dict[str, int]]:
     """Rows of valid and test for each entry of ``chosen``, and how many questions of each are cut to fit into the model.
 
-    A question's split is a hash of the seed, its text and its choices: copies fall into one split, and a question's does not depend on
-    the others. Its tokens are those that lm-eval gives a model, and the letter's at the end.
+    A question's split is a hash of the seed, its text and its choices: copies, with their choices in any order, fall into one split, and
+    a question's does not depend on the others. Its tokens are those that lm-eval gives a model, and the letter's at the end.
 
     Args:
         tokenizer: its special tokens are put where it puts them by itself.
@@ -91,5 +91,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> tupl
 
 def _share(question: Question, seed: int) -> float:
     """A number in [0, 1), evenly distributed over questions."""
-    digest = hashlib.sha256(f"{seed}/{question.prompt()}".encode()).digest()
+    text = "\n".join([question.question.strip(), *sorted(choice.strip() for choice in question.choices)])
+    digest = hashlib.sha256(f"{seed}/{text}".encode()).digest()
     return int.from_bytes(digest[:8], "little") / 2**64

@@ -103,13 +103,12 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
     origins = [_origins(group) for group in groups.values()]
     settings = []
     for label, results, origin, group in zip(labels, merged, origins, groups.values(), strict=True):
-        own, lender = [], None
-        for values in results:
-            filtered, donor = _filtered(values, merged)
-            if donor is not None:
-                lender = labels[donor]
+        donor, lent = _lender(results, merged)
+        for values in results if donor is not None else ():
+            if values["seed"] in lent:
                 origin = {**origin, ("filter", values["seed"]): origins[donor]["filter", values["seed"]]}
-            own.append({**values, "models": values["models"] + filtered})
+        own = [{**values, "models": values["models"] + lent.get(values["seed"], [])} for values in results]
+        lender = None if donor is None else labels[donor]
         settings.append(Setting(label, derive(own, label), origin, sorted({run for run, _ in group}), lender))
     first = settings[0].report
     for setting in settings[1:]:
@@ -153,17 +152,41 @@ def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _filtered(values: dict[str, Any], merged: Sequence[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], int | None]:
-    """Data filtering for a run that trained none: of the first setting that did, with the same seed, data, model, pretraining and
-    attacks; and that setting's index."""
-    if any(entry["kind"] == "filter" for entry in values["models"]):
-        return [], None
-    for index, results in enumerate(merged):
-        for other in results:
-            found = [entry for entry in other["models"] if entry["kind"] == "filter"]
-            if found and other["seed"] == values["seed"] and _controlled(other) == _controlled(values):
-                return found, index
-    return [], None
+def _lender(
+    results: Sequence[dict[str, Any]], merged: Sequence[list[dict[str, Any]]]
+) -> tuple[int | None, dict[int, list[dict[str, Any]]]]:
+    """Data filtering by seed for a setting that trained none at all: that of the first setting with the same data, model, pretraining
+    and attacks; and that setting's index."""
+    if not any(_filter_of(values) for values in results):
+        for index, others in enumerate(merged):
+            lent = {
+                values["seed"]: [_to_target(entry, values["metric"]) for entry in _filter_of(other)]
+                for values in results
+                for other in others
+                if other["seed"] == values["seed"] and _filter_of(other) and _controlled(other) == _controlled(values)
+            }
+            if lent:
+                return index, lent
+    return None, {}
+
+
+def _filter_of(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in values["models"] if entry["kind"] == "filter"]
+
+
+def _to_target(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
+    """Data filtering as if it had stopped at this run's retain target: its training counts up to the evaluation that first met it."""
+    training, target = entry.get("training"), metric.get("retain_target")
+    if training is None or target is None or not training.get("stop_step"):
+        return entry
+    sign = 1 if metric["kind"] == "accuracy" else -1
+    met = (e["step"] for e in training["history"] if "retain" in e and sign * (e["retain"] - target) >= 0)
+    step = next(met, None)
+    if step is None:
+        return {**entry, "training": {**training, "short_of_target": True}}
+    share = step / training["stop_step"]
+    counted = {name: training[name] * share for name in ("stop_tokens", "stop_flops")}
+    return {**entry, "training": {**training, **counted, "stop_step": step}}
 
 
 def _controlled(values: dict[str, Any]) -> list[Any]:

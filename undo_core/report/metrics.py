@@ -247,8 +247,12 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
         spent, base = ((e.get("training") or {}).get(_STOP[unit]) for e in (entry, control))
         if is_censored(entry, True) or is_censored(control, True):
             return CENSORED if is_censored(entry, True) else FILTER_CENSORED
+        if (control.get("training") or {}).get("short_of_target"):
+            return "data filtering, another run's, ended before it met this retain target"
         if unit == "steps" and spent is not None:
-            spent += (entry.get("training") or {}).get("unlearning_steps", 0)
+            if "unlearning_steps" not in entry["training"]:
+                return "steps of the unlearning not recorded"
+            spent += entry["training"]["unlearning_steps"]
         if spent is None or base is None:
             return "training not counted"
         if base == 0:

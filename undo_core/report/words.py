@@ -136,6 +136,11 @@ def _done(report: Report) -> str:
     if grid:
         rates = f"{len(grid)} learning rates" if len(grid) > 1 else "one learning rate"
         text += f"; every model but the original was then fine-tuned on the forget set at {rates}, of which the worst counts"
+        further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
+        if further:
+            text += (
+                f", or attacked otherwise ({', '.join(further)}), each to its own headline step, of which the worst counts too"
+            )
     return text + "."
 
 

@@ -204,8 +204,8 @@ def train(
                 save()
                 last_save = time.monotonic()
     model.eval()
-    # No later loss would tell what the last step did. A sum has what its terms have, and takes no memory.
-    if must_stay_finite and not all(weight.detach().sum(dtype=torch.float64).isfinite() for weight in trained):
+    # No later loss would tell what the last step did.
+    if must_stay_finite and not all(bool(end.isfinite()) for weight in trained for end in weight.detach().aminmax()):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
     return result
 
