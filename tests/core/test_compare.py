@@ -209,7 +209,7 @@ def test_settings_are_named_by_what_tells_them_apart() -> None:
 
 
 def test_runs_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    names = ["rows=30", "rows=100", "rows=1000", "other"]
+    names = ["rows=30", "rows=100", "rows=1000", "rows=1000-again", "other"]
     for name in names:
         for seed in (2, 10):
             (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)

@@ -121,9 +121,10 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
     return settings
 
 
-def _by_number(path: Path) -> list[tuple[str, int]]:
+def _by_number(path: Path) -> list[list[tuple[str, int]]]:
     """So that rows=300 comes before rows=1000."""
-    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+|^)(\d*)", str(path))]
+    parts = [re.findall(r"(\D+|^)(\d*)", part) for part in path.parts]
+    return [[(text, int(number or 0)) for text, number in part] for part in parts]
 
 
 def _varied(values: dict[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,12 @@ def _done(report: Report) -> str:
     return text + "."
 
 
+def _or_further(report: Report) -> str:
+    """What the worst case at the headline step is of besides, where there are further attacks."""
+    further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
+    return ", or as many as a further attack has," if further else ""
+
+
 def _before(report: Report) -> str:
     parts = []
     for model in [*report.of("original"), *report.of("unlearn")]:
@@ -175,7 +181,7 @@ def _attacked(report: Report) -> str:
         parts.append(text)
     parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
     text = (
-        f"After {report.headline} attack steps, in forget {'accuracy' if report.higher else 'loss'}, {_join(parts)}."
+        f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, {_join(parts)}."
         if parts
         else ""
     )
