@@ -277,7 +277,8 @@ def probe_stage(work: Work) -> dict[str, Any]:
     if settings["kind"] == "fewshot":
         examples, how = load_split(data, "valid_forget"), {"seed": settings["seed"], "positions": positions_of(model.config)}
         if examples.choices is not None:  # an answered question ends without its own end
-            how["between"] = load_tokenizer(data).encode("\n\n", add_special_tokens=False)
+            tokenizer = load_tokenizer(data)
+            how |= {"between": tokenizer.encode("\n\n", add_special_tokens=False), "lead": tokenizer.bos_token_id}
         prompted = {name: few_shot(rows, examples, settings["shots"], **how) for name, rows in tests.items()}
         facts = {"length": prompted["forget"][0].length}
         scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}

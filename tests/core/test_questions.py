@@ -179,6 +179,11 @@ def test_answered_questions_are_shown_before_a_question(bytewise, tmp_path):
         *before, own = bytewise.decode(long[long != 0]).split("<bos>")[1:]
         assert "<bos>" + own == bytewise.decode(row[row != 0]) and long[mask].tolist() == row[answer].tolist()
         assert len(before) == 2 and all(text.endswith("\n\n") and "<bos>" + text[:-2] in examples for text in before)
+    once, _ = few_shot(rows, shown, 2, seed=0, positions=None, between=between, lead=bytewise.bos_token_id)
+    for long, mask, row, own in zip(prompted.input_ids, prompted.answer_mask, once.input_ids, once.answer_mask, strict=True):
+        text = bytewise.decode(row[row != 0])
+        assert text.rindex("<bos>") == 0 and text[5:] == bytewise.decode(long[long != 0]).replace("<bos>", "")
+        assert row[own].tolist() == long[mask].tolist() and int(own.sum()) == 1
 
 
 def test_hub_questions_are_streamed(monkeypatch):

@@ -11,7 +11,14 @@ from undo_core.data.rows import Rows
 
 
 def few_shot(
-    rows: Rows, examples: Rows, shots: int, *, seed: int, positions: int | None, between: Sequence[int] = ()
+    rows: Rows,
+    examples: Rows,
+    shots: int,
+    *,
+    seed: int,
+    positions: int | None,
+    between: Sequence[int] = (),
+    lead: int | None = None,
 ) -> tuple[Rows, torch.Tensor]:
     """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
 
@@ -26,6 +33,7 @@ def few_shot(
         seed: of the draw.
         positions: that the model has; None for one without a limit.
         between: token ids after each example.
+        lead: token id that begins a row and stands once, before the first example; None for none.
 
     Returns:
         The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
@@ -49,8 +57,11 @@ def few_shot(
         for part in (*before, own):
             if tokens and tokens[-1] == part[0]:
                 tokens.pop()
-            start = len(tokens)
-            tokens += part if part is own else [*part, *between]
+            begun = bool(tokens) and part[0] == lead
+            start = len(tokens) - begun  # where the row's first token is, or would be
+            tokens += part[begun:]
+            if part is not own:
+                tokens += between
         prompted.append((tokens, start))
     length = max(len(tokens) for tokens, _ in prompted)
     if positions is not None and length - 1 > positions:  # the last token is a label alone
