@@ -13,8 +13,8 @@ def with_costs(models: list[dict[str, Any]], pretraining_tokens: int | None = No
     - ``pretraining_tokens``: of the original; None where that is unknown.
     - ``labelled_tokens``: forget and retain, each token of the data once.
     - ``labelled_share``: of the pretraining tokens, both together.
-    - ``of_filter``: steps, tokens and FLOPs, the unlearning's included, as shares of data filtering's; where both stop at the retain target, up to there, and None
-      where one of them never reached it.
+    - ``of_filter``: steps, tokens and FLOPs, the unlearning's included, as shares of data filtering's; where both stop at the retain
+      target, up to there, and None where one of them never reached it.
 
     Args:
         models: entries with ``name``, ``kind`` and ``training``.

@@ -5,6 +5,8 @@ the training spent until the retain target was first reached:
 
     R = (P_undo - P_unlearn) / (P_filter - P_unlearn)        C = S_undo / S_filter
 
+S_undo has the unlearning in it: its tokens and FLOPs, and its steps as steps of as many tokens as the student's.
+
 A worst case is the attacker's best attack and learning rate: the largest forget accuracy, or the smallest forget loss.
 """
 
