@@ -38,12 +38,12 @@ _MATRICES = {
 } | {("XLNetRelativeAttention", name): lambda _, shape: (shape[0], math.prod(shape[1:])) for name in ("q", "k", "v", "o", "r")}
 
 
-def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor]:
+def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor | None]:
     """The value that each parameter which is neither a matrix of a product nor an embedding starts from, by canonical name.
 
     A number where all elements start alike, else a float32 tensor of the parameter's shape; where the value is drawn at random, the
-    median of its law. ``model`` may be on the meta device or sharded; only its class and configuration count. Parameters without an
-    initial value are left out.
+    median of its law; None where the model's code sets none. ``model`` may be on the meta device or sharded: only its class and
+    configuration count.
 
     A matrix of a product is the weight of a linear layer or a convolution, or any other parameter of two or more dimensions that is
     drawn in place around 0 (experts, routers) and is no bias.
@@ -67,8 +67,7 @@ def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor]:
             medians.wide = "cpu"
             with medians:
                 fresh.initialize_weights()
-    values = {name: _value(module._parameters[own]) for name, (module, own) in others.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: _value(module._parameters[own]) for name, (module, own) in others.items()}
 
 
 def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
@@ -137,7 +136,9 @@ class _Medians(TorchDispatchMode):
         start = torch.full(parameter.shape, torch.nan if drawn else value)
         return nn.Parameter(start, requires_grad=parameter.requires_grad)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs, packet = dict(kwargs or {}), func.overloadpacket
         if packet in _FACTORIES:
             return self._made(func, packet, args, kwargs)
