@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,12 +39,24 @@ _MATRICES = {
 } | {("XLNetRelativeAttention", name): lambda _, shape: (shape[0], math.prod(shape[1:])) for name in ("q", "k", "v", "o", "r")}
 
 
-def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor | None]:
-    """The value that each parameter which is neither a matrix of a product nor an embedding starts from, by canonical name.
+@dataclass(frozen=True)
+class Initialisation:
+    """What a model is before it is trained.
 
-    A number where all elements start alike, else a float32 tensor of the parameter's shape; where the value is drawn at random, the
-    median of its law; None where the model's code sets none. ``model`` may be on the meta device or sharded: only its class and
-    configuration count.
+    Attributes:
+        values: the value that each parameter which is neither a matrix of a product nor an embedding starts from, by canonical name: a
+            number where all elements start alike, else a float32 tensor of the parameter's shape; where the value is drawn at random,
+            the median of its law; None where the model's code sets none.
+        frozen: canonical names of the parameters that the model's constructor makes without a gradient. transformers forgets that when
+            it loads a checkpoint.
+    """
+
+    values: dict[str, float | torch.Tensor | None]
+    frozen: frozenset[str]
+
+
+def initialisation(model: PreTrainedModel) -> Initialisation:
+    """How a model of this class and configuration starts; ``model`` may be on the meta device or sharded.
 
     A matrix of a product is the weight of a linear layer or a convolution, or any other parameter of two or more dimensions that is
     drawn in place around 0 (experts, routers) and is no bias.
@@ -54,8 +67,10 @@ def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor | N
     with _float32_on_cpu(), torch.random.fork_rng(devices=[]):
         with medians:
             fresh = type(model)(copy.deepcopy(model.config))
-        others = {}
+        others, frozen = {}, set()
         for name, (module, own, parameter) in _parameters(fresh).items():
+            if not parameter.requires_grad:
+                frozen.add(name)
             if not _is_matrix(module, own, parameter, medians) and not isinstance(module, nn.Embedding):
                 others[name] = module, own
         unknown = [(module, own) for module, own in others.values() if _value(module._parameters[own]) is None]
@@ -67,7 +82,9 @@ def initial_values(model: PreTrainedModel) -> dict[str, float | torch.Tensor | N
             medians.wide = "cpu"
             with medians:
                 fresh.initialize_weights()
-    return {name: _value(module._parameters[own]) for name, (module, own) in others.items()}
+    return Initialisation(
+        {name: _value(module._parameters[own]) for name, (module, own) in others.items()}, frozenset(frozen)
+    )
 
 
 def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:

@@ -60,7 +60,7 @@ def noise_(
     - **Everything else** gets none and shrinks toward its own initial value, element by element, ``theta <- (1 - alpha) * theta + alpha
       * theta_init``: norms, biases, scalars, ``A_log``, ``D``, ``dt_bias``, ``sinks``, gates. The initial value is what the model's own
       code sets; where it is drawn at random, the median of its law (0 for attention sinks; log(8.5) for ``A_log = log(U(1, 16))``).
-    - **Left as they are**: parameters that require no gradient, those of other modalities than text (``parts="all"`` takes them too),
+    - **Left as they are**: parameters that require no gradient, now or in a new model of the class; those of other modalities than text (``parts="all"`` takes them too),
       and those for which the model's code sets no initial value. Buffers are no parameters.
 
     The published code shrinks norms toward 0, which is the initial value of Gemma's (they multiply by ``1 + w``). Llama-type norms

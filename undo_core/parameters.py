@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core.initialisation import initial_values, matrix_shapes
+from undo_core.initialisation import initialisation, matrix_shapes
 from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Parameter, Target, canonical_name, describe, matches
 
@@ -30,7 +30,7 @@ class Left:
     """A parameter that is left as it is.
 
     Attributes:
-        reason: frozen (it requires no gradient), not text (it belongs to images or sound), or no initial value (it is no matrix, and the
+        reason: frozen (it requires no gradient, now or in a new model of the class), not text (it belongs to images or sound), or no initial value (it is no matrix, and the
             model's initialisation does not set it).
         elements: how many it has.
         share: of the model's elements.
@@ -80,10 +80,11 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
         checks.fail("rules", rules, "a sequence of NoiseRule")
     found = describe(model)
     sizes = {canonical_name(name): parameter.numel() for name, parameter in model.named_parameters()}
+    total = max(sum(sizes.values()), 1)
     left: dict[str, Left] = {}
 
     def leave(name: str, reason: Reason) -> None:
-        left[name] = Left(reason, sizes[name], sizes[name] / max(sum(sizes.values()), 1))
+        left[name] = Left(reason, sizes[name], sizes[name] / total)
         found.pop(name, None)
 
     for name, parameter in model.named_parameters():
@@ -92,6 +93,10 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
     prefix, inner = _hugging_face(model)
     if inner is None:
         return Selection(found, None, left, _about(rules, found, left))
+    start = initialisation(inner)
+    starts = {canonical_name(prefix + name): value for name, value in start.values.items()}
+    for name in {canonical_name(prefix + name) for name in start.frozen} & found.keys():
+        leave(name, "frozen")
     shapes = matrix_shapes(inner)
     found = {name: (tensor, replace(p, matrix=shapes.get(id(tensor)))) for name, (tensor, p) in found.items()}
     if parts == "text":
@@ -100,7 +105,6 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
             if id(tensor) in other:
                 leave(name, "not text")
     toward: dict[str, Target] = {}
-    starts = {canonical_name(prefix + name): value for name, value in initial_values(inner).items()}
     for name, (tensor, parameter) in list(found.items()):
         if name not in starts and parameter.role != "vectors":
             continue
