@@ -17,7 +17,17 @@ from undo_core.noise_checkpoint import noise_checkpoint
 NAMES = [name for name in causal_models.names() if name not in causal_models.NOT_TINY]
 
 # Parameters of two or more dimensions that are no matrix of a product, besides biases.
-NO_MATRICES = {"A_log", "D", "query", "scale", "static_weight", "mask_emb", "time_mix_key", "time_mix_receptance", "time_mix_value"}
+NO_MATRICES = {
+    "A_log",
+    "D",
+    "query",
+    "scale",
+    "static_weight",
+    "mask_emb",
+    "time_mix_key",
+    "time_mix_receptance",
+    "time_mix_value",
+}
 
 # Where the text is in models of other modalities.
 _WRAPPED = ("model.language_model.", "lm_head.")
@@ -26,8 +36,32 @@ TEXT |= {"git": ("git.embeddings.", "git.encoder.", "output.")}
 TEXT |= {"phi4_multimodal": ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")}
 
 # One of each structure: experts, recurrent layers, frozen parameters, towers, ties, Conv1D.
-ON_DISK = ["afmoe", "apertus", "bamba", "bert", "bloom", "blt", "dbrx", "deepseek_v3", "deepseek_v4", "ernie4_5_moe", "falcon_h1"]
-ON_DISK += ["fuyu", "gemma3", "gemma4", "gpt2", "gpt_oss", "inkling2_text", "jamba", "jetmoe", "kimi_linear", "llama4_text", "mamba"]
+ON_DISK = [
+    "afmoe",
+    "apertus",
+    "bamba",
+    "bert",
+    "bloom",
+    "blt",
+    "dbrx",
+    "deepseek_v3",
+    "deepseek_v4",
+    "ernie4_5_moe",
+    "falcon_h1",
+]
+ON_DISK += [
+    "fuyu",
+    "gemma3",
+    "gemma4",
+    "gpt2",
+    "gpt_oss",
+    "inkling2_text",
+    "jamba",
+    "jetmoe",
+    "kimi_linear",
+    "llama4_text",
+    "mamba",
+]
 ON_DISK += ["mamba2", "marian", "nemotron_h", "openai-gpt", "opt", "phi4_multimodal", "qwen3_5", "qwen3_next", "rwkv", "zamba"]
 
 ALPHA, BETA, SEED = 0.5, 0.75, 11
@@ -111,7 +145,9 @@ def test_every_parameter_moves_as_the_policy_says(name):
             assert units.abs().max() <= 1 + 1e-5, n
             if size >= 64:
                 assert units.abs().max() > 1 - 20 / size, f"{n}: the largest of {size} draws is smaller with a chance of e**-20"
-                assert abs(units.square().mean() - 1 / 3) < 6 * math.sqrt(4 / 45 / size), f"{n}: the variance of the uniform law"
+                assert abs(units.square().mean() - 1 / 3) < 6 * math.sqrt(4 / 45 / size), (
+                    f"{n}: the variance of the uniform law"
+                )
     if drawn:  # as many draws lie below the median as above it
         samples = [starts(model, seed) for seed in range(3, 27)]
         for n, target in drawn.items():
