@@ -82,9 +82,7 @@ def initialisation(model: PreTrainedModel) -> Initialisation:
             medians.wide = "cpu"
             with medians:
                 fresh.initialize_weights()
-    return Initialisation(
-        {name: _value(module._parameters[own]) for name, (module, own) in others.items()}, frozenset(frozen)
-    )
+    return Initialisation({name: _value(module._parameters[own]) for name, (module, own) in others.items()}, frozenset(frozen))
 
 
 def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
