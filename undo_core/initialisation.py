@@ -62,11 +62,14 @@ def initialisation(model: PreTrainedModel) -> Initialisation:
     drawn in place around 0 (experts, routers) and is no bias.
 
     Memory: that of the values; no matrix is held.
+
+    Raises:
+        ValueError: the class cannot be built from a configuration alone.
     """
     medians = _Medians()
     with _float32_on_cpu(), torch.random.fork_rng(devices=[]):
         with medians:
-            fresh = type(model)(copy.deepcopy(model.config))
+            fresh = _new(model)
         others, frozen = {}, set()
         for name, (module, own, parameter) in _parameters(fresh).items():
             if not parameter.requires_grad:
@@ -94,6 +97,18 @@ def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
         for name, parameter in module.named_parameters(recurse=False)
         if (type(module).__name__, name) in _MATRICES
     }
+
+
+def _new(model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        return type(model)(
+            copy.deepcopy(model.config)
+        )  # of a class that FSDP2 made, this gives the class that it was made from
+    except TypeError as error:
+        raise ValueError(
+            f"model: got {type(model).__name__}, which cannot be built from its configuration to see where its parameters start "
+            f"({error}); wanted a class that can, or undo_core.ops.noise_, which takes matrices by their shape, with toward"
+        ) from error
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:

@@ -106,7 +106,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "alpha": model.alpha,
         "stage": model.stage.name,
         "metrics": _evaluation(store, plan, model),
-        **_damage(store, model),
+        **damage_entry(store, model),
         "training": _training(store, plan, model),
         "attack": under["relearn"].entry(store) if under else None,
     }
@@ -116,7 +116,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
     return entry
 
 
-def _damage(store: Store, model: Model) -> dict[str, Any]:
+def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     """How a student was damaged where it was otherwise than by the noise, and what either left as it was."""
     student = model.stage.inputs.get("student")
     if student is None or student.kind not in ("noise", "damage"):

@@ -9,8 +9,11 @@ from undo_core import NoiseRule, damage_, noise_
 from undo_core.cli import main
 from undo_core.config import NoiseConfig
 from undo_core.files import read_json
+from undo_core.graph import Model
 from undo_core.noise_checkpoint import noise_checkpoint
 from undo_core.parameters import Left, summary
+from undo_core.pipeline import damage_entry
+from undo_core.store import Stage
 
 TOWER = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
 TEXT = "model.language_model.layers.0.mlp.up_proj.weight"
@@ -120,9 +123,34 @@ def test_the_commands_say_what_was_left(checkpoint, tmp_path, capsys):
             assert not left and "left as they were" not in printed
 
 
+def test_the_results_of_a_run_say_what_was_left():
+    class Manifests:  # of a store
+        def manifest(self, stage):
+            facts = {"left": {TOWER: {"reason": "not text", "elements": 300, "share": 0.25}}}
+            return facts | ({"strength": 0.1, "distance": 0.2, "wanted": 0.2} if stage.kind == "damage" else {})
+
+    for kind, settings in (("noise", {}), ("damage", {"operator": "prune"})):
+        student = Stage(kind, settings)
+        entry = damage_entry(Manifests(), Model("undo", "undo", Stage("distill", {}, {"student": student})))
+        assert entry["left"] == "1 parameters (300 elements, 25.0% of the model): not text"
+        assert ("damage" in entry) == (kind == "damage")
+
+
 def test_what_is_left_is_copied_bit_for_bit(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     report = noise_checkpoint(checkpoint, tmp_path / "out", alpha=1.0, beta=0.0, seed=0, progress=False)
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "out"))
     moved = changed(before, after)
     assert moved and not any(name in report.left for name in moved) and len(report.left) == 50
+
+
+def test_a_class_that_needs_more_than_a_configuration_is_refused_by_name():
+    class Custom(type(causal_models.build("llama"))):
+        def __init__(self, config, tokens):
+            super().__init__(config)
+
+    model = Custom(causal_models.config_of("llama"), 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"^model: got Custom, which cannot be built .*'tokens'.*; wanted a class that can"):
+        noise_(model, alpha=0.5, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
