@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from undo_core.checkpoint_files import (
     to_memory,
     weight_files,
 )
-from undo_core.ops.noise_rules import describe
+from undo_core.ops.noise_rules import NoiseRule
+from undo_core.parameters import Parts, select
 from undo_core.training.progress import StageProgress
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx")
@@ -30,8 +31,14 @@ class CheckpointParameters:
     """The parameters of the checkpoint folder ``source``: names on disk are mapped to names in memory through a model on the meta
     device, also where transformers renames or stacks tensors on load.
 
+    Args:
+        source: a Hugging Face checkpoint folder.
+        parts: of a model of text and other modalities: text, or all.
+        rules: of the noise, where there are some.
+
     Attributes:
         model: on the meta device.
+        chosen: what :func:`undo_core.parameters.select` says of it. What is left is copied as it is.
         parameters: what decides the damage of each parameter, by canonical name; tied ones once.
 
     Memory: the largest tensor; three times the largest parameter that transformers puts together from several tensors.
@@ -41,13 +48,14 @@ class CheckpointParameters:
         FileNotFoundError: no safetensors file.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, parts: Parts = "text", rules: Sequence[NoiseRule] = ()) -> None:
         self.source, self.model = source, meta_model(source)
         self._files = {path: read_header(path) for path in weight_files(source)}
-        found = describe(self.model)
-        self.parameters = {name: parameter for name, (_, parameter) in found.items()}
-        first = {id(tensor): name for name, (tensor, _) in found.items()}
-        self._names = {name: first[id(tensor)] for name, tensor in self.model.named_parameters(remove_duplicate=False)}
+        self.chosen = select(self.model, parts, rules)
+        self.parameters = self.chosen.parameters
+        first = {id(tensor): name for name, (tensor, _) in self.chosen.found.items()}
+        pairs = self.model.named_parameters(remove_duplicate=False)
+        self._names = {name: first[id(tensor)] for name, tensor in pairs if id(tensor) in first}
         self._groups = groups(self.model, self._files)
         for group in self._groups:
             for name, path in group.files.items():
@@ -88,7 +96,7 @@ class CheckpointParameters:
                 if any(parameter in self._names for parameter in group.parameters):
                     tensors = {name: mapped[path].tensor(name) for name, path in group.files.items()}
                     parameters = to_memory(self.model, group, tensors)
-                    yield {self._names[name]: tensor for name, tensor in parameters.items()}
+                    yield {self._names[name]: tensor for name, tensor in parameters.items() if name in self._names}
                     if write and group.converter is not None:
                         for name, tensor in to_disk(self.model, group, parameters).items():
                             tensors[name].copy_(tensor)

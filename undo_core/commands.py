@@ -16,6 +16,7 @@ from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.damage import Operator, check_arguments, selection
 from undo_core.data.questions import DESCRIPTION
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
+from undo_core.parameters import Parts
 from undo_core.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
@@ -106,13 +107,14 @@ def noise(
     std: float | None = None,
     rules: list[NoiseRule] = [],  # noqa: B006
     layers: str | None = None,
+    parts: Parts = "text",
     stochastic_rounding: bool = True,
     replay: str | None = None,
 ) -> int:
     """Damage the checkpoint MODEL and write the result to OUTPUT: theta <- (1 - alpha) * theta + alpha * beta * N.
 
-    From disk to disk, a tensor at a time, in the checkpoint's own dtype; a model of any size fits. One-dimensional parameters shrink
-    toward their initial values. For some parameters otherwise:
+    From disk to disk, a tensor at a time, in the checkpoint's own dtype; a model of any size fits. Matrices of products and embeddings
+    get noise; norms, biases and all other parameters shrink toward their initial values. For some parameters otherwise:
     --rules='[{match: embeddings, alpha: 0.2}, {match: "model.layers.0.*", alpha: 0}]'
 
     Args:
@@ -126,6 +128,7 @@ def noise(
         rules: other settings for some parameters; match is a glob over names, or matrices, vectors, embeddings or layers:0-3,7, with
             "not " before it for the others; later rules win.
         layers: only these layers are noised, such as 0-3,7.
+        parts: what is noised of a model that knows images or sound too: text (its decoder, embeddings and head) or all.
         stochastic_rounding: of 16-bit parameters; false rounds to nearest.
         replay: write N itself of the parameters that match this glob ('*' for all) to OUTPUT/noise.safetensors, for audit; the model
             is left as it is. OUTPUT - prints norms, hashes and first values.
@@ -142,7 +145,7 @@ def noise(
             return 0
         return _build(Path(output), "replay", {"pattern": replay, "rules": asked, **law_of}, {"model": model})
     Policy(alpha, beta, law, std, tuple(rules))
-    changes = {"rules": asked, "stochastic_rounding": stochastic_rounding}
+    changes = {"rules": asked, "parts": parts, "stochastic_rounding": stochastic_rounding}
     _build(Path(output), "noise", {"alpha": alpha, "beta": beta, **law_of, **changes}, {"model": model})
     _noise_table(Path(output))
     return 0
@@ -156,6 +159,7 @@ def damage(
     alpha: float | None = None,
     beta: float = 0.1,
     layers: str | None = None,
+    parts: Parts = "text",
     seed: int = 0,
 ) -> int:
     """Damage the matrices of the checkpoint MODEL otherwise than `undo noise` does and write the result to OUTPUT.
@@ -172,6 +176,7 @@ def damage(
         alpha: of the noise whose distance is wanted.
         beta: of that noise.
         layers: only these layers, such as 0-3,7.
+        parts: what is damaged of a model that knows images or sound too: text (its decoder, embeddings and head) or all.
         seed: of what is drawn.
     """
     from undo_core.files import read_json
@@ -181,7 +186,7 @@ def damage(
         raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted one of the two")
     check_arguments(operator, strength or 0.0, seed)
     selection(layers)
-    settings: dict[str, Any] = {"operator": operator, "seed": seed, "layers": layers}
+    settings: dict[str, Any] = {"operator": operator, "seed": seed, "layers": layers, "parts": parts}
     if alpha is None:
         settings["strength"] = strength
     else:
@@ -191,6 +196,7 @@ def damage(
     facts = read_json(Path(output) / MANIFEST)
     wanted = "" if facts["wanted"] is None else f", the noise's {facts['wanted']:.4f}"
     console.print(f"strength {facts['strength']:.6g}: distance {facts['distance']:.4f}{wanted}")
+    _print_left(facts)
     return 0
 
 
@@ -408,7 +414,8 @@ def _noise_table(folder: Path) -> None:
     from undo_core.noise import TensorNoise, by_kind
     from undo_core.store import MANIFEST
 
-    tensors = {name: TensorNoise(**facts) for name, facts in read_json(folder / MANIFEST)["tensors"].items()}
+    facts = read_json(folder / MANIFEST)
+    tensors = {name: TensorNoise(**norms) for name, norms in facts["tensors"].items()}
     table = Table(box=None, pad_edge=False)
     for heading in ("parameters", "n", "before", "after", "shrink", "noise"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right", overflow="fold")
@@ -417,6 +424,15 @@ def _noise_table(folder: Path) -> None:
         table.add_row(kind, str(count), f"{total.before:.4g}", f"{total.after:.4g}", *shares)
     console.print("Frobenius norms before and after; shares of shrinkage and of noise in the change")
     console.print(table)
+    _print_left(facts)
+
+
+def _print_left(facts: Mapping[str, Any]) -> None:
+    """What the damage left as it was; the manifest has each name."""
+    from undo_core.parameters import Left, summary
+
+    if facts["left"]:
+        console.print(f"left as they were: {summary({name: Left(**one) for name, one in facts['left'].items()})}")
 
 
 def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[str, str], quiet: bool = False) -> int:

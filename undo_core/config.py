@@ -12,7 +12,9 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.damage import DamageConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.gate import GateConfig
+from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
+from undo_core.parameters import PARTS, Parts
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearn.config import UnlearnConfig
@@ -216,6 +218,8 @@ class NoiseConfig:
         std: of the normal law.
         rules: other settings for some parameters, by glob or by class (matrices, vectors, embeddings, layers:0-3,7); later rules win.
         layers: only these layers are noised, such as 0-3,7; null for everything.
+        parts: what is damaged of a model that knows images or sound too: text (its decoder, embeddings and head) or all. Holds for
+            ``damage`` too.
         seed: of N; None derives it from the run's seed.
     """
 
@@ -225,6 +229,7 @@ class NoiseConfig:
     std: float | None = None
     rules: list[NoiseRule] = field(default_factory=list)
     layers: str | None = None
+    parts: Parts = "text"
     seed: int | None = None
 
     def all_rules(self) -> list[NoiseRule]:
@@ -239,6 +244,7 @@ class NoiseConfig:
             raise ValueError(f"noise.alphas: got {self.alphas}, wanted one or more different numbers in [0, 1]")
         for alpha in self.alphas:
             Policy(alpha, self.beta, self.law, self.std, tuple(self.all_rules()))
+        checks.choice("noise.parts", self.parts, PARTS)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Other damage than the published noise, at a chosen strength or as much as the noise does: to a model, or from disk to disk.
 
-An operator changes matrices, embeddings included; norms and biases stay as they are. How much is the relative distance
+An operator changes the matrices of products and the embeddings that the noise changes (:func:`undo_core.noise_` states which
+parameters are matrices and which are left); norms, biases and all others stay as they are. How much is the relative distance
 ``|theta' - theta| / |theta|`` (Frobenius, over all matrices together):
 
 - ``gaussian``: ``theta + strength * rms(theta) * N``, N standard normal, the root mean square of each matrix.
@@ -29,10 +30,11 @@ from undo_kernels.reference.philox import words
 from undo_kernels.segment import Segment, name_hash
 
 from undo_core.checkpoint_edit import CheckpointParameters
-from undo_core.noise import initial_values
 from undo_core.ops import checks
-from undo_core.ops.noise_rules import Parameter, Policy, Setting, check_layers, describe, layers_of, matches
-from undo_core.ops.sharding import is_sharded
+from undo_core.ops.noise import segment
+from undo_core.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
+from undo_core.ops.sharding import check_apart_within, is_sharded
+from undo_core.parameters import Parts, select
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
@@ -80,7 +82,7 @@ class TensorDamage:
 
 @torch.no_grad()
 def damage_(
-    model: nn.Module, operator: Operator, *, strength: float, seed: int, layers: str | None = None
+    model: nn.Module, operator: Operator, *, strength: float, seed: int, layers: str | None = None, parts: Parts = "text"
 ) -> dict[str, TensorDamage]:
     """Damage ``model`` in place.
 
@@ -90,6 +92,7 @@ def damage_(
         strength: a share in [0, 1]; for ``gaussian`` a factor >= 0.
         seed: in [0, 2**64).
         layers: only these, such as ``0-3,7``.
+        parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
 
     Returns:
         For every damaged parameter, by canonical name, its norm and that of the change.
@@ -100,16 +103,22 @@ def damage_(
         ValueError: a bad argument; nothing is changed.
     """
     check_arguments(operator, strength, seed)
-    found = describe(model)
-    chosen = _chosen({name: parameter for name, (_, parameter) in found.items()}, layers)
+    selected = select(model, parts)
+    chosen = _chosen(selected.parameters, layers)
     for name in chosen:
-        tensor = found[name][0]
-        if is_sharded(tensor) or not tensor.is_contiguous() or tensor.is_meta:
-            checks.fail(f"model: {name}", "a sharded, meta or not contiguous tensor", "a contiguous one in memory")
+        tensor = selected.found[name][0]
+        if is_sharded(tensor) or tensor.is_meta:
+            checks.fail(f"model: {name}", f"a {'meta' if tensor.is_meta else 'sharded'} tensor", "a whole one in memory")
+        check_apart_within(f"model: {name}", tensor)
     result = {}
     for name in chosen:
-        result[name] = _apply(found[name][0].detach(), name, operator, strength, seed)
-        torch.autograd.graph.increment_version(found[name][0])  # a graph that has saved it must notice
+        tensor = selected.found[name][0].detach()
+        whole = tensor.contiguous()
+        result[name] = _apply(whole, name, operator, strength, seed)
+        if whole.data_ptr() == tensor.data_ptr():
+            torch.autograd.graph.increment_version(tensor)  # a graph that has saved it must notice
+        else:
+            tensor.copy_(whole)
     return result
 
 
@@ -123,6 +132,7 @@ def damage_checkpoint(
     strength: float | None = None,
     like: Mapping[str, Any] | None = None,
     layers: str | None = None,
+    parts: Parts = "text",
     title: str = "damage",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -136,11 +146,13 @@ def damage_checkpoint(
         strength: as for :func:`damage_`; or
         like: arguments of the noise (``alpha``, ``seed`` and others of ``noise_checkpoint``) whose distance is wanted.
         layers: only these, such as ``0-3,7``.
+        parts: as for :func:`damage_`.
         title: name on the progress bar.
         progress: show it.
 
     Returns:
-        ``strength``, the ``distance`` that it gave, ``wanted`` (of the noise, or None) and each matrix's :class:`TensorDamage`.
+        ``strength``, the ``distance`` that it gave, ``wanted`` (of the noise, or None), each matrix's :class:`TensorDamage` and what is
+        ``left`` (see :class:`undo_core.parameters.Left`).
 
     Memory: about ``ELEMENT_BYTES`` for each element of the largest matrix.
 
@@ -151,7 +163,7 @@ def damage_checkpoint(
     if (strength is None) == (like is None):
         checks.fail("strength", f"{strength} with like={like}", "one of the two")
     check_arguments(operator, 0.0 if strength is None else strength, seed)
-    checkpoint = CheckpointParameters(source)
+    checkpoint = CheckpointParameters(source, parts, () if like is None else tuple(like.get("rules", ())))
     chosen, wanted = _chosen(checkpoint.parameters, layers), None
     if like is not None:
         strength, wanted = _match(checkpoint, chosen, operator, seed, dict(like), title, progress)
@@ -165,7 +177,7 @@ def damage_checkpoint(
             elif checkpoint.parameters[name].role != "vectors":
                 total += _squares(tensor)
     distance = math.sqrt(sum(tensor.change**2 for tensor in done.values()) / total) if total else 0.0
-    return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done}
+    return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done, "left": checkpoint.chosen.left}
 
 
 def check_arguments(operator: str, strength: float, seed: int) -> None:
@@ -201,8 +213,8 @@ def _match(
     """The strength whose distance comes closest to that of the noise, and the noise's distance."""
     noise_seed = like.pop("seed")
     checks.seed(noise_seed)
-    policy = Policy(**{"beta": 0.1, **like, "rules": tuple(like.get("rules", ()))})
-    settings = policy.settings(checkpoint.parameters, initial_values(checkpoint.model))
+    policy = Policy(**{"beta": 0.1, **like, "rules": checkpoint.chosen.rules})
+    settings = policy.settings(checkpoint.parameters, checkpoint.chosen.toward)
     total, wanted = 0.0, 0.0
     profile = torch.zeros(1 if operator == "gaussian" else GRID + 1, dtype=torch.float64)
     for parameters in checkpoint.read(f"{title}, measuring", progress):
@@ -226,7 +238,7 @@ def _match(
 def _noise_change(tensor: torch.Tensor, name: str, setting: Setting, seed: int) -> float:
     """Squared norm of what the published noise would change."""
     noised = tensor.clone()
-    implementation("noise_", noised.device)([Segment(noised, name, setting.law, setting.keep, setting.scale)], seed, True)
+    implementation("noise_", noised.device)([segment(name, noised, setting)], seed, True)
     return _squares(noised, tensor)
 
 

@@ -109,15 +109,16 @@ def plan_run(config: RunConfig) -> Plan:
         return Stage("distill", settings, inputs, title)
 
     models = [Model("original", "original", original), Model("unlearn", "unlearn", teacher)]
+    parts = {} if config.noise.parts == "text" else {"parts": config.noise.parts}
     for alpha in sorted(config.noise.alphas):
-        damaged = Stage("noise", _noise_settings(config, alpha), {"model": teacher}, f"noise {alpha:g}")
+        damaged = Stage("noise", {**_noise_settings(config, alpha), **parts}, {"model": teacher}, f"noise {alpha:g}")
         models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
     damage = config.damage
     for operator in damage.operators:
         drawn = damage.seed if damage.seed is not None else derive_seed(seed, "damage")
         for alpha in sorted(config.noise.alphas if damage.alphas is None else damage.alphas):
             settings = {"operator": operator, "seed": drawn, "layers": damage.layers, "like": _noise_settings(config, alpha)}
-            damaged = Stage("damage", settings, {"model": teacher}, f"{operator} {alpha:g}")
+            damaged = Stage("damage", {**settings, **parts}, {"model": teacher}, f"{operator} {alpha:g}")
             name = f"undo-{alpha:g}-{operator}"
             models.append(Model(name, "damaged", distilled(damaged, f"distill {alpha:g} {operator}"), alpha))
     fresh = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
@@ -133,7 +134,8 @@ def plan_run(config: RunConfig) -> Plan:
             name, student = "gated", fresh
             if alpha is not None:
                 name = f"gated-{alpha:g}"
-                student = Stage("noise", _noise_settings(config, alpha), {"model": original}, f"noise original {alpha:g}")
+                settings = {**_noise_settings(config, alpha), **parts}
+                student = Stage("noise", settings, {"model": original}, f"noise original {alpha:g}")
             # The target is every student's: what the unlearned teacher retains.
             others = {"gate": gated, "target": teacher}
             models.append(Model(name, "gated", distilled(student, f"distill {name}", original, others, **few), alpha))

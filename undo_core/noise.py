@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from undo_core.ops import noise as op
-from undo_core.ops.noise_rules import Setting, canonical_name
+from undo_core.ops.noise_rules import Setting
+from undo_core.parameters import Left, Parts, select
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,55 @@ class TensorNoise:
     noise: float
 
 
-def noise_(model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, **options: Any) -> dict[str, TensorNoise]:
-    """Damage ``model`` in place: :func:`undo_core.ops.noise_` with one-dimensional parameters shrinking toward their initial values.
+class NoiseReport(dict[str, TensorNoise]):
+    """What the noise did to each parameter, by canonical name.
+
+    Attributes:
+        left: the parameters that it left as they are, by canonical name, and why.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorNoise], left: Mapping[str, Left]) -> None:
+        super().__init__(tensors)
+        self.left = dict(left)
+
+
+def noise_(
+    model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, parts: Parts = "text", **options: Any
+) -> NoiseReport:
+    """Damage ``model`` in place: :func:`undo_core.ops.noise_` with a policy for every parameter of a Hugging Face model.
+
+    - **Matrices of products** get noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``: weights of linear layers and of
+      convolutions, and other parameters of two or more dimensions that the model draws at random around 0 (routers, stacked experts,
+      each with the fans of one expert).
+    - **Embeddings** (``nn.Embedding``, tables of learned positions included) get noise too.
+    - **Everything else** gets none and shrinks toward its own initial value, element by element, ``theta <- (1 - alpha) * theta + alpha
+      * theta_init``: norms, biases, scalars, ``A_log``, ``D``, ``dt_bias``, ``sinks``, gates. The initial value is what the model's own
+      code sets; where it is drawn at random, the median of its law (0 for attention sinks; log(8.5) for ``A_log = log(U(1, 16))``).
+    - **Left as they are**: parameters that require no gradient, now or in a new model of the class; those of other modalities than text (``parts="all"`` takes them too),
+      and those for which the model's code sets no initial value. Buffers are no parameters.
 
     The published code shrinks norms toward 0, which is the initial value of Gemma's (they multiply by ``1 + w``). Llama-type norms
-    start at 1, and shrinking them to 0 would silence the layer; so the target is read off the model's own initialisation.
+    start at 1, and shrinking them to 0 would silence the layer. ``docs/noise.md`` has the details.
 
     Args:
         model: a Hugging Face model, or any module together with ``toward``.
         alpha: strength, in [0, 1].
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
+        parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
         options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_core.ops.noise_`.
 
     Returns:
-        For every tensor, by canonical name, its norms and the shares of shrinkage and noise.
+        For every tensor, by canonical name, its norms and the shares of shrinkage and noise; and what was left.
 
     Raises:
-        ValueError: a bad argument, or a vector that does not start from one number and has no rule with ``toward``; nothing is changed.
+        ValueError: a bad argument; nothing is changed.
     """
-    if "toward" not in options and isinstance(model, PreTrainedModel):
-        options["toward"] = initial_values(model)
-    return report(op.apply(model, alpha=alpha, beta=beta, seed=seed, **options))
+    chosen = select(model, parts, options.pop("rules", ()), own_values="toward" not in options)
+    if chosen.toward is not None:
+        options.setdefault("toward", chosen.toward)
+    applied = op.apply(model, found=chosen.found, alpha=alpha, beta=beta, seed=seed, rules=chosen.rules, **options)
+    return NoiseReport(report(applied), chosen.left)
 
 
 def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, TensorNoise]:
@@ -67,7 +93,7 @@ def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, Ten
     for name, (setting, sums) in applied.items():
         before, noise, after = sums.tolist()
         alpha = 1.0 - setting.keep
-        if setting.law == "constant":  # toward a number: the cross term of the change follows from the norm after
+        if setting.law in ("constant", "elements"):  # the cross term of the change follows from the norm after
             cross = (after - setting.keep**2 * before - noise) / setting.keep if setting.keep else 0.0
             change, shares = max(0.0, alpha**2 * before + noise - alpha * cross), (1.0, 0.0)
         else:
@@ -94,36 +120,3 @@ def _sum(parts: list[TensorNoise]) -> TensorNoise:
     return TensorNoise(
         *(math.hypot(*(getattr(part, name) for part in parts)) for name in ("before", "after", "change")), *shares
     )
-
-
-@torch.no_grad()
-def initial_values(model: PreTrainedModel) -> dict[str, float]:
-    """The value that each one-dimensional parameter starts from, by canonical name; ``model`` may be on the meta device.
-
-    Each module that owns such parameters is copied alone and initialised by the model's own ``_init_weights``. One that starts from
-    several values, or is not initialised, is left out.
-    """
-    values: dict[str, float] = {}
-    for prefix, module in model.named_modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 1 and p.numel()}
-        if not own:
-            continue
-        fresh = copy.deepcopy(module)
-        if any(p.is_meta for p in own.values()):
-            fresh = fresh.to_empty(device="cpu")
-        for parameter in fresh.parameters():
-            parameter.fill_(torch.nan)  # what the initialisation does not set stands out
-            if hasattr(parameter, "_is_hf_initialized"):
-                del parameter._is_hf_initialized
-        if hasattr(fresh, "_is_hf_initialized"):
-            del fresh._is_hf_initialized
-        with torch.random.fork_rng(devices=[]):
-            if hasattr(fresh, "reset_parameters"):
-                fresh.reset_parameters()
-            model._init_weights(fresh)
-        for name in own:
-            started = getattr(fresh, name)
-            full = canonical_name(f"{prefix}.{name}" if prefix else name)
-            if bool((started == started[0]).all()):
-                values[full] = float(started[0])
-    return values

@@ -14,9 +14,11 @@ from undo_kernels.segment import Segment
 
 from undo_core.checkpoint_edit import CheckpointParameters
 from undo_core.checkpoint_files import TensorWriter, meta_model
-from undo_core.noise import TensorNoise, initial_values, report
+from undo_core.noise import NoiseReport, report
 from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, describe
+from undo_core.ops.noise import segment
+from undo_core.ops.noise_rules import NoiseRule, Policy, Setting
+from undo_core.parameters import Parts, select
 
 
 def noise_checkpoint(
@@ -29,34 +31,34 @@ def noise_checkpoint(
     law: str = "xavier_uniform",
     std: float | None = None,
     rules: Sequence[NoiseRule] = (),
+    parts: Parts = "text",
     stochastic_rounding: bool = True,
     title: str = "noise",
     progress: bool = True,
-) -> dict[str, TensorNoise]:
+) -> NoiseReport:
     """:func:`undo_core.noise_` on the checkpoint folder ``source``, written to the existing, empty folder ``output``.
 
     The bits equal those of the model loaded in the checkpoint's own dtype. Memory and what is copied:
     :class:`undo_core.checkpoint_edit.CheckpointParameters`.
 
     Returns:
-        For every parameter its norms and the shares of shrinkage and noise.
+        For every parameter its norms and the shares of shrinkage and noise; and what was left.
 
     Raises:
         ValueError: a bad argument; a tensor that is no float or has no place in the model; nothing is written.
         FileNotFoundError: no safetensors file.
     """
     checks.seed(seed)
-    policy = Policy(alpha, beta, law, std, tuple(rules))
-    checkpoint = CheckpointParameters(source)
-    settings = policy.settings(checkpoint.parameters, initial_values(checkpoint.model))
+    Policy(alpha, beta, law, std, tuple(rules))
+    checkpoint = CheckpointParameters(source, parts, rules)
+    chosen = checkpoint.chosen
+    settings = Policy(alpha, beta, law, std, chosen.rules).settings(chosen.parameters, chosen.toward)
     noise = implementation("noise_", torch.device("cpu"))
     applied: dict[str, tuple[Setting, torch.Tensor]] = {}
     for parameters in checkpoint.edit(output, title, progress):
-        chosen = {name: (tensor, settings[name]) for name, tensor in parameters.items()}
-        segments = [Segment(tensor, name, how.law, how.keep, how.scale) for name, (tensor, how) in chosen.items()]
-        rows = noise(segments, seed, stochastic_rounding)
-        applied |= {name: (how, row) for (name, (_, how)), row in zip(chosen.items(), rows, strict=True)}
-    return report(applied)
+        rows = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
+        applied |= {name: (settings[name], row) for name, row in zip(parameters, rows, strict=True)}
+    return NoiseReport(report(applied), chosen.left)
 
 
 def replay_checkpoint(
@@ -109,9 +111,8 @@ def _replayed(
     source: Path, pattern: str, law: str, std: float | None, rules: Sequence[NoiseRule]
 ) -> dict[str, tuple[Setting, tuple[int, ...]]]:
     """Setting and shape of the parameters with noise that ``pattern`` matches."""
-    model = meta_model(source)
     laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
-    parameters = {name: parameter for name, (_, parameter) in describe(model).items()}
+    parameters = select(meta_model(source), "all", laws).parameters
     settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
     wanted = {n: (s, parameters[n].shape) for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
     if not wanted:

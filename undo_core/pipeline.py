@@ -12,6 +12,7 @@ from undo_core.config import RunConfig
 from undo_core.costs import with_costs
 from undo_core.files import hash_json, read_json, write_json
 from undo_core.graph import Model, Plan, attacked_models, plan_run
+from undo_core.parameters import Left, summary
 from undo_core.report import terminal_table, write_report
 from undo_core.stages import FUNCTIONS, evaluate_folder
 from undo_core.store import Stage, Store, machine, versions
@@ -105,7 +106,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "alpha": model.alpha,
         "stage": model.stage.name,
         "metrics": _evaluation(store, plan, model),
-        **_damage(store, model),
+        **damage_entry(store, model),
         "training": _training(store, plan, model),
         "attack": under["relearn"].entry(store) if under else None,
     }
@@ -115,14 +116,19 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
     return entry
 
 
-def _damage(store: Store, model: Model) -> dict[str, Any]:
-    """How a student was damaged, where it was otherwise than by the noise."""
+def damage_entry(store: Store, model: Model) -> dict[str, Any]:
+    """How a student was damaged where it was otherwise than by the noise, and what either left as it was."""
     student = model.stage.inputs.get("student")
-    if student is None or student.kind != "damage":
+    if student is None or student.kind not in ("noise", "damage"):
         return {}
     facts = store.manifest(student)
-    damage = {name: facts[name] for name in ("strength", "distance", "wanted")}
-    return {"damage": {"operator": student.settings["operator"], **damage}}
+    entry: dict[str, Any] = {}
+    if student.kind == "damage":
+        entry["damage"] = {"operator": student.settings["operator"]}
+        entry["damage"] |= {name: facts[name] for name in ("strength", "distance", "wanted")}
+    if left := {name: Left(**one) for name, one in facts["left"].items()}:
+        entry["left"] = summary(left)
+    return entry
 
 
 def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def noise(work: Work) -> dict[str, Any]:
     settings = dict(work.settings)
     rules = [NoiseRule(**rule) for rule in settings.pop("rules", [])]
     report = noise_checkpoint(work.inputs["model"], work.output, rules=rules, title=work.title, **settings)
-    return {"tensors": {name: dataclasses.asdict(tensor) for name, tensor in report.items()}}
+    return {"tensors": _as_dicts(report), "left": _as_dicts(report.left)}
 
 
 def damage_stage(work: Work) -> dict[str, Any]:
@@ -150,7 +150,11 @@ def damage_stage(work: Work) -> dict[str, Any]:
         rules = [NoiseRule(**rule) for rule in settings["like"].get("rules", [])]
         settings["like"] = {**settings["like"], "rules": rules}
     facts = damage_checkpoint(work.inputs["model"], work.output, title=work.title, **settings)
-    return {**facts, "tensors": {name: dataclasses.asdict(tensor) for name, tensor in facts["tensors"].items()}}
+    return {**facts, "tensors": _as_dicts(facts["tensors"]), "left": _as_dicts(facts["left"])}
+
+
+def _as_dicts(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: dataclasses.asdict(facts) for name, facts in named.items()}
 
 
 def replay(work: Work) -> dict[str, Any]:

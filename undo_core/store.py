@@ -20,7 +20,7 @@ from undo_core.files import fresh, hash_file, hash_json, locked, publish, read_j
 from undo_core.training.memory import peak_bytes, reset_peak
 from undo_core.version import __version__
 
-FORMAT = 4  # of the folders; a change of what a stage computes raises it, so that nothing stale is reused
+FORMAT = 5  # of the folders; a change of what a stage computes raises it, so that nothing stale is reused
 MANIFEST = "manifest.json"
 
 

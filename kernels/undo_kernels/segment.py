@@ -23,22 +23,24 @@ class Segment:
         tensor: contiguous; float32, bfloat16, float16 or float64.
         name: the parameter's canonical name, which with the seed and the flat index decides ``N``.
         law: what ``N`` is, in units of ``scale``: ``uniform``, an odd integer in (-2**24, 2**24); ``normal``, a standard normal;
-            ``constant``, 1.
+            ``constant``, 1; ``elements``, the element of ``target``.
         keep: ``1 - alpha``.
-        scale: ``alpha * beta * limit / 2**24``, ``alpha * beta * std`` or ``alpha * target``.
+        scale: ``alpha * beta * limit / 2**24``, ``alpha * beta * std``, ``alpha * value`` (constant) or ``alpha`` (elements).
         first: flat index, in the full parameter, of the tensor's first element.
         run: elements that follow each other in the full parameter as they do here; 0 for all of them.
         stride: flat distance, in the full parameter, between the starts of two runs.
+        target: of the law ``elements``: a float tensor of the full parameter's elements, on any device.
     """
 
     tensor: torch.Tensor
     name: str
-    law: Literal["uniform", "normal", "constant"]
+    law: Literal["uniform", "normal", "constant", "elements"]
     keep: float
     scale: float
     first: int = 0
     run: int = 0
     stride: int = 0
+    target: torch.Tensor | None = None
 
     @property
     def hashed(self) -> int:

@@ -60,7 +60,12 @@ def test_a_run_holds_the_controls(finished):
     assert damage["operator"] == "prune" and damage["distance"] == pytest.approx(damage["wanted"], rel=0.01)
     assert models["undo-0.4-prune"]["training"]["labelled_forget_tokens"] and "damage" not in models["undo-0.5"]
     assert models["oracle-random"]["training"]["steps"] == 3 and models["gated-0.5"]["attack"]["curves"]
+    assert not any("left" in model for model in models.values()), "a model of text alone"
     stages = {model.name: model.stage for model in plan_run(settings).models}
+    whole = replace(settings, noise=replace(settings.noise, parts="all"))
+    others = {model.name: model.stage.inputs.get("student") for model in plan_run(whole).models}
+    for name in ("undo-0.5", "undo-0.4-prune", "gated-0.5"):
+        assert others[name].settings == {**stages[name].inputs["student"].settings, "parts": "all"}
     store = Store(folder / "stages", FUNCTIONS)
 
     gated = stages["gated-0.5"].inputs

@@ -239,3 +239,17 @@ def test_the_command(tmp_path, capsys):
     before, after = (values(AutoModelForCausalLM.from_pretrained(folder)) for folder in (source, tmp_path / "n"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.0." in name and before[name].any()}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_matrices_that_are_not_contiguous_get_the_bits_of_contiguous_ones(operator):
+    layer = torch.nn.Linear(6, 5, bias=False)
+    strided = torch.nn.Linear(6, 5, bias=False)
+    strided.weight = torch.nn.Parameter(layer.weight.detach().clone().T.contiguous().T)
+    assert not strided.weight.is_contiguous()
+    reports = [damage_(each, operator, strength=0.4, seed=2) for each in (layer, strided)]
+    assert torch.equal(layer.weight, strided.weight) and reports[0] == reports[1]
+    assert reports[0]["weight"].change > 0
+    strided.weight = torch.nn.Parameter(torch.ones(5, 1).expand(5, 6))
+    with pytest.raises(ValueError, match=r"^model: weight: got shape .* whose elements share memory, wanted"):
+        damage_(strided, operator, strength=0.4, seed=2)

@@ -39,6 +39,8 @@ RANKS = [
         "undo_core.files",
         "undo_core.checkpoint_files",
         "undo_core.checkpoint_edit",
+        "undo_core.parameters",
+        "undo_core.initialisation",
     },
     {"undo_core.version", "undo_core.quiet"},
     {"undo_kernels"},

@@ -15,7 +15,6 @@ from undo_core import noise_, ops
 from undo_core import noise_checkpoint as noise_checkpoint_module
 from undo_core.cli import main
 from undo_core.noise_checkpoint import noise_checkpoint
-from undo_core.ops.noise_rules import NoiseRule
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_key_value_heads": 1, "moe_intermediate_size": 16}
@@ -28,7 +27,6 @@ MODELS = {
     "gpt_oss": {"num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8},  # biases of two dimensions
 }
 OPTIONS = {"alpha": 0.5, "beta": 0.7, "seed": 3}
-SINKS = {"gpt_oss": [NoiseRule(match, toward=0.0) for match in ("*sinks", "*router.bias")]}  # which start from random values
 
 
 def model_of(kind, dtype=torch.float32, **extra):
@@ -46,10 +44,9 @@ def folders(tmp_path, model, size="20KB"):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_bits_of_the_model_in_memory(tmp_path, kind, dtype):
     source, output = folders(tmp_path, model_of(kind, dtype))
-    rules = SINKS.get(kind, [])
-    found = noise_checkpoint(source, output, **OPTIONS, rules=rules, progress=False)
+    found = noise_checkpoint(source, output, **OPTIONS, progress=False)
     here = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    wanted = noise_(here, **OPTIONS, rules=rules)
+    wanted = noise_(here, **OPTIONS)
     there = AutoModelForCausalLM.from_pretrained(output, dtype=dtype)
     assert len(list(source.glob("*.safetensors"))) > 1
     for (name, p), (_, q) in zip(here.named_parameters(), there.named_parameters(), strict=True):

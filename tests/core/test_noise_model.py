@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_
-from undo_core.noise import initial_values
+from undo_core.initialisation import initialisation
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {
@@ -23,7 +23,7 @@ MODELS = {
 def test_norms_shrink_toward_where_they_start(kind):
     extra, start = MODELS[kind]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **extra))
-    values = initial_values(model)
+    values = initialisation(model).values
     fresh = dict(model.named_parameters())
     assert set(values) == {name for name, p in fresh.items() if p.ndim == 1}
     for name, value in values.items():

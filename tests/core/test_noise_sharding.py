@@ -14,6 +14,7 @@ from undo_core.ops.sharding import local_pieces
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
+import copy
 import multiprocessing
 import sys
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import AutoConfig, AutoModelForCausalLM
+from undo_core import noise_ as damage
 from undo_kernels.library import implementation
 from undo_kernels.segment import Segment
 from undo_core.ops import noise_
@@ -60,7 +63,8 @@ def work(rank, world, store):
     noise = implementation("noise_", torch.device("cpu"))
     for shape, mesh, placements, pieces in cases:
         for dtype in (torch.float32, torch.bfloat16):
-            for law, scale in (("uniform", 1e-8), ("normal", 0.1)):
+            for law, scale in (("uniform", 1e-8), ("normal", 0.1), ("elements", 0.25)):
+                target = torch.randn(shape, generator=torch.Generator().manual_seed(1)) if law == "elements" else None
                 whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
                 shards = distribute_tensor(whole, mesh, placements)
                 found = local_pieces("w", shards)
@@ -70,10 +74,28 @@ def work(rank, world, store):
                 local = shards.to_local()
                 assert sum(view.numel() for view, *_ in found) == local.numel()
                 if found:
-                    noise([Segment(view, "w", law, 0.75, scale, *where) for view, *where in found], 3, True)
-                noise([Segment(whole, "w", law, 0.75, scale)], 3, True)
+                    noise([Segment(view, "w", law, 0.75, scale, *where, target) for view, *where in found], 3, True)
+                noise([Segment(whole, "w", law, 0.75, scale, target=target)], 3, True)
                 full = shards.full_tensor()
                 assert torch.equal(full, whole), (shape, placements, dtype, law)
+    whole = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))  # a shard that is not contiguous
+    local = distribute_tensor(whole, line, [Shard(0)]).to_local()
+    strided = torch.empty(8, len(local)).T.copy_(local)
+    shards = DTensor.from_local(strided, line, [Shard(0)], shape=whole.shape, stride=whole.stride())
+    assert len(local) < 2 or not strided.is_contiguous()
+    for tensors in ({"w": shards}, {"w": whole}):
+        noise_(tensors, alpha=0.25, beta=0.5, seed=3)
+    assert torch.equal(shards.full_tensor(), whole)
+    torch.manual_seed(0)  # a Hugging Face model, whose initial values are read off its class: A_log of every element its own
+    config = AutoConfig.for_model("mamba", vocab_size=30, hidden_size=5, intermediate_size=10, num_hidden_layers=1, state_size=3)
+    model = AutoModelForCausalLM.from_config(config)
+    sharded = copy.deepcopy(model)
+    for part in (*sharded.backbone.layers, sharded):
+        fully_shard(part, mesh=line)
+    reports = [damage(each, alpha=0.5, seed=1) for each in (model, sharded)]
+    assert reports[0].keys() == reports[1].keys() and not reports[1].left
+    for (name, p), q in zip(model.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(p, q.full_tensor()), name
     try:
         local_pieces("w", DTensor.from_local(torch.ones(4, 4), line, [Partial()]))
     except ValueError as error:

@@ -18,6 +18,7 @@ from undo_core.report import derive, terminal_table, write_report
 from undo_core.report.figures import spread_apart
 from undo_core.report.metrics import ratio_of_robustness
 from undo_core.report.table import group_table
+from undo_core.report.words import opening
 
 STEPS = [0, 20, 100]
 RATES = [1e-3, 4e-3]
@@ -121,6 +122,13 @@ def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def censor(result: dict[str, Any], name: str) -> None:
     entry(result, name)["training"] |= {"stop_step": None, "stop_tokens": None, "stop_flops": None, "limit_reached": True}
+
+
+def test_the_opening_says_what_the_damage_left() -> None:
+    result, left = run(), "42 parameters (9,904 elements, 25.5% of the model): not text"
+    assert "The damage left" not in opening(derive([result], "title"))
+    entry(result, "undo-0.2")["left"] = entry(result, "undo-0.6")["left"] = left
+    assert opening(derive([result], "title")).count(f"The damage left {left}.") == 1
 
 
 def test_many_groups_have_a_line_each() -> None:

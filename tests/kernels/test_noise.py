@@ -149,6 +149,91 @@ def test_box_muller_against_the_library_functions():
             assert got[pair + 1] == pytest.approx(radius * math.sin(angle), abs=2e-6)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VIEWS = {
+    "transposed": lambda t: t.T,
+    "columns": lambda t: t[:, 2:7],
+    "every second": lambda t: t[::2, 1::3],
+    "channels last": lambda t: t.view(4, 2, 3, 5).contiguous(memory_format=torch.channels_last),
+    "a column": lambda t: t[:, 3],
+    "a vector": lambda t: t[1, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_tensors_that_are_not_contiguous_get_the_bits_of_contiguous_ones(view, dtype):
+    whole = torch.randn(8, 15, generator=torch.Generator().manual_seed(3)).to(dtype)
+    tensor = VIEWS[view](whole)
+    outside = torch.ones(8, 15, dtype=torch.bool)
+    if tensor.untyped_storage().data_ptr() == whole.data_ptr():
+        VIEWS[view](outside).fill_(False)
+    wanted, before, address = tensor.contiguous().clone(), whole.clone(), tensor.data_ptr()
+    assert not tensor.is_contiguous()
+    toward = torch.linspace(-1, 1, tensor.numel()) if tensor.ndim == 1 else 0.0
+    options = {"alpha": 0.4, "beta": 0.7, "seed": 5, "toward": {"w": toward}}
+    ops.noise_({"w": wanted}, **options)
+    ops.noise_({"w": torch.nn.Parameter(tensor)}, **options)
+    assert torch.equal(tensor, wanted) and tensor.data_ptr() == address
+    assert torch.equal(whole[outside], before[outside]), "what lies between is not touched"
+
+
+def test_columns_of_one_matrix_are_apart_and_columns_that_overlap_are_not():
+    whole = torch.ones(4, 10)
+    ops.noise_({"q": whole[:, :4], "k": whole[:, 4:6], "v": whole[:, 6:]}, alpha=0.5, beta=0.0, seed=0)
+    assert (whole == 0.5).all()
+    for name, other in (("k", whole[:, 3:5]), ("far", whole[3:, 2:])):
+        with pytest.raises(ValueError, match=rf"^tensors: got 'q' and '{name}', which share memory"):
+            ops.noise_({"q": whole[:, :4], "v": whole[:, 6:], name: other}, alpha=0.5, beta=0.0, seed=0)
+    assert (whole == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_a_target_of_each_element_bit_by_bit(backend, dtype):
+    """``rn(rn(k * theta) + rn(alpha * target))``: what numbers as targets give, one by one."""
+    generator = torch.Generator().manual_seed(8)
+    theta, target = torch.randn(3, 7, generator=generator).to(dtype), torch.randn(3, 7, generator=generator)
+    parameters = {"A": theta.clone(), "plain": torch.ones(5, 4, dtype=dtype), "b": torch.ones(3, dtype=dtype)}
+    whole = {name: tensor.clone().view(-1) if name == "A" else tensor.clone() for name, tensor in parameters.items()}
+    options = {"alpha": 0.3, "beta": 0.7, "seed": 9, "stochastic_rounding": False}
+    with undo_kernels.backend(backend):
+        ops.noise_(whole, **options, toward={"A": target.view(-1), "b": 2.0})
+    for index in range(21):
+        single = theta.view(-1)[index : index + 1].clone()
+        ops.noise_({"A": single}, **options, toward=float(target.view(-1)[index]))
+        assert torch.equal(single, whole["A"][index : index + 1])
+    if dtype == torch.float32:
+        k, c = np.float32(1 - 0.3), (0.3 * target.double().numpy()).astype(np.float32)
+        assert np.array_equal((theta.numpy() * k + c).reshape(-1), whole["A"].numpy())
+    others = {name: parameters[name] for name in ("plain", "b")}
+    ops.noise_(others, **options, toward={"b": 2.0})
+    assert all(torch.equal(whole[name], others[name]) for name in others), "the others have the bits that they have alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_target_of_each_element_in_any_cut_and_backend(dtype):
+    generator = torch.Generator().manual_seed(8)
+    theta, target = torch.randn(13, 29, generator=generator).to(dtype), torch.randn(13, 29, generator=generator)
+    noise = undo_kernels.implementation("noise_", theta.device)
+    whole = theta.clone()
+    sums = noise([Segment(whole, "A", "elements", 0.6, 0.4, target=target)], 7, True)
+    wanted = [theta.double().square().sum(), (0.4 * target.double()).square().sum(), whole.double().square().sum()]
+    torch.testing.assert_close(sums[0], torch.stack(wanted), rtol=1e-6, atol=0)
+    assert not torch.equal(whole, (theta.float() * 0.6 + target * 0.4).to(dtype)), "rounded stochastically"
+    for backend in ("cpu", "reference", "triton"):
+        other = theta.clone()
+        with undo_kernels.backend(backend):
+            undo_kernels.implementation("noise_", theta.device)(
+                [Segment(other, "A", "elements", 0.6, 0.4, target=target)], 7, True
+            )
+        assert torch.equal(other, whole)
+    for first, last in ((0, 1), (3, 8), (10, 29)):
+        columns = theta[:, first:last].contiguous()
+        noise([Segment(columns, "A", "elements", 0.6, 0.4, first, last - first, 29, target)], 7, True)
+        assert torch.equal(columns, whole[:, first:last])
+
+
 def test_replay_is_the_noise_that_was_added():
     for shape, law, std in (((8, 6), "xavier_uniform", None), ((4, 3, 2), "xavier_normal", None), ((5, 5), "normal", 0.02)):
         tensor = torch.zeros(shape, dtype=torch.float64)
@@ -242,9 +327,12 @@ def test_alpha_zero_is_the_identity_and_beta_zero_only_shrinks():
         ({"tensors": {}}, "tensors"),
         ({"tensors": 3}, "tensors"),
         ({"tensors": {"w": torch.zeros(3, 3, dtype=torch.int32)}}, "tensors"),
-        ({"tensors": {"w": torch.zeros(3, 4).T}}, "tensors"),
+        ({"tensors": {"w": torch.ones(3, 1).expand(3, 4)}}, "tensors"),
         ({"tensors": {"w": torch.ones(2, 2), "module.w": torch.ones(2, 2)}}, "tensors"),
         ({"tensors": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "toward": {"c": 1.0}}, "toward"),
+        ({"tensors": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "toward": {"b": torch.ones(3)}}, "toward"),
+        ({"tensors": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "toward": {"b": torch.tensor([1, 2])}}, "toward"),
+        ({"tensors": {"w": torch.ones(2, 2), "b": torch.ones(2)}, "toward": {"b": torch.tensor([1.0, math.inf])}}, "toward"),
     ],
 )
 def test_bad_arguments_change_nothing(changes, argument):

@@ -12,8 +12,8 @@ from undo_kernels.library import implementation
 from undo_kernels.segment import Segment, amplitude
 
 from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Policy, Setting, Toward, describe, targets
-from undo_core.ops.sharding import Piece, add_over_shards, is_sharded, local_of, local_pieces
+from undo_core.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
+from undo_core.ops.sharding import Piece, add_over_shards, check_apart_within, local_of, local_pieces
 
 
 def noise_(
@@ -32,8 +32,9 @@ def noise_(
 
     ``N`` of an element depends only on the seed, the parameter's canonical name and the element's index in it (Philox-4x32-10):
     not on device, sharding, block size, dtype, order of the parameters or number of threads. Tensors of two and more dimensions get
-    ``N``; one-dimensional ones (norms, biases) get none and shrink toward ``toward``. Tied parameters are noised once, under the
-    first of their names. :func:`undo_core.noise_` finds ``toward`` for a Hugging Face model.
+    ``N``; those of one or none (norms, biases, scales) get none and shrink toward ``toward``. Tied parameters are noised once, under
+    the first of their names. :func:`undo_core.noise_` knows for a Hugging Face model which parameters are no matrices, whatever their
+    shape, and what they shrink toward.
 
     Args:
         tensors: a module, whose parameters that require a gradient are taken (as published), or ``{name: tensor}``. A ``DTensor``'s
@@ -44,14 +45,15 @@ def noise_(
         law: of ``N``. Xavier's fans come from the full shape: of a matrix its extents; further dimensions are a receptive field
             (convolutions; any tensor of a mapping) or count matrices ``[..., out, in]`` (a module's stacked experts).
         std: of the normal law, >= 0; for that law alone.
-        toward: what one-dimensional parameters shrink toward: a number, ``{name: number}``, or a function of name and tensor.
+        toward: what the parameters without noise shrink toward: a number, ``{name: target}``, or a function of name and tensor. A
+            target is a number, or a tensor of the full parameter's shape for a target of each element.
         rules: other settings for some parameters; later rules win.
         stochastic_rounding: of 16-bit parameters; None rounds them stochastically, which has no bias.
 
-    Memory: nothing of a tensor's size.
+    Memory: nothing of a tensor's size; of those that are not contiguous a copy, one at a time.
 
     Raises:
-        ValueError: an argument is wrong; a tensor is not a contiguous float tensor, or has no dimension and no rule with alpha=0; two
+        ValueError: an argument is wrong; a tensor is no float tensor, or some of its elements are the same memory (``expand``); two
             tensors share a part of their memory. Nothing is changed.
     """
     apply(
@@ -76,43 +78,61 @@ def apply(
     rules: Sequence[NoiseRule] = (),
     stochastic_rounding: bool | None = None,
     whole_sums: bool = True,
+    found: Mapping[str, tuple[torch.Tensor, Parameter]] | None = None,
     **options: Any,
 ) -> dict[str, tuple[Setting, torch.Tensor]]:
     """:func:`noise_`; returns for each tensor what happened to it, and the sums of squares of theta before, of the noise as it
     was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
+    ``found`` replaces what :func:`undo_core.ops.noise_rules.describe` says of ``tensors``.
     """
     policy = Policy(**options, rules=tuple(rules))
     checks.seed(seed)
-    found = describe(tensors)
+    found = describe(tensors) if found is None else found
     pieces = {name: _pieces(name, tensor) for name, (tensor, _) in found.items()}
     settings = policy.settings({name: parameter for name, (_, parameter) in found.items()}, targets(toward, found))
-    devices: dict[torch.device, list[Segment]] = {}
-    for name, parts in pieces.items():
-        setting = settings[name]
-        for view, first, run, stride in parts:
-            segment = Segment(view, name, setting.law, setting.keep, setting.scale, first, run, stride)
-            devices.setdefault(view.device, []).append(segment)
     rounding = True if stochastic_rounding is None else bool(stochastic_rounding)
     sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
+
+    def noise(segments: list[Segment], device: torch.device) -> None:
+        for piece, row in zip(segments, implementation("noise_", device)(segments, seed, rounding), strict=True):
+            sums[piece.name] += row
+
+    devices: dict[torch.device, list[Segment]] = {}
+    scattered = [name for name, (tensor, _) in found.items() if not local_of(tensor).is_contiguous()]
+    for name, parts in pieces.items():
+        for view, *where in parts if name not in scattered else ():
+            devices.setdefault(view.device, []).append(segment(name, view, settings[name], *where))
     for device, segments in devices.items():
-        rows = implementation("noise_", device)(segments, seed, rounding)
-        for segment, row in zip(segments, rows, strict=True):
-            sums[segment.name] += row
-            torch.autograd.graph.increment_version(segment.tensor)  # a graph that has saved it must notice
+        noise(segments, device)
+        for piece in segments:
+            torch.autograd.graph.increment_version(piece.tensor)  # a graph that has saved it must notice
+    for name in scattered:
+        local = local_of(found[name][0]).detach()
+        copy = local.contiguous()
+        if copied := [segment(name, view, settings[name], *where) for view, *where in local_pieces(name, found[name][0], copy)]:
+            noise(copied, local.device)
+            local.copy_(copy)
     if whole_sums:
         for name, (tensor, _) in found.items():
             add_over_shards(tensor, sums[name])
     return {name: (settings[name], sums[name]) for name in found}
 
 
+def segment(name: str, view: torch.Tensor, setting: Setting, first: int = 0, run: int = 0, stride: int = 0) -> Segment:
+    """What a kernel needs to know of a parameter, or of a piece of it."""
+    return Segment(view, name, setting.law, setting.keep, setting.scale, first, run, stride, setting.target)
+
+
 def _pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
     if tensor.is_meta:
         checks.fail(f"tensors[{name!r}]", "a meta tensor, whose values are elsewhere (offloaded)", "a tensor in memory")
-    whole = is_sharded(tensor) or tensor.is_contiguous()
-    if tensor.dtype not in checks.FLOATS or not whole:
-        got = f"{tensor.dtype}, shape {tuple(tensor.shape)}, {'' if whole else 'not '}contiguous"
-        checks.fail(f"tensors[{name!r}]", got, "a contiguous float tensor")
-    return local_pieces(name, tensor)
+    if tensor.dtype not in checks.FLOATS:
+        checks.fail(f"tensors[{name!r}]", f"{tensor.dtype}, shape {tuple(tensor.shape)}", "a float tensor")
+    local = local_of(tensor)
+    if local.is_contiguous():
+        return local_pieces(name, tensor)
+    check_apart_within(f"tensors[{name!r}]", local)
+    return local_pieces(name, tensor, torch.empty(local.shape, dtype=local.dtype, device="meta"))
 
 
 def replay(

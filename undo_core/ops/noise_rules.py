@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -18,7 +17,8 @@ from undo_core.ops.sharding import local_of
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
-Toward = float | Mapping[str, float] | Callable[[str, torch.Tensor], float]
+Target = float | torch.Tensor
+Toward = float | Mapping[str, Target] | Callable[[str, torch.Tensor], Target]
 
 _NOT = "not "
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
@@ -30,8 +30,8 @@ class NoiseRule:
 
     Attributes:
         match: a glob over canonical names (``*.mlp.*``), or ``matrices`` (two and more dimensions, embeddings excepted), ``vectors``
-            (one dimension: norms and biases), ``embeddings`` or layers by number (``layers:0-3,7``); ``not`` before any of these
-            (``not layers:4-9``) matches the others.
+            (everything else: norms, biases and other parameters that are no matrix of a product), ``embeddings`` or layers by number
+            (``layers:0-3,7``); ``not`` before any of these (``not layers:4-9``) matches the others.
         alpha: strength, in [0, 1]; 0 leaves the parameter as it is.
         beta: scale of the noise, >= 0.
         law: of ``N``. Vectors, which get no noise otherwise, get it when a rule gives them the normal law.
@@ -66,20 +66,23 @@ class Parameter:
         shape: full shape.
         role: matrices, vectors or embeddings.
         stacked: further dimensions count matrices ``[..., out, in]`` (experts); else they are a receptive field (convolutions).
+        matrix: shape of the matrix whose fans count, where ``shape`` does not tell.
     """
 
     shape: tuple[int, ...]
     role: Literal["matrices", "vectors", "embeddings"]
     stacked: bool = False
+    matrix: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
     """``theta <- keep * theta + scale * N`` for one parameter, as :class:`undo_kernels.segment.Segment` has it."""
 
-    law: Literal["uniform", "normal", "constant"]
+    law: Literal["uniform", "normal", "constant", "elements"]
     keep: float
     scale: float
+    target: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Policy:
         if not all(isinstance(rule, NoiseRule) for rule in self.rules):
             checks.fail("rules", self.rules, "a sequence of NoiseRule")
 
-    def settings(self, parameters: Mapping[str, Parameter], toward: Mapping[str, float]) -> dict[str, Setting]:
+    def settings(self, parameters: Mapping[str, Parameter], toward: Mapping[str, Target | None]) -> dict[str, Setting]:
         """What happens to each parameter, by canonical name; ``toward`` has an entry for every vector to which
         no rule gives one.
 
@@ -117,7 +120,7 @@ class Policy:
             check_layers(f"rules[{i}].match", rule.match, parameters)
         return {name: self._setting(name, parameter, toward.get(name)) for name, parameter in parameters.items()}
 
-    def _setting(self, name: str, parameter: Parameter, target: float | None) -> Setting:
+    def _setting(self, name: str, parameter: Parameter, target: Target | None) -> Setting:
         alpha, beta, law, std = self.alpha, self.beta, self.law, self.std
         vector = parameter.role == "vectors"
         if vector:
@@ -134,20 +137,20 @@ class Policy:
                         "toward", f"{rule.toward} for {name}", "a rule that matches vectors alone; the others shrink toward 0"
                     )
         keep = 1.0 - alpha
-        if not parameter.shape and alpha:
-            checks.fail(name, "a parameter without a dimension", "at least one, or a rule with alpha=0 for it")
         if law is None:
             if not alpha:
                 return Setting("constant", keep, 0.0)
             if target is None:
-                checks.fail("toward", f"no one value for {name}", "an entry for it, or a rule that gives one")
+                checks.fail("toward", f"no value for {name}", "an entry for it, or a rule that gives one or has alpha=0")
+            if isinstance(target, torch.Tensor):
+                return Setting("elements", keep, alpha, target)
             return Setting("constant", keep, alpha * target)
         if law == "normal" and std is None:
             checks.fail("std", f"None for {name}", "a number >= 0 with law='normal'")
-        if vector and (law != "normal" or target):
-            got = f"{law} and toward={target:g} for {name}"
+        if vector and (law != "normal" or isinstance(target, torch.Tensor) or target):
+            got = f"{law} and toward={f'{target:g}' if isinstance(target, float) else target} for {name}"
             checks.fail("law", got, "normal and toward=0 for a vector with noise: Xavier's fans need a matrix")
-        scale = alpha * beta * amplitude(law, parameter.shape, std, stacked=parameter.stacked)
+        scale = alpha * beta * amplitude(law, parameter.matrix or parameter.shape, std, stacked=parameter.stacked)
         return Setting("uniform" if law == "xavier_uniform" else "normal", keep, scale)
 
 
@@ -195,13 +198,19 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     return found
 
 
-def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]]) -> dict[str, float]:
+def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]]) -> dict[str, Target]:
     """What each vector shrinks toward, as far as ``toward`` says."""
     result = {}
     for name, (tensor, parameter) in found.items():
         if parameter.role == "vectors" and not (isinstance(toward, Mapping) and name not in toward):
             value = toward(name, tensor) if callable(toward) else toward[name] if isinstance(toward, Mapping) else toward
-            result[name] = checks.number("toward", value, f"a finite number for {name}")
+            if isinstance(value, torch.Tensor):
+                if value.dtype not in checks.FLOATS or value.shape != tensor.shape or not value.isfinite().all():
+                    got = f"{value.dtype}, shape {tuple(value.shape)} for {name}"
+                    checks.fail("toward", got, f"a number, or a tensor of finite floats {tuple(tensor.shape)}")
+                result[name] = value
+            else:
+                result[name] = checks.number("toward", value, f"a finite number for {name}")
     return result
 
 
@@ -277,9 +286,26 @@ def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
             reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)) + 1
             spans.append((str(local.device), local.data_ptr(), local.data_ptr() + reach * local.element_size(), name))
     spans.sort()
-    for (device, _, end, name), (next_device, start, _, other) in pairwise(spans):
-        if device == next_device and start < end:
-            checks.fail("tensors", f"{name!r} and {other!r}, which share memory", "tensors apart, or tied ones of one shape")
+    for i, (device, start, end, name) in enumerate(spans):
+        for other_device, other_start, _, other in spans[i + 1 :]:
+            if (other_device, other_start) >= (device, end):
+                break
+            if _share(local_of(tensors[name]), local_of(tensors[other]), other_start - start):
+                checks.fail(
+                    "tensors", f"{name!r} and {other!r}, which share memory", "tensors apart, or tied ones of one shape"
+                )
+
+
+def _share(a: torch.Tensor, b: torch.Tensor, distance: int) -> bool:
+    """Whether two tensors, the second ``distance`` bytes after the first, have an element's memory in common; spans that interleave,
+    as those of columns of one matrix do, need not."""
+    if a.is_contiguous() or b.is_contiguous() or a.dtype != b.dtype or distance % a.element_size():
+        return True
+    reach = [sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]
+    offset = distance // a.element_size()
+    taken = torch.zeros(max(reach[0], offset + reach[1]), dtype=torch.bool)
+    taken.as_strided(a.shape, a.stride()).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), offset).any())
 
 
 def _strengths(alpha: float | None, beta: float | None) -> None:

@@ -14,26 +14,25 @@ Piece = tuple[torch.Tensor, int, int, int]
 Intervals = list[tuple[int, int]]  # (start, length), in the order of the shard; no two of them adjacent
 
 
-def local_pieces(name: str, tensor: torch.Tensor) -> list[Piece]:
-    """``(view, first, run, stride)`` of what this process holds of ``tensor``: the last four fields of a segment.
+def local_pieces(name: str, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> list[Piece]:
+    """``(view, first, run, stride)`` of what this process holds of ``tensor``: a segment's tensor, and where its elements are.
 
-    A plain tensor is one piece. Of a ``DTensor`` the views share the local shard's memory; the shard is one piece where its rows lie
+    The views share ``memory``, which is that of :func:`local_of` or a contiguous copy of it. A plain tensor is one piece. A shard of a ``DTensor`` is one piece where its rows lie
     at a regular distance in the full tensor (any one sharded dimension, and the first with any other), else several. A shard
     without elements, or a rank outside the mesh, has none. Uneven shards and ``_StridedShard`` (FSDP2 over tensor parallelism on the
     same dimension) are split as torch splits them: by ``torch.chunk``. Nothing is communicated; memory: a few numbers a piece.
 
     Raises:
         ValueError: a placement that does not say which elements are here (``Partial``), shards in another order than their mesh
-            dimensions, a shard that is not contiguous or not of the size that its placements give.
+            dimensions, or a shard that is not of the size that its placements give.
     """
+    local = local_of(tensor).detach() if memory is None else memory
     if not is_sharded(tensor):
-        return [(tensor.detach(), 0, 0, 0)]
+        return [(local, 0, 0, 0)]
     dims = _intervals(name, tensor)
-    local = tensor.detach().to_local()
     shape = tuple(_length(held) for held in dims)
-    if local.numel() != math.prod(shape) or not local.is_contiguous():
-        got = f"a local shard {tuple(local.shape)}, {'' if local.is_contiguous() else 'not '}contiguous"
-        checks.fail(f"tensors[{name!r}]", got, f"a contiguous one {shape}, which {tensor.placements} give")
+    if local.numel() != math.prod(shape):
+        checks.fail(f"tensors[{name!r}]", f"a local shard {tuple(local.shape)}", f"{shape}, which {tensor.placements} give")
     return list(_pieces(local.view(-1), tuple(tensor.shape), dims)) if local.numel() else []
 
 
@@ -46,6 +45,16 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of ``tensor``."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def check_apart_within(name: str, tensor: torch.Tensor) -> None:
+    """Raise a ValueError where elements of one tensor are the same memory, as those of ``expand`` are."""
+    reach = 0  # of the dimensions so far, from the one with the smallest stride
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}, whose elements share memory"
+            checks.fail(name, got, "a tensor with memory for each element, such as its clone()")
+        reach += (size - 1) * stride
 
 
 def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:

@@ -141,7 +141,8 @@ def _done(report: Report) -> str:
             text += (
                 f", or attacked otherwise ({', '.join(further)}), each to its own headline step, of which the worst counts too"
             )
-    return text + "."
+    left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
+    return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
 
 
 def _or_further(report: Report) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from undo_kernels.library import register
+from undo_kernels.reference.noise import elements_in_torch
 from undo_kernels.segment import Segment
 
 try:
@@ -19,6 +20,7 @@ INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machin
 
 @register("noise_", "cpu")
 @torch.no_grad()
+@elements_in_torch
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
     """:func:`undo_kernels.reference.noise.noise_`, bit for bit; 24 bytes of memory for each 2**16 elements."""
     sums = _cpu.noise(INSTRUCTION_SET, [_c(segment) for segment in segments], seed, stochastic_rounding)

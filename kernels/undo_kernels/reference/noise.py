@@ -6,6 +6,7 @@ contracted into a fused multiply-add)::
     uniform   theta' = rn(rn(k * theta) + rn(c * n)),  n = 2 * (w >> 8) + 1 - 2**24, an odd integer, exact, mean zero
     normal    theta' = rn(rn(k * theta) + rn(c * g))
     constant  theta' = rn(rn(k * theta) + c)
+    elements  theta' = rn(rn(k * theta) + c_i),  c_i = alpha * target_i, as a constant's c
 
 with ``k`` and ``c``, a segment's ``keep`` and ``scale``, computed in double and rounded once. ``g`` is Box-Muller on the lanes (0, 1) and (2, 3) of a block:
 ``u = (2 * (w_even >> 9) + 1) * 2**-24``, ``v = n_odd * 2**-24``, ``r = sqrt(-2 * log(u))``, even lanes ``rn(r * cos(pi * v))``, odd
@@ -18,8 +19,9 @@ Temporaries: about 100 bytes for each of 2**16 elements at a time; nothing of th
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,6 +29,7 @@ from undo_kernels.library import register
 from undo_kernels.reference.philox import DRAW, ROUND, words
 from undo_kernels.segment import Segment
 
+Noise = Callable[[Sequence[Segment], int, bool], torch.Tensor]
 BLOCK = 1 << 16
 
 _LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.1666848063468933, 0.14249935746192932)
@@ -57,15 +60,39 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
     return sums
 
 
+def elements_in_torch(noise: Noise) -> Noise:
+    """A backend's ``noise_`` for every law: segments of the law ``elements``, which are few and small, are left to this file."""
+
+    @functools.wraps(noise)
+    def both(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
+        rows: dict[bool, list[int]] = {False: [], True: []}
+        for row, segment in enumerate(segments):
+            rows[segment.law == "elements"].append(row)
+        if not rows[True]:
+            return noise(segments, seed, stochastic_rounding)
+        sums = torch.zeros(len(segments), 3, dtype=torch.float64, device=segments[0].tensor.device)
+        for here, chosen in rows.items():
+            if chosen:
+                part = (noise_ if here else noise)([segments[row] for row in chosen], seed, stochastic_rounding)
+                sums[chosen] = part.to(sums.device)
+        return sums
+
+    return both
+
+
 def _noise_part(part: torch.Tensor, segment: Segment, start: int, seed: int, stochastic: bool) -> torch.Tensor:
-    drawn = standard(segment.law, seed, segment.hashed, start, part.numel(), part.device)
     before = part.double().square().sum()
+    if segment.law == "elements":  # c_i in double, which is rounded once, as a constant's c is
+        target = segment.target.detach().reshape(-1)[start : start + part.numel()]
+        drawn, scale = target.to(part.device, torch.float64) * segment.scale, 1.0
+    else:
+        drawn, scale = standard(segment.law, seed, segment.hashed, start, part.numel(), part.device), segment.scale
     if part.dtype == torch.float64:
-        added = drawn.double() * segment.scale
+        added = drawn.double() * scale
         part.mul_(segment.keep).add_(added)
     else:
-        keep, scale = torch.tensor([segment.keep, segment.scale], dtype=torch.float64).float().tolist()
-        added = drawn * scale
+        keep, scale = torch.tensor([segment.keep, scale], dtype=torch.float64).float().tolist()
+        added = drawn.float() * scale
         result = (part.float() * keep) + added
         if stochastic and part.dtype in (torch.bfloat16, torch.float16):
             word = words(seed, segment.hashed, ROUND, start, part.numel(), part.device)

@@ -53,6 +53,7 @@ _LN2_HIGH, _LN2_LOW = tl.constexpr(reference._LN2_HIGH), tl.constexpr(reference.
 
 @register("noise_", "triton")
 @torch.no_grad()
+@reference.elements_in_torch
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
     """Noise every segment in place.
 
