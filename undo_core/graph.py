@@ -12,9 +12,11 @@ from typing import Any
 from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
+from undo_core.data.splits import check_lengths
 from undo_core.files import hash_file
 from undo_core.models import configuration, positions_of
 from undo_core.store import Stage
+from undo_core.text_files import check_is_content
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -197,6 +199,7 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
 
     Raises:
         FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
+        ValueError: a pointer file in the place of one of these, or rows longer than the model can read.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
     if not data.questions:  # as in the keys of runs from before there were questions
@@ -221,6 +224,9 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
         )
     if tokenizer := settings["data"]["tokenizer"]:
         files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
+    for path in files:
+        check_is_content(path)
+    check_lengths(settings["data"], positions_of(configuration(settings["model"])))
     return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
 
 

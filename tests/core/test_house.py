@@ -39,7 +39,7 @@ RANKS = [
         "undo_core.checkpoint_files",
         "undo_core.checkpoint_edit",
     },
-    {"undo_core.version", "undo_core.quiet"},
+    {"undo_core.version", "undo_core.quiet", "undo_core.text_files"},
     {"undo_kernels"},
 ]
 
