@@ -12,7 +12,6 @@ from typing import Any
 from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
-from undo_core.data.splits import check_lengths
 from undo_core.files import hash_file
 from undo_core.models import configuration, positions_of
 from undo_core.store import Stage
@@ -199,7 +198,7 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
 
     Raises:
         FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
-        ValueError: a pointer file in the place of one of these, or rows longer than the model can read.
+        ValueError: a pointer file of Git LFS in the place of one of these.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
     if not data.questions:  # as in the keys of runs from before there were questions
@@ -226,7 +225,6 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
         files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
     for path in files:
         check_is_content(path)
-    check_lengths(settings["data"], positions_of(configuration(settings["model"])))
     return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
 
 

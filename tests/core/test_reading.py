@@ -186,6 +186,11 @@ def test_what_the_model_cannot_read_is_refused_when_prepared(tmp_path, capsys):
     llama = {"model_type": "llama", "max_position_embeddings": 40, "hidden_size": 16, "num_hidden_layers": 1} | {
         "num_attention_heads": 2, "intermediate_size": 32,
     }  # fmt: skip
+    (tmp_path / "long.yaml").write_text(
+        json.dumps({"name": "x", "output": "x", "data": {"kind": "arithmetic", "length": 42}, "model": {"config": llama}})
+    )
+    assert main(["plan", str(tmp_path / "long.yaml")]) == 2
+    assert "error: data.length: got 42, wanted at most 41: the model has 40 positions" in capsys.readouterr().err
     for flags, wanted in (
         (["--data.length=34"], "data.length: got 34, wanted at most 33: the model has 32 positions"),
         (
