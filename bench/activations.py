@@ -37,8 +37,8 @@ def capture(folder: Path, tokens: int = TOKENS) -> Inputs:
     """
     prepared, teacher = check(folder)
     rows = Rows.load(prepared)
-    ids = rows.input_ids[: -(-2 * tokens // rows.length)].long()
-    return _inputs(load_model(folder), load_model(teacher), ids, ids != rows.pad_id, tokens)
+    some = rows.take(slice(-(-2 * tokens // rows.length)))
+    return _inputs(load_model(folder), load_model(teacher), some.input_ids.long(), some.text_mask(), tokens)
 
 
 def check(folder: Path) -> tuple[Path, Path]:

@@ -108,7 +108,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     mode = MODES[name]
     process = harness.status("VmRSS")
     rows = Rows.load(folder / "rows.safetensors")
-    gated = Gated(rows.input_ids, rows.pad_id)
+    gated = Gated(rows.input_ids, rows.pad_id, lengths=rows.lengths)
     student = load_model(folder / "student")
     cached = mode.teacher == "cached"
     teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")

@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = character_tokenizer("0123456789+-*/=")
     tests = {operation: _problems(tokenizer, operation) for operation in "*+"}
-    both = Rows(torch.cat([rows.input_ids for rows in tests.values()]), 0)
+    both = Rows.joined(list(tests.values()))
     print("| pretrained on | model | probe | products | sums |")
     print("| --- | --- | --- | ---: | ---: |")
     for name, text in (("single", both), ("packed", few_shot(both, both, 2, seed=0, positions=64)[0])):

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from undo_core import commands
 from undo_core.config import RunConfig
 from undo_core.sweep_config import SweepConfig
+from undo_core.text_files import read_text
 from undo_core.training import DivergedError
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
@@ -133,8 +134,8 @@ def _config_first(arguments: list[str]) -> list[str]:
             raise FileNotFoundError(
                 f"config: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
             )
-        rest = ["--config", str(path), *arguments[2:]]
-        if arguments[0] == "plan" and "base" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+        rest, text = ["--config", str(path), *arguments[2:]], read_text(path)
+        if arguments[0] == "plan" and "base" in (yaml.safe_load(text) or {}):
             return ["sweep", *rest, "--dry-run"]
         return [arguments[0], *rest]
     if len(arguments) > 2 and arguments[0] == "evaluate" and not any(part.startswith("-") for part in arguments[1:3]):

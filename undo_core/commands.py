@@ -322,6 +322,7 @@ def evaluate(
     shots: int = 0,
     description: str = DESCRIPTION,
     limit: float = 1.0,
+    special_tokens: Literal["text", "parse"] = "text",
 ) -> int:
     """Print the checkpoint MODEL's metrics as JSON, with 95 % intervals.
 
@@ -337,6 +338,7 @@ def evaluate(
         shots: how many.
         description: text before everything; {subject} in it becomes the question's subject.
         limit: share of each subject's questions, the first ones; published for MMLU: 0.4.
+        special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
     """
     import json
 
@@ -351,7 +353,7 @@ def evaluate(
     metrics: dict[str, Any] = {}
     if multiple_choice:
         files, shown = ([paths] if isinstance(paths, str) else paths for paths in (multiple_choice, examples))
-        config = MultipleChoiceConfig(list(files), list(shown), shots, description, limit)
+        config = MultipleChoiceConfig(list(files), list(shown), shots, description, limit, special_tokens)
     if data is not None:
         _prepared(Path(data))
         metrics = evaluate_folder(Path(model), Path(data))

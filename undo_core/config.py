@@ -96,6 +96,8 @@ class DataConfig:
         distill: other text to distill on (text).
         questions: multiple-choice questions to score by, instead of held-out text (text).
         valid_fraction: share of the documents in each of the validation and the test split (text).
+        special_tokens: text: a control token that is written out in a document (``<|endoftext|>``) is text like any other; parse: it becomes
+            that token, as in files that were made for it (text).
         tokenizer: folder of a tokenizer; None builds one: characters for arithmetic, byte-level BPE for text.
         vocab_size: of the BPE tokenizer (text).
     """
@@ -113,6 +115,7 @@ class DataConfig:
     distill: DistillDataConfig = field(default_factory=DistillDataConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     valid_fraction: float = 0.05
+    special_tokens: Literal["text", "parse"] = "text"
     tokenizer: str | None = None
     vocab_size: int = 8000
 
@@ -135,6 +138,8 @@ class DataConfig:
             raise ValueError(
                 "data.documents: got isolated with kind arithmetic-compact, whose rows hold one problem; wanted shared"
             )
+        if self.special_tokens not in ("text", "parse"):
+            raise ValueError(f"data.special_tokens: got {self.special_tokens!r}, wanted text or parse")
         for name in ("retain", "forget"):
             _check_sources(f"data.{name}", getattr(self, name), "data.tokens", self.tokens)
         if self.distill.sources and self.kind != "text":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.models import vocabulary_of
 from undo_core.teacher import ModelTeacher, Teacher, as_teacher
@@ -58,6 +59,7 @@ def distill(
     if rows_t != rows_s:
         raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
     known.check(text)
+    limits = limits_of(student, *([known.model] if isinstance(known, ModelTeacher) else []))
     match = None
     if hidden_weight:
         match = matching(student, known, hidden_weight, hidden_layers)
@@ -66,7 +68,7 @@ def distill(
     def loss(student: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         return distillation(student, known.targets(batches["text"]), batches["text"], counted["text"], match)
 
-    source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text")
+    source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text", limits=limits)
     return train(student, loss, {"text": source}, config, folder=folder, title=title, progress=progress, **train_options)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
@@ -43,13 +44,9 @@ def evaluate(
     Memory: a forward pass of one batch; logits of 2**25 (answer token, vocabulary row) pairs at most.
 
     Raises:
-        ValueError: the rows have a token that the model's vocabulary has not.
+        ValueError: the rows have a token that the model's vocabulary has not, or more tokens than it has positions.
     """
-    largest, vocabulary = rows.largest_id(), model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise ValueError(
-            f"rows: got token id {largest}, wanted ids below the model's vocabulary of {vocabulary}; prepare the data for this model"
-        )
+    limits_of(model).check_rows(rows, "rows")
     device = next(model.parameters()).device
     parts, order = [], []
     with evaluating(model):
@@ -59,9 +56,9 @@ def evaluate(
                 part = _right_letter(model, ids, rows.answer_mask[index, :length].to(device), rows.choices[index].to(device))
             else:
                 chosen = counted if rows.answer_mask is None else rows.answer_mask
-                mask = ids != rows.pad_id if chosen is None else chosen[index].to(device)
-                score = token_nats if rows.answer_mask is None else _correct
-                part = score(model, ids, rows.position_ids(ids), mask)
+                mask = rows.text_mask(index) if chosen is None else chosen[index]
+                score, positions = token_nats if rows.answer_mask is None else _correct, rows.position_ids(index)
+                part = score(model, ids, None if positions is None else positions.to(device), mask.to(device))
             parts.append(part.cpu())
             order.append(index)
     scores = torch.cat(parts)[torch.cat(order).argsort()]

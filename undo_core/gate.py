@@ -57,8 +57,8 @@ class Gate:
 
     def forget(self, rows: Rows) -> torch.Tensor:
         """``[n]`` bool, True where a row looks like one to forget."""
-        parts = rows.input_ids.split(ROWS_AT_ONCE)
-        return torch.cat([features(ids, rows.pad_id, len(self.weight)) @ self.weight + self.bias > 0 for ids in parts])
+        parts = zip(rows.input_ids.split(ROWS_AT_ONCE), rows.text_mask().split(ROWS_AT_ONCE), strict=True)
+        return torch.cat([features(*part, len(self.weight)) @ self.weight + self.bias > 0 for part in parts])
 
     def quality(self, forget: Rows, retain: Rows) -> dict[str, Any]:
         """Precision and recall of the rows to forget, and the numbers they are of; None where a denominator is 0."""
@@ -78,7 +78,7 @@ def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Ga
     """
     config = config or GateConfig()
     parts = (forget, retain)
-    x = torch.cat([features(rows.input_ids, rows.pad_id, config.buckets) for rows in parts])
+    x = torch.cat([features(rows.input_ids, rows.text_mask(), config.buckets) for rows in parts])
     y = torch.cat([torch.full((len(rows),), float(rows is forget), dtype=torch.float64) for rows in parts])
     weight = torch.zeros(config.buckets, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -98,13 +98,12 @@ def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Ga
 def labelled(rows: Rows, share: float, seed: int) -> Rows:
     """The rows of a labelled sample: at least one, drawn without repetition."""
     index = rows.order(0, max(1, round(share * len(rows))), seed)
-    return Rows(rows.input_ids[index], rows.pad_id, separator_id=rows.separator_id)
+    return rows.take(index)
 
 
-def features(input_ids: torch.Tensor, pad_id: int, buckets: int) -> torch.Tensor:
-    """``[n, buckets]`` float64 of token rows ``[n, length]``; padding, and pairs with it, count for nothing."""
+def features(input_ids: torch.Tensor, text: torch.Tensor, buckets: int) -> torch.Tensor:
+    """``[n, buckets]`` float64 of token rows ``[n, length]``; what ``text`` ``[n, length]`` is False for counts for nothing."""
     ids = input_ids.long()
-    text = ids != pad_id
     tokens, pairs = _hash(ids, buckets), _hash(ids[:, 1:], buckets, ids[:, :-1])
     counts = torch.zeros(len(ids), buckets, dtype=torch.float64)
     counts.scatter_add_(1, tokens, text.double())

@@ -16,6 +16,7 @@ from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
 from undo_core.models import configuration, positions_of
 from undo_core.store import Stage
+from undo_core.text_files import check_is_content
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -200,6 +201,7 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
 
     Raises:
         FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
+        ValueError: a pointer file of Git LFS in the place of one of these.
     """
     settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
     if not data.questions:  # as in the keys of runs from before there were questions
@@ -224,6 +226,8 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
         )
     if tokenizer := settings["data"]["tokenizer"]:
         files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
+    for path in files:
+        check_is_content(path)
     return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
 
 

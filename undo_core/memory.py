@@ -365,11 +365,11 @@ class _Stage:
         elif scored.answers:  # at most every position is one of an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
         else:
-            token_nats(model, ids, None, ids != 0)
+            token_nats(model, ids, None, torch.ones_like(ids, dtype=torch.bool))
 
     def _batch(self, rows: int) -> Batch:
         ids = torch.empty(rows, self.length, dtype=torch.int64, device="meta")
-        return Batch(ids, ids != 0)
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 class _Steps:

@@ -34,6 +34,7 @@ from undo_core.heads import (
     hidden_states,
     hidden_states_at,
 )
+from undo_core.text_files import check_is_content
 
 __all__ = [
     "Head",
@@ -103,15 +104,28 @@ def configuration(settings: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has; None where its configuration names no limit (BLOOM)."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """How many positions a model has; None where its configuration names no limit (BLOOM, Mamba)."""
+    config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # the latter is MPT's
 
 
 def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
+    text, pad = config.get_text_config(), getattr(config.get_text_config(), "pad_token_id", None)
+    if _ends_texts(text, pad):
+        text.pad_token_id = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(config)
+        model = make(config)
+    if pad is not None:
+        text.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    return model
+
+
+def _ends_texts(config: PreTrainedConfig, token: int | None) -> bool:
+    """Whether a token begins or ends texts; where it pads too, transformers would set its embedding to 0 and give it no gradient."""
+    ends = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
+    return token is not None and any(token in end if isinstance(end, list) else token == end for end in ends)
 
 
 def make(config: PreTrainedConfig) -> PreTrainedModel:
@@ -148,15 +162,17 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # of a tied one under both of its names
+    embedding = model.get_input_embeddings()
+    if _ends_texts(config.get_text_config(), getattr(embedding, "padding_idx", None)):
+        embedding.padding_idx = None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; a missing pad token is replaced by the end-of-text token's id."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    """The tokenizer of a checkpoint folder, as it is there: nothing needs a padding token, since padding is told by its position."""
+    for path in sorted(Path(folder).glob("*.json")):
+        check_is_content(path)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

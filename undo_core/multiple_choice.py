@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undo_core import ops
+from undo_core.data.encoding import encoded_with_beginning
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
 from undo_core.evaluate import POSITIONS, accuracy
-from undo_core.models import evaluating, head_of, hidden_states
+from undo_core.models import evaluating, head_of, hidden_states, positions_of
 
 Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for
 
@@ -30,9 +31,12 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     questions, texts = posed(config)
     requests, truncated = [], 0
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions_of(model.config)
     for question, text in zip(questions, texts, strict=True):
-        own = [encode(tokenizer, text, f" {letter}") for letter in LETTERS[: len(question.choices)]]
+        letters = [f" {letter}" for letter in LETTERS[: len(question.choices)]]
+        own = encode_each(tokenizer, text, letters, parse=config.special_tokens == "parse")
+        if len({tuple(asked) for _, asked in own}) < len(own):
+            raise ValueError(f"tokenizer: got the tokens {own[0][1]} for more than one letter, wanted different ones for each")
         truncated += room is not None and any(len(given) + len(asked) - 1 > room for given, asked in own)
         requests += own
     scores = log_likelihoods(model, requests).split([len(question.choices) for question in questions])
@@ -48,16 +52,27 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return result
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Request:
-    """Tokens of ``prompt`` and those that ``continuation`` adds to it.
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, parse: bool = False) -> Request:
+    """:func:`encode_each` of one continuation."""
+    return encode_each(tokenizer, prompt, [continuation], parse=parse)[0]
+
+
+def encode_each(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuations: Sequence[str], *, parse: bool = False
+) -> list[Request]:
+    """Tokens of ``prompt``, and those that each continuation adds to it: what is left of the whole after as many as the prompt has, as in
+    lm-eval, and white space at the prompt's end belongs to what follows. The tokenizer's beginning of text is there where it puts one by
+    itself; its end of text is not: the text goes on. ``parse``: see :func:`undo_core.data.encoding.encoded`.
 
     Raises:
-        ValueError: it adds none.
+        ValueError: a continuation adds no token.
     """
-    given, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + continuation)
-    if len(whole) <= len(given):
-        raise ValueError(f"tokenizer: got no token for {continuation!r} after the prompt, wanted one that keeps it apart")
-    return given, whole[len(given) :]
+    kept = prompt.rstrip()
+    given, *wholes = encoded_with_beginning(tokenizer, [kept, *(prompt + text for text in continuations)], parse=parse)
+    for text, whole in zip(continuations, wholes, strict=True):
+        if len(whole) <= len(given):
+            raise ValueError(f"tokenizer: got no token for {text!r} after the prompt, wanted one that keeps it apart")
+    return [(given, whole[len(given) :]) for whole in wholes]
 
 
 @torch.no_grad()
@@ -77,7 +92,7 @@ def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, posi
         ValueError: a request without a token, or with one that the model's vocabulary has not.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions_of(model.config)
     rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # what is read, and who asks for what after it
     for index, (given, asked) in enumerate(requests):
         if not given or not asked or not all(0 <= token < vocabulary for token in (*given, *asked)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import time
@@ -20,11 +21,11 @@ from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
-from undo_core.data.splits import TRAIN_SPLITS, distilled
+from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
-from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer
+from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, positions_of
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -313,8 +314,10 @@ def _model_config(config: RunConfig) -> Any:
 
 
 def _meta_model(config: RunConfig) -> PreTrainedModel:
+    described = _model_config(config)
+    check_lengths(dataclasses.asdict(config.data), positions_of(described))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_model_config(config))
+        return AutoModelForCausalLM.from_config(described)
 
 
 class _Measure:

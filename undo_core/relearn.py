@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, explore
 from undo_core.attacks.lora import adapted
+from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
@@ -41,7 +42,8 @@ def attack(
     """
     _check(config, forget, retain)
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
-    sources = {name: as_source(data[name], size=size, seed=seed, name=name) for name, size in config.rows().items()}
+    given = {"seed": seed, "limits": limits_of(model)}
+    sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.rows().items()}
     adapters = adapted(model, config.lora, seed) if config.kind == "lora" else contextlib.nullcontext()
     with adapters as parameters:
         return train(

@@ -18,6 +18,8 @@ from undo_core.attacks import few_shot, quantise_
 from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import stored_dtype
 from undo_core.damage import damage_checkpoint
+from undo_core.data.encoding import encoded, surroundings
+from undo_core.data.limits import Limits
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text, make_splits
 from undo_core.distill import distill
@@ -46,8 +48,11 @@ Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 def prepare(work: Work) -> dict[str, Any]:
     """Draw, tokenise and split the data; build the tokenizer and the model at its initialisation."""
     settings = work.settings["model"]
-    tokenizer, splits, cut = make_splits(work.settings["data"], positions_of(configuration(settings)))
-    path = settings["path"]
+    path, expected = settings["path"], configuration(settings)
+    tokenizer, splits, cut = make_splits(work.settings["data"], positions_of(expected))
+    limits = Limits(expected.get_text_config().vocab_size if path else len(tokenizer), positions_of(expected))
+    for name, rows in splits.items():
+        limits.check_rows(rows, f"data ({name})")
     model = load_model(path, stored_dtype(Path(path))) if path else build_model(settings["config"], tokenizer, settings["seed"])
     (work.output / "data").mkdir()
     for name, rows in splits.items():
@@ -116,7 +121,7 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
             raise ValueError(
                 f"forget_rows: got {config.forget_rows}, wanted at most the {len(forget)} rows to forget that there are"
             )
-        forget = _take(forget, torch.arange(config.forget_rows))
+        forget = forget.take(slice(config.forget_rows))
     metrics = _validation(data, ("retain", "forget"))
     result = unlearn(
         model, forget=forget, retain=retain, config=config, evaluate=metrics, folder=work.scratch, title=work.title
@@ -128,7 +133,7 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
     drawn = result.steps * config.train.batch_size
     seeds = {"forget": config.train.seed or 0, "retain": (config.train.seed or 0) + 1}
     distinct = {
-        name: _take(rows, rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if read[name] else 0
+        name: rows.take(rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if read[name] else 0
         for name, rows in {"forget": forget, "retain": retain}.items()
     }
     labelled = {f"labelled_{name}_tokens": count for name, count in read.items()}
@@ -173,7 +178,7 @@ def distill_stage(work: Work) -> dict[str, Any]:
     how = TeacherConfig(**settings.get("teacher", {}))
     student, text = _load(work.inputs["student"], config.precision), _distill_rows(data)
     if "gate" in work.inputs:
-        text = _take(text, load_file(work.inputs["gate"] / KEPT)["kept"])
+        text = text.take(load_file(work.inputs["gate"] / KEPT)["kept"])
     if "cache" in work.inputs:
         teacher = CachedTeacher.open(work.inputs["cache"], work.inputs["teacher"], how)
         reached = _cached_retain(work.inputs["cache"], data)
@@ -282,7 +287,7 @@ def probe_stage(work: Work) -> dict[str, Any]:
         examples, how = load_split(data, "valid_forget"), {"seed": settings["seed"], "positions": positions_of(model.config)}
         if examples.choices is not None:  # an answered question ends without its own end
             tokenizer = load_tokenizer(data)
-            how |= {"between": tokenizer.encode("\n\n", add_special_tokens=False), "lead": tokenizer.bos_token_id}
+            how |= {"between": encoded(tokenizer, ["\n\n"])[0], "lead": surroundings(tokenizer, "\n\n")[0]}
         prompted = {name: few_shot(rows, examples, settings["shots"], **how) for name, rows in tests.items()}
         facts = {"length": prompted["forget"][0].length}
         scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}
@@ -352,13 +357,7 @@ def load_split(data: Path, split: str) -> Rows:
 
 def _train_rows(data: Path, splits: list[str]) -> Rows:
     """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
-    parts = [load_split(data, TRAIN_SPLITS[name]) for name in splits]
-    return Rows(torch.cat([rows.input_ids for rows in parts]), parts[0].pad_id, separator_id=parts[0].separator_id)
-
-
-def _take(rows: Rows, chosen: torch.Tensor) -> Rows:
-    """The chosen rows, by number or by a mask."""
-    return Rows(rows.input_ids[chosen], rows.pad_id, separator_id=rows.separator_id)
+    return Rows.joined([load_split(data, TRAIN_SPLITS[name]) for name in splits])
 
 
 def _distill_rows(data: Path) -> Rows:

@@ -1,7 +1,7 @@
 """A teacher's outputs on disk: one pass over the rows, then any number of students, orders and seeds without its trunk.
 
-A folder of safetensors shards, read where they lie, and ``cache.json``. Stored are the positions that count (the next token is no
-padding), row after row; row ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]``:
+A folder of safetensors shards, read where they lie, and ``cache.json``. Stored are the positions that count (the next token is
+text), row after row; row ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]``:
 
 - cached: ``hidden`` ``[positions, d]`` in float32 or bfloat16, and ``lse`` ``[positions]`` float32: ``d * itemsize + 4`` bytes each.
   The loss is exact for what is stored.
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from undo_core import ops
 from undo_core.checkpoint_files import MappedFile, TensorWriter
+from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.files import hash_json, read_json, sync_folder, write_json
 from undo_core.models import Head, head_of, hidden_states
@@ -35,7 +36,7 @@ from undo_core.training import Batch
 from undo_core.training.losses import HiddenTargets, TopTargets
 from undo_core.training.progress import StageProgress, console
 
-FORMAT = 2
+FORMAT = 3
 FACTS, PROGRESS = "cache.json", "progress.json"
 SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
@@ -86,6 +87,10 @@ def cache_teacher(
     config, folder = config or TeacherConfig("cached"), Path(folder)
     if config.kind not in ("cached", "topk"):
         raise ValueError(f"config: got the kind {config.kind}, wanted cached or topk")
+    limits = limits_of(teacher)
+    limits.check_rows(rows, "rows")
+    if check is not None:
+        limits.check_rows(check, "check")
     teacher.eval()
     head = head_of(teacher)
     identity = _identity(teacher, head, rows, config)
@@ -182,7 +187,7 @@ class CachedTeacher:
         if batch.rows is None or self._rows is None:
             raise ValueError("batch: got one without its rows' indices, wanted a batch of rows that `check` was called with")
         ids = self._rows.input_ids[batch.rows]
-        mask = (ids[:, 1:] != self._rows.pad_id).flatten()
+        mask = self._rows.text_mask(batch.rows)[:, 1:].flatten()
         starts, counts = self._offsets[batch.rows], self._offsets[batch.rows + 1] - self._offsets[batch.rows]
         skipped = starts - (counts.cumsum(0) - counts)
         positions = torch.arange(int(counts.sum())) + skipped.repeat_interleave(counts)
@@ -224,7 +229,7 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.columns = _columns(self.identity)
-        counts = (self.rows.input_ids[:, 1:] != self.rows.pad_id).sum(1)
+        counts = (self.rows.lengths.long() - 1).clamp_min(0)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         self.total = int(self.offsets[-1])
         if self.total == 0:
@@ -305,9 +310,9 @@ class _Pass:
         """What is stored of rows ``start`` to ``end``, from a batch filled up with other rows."""
         index = torch.arange(start, start + size) % len(self.rows)
         ids = self.rows.input_ids[index].long().to(self.head.weight.device)
-        mask = ids[:, 1:] != self.rows.pad_id
+        mask = self.rows.text_mask(index)[:, 1:].to(ids.device)
         mask[end - start :] = False
-        return _store(hidden_states(self.teacher, *_inputs(self.rows, ids))[mask], self.head, self.config)
+        return _store(hidden_states(self.teacher, *_inputs(self.rows, index, ids))[mask], self.head, self.config)
 
 
 class _DiskFull:
@@ -349,9 +354,10 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
 
 def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, dict[str, float]]:
     """Relative errors of the KL and of its gradient, for students whose hidden states are the teacher's with noise."""
-    ids = rows.input_ids[:CHECKED_ROWS].long().to(head.weight.device)
+    index = slice(CHECKED_ROWS)
+    ids = rows.input_ids[index].long().to(head.weight.device)
     with torch.no_grad():
-        hidden = hidden_states(teacher, *_inputs(rows, ids))[ids[:, 1:] != rows.pad_id]
+        hidden = hidden_states(teacher, *_inputs(rows, index, ids))[rows.text_mask(index)[:, 1:].to(ids.device)]
         stored, weight = _store(hidden, head, config), head.weight.detach()
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     sides = {**head.options("student_"), **head.options("teacher_")}
@@ -388,9 +394,10 @@ def describe_error(name: str, error: dict[str, float]) -> str:
     )
 
 
-def _inputs(rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
-    """What the teacher reads of rows ``ids``; their last token is a label alone."""
-    return ids[:, :-1], None, rows.position_ids(ids[:, :-1])
+def _inputs(rows: Rows, index: torch.Tensor | slice, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+    """What the teacher reads of the rows ``index``, whose ids are ``ids``; their last token is a label alone."""
+    positions = rows.position_ids(index)
+    return ids[:, :-1], None, None if positions is None else positions[:, :-1].to(ids.device)
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -129,10 +129,12 @@ def test_published_splits_pack_whole_problems():
     tokenizer = character_tokenizer(arithmetic.CHARACTERS)
     splits = arithmetic.published_splits(tokenizer, length=128, seed=3, train_rows=60, eval_prompts=40)
     stream = "".join(tokenizer.decode(row[row != 0]) for row in splits["train_forget"].input_ids)
-    assert stream == "".join("<bos>" + p.text for p in arithmetic.mixture("*/", 60, 3))
+    assert stream == "".join("<bos>" + p.text for p in arithmetic.mixture("*/", 60, 3)) + "<bos>"
     isolated = arithmetic.published_splits(tokenizer, length=128, seed=3, train_rows=60, eval_prompts=40, isolated=True)
     assert torch.equal(isolated["train_forget"].input_ids, splits["train_forget"].input_ids)
-    assert [part["train_forget"].separator_id for part in (splits, isolated)] == [None, tokenizer.bos_token_id]
+    assert splits["train_forget"].starts is None
+    train = isolated["train_forget"]
+    assert torch.equal(train.starts & train.text_mask(), train.input_ids == tokenizer.bos_token_id)
     rows = splits["test_retain"]
     assert len(rows) == 40 and rows.group_names == ("+", "-", "*", "/") and set(rows.group.tolist()) == {0, 1}
     for ids, mask in zip(rows.input_ids, rows.answer_mask, strict=True):

@@ -340,9 +340,9 @@ def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, dat
 
 def test_prompted_text_is_scored_on_its_own_labels(world):
     _, forget, retain, model, _ = world
-    text = Rows(retain.input_ids[:6], 0, separator_id=1)
+    text = Rows(retain.input_ids[:6], 0, starts=retain.input_ids[:6] == 1)
     rows, counted = few_shot(text, forget, 2, seed=0, positions=64)
-    assert rows.separator_id is None, "isolated documents would not see the examples"
+    assert rows.starts is None, "isolated documents would not see the examples"
     got = evaluate(model, rows, counted=counted)
     total = labels = 0
     for row, before in zip(rows.input_ids.long(), text.input_ids, strict=True):

@@ -100,7 +100,7 @@ def test_the_template_runs(folder, tmp_path, capsys):
     results(tmp_path / "out")
     rows = splits(tmp_path / "out")
     assert set(rows) == {f"{split}_{group}" for split in ("train", "valid", "test") for group in ("retain", "forget")}
-    assert all(part.separator_id == 1 and part.length == 32 for part in rows.values())
+    assert all(part.starts is not None and part.length == 32 for part in rows.values())
     (prepared,) = (tmp_path / "out" / "stages").glob("prepare-*/model.safetensors")
     assert {t.dtype for t in load_file(prepared).values()} == {torch.bfloat16}, "the checkpoint keeps its dtype"
 
@@ -118,7 +118,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     assert main(["run", WMDP, *arguments]) == 0
     found = results(tmp_path / "out")
     rows = splits(tmp_path / "out")
-    assert all(part.separator_id is None for part in rows.values())
+    assert all(part.starts is None for part in rows.values())
     assert rows["train_distill"].length == 32 and rows["train_retain"].length == 16
     # What is distilled on is that text alone: positions of a step are its rows'.
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")

@@ -44,7 +44,7 @@ def test_the_order_of_tokens_is_seen():
 
 def test_features_against_a_count_by_hand():
     ids = torch.tensor([[3, 5, 3, PAD, PAD], [3, 5, PAD, PAD, PAD]], dtype=torch.int32)
-    found = features(ids, PAD, 1 << 16)
+    found = features(ids, ids != PAD, 1 << 16)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2, dtype=torch.float64))
     # 3 twice, 5 once, pairs 3 5 and 5 3
@@ -53,7 +53,7 @@ def test_features_against_a_count_by_hand():
     torch.testing.assert_close(found[0][found[0] > 0].sort().values, wanted)
     torch.testing.assert_close(found[1][found[1] > 0], torch.full((3,), 1 / math.sqrt(3), dtype=torch.float64))
     longer = torch.cat([ids, torch.zeros(2, 4, dtype=torch.int32)], 1)
-    assert torch.equal(features(longer, PAD, 1 << 16), found), "padding counts for nothing"
+    assert torch.equal(features(longer, longer != PAD, 1 << 16), found), "padding counts for nothing"
 
 
 def test_the_fit_is_the_minimum():
@@ -61,7 +61,7 @@ def test_the_fit_is_the_minimum():
     forget, retain = spoken(range(30, 60), 40, 1), spoken(range(1, 40), 60, 2)
     config = GateConfig(buckets=256, penalty=1e-3)
     gate = fit_gate(forget, retain, config)
-    x = torch.cat([features(rows.input_ids, PAD, 256) for rows in (forget, retain)])
+    x = torch.cat([features(rows.input_ids, rows.text_mask(), 256) for rows in (forget, retain)])
     y = torch.cat([torch.ones(40), torch.zeros(60)]).double()
     residual = 1 / (1 + torch.exp(-(x @ gate.weight + gate.bias))) - y
     assert float((x.T @ residual / 100 + 2 * 1e-3 * gate.weight).abs().max()) < 1e-5
@@ -70,7 +70,7 @@ def test_the_fit_is_the_minimum():
 
 def test_precision_and_recall():
     """Weights that say forget wherever token 9 stands."""
-    weight = features(torch.tensor([[9]]), PAD, 4096)[0]
+    weight = features(torch.tensor([[9]]), torch.tensor([[True]]), 4096)[0]
     gate = Gate(weight, torch.tensor(-0.1, dtype=torch.float64))
     forget, retain = (Rows(torch.tensor(ids), PAD) for ids in ([[9], [9], [9], [2]], [[9], [3], [4], [5]]))
     quality = gate.quality(forget, retain)

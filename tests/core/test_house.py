@@ -42,7 +42,7 @@ RANKS = [
         "undo_core.parameters",
         "undo_core.initialisation",
     },
-    {"undo_core.version", "undo_core.quiet"},
+    {"undo_core.version", "undo_core.quiet", "undo_core.text_files"},
     {"undo_kernels"},
 ]
 

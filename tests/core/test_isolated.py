@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from undo_core.data.rows import Rows, document_positions
+from undo_core.data.rows import Rows
 from undo_core.data.text import pack
 from undo_core.distill import distill
 from undo_core.evaluate import evaluate
@@ -64,30 +64,33 @@ def rows():
 
 def spans(rows):
     """Row, first and last of each piece of a document, its separator included, and of the padding that follows it."""
-    for row, positions in enumerate(rows.position_ids(rows.input_ids).tolist()):
+    for row, positions in enumerate(rows.position_ids().tolist()):
         starts = [i for i, position in enumerate(positions) if position == 0]
         yield from ((row, a, b) for a, b in zip(starts, [*starts[1:], len(positions)], strict=True))
 
 
 def test_positions_start_again_at_each_separator(rows):
-    ids = torch.tensor([[1, 5, 6, 1, 1, 7, 0, 0], [5, 6, 7, 8, 1, 5, 6, 7]])
-    assert document_positions(ids, 1).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2, 3]]
-    assert pack(DOCUMENTS, 16, SEPARATOR, PAD).position_ids(ids) is None
-    assert rows.separator_id == SEPARATOR and torch.equal(rows.position_ids(ids), document_positions(ids, 1))
+    packed = pack([[5, 6], [], [7, 7, 5, 6, 7, 8], [5, 6, 7]], 8, 1, 0, isolated=True)
+    assert packed.input_ids.tolist() == [[1, 5, 6, 1, 1, 7, 7, 5], [6, 7, 8, 1, 5, 6, 7, 1]]
+    assert packed.position_ids().tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 0]]
+    assert packed.position_ids(torch.tensor([1])).tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert pack(DOCUMENTS, 16, SEPARATOR, PAD).position_ids() is None
+    other = pack([[token if token != 5 else SEPARATOR for token in d] for d in DOCUMENTS], 16, SEPARATOR, PAD, isolated=True)
+    assert torch.equal(other.position_ids(), rows.position_ids()), "a separator's id within a document begins none"
 
 
 def test_saved_rows_stay_isolated(rows, tmp_path):
     rows.save(tmp_path / "rows.safetensors")
-    assert Rows.load(tmp_path / "rows.safetensors").separator_id == SEPARATOR
-    shared = dataclasses.replace(rows, separator_id=None)
+    assert torch.equal(Rows.load(tmp_path / "rows.safetensors").starts, rows.starts)
+    shared = dataclasses.replace(rows, starts=None)
     shared.save(tmp_path / "rows.safetensors")
-    assert Rows.load(tmp_path / "rows.safetensors").separator_id is None and shared.digest() != rows.digest()
+    assert Rows.load(tmp_path / "rows.safetensors").starts is None and shared.digest() != rows.digest()
 
 
 def test_a_packed_document_is_the_document_alone(model, rows):
     ids = rows.input_ids.long()
     with torch.no_grad():
-        together = hidden_states(model, ids, None, rows.position_ids(ids)) @ head_of(model).weight.T
+        together = hidden_states(model, ids, None, rows.position_ids()) @ head_of(model).weight.T
         leaking = hidden_states(model, ids) @ head_of(model).weight.T
         for row, first, last in spans(rows):
             alone = hidden_states(model, ids[row : row + 1, first:last]) @ head_of(model).weight.T
@@ -117,7 +120,7 @@ def test_losses_and_gradients_are_those_of_the_documents(model, rows, loss):
     weights = list(model.parameters())
     for a, b in zip(torch.autograd.grad(got, weights), torch.autograd.grad(wanted, weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    shared = rows_source(dataclasses.replace(rows, separator_id=None), len(rows), 0)(0)
+    shared = rows_source(dataclasses.replace(rows, starts=None), len(rows), 0)(0)
     assert abs(loss(model, shared, shared.counted) - wanted).item() > 1e-4
 
 
@@ -134,14 +137,14 @@ def test_evaluation_is_that_of_the_documents(model, rows):
     single = alone(rows)
     wanted = cross_entropy(model, single, single.counted).item()
     assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=1e-5)
-    assert evaluate(model, dataclasses.replace(rows, separator_id=None))["value"] != pytest.approx(wanted, rel=1e-4)
+    assert evaluate(model, dataclasses.replace(rows, starts=None))["value"] != pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_every_teacher_reads_isolated_documents(kind, rows, tmp_path):
     make(kind, 1).save_pretrained(tmp_path / "teacher")
     ids, teacher = rows.input_ids.long(), load_model(tmp_path / "teacher")
-    batch = Batch(ids, ids != PAD, rows=torch.arange(len(ids)), position_ids=rows.position_ids(ids))
+    batch = Batch(ids, ids != PAD, rows=torch.arange(len(ids)), position_ids=rows.position_ids())
     config = TeacherConfig("cached", batch_size=len(rows))
     cached = cache_teacher(teacher, rows, tmp_path / "cache", config, progress=False)
     cached.check(rows)
@@ -151,7 +154,7 @@ def test_every_teacher_reads_isolated_documents(kind, rows, tmp_path):
     for known in (cached, ModelTeacher.streamed(tmp_path / "teacher")):
         assert torch.equal(known.targets(batch).hidden[batch.mask[:, 1:]], wanted)
     with pytest.raises(ValueError, match="other rows"):
-        cached.check(dataclasses.replace(rows, separator_id=None))
+        cached.check(dataclasses.replace(rows, starts=None))
     weights = []
     for known in (teacher, cached, ModelTeacher.streamed(tmp_path / "teacher")):
         student = make(kind, 2)
@@ -162,7 +165,7 @@ def test_every_teacher_reads_isolated_documents(kind, rows, tmp_path):
 
 def test_rmu_stops_at_its_layer_with_isolated_documents(model, rows):
     ids = rows.input_ids.long()
-    trunk, positions = Trunk(model), rows.position_ids(ids)
+    trunk, positions = Trunk(model), rows.position_ids()
     with torch.no_grad():
         entered = trunk.enter(ids, None, positions)
         hidden = entered.run(entered.hidden, 0, 1)
@@ -176,14 +179,14 @@ def test_rmu_stops_at_its_layer_with_isolated_documents(model, rows):
 
 def test_an_iterable_brings_its_own_positions(model, rows):
     ids = rows.input_ids.long()
-    item = {"input_ids": ids, "position_ids": rows.position_ids(ids)}
+    item = {"input_ids": ids, "position_ids": rows.position_ids()}
     labels = torch.where(ids == PAD, -100, ids)
     mine, wanted = as_batch({**item, "labels": labels}), Batch(ids, ids != PAD, position_ids=item["position_ids"])
     assert torch.equal(cross_entropy(model, mine, mine.counted), cross_entropy(model, wanted, wanted.counted))
     for changes, message in (
         ({"attention_mask": (ids != PAD).long()}, r"^position_ids: got them with an attention_mask"),
-        ({"position_ids": item["position_ids"][:, :-1]}, r"^position_ids: got shape \(\d+, 15\)"),
-        ({"position_ids": item["position_ids"].float()}, r"^position_ids: got shape .* torch.float32"),
+        ({"position_ids": item["position_ids"][:, :-1]}, r"^batch: got position_ids of shape \(\d+, 15\), wanted \(\d+, 16\)"),
+        ({"position_ids": item["position_ids"].float()}, r"^batch: got position_ids of shape .* torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             as_batch({**item, **changes})
@@ -204,4 +207,4 @@ def test_what_cannot_isolate_is_refused_by_name(rows):
     assert all(module.training == bloom.training for module in bloom.modules())
     half = make("llama").bfloat16()
     check_isolation(half)
-    assert evaluate(bloom, dataclasses.replace(rows, separator_id=None))["n"] == len(rows)
+    assert evaluate(bloom, dataclasses.replace(rows, starts=None))["n"] == len(rows)

@@ -213,7 +213,7 @@ def test_the_language_run_runs(folder, tmp_path):
     assert [model["name"] for model in found["models"]] == ["original", "unlearn", "undo-0.6", "random", "filter"]
     (data,) = (tmp_path / "out" / "stages").glob("prepare-*/data")
     rows = {path.stem: Rows.load(path) for path in data.iterdir()}
-    assert all(part.length == 32 and part.separator_id is None for part in rows.values())
+    assert all(part.length == 32 and part.starts is None for part in rows.values())
     assert int(rows["train_retain"].input_ids.max()) < read_json(data.parent / "config.json")["vocab_size"] == 320
     positions = {stage: [] for stage in ("pretrain", "unlearn", "distill")}
     for stage, counted in positions.items():

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import random
+import string
 import sys
 
 import pytest
@@ -205,7 +206,7 @@ def test_hub_questions_are_streamed(monkeypatch):
 def test_what_cannot_be_scored_is_named(bytewise, tmp_path):
     files = [write(tmp_path / "q.jsonl", questions(20))]
     many = [write(tmp_path / "many.jsonl", questions(20, choices=(6, 6)))]
-    letterless = character_tokenizer("".join(sorted({*" .:?\nAswer", *"".join(WORDS), *"ABC"})))
+    letterless = character_tokenizer("".join(sorted({*" .,:?()\nABCDEFGHT", *string.ascii_lowercase})))
     for tokenizer, names, changes, message in (
         (bytewise, many, {}, r"data\.tokenizer: got the tokens \[\d+, \d+\] for ' E' after a prompt"),
         (letterless, files, {}, r"data\.tokenizer: got the tokens \[\d+, \d+\] for ' A' after a prompt"),
@@ -406,7 +407,12 @@ def test_what_is_cut_is_said(finished, tmp_path, capsys):
         f"--data.questions.retain.files=[{finished}/mmlu.jsonl]",
         f"--data.questions.retain.examples=[{finished}/dev.jsonl]",
     ]
-    flags += ["--data.questions.retain.shots=2", "--data.kind=text", f"--data.tokenizer={finished}/tokenizer"]
+    flags += [
+        "--data.questions.retain.shots=2",
+        "--data.kind=text",
+        f"--data.tokenizer={finished}/tokenizer",
+        "--data.length=128",
+    ]
     config = {"model_type": "llama", "max_position_embeddings": 170, **MODEL}
     assert main(["prepare", str(tmp_path / "data"), *flags, f"--model.config={json.dumps(config)}"]) == 0
     splits = read_json(tmp_path / "data" / "manifest.json")["splits"]

@@ -290,10 +290,10 @@ def test_a_resumed_distillation_has_the_same_bits(cache, tiny, rows, tmp_path):
     assert torch.equal(learn(CachedTeacher.open(cache, tmp_path / "teacher"), tiny(2), rows, steps=6, **options)[0], wanted)
 
 
-def test_padding_within_a_row_is_not_stored(tiny, rows, tmp_path):
+def test_the_padding_token_within_a_text_is_stored_like_any_other(tiny, rows, tmp_path):
     ids = rows.input_ids.clone()
     ids[:, 3] = 0  # as where one id is both padding and the end of a text
-    broken = Rows(ids, 0)
-    cached = cache_teacher(tiny(1), broken, tmp_path / "cache", CACHED, progress=False)
-    assert cached.facts["positions"] == int((ids[:, 1:] != 0).sum())
-    assert torch.equal(learn(cached, tiny(2), broken)[0], learn(tiny(1), tiny(2), broken)[0])
+    both = Rows(ids, 0, lengths=rows.lengths)
+    cached = cache_teacher(tiny(1), both, tmp_path / "cache", CACHED, progress=False)
+    assert cached.facts["positions"] == int((rows.input_ids[:, 1:] != 0).sum())
+    assert torch.equal(learn(cached, tiny(2), both)[0], learn(tiny(1), tiny(2), both)[0])

@@ -37,7 +37,9 @@ def test_hub_datasets_are_streamed(monkeypatch):
     assert list(read_documents(["hf://org/name:kor"])) == LINES
     Datasets.load_dataset = lambda *_, **__: iter([{"response": line, "text": "a question"} for line in LINES])
     assert list(read_documents(["hf://org/name#response"])) == LINES
-    with pytest.raises(ValueError, match=r"^hf://org/name#answer: got the fields response, text, wanted one named 'answer'"):
+    with pytest.raises(
+        ValueError, match=r"^hf://org/name#answer, row 1: got no text in the field 'answer' \(the fields response, text\)"
+    ):
         list(read_documents(["hf://org/name#answer"]))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'undo-core\[data\]'"):
@@ -69,12 +71,14 @@ def test_packing_keeps_every_token_in_order(length):
     rows = pack(documents, length, separator_id=1, pad_id=0)
     stream = rows.input_ids.flatten().tolist()
     wanted = [token for document in documents for token in [1, *document]]
+    wanted += [1] * (len(wanted) % length > 0)  # the end of the last document, where its row has room
     assert [t for t in stream if t] == wanted and all(t == 0 for t in stream[len(wanted) :]) and rows.length == length
+    assert rows.tokens() == len(wanted) and rows.lengths.tolist()[:-1] == [length] * (len(rows) - 1)
 
 
 def test_the_published_packing_discards_what_overflows():
     rows = pack([[2, 3, 4], [5, 6, 7], [8, 9]], 6, separator_id=1, pad_id=0, overflow="discard")
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 0, 0, 0]]
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def test_text_to_distill_on_leaves_out_what_is_held_out(mix):
     tokenizer, settings, paths = mix
     distill = {"sources": [paths["a"], paths["c"]], "tokens": None, "length": 22}
     splits = text_splits(tokenizer, **settings, seed=0, distill=distill, isolated=True)
-    assert splits["train_distill"].length == 22 and splits["train_distill"].separator_id == 1
+    assert splits["train_distill"].length == 22 and splits["train_distill"].starts is not None
     documents = {tuple(row) for row in splits["train_distill"].input_ids.view(-1, 11).tolist()}
     held_out = {tuple(row) for split in ("valid", "test") for row in splits[f"{split}_retain"].input_ids.tolist()}
     assert held_out and not held_out & documents

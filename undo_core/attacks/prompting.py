@@ -18,13 +18,13 @@ def few_shot(
     seed: int,
     positions: int | None,
     between: Sequence[int] = (),
-    lead: int | None = None,
+    lead: int | Sequence[int] | None = None,
 ) -> tuple[Rows, torch.Tensor]:
     """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
 
     The examples of a row are different from each other and from the row itself, whose answer would otherwise be there to copy. Where an
-    example ends with the token that the next one begins with, a separator, it is there once. The result is read as one text: isolated
-    documents would not see the examples.
+    example ends with the token that the next one begins with, a separator, and nothing stands between, it is there once. The result is
+    read as one text: isolated documents would not see the examples.
 
     Args:
         rows: what is scored.
@@ -33,7 +33,7 @@ def few_shot(
         seed: of the draw.
         positions: that the model has; None for one without a limit.
         between: token ids after each example.
-        lead: token id that begins a row and stands once, before the first example; None for none.
+        lead: the token that begins a row, or the tokens, and stands once, before the first example; None for none.
 
     Returns:
         The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
@@ -42,11 +42,11 @@ def few_shot(
     Raises:
         ValueError: too few different examples, or rows longer than the model's positions.
     """
-    known = sorted({tuple(_text(row, examples.pad_id)) for row in examples.input_ids.tolist()})
+    begin = [] if lead is None else [lead] if isinstance(lead, int) else list(lead)
+    known = sorted(set(map(tuple, _texts(examples))))
     generator = torch.Generator().manual_seed(seed)
     prompted: list[tuple[list[int], int]] = []  # tokens, and where the row itself begins
-    for row in rows.input_ids.tolist():
-        own = _text(row, rows.pad_id)
+    for own in _texts(rows):
         drawn = [known[index] for index in torch.randperm(len(known), generator=generator)[: shots + 1].tolist()]
         before = [example for example in drawn if example != tuple(own)][:shots]
         if len(before) < shots:
@@ -55,9 +55,9 @@ def few_shot(
             )
         tokens: list[int] = []
         for part in (*before, own):
-            if tokens and tokens[-1] == part[0]:
+            if tokens and not between and tokens[-1] == part[0]:
                 tokens.pop()
-            begun = bool(tokens) and part[0] == lead
+            begun = len(begin) if tokens and list(part[: len(begin)]) == begin else 0
             start = len(tokens) - begun  # where the row's first token is, or would be
             tokens += part[begun:]
             if part is not own:
@@ -77,12 +77,10 @@ def few_shot(
         counted[index, start + 1 : len(tokens)] = True
         if answers is not None:
             answers[index, start : len(tokens)] = rows.answer_mask[index, : len(tokens) - start]
-    return dataclasses.replace(rows, input_ids=ids, answer_mask=answers, separator_id=None), counted
+    lengths = torch.tensor([len(tokens) for tokens, _ in prompted], dtype=torch.int32)
+    return dataclasses.replace(rows, input_ids=ids, answer_mask=answers, lengths=lengths, starts=None), counted
 
 
-def _text(row: list[int], pad_id: int) -> list[int]:
-    """A row without the padding on its right."""
-    end = len(row)
-    while end > 1 and row[end - 1] == pad_id:
-        end -= 1
-    return row[:end]
+def _texts(rows: Rows) -> list[list[int]]:
+    """The rows without the padding on their right."""
+    return [row[: max(length, 1)] for row, length in zip(rows.input_ids.tolist(), rows.lengths.tolist(), strict=True)]

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from undo_core.data import templates
+from undo_core.data.encoding import fill_of, separator_of
 from undo_core.data.rows import Rows
 from undo_core.data.text import pack
 from undo_core.data.tokenizers import BOS, character_tokenizer, encode
@@ -87,16 +88,20 @@ def _draw_pairs(generator: np.random.Generator, operations: str, count: int, all
 def _compact_rows(problems: np.ndarray, length: int, scored: bool) -> Rows:
     ids = np.zeros((len(problems), length), dtype=np.int32)
     answers = np.zeros((len(problems), length), dtype=bool)
+    lengths = np.zeros(len(problems), dtype=np.int32)
     token = {character: index + 2 for index, character in enumerate(COMPACT_ALPHABET)}
     for row, (operation, a, b) in enumerate(problems.tolist()):
         prompt, answer = _equation(OPERATIONS[operation], a, b)
         tokens = [1, *(token[character] for character in prompt + answer), 1]
         ids[row, : len(tokens)] = tokens
+        lengths[row] = len(tokens)
         answers[row, len(prompt) + 1 : len(tokens)] = True
     if not scored:
-        return Rows(torch.from_numpy(ids), 0)
+        return Rows(torch.from_numpy(ids), 0, lengths=torch.from_numpy(lengths))
     group = torch.from_numpy(problems[:, 0].astype(np.int16))
-    return Rows(torch.from_numpy(ids), 0, torch.from_numpy(answers), group, tuple(OPERATIONS))
+    return Rows(
+        torch.from_numpy(ids), 0, torch.from_numpy(answers), group, tuple(OPERATIONS), lengths=torch.from_numpy(lengths)
+    )
 
 
 def _equation(operation: str, a: int, b: int) -> tuple[str, str]:
@@ -193,7 +198,7 @@ def published_splits(
     row counts the tokens of the answer and the one after it, which ends it.
 
     Args:
-        tokenizer: has ``<bos>`` or another beginning-of-text token.
+        tokenizer: a fast one, with a token for the beginning of a text, or for its end where it has no such.
         length: tokens in a packed row.
         seed: of the draws.
         train_rows: problems in each of ``train_retain`` and ``train_forget``.
@@ -201,10 +206,14 @@ def published_splits(
         isolated: packed problems do not attend to each other.
     """
     splits = {}
-    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    separator, fill = separator_of(tokenizer), fill_of(tokenizer)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"data.tokenizer: got a {type(tokenizer).__name__}, wanted a fast tokenizer, which tells where an answer begins"
+        )
     for group, operations in GROUPS.items():
         train = (encode(tokenizer, problem.text) for problem in mixture(operations, train_rows, seed))
-        splits[f"train_{group}"] = pack(train, length, bos, pad, isolated=isolated)
+        splits[f"train_{group}"] = pack(train, length, separator, fill, isolated=isolated)
         for split in ("valid", "test"):
             chosen = [
                 p
@@ -257,20 +266,20 @@ def _operands(generator: random.Random, operation: str) -> tuple[int, int]:
 
 
 def _scored_rows(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> Rows:
-    encoded = []
+    separator, encoded = separator_of(tokenizer), []
     for problem in chosen:
         # The whole text is tokenised, as in training: a BPE token may join the answer to what stands before it.
         whole = tokenizer(problem.text, add_special_tokens=False, return_offsets_mapping=True)
         start, end = len(problem.prompt), len(problem.prompt) + len(problem.answer)
         inside = [low < end and high > start for low, high in whole["offset_mapping"]]
         first, last = inside.index(True), len(inside) - inside[::-1].index(True)
-        tokens = [tokenizer.bos_token_id, *whole["input_ids"], tokenizer.bos_token_id]
+        tokens = [separator, *whole["input_ids"], separator]
         encoded.append((tokens[: last + 2], first + 1))
-    length = max(len(tokens) for tokens, _ in encoded)
-    ids = torch.full((len(encoded), length), tokenizer.pad_token_id, dtype=torch.int32)
-    answers = torch.zeros(len(encoded), length, dtype=torch.bool)
+    lengths = torch.tensor([len(tokens) for tokens, _ in encoded], dtype=torch.int32)
+    ids = torch.full((len(encoded), int(lengths.max())), fill_of(tokenizer), dtype=torch.int32)
+    answers = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (tokens, start) in enumerate(encoded):
         ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         answers[row, start : len(tokens)] = True
     group = torch.tensor([OPERATIONS.index(problem.operation) for problem in chosen])
-    return Rows(ids, tokenizer.pad_token_id, answers, group, tuple(OPERATIONS))
+    return Rows(ids, fill_of(tokenizer), answers, group, tuple(OPERATIONS), lengths=lengths)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from undo_core.data.encoding import encoded_with_beginning, fill_of
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, Question, posed
 from undo_core.data.rows import Rows
 
@@ -27,7 +28,8 @@ def question_splits(
     a question's does not depend on the others. Its tokens are those that lm-eval gives a model, and the letter's at the end.
 
     Args:
-        tokenizer: its special tokens are put where it puts them by itself.
+        tokenizer: what it puts before a text by itself stands before the prompt; what it puts after one is left out, since the answer
+            comes there.
         chosen: the questions by name, retain and forget.
         valid_fraction: share of the questions in valid; the others are test.
         seed: of the split.
@@ -51,32 +53,44 @@ def question_splits(
                     f"data.questions.valid_fraction: got {valid_fraction}, with which none of {name}'s "
                     f"{sum(map(len, parts.values()))} questions fell into {split}"
                 )
-            splits[f"{split}_{name}"], cut[f"{split}_{name}"] = _rows(tokenizer, part, positions)
+            splits[f"{split}_{name}"], cut[f"{split}_{name}"] = _rows(
+                tokenizer, part, positions, config.special_tokens == "parse"
+            )
     return splits, cut
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, posed: Sequence[tuple[Question, str]], positions: int | None) -> tuple[Rows, int]:
-    encoded = [_encode(tokenizer, text, len(question.choices)) for question, text in posed]
-    cut = sum(positions is not None and len(given) > positions for given, _ in encoded)
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, posed: Sequence[tuple[Question, str]], positions: int | None, parse: bool
+) -> tuple[Rows, int]:
+    asked = [_encode(tokenizer, text, len(question.choices), parse) for question, text in posed]
+    cut = sum(positions is not None and len(given) > positions for given, _ in asked)
     # The last token, the right letter, is a label alone: no position of the model reads it.
-    prompts = [given if positions is None else given[-positions:] for given, _ in encoded]
-    ids = torch.full((len(posed), max(map(len, prompts)) + 1), tokenizer.pad_token_id, dtype=torch.int32)
+    prompts = [given if positions is None else given[-positions:] for given, _ in asked]
+    lengths = torch.tensor([len(given) + 1 for given in prompts], dtype=torch.int32)
+    ids = torch.full((len(posed), int(lengths.max())), fill_of(tokenizer), dtype=torch.int32)
     answers = torch.zeros(ids.shape, dtype=torch.bool)
-    choices = torch.full((len(posed), max(len(letters) for _, letters in encoded)), -1, dtype=torch.int32)
-    for row, ((question, _), given, (_, letters)) in enumerate(zip(posed, prompts, encoded, strict=True)):
+    choices = torch.full((len(posed), max(len(letters) for _, letters in asked)), -1, dtype=torch.int32)
+    for row, ((question, _), given, (_, letters)) in enumerate(zip(posed, prompts, asked, strict=True)):
         ids[row, : len(given) + 1] = torch.tensor([*given, letters[question.answer]], dtype=torch.int32)
         answers[row, len(given)] = True
         choices[row, : len(letters)] = torch.tensor(letters, dtype=torch.int32)
     subjects = sorted({question.subject for question, _ in posed})
     group = torch.tensor([subjects.index(question.subject) for question, _ in posed], dtype=torch.int16)
     grouped: dict[str, Any] = {"group": group, "group_names": tuple(subjects)} if len(subjects) > 1 else {}
-    return Rows(ids, tokenizer.pad_token_id, answers, choices=choices, **grouped), cut
+    return Rows(ids, fill_of(tokenizer), answers, choices=choices, lengths=lengths, **grouped), cut
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: bool) -> tuple[list[int], list[int]]:
     """Tokens of the prompt, and the one that each of the first ``count`` letters adds to it."""
-    given, *whole = tokenizer([prompt, *(f"{prompt} {letter}" for letter in LETTERS[:count])])["input_ids"]
+    texts = [prompt, *(f"{prompt} {letter}" for letter in LETTERS[:count])]
+    given, *whole = encoded_with_beginning(tokenizer, texts, parse=parse)
     added = [ids[len(given) :] for ids in whole]
+    joined = next((ids for ids in whole if ids[: len(given)] != given), None)
+    if joined is not None:
+        raise ValueError(
+            f"data.tokenizer: got the tokens {joined[-3:]} at the end of a prompt with its letter and {given[-2:]} at the end of the prompt "
+            f"alone, wanted a tokenizer that keeps a letter apart from what stands before it"
+        )
     if any(len(tokens) != 1 for tokens in added) or len({tokens[0] for tokens in added}) < count:
         letter, tokens = next(
             ((letter, tokens) for letter, tokens in zip(LETTERS, added, strict=False) if len(tokens) != 1),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from undo_core.data.text import HUB, hub_records
+from undo_core.data.reading import checked_text, read_records
 
 LETTERS = string.ascii_uppercase
 DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -26,6 +25,7 @@ class MultipleChoiceConfig:
         shots: how many of them, of the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
         description: text before everything; ``{subject}`` in it becomes the question's subject.
         limit: share of each subject's questions, the first ones, in (0, 1]; published for MMLU: 0.4.
+        special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
     """
 
     files: list[str] = field(default_factory=list)
@@ -33,6 +33,7 @@ class MultipleChoiceConfig:
     shots: int = 0
     description: str = DESCRIPTION
     limit: float = 1.0
+    special_tokens: Literal["text", "parse"] = "text"
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -43,6 +44,8 @@ class MultipleChoiceConfig:
             raise ValueError(f"shots: got {self.shots} and no examples, wanted files of examples")
         if not 0 < self.limit <= 1:
             raise ValueError(f"limit: got {self.limit}, wanted a number in (0, 1]")
+        if self.special_tokens not in ("text", "parse"):
+            raise ValueError(f"special_tokens: got {self.special_tokens!r}, wanted text or parse")
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ def read_questions(sources: Iterable[str | Path]) -> list[Question]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown ending, a malformed record, or a source without a question; names source and line.
+        ValueError: an unknown ending, a malformed record, something that is not text, or a source without a question; names source and row.
         ImportError: an extra is missing; names the command that installs it.
     """
     found = []
     for source in map(str, sources):
-        questions = [_question(record, f"{source}, {where}") for where, record in _records(source)]
+        records = read_records(source, "multiple_choice", split="test")
+        questions = [_question(record, f"{source}, {place}") for place, record in records]
         if not questions:
             raise ValueError(f"{source}: got no question, wanted at least one")
         found += questions
@@ -148,35 +152,6 @@ def prompts(
     return [heads[question.subject] + question.prompt() for question in questions]
 
 
-def _records(source: str) -> Iterator[tuple[str, Any]]:
-    if source.startswith(HUB):
-        for number, record in enumerate(hub_records(source, "test"), 1):
-            yield f"row {number}", record
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"multiple_choice: got {path}, which is not a file; wanted .jsonl, .parquet or {HUB}name[:config[:split]]"
-        )
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"line {number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); wanted one object a line") from None
-    elif path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ImportError(f"{path}: reading Parquet needs pyarrow; pip install 'undo-core[data]'") from None
-        for number, record in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-            yield f"row {number}", record
-    else:
-        raise ValueError(f"{path}: got the ending {path.suffix!r}, wanted .jsonl or .parquet")
-
-
 def _question(record: Any, where: str) -> Question:
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: got {type(record).__name__}, wanted an object with question, choices and answer")
@@ -187,4 +162,7 @@ def _question(record: Any, where: str) -> Question:
         raise ValueError(f"{where}: got the choices {choices!r}, wanted a list of 2 to 26 texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: got the answer {answer!r}, wanted the index of a choice, below {len(choices)}")
-    return Question(question, tuple(choices), answer, str(record.get("subject") or ""))
+    subject = str(record.get("subject") or "")
+    for name, text in (("question", question), ("subject", subject), *(("choices", choice) for choice in choices)):
+        checked_text(text, where, name)
+    return Question(question, tuple(choices), answer, subject)

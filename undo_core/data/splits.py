@@ -41,6 +41,7 @@ def make_splits(
     Returns:
         Tokenizer, rows by split, and for splits of questions how many are cut at their beginning to fit into ``positions``.
     """
+    check_lengths(settings, positions)
     tokenizer, splits = _training_splits(settings)
     questions = settings.get("questions")
     if questions is None:
@@ -51,6 +52,21 @@ def make_splits(
     how = {"valid_fraction": questions["valid_fraction"], "seed": settings["seed"], "positions": positions}
     asked, cut = question_splits(tokenizer, chosen, **how)
     return tokenizer, {**splits, **asked}, cut
+
+
+def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
+    """Raise a ValueError where packed rows would be longer than the model can read, before any text is read.
+
+    Arguments are those of :func:`make_splits`.
+    """
+    if positions is None or settings["kind"] == "arithmetic-compact":
+        return
+    for name, length in (("length", settings["length"]), ("distill.length", settings["distill"]["length"])):
+        if length is not None and length - 1 > positions:  # the last token is a label alone
+            raise ValueError(
+                f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a row's last token "
+                f"is a label alone"
+            )
 
 
 def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Rows]]:
@@ -83,4 +99,5 @@ def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase,
         tokens=settings["tokens"],
         distill=settings["distill"],
         isolated=isolated,
+        parse=settings["special_tokens"] == "parse",
     )

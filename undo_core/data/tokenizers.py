@@ -10,7 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from undo_core.data.text import read_documents
+from undo_core.data.encoding import encoded
+from undo_core.data.reading import read_documents
 
 PAD, BOS = "<pad>", "<bos>"
 
@@ -18,12 +19,12 @@ PAD, BOS = "<pad>", "<bos>"
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """One token a character: ``<pad>`` 0, ``<bos>`` 1 (which also ends a text), then the characters of ``alphabet`` in order.
 
-    A character outside the alphabet has no token; :func:`encode` refuses it.
+    A character outside the alphabet has no token, and the tokenizer refuses it.
     """
     if len(set(alphabet)) < len(alphabet) or not alphabet:
         raise ValueError(f"alphabet: got {alphabet!r}, wanted one or more different characters")
     vocabulary = {PAD: 0, BOS: 1, **{character: index + 2 for index, character in enumerate(alphabet)}}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))  # has no id: what is outside the alphabet is an error
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=BOS)
@@ -55,8 +56,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         ValueError: a character that the tokenizer has no token for.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    unknown = tokenizer.pad_token_id
-    if unknown in ids:
+    (ids,) = encoded(tokenizer, [text])
+    if tokenizer.unk_token_id in ids:
         raise ValueError(f"text: got {text!r}, which has a character outside the tokenizer's alphabet")
     return ids

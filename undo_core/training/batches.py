@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import repeat
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 
+from undo_core.data.limits import Limits
 from undo_core.data.rows import Rows
 
 
@@ -18,11 +19,13 @@ class Batch:
 
     Attributes:
         input_ids: ``[batch, length]`` int64.
-        mask: ``[batch, length]`` bool, True where the token is text and counts; the first column has no prediction, so it is no label.
+        mask: ``[batch, length]`` bool, True where the label counts; the first column has no prediction, so it is no label.
         attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
         position_ids: ``[batch, length]`` int64 or None; where they start again, a document begins that does not attend to what stands
-            before it. Not with an attention mask, beside which transformers would let it attend.
+            before it. Not within the text of an attention mask, beside which transformers would let it attend.
         reference: ``[batch, length - 1]`` float, what a loss needs to know of another model; of an unlearning method's forget batches.
+        labels: ``[batch, length]`` int64, the tokens to be predicted, at the places of ``input_ids`` that they are compared with; None for
+            the ids themselves. What ``mask`` does not count may be anything.
         whole: of a micro-batch, the batch that it is a part of.
         rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
     """
@@ -33,20 +36,31 @@ class Batch:
     rows: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     whole: Batch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("mask", "attention_mask", "labels"):
+            column = getattr(self, name)
+            if column is not None and column.shape != self.input_ids.shape:
+                raise ValueError(
+                    f"{name}: got shape {tuple(column.shape)}, wanted that of input_ids, {tuple(self.input_ids.shape)}"
+                )
         if self.position_ids is None:
             return
-        if self.attention_mask is not None:
-            raise ValueError(
-                "position_ids: got them with an attention_mask, wanted one of the two; rows padded on the right need no mask"
-            )
         if self.position_ids.shape != self.input_ids.shape or self.position_ids.is_floating_point():
             raise ValueError(
                 f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of the shape "
                 f"of input_ids, {tuple(self.input_ids.shape)}"
             )
+        if self.attention_mask is not None:
+            text = self.attention_mask.bool()
+            again = self.position_ids[:, 1:] <= self.position_ids[:, :-1]
+            if bool((again & text[:, 1:] & text[:, :-1]).any()):
+                raise ValueError(
+                    "position_ids: got them with an attention_mask and starting again within its text, wanted one of the two; rows padded on "
+                    "the right need no mask"
+                )
 
     @property
     def counted(self) -> int:
@@ -54,15 +68,18 @@ class Batch:
         return int(self.mask[:, 1:].sum())
 
     def to(self, device: torch.device) -> Batch:
-        columns = (self.attention_mask, self.position_ids, self.reference)
-        attention, positions, reference = (None if column is None else column.to(device) for column in columns)
-        return Batch(self.input_ids.to(device), self.mask.to(device), attention, self.rows, positions, reference)
+        columns = {name: column.to(device) for name, column in self._columns().items() if name != "rows"}
+        return Batch(**columns, rows=self.rows)
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of at most ``size`` rows."""
-        columns = (self.input_ids, self.mask, self.attention_mask, self.rows, self.position_ids, self.reference)
-        parts = [repeat(None) if column is None else column.split(size) for column in columns]
-        return [Batch(*part, whole=self) for part in zip(*parts, strict=False)]
+        columns = {name: column.split(size) for name, column in self._columns().items()}
+        return [Batch(**dict(zip(columns, part, strict=True)), whole=self) for part in zip(*columns.values(), strict=True)]
+
+    def _columns(self) -> dict[str, torch.Tensor]:
+        """Every tensor that there is."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "whole"}
+        return {name: column for name, column in columns.items() if column is not None}
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -72,7 +89,8 @@ class Batch:
     def shifted(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
         """Inputs, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
         ids, *rest = (None if column is None else column[:, :-1] for column in self.inputs)
-        return (ids, *rest), self.input_ids[:, 1:], self.mask[:, 1:]
+        labels = self.input_ids if self.labels is None else self.labels
+        return (ids, *rest), labels[:, 1:], self.mask[:, 1:]
 
 
 Source = Callable[[int], Batch]  # the batch of a step; a pure function where a run must be resumable
@@ -88,8 +106,8 @@ class RowsSource:
 
     def __call__(self, step: int) -> Batch:
         index = self.rows.order(step, self.size, self.seed)
-        ids = self.rows.input_ids[index].long()
-        return Batch(ids, ids != self.rows.pad_id, rows=index, position_ids=self.rows.position_ids(ids))
+        ids, rows = self.rows.input_ids[index].long(), self.rows
+        return Batch(ids, rows.text_mask(index), rows=index, position_ids=rows.position_ids(index))
 
     def identity(self) -> dict[str, Any]:
         """What decides every batch, as JSON values."""
@@ -121,47 +139,116 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
     return RowsSource(rows, size, seed)
 
 
-def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str) -> Source:
+def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str, limits: Limits | None = None) -> Source:
     """A source from token rows, from a function of the step, or from any iterable of batches.
 
-    An iterable may yield ``[batch, length]`` token ids or mappings with ``input_ids`` and optionally ``attention_mask``,
-    ``labels`` (Hugging Face's convention: the same shape, -100 where a token is not a label) or ``position_ids`` (of packed documents). It is started again when it ends.
+    A function or an iterable may give ``[batch, length]`` token ids or mappings, see :func:`as_batch`. An iterable is started again when
+    it ends.
+
+    Args:
+        data: what is read.
+        size: rows of a batch of token rows.
+        seed: of the order of token rows.
+        name: the argument that ``data`` came by, in errors.
+        limits: of the models that read it; rows are compared with them here, batches one by one as they are read.
 
     Raises:
-        ValueError: ``name`` is none of these, or the iterable is empty.
+        ValueError: ``data`` is none of these, the iterable is empty, or a model cannot read it.
     """
     if isinstance(data, Rows):
-        return rows_source(data, size, seed)
-    if callable(data):
+        data = rows_source(data, size, seed)
+    if isinstance(data, RowsSource):
+        if limits is not None:
+            limits.check_rows(data.rows, name)
         return data
+    if isinstance(data, ReadSource):
+        return data
+
+    def read(item: Any) -> Batch:
+        batch = as_batch(item, name)
+        if limits is not None:
+            limits.check_batch(batch, name)
+        return batch
+
+    if callable(data):
+        return lambda step: read(data(step))
     if not isinstance(data, Iterable):
         raise ValueError(
             f"{name}: got {type(data).__name__}, wanted token rows, a function of the step or an iterable of batches"
         )
     stream = _endless(data, name)
-    return lambda step: as_batch(next(stream), name)
+    return lambda step: read(next(stream))
 
 
 def as_batch(item: Any, name: str = "batch") -> Batch:
-    """A :class:`Batch` from token ids or from a mapping in Hugging Face's convention."""
+    """A :class:`Batch` from token ids ``[batch, length]`` or from a mapping in transformers' convention.
+
+    A mapping has ``input_ids`` and, where it likes, ``attention_mask`` (1 for text, 0 for padding), ``labels`` (at the places of the ids,
+    -100 where there is none; they are shifted here, and what the attention mask says does not touch them, as in transformers' own loss)
+    and ``position_ids`` (of packed documents). Columns are tensors, arrays or lists of integers or truth values, all of one shape. Without
+    labels, a token is one where it and the token before it are text.
+
+    Raises:
+        ValueError: a column of another shape or type, or with a value that it cannot have; names it and what it has.
+    """
     if isinstance(item, Batch):
         return item
-    if isinstance(item, torch.Tensor):
+    if isinstance(item, (torch.Tensor, np.ndarray, list, tuple)):
         item = {"input_ids": item}
-    if not isinstance(item, Mapping) or "input_ids" not in item:
+    if not isinstance(item, Mapping) or item.get("input_ids") is None:
         raise ValueError(f"{name}: got {type(item).__name__}, wanted token ids [batch, length] or a mapping with 'input_ids'")
-    ids = torch.as_tensor(item["input_ids"])
-    if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+    columns = {key: _column(item[key], key, name) for key in COLUMNS if item.get(key) is not None}
+    ids = columns["input_ids"]
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise ValueError(
             f"{name}: got input_ids of shape {tuple(ids.shape)} and {ids.dtype}, wanted integers [batch, length >= 2]"
         )
-    attention, labels, positions = (item.get(name) for name in ("attention_mask", "labels", "position_ids"))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    if attention is not None:
-        mask &= torch.as_tensor(attention).bool()
+    for key, column in columns.items():
+        if column.shape != ids.shape:
+            shifted = "; they are not shifted beforehand" if key == "labels" else ""
+            raise ValueError(
+                f"{name}: got {key} of shape {tuple(column.shape)}, wanted {tuple(ids.shape)} like input_ids{shifted}"
+            )
+        least, most, wanted = COLUMNS[key]
+        values = column.masked_fill(column == IGNORED, 0) if key == "labels" else column
+        low, high = (int(value) for value in values.aminmax())
+        if low < least or (most is not None and high > most):
+            raise ValueError(f"{name}: got {key} with {low if low < least else high}, wanted {wanted}")
+    attention, labels, positions = (columns.get(key) for key in ("attention_mask", "labels", "position_ids"))
     if labels is not None:
-        mask &= torch.as_tensor(labels) != -100
-    return Batch(ids.long(), mask, attention, position_ids=None if positions is None else torch.as_tensor(positions))
+        mask = labels != IGNORED
+    elif attention is not None:
+        text = attention.bool()
+        mask = torch.cat([text[:, :1], text[:, 1:] & text[:, :-1]], dim=1)
+    else:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(ids, mask, attention, position_ids=positions, labels=labels)
+
+
+IGNORED = -100  # in the place of a label, as in transformers
+COLUMNS: dict[str, tuple[int, int | None, str]] = {  # of a mapping: least and largest value, and both in words
+    "input_ids": (0, None, "token ids, from 0"),
+    "attention_mask": (0, 1, "1 for text and 0 for padding"),
+    "labels": (0, None, "token ids, from 0, or -100 for none"),
+    "position_ids": (0, None, "positions, from 0"),
+}
+
+
+def _column(values: Any, key: str, name: str) -> torch.Tensor:
+    """``values`` as an int64 tensor."""
+    try:
+        if isinstance(values, (list, tuple)) and values and isinstance(values[0], torch.Tensor):
+            values = torch.stack(tuple(values))
+        column = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: got {key} that are no tensor ({reason}), wanted integers [batch, length]") from None
+    truth = column.dtype == torch.bool and key == "attention_mask"
+    if not truth and (column.is_floating_point() or column.is_complex() or column.dtype == torch.bool):
+        raise ValueError(
+            f"{name}: got {key} of shape {tuple(column.shape)} and {column.dtype}, wanted integers [batch, length]"
+        )
+    return column.long()
 
 
 def _endless(data: Iterable[Any], name: str) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.models import evaluating, forward_flops
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
@@ -53,9 +54,10 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     size, seed = config.train.batch_size, config.train.seed or 0
+    limits = limits_of(model, whole=METHODS[config.method].whole_rows)
     sources = {
-        "forget": as_source(forget, size=size, seed=seed, name="forget"),
-        "retain": as_source(retain, size=size, seed=seed + 1, name="retain"),
+        "forget": as_source(forget, size=size, seed=seed, name="forget", limits=limits),
+        "retain": as_source(retain, size=size, seed=seed + 1, name="retain", limits=limits),
     }
     if not config.retain_weight:
         del sources["retain"]

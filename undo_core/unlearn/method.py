@@ -111,6 +111,7 @@ class Entry:
         reference_flops: the same, of what is computed once; a wrapper adds nothing to it.
         check: raises a ValueError where the other settings cannot go with it.
         sums: whether its gradient is the same for any split into micro-batches.
+        whole_rows: whether the model reads a row's last token too, which is a label alone elsewhere.
     """
 
     make: Callable[..., Method]
@@ -120,6 +121,7 @@ class Entry:
     reference_flops: Flops | None = None
     check: Callable[[UnlearnConfig], None] | None = None
     sums: bool = True
+    whole_rows: bool = False
 
     def __call__(self, *arguments: Any) -> Method:
         return self.make(*arguments)

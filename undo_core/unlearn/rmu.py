@@ -75,7 +75,7 @@ def _check(config: UnlearnConfig) -> None:
         raise ValueError("retain_loss: got kl with method rmu, whose retain term is of activations; wanted it left out")
 
 
-@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check)
+@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check, whole_rows=True)
 def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 
