@@ -33,6 +33,7 @@ from undo_core.noise import initial_values
 from undo_core.ops import checks
 from undo_core.ops.noise_rules import Parameter, Policy, Setting, check_layers, describe, layers_of, matches
 from undo_core.ops.sharding import is_sharded
+from undo_core.training.layout import check_separate
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
@@ -104,11 +105,16 @@ def damage_(
     chosen = _chosen({name: parameter for name, (_, parameter) in found.items()}, layers)
     for name in chosen:
         tensor = found[name][0]
-        if is_sharded(tensor) or not tensor.is_contiguous() or tensor.is_meta:
-            checks.fail(f"model: {name}", "a sharded, meta or not contiguous tensor", "a contiguous one in memory")
+        if is_sharded(tensor) or tensor.is_meta:
+            checks.fail(f"model: {name}", "a sharded or meta tensor", "one in memory")
+    check_separate(model, [found[name][0] for name in chosen])
     result = {}
     for name in chosen:
-        result[name] = _apply(found[name][0].detach(), name, operator, strength, seed)
+        tensor = found[name][0].detach()
+        whole = tensor.contiguous()
+        result[name] = _apply(whole, name, operator, strength, seed)
+        if whole.data_ptr() != tensor.data_ptr():  # a copy of a parameter that is not contiguous
+            tensor.copy_(whole)
         torch.autograd.graph.increment_version(found[name][0])  # a graph that has saved it must notice
     return result
 

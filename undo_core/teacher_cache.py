@@ -282,7 +282,7 @@ class _Pass:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.tmp"):  # a kill within a write
             path.unlink()
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        there = sum(_allocated(path) for path in self.folder.iterdir())
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -308,6 +308,12 @@ class _Pass:
         mask = ids[:, 1:] != self.rows.pad_id
         mask[end - start :] = False
         return _store(hidden_states(self.teacher, *_inputs(self.rows, ids))[mask], self.head, self.config)
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file takes; where the system does not tell (Windows), its size, which is that without holes."""
+    stat = path.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
 
 
 class _DiskFull:

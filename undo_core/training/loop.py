@@ -15,6 +15,7 @@ from torch import nn
 from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
+from undo_core.training.layout import check_separate
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded
@@ -82,8 +83,8 @@ def train(
     """Train ``model`` in place.
 
     Args:
-        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation
-            mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
+        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in contiguous memory
+            and in evaluation mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
             again then, also after an error.
         loss: see :data:`Loss`.
         sources: the batch of each step, by name.
@@ -126,12 +127,13 @@ def train(
 
     Raises:
         DivergedError: the loss, or a weight in the last step, became NaN or infinite.
-        ValueError: nothing to train, or a checkpoint in ``folder`` that was made otherwise.
+        ValueError: nothing to train, parameters that share memory, or a checkpoint in ``folder`` that was made otherwise.
         ModuleNotFoundError: the optimizer needs torchao.
     """
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
+    check_separate(model, trained)
     device = trained[0].device
     identities = {name: identity_of(source) for name, source in sources.items()}
     made_by = {} if folder is None else {**asdict(config), "sources": identities, **(settings or {})}

@@ -24,6 +24,8 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 def convert_(model: nn.Module, precision: Precision) -> None:
     """Put every floating-point parameter in the precision's dtype, in place, frozen and one-dimensional ones too.
 
+    A parameter that is not contiguous (a transposed or sliced view) gets contiguous memory of its own: optimizers and checkpoints
+    then treat it exactly as they would its contiguous copy, and the tensor that it was a view of no longer follows it.
     A norm kept in float32 would promote the hidden states behind it (Llama multiplies in the weight's dtype), which a bfloat16
     ``Linear`` then refuses. Buffers keep their dtype: rotary frequencies lose positions in bfloat16. Tied weights stay tied.
     """
@@ -31,7 +33,7 @@ def convert_(model: nn.Module, precision: Precision) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.grad = None
-            parameter.data = parameter.data.to(dtype, memory_format=torch.contiguous_format)
+            parameter.data = parameter.data.to(dtype).contiguous()  # `to` with a memory format leaves a view of this dtype as it is
 
 
 @contextlib.contextmanager
