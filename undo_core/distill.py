@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.models import vocabulary_of
-from undo_core.teacher import ModelTeacher, Teacher, as_teacher
+from undo_core.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.losses import Match, distillation
 
@@ -42,7 +43,9 @@ def distill(
         hidden_weight: factor on a second term, the squared error of the student's hidden states relative to the teacher's own, token by
             token, a mean over ``hidden_layers``; needs a teacher that is a model. 0 leaves it out.
         hidden_layers: after how many layers; the last is after the final norm, 0 the embeddings. None for every layer.
-        folder: for checkpoints and the log, so that a killed run resumes.
+        folder: for checkpoints and the log, so that a killed run resumes. Another student, teacher, text, ``config`` or
+            ``hidden_weight`` is refused there by name; that costs one digest of both models' weights, about a second for each
+            gigabyte in float32.
         title: name on the progress bar.
         progress: show it.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
@@ -67,7 +70,20 @@ def distill(
         return distillation(student, known.targets(batches["text"]), batches["text"], counted["text"], match)
 
     source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text")
-    return train(student, loss, {"text": source}, config, folder=folder, title=title, progress=progress, **train_options)
+    settings = {}
+    if folder is not None:
+        settings = {"teacher": teacher_identity(known), "matched": None if match is None else dataclasses.asdict(match)}
+    return train(
+        student,
+        loss,
+        {"text": source},
+        config,
+        folder=folder,
+        settings={**settings, **(train_options.pop("settings", None) or {})},
+        title=title,
+        progress=progress,
+        **train_options,
+    )
 
 
 def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: Sequence[int] | None) -> Match:

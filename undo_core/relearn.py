@@ -75,6 +75,7 @@ def relearn(
     retain: Data | None = None,
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     higher_is_better: bool = True,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Trial, TrainResult]:
     """Attack copies of ``model`` at every rate of the grid and extend the grid where the worst rate is its end.
@@ -87,6 +88,8 @@ def relearn(
         retain: other text, in the same forms, where ``config.mix`` has a share for it.
         evaluate: metrics of a model; the entry ``forget`` decides which rate is worst.
         higher_is_better: True for an accuracy, False for a loss.
+        folder: for checkpoints and logs, one folder a trial, so that a killed attack resumes. Another model, text or ``config`` is
+            refused there by name; that costs one digest of the weights a trial, about a second for each gigabyte in float32.
         progress: show bars.
 
     Returns:
@@ -112,7 +115,8 @@ def relearn(
     def curve_of(trial: Trial) -> Curve:
         title = f"relearn {trial.name}"
         copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": measured, "title": title, "progress": progress}
-        results[trial] = attack(copied, forget, trial.rate, config.at(trial), **options)
+        own = None if folder is None else Path(folder) / trial.name
+        results[trial] = attack(copied, forget, trial.rate, config.at(trial), folder=own, **options)
         return results[trial].history
 
     explore(config, curve_of, higher_is_better)

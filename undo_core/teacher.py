@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
 from undo_core.streaming import stream_model
 from undo_core.training import Batch
+from undo_core.training.identity import model_identity
 from undo_core.training.losses import HiddenTargets, TopTargets
 
 Kind = Literal["resident", "streamed", "cached", "topk"]
@@ -70,6 +71,12 @@ class Teacher(Protocol):
         """What it says about a batch, on the batch's device."""
 
 
+def teacher_identity(teacher: Teacher) -> dict[str, Any]:
+    """What decides a teacher's targets, as JSON values, where it tells that (``identity()``); else its type alone."""
+    own = getattr(teacher, "identity", None)
+    return {"type": f"{type(teacher).__module__}.{type(teacher).__qualname__}", **({} if own is None else own())}
+
+
 class ModelTeacher:
     """A teacher that is a model: resident, or streamed by :func:`undo_core.streaming.stream_model`.
 
@@ -88,6 +95,10 @@ class ModelTeacher:
 
     def check(self, text: Any) -> None:
         """A model can read anything."""
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of its weights and configuration, and its dtype; the cost is one pass over the weights."""
+        return {**model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:

@@ -32,10 +32,11 @@ from undo_core.models import Head, head_of, hidden_states
 from undo_core.streaming import WeightReader, load_head, weights_digest
 from undo_core.teacher import TeacherConfig
 from undo_core.training import Batch
+from undo_core.training.identity import config_digest
 from undo_core.training.losses import HiddenTargets, TopTargets
 from undo_core.training.progress import StageProgress, console
 
-FORMAT = 2
+FORMAT = 3
 FACTS, PROGRESS = "cache.json", "progress.json"
 SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
@@ -176,6 +177,10 @@ class CachedTeacher:
         _same(self.facts["identity"], _rows_identity(text), "text: got rows that are not those of the cache, which was made",
               "wanted the rows that it was made from")  # fmt: skip
         self._rows = text
+
+    def identity(self) -> dict[str, Any]:
+        """What the cache was made from."""
+        return dict(self.facts["identity"])
 
     def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
         """What the teacher says about a batch of the checked rows."""
@@ -430,6 +435,7 @@ def _head_identity(head: Head) -> dict[str, Any]:
 def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
     """What decides a cache's contents."""
     known = {"format": FORMAT, **_form(config), **_batched(config), "teacher": weights_digest(teacher), **_head_identity(head)}
+    known["config"] = config_digest(teacher.config)
     return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
 
 
@@ -441,7 +447,13 @@ def _columns(identity: dict[str, Any]) -> dict[str, Column]:
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> None:
     """Raise a ValueError that names the first entry of ``wanted`` that ``found`` has otherwise."""
-    words = {"teacher": "another teacher's weights", "rows": "other rows", "head": "another head", "head_dtype": "a head of"}
+    words = {
+        "teacher": "another teacher's weights",
+        "rows": "other rows",
+        "head": "another head",
+        "head_dtype": "a head of",
+        "config": "another model configuration",
+    }
     for name, value in wanted.items():
         if found.get(name) != value:
             a, b = (str(v)[:12] for v in (found.get(name), value))

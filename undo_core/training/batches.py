@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import repeat
 from typing import Any
 
 import torch
 
 from undo_core.data.rows import Rows
+from undo_core.files import hash_json
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Batch:
                 f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of the shape "
                 f"of input_ids, {tuple(self.input_ids.shape)}"
             )
+
+    def digest(self) -> str:
+        """SHA-256 of every column."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "whole"}
+        held = {name: column.cpu() for name, column in columns.items() if column is not None}
+        parts = {n: [str(c.dtype), list(c.shape), hashlib.sha256(c.contiguous().numpy()).hexdigest()] for n, c in held.items()}
+        return hash_json(parts)
 
     @property
     def counted(self) -> int:
@@ -111,9 +120,50 @@ class ReadSource:
         return identity_of(self.source)
 
 
+@dataclass(frozen=True)
+class BatchesSource:
+    """The batches of a sequence in turn, again from the first after the last; a pure function of the step."""
+
+    batches: Sequence[Any]
+    name: str
+
+    def __call__(self, step: int) -> Batch:
+        return as_batch(self.batches[step % len(self.batches)], self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """Digest of every batch."""
+        return {"batches": hash_json([as_batch(item, self.name).digest() for item in self.batches])}
+
+
+@dataclass
+class StreamSource:
+    """The batches of an iterable, which is started again when it ends; a resumed run reads past those that were used before."""
+
+    data: Iterable[Any]
+    name: str
+    position: int = 0
+    _stream: Iterator[Any] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        if self._stream is None or step < self.position:
+            self._stream, self.position = _endless(self.data, self.name), 0
+        for _ in range(step - self.position):
+            next(self._stream)
+        self.position = step + 1
+        return as_batch(next(self._stream), self.name)
+
+    def identity(self) -> None:
+        """Unknown: what an iterable yields is known only once it is read."""
+
+
 def identity_of(source: Source) -> dict[str, Any] | None:
-    """What a source says that decides its batches, as JSON values; a function or a stream says nothing."""
-    return source.identity() if isinstance(source, (RowsSource, ReadSource)) else None
+    """What decides a source's batches, as JSON values: of rows and sequences all of them, of a function the batch of step 0.
+
+    None for an iterable, which cannot tell.
+    """
+    if hasattr(source, "identity"):
+        return source.identity()
+    return {"first": source(0).digest()}
 
 
 def rows_source(rows: Rows, size: int, seed: int) -> Source:
@@ -123,6 +173,8 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
 
 def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str) -> Source:
     """A source from token rows, from a function of the step, or from any iterable of batches.
+
+    A sequence of batches is read by index, so that a killed run resumes bit for bit; another iterable is read past what was used.
 
     An iterable may yield ``[batch, length]`` token ids or mappings with ``input_ids`` and optionally ``attention_mask``,
     ``labels`` (Hugging Face's convention: the same shape, -100 where a token is not a label) or ``position_ids`` (of packed documents). It is started again when it ends.
@@ -138,8 +190,9 @@ def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name
         raise ValueError(
             f"{name}: got {type(data).__name__}, wanted token rows, a function of the step or an iterable of batches"
         )
-    stream = _endless(data, name)
-    return lambda step: as_batch(next(stream), name)
+    if isinstance(data, Sequence) and len(data):
+        return BatchesSource(data, name)
+    return StreamSource(data, name)
 
 
 def as_batch(item: Any, name: str = "batch") -> Batch:

@@ -16,6 +16,7 @@ from undo_core.files import fresh, publish, read_json, write_json
 from undo_core.training.layout import overlaps
 from undo_core.training.optimizers import Updater
 
+FORMAT = 1  # raised when what a step computes or a checkpoint holds changes, so that nothing stale is resumed
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -49,8 +50,9 @@ def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[s
     found, wanted = _flat(state.get("made_by", {})), _flat(json.loads(json.dumps(made_by)))
     changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if changed:
-        was, now = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (found, wanted))
-        raise ValueError(f"folder: got {folder.parent} with a checkpoint made with {was}; wanted {now}, or a new folder")
+        was, now = (", ".join(f"{name} {_shown(values.get(name))}" for name in changed) for values in (found, wanted))
+        hint = "; a run resumes from the model as it was before its first step" if "model.weights" in changed else ""
+        raise ValueError(f"folder: got {folder.parent} with a checkpoint made with {was}; wanted {now}, or a new folder{hint}")
     return newest, state
 
 
@@ -76,6 +78,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _shown(value: Any) -> Any:
+    """A digest by its first digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
+
+
 def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, tied ones once."""
     named = {name: tensor for name, tensor in model.named_parameters()}
@@ -86,4 +93,7 @@ def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As safetensors wants them: contiguous, and copied where they share memory with another."""
     shared = {second for _, second in overlaps(tensors)}
-    return {name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor.contiguous() for name, tensor in tensors.items()}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }

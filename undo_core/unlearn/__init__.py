@@ -41,7 +41,8 @@ def unlearn(
         forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
         retain: text to keep, in the same forms; not read where ``config.retain_weight`` is 0.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
-        folder: for checkpoints and the log, so that a killed run resumes.
+        folder: for checkpoints and the log, so that a killed run resumes. Another model, text or ``config`` is refused there by name;
+            that costs one digest of the weights, about a second for each gigabyte in float32.
         title: name on the progress bar.
         progress: show it.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
