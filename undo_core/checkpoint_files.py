@@ -216,8 +216,11 @@ class TensorWriter:
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         while len(data):
-            os.lseek(self.file, offset, os.SEEK_SET)  # Windows has no pwrite; only one thread writes
-            written = os.write(self.file, data)
+            if hasattr(os, "pwrite"):
+                written = os.pwrite(self.file, data, offset)
+            else:  # Windows; only one thread writes
+                os.lseek(self.file, offset, os.SEEK_SET)
+                written = os.write(self.file, data)
             data, offset = data[written:], offset + written
 
 
