@@ -74,7 +74,7 @@ class Teacher(Protocol):
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
     """What decides a teacher's targets, as JSON values, where it tells that (``identity()``); else its type alone."""
     own = getattr(teacher, "identity", None)
-    return {"type": f"{type(teacher).__module__}.{type(teacher).__qualname__}", **({} if own is None else own())}
+    return {"kind": f"{type(teacher).__module__}.{type(teacher).__qualname__}"} if own is None else own()
 
 
 class ModelTeacher:
@@ -98,7 +98,7 @@ class ModelTeacher:
 
     def identity(self) -> dict[str, Any]:
         """Digests of its weights and configuration, and its dtype; the cost is one pass over the weights."""
-        return {**model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
+        return {"kind": "model", **model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:

@@ -53,7 +53,7 @@ def test_distill(tiny, rows, tmp_path):
     half = tiny(0).bfloat16().float().bfloat16()
     refused(tmp_path, "teacher.weights", lambda: run(student(), half))
     cached = cache_teacher(tiny(0), rows, tmp_path / "cache", progress=False)
-    refused(tmp_path, "teacher.type", lambda: run(student(), cached))
+    refused(tmp_path, "teacher.kind", lambda: run(student(), cached))
     frozen = student()
     frozen.model.embed_tokens.weight.requires_grad_(False)
     refused(tmp_path, "model.trained", lambda: run(frozen, tiny(0)))

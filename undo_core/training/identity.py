@@ -58,7 +58,7 @@ def config_digest(config: PreTrainedConfig) -> str:
 def function_identity(function: Callable[..., Any], values: bool = True) -> str:
     """A digest of a Python function: its code, defaults and, with ``values``, the numbers and strings that it closes over.
 
-    Objects that it closes over count by their type alone, and so do values that it changes itself.
+    Other objects that it closes over do not count, nor do values that it changes itself.
     """
     return hash_json(_function(function, values, set()))
 
@@ -98,7 +98,7 @@ def _value(value: Any, values: bool, seen: set[int]) -> Any:
         return repr(value)
     if isinstance(value, (tuple, frozenset)):
         return [_value(part, values, seen) for part in (value if isinstance(value, tuple) else sorted(value, key=repr))]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return None
 
 
 def _code(code: types.CodeType) -> list[Any]:
