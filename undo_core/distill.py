@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
-from undo_core.models import vocabulary_of
+from undo_core.models import check_vocab_size, vocabulary_of
 from undo_core.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
-from undo_core.training.losses import Match, distillation
+from undo_core.training.losses import HiddenTargets, Match, distillation
 
 
 def distill(
@@ -26,6 +27,7 @@ def distill(
     *,
     hidden_weight: float = 0.0,
     hidden_layers: Sequence[int] | None = None,
+    vocab_size: int | None = None,
     folder: Path | None = None,
     title: str = "distill",
     progress: bool = True,
@@ -43,6 +45,9 @@ def distill(
         hidden_weight: factor on a second term, the squared error of the student's hidden states relative to the teacher's own, token by
             token, a mean over ``hidden_layers``; needs a teacher that is a model. 0 leaves it out.
         hidden_layers: after how many layers; the last is after the final norm, 0 the embeddings. None for every layer.
+        vocab_size: number of real tokens, where a head has more rows than that: the rest is padding, without probability or gradient.
+            None takes all rows, a cache's own number, or, where the two heads differ, the smaller number of rows, with a warning:
+            models of one tokenizer are often padded differently.
         folder: for checkpoints and the log, so that a killed run resumes. Another student, teacher, text, ``config`` or
             ``hidden_weight`` is refused there by name; that costs one digest of both models' weights, about a second for each
             gigabyte in float32.
@@ -53,26 +58,33 @@ def distill(
     Memory: with ``hidden_weight``, three times the hidden states of the matched layers.
 
     Raises:
-        ValueError: different vocabularies, or widths and layers where these are matched, data of no known form, or data that a cached teacher does not know.
+        ValueError: a ``vocab_size`` above the rows of a head, different widths and layers where these are matched, data of no known form, or data that a cached teacher does not know.
     """
     config = config or TrainConfig(steps=1000, batch_size=128, lr=7e-4, warmup=50)
     known = as_teacher(teacher)
-    rows_t, rows_s = known.vocabulary, vocabulary_of(student)
-    if rows_t != rows_s:
-        raise ValueError(f"student: got a vocabulary of {rows_s}, wanted the teacher's {rows_t}; both must share one tokenizer")
+    vocab_size = common_vocabulary(student, known, vocab_size)
     known.check(text)
     match = None
     if hidden_weight:
         match = matching(student, known, hidden_weight, hidden_layers)
         known = ModelTeacher(known.model, match.layers)
 
+    own_sums = getattr(known, "vocab_size", None) == vocab_size  # a cache's log-sum-exps are of its own number of tokens
+
     def loss(student: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
-        return distillation(student, known.targets(batches["text"]), batches["text"], counted["text"], match)
+        targets = known.targets(batches["text"])
+        if isinstance(targets, HiddenTargets) and not own_sums:
+            targets = dataclasses.replace(targets, lse=None)
+        return distillation(student, targets, batches["text"], counted["text"], match, vocab_size)
 
     source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text")
     settings = {}
     if folder is not None:
-        settings = {"teacher": teacher_identity(known), "matched": None if match is None else dataclasses.asdict(match)}
+        settings = {
+            "vocab_size": vocab_size,
+            "teacher": teacher_identity(known),
+            "matched": None if match is None else dataclasses.asdict(match),
+        }
     return train(
         student,
         loss,
@@ -84,6 +96,35 @@ def distill(
         progress=progress,
         **train_options,
     )
+
+
+def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: int | None) -> int | None:
+    """The ``vocab_size`` that both heads are compared over; None for all rows of both.
+
+    Raises:
+        ValueError: more than a head has rows, or another number than a cache was made with.
+    """
+    rows, cached = {"student": vocabulary_of(student), "teacher": teacher.vocabulary}, getattr(teacher, "vocab_size", None)
+    check_vocab_size(vocab_size, **rows)
+    if cached is not None and vocab_size not in (None, cached):
+        raise ValueError(f"vocab_size: got {vocab_size} with a cache of vocab_size {cached}, wanted the cache's, or None")
+    chosen = cached if vocab_size is None else vocab_size
+    smaller = min(rows.values())
+    if chosen is None and len(set(rows.values())) > 1:
+        warnings.warn(
+            f"vocab_size: got None for a student of {rows['student']} rows and a teacher of {rows['teacher']}; taking {smaller}, as for two "
+            "models of one tokenizer whose heads are padded differently. With different tokenizers the result means nothing.",
+            stacklevel=3,
+        )
+        chosen = smaller
+    if chosen is not None and chosen > smaller:
+        raise ValueError(f"student: got {rows['student']} rows, wanted at least the {chosen} of the cache's vocab_size")
+    if getattr(teacher, "kind", None) == "topk" and (cached or teacher.vocabulary) != (chosen or teacher.vocabulary):
+        raise ValueError(
+            f"teacher: got a topk cache over {cached or teacher.vocabulary} tokens for a vocab_size of {chosen}, wanted one made with "
+            f"TeacherConfig(vocab_size={chosen})"
+        )
+    return chosen
 
 
 def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: Sequence[int] | None) -> Match:

@@ -272,6 +272,20 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
+def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
+    """Raise a ValueError that names the model where ``vocab_size`` is more than the rows of its head."""
+    for name, count in rows.items():
+        if vocab_size is not None and not 1 <= vocab_size <= count:
+            raise ValueError(
+                f"vocab_size: got {vocab_size}, wanted at most the {count} rows of the {name}'s head, and at least 1"
+            )
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of ids that a tokenizer may give, added tokens and gaps included; a head often has more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:
     """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included; or of some layers alone.
 

@@ -30,6 +30,8 @@ class TeacherConfig:
             are stored; small, and approximate.
         dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
         k: tokens stored at each position (topk).
+        vocab_size: number of real tokens, where the head has more rows than that (cached, topk): the most likely tokens are chosen
+            among these, and the rest has no probability. None is all rows.
         batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
             are the resident teacher's.
     """
@@ -38,6 +40,7 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     k: int = 64
     batch_size: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         kinds = ("resident", "streamed", "cached", "topk")
@@ -51,6 +54,8 @@ class TeacherConfig:
             )
         if self.k < 1:
             raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"teacher.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"teacher.batch_size: got {self.batch_size}, wanted an integer >= 1")
 

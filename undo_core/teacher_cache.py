@@ -28,7 +28,7 @@ from undo_core import ops
 from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.data.rows import Rows
 from undo_core.files import hash_json, read_json, sync_folder, write_json
-from undo_core.models import Head, head_of, hidden_states
+from undo_core.models import Head, check_vocab_size, head_of, hidden_states
 from undo_core.streaming import WeightReader, load_head, weights_digest
 from undo_core.teacher import TeacherConfig
 from undo_core.training import Batch
@@ -90,8 +90,10 @@ def cache_teacher(
     teacher.eval()
     head = head_of(teacher)
     identity = _identity(teacher, head, rows, config)
-    if config.kind == "topk" and config.k >= identity["vocabulary"]:
-        raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {identity['vocabulary']}")
+    check_vocab_size(config.vocab_size, teacher=identity["vocabulary"])
+    known = config.vocab_size or identity["vocabulary"]
+    if config.kind == "topk" and config.k >= known:
+        raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {known}")
     if not (folder / FACTS).exists():
         work = _Pass(teacher, head, rows, folder, config, identity, shard_bytes)
         with _DiskFull(folder, work.bytes):
@@ -113,6 +115,7 @@ class CachedTeacher:
 
     Attributes:
         vocabulary: number of rows of its head.
+        vocab_size: number of those that are tokens; None where it was made with all.
         facts: contents of ``cache.json``.
 
     Memory: the head (cached), and of the rows what one batch takes.
@@ -122,6 +125,7 @@ class CachedTeacher:
         self.facts = read_json(folder / FACTS)
         identity = self.facts["identity"]
         self.vocabulary, self.kind, self.head = identity["vocabulary"], identity["kind"], head
+        self.vocab_size: int | None = identity.get("vocab_size")
         self._columns, self._rows = _columns(identity), None
         self._shards = [MappedFile(folder / name, read_only=True) for name in self.facts["shards"]]
         counts = [shard.tensor("offsets", torch.int64).clone() for shard in self._shards]
@@ -342,9 +346,10 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
     """The stored form of hidden states ``[positions, d]``."""
     if config.kind == "cached":
         stored = hidden.to(getattr(torch, config.dtype))
-        return {"hidden": stored, "lse": ops.linear_lse(stored.to(head.weight.dtype), head.weight, **head.options()).float()}
-    indices, logprobs = [], []
-    weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
+        lse = ops.linear_lse(stored.to(head.weight.dtype), head.weight, vocab_size=config.vocab_size, **head.options())
+        return {"hidden": stored, "lse": lse.float()}
+    indices, logprobs, size = [], [], config.vocab_size
+    weight, bias = head.weight[:size].float().T, None if head.bias is None else head.bias[:size].float()
     for part in hidden.split(max(1, LOGIT_BYTES // (4 * head.weight.shape[0]))):
         logits = part.float() @ weight
         if bias is not None:
@@ -368,12 +373,13 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
     sides = {**head.options("student_"), **head.options("teacher_")}
 
     def exact(student: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        return ops.linear_kl_div(student, weight, known, weight, **{k: _detached(v) for k, v in sides.items()})
+        options = {k: _detached(v) for k, v in sides.items()}
+        return ops.linear_kl_div(student, weight, known, weight, vocab_size=config.vocab_size, **options)
 
     def approximate(student: torch.Tensor) -> torch.Tensor:
         if config.kind == "cached":
             return exact(student, stored["hidden"].to(weight.dtype))
-        options = {name: _detached(value) for name, value in head.options().items()}
+        options = {name: _detached(value) for name, value in head.options().items()} | {"vocab_size": config.vocab_size}
         return ops.linear_sparse_kl_div(student, weight, stored["indices"], stored["logprobs"], tail="bucket", **options)
 
     errors = {}
@@ -413,7 +419,8 @@ def _detached(value: Any) -> Any:
 
 
 def _form(config: TeacherConfig) -> dict[str, Any]:
-    return {"kind": config.kind, **({"dtype": config.dtype} if config.kind == "cached" else {"k": config.k})}
+    size = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
+    return {"kind": config.kind, **({"dtype": config.dtype} if config.kind == "cached" else {"k": config.k}), **size}
 
 
 def _batched(config: TeacherConfig) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
-from undo_core.models import forward_flops
+from undo_core.models import check_vocab_size, forward_flops, vocabulary_of
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.batches import Batch, ReadSource
 from undo_core.training.lean import choose_kernels, keeps_kernels
@@ -54,6 +54,7 @@ def unlearn(
         ValueError: an unknown method, or data of no known form.
     """
     config = config or UnlearnConfig()
+    check_vocab_size(config.vocab_size, model=vocabulary_of(model))
     size, seed = config.train.batch_size, config.train.seed or 0
     sources = {
         "forget": as_source(forget, size=size, seed=seed, name="forget"),
