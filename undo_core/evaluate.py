@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from undo_core import ops
 from undo_core.data.rows import Rows
-from undo_core.models import Head, head_of, hidden_states
+from undo_core.models import Head, evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % point of the normal law
 POSITIONS = 16_384  # in a forward pass by default, and 512 rows at most
@@ -50,22 +50,20 @@ def evaluate(
         raise ValueError(
             f"rows: got token id {largest}, wanted ids below the model's vocabulary of {vocabulary}; prepare the data for this model"
         )
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     parts, order = [], []
-    for index, length in _batches(rows, batch_size):
-        ids = rows.input_ids[index, :length].long().to(device)
-        if rows.choices is not None:
-            part = _right_letter(model, ids, rows.answer_mask[index, :length].to(device), rows.choices[index].to(device))
-        else:
-            chosen = counted if rows.answer_mask is None else rows.answer_mask
-            mask = ids != rows.pad_id if chosen is None else chosen[index].to(device)
-            score = token_nats if rows.answer_mask is None else _correct
-            part = score(model, ids, rows.position_ids(ids), mask)
-        parts.append(part.cpu())
-        order.append(index)
-    model.train(training)
+    with evaluating(model):
+        for index, length in _batches(rows, batch_size):
+            ids = rows.input_ids[index, :length].long().to(device)
+            if rows.choices is not None:
+                part = _right_letter(model, ids, rows.answer_mask[index, :length].to(device), rows.choices[index].to(device))
+            else:
+                chosen = counted if rows.answer_mask is None else rows.answer_mask
+                mask = ids != rows.pad_id if chosen is None else chosen[index].to(device)
+                score = token_nats if rows.answer_mask is None else _correct
+                part = score(model, ids, rows.position_ids(ids), mask)
+            parts.append(part.cpu())
+            order.append(index)
     scores = torch.cat(parts)[torch.cat(order).argsort()]
     summary = accuracy if rows.answer_mask is not None else _mean_nats
     result = summary(scores)

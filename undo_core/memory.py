@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import undo_kernels
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from undo_kernels.library import choose
 
 from undo_core import ops
@@ -34,7 +34,7 @@ from undo_core.distill import matching
 from undo_core.evaluate import letter_logits, most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
-from undo_core.models import attention_of, head_of, hidden_states, set_attention
+from undo_core.models import head_of, hidden_states, make, set_attention
 from undo_core.relearn import mixed_cross_entropy
 from undo_core.storages import FUSED, Storages
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -86,16 +86,12 @@ PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:
     """The model of a configuration without contents, float32, with an attention kernel as in :class:`TrainConfig`."""
-    kernel = attention_of(config) if attention == "auto" else attention
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=attention_of(config), dtype=torch.float32
-        )
-    if kernel in ("eager", "sdpa"):
-        set_attention(model, kernel)  # refuses what the model cannot have
-    if kernel != "eager":
+        model = make(copy.deepcopy(config))
+    if attention in ("eager", "sdpa"):
+        set_attention(model, attention)  # refuses what the model cannot have
+    if attention not in ("auto", "eager") or model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
-    model._undo_head_verified = True  # there is nothing to compare
     return model
 
 

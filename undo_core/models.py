@@ -6,10 +6,10 @@ vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is i
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,165 +25,40 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-VERIFIED_ROWS = 4096  # of a head, in float64 at once
+from undo_core.heads import (
+    Head,
+    UnsupportedHead,
+    check_isolation,
+    evaluating,
+    head_of,
+    hidden_states,
+    hidden_states_at,
+)
 
-
-@dataclass(frozen=True)
-class Head:
-    """The vocabulary head of a causal language model: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
-
-    Attributes:
-        weight: ``[V, d]``.
-        bias: ``[V]`` or None.
-        scale: factor on the products.
-        softcap: ``c`` of ``c * tanh(z / c)``, or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-    def options(self, prefix: str = "") -> dict[str, Any]:
-        """The keyword arguments of the fused ops, their names prefixed (``"student_"``, ``"teacher_"``)."""
-        return {f"{prefix}bias": self.bias, f"{prefix}scale": self.scale, f"{prefix}softcap": self.softcap}
-
-
-class UnsupportedHead(ValueError):
-    """The model's own logits are not reproduced by its weight, bias, scale and softcap."""
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The head of ``model``, compared once with the model's own logits on a few tokens.
-
-    Raises:
-        UnsupportedHead: the head does something else than scale, bias and softcap; computing on would be silently wrong.
-    """
-    output = model.get_output_embeddings()
-    if not isinstance(output, nn.Linear):
-        raise UnsupportedHead(
-            f"model: got a {type(model).__name__} whose output layer is {type(output).__name__}, wanted a Linear head"
-        )
-    head = Head(output.weight, output.bias, *head_constants(model.config))
-    if not getattr(model, "_undo_head_verified", False):
-        _verify_head(model, head)
-        model._undo_head_verified = True
-    return head
-
-
-def head_constants(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """Scale and softcap of the head, as the configuration names them."""
-    config = config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        divisor = getattr(config, "logits_scaling", None)  # Granite divides
-        scale = 1.0 if divisor is None else 1.0 / divisor
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
-@torch.no_grad()
-def _verify_head(model: PreTrainedModel, head: Head) -> None:
-    device = head.weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(8, device=device).mul(7919).remainder(vocabulary).view(1, 8)
-    training = model.training
-    model.eval()
-    try:
-        wanted = model(input_ids=ids, use_cache=False).logits.double()
-        hidden = hidden_states(model, ids).double()
-    finally:
-        model.train(training)
-    parts = head.weight.split(VERIFIED_ROWS)  # a head in float64 would be the largest tensor of a run
-    got = torch.cat([hidden @ part.double().T for part in parts], dim=-1)
-    if head.bias is not None:
-        got = got + head.bias.double()
-    got = got * head.scale
-    if head.softcap is not None:
-        got = head.softcap * torch.tanh(got / head.softcap)
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
-    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
-    if not error <= tolerance:
-        raise UnsupportedHead(
-            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) by {error:.2g} of their largest "
-            f"entry (scale {head.scale:g}, softcap {head.softcap}); its head does something that is not supported"
-        )
-
-
-def hidden_states(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Final hidden states ``[batch, length, d]``, after the last norm; the head is not run.
-
-    Where ``position_ids`` start again, a document begins that does not attend to what stands before it: transformers makes that
-    mask from the positions, without an attention mask and a cache. A sdpa that was causal without a mask gets one of
-    ``[batch, length, length]`` then.
-
-    Raises:
-        ValueError: positions that start again for a model or an attention kernel that would let documents attend to each other.
-    """
-    options = {}
-    if position_ids is not None:
-        check_isolation(model)
-        options["position_ids"] = position_ids
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).last_hidden_state
-
-
-def hidden_states_at(
-    model: PreTrainedModel,
-    layers: Sequence[int],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """:func:`hidden_states`, and those after each of ``layers`` layers, as transformers counts them: 0 for the embeddings, and the last
-    after the final norm."""
-    options = {}
-    if position_ids is not None:
-        check_isolation(model)
-        options["position_ids"] = position_ids
-    output = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True, **options
-    )
-    return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
-
-
-@torch.no_grad()
-def check_isolation(model: PreTrainedModel) -> None:
-    """Compare once, per attention kernel: another first document in two packed rows must not change the second's hidden states.
-
-    Raises:
-        ValueError: it does; the model does not know position ids, or its kernel does not read them.
-    """
-    kernel = model.config._attn_implementation
-    if getattr(model, "_undo_isolation_verified", None) == kernel:
-        return
-    embedding = model.get_input_embeddings().weight
-    at = torch.arange(16, device=embedding.device)
-    ids = at.mul(7919).remainder(embedding.shape[0]).repeat(2, 1)
-    other = torch.where(at < 8, (ids + 1).remainder(embedding.shape[0]), ids)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        leaks = []
-        for positions in (None, at.remainder(8).repeat(2, 1)):
-            given = {} if positions is None else {"position_ids": positions}
-            a, b = (model.base_model(input_ids=x, use_cache=False, **given).last_hidden_state[:, 8:] for x in (ids, other))
-            leaks.append(float((a - b).abs().max()))
-        works = not leaks[1] > 0.1 * leaks[0]  # rounding, at most; a diverged model is not this check's concern
-    except TypeError:  # no such argument
-        works = False
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not works:
-        raise ValueError(
-            f"position_ids: got rows of isolated documents for {type(model).__name__} with attention {kernel}, which lets them attend "
-            f"to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, flex_attention)"
-        )
-    model._undo_isolation_verified = kernel
+__all__ = [
+    "Head",
+    "UnsupportedHead",
+    "architecture",
+    "attention_of",
+    "build_model",
+    "check_isolation",
+    "check_vocab_size",
+    "configuration",
+    "evaluating",
+    "forward_flops",
+    "head_flops",
+    "head_of",
+    "hidden_states",
+    "hidden_states_at",
+    "initialise",
+    "load_model",
+    "load_tokenizer",
+    "make",
+    "positions_of",
+    "set_attention",
+    "tokens_of",
+    "vocabulary_of",
+]
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -238,7 +113,26 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        return make(config)
+
+
+def make(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, float32, as transformers initialises it, with :func:`attention_of`.
+
+    Raises:
+        ValueError: transformers cannot make one.
+    """
+    with _made(config.model_type):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def _made(what: str) -> Iterator[None]:
+    """Name the model that transformers' automatic class fails on."""
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"model: got {what}, of which transformers' AutoModelForCausalLM makes no model: {error}") from error
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -247,15 +141,15 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     A folder keeps the dtype that its stage trained in; :func:`undo_core.training.train` converts what it trains to its own.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    with _made(f"{folder}, a {config.model_type}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
     # the sums of a resumed run in the order of the uninterrupted one.
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-    model.tie_weights()
+            parameter.data = parameter.data.clone()  # of a tied one under both of its names
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -330,9 +224,10 @@ def head_flops(model: PreTrainedModel) -> float:
     return 2.0 * model.get_output_embeddings().weight.numel()
 
 
-def attention_of(config: Any) -> str:
-    """The attention implementation that computes what the configuration asks for."""
-    return "eager" if _attention_softcap(config) else "sdpa"
+def attention_of(config: Any) -> str | None:
+    """The attention implementation to ask for: eager where sdpa would drop a softcap; None lets transformers choose, which takes sdpa
+    where the model declares it."""
+    return "eager" if _attention_softcap(config) else None
 
 
 def _attention_softcap(config: Any) -> bool:

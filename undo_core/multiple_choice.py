@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from undo_core import ops
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
 from undo_core.evaluate import POSITIONS, accuracy
-from undo_core.models import head_of, hidden_states
+from undo_core.models import evaluating, head_of, hidden_states
 
 Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for
 
@@ -85,8 +85,7 @@ def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, posi
         read = (*given, *asked)[:-1]
         read = read if room is None else read[-room:]
         rows.setdefault(read, []).append((index, asked[-len(read) :]))
-    training, device, head = model.training, next(model.parameters()).device, head_of(model)
-    model.eval()
+    device, head = next(model.parameters()).device, head_of(model)
     scores = torch.zeros(len(requests), dtype=torch.float64)
     ordered = sorted(rows, key=len, reverse=True)
     while ordered:
@@ -99,8 +98,8 @@ def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, posi
             for index, asked in rows[read]:
                 where += [(row, len(read) - len(asked) + at, token, index) for at, token in enumerate(asked)]
         row, position, token, index = torch.tensor(where).T
-        hidden = hidden_states(model, ids.to(device))[row.to(device), position.to(device)]
+        with evaluating(model):
+            hidden = hidden_states(model, ids.to(device))[row.to(device), position.to(device)]
         nats = ops.linear_cross_entropy(hidden, head.weight, token.to(device), reduction="none", **head.options())
         scores.index_add_(0, index, -nats.double().cpu())
-    model.train(training)
     return scores

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, to_memory, weight_files
-from undo_core.models import Head, attention_of, head_constants
+from undo_core.models import Head, head_of, make
 from undo_core.training.identity import digest_of, weights_digest
 
 __all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]
@@ -70,8 +71,9 @@ def load_head(reader: WeightReader) -> Head:
     names = {id(parameter): name for name, parameter in reader.model.named_parameters(remove_duplicate=False)}
     parts = [names[id(p)] for p in (output.weight, output.bias) if p is not None]
     read = dict(reader.read(parts))
-    weight, *bias = (read[name].to(_device()) for name in parts)
-    return Head(weight, bias[0] if bias else None, *head_constants(reader.model.config))
+    head = head_of(reader.model)  # without contents: what the model does to the products
+    weight, *bias = (read[name].to(_device())[: len(head.weight)] for name in parts)
+    return dataclasses.replace(head, weight=weight, bias=bias[0] if bias else None)
 
 
 def stream_model(folder: str | Path) -> PreTrainedModel:
@@ -174,7 +176,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     hook = register_module_parameter_registration_hook(to_meta)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
+            model = make(config)
     finally:
         hook.remove()
     model.tie_weights()

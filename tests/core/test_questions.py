@@ -119,7 +119,6 @@ def test_a_diverged_model_answers_nothing(bytewise, asked):
     model = build_model({"model_type": "llama", **MODEL}, bytewise, 0)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
-    model._undo_head_verified = True
     for rows in splits_of(bytewise, asked)[0].values():
         assert evaluate_rows(model, rows)["value"] == 0
     assert multiple_choice(model, bytewise, asked)["value"] == 0

@@ -11,12 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
-from undo_core.models import check_vocab_size, forward_flops, vocabulary_of
+from undo_core.models import check_vocab_size, evaluating, forward_flops, vocabulary_of
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.batches import Batch, ReadSource
 from undo_core.training.lean import choose_kernels, keeps_kernels
 from undo_core.training.precision import converted
-from undo_core.unlearn.activations import evaluating
 from undo_core.unlearn.config import UnlearnConfig, unlearn_config
 from undo_core.unlearn.method import METHODS, ROBUST, Method, register, register_robust
 from undo_core.unlearn.rmu import RMUConfig

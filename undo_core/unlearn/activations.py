@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from undo_core.models import check_isolation, hidden_states
+from undo_core.models import check_isolation, evaluating, hidden_states
 
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
 """Tensors that stand in for a layer's parameters: by the layer's number, then by the parameter's name within it."""
@@ -107,19 +106,6 @@ class _StandIn(nn.Module):
             hidden = kwargs.pop("hidden_states")
         self._of[1].append((hidden, args, kwargs))
         return hidden
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation behaviour inside the ``with`` block; each module's own mode afterwards."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:

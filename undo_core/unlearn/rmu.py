@@ -20,10 +20,10 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.models import forward_flops
+from undo_core.models import evaluating, forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
-from undo_core.unlearn.activations import Entered, Trunk, evaluating, find_layers
+from undo_core.unlearn.activations import Entered, Trunk, find_layers
 from undo_core.unlearn.method import Method, register
 
 if TYPE_CHECKING:
