@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
-from undo_core.models import check_vocab_size, vocabulary_of
+from undo_core.models import check_vocab_size, head_of, vocabulary_of
 from undo_core.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.losses import HiddenTargets, Match, distillation
@@ -36,7 +37,7 @@ def distill(
     """Train ``student`` in place to match ``teacher``: forward KL(teacher || student) at temperature 1 on every token.
 
     Args:
-        student: the damaged model; trained in place.
+        student: the damaged model; trained in place. Of a ``PeftModel`` the adapters are trained.
         teacher: the suppressed model; left as it is, in evaluation mode. Or a teacher that takes less memory: streamed from disk
             (:class:`undo_core.teacher.ModelTeacher`), or cached (:class:`undo_core.teacher_cache.CachedTeacher`).
         text: the whole mix, unlabeled, forget text included (arXiv 2506.06278): token rows, a function of the step, or an iterable;
@@ -58,10 +59,13 @@ def distill(
     Memory: with ``hidden_weight``, three times the hidden states of the matched layers.
 
     Raises:
+        UnsupportedHead: a student whose head is not a linear layer with bias, scale and softcap.
         ValueError: a ``vocab_size`` above the rows of a head, different widths and layers where these are matched, data of no known form, or data that a cached teacher does not know.
     """
     config = config or TrainConfig(steps=1000, batch_size=128, lr=7e-4, warmup=50)
     known = as_teacher(teacher)
+    _check_apart(student, known)
+    head_of(student)  # what is refused is refused before anything is changed
     vocab_size = common_vocabulary(student, known, vocab_size)
     known.check(text)
     match = None
@@ -96,6 +100,16 @@ def distill(
         progress=progress,
         **train_options,
     )
+
+
+def _check_apart(student: nn.Module, teacher: Teacher) -> None:
+    """Raise a ValueError where the teacher would move with the student; peft puts adapters into the model that it is given."""
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    shared = [n for n, p in teacher.model.named_parameters() if id(p) in trained] if isinstance(teacher, ModelTeacher) else []
+    if shared:
+        raise ValueError(
+            f"teacher: got a model whose {shared[0]} is also the student's and would be trained; wanted a copy of it"
+        )
 
 
 def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: int | None) -> int | None:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from undo_core.adapters import bare
 from undo_core.heads import (
     Head,
     UnsupportedHead,
@@ -163,7 +164,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Number of rows of the model's head."""
-    return model.get_output_embeddings().weight.shape[0]
+    return bare(model).get_output_embeddings().weight.shape[0]
 
 
 def check_vocab_size(vocab_size: int | None, **rows: int) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.adapters import has_adapters
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, explore
 from undo_core.attacks.lora import adapted
 from undo_core.data.rows import Rows
+from undo_core.models import head_of
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import convert_
 
 Data = Rows | Source | Iterable[Any]
 
@@ -40,9 +43,14 @@ def attack(
     Arguments are those of :func:`relearn`, and of :func:`undo_core.training.train` where a killed attack shall resume.
     """
     _check(config, forget, retain)
+    head_of(model)  # what is refused is refused before anything is changed
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
     sources = {name: as_source(data[name], size=size, seed=seed, name=name) for name, size in config.rows().items()}
-    adapters = adapted(model, config.lora, seed) if config.kind == "lora" else contextlib.nullcontext()
+    adapters = contextlib.nullcontext()
+    if config.kind == "lora":
+        if not has_adapters(model):
+            convert_(model, config.precision)  # with adapters inside, what is frozen would keep its dtype
+        adapters = adapted(model, config.lora, seed)
     with adapters as parameters:
         return train(
             model,

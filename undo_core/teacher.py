@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.adapters import bare
 from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
 from undo_core.streaming import stream_model
 from undo_core.training import Batch
@@ -91,7 +92,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, inner: Sequence[int] = ()) -> None:
-        self.model, self.vocabulary, self.inner = model.eval(), vocabulary_of(model), tuple(inner)
+        self.model, self.vocabulary, self.inner = bare(model.eval()), vocabulary_of(model), tuple(inner)
 
     @classmethod
     def streamed(cls, folder: str | Path) -> ModelTeacher:
@@ -116,4 +117,4 @@ class ModelTeacher:
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
     """A model as a teacher; a teacher as it is."""
-    return ModelTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+    return ModelTeacher(teacher) if isinstance(bare(teacher), PreTrainedModel) else teacher

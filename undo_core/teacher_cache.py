@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.adapters import bare
 from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.data.rows import Rows
 from undo_core.files import hash_json, read_json, sync_folder, write_json
@@ -88,6 +89,7 @@ def cache_teacher(
     if config.kind not in ("cached", "topk"):
         raise ValueError(f"config: got the kind {config.kind}, wanted cached or topk")
     teacher.eval()
+    teacher = bare(teacher)
     head = head_of(teacher)
     identity = _identity(teacher, head, rows, config)
     check_vocab_size(config.vocab_size, teacher=identity["vocabulary"])
@@ -161,7 +163,8 @@ class CachedTeacher:
             reader = WeightReader(Path(head))
             expected["teacher"] = reader.digest()
             head = load_head(reader)
-        elif isinstance(head, PreTrainedModel):
+        elif isinstance(head, torch.nn.Module):
+            head = bare(head)
             expected["teacher"] = weights_digest(head)
             head = head_of(head)
         if head is not None:

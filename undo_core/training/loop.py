@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from undo_core.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
@@ -20,7 +22,7 @@ from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.layout import check_separate
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
-from undo_core.training.precision import seeded
+from undo_core.training.precision import seeded, weight_dtype
 from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -88,7 +90,8 @@ def train(
         model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in contiguous memory
             and in evaluation mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
             again then, also after an error.
-        loss: see :data:`Loss`.
+            Of a ``PeftModel`` what requires a gradient is trained, its adapters; the frozen parameters keep their bits and dtype.
+        loss: see :data:`Loss`; of a ``PeftModel`` it is given the model inside.
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.
         parameters: what is trained; None for every parameter that requires a gradient.
@@ -136,10 +139,13 @@ def train(
         ValueError: nothing to train, parameters that share memory, or a checkpoint in ``folder`` that was made otherwise.
         ModuleNotFoundError: the optimizer needs torchao.
     """
+    outer, model = model, bare(model)
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
     check_separate(model, trained)
+    if isinstance(model, PreTrainedModel):
+        check_adapters(model, weight_dtype(config.precision))
     folder = None if folder is None else Path(folder)
     at = None if evaluate_at is None else set(evaluate_at)
     device = trained[0].device
@@ -171,9 +177,9 @@ def train(
 
     def evaluate_now() -> bool:
         nonlocal total, count, shown
-        model.eval()
+        outer.eval()
         with torch.no_grad():
-            metrics = {} if evaluate is None else evaluate(model)
+            metrics = {} if evaluate is None else evaluate(outer)
         entry = {"step": result.steps, **({"loss": float(total) / count} if count else {}), **metrics}
         total, count = torch.zeros((), device=device), 0
         result.history.append(entry)
@@ -201,7 +207,7 @@ def train(
             batches = {name: source(step).to(device) for name, source in sources.items()}
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
-            model.train()
+            outer.train()
             with seeded(device, config.seed or 0, step):
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
@@ -223,7 +229,7 @@ def train(
             if time.monotonic() - last_save > checkpoint_seconds:
                 save()
                 last_save = time.monotonic()
-    model.eval()
+    outer.eval()
     # No later loss would tell what the last step did.
     if must_stay_finite and not all(bool(end.isfinite()) for weight in trained for end in weight.detach().aminmax()):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
