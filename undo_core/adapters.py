@@ -72,6 +72,9 @@ def products_of(output: nn.Module) -> Products | None:
     Of LoRA it is ``weight + scale * B @ A``, whose gradient goes to ``A`` and ``B``. In 16 bits the sum is in float32, so that a small
     adapter is not rounded away.
 
+    Raises:
+        ValueError: in training mode, a dropout before the adapter, for which the merged weight has no place.
+
     Memory: with LoRA, a matrix of the head's size, and another one for its gradient.
     """
     if type(output) is nn.Linear or (isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward):
@@ -94,8 +97,10 @@ def products_of(output: nn.Module) -> Products | None:
     for name in output.active_adapters:
         if name not in output.lora_A:
             continue
-        if name in output.lora_variant or output.fan_in_fan_out or (_drops(output.lora_dropout[name]) and output.training):
+        if name in output.lora_variant or output.fan_in_fan_out:
             return None
+        if output.training:
+            _check_dropout(name, output.lora_dropout[name])
         a, b, scale = output.lora_A[name], output.lora_B[name], output.scaling[name]
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(wide) + scale * (b.weight.to(wide) @ a.weight.to(wide))
@@ -115,11 +120,7 @@ def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         return
     output = model.get_output_embeddings()
     for name, dropout in getattr(output, "lora_dropout", {}).items():
-        if _drops(dropout):
-            raise ValueError(
-                f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there: its weight is merged "
-                f"with the adapter for each step; leave the head out of target_modules, or take a lora_dropout of 0"
-            )
+        _check_dropout(name, dropout)
     from peft.utils.other import ModulesToSaveWrapper
 
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
@@ -154,5 +155,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return getattr(dropout, "p", 0.0) > 0
+def _check_dropout(name: str, dropout: nn.Module) -> None:
+    if getattr(dropout, "p", 0.0) > 0:
+        raise ValueError(
+            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there: its weight is merged "
+            f"with the adapter for each step; leave the head out of target_modules, or take a lora_dropout of 0"
+        )
