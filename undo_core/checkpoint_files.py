@@ -30,6 +30,7 @@ from undo_core.models import make
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends otherwise
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int32: "I32", torch.int64: "I64"}
 
@@ -245,7 +246,7 @@ class TensorWriter:
         text += b" " * (-(len(text) + 8) % 64)
         for name, entry in header.items():
             self.at[name] = 8 + len(text) + entry["data_offsets"][0]
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC) | _BINARY, 0o666)
         self._put(struct.pack("<Q", len(text)) + text, 0)
 
     def __enter__(self) -> TensorWriter:
@@ -266,7 +267,11 @@ class TensorWriter:
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         while len(data):
-            written = os.pwrite(self.file, data, offset)
+            if hasattr(os, "pwrite"):
+                written = os.pwrite(self.file, data, offset)
+            else:  # Windows; only one thread writes
+                os.lseek(self.file, offset, os.SEEK_SET)
+                written = os.write(self.file, data)
             data, offset = data[written:], offset + written
 
 
@@ -294,7 +299,7 @@ class MappedFile:
         """Take the tensor's pages out of the process; what was written stays in the file."""
         entry, page = self.entries[name], mmap.PAGESIZE
         start = entry.start // page * page
-        if entry.end > start:
+        if entry.end > start and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none: there the system decides
             self._map.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
 
     def flush(self) -> None:

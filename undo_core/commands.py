@@ -208,6 +208,7 @@ def cache(
     topk: int | None = None,
     batch_size: int = 128,
     streamed: bool = False,
+    vocab_size: int | None = None,
 ) -> int:
     """Run the checkpoint TEACHER once over DATA and keep in OUTPUT what `undo distill --cache=OUTPUT` needs of it.
 
@@ -222,11 +223,14 @@ def cache(
         topk: store this many most likely tokens at each position instead, 8 bytes each; approximate.
         batch_size: rows of a forward pass; take the distillation's micro-batch size to get its bits.
         streamed: read the teacher's layers from disk for each forward pass, for a teacher larger than the memory.
+        vocab_size: number of real tokens, where the teacher's head has more rows than that; null for all rows.
     """
     config = TeacherConfig("cached", dtype=dtype) if topk is None else TeacherConfig("topk", dtype=dtype, k=topk)
     settings = {"kind": config.kind, **({"dtype": dtype} if topk is None else {"k": topk}), "batch_size": batch_size}
     if streamed:
         settings["streamed"] = True
+    if vocab_size is not None:
+        settings["vocab_size"] = vocab_size
     return _build(Path(output), "cache", settings, {"prepared": data, "teacher": teacher})
 
 
@@ -241,6 +245,7 @@ def distill(
     cache: str | None = None,
     hidden_weight: float = 0.0,
     hidden_layers: list[int] | None = None,
+    vocab_size: int | None = None,
 ) -> int:
     """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
 
@@ -255,6 +260,8 @@ def distill(
         cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then held.
         hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; not with cache.
         hidden_layers: after how many layers, the last after the final norm; null for every layer.
+        vocab_size: number of real tokens, where a head has more rows than that, which are then left out; null for all rows, or the smaller
+            number of rows of TEACHER and STUDENT where their tokenizers agree.
     """
     from undo_core.files import read_json
     from undo_core.teacher_cache import FACTS
@@ -263,13 +270,15 @@ def distill(
     settings: dict[str, Any] = {"train": dataclasses.asdict(train), "recover": recover}
     if hidden_weight:
         settings["hidden"] = {"hidden_weight": hidden_weight, "hidden_layers": hidden_layers}
+    if vocab_size is not None:
+        settings["vocab_size"] = vocab_size
     if cache is not None:
         if streamed:
             raise ValueError("streamed: got true with cache, wanted one of the two")
         if not (Path(cache) / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
         made = read_json(Path(cache) / FACTS)["identity"]
-        settings["teacher"] = {name: made[name] for name in ("kind", "dtype", "k") if name in made}
+        settings["teacher"] = {name: made[name] for name in ("kind", "dtype", "k", "vocab_size") if name in made}
         inputs["cache"] = cache
     elif streamed:
         settings["teacher"] = {"kind": "streamed"}

@@ -265,6 +265,7 @@ class DistillConfig:
         hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; needs a resident or
             streamed teacher. 0, as published, leaves it out.
         hidden_layers: after how many layers, the last after the final norm; null for every layer.
+        vocab_size: number of real tokens, where a head has more rows than that, which are then left out; null for all rows.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -272,10 +273,18 @@ class DistillConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     hidden_weight: float = 0.0
     hidden_layers: list[int] | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
             raise ValueError(f"distill.hidden_weight: got {self.hidden_weight}, wanted a finite number >= 0")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"distill.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
+        if self.teacher.vocab_size not in (None, self.vocab_size):
+            raise ValueError(
+                f"distill.teacher.vocab_size: got {self.teacher.vocab_size}, wanted null: distill.vocab_size, {self.vocab_size}, is the "
+                f"cache's too"
+            )
         if self.hidden_weight and self.teacher.kind in ("cached", "topk"):
             raise ValueError(
                 f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which knows no layers; "

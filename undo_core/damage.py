@@ -33,8 +33,9 @@ from undo_core.checkpoint_edit import CheckpointParameters
 from undo_core.ops import checks
 from undo_core.ops.noise import segment
 from undo_core.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
-from undo_core.ops.sharding import check_apart_within, is_sharded
+from undo_core.ops.sharding import is_sharded
 from undo_core.parameters import Parts, select
+from undo_core.training.layout import check_separate
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
@@ -109,16 +110,15 @@ def damage_(
         tensor = selected.found[name][0]
         if is_sharded(tensor) or tensor.is_meta:
             checks.fail(f"model: {name}", f"a {'meta' if tensor.is_meta else 'sharded'} tensor", "a whole one in memory")
-        check_apart_within(f"model: {name}", tensor)
+    check_separate(model, [selected.found[name][0] for name in chosen])
     result = {}
     for name in chosen:
         tensor = selected.found[name][0].detach()
         whole = tensor.contiguous()
         result[name] = _apply(whole, name, operator, strength, seed)
-        if whole.data_ptr() == tensor.data_ptr():
-            torch.autograd.graph.increment_version(tensor)  # a graph that has saved it must notice
-        else:
+        if whole.data_ptr() != tensor.data_ptr():  # a copy of a parameter that is not contiguous
             tensor.copy_(whole)
+        torch.autograd.graph.increment_version(selected.found[name][0])  # a graph that has saved it must notice
     return result
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from undo_core import ops
-from undo_core.store import machine
+from undo_core.store import machine, usable_cores
 from undo_core.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
@@ -55,15 +55,15 @@ def _facts() -> Table:
         table.add_row(name, _version(name))
     facts = machine()
     table.add_row(
-        "processor", f"{facts['device']}, {len(os.sched_getaffinity(0))} cores, torch uses {facts['threads']} threads"
+        "processor", f"{facts['device']}, {usable_cores()} cores, torch uses {facts['threads']} threads"
     )
     table.add_row("vector units", torch.backends.cpu.get_cpu_capability())
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     table.add_row(
         "GPUs", ", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor})" for g in gpus) or "none"
     )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    table.add_row("memory", f"{memory / 2**30:.1f} GiB; {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free on this disk")
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" if hasattr(os, "sysconf") else "unknown"
+    table.add_row("memory", f"{memory}; {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free on this disk")
     table.add_row("C++ compiler", shutil.which(os.environ.get("CXX", "c++")) or "none")
     table.add_row(
         "backend asked for", undo_kernels.requested_backend() or "none: C++ on CPUs, Triton on GPUs, else the reference"

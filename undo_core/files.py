@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +44,7 @@ def publish(folder: Path, final: Path) -> None:
     """Flush every file of ``folder`` to disk and rename it to ``final``, which must not exist."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
         elif path.is_dir():
             sync_folder(path)
@@ -61,7 +62,9 @@ def fresh(folder: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in ``folder`` to disk."""
+    """Flush the names in ``folder`` to disk; Windows, where a folder cannot be opened, writes them itself."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -83,12 +86,19 @@ def hash_json(value: Any) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; print ``waiting`` when another process has it. A killed process frees its lock."""
+    """Hold an exclusive lock on ``path``; print ``waiting`` once when another process has it.
+
+    The lock is the operating system's, which frees it when its process is killed. Among several machines it holds only on a network
+    file system that supports such locks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

@@ -97,6 +97,8 @@ def plan_run(config: RunConfig) -> Plan:
 
     how = _teacher_settings(config)
     cache = cache_stage(how, prepared, teacher)
+    if config.distill.vocab_size is not None:
+        how["vocab_size"] = config.distill.vocab_size
     if config.distill.hidden_weight:
         how["hidden"] = {"hidden_weight": config.distill.hidden_weight, "hidden_layers": config.distill.hidden_layers}
 
@@ -183,6 +185,8 @@ def _teacher_settings(config: RunConfig) -> dict[str, Any]:
     if teacher.kind in ("cached", "topk"):
         train = config.distill.train
         chosen["batch_size"] = teacher.batch_size or train.micro_batch_size or train.batch_size
+        if config.distill.vocab_size is not None:
+            chosen["vocab_size"] = config.distill.vocab_size
     return {"teacher": chosen}
 
 

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from undo_core.adapters import Products, bare, products_of
+
 VERIFIED_ROWS = 4096  # of a head, in float64 at once
 TOKENS = 8  # of the check
 SMALL, LARGE = 2.0**-10, 2.0**15  # a softcap hardly bends the one and is reached by the other
@@ -64,6 +66,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         UnsupportedHead: the head does something else than scale, bias and softcap; computing on would be silently wrong.
     """
+    model = bare(model)
     constants = getattr(model, "_undo_head", None)
     if constants is None:
         constants = model._undo_head = measure_head(model)
@@ -83,7 +86,8 @@ def measure_head(model: PreTrainedModel) -> Constants:
     Raises:
         UnsupportedHead: what :func:`head_of` refuses.
     """
-    output = _linear(model)
+    model = bare(model)
+    output, layer = _linear(model), model.get_output_embeddings()
     device, meta = output.weight.device, output.weight.is_meta
     at = torch.arange(TOKENS, device=device)
     ids = at.mul(7919).remainder(model.get_input_embeddings().weight.shape[0]).view(1, TOKENS)
@@ -97,7 +101,7 @@ def measure_head(model: PreTrainedModel) -> Constants:
         seen["probe"] = known[(steps // rows + steps % rows) % len(PROBE)]
         return seen["probe"]
 
-    handle = output.register_forward_hook(put_probe, with_kwargs=True)
+    handle = layer.register_forward_hook(put_probe, with_kwargs=True)
     try:
         with evaluating(model):
             logits = _without_trunk(model, ids) if meta else _logits(model, ids)
@@ -133,7 +137,7 @@ def hidden_states(
     Raises:
         ValueError: positions that start again for a model or an attention kernel that would let documents attend to each other.
     """
-    options = {}
+    model, options = bare(model), {}
     if position_ids is not None:
         check_isolation(model)
         options["position_ids"] = position_ids
@@ -153,6 +157,7 @@ def hidden_states_at(
     Raises:
         ValueError: as :func:`hidden_states`, or a model that does not give its inner hidden states.
     """
+    model = bare(model)
     options: dict[str, Any] = {"output_hidden_states": True}
     if position_ids is not None:
         check_isolation(model)
@@ -180,6 +185,7 @@ def check_isolation(model: PreTrainedModel) -> None:
     Raises:
         ValueError: it does; the model does not know position ids, or its kernel does not read them.
     """
+    model = bare(model)
     kernel = model.config._attn_implementation
     if getattr(model, "_undo_isolation_verified", None) == kernel:
         return
@@ -251,19 +257,25 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.logits
 
 
-def _linear(model: PreTrainedModel) -> nn.Linear:
+def _linear(model: PreTrainedModel) -> Products:
     output, name = model.get_output_embeddings(), type(model).__name__
+    found = products_of(output)
+    if found is not None:
+        return found
+    if type(output).__module__.startswith("peft."):
+        raise UnsupportedHead(
+            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted it merged "
+            f"(merge_and_unload), or the output layer left out of target_modules"
+        )
     if not isinstance(output, nn.Linear):
         raise UnsupportedHead(f"model: got a {name} whose output layer is {type(output).__name__}, wanted a Linear head")
-    if type(output).forward is not nn.Linear.forward:
-        raise UnsupportedHead(
-            f"model: got a {name} whose output layer, a {type(output).__name__}, has a forward of its own; wanted a plain Linear, "
-            f"whose products alone can be computed in parts"
-        )
-    return output
+    raise UnsupportedHead(
+        f"model: got a {name} whose output layer, a {type(output).__name__}, has a forward of its own; wanted a plain Linear, "
+        f"whose products alone can be computed in parts"
+    )
 
 
-def _compare_products(model: PreTrainedModel, output: nn.Linear, hidden: torch.Tensor, got: torch.Tensor) -> None:
+def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Tensor, got: torch.Tensor) -> None:
     """The layer's products against float64, within the rounding of its dtype."""
     eps = max(torch.finfo(got.dtype).eps, torch.finfo(output.weight.dtype).eps)
     if got.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

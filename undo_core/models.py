@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from undo_core.adapters import bare
 from undo_core.heads import (
     Head,
     UnsupportedHead,
@@ -43,6 +44,7 @@ __all__ = [
     "attention_of",
     "build_model",
     "check_isolation",
+    "check_vocab_size",
     "configuration",
     "evaluating",
     "forward_flops",
@@ -56,6 +58,7 @@ __all__ = [
     "make",
     "positions_of",
     "set_attention",
+    "tokens_of",
     "vocabulary_of",
 ]
 
@@ -177,7 +180,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Number of rows of the model's head."""
-    return model.get_output_embeddings().weight.shape[0]
+    return bare(model).get_output_embeddings().weight.shape[0]
+
+
+def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
+    """Raise a ValueError that names the model where ``vocab_size`` is more than the rows of its head."""
+    for name, count in rows.items():
+        if vocab_size is not None and not 1 <= vocab_size <= count:
+            raise ValueError(
+                f"vocab_size: got {vocab_size}, wanted at most the {count} rows of the {name}'s head, and at least 1"
+            )
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of ids that a tokenizer may give, added tokens and gaps included; a head often has more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:

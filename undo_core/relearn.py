@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.adapters import has_adapters
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, explore
 from undo_core.attacks.lora import adapted
 from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
+from undo_core.models import head_of
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import convert_
 
 Data = Rows | Source | Iterable[Any]
 
@@ -41,10 +44,15 @@ def attack(
     Arguments are those of :func:`relearn`, and of :func:`undo_core.training.train` where a killed attack shall resume.
     """
     _check(config, forget, retain)
+    head_of(model)  # what is refused is refused before anything is changed
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
     given = {"seed": seed, "limits": limits_of(model)}
     sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.rows().items()}
-    adapters = adapted(model, config.lora, seed) if config.kind == "lora" else contextlib.nullcontext()
+    adapters = contextlib.nullcontext()
+    if config.kind == "lora":
+        if not has_adapters(model):
+            convert_(model, config.precision)  # with adapters inside, what is frozen would keep its dtype
+        adapters = adapted(model, config.lora, seed)
     with adapters as parameters:
         return train(
             model,
@@ -77,6 +85,7 @@ def relearn(
     retain: Data | None = None,
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     higher_is_better: bool = True,
+    folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Trial, TrainResult]:
     """Attack copies of ``model`` at every rate of the grid and extend the grid where the worst rate is its end.
@@ -89,6 +98,8 @@ def relearn(
         retain: other text, in the same forms, where ``config.mix`` has a share for it.
         evaluate: metrics of a model; the entry ``forget`` decides which rate is worst.
         higher_is_better: True for an accuracy, False for a loss.
+        folder: for checkpoints and logs, one folder a trial, so that a killed attack resumes. Another model, text or ``config`` is
+            refused there by name; that costs one digest of the weights a trial, about a second for each gigabyte in float32.
         progress: show bars.
 
     Returns:
@@ -114,7 +125,8 @@ def relearn(
     def curve_of(trial: Trial) -> Curve:
         title = f"relearn {trial.name}"
         copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": measured, "title": title, "progress": progress}
-        results[trial] = attack(copied, forget, trial.rate, config.at(trial), **options)
+        own = None if folder is None else Path(folder) / trial.name
+        results[trial] = attack(copied, forget, trial.rate, config.at(trial), folder=own, **options)
         return results[trial].history
 
     explore(config, curve_of, higher_is_better)

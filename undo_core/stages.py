@@ -27,7 +27,17 @@ from undo_core.evaluate import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor
-from undo_core.models import build_model, configuration, forward_flops, head_flops, load_model, load_tokenizer, positions_of
+from undo_core.models import (
+    build_model,
+    configuration,
+    forward_flops,
+    head_flops,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    tokens_of,
+    vocabulary_of,
+)
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
@@ -114,7 +124,10 @@ def unlearn_stage(work: Work) -> dict[str, Any]:
     """Suppress the forget rows' capability in the model."""
     settings = work.settings
     config = unlearn_config(settings)
+    tokens = tokens_of(load_tokenizer(work.inputs["prepared"]))
     model, data = _load(work.inputs["model"], config.train.precision), work.inputs["prepared"]
+    if config.vocab_size is None and tokens < vocabulary_of(model):
+        config = dataclasses.replace(config, vocab_size=tokens)
     forget, retain = _train_rows(data, ["forget"]), _train_rows(data, ["retain"])
     if config.forget_rows is not None:
         if config.forget_rows > len(forget):
@@ -190,6 +203,9 @@ def distill_stage(work: Work) -> dict[str, Any]:
         else:  # as published, a student in 16 bits learns from a teacher in 16 bits
             model = load_model(folder, torch.float32 if config.precision == "float32" else stored_dtype(folder))
         teacher, reached, passes = ModelTeacher(model), None, forward_flops(model, text.length)
+    size = settings.get("vocab_size")
+    if size is None and teacher.vocabulary != vocabulary_of(student):
+        size = _common_tokens(work, teacher.vocabulary, vocabulary_of(student))
     stop, facts = None, {}
     if settings["recover"] is not None:
         if "target" in work.inputs:
@@ -203,6 +219,7 @@ def distill_stage(work: Work) -> dict[str, Any]:
         text,
         config,
         **settings.get("hidden", {}),
+        vocab_size=size,
         evaluate=metrics,
         stop=stop,
         folder=work.scratch,
@@ -211,6 +228,31 @@ def distill_stage(work: Work) -> dict[str, Any]:
     _save(student, load_tokenizer(data), work.output)
     flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
     return {**facts, **_facts(result, flops)}
+
+
+def _common_tokens(work: Work, teacher: int, student: int) -> int:
+    """The smaller number of rows of two heads that are padded differently, where both models have one tokenizer.
+
+    Raises:
+        ValueError: they have not.
+    """
+    known, smaller = [_vocabulary(work.inputs[name]) for name in ("teacher", "student")], min(teacher, student)
+    if known[0] is None or known[0] != known[1] or max(known[0].values()) >= smaller:
+        folders = " and ".join(str(work.inputs[name]) for name in ("teacher", "student"))
+        raise ValueError(
+            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or one tokenizer in both of {folders}, with at most "
+            f"{smaller} tokens; they have none, different ones, or more tokens"
+        )
+    console.print(f"{work.title}: the teacher's head has {teacher} rows and the student's {student}; the first {smaller} count")
+    return smaller
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Ids of a folder's tokenizer by token; None where it has no tokenizer that can be loaded."""
+    try:
+        return load_tokenizer(folder).get_vocab()
+    except (OSError, ValueError):
+        return None
 
 
 def gate_stage(work: Work) -> dict[str, Any]:

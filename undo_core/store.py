@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 import sys
@@ -176,6 +177,11 @@ def machine() -> dict[str, Any]:
     """What the result was computed on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {"device": device, "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; all of the machine's where the system does not tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

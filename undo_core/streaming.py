@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, settle_ties, to_memory, weight_files
-from undo_core.files import hash_json
 from undo_core.models import Head, head_of, make
+from undo_core.training.identity import digest_of, weights_digest
+
+__all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]
 
 
 class WeightReader:
@@ -62,13 +63,7 @@ class WeightReader:
 
     def digest(self) -> str:
         """:func:`weights_digest` of the checkpoint."""
-        return _digest(self.read(name for name, _ in self.model.named_parameters()))
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over every parameter's name and float32 values: of one model in memory, streamed or on disk it is the same."""
-    reader = getattr(model, "_undo_reader", None)
-    return reader.digest() if reader is not None else _digest((n, p.detach().float()) for n, p in model.named_parameters())
+        return digest_of(self.read(name for name, _ in self.model.named_parameters()))
 
 
 def load_head(reader: WeightReader) -> Head:
@@ -195,10 +190,6 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, last = name.rpartition(".")
     model.get_submodule(owner)._parameters[last] = parameter
-
-
-def _digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    return hash_json({name: hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for name, t in named})
 
 
 def _device() -> torch.device:

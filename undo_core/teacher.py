@@ -10,9 +10,11 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.adapters import bare
 from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
 from undo_core.streaming import stream_model
 from undo_core.training import Batch
+from undo_core.training.identity import model_identity
 from undo_core.training.losses import HiddenTargets, TopTargets
 
 Kind = Literal["resident", "streamed", "cached", "topk"]
@@ -29,6 +31,8 @@ class TeacherConfig:
             are stored; small, and approximate.
         dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
         k: tokens stored at each position (topk).
+        vocab_size: number of real tokens, where the head has more rows than that (cached, topk): the most likely tokens are chosen
+            among these, and the rest has no probability. None is all rows.
         batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
             are the resident teacher's.
     """
@@ -37,6 +41,7 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     k: int = 64
     batch_size: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         kinds = ("resident", "streamed", "cached", "topk")
@@ -50,6 +55,8 @@ class TeacherConfig:
             )
         if self.k < 1:
             raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"teacher.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"teacher.batch_size: got {self.batch_size}, wanted an integer >= 1")
 
@@ -70,6 +77,12 @@ class Teacher(Protocol):
         """What it says about a batch, on the batch's device."""
 
 
+def teacher_identity(teacher: Teacher) -> dict[str, Any]:
+    """What decides a teacher's targets, as JSON values, where it tells that (``identity()``); else its type alone."""
+    own = getattr(teacher, "identity", None)
+    return {"kind": f"{type(teacher).__module__}.{type(teacher).__qualname__}"} if own is None else own()
+
+
 class ModelTeacher:
     """A teacher that is a model: resident, or streamed by :func:`undo_core.streaming.stream_model`.
 
@@ -79,7 +92,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, inner: Sequence[int] = ()) -> None:
-        self.model, self.vocabulary, self.inner = model.eval(), vocabulary_of(model), tuple(inner)
+        self.model, self.vocabulary, self.inner = bare(model.eval()), vocabulary_of(model), tuple(inner)
 
     @classmethod
     def streamed(cls, folder: str | Path) -> ModelTeacher:
@@ -88,6 +101,10 @@ class ModelTeacher:
 
     def check(self, text: Any) -> None:
         """A model can read anything."""
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of its weights and configuration, and its dtype; the cost is one pass over the weights."""
+        return {"kind": "model", **model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
@@ -100,4 +117,4 @@ class ModelTeacher:
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
     """A model as a teacher; a teacher as it is."""
-    return ModelTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+    return ModelTeacher(teacher) if isinstance(bare(teacher), PreTrainedModel) else teacher

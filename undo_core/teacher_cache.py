@@ -25,14 +25,16 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.adapters import bare
 from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.files import hash_json, read_json, sync_folder, write_json
-from undo_core.models import Head, head_of, hidden_states
+from undo_core.models import Head, check_vocab_size, head_of, hidden_states
 from undo_core.streaming import WeightReader, load_head, weights_digest
 from undo_core.teacher import TeacherConfig
 from undo_core.training import Batch
+from undo_core.training.identity import config_digest
 from undo_core.training.losses import HiddenTargets, TopTargets
 from undo_core.training.progress import StageProgress, console
 
@@ -92,10 +94,13 @@ def cache_teacher(
     if check is not None:
         limits.check_rows(check, "check")
     teacher.eval()
+    teacher = bare(teacher)
     head = head_of(teacher)
     identity = _identity(teacher, head, rows, config)
-    if config.kind == "topk" and config.k >= identity["vocabulary"]:
-        raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {identity['vocabulary']}")
+    check_vocab_size(config.vocab_size, teacher=identity["vocabulary"])
+    known = config.vocab_size or identity["vocabulary"]
+    if config.kind == "topk" and config.k >= known:
+        raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {known}")
     if not (folder / FACTS).exists():
         work = _Pass(teacher, head, rows, folder, config, identity, shard_bytes)
         with _DiskFull(folder, work.bytes):
@@ -117,6 +122,7 @@ class CachedTeacher:
 
     Attributes:
         vocabulary: number of rows of its head.
+        vocab_size: number of those that are tokens; None where it was made with all.
         facts: contents of ``cache.json``.
 
     Memory: the head (cached), and of the rows what one batch takes.
@@ -126,6 +132,7 @@ class CachedTeacher:
         self.facts = read_json(folder / FACTS)
         identity = self.facts["identity"]
         self.vocabulary, self.kind, self.head = identity["vocabulary"], identity["kind"], head
+        self.vocab_size: int | None = identity.get("vocab_size")
         self._columns, self._rows = _columns(identity), None
         self._shards = [MappedFile(folder / name, read_only=True) for name in self.facts["shards"]]
         counts = [shard.tensor("offsets", torch.int64).clone() for shard in self._shards]
@@ -161,7 +168,8 @@ class CachedTeacher:
             reader = WeightReader(Path(head))
             expected["teacher"] = reader.digest()
             head = load_head(reader)
-        elif isinstance(head, PreTrainedModel):
+        elif isinstance(head, torch.nn.Module):
+            head = bare(head)
             expected["teacher"] = weights_digest(head)
             head = head_of(head)
         if head is not None:
@@ -181,6 +189,10 @@ class CachedTeacher:
         _same(self.facts["identity"], _rows_identity(text), "text: got rows that are not those of the cache, which was made",
               "wanted the rows that it was made from")  # fmt: skip
         self._rows = text
+
+    def identity(self) -> dict[str, Any]:
+        """What the cache was made from."""
+        return dict(self.facts["identity"])
 
     def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
         """What the teacher says about a batch of the checked rows."""
@@ -287,7 +299,7 @@ class _Pass:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.tmp"):  # a kill within a write
             path.unlink()
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        there = sum(_allocated(path) for path in self.folder.iterdir())
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -315,6 +327,12 @@ class _Pass:
         return _store(hidden_states(self.teacher, *_inputs(self.rows, index, ids))[mask], self.head, self.config)
 
 
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file takes; where the system does not tell (Windows), its size, which is that without holes."""
+    stat = path.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
+
+
 class _DiskFull:
     """Says in one line what a disk that fills up on the way lacks."""
 
@@ -336,9 +354,10 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
     """The stored form of hidden states ``[positions, d]``."""
     if config.kind == "cached":
         stored = hidden.to(getattr(torch, config.dtype))
-        return {"hidden": stored, "lse": ops.linear_lse(stored.to(head.weight.dtype), head.weight, **head.options()).float()}
-    indices, logprobs = [], []
-    weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
+        lse = ops.linear_lse(stored.to(head.weight.dtype), head.weight, vocab_size=config.vocab_size, **head.options())
+        return {"hidden": stored, "lse": lse.float()}
+    indices, logprobs, size = [], [], config.vocab_size
+    weight, bias = head.weight[:size].float().T, None if head.bias is None else head.bias[:size].float()
     for part in hidden.split(max(1, LOGIT_BYTES // (4 * head.weight.shape[0]))):
         logits = part.float() @ weight
         if bias is not None:
@@ -363,12 +382,13 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
     sides = {**head.options("student_"), **head.options("teacher_")}
 
     def exact(student: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        return ops.linear_kl_div(student, weight, known, weight, **{k: _detached(v) for k, v in sides.items()})
+        options = {k: _detached(v) for k, v in sides.items()}
+        return ops.linear_kl_div(student, weight, known, weight, vocab_size=config.vocab_size, **options)
 
     def approximate(student: torch.Tensor) -> torch.Tensor:
         if config.kind == "cached":
             return exact(student, stored["hidden"].to(weight.dtype))
-        options = {name: _detached(value) for name, value in head.options().items()}
+        options = {name: _detached(value) for name, value in head.options().items()} | {"vocab_size": config.vocab_size}
         return ops.linear_sparse_kl_div(student, weight, stored["indices"], stored["logprobs"], tail="bucket", **options)
 
     errors = {}
@@ -409,7 +429,8 @@ def _detached(value: Any) -> Any:
 
 
 def _form(config: TeacherConfig) -> dict[str, Any]:
-    return {"kind": config.kind, **({"dtype": config.dtype} if config.kind == "cached" else {"k": config.k})}
+    size = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
+    return {"kind": config.kind, **({"dtype": config.dtype} if config.kind == "cached" else {"k": config.k}), **size}
 
 
 def _batched(config: TeacherConfig) -> dict[str, int]:
@@ -431,6 +452,7 @@ def _head_identity(head: Head) -> dict[str, Any]:
 def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
     """What decides a cache's contents."""
     known = {"format": FORMAT, **_form(config), **_batched(config), "teacher": weights_digest(teacher), **_head_identity(head)}
+    known["config"] = config_digest(teacher.config)
     return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
 
 
@@ -442,7 +464,13 @@ def _columns(identity: dict[str, Any]) -> dict[str, Column]:
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> None:
     """Raise a ValueError that names the first entry of ``wanted`` that ``found`` has otherwise."""
-    words = {"teacher": "another teacher's weights", "rows": "other rows", "head": "another head", "head_dtype": "a head of"}
+    words = {
+        "teacher": "another teacher's weights",
+        "rows": "other rows",
+        "head": "another head",
+        "head_dtype": "a head of",
+        "config": "another model configuration",
+    }
     for name, value in wanted.items():
         if found.get(name) != value:
             a, b = (str(v)[:12] for v in (found.get(name), value))

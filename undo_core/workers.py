@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from undo_core.store import Stage, Store
+from undo_core.store import Stage, Store, usable_cores
 from undo_core.training.progress import Board, Update, send_updates_to
 
 Finished = Callable[[Stage], None]
@@ -80,7 +80,7 @@ def use_threads(workers: int) -> None:
 
 def _cores() -> int:
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    return int(limit) if limit.isdigit() and int(limit) > 0 else len(os.sched_getaffinity(0))
+    return int(limit) if limit.isdigit() and int(limit) > 0 else usable_cores()
 
 
 def _ready(store: Store, stage: Stage) -> bool:

@@ -36,6 +36,7 @@ RANKS = [
         "undo_core.ops",
         "undo_core.models",
         "undo_core.heads",
+        "undo_core.adapters",
         "undo_core.files",
         "undo_core.checkpoint_files",
         "undo_core.checkpoint_edit",

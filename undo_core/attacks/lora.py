@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from undo_core.adapters import has_adapters
 from undo_core.attacks.config import LoraConfig, check_installed
 
 
@@ -27,6 +28,11 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
         ValueError: no linear layer has one of the names in ``settings.targets``.
     """
     check_installed("lora")
+    if has_adapters(model):
+        raise ValueError(
+            "kind: got lora for a model that has adapters already, wanted finetune, which trains them, or a model into which they are "
+            "merged (merge_and_unload)"
+        )
     linear, transposed = (
         {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kind)}
         for kind in (nn.Linear, Conv1D)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from undo_core.data.limits import Limits
 from undo_core.data.rows import Rows
+from undo_core.files import hash_json
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class Batch:
                     "position_ids: got them with an attention_mask and starting again within its text, wanted one of the two; rows padded on "
                     "the right need no mask"
                 )
+
+    def digest(self) -> str:
+        """SHA-256 of every column."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "whole"}
+        held = {name: column.cpu() for name, column in columns.items() if column is not None}
+        parts = {n: [str(c.dtype), list(c.shape), hashlib.sha256(c.contiguous().numpy()).hexdigest()] for n, c in held.items()}
+        return hash_json(parts)
 
     @property
     def counted(self) -> int:
@@ -129,9 +138,69 @@ class ReadSource:
         return identity_of(self.source)
 
 
+@dataclass(frozen=True)
+class BatchesSource:
+    """The batches of a sequence in turn, again from the first after the last; a pure function of the step."""
+
+    batches: Sequence[Any]
+    name: str
+
+    def __call__(self, step: int) -> Batch:
+        return as_batch(self.batches[step % len(self.batches)], self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """Digest of every batch."""
+        return {"batches": hash_json([as_batch(item, self.name).digest() for item in self.batches])}
+
+
+@dataclass
+class StreamSource:
+    """The batches of an iterable, which is started again when it ends; a resumed run reads past those that were used before."""
+
+    data: Iterable[Any]
+    name: str
+    position: int = 0
+    _stream: Iterator[Any] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        if self._stream is None or step < self.position:
+            self._stream, self.position = _endless(self.data, self.name), 0
+        for _ in range(step - self.position):
+            next(self._stream)
+        self.position = step + 1
+        return as_batch(next(self._stream), self.name)
+
+    def identity(self) -> None:
+        """Unknown: what an iterable yields is known only once it is read."""
+
+
+@dataclass(frozen=True)
+class CheckedSource:
+    """The batches of ``source``, each compared with ``limits``, where given, before a model reads it."""
+
+    source: Source
+    name: str
+    limits: Limits | None
+
+    def __call__(self, step: int) -> Batch:
+        batch = as_batch(self.source(step), self.name)
+        if self.limits is not None:
+            self.limits.check_batch(batch, self.name)
+        return batch
+
+    def identity(self) -> dict[str, Any] | None:
+        """As of ``source``."""
+        return identity_of(self.source)
+
+
 def identity_of(source: Source) -> dict[str, Any] | None:
-    """What a source says that decides its batches, as JSON values; a function or a stream says nothing."""
-    return source.identity() if isinstance(source, (RowsSource, ReadSource)) else None
+    """What decides a source's batches, as JSON values: of rows and sequences all of them, of a function the batch of step 0.
+
+    None for an iterable, which cannot tell.
+    """
+    if hasattr(source, "identity"):
+        return source.identity()
+    return {"first": as_batch(source(0)).digest()}
 
 
 def rows_source(rows: Rows, size: int, seed: int) -> Source:
@@ -142,8 +211,8 @@ def rows_source(rows: Rows, size: int, seed: int) -> Source:
 def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str, limits: Limits | None = None) -> Source:
     """A source from token rows, from a function of the step, or from any iterable of batches.
 
-    A function or an iterable may give ``[batch, length]`` token ids or mappings, see :func:`as_batch`. An iterable is started again when
-    it ends.
+    A sequence of batches is read by index, so that a killed run resumes bit for bit; another iterable is read past what was used, and
+    started again when it ends. Batches are ``[batch, length]`` token ids or mappings, see :func:`as_batch`.
 
     Args:
         data: what is read.
@@ -163,21 +232,14 @@ def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name
         return data
     if isinstance(data, ReadSource):
         return data
-
-    def read(item: Any) -> Batch:
-        batch = as_batch(item, name)
-        if limits is not None:
-            limits.check_batch(batch, name)
-        return batch
-
-    if callable(data):
-        return lambda step: read(data(step))
-    if not isinstance(data, Iterable):
+    if not callable(data) and not isinstance(data, Iterable):
         raise ValueError(
             f"{name}: got {type(data).__name__}, wanted token rows, a function of the step or an iterable of batches"
         )
-    stream = _endless(data, name)
-    return lambda step: read(next(stream))
+    source = data
+    if not callable(data):
+        source = BatchesSource(data, name) if isinstance(data, Sequence) and len(data) else StreamSource(data, name)
+    return CheckedSource(source, name, limits)
 
 
 def as_batch(item: Any, name: str = "batch") -> Batch:

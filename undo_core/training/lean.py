@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core.adapters import bare
 from undo_core.models import set_attention
 from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding, tied_gradient_in_place
@@ -20,14 +21,15 @@ def keeps_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def keeping(model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        if not isinstance(model, PreTrainedModel):
+        inner = bare(model)
+        if not isinstance(inner, PreTrainedModel):
             return function(model, *arguments, **options)
-        kernel = model.config._attn_implementation
+        kernel = inner.config._attn_implementation
         try:
             return function(model, *arguments, **options)
         finally:
-            if model.config._attn_implementation != kernel:
-                model.set_attn_implementation(kernel)
+            if inner.config._attn_implementation != kernel:
+                inner.set_attn_implementation(kernel)
 
     return keeping
 

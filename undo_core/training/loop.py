@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from undo_core.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
-from undo_core.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
+from undo_core.training.identity import function_identity, model_identity
+from undo_core.training.layout import check_separate
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
-from undo_core.training.precision import seeded
+from undo_core.training.precision import seeded, weight_dtype
 from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -82,10 +87,11 @@ def train(
     """Train ``model`` in place.
 
     Args:
-        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in evaluation
-            mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
+        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in contiguous memory
+            and in evaluation mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
             again then, also after an error.
-        loss: see :data:`Loss`.
+            Of a ``PeftModel`` what requires a gradient is trained, its adapters; the frozen parameters keep their bits and dtype.
+        loss: see :data:`Loss`; of a ``PeftModel`` it is given the model inside.
         sources: the batch of each step, by name.
         config: steps, rates, batch sizes.
         parameters: what is trained; None for every parameter that requires a gradient.
@@ -94,9 +100,13 @@ def train(
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
         stop: ends the stage at the first evaluation whose metrics satisfy it.
         must_stay_finite: False lets an attack at an excessive rate run to its end with its weights as they are.
-        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed, if it is the same:
-            ``config``, ``settings`` and, where sources tell it (:func:`rows_source` does), their rows, order and seed. What a model
-            with dropout draws in a step, from the device's global generator, is a function of ``config.seed`` and the step.
+        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed, if it is the same. Compared
+            are ``config``, ``settings``, the contents of the model as it is given (weights, configuration, what is trained) and of the
+            sources (rows, order and seed; a sequence's batches; a function's first batch), and the code of ``loss``, ``gradient`` and
+            ``stop`` (not the values that ``stop`` closes over). Another one is refused, by the name of what differs. What an iterable
+            other than a sequence yields cannot be compared; a warning says so. This costs one digest of the weights, about a second
+            for each gigabyte in float32. What a model with dropout draws in a step, from the device's global generator, is a function
+            of ``config.seed`` and the step.
         settings: what else decides the result, as JSON values.
         checkpoint_seconds: time between checkpoints.
         title: name on the progress bar.
@@ -126,15 +136,32 @@ def train(
 
     Raises:
         DivergedError: the loss, or a weight in the last step, became NaN or infinite.
-        ValueError: nothing to train, or a checkpoint in ``folder`` that was made otherwise.
+        ValueError: nothing to train, parameters that share memory, or a checkpoint in ``folder`` that was made otherwise.
         ModuleNotFoundError: the optimizer needs torchao.
     """
+    outer, model = model, bare(model)
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
+    check_separate(model, trained)
+    if isinstance(model, PreTrainedModel):
+        check_adapters(model, weight_dtype(config.precision))
+    folder = None if folder is None else Path(folder)
+    at = None if evaluate_at is None else set(evaluate_at)
     device = trained[0].device
-    identities = {name: identity_of(source) for name, source in sources.items()}
-    made_by = {} if folder is None else {**asdict(config), "sources": identities, **(settings or {})}
+    made_by = {}
+    if folder is not None:
+        made_by = {
+            **asdict(config),
+            **_made_of(sources, folder),
+            "format": FORMAT,
+            "model": model_identity(model, trained),
+            "loss": function_identity(loss),
+            "gradient": None if gradient is None else function_identity(gradient),
+            "stop": None if stop is None else function_identity(stop, values=False),
+            "evaluate_at": None if evaluate_at is None else sorted(at),
+            **(settings or {}),
+        }
     found = None if folder is None else find_checkpoint(folder / "checkpoint", made_by)
     choose_kernels(model, config)
     updater = Updater(model, trained, config)
@@ -146,14 +173,13 @@ def train(
         result = TrainResult(**saved["result"])
         total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
     log = _Log(folder, result.steps)
-    at = None if evaluate_at is None else set(evaluate_at)
     shown = ""
 
     def evaluate_now() -> bool:
         nonlocal total, count, shown
-        model.eval()
+        outer.eval()
         with torch.no_grad():
-            metrics = {} if evaluate is None else evaluate(model)
+            metrics = {} if evaluate is None else evaluate(outer)
         entry = {"step": result.steps, **({"loss": float(total) / count} if count else {}), **metrics}
         total, count = torch.zeros((), device=device), 0
         result.history.append(entry)
@@ -181,7 +207,7 @@ def train(
             batches = {name: source(step).to(device) for name, source in sources.items()}
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
-            model.train()
+            outer.train()
             with seeded(device, config.seed or 0, step):
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
@@ -203,11 +229,24 @@ def train(
             if time.monotonic() - last_save > checkpoint_seconds:
                 save()
                 last_save = time.monotonic()
-    model.eval()
+    outer.eval()
     # No later loss would tell what the last step did.
     if must_stay_finite and not all(bool(end.isfinite()) for weight in trained for end in weight.detach().aminmax()):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
     return result
+
+
+def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
+    """The identities of the sources; a warning for those that have none."""
+    identities = {name: identity_of(source) for name, source in sources.items()}
+    for name, identity in identities.items():
+        if identity is None:
+            warnings.warn(
+                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list of batches or "
+                "token rows can",
+                stacklevel=3,
+            )
+    return {"sources": identities}
 
 
 def accumulate(
@@ -236,6 +275,7 @@ class _Log:
     def __init__(self, folder: Path | None, step: int) -> None:
         self.path = None if folder is None else folder / "log.jsonl"
         if self.path is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines() if step and self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(line + "\n" for line in kept))

@@ -35,12 +35,20 @@ def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     )
 
 
-def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
-    """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar."""
+def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int, vocab_size: int | None = None) -> torch.Tensor:
+    """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar.
+
+    With ``vocab_size``, rows of the head from there on are padding: the uniform law and ``p`` are over the tokens before them.
+    """
     inputs, _, mask = batch.shifted()
     head = head_of(model)
     return ops.linear_uniform_kl(
-        hidden_states(model, *inputs), head.weight, mask=mask, normalizer=float(max(counted, 1)), **head.options()
+        hidden_states(model, *inputs),
+        head.weight,
+        mask=mask,
+        normalizer=float(max(counted, 1)),
+        vocab_size=vocab_size,
+        **head.options(),
     )
 
 
@@ -67,7 +75,7 @@ class TopTargets:
 
     Attributes:
         indices: ``[batch, length - 1, k]`` integers, -1 where the batch's mask leaves a position out.
-        logprobs: ``[batch, length - 1, k]`` float32, of the whole vocabulary.
+        logprobs: ``[batch, length - 1, k]`` float32, of the whole vocabulary, padding rows aside.
     """
 
     indices: torch.Tensor
@@ -88,18 +96,26 @@ class Match:
 
 
 def distillation(
-    student: PreTrainedModel, targets: HiddenTargets | TopTargets, batch: Batch, counted: int, match: Match | None = None
+    student: PreTrainedModel,
+    targets: HiddenTargets | TopTargets,
+    batch: Batch,
+    counted: int,
+    match: Match | None = None,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar.
 
+    With ``vocab_size``, rows of either head from there on are padding: no probability and no gradient; the two heads may then differ in
+    their number of rows.
     With ``match``, plus its weight times the mean over layers of :func:`relative_error`, summed and divided alike.
     """
     inputs, _, mask = batch.shifted()
     if match is None:
-        return _divergence(hidden_states(student, *inputs), head_of(student), targets, mask, counted)
+        return _divergence(hidden_states(student, *inputs), head_of(student), targets, mask, counted, vocab_size)
     hidden, inner = hidden_states_at(student, match.layers, *inputs)
     errors = [relative_error(*pair, mask, counted) for pair in zip(inner, targets.inner, strict=True)]
-    return _divergence(hidden, head_of(student), targets, mask, counted) + match.weight / len(errors) * sum(errors)
+    value = _divergence(hidden, head_of(student), targets, mask, counted, vocab_size)
+    return value + match.weight / len(errors) * sum(errors)
 
 
 def relative_error(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, counted: int) -> torch.Tensor:
@@ -114,9 +130,14 @@ def relative_error(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
 
 
 def _divergence(
-    hidden: torch.Tensor, head: Head, targets: HiddenTargets | TopTargets, mask: torch.Tensor, counted: int
+    hidden: torch.Tensor,
+    head: Head,
+    targets: HiddenTargets | TopTargets,
+    mask: torch.Tensor,
+    counted: int,
+    vocab_size: int | None,
 ) -> torch.Tensor:
-    counts = {"mask": mask, "normalizer": float(max(counted, 1))}
+    counts = {"mask": mask, "normalizer": float(max(counted, 1)), "vocab_size": vocab_size}
     if isinstance(targets, TopTargets):
         return ops.linear_sparse_kl_div(
             hidden, head.weight, targets.indices, targets.logprobs, tail="bucket", **counts, **head.options()

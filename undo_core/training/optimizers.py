@@ -194,7 +194,7 @@ def _target(parameter: nn.Parameter, original: torch.Tensor, config: TrainConfig
     if dtype == parameter.dtype:
         return parameter
     # The caller's float32 storage becomes the master.
-    return nn.Parameter(original.to(dtype, memory_format=torch.contiguous_format))
+    return nn.Parameter(original.to(dtype).contiguous())
 
 
 def _is_remote(parameter: nn.Parameter) -> bool:
@@ -268,13 +268,23 @@ def _torchao(name: str) -> type[torch.optim.Optimizer]:
             state["step"] += 1
             rounds = self.bf16_stochastic_round and target.dtype is torch.bfloat16
             settings = (None, group["lr"], *group["betas"], group["weight_decay"], group["eps"], self.is_adamw, rounds)
-            weight, gradient = target.detach().view(-1), target.grad.reshape(-1)
-            for start in range(0, len(weight), BLOCK_CPU):
-                part = slice(start, min(start + BLOCK_CPU, len(weight)))
-                moments = (_moment_part(state[name], part) for name in ("exp_avg", "exp_avg_sq"))
-                adam.single_param_adam(weight[part], gradient[part], state["step"], *moments, *settings)
+            with _flat(target) as weight:
+                gradient = target.grad.reshape(-1)
+                for start in range(0, len(weight), BLOCK_CPU):
+                    part = slice(start, min(start + BLOCK_CPU, len(weight)))
+                    moments = (_moment_part(state[name], part) for name in ("exp_avg", "exp_avg_sq"))
+                    adam.single_param_adam(weight[part], gradient[part], state["step"], *moments, *settings)
 
     return Quantised
+
+
+@contextlib.contextmanager
+def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements of ``tensor`` in one dimension, to be written to: a view, or a copy that is written back at the end."""
+    whole = tensor.detach().contiguous()
+    yield whole.view(-1)
+    if not tensor.is_contiguous():
+        tensor.copy_(whole)
 
 
 def _moment_part(moment: torch.Tensor, part: slice) -> torch.Tensor:
@@ -319,13 +329,15 @@ class StochasticAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 state["step"] += 1
-                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                moments = (state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
                 size = self.block or _block(parameter.device.type)
-                blocks = (tensor.reshape(-1).split(size) for tensor in tensors)
-                for block in zip(*blocks, strict=True):
-                    _step_block(*block, int(state["step"]), group)
+                with _flat(parameter) as weight:
+                    blocks = (flat.split(size) for flat in (weight, parameter.grad.reshape(-1), *moments))
+                    for block in zip(*blocks, strict=True):
+                        _step_block(*block, int(state["step"]), group)
 
 
 def _step_block(

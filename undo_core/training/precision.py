@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from undo_core.adapters import has_adapters
+
 Precision = Literal["float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16"]
 PRECISIONS = ("float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16")
 
@@ -24,14 +26,20 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 def convert_(model: nn.Module, precision: Precision) -> None:
     """Put every floating-point parameter in the precision's dtype, in place, frozen and one-dimensional ones too.
 
+    In a model with adapters of peft, which convert between their own dtype and the model's, the frozen parameters keep their bits.
+
+    A parameter that is not contiguous (a transposed or sliced view) gets contiguous memory of its own: optimizers and checkpoints
+    then treat it exactly as they would its contiguous copy, and the tensor that it was a view of no longer follows it.
     A norm kept in float32 would promote the hidden states behind it (Llama multiplies in the weight's dtype), which a bfloat16
     ``Linear`` then refuses. Buffers keep their dtype: rotary frequencies lose positions in bfloat16. Tied weights stay tied.
     """
-    dtype = weight_dtype(precision)
+    dtype, keeps = weight_dtype(precision), has_adapters(model)
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not (keeps and not parameter.requires_grad):
             parameter.grad = None
-            parameter.data = parameter.data.to(dtype, memory_format=torch.contiguous_format)
+            parameter.data = parameter.data.to(
+                dtype
+            ).contiguous()  # `to` with a memory format leaves a view of this dtype as it is
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core.adapters import bare, check_adapters
 from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
-from undo_core.models import evaluating, forward_flops
+from undo_core.models import check_vocab_size, evaluating, forward_flops, vocabulary_of
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.batches import Batch, ReadSource
 from undo_core.training.lean import choose_kernels, keeps_kernels
-from undo_core.training.precision import converted
+from undo_core.training.precision import converted, weight_dtype
 from undo_core.unlearn.config import UnlearnConfig, unlearn_config
 from undo_core.unlearn.method import METHODS, ROBUST, Method, register, register_robust
 from undo_core.unlearn.rmu import RMUConfig
@@ -36,12 +37,13 @@ def unlearn(
     """Suppress what ``forget`` shows and keep what ``retain`` shows, by training ``model`` in place.
 
     Args:
-        model: any Hugging Face causal language model; trained in place. A method that trains some parameters leaves the others without
+        model: any Hugging Face causal language model; trained in place, of a ``PeftModel`` the adapters. A method that trains some parameters leaves the others without
             gradients meanwhile.
         forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
         retain: text to keep, in the same forms; not read where ``config.retain_weight`` is 0.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
-        folder: for checkpoints and the log, so that a killed run resumes.
+        folder: for checkpoints and the log, so that a killed run resumes. Another model, text or ``config`` is refused there by name;
+            that costs one digest of the weights, about a second for each gigabyte in float32.
         title: name on the progress bar.
         progress: show it.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
@@ -53,6 +55,7 @@ def unlearn(
         ValueError: an unknown method, or data of no known form.
     """
     config = config or UnlearnConfig()
+    check_vocab_size(config.vocab_size, model=vocabulary_of(model))
     size, seed = config.train.batch_size, config.train.seed or 0
     limits = limits_of(model, whole=METHODS[config.method].whole_rows)
     sources = {
@@ -61,10 +64,12 @@ def unlearn(
     }
     if not config.retain_weight:
         del sources["retain"]
-    method = method_of(model, config)
+    inner = bare(model)
+    check_adapters(inner, weight_dtype(config.train.precision))
+    method = method_of(inner, config)
     if method.reference is not None:
-        sources["forget"] = _with_reference(model, sources["forget"], method, config.train)
-    with method.alone(model):
+        sources["forget"] = _with_reference(inner, sources["forget"], method, config.train)
+    with method.alone(inner):
         return train(
             model,
             method.loss,

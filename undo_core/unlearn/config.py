@@ -28,6 +28,8 @@ class _Common:
         method: {methods}.
         retain_weight: factor on the retain term.
         retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept.
+        vocab_size: number of real tokens, where the head has more rows than that: MaxEnt's uniform is over these. None is all rows; a
+            run and ``undo unlearn`` take the tokenizer's. Cross-entropies are over all rows, as transformers computes them.
         forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
         robust: what is wrapped around the method against relearning: none, {robust}.
         train: optimizer, rates, batch sizes.
@@ -36,6 +38,7 @@ class _Common:
     method: MethodName = "maxent"
     retain_weight: float = 1.0
     retain_loss: Literal["cross-entropy", "kl"] = "cross-entropy"
+    vocab_size: int | None = None
     forget_rows: int | None = None
     robust: RobustName = "none"
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=10, batch_size=40, lr=9e-5))
@@ -52,6 +55,8 @@ class _Common:
             raise ValueError("retain_loss: got kl with retain_weight 0, wanted a retain_weight > 0 with it")
         if self.forget_rows is not None and self.forget_rows < 1:
             raise ValueError(f"forget_rows: got {self.forget_rows}, wanted an integer >= 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
         for entry in self.entries():
             if entry.check is not None:
                 entry.check(self)
@@ -69,7 +74,7 @@ class _Common:
         """As JSON values, without what has no say: settings of what is not used, and what is absent by default."""
         used = {self.method, self.robust, "rmu"}  # those of rmu have always been there
         unused = {name for name, entry in {**METHODS, **ROBUST}.items() if entry.settings} - used
-        defaults = (("forget_rows", None), ("robust", "none"), ("retain_loss", "cross-entropy"))
+        defaults = (("vocab_size", None), ("forget_rows", None), ("robust", "none"), ("retain_loss", "cross-entropy"))
         absent = {name for name, value in defaults if getattr(self, name) == value}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused | absent}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
@@ -16,4 +17,4 @@ if TYPE_CHECKING:
 @register("maxent", "MaxEnt")
 def maxent(model: PreTrainedModel, config: UnlearnConfig) -> Method:
     """The published language and arithmetic setting (arXiv 2506.06278, code); every parameter is trained."""
-    return Method(forget_and_retain(uniform_kl, model, config))
+    return Method(forget_and_retain(functools.partial(uniform_kl, vocab_size=config.vocab_size), model, config))

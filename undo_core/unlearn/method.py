@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core.models import head_of
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import Batch
 from undo_core.training.lean import choose_kernels
@@ -66,6 +67,7 @@ def forget_and_retain(forget: Term, model: PreTrainedModel, config: UnlearnConfi
 
     ``model`` is still the original. retain is not run at weight 0.
     """
+    head_of(model)  # what is refused is refused before anything is changed
     retain = kept(model, config) if config.retain_loss == "kl" else cross_entropy
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
@@ -89,9 +91,9 @@ def kept(model: PreTrainedModel, config: UnlearnConfig) -> Term:
 
 def original_of(model: PreTrainedModel, config: UnlearnConfig) -> PreTrainedModel:
     """A copy of the model as it is now, its weights as those in training, without gradients, in evaluation mode."""
-    original = copy.deepcopy(model).eval().requires_grad_(False)
-    convert_(original, config.train.precision)
-    return original
+    original = copy.deepcopy(model).eval()
+    convert_(original, config.train.precision)  # while it is known what is frozen
+    return original.requires_grad_(False)
 
 
 Costs = dict[str, float]

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.adapters import adapter_parameters, has_adapters
 from undo_core.models import evaluating, forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
@@ -44,7 +45,8 @@ class RMUConfig:
         target_layer: the activations after this many layers are misdirected, before the final norm where these are all layers; layers
             below it, from ``first_layer``, are trained.
         coefficient: length of the misdirection; the published arithmetic setting is 6.
-        trained: pattern of the trained parameters' names within a layer; GPT-NeoX calls them ``mlp.dense_4h_to_h.weight``.
+        trained: pattern of the trained parameters' names within a layer; GPT-NeoX calls them ``mlp.dense_4h_to_h.weight``. In a model
+            with adapters, of the weights whose adapters are trained.
         normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are labels)
             or sequence (each row's labels, then the rows that have any).
         direction: law of the misdirection's entries: gaussian or uniform on (0, 1).
@@ -127,16 +129,22 @@ def trained_parameters(layers: torch.nn.ModuleList, settings: RMUConfig) -> dict
     """
     if settings.target_layer > len(layers):
         raise ValueError(f"rmu.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
-    found = {
-        k: {name: p for name, p in layers[k].named_parameters() if fnmatch(name, settings.trained)}
-        for k in range(settings.first_layer, settings.target_layer)
-    }
+    found = {k: _chosen(layers[k], settings.trained) for k in range(settings.first_layer, settings.target_layer)}
     found = {k: named for k, named in found.items() if named}
     if not found:
         raise ValueError(
             f"rmu.trained: got {settings.trained!r}, which no parameter of layers {settings.first_layer} and up matches"
         )
     return found
+
+
+def _chosen(layer: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Parameter]:
+    """The layer's parameters that match; in a layer with adapters, the adapters of the weights that match."""
+    named = dict(layer.named_parameters())
+    if not has_adapters(layer):
+        return {name: p for name, p in named.items() if fnmatch(name, pattern)}
+    adapted = {id(p) for name, p in adapter_parameters(layer).items() if fnmatch(name.partition(" ")[0], pattern)}
+    return {name: p for name, p in named.items() if id(p) in adapted}
 
 
 def rmu_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:

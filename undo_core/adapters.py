@@ -1,0 +1,163 @@
+"""Models with adapters of peft: the transformers model inside, and a head that has an adapter.
+
+peft puts its layers into the model that it is given, so that the model itself computes with them. Its wrapper, a ``PeftModel``, is only
+looked through: what it would compute otherwise (prompts before the text, say) is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a linear output layer computes: ``hidden @ weight.T + bias``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a ``PeftModel``; any other model as it is.
+
+    The two are compared once, on a few tokens.
+
+    Raises:
+        ValueError: the wrapper computes something else than the model inside.
+    """
+    peft = sys.modules.get("peft")  # whoever made such a model has imported it
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return model
+    kind = model.active_peft_config.peft_type.value
+    inner = model.get_base_model()
+    if getattr(model, "_undo_looked_through", None) == kind:
+        return inner
+    if model.active_peft_config.is_prompt_learning or not isinstance(inner, PreTrainedModel) or not _same_logits(model, inner):
+        raise ValueError(
+            f"model: got a {type(model).__name__} of kind {kind}, whose wrapper computes something else than the model inside; wanted "
+            f"adapters that are layers of the model, such as LoRA or IA3"
+        )
+    model._undo_looked_through = kind
+    return inner
+
+
+@torch.no_grad()
+def _same_logits(model: nn.Module, inner: PreTrainedModel) -> bool:
+    embedding = inner.get_input_embeddings().weight
+    ids = torch.arange(8, device=embedding.device).mul(7919).remainder(embedding.shape[0]).view(1, 8)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        a, b = (m(input_ids=ids, use_cache=False).logits for m in (model, inner))
+    finally:
+        for module in training:
+            module.training = True
+    return torch.equal(a, b) or not bool(b.isfinite().all())  # a diverged model is not this check's concern
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put layers of its own into ``model``."""
+    return next(_layers(model), None) is not None
+
+
+def products_of(output: nn.Module) -> Products | None:
+    """What an output layer of ``Linear`` type computes, with its adapter where peft gave it one; None where it is something else.
+
+    Of LoRA it is ``weight + scale * B @ A``, whose gradient goes to ``A`` and ``B``. In 16 bits the sum is in float32, so that a small
+    adapter is not rounded away.
+
+    Raises:
+        ValueError: in training mode, a dropout before the adapter, for which the merged weight has no place.
+
+    Memory: with LoRA, a matrix of the head's size, and another one for its gradient.
+    """
+    if type(output) is nn.Linear or (isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward):
+        return Products(output.weight, output.bias)
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return None
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(output, ModulesToSaveWrapper):
+        active = [] if output.disable_adapters else [name for name in output.active_adapters if name in output.modules_to_save]
+        return products_of(output.modules_to_save[active[0]] if active else output.original_module)
+    if type(output) is not LoraLinear:
+        return None
+    base = products_of(output.base_layer)
+    if base is None or output.disable_adapters or output.merged:
+        return base
+    weight, bias = base.weight, base.bias
+    for name in output.active_adapters:
+        if name not in output.lora_A:
+            continue
+        if name in output.lora_variant or output.fan_in_fan_out:
+            return None
+        if output.training:
+            _check_dropout(name, output.lora_dropout[name])
+        a, b, scale = output.lora_A[name], output.lora_B[name], output.scaling[name]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(wide) + scale * (b.weight.to(wide) @ a.weight.to(wide))
+        if b.bias is not None:
+            bias = b.bias.to(wide) * scale if bias is None else bias.to(wide) + b.bias.to(wide) * scale
+    return Products(weight, bias)
+
+
+def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse to train what cannot be trained in ``dtype``, before anything is changed.
+
+    Raises:
+        ValueError: a dropout before the head's adapter, which the merged head has no place for; or trained copies of whole modules
+            (``modules_to_save``) that would get another dtype than the frozen model around them.
+    """
+    if not has_adapters(model):
+        return
+    output = model.get_output_embeddings()
+    for name, dropout in getattr(output, "lora_dropout", {}).items():
+        _check_dropout(name, dropout)
+    from peft.utils.other import ModulesToSaveWrapper
+
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    for name, module in model.named_modules():
+        copies = module.modules_to_save.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
+        if any(p.requires_grad for p in copies) and frozen - {dtype}:
+            got = ", ".join(sorted(str(d).removeprefix("torch.") for d in frozen))
+            raise ValueError(
+                f"precision: got weights of {str(dtype).removeprefix('torch.')} for {name}, a trained copy (modules_to_save) in a frozen "
+                f"model of {got}; wanted one dtype for both"
+            )
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters of peft's layers, named by the weight that they adapt and by their own name: ``mlp.down_proj.weight (lora_A)``."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in _layers(module):
+        for own, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                found.setdefault(f"{name}.weight ({own})", parameter)
+    return found
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield name, module
+
+
+def _check_dropout(name: str, dropout: nn.Module) -> None:
+    if getattr(dropout, "p", 0.0) > 0:
+        raise ValueError(
+            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there: its weight is merged "
+            f"with the adapter for each step; leave the head out of target_modules, or take a lora_dropout of 0"
+        )
