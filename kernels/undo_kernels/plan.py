@@ -219,7 +219,7 @@ def describe(op: str, problem: Problem, backend: str) -> Plan:
 
         return costs.describe(op, problem)
     if backend == "cpu":
-        from undo_kernels.cpu.losses import has_amx
+        from undo_kernels.cpu.instruction_set import has_amx
 
         plan = cpu_plan(problem, rows, has_amx())
         chunks = max(1, math.ceil(rows / plan.rows_per_chunk))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from undo_kernels import plan
+from undo_kernels import cpu, plan
 
 
 @pytest.fixture(scope="module")
@@ -11,6 +11,15 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_BLOCK_V", 1024)
         yield
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def instruction_set(request, monkeypatch):
+    """Name of the instruction set that the C++ kernels use during the test."""
+    if request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("UNDO_CPU_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

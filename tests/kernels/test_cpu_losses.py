@@ -16,15 +16,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain"])
-def instruction_set(request, monkeypatch):
-    try:
-        cpu.losses._cpu.instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(cpu.losses, "INSTRUCTION_SET", request.param)
-
-
 OPTIONS = [
     {},
     {"softcap": 2.5, "bias": True},

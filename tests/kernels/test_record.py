@@ -3,9 +3,10 @@
 import pytest
 import torch
 import undo_kernels
-from undo_core import ops
 from undo_kernels.triton import loss as triton_loss
 from vocab_losses import draw
+
+from undo_core import ops
 
 DEVICE = torch.device("cpu" if triton_loss.INTERPRETED else "cuda")
 LARGE = (64, 8209)  # past the size at which the dispatcher leaves plain PyTorch
@@ -31,10 +32,7 @@ def test_a_small_problem_is_listed_under_plain_pytorch_whatever_was_asked_for():
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 def test_a_fused_call_names_backend_plan_and_size(backend, plan):
-    if backend == "cpu":
-        tensors = [t.detach().cpu().requires_grad_(t.requires_grad) for t in inputs(*LARGE)]
-    else:
-        tensors = inputs(5, 33)
+    tensors = [t.detach().cpu().requires_grad_(t.requires_grad) for t in inputs(*LARGE)] if backend == "cpu" else inputs(5, 33)
     rows, vocabulary = tensors[0].shape[0], tensors[1].shape[0]
     mask = torch.arange(rows, device=tensors[0].device) % 3 > 0
     with undo_kernels.backend(backend), undo_kernels.recorded() as calls:

@@ -33,11 +33,9 @@ def on(request, monkeypatch):
         return
     if cpu.losses._cpu is None:
         pytest.skip("no C++ compiler was here when undo-core was installed")
-    try:
-        cpu.losses._cpu.instruction_set(request.param)
-    except ValueError:
+    if request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(cpu.losses, "INSTRUCTION_SET", request.param)
+    monkeypatch.setenv("UNDO_CPU_ISA", request.param)
     with backend("cpu"):
         yield request.param
 

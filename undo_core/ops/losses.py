@@ -501,7 +501,7 @@ def _sparse(
     checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
     rows = leading.numel()
     indices = indices.reshape(rows, indices.shape[-1]).long()
-    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1]).clamp_min(-1e4)  # of -inf, p log p would be NaN
+    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1])
     return _shaped(
         reduced_loss(projection, tail, tokens, counted=counted, indices=indices, logprobs=logprobs, **memory), tokens
     )
