@@ -199,7 +199,9 @@ def test_biases_and_padding(run, plan, target):
         return value, dz @ w[:290], pad(dz.T @ h), pad(dz.sum(0))
 
     floor = gamma(VOCABULARY + 8 + EXPONENTIAL + 20)
-    for name, ours, theirs, right in zip(("loss", "hidden", "weight", "bias"), got, exact(torch.float32), exact(torch.float64), strict=True):
+    for name, ours, theirs, right in zip(
+        ("loss", "hidden", "weight", "bias"), got, exact(torch.float32), exact(torch.float64), strict=True
+    ):
         assert_as_exact_as(ours, theirs, right, 4 * floor, name)
 
 

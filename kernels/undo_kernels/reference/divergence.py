@@ -97,13 +97,18 @@ def _dense(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> tu
         return bregman(p_t, p_s, x).sum(-1), difference(p_t, p_s, x)
     if target == "reverse":
         kl = bregman(p_s, p_t, -x).sum(-1, keepdim=True)
-        return kl.squeeze(-1), p_s * (x.clamp_min(_LEAST) - kl.masked_fill(kl == math.inf, math.nan))
+        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan))
     m = beta * p_t + (1 - beta) * p_s
     from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
     log_m_s = _log_mixture(-x, math.log1p(-beta), beta)
     from_s = bregman(p_s, m, log_m_s).sum(-1, keepdim=True)
-    slope = (1 - beta) * p_s * (-log_m_s.clamp_max(-_LEAST) - from_s)
-    return beta * from_t + (1 - beta) * from_s.squeeze(-1), slope
+    return beta * from_t + (1 - beta) * from_s.squeeze(-1), (1 - beta) * _centred(p_s, -log_m_s, from_s)
+
+
+def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """``p * (x - mean)``, where ``mean`` is ``sum p x`` up to its rounding, which the second step takes away."""
+    y = x.clamp_min(_LEAST) - mean
+    return p * (y - (p * y).sum(-1, keepdim=True))
 
 
 def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
@@ -113,9 +118,7 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     return torch.where(x.abs() <= 1, torch.log1p(other * torch.expm1(small)), far)
 
 
-def _sparse(
-    z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Only differences of logits matter, so the largest that counts is taken away first, which keeps the log-sum-exps small."""
     safe = indices.clamp_min(0)
     column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own

@@ -118,7 +118,9 @@ def stats_rows(
             shift = (most_s - high_s) - (most_t - high_t)
             b_apart = fade_t * b_apart + fade_apart(fade_s, fade_t, shift) * b_sum_s + b_big * tl.where(up, -b_w, b_w)
             if CROSS:
-                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * cut(b_y)  # +inf where the teacher alone has probability 0
+                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * cut(
+                    b_y
+                )  # +inf where the teacher alone has probability 0
         else:
             b_e = tl.exp(b_u)
         b_sum_s = b_sum_s * fade_s + b_e
