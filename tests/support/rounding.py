@@ -25,9 +25,17 @@ def gamma(terms, dtype=torch.float32):
     return product / (1 - product)
 
 
-def products_error(a, b):
-    """Elementwise bound on the error of ``a @ b.T`` with float32 sums of the products of ``a`` and ``b`` as they are stored."""
-    return gamma(a.shape[-1] + 1) * (a.double().abs() @ b.double().abs().T)
+def probability_error(hidden, weight, terms=128):
+    """Bound on the relative error of a softmax probability of ``softcap(scale * hidden @ weight.T + bias)`` with float32 sums.
+
+    A logit errs by ``gamma(d)`` times the product of the magnitudes, and by a few units of its size in bias, scale, softcap and
+    temperature. The probability takes that error from its own logit and once more from the log-sum-exp, together with the
+    exponential's and that of a sum of ``terms`` exponentials (128 in the C++ kernels, which go on in float64).
+    """
+    hidden, weight = hidden.detach().double().abs(), weight.detach().double().abs()
+    largest = float((hidden @ weight.T).max()) if hidden.numel() else 0.0
+    logit = gamma(hidden.shape[-1] + 8 + EXPONENTIAL) * (largest + 1)
+    return 2 * logit + gamma(terms + 2 * EXPONENTIAL)
 
 
 def relative(got, want):
@@ -59,3 +67,17 @@ def assert_as_exact_as(got, yardstick, want, floor, name="", scale=0.0, factor=2
     ours, theirs = error(got[finite], want[finite]), error(yardstick[finite], want[finite])
     floor = floor * max(float(want[finite].norm()), scale)
     assert ours <= factor * theirs + floor, f"{name}: error {ours:.3g}, wanted at most {factor} * {theirs:.3g} + {floor:.3g}"
+
+
+def difference_form_error(z_s, z_t, terms=128):
+    """Elementwise bound on the error of a divergence's gradient that is formed from the difference of given float32 logits.
+
+    The maxima are subtracted with one rounding, u and v; their difference x and the gap of the log-sum-exps with another each. The
+    gap is a mean of x under the probabilities, so it errs by the mean of x's errors and by those of its sums, and so does the KL
+    that reverse KL and JSD subtract. A probability errs by u's error under the exponential.
+    """
+    s, t = (z.double().log_softmax(-1) for z in (z_s, z_t))
+    away = sum((z.double() - z.double().amax(-1, keepdim=True)).abs() for z in (z_s, z_t))
+    x, p = (s - t).abs(), torch.maximum(s, t).exp()
+    each = 3 * unit() * (away + x) + (gamma(terms + 4 * EXPONENTIAL) + unit() * away) * x
+    return 2 * p * (each + (p * each).sum(-1, keepdim=True))
