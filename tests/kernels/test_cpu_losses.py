@@ -15,7 +15,7 @@ from undo_core import ops
 
 pytestmark = [
     pytest.mark.skipif(cpu.losses._cpu is None, reason="no C++ compiler was here when undo-core was installed"),
-    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.usefixtures("small_tiles", "ran_in_cpp"),
 ]
 
 

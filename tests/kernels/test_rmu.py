@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import gamma, relative, unit
 from torch.utils.checkpoint import checkpoint
-from undo_kernels import backend, cpu, triton
+from undo_kernels import backend, cpu, recorded, triton
 
 from undo_core import ops
 
@@ -29,16 +29,18 @@ kernels = pytest.mark.parametrize(
 def on(request, monkeypatch):
     """Each way to run the op; the C++ of each instruction set that is here."""
     if request.param in ("triton", "reference"):
-        with backend(request.param):
+        with backend(request.param), recorded() as calls:
             yield request.param
+        assert calls and {call.backend for call in calls} == {request.param}
         return
     if cpu.losses._cpu is None:
         pytest.skip("no C++ compiler was here when undo-core was installed")
     if request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("UNDO_CPU_ISA", request.param)
-    with backend("cpu"):
+    with backend("cpu"), recorded() as calls:
         yield request.param
+    assert calls and {(call.backend, call.form) for call in calls} == {("cpu", request.param)}
 
 
 def draw(shape, frozen, dtype=torch.float32, target_dtype=None, seed=0):
