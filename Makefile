@@ -1,4 +1,4 @@
-# make demo | test | test-aot | bench | bench-all | bench-check | lint | clean ; `make help` lists them.
+# make demo | test | test-matrix | test-aot | bench | bench-all | bench-check | lint | clean ; `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -26,6 +26,9 @@ demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 
 test: $(INSTALLED)  ## all tests, file by file on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --benchmark-disable
+
+test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
+	$(BIN)/python tests/matrix.py
 
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
@@ -63,4 +66,4 @@ lint: $(INSTALLED)  ## format and lint
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-aot bench bench-all bench-check lint clean
+.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint clean

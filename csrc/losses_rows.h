@@ -8,6 +8,8 @@
 // All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
 // x = (z_s - max_s) - (z_t - max_t) - gap, where the gap of the two logarithms comes from the sum of the differences (APART), not from
 // the difference of the sums: float32 sums are right to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
+// Infinite logits follow the limits of these formulas (reference/divergence.py says what they are): a logarithm of a ratio is cut at
+// LEAST only where it meets a probability that is 0, since 0 * inf would be NaN.
 // An element costs two exponentials in the statistics, two in the loss (JSD: two logarithms more), 8 bytes read twice and 4 written.
 
 UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
@@ -15,6 +17,8 @@ UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
   if (shape.cap != 0) z = shape.cap * tanh(z * (1 / shape.cap));
   return shape.temperature == 1 ? z : z * (1 / shape.temperature);
 }
+
+constexpr float LEAST = -200.0f;  // far below LOWEST
 
 UNDO_INLINE float bias_of(const Shape& shape, int64_t v) { return shape.bias ? shape.bias[v] : 0.0f; }
 
@@ -76,17 +80,16 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     const V v = load(z_t + at * c.leading) - from_t;
     V y = u - v;
     const I up = y > 0.0f;
-    const V top = up ? u : v;
-    y = top < LOWEST ? V{} : y;  // both underflow
+    y = (u < LOWEST) & (v < LOWEST) ? V{} : y;  // both underflow; a NaN in either stays
     V e, w, q;
-    const V big = exp(top);
-    expm1(-min(all(1e30f), magnitude(y)), e, w, q);
+    const V big = exp(up ? u : v);
+    expm1(-magnitude(y), e, w, q);
     const V change = big * w, small = big * e;
     sum_s += up ? big : small;
     sum_t += up ? small : big;
     apart += up ? -change : change;
-    if (cross) crossed += (up ? big : small) * max(all(-1e30f), min(all(1e30f), y));
-    if (c.statistics) energy += (up ? small : big) * max(all(-1e30f), v);
+    if (cross) crossed += (up ? big : small) * max(all(LEAST), y);  // +inf where the teacher alone has probability 0
+    if (c.statistics) energy += (up ? small : big) * max(all(LEAST), v);
   };
   for (int64_t v = 0; v < rows; ++v) {
     next_lines<TEACHER>(c, z_s, z_t, v);
@@ -156,7 +159,7 @@ inline void merge(const Chunk& c, double* state, const double* part, bool teache
     const double shift = (one[MAX_S * n] - most_s) - (one[MAX_T * n] - most_t);
     const double ahead = b == 0 || !std::isfinite(shift) ? a - b : b * std::expm1(shift);
     total[APART] += b * one[APART * n] + ahead * sum_s;
-    if (sum_s > 0) total[CROSS] += a * (one[CROSS * n] + (a == 0 ? 0 : shift * sum_s));
+    if (sum_s > 0 && a > 0) total[CROSS] += a * (one[CROSS * n] + shift * sum_s);
     if (c.statistics && sum_t > 0) total[ENERGY] += b * (one[ENERGY * n] + (b == 0 ? 0 : (one[MAX_T * n] - most_t) * sum_t));
   }
   state[MAX_S * n] = most_s;
@@ -235,18 +238,16 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
       const V from_t = t - base_t, log_t = from_t - sum_t;
       V x = (from_s - from_t) - gap;
       const I up = x > 0.0f;  // the student's probability is the larger one
-      const V log_big = up ? log_s : log_t;
-      x = log_big < LOWEST ? V{} : x;           // both underflow
-      x = max(all(-1e30f), min(all(1e30f), x));  // 0 * inf would be NaN
-      const V big = exp(log_big), u = -magnitude(x);
+      x = (log_s < LOWEST) & (log_t < LOWEST) ? V{} : x;  // both underflow; a NaN in either stays
+      const V big = exp(up ? log_s : log_t), u = max(all(LEAST), -magnitude(x));
       V e, w, q;
-      expm1(u, e, w, q);
+      expm1(-magnitude(x), e, w, q);  // q is infinite where the smaller side is 0
       const V p_s = up ? big : big * e;
       if (TARGET == FORWARD || TARGET == REVERSE) {
         // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); apart where that would cancel.
         const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w, u, u - w);
         value = fma(big, (TARGET == FORWARD) ? (up ? other : q) : (up ? q : other), value);
-        g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (x - offset);
+        g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (max(all(LEAST), x) - offset);
       } else {
         const V low = up ? beta_t : beta_s, high = up ? beta_s : beta_t;  // weights of the smaller and the larger side in m
         const V ratio = fma(low, e, high);                                // m / big = 1 + low w

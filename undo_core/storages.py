@@ -82,7 +82,7 @@ class Storages(TorchDispatchMode):
 
     def _workspace(self, problem: Problem, backend: str) -> None:
         if backend == "cpu":
-            from undo_kernels.cpu.losses import has_amx
+            from undo_kernels.cpu.instruction_set import has_amx
 
             plan = cpu_plan(problem, problem.rows, has_amx())
             kept = plan.kept_bytes(problem)  # the thread keeps its largest

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from undo_kernels.products import Product
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -49,7 +51,7 @@ class Projection:
     def logits(self) -> torch.Tensor:
         """``[rows, vocabulary]`` in float32, or float64 where an operand is."""
         dtype = compute_dtype(self.hidden, self.weight)
-        z = self.hidden.to(dtype) @ self.weight[: self.vocabulary].to(dtype).T
+        z = Product.apply(self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype))
         if self.bias is not None:
             z = z + self.bias[: self.vocabulary].to(dtype)
         return shape_logits(z, self.scale, self.softcap, self.temperature)

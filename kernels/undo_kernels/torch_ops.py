@@ -18,6 +18,7 @@ import torch
 
 from undo_kernels.library import implementation_on
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
+from undo_kernels.products import full_precision
 from undo_kernels.projection import GivenLogits, Projection
 
 _FIELDS = (
@@ -74,20 +75,24 @@ def problem_of(*values: Any) -> tuple[Problem, str]:
     return Problem(student=student, teacher=teacher, needs=tuple(a["needs"]), **same), a["backend"]
 
 
+def _implementation(problem: Problem, backend: str) -> Result:
+    with full_precision(problem.student.hidden.device):
+        return implementation_on("vocab_loss", backend)(problem)
+
+
 def _run(*values: Any) -> Result:
-    problem, backend = problem_of(*values)
-    return implementation_on("vocab_loss", backend)(problem)
+    return _implementation(*problem_of(*values))
 
 
 def _run_rows(*values: Any) -> Result:
     problem, backend = problem_of(*values)
     plan = "auto" if problem.plan == "inplace" else problem.plan  # a word to the backward
-    return implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(False, False, False), plan=plan))
+    return _implementation(dataclasses.replace(problem, needs=(False, False, False), plan=plan), backend)
 
 
 def _run_logits_(*values: Any) -> None:
     problem, backend = problem_of(*values)
-    implementation_on("vocab_loss", backend)(dataclasses.replace(problem, needs=(True, False, False), inplace=True))
+    _implementation(dataclasses.replace(problem, needs=(True, False, False), inplace=True), backend)
 
 
 def _scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:

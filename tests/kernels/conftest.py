@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from undo_kernels import plan
+from undo_kernels import cpu, plan, recorded
 
 
 @pytest.fixture(scope="module")
@@ -11,6 +11,23 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_BLOCK_V", 1024)
         yield
+
+
+@pytest.fixture
+def ran_in_cpp():
+    """Asserts afterwards that the losses ran in C++, where a small problem would have gone to plain PyTorch without a word."""
+    with recorded() as calls:
+        yield
+    assert calls and {call.backend for call in calls} == {"cpu"}, calls
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def instruction_set(request, monkeypatch):
+    """Name of the instruction set that the C++ kernels use during the test."""
+    if request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("UNDO_CPU_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

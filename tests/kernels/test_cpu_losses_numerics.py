@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import EXPONENTIAL, difference_form_error, gamma, relative, unit
 from undo_kernels import cpu
-from vocab_losses import VOCABULARY, divergence, draw, gradients, logits, relative
+from vocab_losses import VOCABULARY, assert_as_exact_as_torch, divergence, draw, gradients, logits
 
 from undo_core import ops
 
@@ -73,7 +74,7 @@ def test_no_worse_than_torch_in_the_same_dtype():
         ):
             inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
             errors.append([relative(a, b) for a, b in zip(gradients(function(*inputs, th), inputs), wanted, strict=True)])
-        assert all(ours <= theirs for ours, theirs in zip(*errors, strict=True)), errors
+        assert all(ours <= theirs + unit(dtype) for ours, theirs in zip(*errors, strict=True)), errors
 
 
 def test_peaked_logits_are_as_good_as_float32_logits_allow():
@@ -107,8 +108,7 @@ def test_peaked_teachers_that_the_student_agrees_with(kind, spread, near):
     else:
         wanted = t.exp() * x.expm1() if kind == "forward" else s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
     wanted = wanted.detach()
-    real = wanted.norm(dim=-1) > 1e-12
-    assert real.any() and relative(got[real], wanted[real]) < 2e-4
+    assert wanted.norm() > 1e-9 and (got.double() - wanted).norm() <= difference_form_error(z_s, z_t).norm()
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
@@ -124,8 +124,11 @@ def test_a_student_that_is_its_teacher_gets_no_gradient(kind, reduction):
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
 def test_jsd_near_its_end_points(beta, spread):
     h, w, th, tw = draw(spread=spread)
-    wanted = divergence(logits(h, w), logits(th, tw), "jsd", beta).mean()
-    assert relative(ops.linear_kl_div(h, w, th, tw, divergence="jsd", beta=beta, plan="chunk"), wanted) < 1e-5
+    assert_as_exact_as_torch(
+        lambda h, w: ops.linear_kl_div(h, w, th, tw, divergence="jsd", beta=beta, plan="chunk"),
+        lambda h, w: divergence(logits(h, w), logits(th, tw), "jsd", beta).mean(),
+        [h, w],
+    )
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
@@ -139,7 +142,7 @@ def test_sparse_teachers_at_their_edges(tail, plan):
     (gradient,) = gradients(loss, [z])
     assert loss.isfinite() and gradient.isfinite().all()
     if tail == "bucket":
-        torch.testing.assert_close(gradient[:, 0], torch.full((3,), 0.5), rtol=1e-3, atol=0)
+        torch.testing.assert_close(gradient[:, 0], torch.full((3,), 0.5), rtol=gamma(1500 + 2 * EXPONENTIAL), atol=0)
     nothing = ops.sparse_kl_div(z, torch.zeros(3, 0, dtype=torch.long), torch.zeros(3, 0), tail=tail, plan=plan)
     assert nothing == 0
 
@@ -155,7 +158,8 @@ def test_extreme_logits_stay_finite(kind, size):
     (gradient,) = gradients(loss.sum(), [z_s])
     assert loss.isfinite().all() and (loss >= 0).all() and gradient.isfinite().all()
     wanted = divergence(z_s.detach().double(), z_t.double(), kind, 0.4)
-    torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-4, atol=1e-6)
+    largest = max(float(z.detach().abs().max()) for z in (z_s, z_t))  # every logarithm errs by a few units of it
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=gamma(128 + EXPONENTIAL), atol=16 * unit() * largest)
 
 
 def test_nan_reaches_its_own_row_and_no_other():
@@ -183,4 +187,5 @@ def test_a_sixteen_bit_head_with_a_bias(tiles, monkeypatch):
         got = ops.linear_cross_entropy(*inputs[:2], labels, bias=inputs[2], plan=plan)
         wanted = F.cross_entropy(logits(*exact[:2], bias=exact[2]), labels)
         for a, b in zip(gradients(got, inputs), gradients(wanted, exact), strict=True):
-            assert a.dtype == torch.bfloat16 and relative(a, b) < 4e-3
+            # the gradient of the logits is rounded where there are AMX tiles, and the result is
+            assert a.dtype == torch.bfloat16 and relative(a, b) < 2 * unit(torch.bfloat16)

@@ -53,4 +53,4 @@ def test_threads_do_not_share_it():
         assert len(results) == 20
         for result in results:
             for a, b in zip(wanted[rows], result, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+                assert torch.equal(a, b)  # the order of every sum is fixed

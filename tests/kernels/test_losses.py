@@ -408,3 +408,22 @@ def test_explain_prints_a_table():
         ops.explain("linear_magic", {}, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):
         ops.explain("linear_kl_div", torch.ones(2, 3), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_logits_in_the_place_of_log_probabilities_are_refused(dtype):
+    hidden, weight, *_ = draw(5, 64)
+    z = 3 * torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    indices = torch.arange(64).expand(5, 64)
+    right = z.log_softmax(-1).to(dtype)
+    assert ops.linear_sparse_kl_div(hidden, weight, indices, right).isfinite()  # sums to 1 up to the dtype's rounding
+    for wrong in (z.to(dtype), right.index_fill(1, torch.tensor([3]), 0.5), right + 0.7):
+        with pytest.raises(ValueError, match=r"^teacher_logprobs: got a row whose exponentials sum to .*, wanted log-prob"):
+            ops.linear_sparse_kl_div(hidden, weight, indices, wrong)
+    unread = right.clone()
+    unread[0] = 5.0
+    unread[1, 7] = 5.0
+    padded = indices.clone()
+    padded[1, 7] = -1
+    mask = torch.arange(5) > 0
+    assert ops.linear_sparse_kl_div(hidden, weight, padded, unread, mask=mask).isfinite()

@@ -1,15 +1,31 @@
 """Float64 formulas of the vocabulary losses that share no code with them, and inputs for both."""
 
+import contextlib
 import math
 
 import torch
+from rounding import assert_as_exact_as, probability_error
 
 ROWS, VOCABULARY, WIDTH, TEACHER_WIDTH = 37, 2311, 12, 7  # more than two tiles, and prime
 
 
+_dtype = torch.float64  # of the formulas
+
+
+@contextlib.contextmanager
+def computed_in(dtype):
+    """Evaluates the formulas in another dtype: what plain torch makes of the same inputs."""
+    global _dtype
+    before, _dtype = _dtype, dtype
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
 def logits(hidden, weight, scale=1.0, softcap=None, bias=None, temperature=1.0, vocab_size=None):
-    z = hidden.double() @ weight.double().T
-    z = (z if bias is None else z + bias.double()) * scale
+    z = hidden.to(_dtype) @ weight.to(_dtype).T
+    z = (z if bias is None else z + bias.to(_dtype)) * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return (z / temperature)[..., :vocab_size]
 
@@ -26,10 +42,6 @@ def divergence(z_s, z_t, kind, beta=0.5):
     return (t.exp() * (t - s)).sum(-1)
 
 
-def relative(got, wanted):
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
-
-
 def draw(rows=ROWS, vocabulary=VOCABULARY, width=WIDTH, teacher_width=TEACHER_WIDTH, spread=1.0, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -40,3 +52,26 @@ def draw(rows=ROWS, vocabulary=VOCABULARY, width=WIDTH, teacher_width=TEACHER_WI
 
 def gradients(loss, inputs, seeds=None):
     return torch.autograd.grad(loss if loss.ndim == 0 else (loss * seeds).sum(), inputs)
+
+
+def values(function, tensors, seeds=None):
+    """Loss and gradients of a function of tensors."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    loss = function(*leaves)
+    return [loss.detach(), *gradients(loss, leaves, seeds)]
+
+
+def assert_as_exact_as_torch(op, formula, tensors, seeds=None, floor=None):
+    """An op's loss and gradients in float32 against the formula in float64, their errors against those of the formula in float32.
+
+    ``floor`` is the relative error that rounding may cause where torch happens to be exact; without one it is that of the
+    probabilities of a head whose hidden states and weight come first. Returns the op's results.
+    """
+    got = values(op, tensors, seeds)
+    want = values(formula, [t.double() for t in tensors], seeds)
+    with computed_in(torch.float32):
+        plain = values(formula, tensors, seeds)
+    floor = probability_error(*tensors[:2]) if floor is None else floor
+    for name, ours, theirs, exact in zip(("loss", *map(str, range(len(tensors)))), got, plain, want, strict=True):
+        assert_as_exact_as(ours, theirs, exact, floor, name)
+    return got

@@ -117,7 +117,10 @@ def looks(tensor: torch.Tensor) -> bool:
 
 
 def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary: int, counted: torch.Tensor | None) -> None:
-    """Known entries of a teacher: shapes, and on CPUs that no index of a counted row repeats or leaves the vocabulary."""
+    """Known entries of a teacher: shapes, and on CPUs, for counted rows, that no index repeats or leaves the vocabulary and that
+    the log-probabilities are some: a float32 one may be wrong by 1e-3 and a 16-bit one by 64 units of its rounding, logits are
+    wrong by factors.
+    """
     wanted = f"integers {(*leading, 'k')}"
     if not isinstance(indices, torch.Tensor):
         fail("teacher_indices", type(indices).__name__, wanted)
@@ -128,9 +131,20 @@ def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary:
         fail("teacher_logprobs", f"shape {tuple(logprobs.shape)}", f"{tuple(indices.shape)}, like teacher_indices")
     if not looks(indices):
         return
-    flat = indices.reshape(leading.numel(), indices.shape[-1])
-    ordered = (flat if counted is None else flat[counted]).sort(-1).values
+    kept = slice(None) if counted is None else counted
+    flat = indices.reshape(leading.numel(), indices.shape[-1])[kept]
+    ordered = flat.sort(-1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         fail("teacher_indices", "a row with a repeated index", "different indices in each row (-1 is padding)")
     if ((ordered < -1) | (ordered >= vocabulary)).any():
         fail("teacher_indices", "an index outside the vocabulary", f"-1 or [0, {vocabulary})")
+    known = logprobs.detach().reshape(leading.numel(), indices.shape[-1])[kept].double().masked_fill(flat < 0, -math.inf)
+    total = known.logsumexp(-1)
+    largest = math.log1p(max(1e-3, 64 * torch.finfo(logprobs.dtype).eps))
+    if (total > largest).any():
+        got = f"a row whose exponentials sum to {math.exp(min(float(total[total > largest][0]), 700.0)):.4g}"
+        fail(
+            "teacher_logprobs",
+            got,
+            "log-probabilities over the whole vocabulary, whose exponentials sum to at most 1 (log_softmax)",
+        )

@@ -9,6 +9,10 @@ Options that all of them share:
 - ``reduction``: ``mean`` over counted tokens, ``sum``, or ``none`` (``[...]``, zeros where masked).
 - ``normalizer``: a float or a 0-d tensor that replaces the mean's denominator, for accumulation over micro-batches.
 - ``max_counted``: upper bound on counted tokens known to the host; a count above it gives a NaN loss.
+- logits of -inf (from a bias, or given) have probability 0, and ``0 log 0 = 0``. The loss is +inf where the student gives
+  probability 0 to what its target has (``p_s = 0 < p_t``; for reverse KL, ``p_t = 0 < p_s``). The gradient by the logits stays
+  ``p_s - p_t`` there, and for reverse KL, where it has no limit, the row's is NaN. JSD is finite. A row with a logit of +inf or NaN,
+  or with none but -inf, gives NaN. Every backend agrees. ``torch.autocast`` changes nothing: no logit is rounded to 16 bits.
 - ``plan``: ``direct`` is plain PyTorch, which holds ``[rows, V]``; ``chunk`` keeps the logits of some rows between the pass that
   finds the log-sum-exps and the one that turns them into the gradient; ``recompute`` projects twice and keeps none. ``auto`` takes
   the fastest that fits, and plain PyTorch for small vocabularies and for float64.
@@ -351,7 +355,8 @@ def linear_sparse_kl_div(
         hidden: ``[..., d]``; gradient.
         weight: ``[V, d]``; gradient.
         teacher_indices: ``[..., k]`` integers; -1 is padding, a repeated index in a row is an error.
-        teacher_logprobs: ``[..., k]`` float, of the whole vocabulary; no gradient.
+        teacher_logprobs: ``[..., k]`` float, of the whole vocabulary; no gradient. A row whose exponentials sum to more than 1
+            holds logits and is refused, where the host may look at the values (not on GPUs, nor in a compiled graph).
         tail: bucket or renormalize.
         mask: and all further arguments as in :func:`linear_cross_entropy`.
     """
@@ -398,6 +403,8 @@ def explain(
     plan: str = "auto",
 ) -> Plan:
     """The plan that ``op`` would follow, with its predicted bytes, FLOPs and workspace; prints as a table.
+
+    ``undo_kernels.recorded()`` lists the backend and the plan of the calls that really ran.
 
     Args:
         op: name of a linear op, such as ``linear_kl_div``.
@@ -501,7 +508,7 @@ def _sparse(
     checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
     rows = leading.numel()
     indices = indices.reshape(rows, indices.shape[-1]).long()
-    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1]).clamp_min(-1e4)  # of -inf, p log p would be NaN
+    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1])
     return _shaped(
         reduced_loss(projection, tail, tokens, counted=counted, indices=indices, logprobs=logprobs, **memory), tokens
     )

@@ -23,11 +23,13 @@ from functools import partial
 import torch
 
 from undo_kernels import plan as plans
+from undo_kernels.cpu.instruction_set import has_amx, vectors
 from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.reference.divergence import bregman
+from undo_kernels.record import Call, record, recording
+from undo_kernels.sparse import sparse_terms
 
 try:
     from undo_kernels import _cpu
@@ -36,13 +38,7 @@ except ImportError:
 
 _MAX_S, _SUM_S, _MAX_T, _SUM_T, _APART, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(12)
 _ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
-INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machine
 _NOWHERE = 1e30  # base of lanes past the last token: every probability is 0 there
-
-
-def has_amx() -> bool:
-    """Whether bfloat16 products run on AMX tiles here."""
-    return _cpu.amx_available()
 
 
 @register("vocab_loss", "cpu")
@@ -70,7 +66,7 @@ class _Run:
         self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
         self.count = problem.rows if self.index is None else len(self.index)
         self.vocabulary = problem.student.vocabulary
-        self.amx = has_amx()
+        self.vectors, self.amx = vectors(), has_amx()
         self.plan = plans.cpu_plan(problem, self.count, self.amx)
         self.block_v, rows = self.plan.block_v, self.plan.rows_per_chunk
         self.gradient = any(problem.needs)
@@ -127,6 +123,8 @@ class _Run:
 
     def result(self) -> Result:
         """Runs the passes."""
+        if recording():
+            self._record()
         if self.plan.outer == "rows":
             for number, chunk in enumerate(self.chunks):
                 self._statistics(chunk)
@@ -156,13 +154,20 @@ class _Run:
             if self.index is not None:
                 self.d_hidden.masked_fill_(~self.problem.counted[:, None], 0.0)
         p, out = self.problem, self.per_row
-        total = (p.factor.double() * out["divergence"].double())[_counted(self.index)].sum()
+        total = _weighted(p.factor, out["divergence"], self.index)
         if p.label_factor is not None:
-            total = total + (p.label_factor.double() * out["nll"].double())[_counted(self.index)].sum()
+            total = total + _weighted(p.label_factor, out["nll"], self.index)
         entries = max(self.count, 1) * self.vocabulary
         filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
         d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
         return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)
+
+    def _record(self) -> None:
+        p = self.problem
+        sides = [p.student] + ([p.teacher] if p.target in DENSE else [])
+        form = self.vectors + ("+amx" if self.amx and any(map(plans.tiled, sides)) else "")
+        plan = "inplace" if p.inplace else self.plan.name
+        record(Call("vocab_loss", "cpu", plan, form, self.count, self.vocabulary, self.gradient))
 
     def _project(self, chunk: _Chunk, side: Projection, which: int, first: int, rows: int) -> torch.Tensor:
         """Products of one tile, ``[rows, stride]``, before bias, scale and softcap."""
@@ -199,7 +204,7 @@ class _Run:
             chunk.c.picking = True
             for first, rows in self.tiles():
                 z = self._tile(chunk, first, rows)
-                _cpu.stats(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
+                _cpu.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
             chunk.c.picking = False
         chunk.finish()
 
@@ -209,7 +214,7 @@ class _Run:
             return
         for first, rows in self.tiles():
             z = self._second(chunk, first, rows)
-            _cpu.loss(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
+            _cpu.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
         chunk.mix()
 
     def _second(self, chunk: _Chunk, first: int, rows: int) -> list[torch.Tensor]:
@@ -218,7 +223,7 @@ class _Run:
             return [z[first : first + rows] for z in self.logits]
         z = self._tile(chunk, first, rows)
         for which, tile in enumerate(z):
-            _cpu.shape(INSTRUCTION_SET, chunk.c, tile.data_ptr(), which == 0, first, rows)
+            _cpu.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, rows)
         return z
 
     def _gradient(self, chunk: _Chunk, number: int, first: int, rows: int) -> None:
@@ -227,7 +232,7 @@ class _Run:
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, rows)
         teacher = z[1].data_ptr() if len(z) > 1 else 0
-        largest, squares = _cpu.loss(INSTRUCTION_SET, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
+        largest, squares = _cpu.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
         if not self.gradient:
             return
         dz = z[0][:, : chunk.stride]
@@ -427,7 +432,9 @@ class _Chunk:
             self._set("base_t", state[_MAX_T])
             self._set("log_sum_t", log_sum_t)
             self._set("gap", gap)
-            self._set("offset", (state[_CROSS] / state[_SUM_S] - gap).clamp_min(0) if p.target == "reverse" else 0.0 * gap)
+            if p.target == "reverse":  # where it is infinite the gradient has no limit
+                kl = (state[_CROSS] / state[_SUM_S] - gap).clamp_min(0)
+                self._set("offset", torch.where(kl == math.inf, math.nan, kl))
             self._put("lse_t", state[_MAX_T] + log_sum_t)
         self._set("base_s", base_s)
         self._set("log_sum_s", log_sum_s)
@@ -478,44 +485,23 @@ class _Chunk:
         """Divergence and gradient at the known entries, and the factor of the rest's; returns the whole log-sum-exp."""
         p, n = self.run.problem, self.tokens
         gain = p.student.scale / p.student.temperature
-        known = self.indices[:n] >= 0
-        z = torch.where(known, self.picked[:n].double(), -math.inf)
-        lse_known = torch.logsumexp(z, -1)
-        lse = torch.logaddexp(lse_rest, lse_known)
-        log_t = torch.where(known, self.take(p.logprobs).double(), -math.inf)
-        factor = self.take(p.factor).double()
-        if p.target == "renormalize":
-            log_t = log_t - torch.logsumexp(log_t, -1, keepdim=True).nan_to_num(neginf=0.0)
-            log_s = z - lse_known.nan_to_num(neginf=0.0)[:, None]
-        else:
-            log_s = z - lse[:, None]
-        x = torch.where(known, log_s - log_t, 0.0)
-        base = torch.where(known, log_t, 0.0)
-        terms = torch.where(known, bregman(base, x), 0.0)
-        slope = torch.where(known, torch.where(x > 1, log_s.exp() - log_t.exp(), log_t.exp() * torch.expm1(x)), 0.0)
-        value = terms.sum(-1)
-        if p.target == "bucket":
-            given = torch.where(known, log_t.exp(), 0.0).sum(-1)
-            has_rest = lse_rest > -math.inf
-            open_ = has_rest & (given < 1)
-            log_left = torch.log1p(-torch.where(open_, given, 0.0))
-            log_rest = torch.where(has_rest, lse_rest - lse, 0.0)
-            gap = torch.where(open_, log_rest - log_left, 0.0)
-            rest = torch.where(has_rest, log_rest.exp(), 0.0)
-            value = value + torch.where(open_, bregman(torch.where(open_, log_left, 0.0), gap), rest)
-            # the rest's probability, student's less teacher's, spreads over the rest as the student's own does
-            ahead = torch.where(gap > 0, rest * -torch.expm1(-gap), log_left.exp() * torch.expm1(gap.clamp_max(0)))
-            self._set("own", factor * torch.where(open_, ahead, rest) * gain)
+        z = self.picked[:n].double()
+        terms = sparse_terms(z, self.indices[:n], self.take(p.logprobs), lse_rest, p.target, self.run.vocabulary)
+        factor = self.take(p.factor).double() * gain
+        if p.target == "bucket":  # the difference of the rest's probabilities spreads over the rest as the student's own does
+            self._set("own", factor * terms.rest)
         chain = 1.0
         if p.student.softcap is not None:
-            chain = 1 - torch.where(known, z * p.student.temperature / p.student.softcap, 0.0) ** 2
-        self.picked[:n] = (slope * chain * factor[:, None] * gain).float()
-        self._put("divergence", value)
-        return lse
+            chain = 1 - torch.where(self.indices[:n] >= 0, z * p.student.temperature / p.student.softcap, 0.0) ** 2
+        self.picked[:n] = (terms.slope * chain * factor[:, None]).float()
+        self._put("divergence", terms.divergence)
+        return terms.lse
 
 
-def _counted(index: torch.Tensor | None) -> torch.Tensor | slice:
-    return slice(None) if index is None else index
+def _weighted(factor: torch.Tensor, values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Sum of factor times value over the counted rows, in float64; a factor of 0 silences what is not finite."""
+    terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
+    return (terms if index is None else terms[index]).sum()
 
 
 def _set_shape(shape: object, side: Projection) -> torch.Tensor | None:

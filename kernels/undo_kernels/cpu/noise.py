@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
+from undo_kernels.cpu.instruction_set import vectors
 from undo_kernels.library import register
+from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.noise import elements_in_torch
-from undo_kernels.segment import Segment
+from undo_kernels.segment import Segment, elements
 
 try:
     from undo_kernels import _cpu
 except ImportError:
     _cpu = None  # marked unavailable by the package
-
-INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machine
 
 
 @register("noise_", "cpu")
@@ -23,7 +23,10 @@ INSTRUCTION_SET = ""  # avx512, avx2 or plain; empty for the best of this machin
 @elements_in_torch
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
     """:func:`undo_kernels.reference.noise.noise_`, bit for bit; 24 bytes of memory for each 2**16 elements."""
-    sums = _cpu.noise(INSTRUCTION_SET, [_c(segment) for segment in segments], seed, stochastic_rounding)
+    form = vectors()
+    if recording():
+        record(Call("noise_", "cpu", "inplace", form, len(segments), elements(segments)))
+    sums = _cpu.noise(form, [_c(segment) for segment in segments], seed, stochastic_rounding)
     return torch.tensor(sums, dtype=torch.float64)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from undo_kernels.cpu import losses
+from undo_kernels.cpu.instruction_set import vectors
 from undo_kernels.library import register
 from undo_kernels.problem import gradient_dtype
+from undo_kernels.record import Call, record, recording
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -17,11 +19,14 @@ def rmu_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
     rows, width = hidden.shape
+    form = vectors()
+    if recording():
+        record(Call("rmu_loss", "cpu", "one pass", form, rows, width, needs))
     gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
     partial = torch.empty(rows, dtype=torch.float64)
     factor = None if factor is None else factor.contiguous()
     loss = losses._cpu.rmu_loss(
-        losses.INSTRUCTION_SET,
+        form,
         rows=rows,
         width=width,
         hidden=hidden.data_ptr(),

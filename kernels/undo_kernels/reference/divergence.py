@@ -1,94 +1,135 @@
-"""Divergences between two rows of logits, in difference form.
+"""Divergences of rows of logits and their gradients, in difference form.
 
-With ``x = (z_s - z_t) - (lse_s - lse_t) = log p_s - log p_t``::
+With ``u = z_s - max z_s``, ``v = z_t - max z_t`` and ``x = log p_s - log p_t = (u - v) - gap``::
 
-    KL(t || s) = sum p_t * (expm1(x) - x)          dKL/dz_s = p_t * expm1(x)
-    KL(s || t) = sum p_s * (expm1(-x) + x)
-    JSD        = beta * KL(t || m) + (1 - beta) * KL(s || m),   m = beta * t + (1 - beta) * s
+    KL(t || s) = sum p_t (expm1(x) - x)          dKL/dz_s = p_t expm1(x) = p_s - p_t
+    KL(s || t) = sum p_s (expm1(-x) + x)         dKL/dz_s = p_s (x - KL)
+    JSD        = beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
+                                                 dJSD/dz_s = (1 - beta) p_s (log(s / m) - KL(s || m))
 
-Every term is >= 0, and nothing cancels as the two distributions approach each other, where ``sum p_t (log p_t - log p_s)`` is noise.
+Every term is >= 0, and nothing cancels as the two distributions approach each other. The gap of the two log-sum-exps comes from
+the sum of the differences of the exponentials. Taking the maxima away first keeps float32 exact where the probability is:
+``z - lse`` has the rounding of the logits' size, 2e-6 at 30, in every probability.
+
+Infinite logits follow the limits of these formulas. A logit of -inf has probability 0, and ``0 log 0 = 0``. Forward KL is +inf
+where p_s = 0 < p_t, and so is the uniform loss where p_s = 0; their gradients stay p_s - p_t. Reverse KL is +inf where
+p_t = 0 < p_s; its gradient has no limit, and the row's gradient is NaN. JSD is always finite. A row that holds +inf or NaN, or
+nothing but -inf, is no distribution: its loss and its gradient are NaN (its log-sum-exp is -inf in the last case).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
+from undo_kernels.pairs import bregman, difference
+from undo_kernels.problem import SPARSE
+from undo_kernels.sparse import sparse_terms
 
-def bregman(log_p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``exp(log_p) * (expm1(x) - x)`` elementwise: the terms of ``KL(p || q)`` with ``x = log q - log p``.
+_LEAST = -200.0  # p * x is 0 in any dtype before log p gets here; 0 * -inf would be NaN
 
-    Where ``|x| > 1`` the exponentials are taken apart, ``exp(log_p + x) - exp(log_p) * (1 + x)``: there is no cancellation
-    there, and ``expm1`` would overflow (x > 88) or meet ``p = 0`` as ``0 * inf``.
+
+class RowDivergence(torch.autograd.Function):
+    """Divergence of each row, ``[rows]``: ``(z_s, z_t, indices, logprobs, target, beta)``, differentiable in ``z_s``.
+
+    The gradient is the formula above, evaluated in the backward from the same logits, rather than autograd's of the value.
+    It can be differentiated again.
     """
-    near = x.abs() <= 1
-    small = torch.where(near, x, torch.zeros_like(x))  # both branches stay finite, so neither poisons the gradient
-    p = log_p.exp()
-    large = (log_p + x).exp() - torch.where(p > 0, p * (1 + x), torch.zeros_like(p))
-    return torch.where(near, p * (torch.expm1(small) - small), large)
+
+    @staticmethod
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _terms(*arguments)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return (grad[:, None] * _terms(*ctx.saved_tensors, *ctx.options)[1], *[None] * 5)
 
 
-def divergence_rows(
-    z_s: torch.Tensor, z_t: torch.Tensor, lse_s: torch.Tensor, lse_t: torch.Tensor, divergence: str, beta: float
-) -> torch.Tensor:
-    """Divergence of each row, ``[rows]``, from ``[rows, V]`` logits and ``[rows]`` log-sum-exps."""
-    log_t = z_t - lse_t[:, None]
-    log_s = z_s - lse_s[:, None]
-    x = (z_s - z_t) - (lse_s - lse_t)[:, None]
-    if divergence == "forward":
-        return bregman(log_t, x).sum(-1)
-    if divergence == "reverse":
-        return bregman(log_s, -x).sum(-1)
-    to_mixture_from_t = _log_mixture(x, math.log(beta), 1 - beta)
-    to_mixture_from_s = _log_mixture(-x, math.log1p(-beta), beta)
-    return (beta * bregman(log_t, to_mixture_from_t) + (1 - beta) * bregman(log_s, to_mixture_from_s)).sum(-1)
+class LogSumExp(torch.autograd.Function):
+    """Log-sum-exp of each row, ``[rows]``; NaN, with its gradient, for a row that holds +inf."""
+
+    @staticmethod
+    def forward(z: torch.Tensor) -> torch.Tensor:
+        lse = torch.logsumexp(z, -1)
+        return torch.where(lse == math.inf, math.nan, lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad[:, None] * torch.softmax(ctx.saved_tensors[0], -1)
+
+
+def _terms(
+    z_s: torch.Tensor,
+    z_t: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    logprobs: torch.Tensor | None,
+    target: str,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence, ``[rows]``, and its gradient by ``z_s``, ``[rows, V]``."""
+    if target in SPARSE:
+        return _sparse(z_s, indices, logprobs, target)
+    return _dense(z_s, z_t, target, beta)
+
+
+def _dense(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
+    e_s, e_t = u.exp(), v.exp()
+    sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
+    x = torch.where((e_s == 0) & (e_t == 0), 0.0, u - v)  # where both underflow there is no loss
+    apart = difference(e_t, e_s, x).sum(-1, keepdim=True) / sum_t
+    # Far from zero, log1p(apart) is log1p(-1 + rounding).
+    gap = torch.where(apart.abs() < 0.5, torch.log1p(torch.where(apart.abs() < 0.5, apart, 0.0)), (sum_s / sum_t).log())
+    x = x - gap
+    p_s, p_t = e_s / sum_s, e_t / sum_t
+    if target in ("forward", "uniform"):
+        return bregman(p_t, p_s, x).sum(-1), difference(p_t, p_s, x)
+    if target == "reverse":
+        kl = bregman(p_s, p_t, -x).sum(-1, keepdim=True)
+        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan))
+    m = beta * p_t + (1 - beta) * p_s
+    from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
+    log_m_s = _log_mixture(-x, math.log1p(-beta), beta)
+    from_s = bregman(p_s, m, log_m_s).sum(-1, keepdim=True)
+    return beta * from_t + (1 - beta) * from_s.squeeze(-1), (1 - beta) * _centred(p_s, -log_m_s, from_s)
+
+
+def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """``p * (x - mean)``, where ``mean`` is ``sum p x`` up to its rounding, which the second step takes away."""
+    y = x.clamp_min(_LEAST) - mean
+    return p * (y - (p * y).sum(-1, keepdim=True))
 
 
 def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     """``log((1 - other) + other * e**x)`` without cancellation near ``x = 0`` and without overflow; ``log_own = log(1 - other)``."""
-    near = x.abs() <= 1
-    small = torch.where(near, x, torch.zeros_like(x))
+    small = torch.where(x.abs() <= 1, x, 0.0)
     far = torch.logaddexp(torch.full_like(x, log_own), x + math.log(other))
-    return torch.where(near, torch.log1p(other * torch.expm1(small)), far)
+    return torch.where(x.abs() <= 1, torch.log1p(other * torch.expm1(small)), far)
 
 
-def sparse_rows(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, tail: str) -> torch.Tensor:
-    """Forward KL of each row, ``[rows]``, against a teacher known at ``k`` entries; index -1 is padding.
-
-    bucket: what the teacher leaves, ``log1p(-sum p)``, is one more outcome, and the student's is the log-sum-exp of the rest.
-    renormalize: both are taken as distributions over the known entries.
-    """
-    real = indices >= 0
+def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Only differences of logits matter, so the largest that counts is taken away first, which keeps the log-sum-exps small."""
     safe = indices.clamp_min(0)
-    log_t = logprobs.to(z.dtype)
-    picked = z.gather(-1, safe)
-    if tail == "renormalize":
-        log_t = log_t - _logsumexp_where(log_t, real)
-        log_s = picked - _logsumexp_where(picked, real)
-        return torch.where(real, bregman(*_apart(log_t, log_s, real)), torch.zeros_like(log_t)).sum(-1)
-    lse = torch.logsumexp(z, -1, keepdim=True)
-    terms = torch.where(real, bregman(*_apart(log_t, picked - lse, real)), torch.zeros_like(log_t)).sum(-1)
-    column = torch.where(real, safe, z.shape[-1])  # padding marks a column of its own
-    taken = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device).scatter_(-1, column, True)[:, :-1]
-    has_rest = ~taken.all(-1, keepdim=True)
-    log_rest = _logsumexp_where(z, ~taken) - lse
-    known = torch.where(real, log_t, torch.full_like(log_t, -math.inf)).exp().sum(-1, keepdim=True)
-    open_ = has_rest & (known < 1)
-    left = torch.log1p(-torch.where(open_, known, torch.zeros_like(known)))
-    rest = bregman(*_apart(left, log_rest, open_))
-    # As the teacher's share of the rest goes to 0, p * (expm1(x) - x) goes to the student's share.
-    rest = torch.where(open_, rest, torch.where(has_rest, log_rest.exp(), torch.zeros_like(rest)))
-    return terms + rest.squeeze(-1)
-
-
-def _apart(log_p: torch.Tensor, log_q: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``log_p`` and ``log_q - log_p``, zero where not kept, so that what is dropped has finite gradients."""
-    zero = torch.zeros_like(log_p)
-    return torch.where(keep, log_p, zero), torch.where(keep, log_q - log_p, zero)
-
-
-def _logsumexp_where(z: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over the kept entries, ``[rows, 1]``; 0 with zero gradient for a row that keeps none."""
-    none = ~keep.any(-1, keepdim=True)
-    return torch.where(none, 0.0, torch.logsumexp(torch.where(keep | none, z, torch.full_like(z, -math.inf)), -1, keepdim=True))
+    column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own
+    taken = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device).scatter(-1, column, True)[:, :-1]
+    z = z - (z.masked_fill(~taken, -math.inf) if target == "renormalize" else z).amax(-1, keepdim=True)
+    rest = z.masked_fill(taken, -math.inf)
+    lse_rest = torch.logsumexp(rest, -1)
+    terms = sparse_terms(z.gather(-1, safe), indices, logprobs, lse_rest, target, z.shape[-1])
+    if target == "renormalize":
+        gradient = torch.zeros_like(z)
+    else:
+        empty = lse_rest == -math.inf
+        gradient = terms.rest[:, None] * (rest - torch.where(empty, 0.0, lse_rest)[:, None]).exp()
+    return terms.divergence, torch.nn.functional.pad(gradient, (0, 1)).scatter(-1, column, terms.slope)[:, :-1]

@@ -6,15 +6,15 @@ chunks of rows that are recomputed in the backward pass.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from undo_kernels.problem import DENSE, SPARSE, Problem
+from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import Projection
-from undo_kernels.reference.divergence import divergence_rows, sparse_rows
+from undo_kernels.record import Call, record_autograd, recording
+from undo_kernels.reference.divergence import LogSumExp, RowDivergence
 
+CHUNKED = "direct, recomputed in chunks"  # the plan's name where the logits exceed the workspace
 COPIES = {
     "own": 2,
     "uniform": 3,
@@ -29,7 +29,7 @@ COPIES = {
 def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Divergence and nll, ``[rows]`` each, and detached statistics: ``lse_s``, ``lse_t``, entropy and agreement where wanted."""
     p = problem
-    tensors = (p.labels, p.indices, p.logprobs, p.lse_t)
+    tensors = (p.labels, p.indices, p.logprobs)
     size = rows_within(p.workspace_bytes, p.rows, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])
     if size >= p.rows:
         outputs = _chunk(p, p.student, p.teacher, *tensors)
@@ -42,6 +42,9 @@ def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
             parts.append(checkpoint(_chunk, p, *sides, *cut, use_reentrant=False))
         outputs = tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
     divergence, nll, *statistics = outputs
+    if recording():
+        plan = "direct" if size >= p.rows else CHUNKED
+        record_autograd(Call("vocab_loss", "reference", plan, "", p.rows, p.student.vocabulary), [divergence, nll])
     names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
     return divergence, nll, {name: value.detach() for name, value in zip(names, statistics, strict=False)}
 
@@ -53,29 +56,27 @@ def _chunk(
     labels: torch.Tensor | None,
     indices: torch.Tensor | None,
     logprobs: torch.Tensor | None,
-    lse_t: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     z = student.logits()
-    lse = torch.logsumexp(z, -1)
-    nll = lse
+    nll = lse = LogSumExp.apply(z)
     if p.label_factor is not None and labels is not None:
         nll = torch.nn.functional.cross_entropy(z, labels.masked_fill(labels < 0, -100), reduction="none")
     divergence = torch.zeros_like(lse)
-    if p.target == "uniform":  # from z - mean(z), which does not cancel for large logits
-        centred = z - z.mean(-1, keepdim=True)
-        divergence = torch.logsumexp(centred, -1) - math.log(student.vocabulary)
-    elif p.target in SPARSE:
-        divergence = sparse_rows(z, indices, logprobs, p.target)
+    if p.target == "own":
+        return divergence, nll, lse.detach()
+    z_t = None
+    if p.target == "uniform":
+        z_t = z.new_zeros(1, z.shape[1])
     elif p.target in DENSE:
         with torch.no_grad():
             z_t = teacher.logits().to(z.dtype)
-            lse_t = torch.logsumexp(z_t, -1) if lse_t is None else lse_t.to(z_t.dtype)
-        divergence = divergence_rows(z, z_t, lse, lse_t, p.target, p.beta)
-        if p.statistics:
-            log_t = z_t - lse_t[:, None]
-            entropy = -(log_t.exp() * log_t.clamp_min(-1e30)).sum(-1)
-            return divergence, nll, lse.detach(), lse_t, entropy, (z.argmax(-1) == z_t.argmax(-1)).to(z.dtype)
-    return divergence, nll, lse.detach()
+    divergence = RowDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
+    if not p.statistics or p.target not in DENSE:
+        return divergence, nll, lse.detach()
+    log_t = z_t.log_softmax(-1)
+    entropy = -(log_t.exp() * log_t.clamp_min(-1e30)).sum(-1)
+    agreement = (z.argmax(-1) == z_t.argmax(-1)).to(z.dtype)
+    return divergence, nll, lse.detach(), LogSumExp.apply(z_t), entropy, agreement
 
 
 def rows_within(workspace_bytes: int | None, rows: int, vocabulary: int, dtype: torch.dtype, copies: int) -> int:

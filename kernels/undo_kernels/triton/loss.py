@@ -22,11 +22,12 @@ import triton
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.record import Call, record, recording
+from undo_kernels.sparse import sparse_terms
 from undo_kernels.triton import recompute, rows, tuning
 from undo_kernels.triton.costs import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.device import current
 from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, product_dtype, widened
-from undo_kernels.triton.sparse import sparse_terms
 from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -158,6 +159,9 @@ class _Run:
 
     def result(self) -> Result:
         """Runs the plan."""
+        if recording():
+            plan, form = "inplace" if self.problem.inplace else self.plan.name, "interpreted" if INTERPRETED else ""
+            record(Call("vocab_loss", "triton", plan, form, self.n, self.vocabulary, self.shapes.gradient))
         if self.n:
             (_Recompute if self.plan.name == "recompute" else _Chunks)(self).passes()
         p, out = self.problem, self.row
@@ -366,7 +370,9 @@ class _Chunks:
     def _sparse(self, part: slice, lse_rest: torch.Tensor) -> None:
         """Losses, the rest's factor and the known entries' gradients from k numbers a row."""
         run, s = self.run, self.run.shapes
-        terms = sparse_terms(self.picked, run.indices[part], run.logprobs[part], lse_rest, run.problem.target)
+        terms = sparse_terms(
+            self.picked.double(), run.indices[part], run.logprobs[part], lse_rest, run.problem.target, run.vocabulary
+        )
         keep = run.live[part] if run.masked else torch.ones_like(terms.lse, dtype=torch.bool)
         run.row["lse_s"][part] = torch.where(keep, terms.lse, 0.0).float()
         run.put_divergence(part, terms.divergence.float())

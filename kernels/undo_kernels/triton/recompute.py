@@ -15,7 +15,6 @@ import triton.language as tl
 from undo_kernels.triton.tiles import (
     CROSS_S,
     ENERGY_T,
-    LARGE,
     LOWEST,
     MAX_S,
     MAX_T,
@@ -24,7 +23,7 @@ from undo_kernels.triton.tiles import (
     SUM_T,
     TOP_S,
     TOP_T,
-    bounded,
+    cut,
     loss_and_slope,
     narrow,
     shape_logits,
@@ -140,7 +139,7 @@ def teacher_piece(
     if STATISTICS:
         # Relative to the maximum: moving that by some shift takes shift * sum away.
         energy = (energy - (rest + 1.0) * (high - most)) * fade
-        energy += tl.sum(b_g * tl.where(b_low < -LARGE, -LARGE, b_low), 1)
+        energy += tl.sum(b_g * cut(b_low), 1)
     return b_z, high, joined(rest, most, high, fade, b_g), energy, top
 
 
@@ -218,7 +217,7 @@ def stats_tiles(
                     piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), most_t, rest_t, energy, top_t, first + i * WIDTH, end,
                     bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
                 )  # fmt: skip
-                b_y = bounded((b_z - most_s[:, None]) - (b_y - most_t[:, None]))
+                b_y = (b_z - most_s[:, None]) - (b_y - most_t[:, None])
                 shift = (was_s - most_s) - (was_t - most_t)
                 cross = fade * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
     if LABELS:

@@ -28,7 +28,8 @@ from undo_kernels.triton.tiles import (
     SUM_T,
     TOP_S,
     TOP_T,
-    bounded,
+    apart,
+    cut,
     fade_apart,
     loss_and_slope,
     narrow,
@@ -108,9 +109,8 @@ def stats_rows(
             b_v = b_t - high_t
             b_y = b_u - b_v
             up = b_y > 0.0
-            b_top = tl.where(up, b_u, b_v)
-            b_y = bounded(tl.where(b_top < -87.0, 0.0, b_y))  # both underflow
-            b_big = tl.exp(b_top)
+            b_y = apart(b_u, b_v, b_y)
+            b_big = tl.exp(tl.where(up, b_u, b_v))
             b_e, b_w, _ = expm1(-tl.abs(b_y))
             b_small = b_big * b_e
             b_e = tl.where(up, b_big, b_small)
@@ -118,7 +118,9 @@ def stats_rows(
             shift = (most_s - high_s) - (most_t - high_t)
             b_apart = fade_t * b_apart + fade_apart(fade_s, fade_t, shift) * b_sum_s + b_big * tl.where(up, -b_w, b_w)
             if CROSS:
-                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * b_y
+                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * cut(
+                    b_y
+                )  # +inf where the teacher alone has probability 0
         else:
             b_e = tl.exp(b_u)
         b_sum_s = b_sum_s * fade_s + b_e
@@ -127,7 +129,7 @@ def stats_rows(
             if STATISTICS:
                 # Relative to the maximum: moving that by some shift takes shift * sum away.
                 b_energy = (b_energy - b_sum_t * (high_t - most_t)) * fade_t
-                b_energy += b_g * tl.where(b_v < -LARGE, -LARGE, b_v)
+                b_energy += b_g * cut(b_v)
             b_sum_t = b_sum_t * fade_t + b_g
             most_t = high_t
     tl.store(partial_ptr + MAX_S * stride_field, most_s)
@@ -236,6 +238,7 @@ def combine_rows(
             b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             offset = tl.sum(b_fade_s * (b_cross + (b_shift_s - b_shift) * b_sum_s), 0) / total_s - gap
             offset = tl.where(offset < 0.0, 0.0, offset)
+            offset = tl.where(offset == float("inf"), float("nan"), offset)  # the gradient has no limit there
         if NLL:
             nll = lse_s
             if LABELS:
@@ -340,9 +343,9 @@ def loss_rows(
                     b_out += b_own
                 if CAPPED_S:
                     b_tanh = b_s / outer_s
+                    if HOLES:
+                        b_tanh = tl.where(b_s == float("-inf"), 0.0, b_tanh)  # b_out is 0 there
                     b_out *= 1.0 - b_tanh * b_tanh
-                if HOLES:
-                    b_out = tl.where(b_s == float("-inf"), 0.0, b_out)
                 if FILTER:
                     b_squares += tl.where(keep & (loud == 0), b_out * b_out, 0.0)
                     skipped += tl.where(loud == 0, tl.minimum(BLOCK_V, end - first).to(tl.float32), 0.0)

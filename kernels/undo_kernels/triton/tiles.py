@@ -8,7 +8,8 @@ In difference form, with ``x = log p_s - log p_t``::
               dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 
 All from the larger of the two probabilities and ``u = -|x|``: nothing overflows, nothing cancels, and every term is >= 0.
-``offset`` is the KL inside reverse's and jsd's gradients.
+``offset`` is the KL inside reverse's and jsd's gradients. Infinite logits follow the limits of these formulas, which
+``reference/divergence.py`` states.
 
 Clamps are ``tl.where``, not ``tl.maximum``: that drops NaN, which must reach the row's loss.
 """
@@ -50,10 +51,15 @@ def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.const
 
 
 @triton.jit
-def bounded(x):
-    """``x`` within +-1e30, NaN kept: 0 * inf would be NaN."""
-    x = tl.where(x > LARGE, LARGE, x)
-    return tl.where(x < -LARGE, -LARGE, x)
+def cut(x):
+    """``x``, but -200 where it is less: it meets a probability that is 0 there, and 0 * inf would be NaN."""
+    return tl.where(x < -200.0, -200.0, x)
+
+
+@triton.jit
+def apart(u, v, x):
+    """``x``, a difference of the logarithms ``u`` and ``v``, but 0 where the exponentials of both underflow. A NaN in either stays."""
+    return tl.where((u < -87.0) & (v < -87.0), 0.0, x)
 
 
 @triton.jit
@@ -77,10 +83,15 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
         x = tl.where(tl.abs(shift) < 1.0, (s - t) - shift, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
-        x = bounded(tl.where(log_big < -87.0, 0.0, x))  # both underflow: no loss
+        if TARGET == FORWARD:
+            x = apart(log_s, log_t, x)
+        else:  # a register less; the row's offset carries a NaN
+            x = tl.where(log_big < -87.0, 0.0, x)
         big = tl.exp(log_big)
         u = -tl.abs(x)
-        e, w, q = expm1(u)
+        if TARGET == JSD:
+            u = cut(u)
+        e, w, q = expm1(u)  # q is infinite where the smaller side is 0
         p_s = tl.where(up, big, big * e)
         if TARGET == JSD:
             low = tl.where(up, beta_t, beta_s)  # weights of the smaller and of the larger side in m
@@ -98,13 +109,14 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
             slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
         else:
             # KL's term is big q from the larger side; from the smaller one it is big (e u - w), taken apart where that cancels.
+            u = cut(u)
             other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
             if TARGET == FORWARD:
                 value = big * tl.where(up, other, q)
                 slope = big * tl.where(up, -w, w)
             else:
                 value = big * tl.where(up, q, other)
-                slope = p_s * (x - offset)
+                slope = p_s * (cut(x) - offset)
             mixed = value
     return value, mixed, p_s, slope
 

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from rounding import probability_error, relative
 from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
@@ -35,7 +36,8 @@ def test_several_chunks_give_one_answer(target):
         chosen = loss.gpu_plan(moved(part))
         assert chosen.rows_per_chunk < 21 if plan == "chunk" else chosen.block_v < 211
         got = check(part)
-        torch.testing.assert_close(got.d_weight, whole.d_weight, atol=1e-5, rtol=1e-4)
+        # what the rows' products with d_hidden sum to may be formed in another order
+        assert relative(got.d_weight, whole.d_weight) <= 2 * probability_error(p.student.hidden, p.student.weight, 211)
 
 
 def test_workspace_too_small_names_the_least():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from rounding import gamma
 from undo_kernels.library import implementation_on
 from undo_kernels.segment import Segment
 from undo_kernels.triton import noise
@@ -43,7 +44,9 @@ def check(segments, stochastic=True, seed=SEED):
     for fast, reference in zip(segments, slow, strict=True):
         assert same_bits(fast.tensor, reference.tensor), (fast.tensor.dtype, fast.law, fast.first, fast.run)
     assert got.dtype == torch.float64 and got.shape == (len(segments), 3)
-    torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6, atol=0, equal_nan=True)
+    # A lane sums the squares of its elements of BLOCKS blocks in float32, then lanes are added as a tree; all terms are positive.
+    terms = 4 * noise.BLOCKS * noise.BLOCK // noise.THREADS + 16
+    torch.testing.assert_close(got.cpu(), wanted, rtol=2 * gamma(terms), atol=0, equal_nan=True)
     return before
 
 

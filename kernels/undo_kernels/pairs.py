@@ -1,0 +1,29 @@
+"""One outcome under two distributions p and q: its term of KL(p || q) and the difference of its probabilities.
+
+Both take ``x = log q - log p`` beside the probabilities, because ``q - p`` cancels where the two nearly agree.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def log_ratio(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """``log q - log p``; 0 where both probabilities are zero, since such an outcome adds nothing."""
+    return torch.where((log_q == -torch.inf) & (log_p == -torch.inf), 0.0, log_q - log_p)
+
+
+def bregman(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``p * (expm1(x) - x)``, the terms of ``KL(p || q)``; +inf where q alone is zero, and q where p alone is.
+
+    Where ``|x| > 1`` it is ``q - p * (1 + x)``: there is no cancellation there, and ``expm1`` would overflow or meet p = 0.
+    """
+    near = torch.where(x.abs() <= 1, x, 0.0)
+    far = q - torch.where(p > 0, p * (1 + x), p)  # p, not 0, because p may be NaN
+    return torch.where(x.abs() <= 1, p * (torch.expm1(near) - near), far)
+
+
+def difference(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``q - p`` from the larger of the two, without cancellation."""
+    w = torch.expm1(-x.abs())
+    return torch.where(x > 0, -q * w, p * w)

@@ -1,0 +1,58 @@
+"""The kernels' tests on what one machine can vary: torch's vector units, threads, the C++ instruction set, MKL's code path.
+
+    python tests/matrix.py [pytest arguments]
+
+Each line is one run of tests/kernels in a process of its own, one after the other; the exit status is 1 if any fails. Ahead-of-time
+compilation is left out: it depends on none of this. An instruction set that this processor lacks is named and not run.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+from undo_kernels import cpu
+
+BASE = {"OMP_NUM_THREADS": "1"}
+VARIATIONS = [
+    {},
+    *({"ATEN_CPU_CAPABILITY": level} for level in ("default", "avx2")),
+    *({"OMP_NUM_THREADS": str(threads)} for threads in (2, 4)),
+    *({"UNDO_CPU_ISA": name} for name in ("plain", "avx2", "avx512", "amx")),
+    {"MKL_CBWR": "COMPATIBLE"},
+    {"ATEN_CPU_CAPABILITY": "default", "UNDO_CPU_ISA": "plain", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "4"},
+]
+VARIED = sorted({name for variation in VARIATIONS for name in variation})
+
+
+def run(variation: dict[str, str], arguments: list[str]) -> tuple[bool, str]:
+    """Whether pytest passed, and its closing line."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIED} | BASE | variation
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    if done.returncode:
+        print("\n".join(line for line in lines if re.match("E  |FAILED|ERROR", line)), file=sys.stderr)
+    return done.returncode == 0, lines[-1]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a line for each variation."""
+    arguments = arguments or ["tests/kernels", "--ignore=tests/kernels/triton/test_aot.py"]
+    failed = 0
+    for variation in VARIATIONS:
+        name = " ".join(f"{key}={value}" for key, value in variation.items()) or "the best of this machine, 1 thread"
+        missing = variation.get("UNDO_CPU_ISA")
+        if missing and missing not in cpu.instruction_sets():
+            print(f"not here  {name}: this processor has {', '.join(cpu.instruction_sets())}", flush=True)
+            continue
+        start = time.monotonic()
+        passed, line = run(variation, arguments)
+        failed += not passed
+        print(f"{'passed' if passed else 'FAILED'}    {name}: {line} ({time.monotonic() - start:.0f} s)", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
