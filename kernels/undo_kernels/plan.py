@@ -9,7 +9,7 @@ import torch
 
 from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.reference.losses import COPIES, rows_within
+from undo_kernels.reference.losses import CHUNKED, COPIES, rows_within
 
 LANES = 16  # tokens of the widest vector; chunks are padded to a multiple
 _FIELDS, _BLOCK = 12, 128  # of csrc/losses.h: doubles of state a token, rows of a partial sum
@@ -238,6 +238,6 @@ def describe(op: str, problem: Problem, backend: str) -> Plan:
     chunks = math.ceil(rows / chunk) if rows else 1
     products = len(sides) * (2 if chunks > 1 and any(problem.needs) else 1) + sum(problem.needs[:2])
     return Plan(
-        op, "direct" if chunks == 1 else "direct, recomputed in chunks", chunk, chunk * vocabulary * itemsize * copies,
+        op, "direct" if chunks == 1 else CHUNKED, chunk, chunk * vocabulary * itemsize * copies,
         int(3 * copies * rows * vocabulary * itemsize + 2 * chunks * heads), products * product, None,
     )  # fmt: skip

@@ -54,6 +54,11 @@ class Segment:
         ]
 
 
+def elements(segments: Sequence[Segment]) -> int:
+    """Number of elements of all segments."""
+    return sum(segment.tensor.numel() for segment in segments)
+
+
 def amplitude(law: str, shape: Sequence[int], std: float | None = None, *, stacked: bool = False) -> float:
     """Scale of ``N`` in double: what multiplies the odd integer (xavier_uniform) or the standard normal (the other laws).
 

@@ -27,6 +27,7 @@ from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, SPARSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.divergence import bregman
 
 try:
@@ -127,6 +128,8 @@ class _Run:
 
     def result(self) -> Result:
         """Runs the passes."""
+        if recording():
+            self._record()
         if self.plan.outer == "rows":
             for number, chunk in enumerate(self.chunks):
                 self._statistics(chunk)
@@ -163,6 +166,13 @@ class _Run:
         filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
         d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
         return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)
+
+    def _record(self) -> None:
+        p = self.problem
+        sides = [p.student] + ([p.teacher] if p.target in DENSE else [])
+        form = _cpu.instruction_set(INSTRUCTION_SET) + ("+amx" if self.amx and any(map(plans.tiled, sides)) else "")
+        plan = "inplace" if p.inplace else self.plan.name
+        record(Call("vocab_loss", "cpu", plan, form, self.count, self.vocabulary, self.gradient))
 
     def _project(self, chunk: _Chunk, side: Projection, which: int, first: int, rows: int) -> torch.Tensor:
         """Products of one tile, ``[rows, stride]``, before bias, scale and softcap."""

@@ -7,6 +7,7 @@ import torch
 from undo_kernels.cpu import losses
 from undo_kernels.library import register
 from undo_kernels.problem import gradient_dtype
+from undo_kernels.record import Call, record, recording
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -17,6 +18,9 @@ def rmu_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
     rows, width = hidden.shape
+    if recording():
+        form = losses._cpu.instruction_set(losses.INSTRUCTION_SET)
+        record(Call("rmu_loss", "cpu", "one pass", form, rows, width, needs))
     gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
     partial = torch.empty(rows, dtype=torch.float64)
     factor = None if factor is None else factor.contiguous()

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from undo_kernels.problem import DENSE, SPARSE, Problem
 from undo_kernels.projection import Projection
+from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.divergence import divergence_rows, sparse_rows
 
+CHUNKED = "direct, recomputed in chunks"  # the plan's name where the logits exceed the workspace
 COPIES = {
     "own": 2,
     "uniform": 3,
@@ -42,6 +44,9 @@ def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
             parts.append(checkpoint(_chunk, p, *sides, *cut, use_reentrant=False))
         outputs = tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
     divergence, nll, *statistics = outputs
+    if recording():
+        plan = "direct" if size >= p.rows else CHUNKED
+        record_autograd(Call("vocab_loss", "reference", plan, "", p.rows, p.student.vocabulary), [divergence, nll])
     names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
     return divergence, nll, {name: value.detach() for name, value in zip(names, statistics, strict=False)}
 

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 import torch
 
 from undo_kernels.library import register
+from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.philox import DRAW, ROUND, words
-from undo_kernels.segment import Segment
+from undo_kernels.segment import Segment, elements
 
 BLOCK = 1 << 16
 
@@ -47,6 +48,8 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
     Returns:
         ``[segments, 3]`` float64: sums of squares of theta before, of ``scale * N``, and of theta after.
     """
+    if recording():
+        record(Call("noise_", "reference", "inplace", "", len(segments), elements(segments)))
     sums = torch.zeros(len(segments), 3, dtype=torch.float64, device=segments[0].tensor.device)
     for row, segment in zip(sums, segments, strict=True):
         flat = segment.tensor.view(-1)

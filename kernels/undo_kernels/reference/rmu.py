@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from undo_kernels.library import register
+from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.noise import standard
 from undo_kernels.reference.philox import DRAW, words
 from undo_kernels.segment import name_hash
@@ -28,9 +29,13 @@ def rmu_loss(hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | 
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     difference = hidden.to(dtype) - coefficient * target.detach().to(dtype)
     if factor is None:
-        return difference.square().mean() if difference.numel() else difference.sum()
-    difference = torch.where(factor[:, None] == 0, 0.0, difference)
-    return (factor * difference.square().mean(-1)).sum()
+        loss = difference.square().mean() if difference.numel() else difference.sum()
+    else:
+        difference = torch.where(factor[:, None] == 0, 0.0, difference)
+        loss = (factor * difference.square().mean(-1)).sum()
+    if recording():
+        record_autograd(Call("rmu_loss", "reference", "direct", "", *hidden.shape), [loss])
+    return loss
 
 
 def misdirection(width: int, seed: int, law: str) -> torch.Tensor:

@@ -22,6 +22,7 @@ import triton
 from undo_kernels.library import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.record import Call, record, recording
 from undo_kernels.triton import recompute, rows, tuning
 from undo_kernels.triton.costs import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.device import current
@@ -158,6 +159,9 @@ class _Run:
 
     def result(self) -> Result:
         """Runs the plan."""
+        if recording():
+            plan, form = "inplace" if self.problem.inplace else self.plan.name, "interpreted" if INTERPRETED else ""
+            record(Call("vocab_loss", "triton", plan, form, self.n, self.vocabulary, self.shapes.gradient))
         if self.n:
             (_Recompute if self.plan.name == "recompute" else _Chunks)(self).passes()
         p, out = self.problem, self.row

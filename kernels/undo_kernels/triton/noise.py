@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 
 from undo_kernels.library import register
+from undo_kernels.record import Call, record, recording
 from undo_kernels.reference import noise as reference
-from undo_kernels.segment import Segment
+from undo_kernels.segment import Segment, elements
 from undo_kernels.triton import tuning
 from undo_kernels.triton.device import current
 
@@ -71,6 +72,9 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
             raise RuntimeError(f"backend: got triton for tensors on {device}, wanted {wanted}")
         if segment.tensor.numel():
             groups.setdefault((device, segment.tensor.dtype), []).append(row)
+    if recording():
+        form = "interpreted" if INTERPRETED else ""
+        record(Call("noise_", "triton", "inplace", form, len(segments), elements(segments)))
     sums = {device: torch.zeros(len(segments), 3, dtype=torch.float64, device=device) for device, _ in groups}
     for (device, dtype), rows in groups.items():
         _launch([(row, segments[row]) for row in rows], device, dtype, seed, stochastic_rounding, sums[device])

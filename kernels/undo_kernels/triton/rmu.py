@@ -12,6 +12,7 @@ import triton.language as tl
 
 from undo_kernels.library import register
 from undo_kernels.problem import gradient_dtype
+from undo_kernels.record import Call, record, recording
 from undo_kernels.triton.device import current
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -59,6 +60,8 @@ def rmu_loss(
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
     rows, width = hidden.shape
+    if recording():
+        record(Call("rmu_loss", "triton", "one pass", "interpreted" if INTERPRETED else "", rows, width, needs))
     gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
     partial = hidden.new_empty(rows, dtype=torch.float32)
     own = target.ndim == 2
