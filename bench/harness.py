@@ -153,7 +153,7 @@ def status(field: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware facts; ``name`` is also the name of the results file."""
+    """Hardware facts; ``name`` is also the name of the results file, and says which instruction set the C++ kernels use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
     fields = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", info.read_text().split("\n\n")[0], re.MULTILINE)) if info.exists() else {}
@@ -164,18 +164,33 @@ def machine(device: str) -> dict[str, Any]:
         "cpu_family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
         "cpu_cache": fields.get("cache size"),
         "vector_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|f16c", flag)),
+        "kernels_vector_units": vector_units(),
         "cores": cores,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "torch_vector_units": torch.backends.cpu.get_cpu_capability(),
     }
-    title = f"{model} {cores} cores"
+    title = f"{model} {cores} cores {facts['kernels_vector_units']}"
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         title = gpu.name
         facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
         facts |= {"cuda": torch.version.cuda or torch.version.hip}
     return {"name": re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", "", title.lower())).strip("-"), **facts}
+
+
+def vector_units() -> str:
+    """The best that the C++ kernels use here: avx512, avx2 or plain, with ``+amx`` where there are tiles; ``none`` where none are built."""
+    from undo_kernels.cpu.losses import _cpu
+
+    if _cpu is None:
+        return "none"
+    return _cpu.instruction_set("") + ("+amx" if _cpu.amx_available() else "")
+
+
+def processor(facts: Mapping[str, Any]) -> str:
+    """Which processor, as closely as it says: the names of several in a cloud are the same."""
+    return "-".join([facts["name"], *(part or "?" for part in facts["cpu_family_model_stepping"])])
 
 
 def versions() -> dict[str, str | None]:
@@ -278,9 +293,30 @@ def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return next((record for record in row["contenders"] if record["name"] == name), None)
 
 
+def same_path(record: Mapping[str, Any], where: str) -> None:
+    """Errors and memory must be of what was timed.
+
+    Raises:
+        ValueError: undo-core took another backend, plan or form in one of them.
+    """
+    if not record.get("samples_s"):
+        return
+    kept = {mode: record.get(key, {}).get("ran") for mode, key in (("both", "memory"), ("forward", "forward_memory"))}
+    for kind, others in (("verified", record.get("verification", {}).get("ran", {})), ("measured the memory of", kept)):
+        for mode, ran in record["ran"].items():
+            if others.get(mode) is not None and others[mode] != ran:
+                raise ValueError(f"{where}, {mode}: timed {path(ran)}, but {kind} {path(others[mode])}")
+
+
+def path(ran: Sequence[Mapping[str, Any]]) -> str:
+    """What ran, for people: backend, plan and form, each once."""
+    words = [", ".join(filter(None, (call["backend"], call["plan"], call["form"]))) for call in ran]
+    return "; ".join(dict.fromkeys(words)) or "none of undo-core's kernels"
+
+
 def gradient_error(record: Mapping[str, Any]) -> float | None:
-    """The larger of a contender's two gradient errors: on the captured problem where there is one, else on the small one."""
-    checked = record.get("captured", record.get("verification"))
+    """The larger of a contender's two gradient errors."""
+    checked = record.get("verification")
     return max(checked["d_hidden"], checked["d_weight"]) if checked else None
 
 
