@@ -10,7 +10,7 @@ from typing import Any
 import measuring
 import runner
 from contenders import Ran, observed
-from harness import path
+from harness import AnotherPath, path
 from measuring import Suite
 from peers import CONTENDERS
 from problems import ALL, DEFAULT, ERROR_PAIRS, Approaching, Row, divergence_oracle, draw, errors
@@ -102,7 +102,7 @@ def error_section(device: str, options: argparse.Namespace, progress: Progress) 
     for dtype, row in like.items():
         here = {pair: curve for pair, curve in curves.items() if pair[1] == dtype and curve["status"] is None}
         for (name, _), curve in here.items():
-            curve["ran"] = _ran_in(row, name, device)
+            curve["ran"] = {"both": _ran_in(row, name, device)}
         measuring.forget_compiled(SUITE, [name for name, _ in here])
         for seed in range(seeds):
             student = Approaching(row, ERROR_PAIRS[device] // row.vocabulary, device, seed)
@@ -110,11 +110,11 @@ def error_section(device: str, options: argparse.Namespace, progress: Progress) 
                 inputs, wanted = student.within(target)
                 for (name, _), curve in here.items():
                     curve["tokens"] = len(inputs.student_hidden)
-                    plan = next((call["plan"] for call in curve["ran"] if call["plan"] in STATED), "auto")
+                    plan = next((call["plan"] for call in curve["ran"]["both"] if call["plan"] in STATED), "auto")
                     got, ran = observed(CONTENDERS[name].step(replace(inputs, plan=plan)))
-                    if ran != curve["ran"]:
-                        raise RuntimeError(
-                            f"{name}, {dtype}, KL {target:g}: ran {path(ran)}, wanted {path(curve['ran'])} as in row {row.id}"
+                    if ran != (wanted_path := curve["ran"]["both"]):
+                        raise AnotherPath(
+                            f"{name}, {dtype}, KL {target:g}: ran {path(ran)}, wanted {path(wanted_path)} as in row {row.id}"
                         )
                     curve["points"][number]["seeds"].append({"kl": float(wanted[0])} | errors(got, wanted) | {"ran": ran})
                     progress.update(task, advance=1, description=f"gradient error: {curve['label']}, KL {target:g}")

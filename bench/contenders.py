@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import torch
 import undo_kernels
 from problems import Inputs, Outputs
@@ -119,3 +120,16 @@ def observed(step: Callable[[], Any]) -> tuple[Any, Ran]:
     with undo_kernels.recorded() as calls:
         outputs = step()
     return outputs, summarised(calls)
+
+
+def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement of memory, and what ran in it."""
+    measured, ran = observed(measure)
+    return measured | {"ran": ran}
+
+
+def note_ran(record: dict[str, Any], mode: str, ran: Ran) -> None:
+    """Every timed sample of a contender must be of one and the same path."""
+    if record["ran"].setdefault(mode, ran) != ran:
+        ways = " in one round and ".join(map(harness.path, (record["ran"][mode], ran)))
+        raise harness.AnotherPath(f"{record['name']}, {mode}: ran {ways} in another")

@@ -293,19 +293,25 @@ def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return next((record for record in row["contenders"] if record["name"] == name), None)
 
 
+class AnotherPath(ValueError):
+    """A figure of something else than it is said to be of: undo-core ran another backend, plan or form."""
+
+
 def same_path(record: Mapping[str, Any], where: str) -> None:
     """Errors and memory must be of what was timed.
 
     Raises:
-        ValueError: undo-core took another backend, plan or form in one of them.
+        AnotherPath: undo-core took another one there, or what was timed is not known.
     """
     if not record.get("samples_s"):
         return
+    if "verification" in record and "ran" not in record:
+        raise AnotherPath(f"{where}: verified, but what was timed was not noted")
     kept = {mode: record.get(key, {}).get("ran") for mode, key in (("both", "memory"), ("forward", "forward_memory"))}
     for kind, others in (("verified", record.get("verification", {}).get("ran", {})), ("measured the memory of", kept)):
-        for mode, ran in record["ran"].items():
+        for mode, ran in record.get("ran", {}).items():
             if others.get(mode) is not None and others[mode] != ran:
-                raise ValueError(f"{where}, {mode}: timed {path(ran)}, but {kind} {path(others[mode])}")
+                raise AnotherPath(f"{where}, {mode}: timed {path(ran)}, but {kind} {path(others[mode])}")
 
 
 def path(ran: Sequence[Mapping[str, Any]]) -> str:

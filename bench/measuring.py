@@ -23,7 +23,7 @@ import ceilings
 import harness
 import torch
 import undo_kernels
-from contenders import Contender, Ran, observed, summarised
+from contenders import Contender, note_ran, observed, summarised, watched
 from problems import DEFAULT, DTYPES, Inputs, Outputs, Row, draw, errors, verdict
 from rich.progress import Progress
 
@@ -177,12 +177,6 @@ def memory(
     return found
 
 
-def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement of memory, and what ran in it."""
-    measured, ran = observed(measure)
-    return measured | {"ran": ran}
-
-
 def worker(suite: Suite, request: dict[str, Any]) -> None:
     """The process of its own: measure one contender's memory on a CPU and print it as JSON.
 
@@ -268,19 +262,13 @@ def measure(
     }
 
 
-def note_ran(record: dict[str, Any], mode: str, ran: Ran) -> None:
-    """Every timed sample of a contender must be of one and the same path."""
-    if record["ran"].setdefault(mode, ran) != ran:
-        raise RuntimeError(f"{record['name']}, {mode}: ran {record['ran'][mode]} in one round and {ran} in another")
-
-
 def remeasure_accuracy(
     suite: Suite, row: Row, found: dict[str, Any] | None, options: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
     """The recorded row with its contenders verified anew and nothing timed; a row of verifications where there is none.
 
     Raises:
-        ValueError: a contender now runs another path than the one that was timed.
+        harness.AnotherPath: a contender now runs another path than the one that was timed.
     """
     names = _names(suite, row, options)
     there = {record["name"]: record for record in found["contenders"]} if found else {}
@@ -290,12 +278,12 @@ def remeasure_accuracy(
         old = there.get(name, {})
         records[name] = suite.blank(suite.contenders[name], row, options.device, old.get("workspace_bytes"))
     inputs = suite.drawn(row, options.device, None)
-    _verify_all(suite, row, records, names, inputs, options.device, progress, task, {})
+    _verify_all(suite, row, records, names, inputs, options.device, progress, task, None)
     progress.remove_task(task)
     made = options.provenance()
     for name, record in records.items():
         if record["status"] == "ready":
-            record["status"] = "verified"
+            record["status"] = "verified" if "verification" in record else "not timed"
         if "samples_s" in there.get(name, {}):
             timed = {key: value for key, value in there[name].items() if key not in ("verification", "notes")}
             failed = {"status": record["status"]} if record["status"] != "verified" else {}
@@ -323,9 +311,9 @@ def _verify_all(
     device: str,
     progress: Progress,
     task: Any,
-    steps: dict[tuple[str, str], Callable[[], Any]],
+    steps: dict[tuple[str, str], Callable[[], Any]] | None,
 ) -> float:
-    """Build, warm up and verify; what passes is added to ``steps``. Returns the true loss."""
+    """Build, warm up and verify; what passes is added to ``steps``, if it will be timed. Returns the true loss."""
     oracles = Oracles(suite, inputs)
     forget_compiled(suite, names)
     for name in names:
@@ -334,14 +322,15 @@ def _verify_all(
         if record["status"] == "ready":
             try:
                 own = {mode: contender.step(problem_of(contender, record, inputs), mode) for mode in harness.SAMPLES}
-                record["first_s"] = harness.stopwatch(device)(own["both"])
+                if steps is not None:
+                    record["first_s"] = harness.stopwatch(device)(own["both"])
                 if contender.is_loss:
                     checked = verify(contender, own, oracles.of(contender), row.dtype)
                     record = records[name] = judged(record, contender, checked, row.dtype)
                 else:
                     for step in own.values():
                         step()
-                if record["status"] == "ready":
+                if steps is not None and record["status"] == "ready":
                     steps |= {(name, mode): step for mode, step in own.items()}
             except Exception as error:  # as above
                 record["status"] = f"failed: {first_line(error)}"

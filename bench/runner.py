@@ -199,6 +199,15 @@ def captured(options: argparse.Namespace, contenders: tuple[str, ...]) -> Iterat
         ]
 
 
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Where a figure would be of something else than its label says, it is not written, and one line says why."""
+    try:
+        yield
+    except harness.AnotherPath as error:
+        raise SystemExit(f"{error}; {path} stays as it was") from None
+
+
 def main(suite: Suite, description: str, arguments: Sequence[str] | None = None) -> None:
     options = parse(suite, description, arguments)
     if options.threads:
@@ -216,7 +225,11 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
     results = load(path, name, options, suite.sections)
     rows = [(row, None) for row in (suite.quick if options.quick else suite.rows)[options.device]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with captured(options, rows[0][0].contenders) as further, Progress(*columns, console=console, transient=True) as progress:
+    with (
+        captured(options, rows[0][0].contenders) as further,
+        Progress(*columns, console=console, transient=True) as progress,
+        refused(path),
+    ):
         rows += further
         there = {found["id"]: found for found in results["rows"]}
         order = list(dict.fromkeys([*(row.id for row, _ in rows), *there]))
