@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 LESS_ACCURATE = "less accurate than its dtype allows"
 LEAST, MOST, ROW_SECONDS = 3, 9, 15.0  # rounds of a row by default, as many as fit
-WARM_UP_TOKENS = 64  # of the row's own, in the process that measures memory
+WARM_UP_TOKENS = 128  # of the row's own, in the process that measures memory: enough for the kernels to run
 
 Section = Callable[[str, argparse.Namespace, Progress], Any]
 
