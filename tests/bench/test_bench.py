@@ -312,7 +312,7 @@ def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_pat
         assert errors[1] > 0.3 if curve["name"] == "plain" else max(errors) < (1e-2 if curve["dtype"] == "bfloat16" else 1e-3)
     if KERNELS == "cpu":
         monkeypatch.setattr(bench_kl, "_ran_in", lambda *arguments: [])
-        with pytest.raises(SystemExit, match=r"undo-core, float32, KL 1: ran cpu, chunk, .*wanted none of undo-core's kernels"):
+        with pytest.raises(SystemExit, match="undo-core, float32, KL 1: ran reference, direct, wanted none"):
             bench_kl.main([*arguments, "--fresh"])
 
 

@@ -67,11 +67,14 @@ def test_instructions_are_counted_and_more_of_them_fail(gate, tmp_path, capsys):
 
 @needs_kernels
 def test_numbers_are_compared_with_those_of_the_backend_that_ran(gate, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "STEPS", {"kl f32": ("kl", gate.Row("gate", 64, 8209, 8, "float32", None, ()))})
     with gate.undo_kernels.backend("reference"):
         assert gate.main(["--only", "calls"]) == 1
     assert "calls: not compared: the baseline is of backend cpu, this is backend reference" in capsys.readouterr().out
     monkeypatch.setattr(gate, "ratio", lambda: {"kl": 1.0})
-    small = {name: (suite, gate.replace(row, tokens=64, vocabulary=8209)) for name, (suite, row) in gate.RATIOS.items()}
+    small = {
+        name: (suite, gate.replace(row, tokens=64, vocabulary=8209, width=8)) for name, (suite, row) in gate.RATIOS.items()
+    }
     monkeypatch.setattr(gate, "RATIOS", small)
     here = gate.harness.processor(gate.harness.machine("cpu"))
     assert gate.ratio_key() == here
