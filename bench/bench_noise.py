@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     given = list(sys.argv[1:] if arguments is None else arguments)
     options.provenance = lambda: harness.provenance("bench/bench_noise.py", given)
     rows = [measure(row, options) for row in ROWS if not options.only or row.id in options.only]

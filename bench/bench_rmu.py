@@ -354,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.worker:
         worker(json.loads(options.worker))
         return []
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     rows = [row for row in rows_of(options) if not options.only or row.id in options.only]
     measured = []

@@ -302,6 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         request = json.loads(options.worker)
         worker(request["name"], Shape(**request["shape"]), request["steps"], Path(request["folder"]))
         return 0
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     if options.steps < 2:
         parser.error(f"--steps: got {options.steps}, wanted at least 2: the first is a warm-up")
     small = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -193,6 +194,11 @@ def processor(facts: Mapping[str, Any]) -> str:
     return "-".join([facts["name"], *(part or "?" for part in facts["cpu_family_model_stepping"])])
 
 
+def whereabouts(facts: Mapping[str, Any]) -> str:
+    """The machine, for people."""
+    return facts.get("gpu") or f"{facts['cpu']} ({facts['kernels_vector_units']}), {facts['cores']} cores"
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what took part; None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -211,8 +217,9 @@ def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {"when": now, "commit": commit(), "command": command, "threads": torch.get_num_threads(), "versions": versions()}
 
 
+@functools.cache
 def commit() -> str:
-    """The commit, with ``+changes`` where code (not results) differs from it."""
+    """The commit, with ``+changes`` where code (not results) differs from it; when it is first asked for, at the start of a command."""
 
     def git(*arguments: str) -> str | None:
         try:

@@ -101,7 +101,7 @@ examples:
   python {script} --activations runs/NAME/stages/distill-KEY      on those of a distilled student and its teacher
   python {script} --device cuda --rounds 20           on a GPU
   python bench/tables.py README.md RESULTS.json       then: the table in the README
-  python bench/plot.py                                and the pictures, of every recorded file
+  python bench/plot.py                                and the pictures, of this machine's files
 
 Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]'; one that is missing is a row that says so.""",
     )
@@ -215,6 +215,7 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
     if options.worker:
         worker(suite, json.loads(options.worker))
         return
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     given = list(sys.argv[1:] if arguments is None else arguments)
     if options.out and "--out" in given:  # where the file lies has no part in what was measured
         at = given.index("--out")

@@ -202,8 +202,7 @@ def _error_table(section: dict[str, Any]) -> str:
 
 
 def _footer(results: dict[str, Any], source: str) -> str:
-    facts = results["machine"]
-    where = facts.get("gpu") or f"{facts['cpu']} ({facts['kernels_vector_units']}), {facts['cores']} cores"
+    where = harness.whereabouts(results["machine"])
     made = [row[key] for row in results["rows"] for key in ("provenance", "accuracy_provenance") if key in row]
     made += [section["provenance"] for section in [results.get("error_versus_kl")] if section]
     commands = list(dict.fromkeys(one["command"] for one in made))
