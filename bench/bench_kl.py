@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import measuring
 import runner
-from contenders import used_backend
+from contenders import Ran, observed
+from harness import AnotherPath, path
 from measuring import Suite
 from peers import CONTENDERS
-from problems import ALL, DTYPES, Row, at_divergence, divergence_oracle, errors
+from problems import ALL, DEFAULT, ERROR_PAIRS, Approaching, Row, divergence_oracle, draw, errors
 from rich.progress import Progress
 from rich.table import Table
 from runner import console
 
 ERROR_TARGETS = [10.0**-k for k in range(7)]
 ERROR_SEEDS = 3
+STATED = ("direct", "chunk", "recompute")  # plans that a caller can ask for
 ERROR = "error"  # the section on gradient error against KL, by the name that --only knows it by
 
 CPU = ("undo-core", "undo-reference", "plain", "compile", "liger-chunked", "liger-triton", "liger-kl", "trl", "products")
@@ -68,9 +71,9 @@ ROWS = {
         *_sweep("cuda"),
     ],
 }
-QUICK = {
+QUICK = {  # as small as it gets while the kernels run: dispatch leaves less to plain PyTorch
     device: [
-        Row(f"quick-{short}", 64, 1000, 32, dtype, None, names) for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
+        Row(f"quick-{short}", 64, 8209, 32, dtype, None, names) for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
     ]
     for device, names in (("cpu", ("undo-core", "undo-core-workspace", *CPU[1:])), ("cuda", CUDA))
 }
@@ -80,44 +83,60 @@ QUICK = {
 
 
 def error_section(device: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Relative gradient errors as the true KL falls: undo-core in float32 and bfloat16, everybody else in bfloat16."""
+    """Relative gradient errors as the true KL falls: undo-core in float32 and bfloat16, everybody else in bfloat16.
+
+    The problems have the shape of a default row of each dtype, but for fewer tokens; undo-core runs the plan that it takes for the
+    whole row, which is called once to see.
+    """
     rows = QUICK[device] if options.quick else ROWS[device]
     names = [name for name in dict.fromkeys(n for row in rows for n in row.contenders) if CONTENDERS[name].is_loss]
     names = [name for name in names if name not in ("undo-core-workspace", "undo-core-lse", "undo-reference")]
     pairs = [("undo-core", "float32"), *((name, "bfloat16") for name in names)]
     pairs = [pair for pair in pairs if options.contenders is None or pair[0] in options.contenders]
+    like = {dtype: next(r for r in rows if r.dtype == dtype and r.group == DEFAULT) for dtype in dict.fromkeys(d for _, d in pairs)
+            if any(r.dtype == dtype and r.group == DEFAULT for r in rows)}  # fmt: skip
+    pairs = [pair for pair in pairs if pair[1] in like]
     seeds = 1 if options.quick else ERROR_SEEDS
-    problems = {
-        (dtype, target, seed): at_divergence(target, dtype, device, seed)
-        for dtype in dict.fromkeys(dtype for _, dtype in pairs)
-        for target in ERROR_TARGETS
-        for seed in range(seeds)
-    }
-    task = progress.add_task("gradient error against KL", total=len(pairs) * len(ERROR_TARGETS))
-    curves = []
-    for name, dtype in pairs:
-        contender = CONTENDERS[name]
-        measuring.forget_compiled(SUITE, [name])
-        curve: dict[str, Any] = {
-            "name": name,
-            "label": contender.label,
-            "dtype": dtype,
-            "status": contender.missing(device),
-            "points": [],
-        }
-        curves.append(curve)
-        if name == "undo-core":
-            curve["backend"] = used_backend(device, DTYPES[dtype])
-        for target in ERROR_TARGETS if curve["status"] is None else ():
-            runs = []
-            for seed in range(seeds):
-                inputs, wanted = problems[dtype, target, seed]
-                runs.append({"kl": float(wanted[0])} | errors(contender.step(inputs)(), wanted))
-            curve["points"].append({"target_kl": target, "seeds": runs})
-            progress.update(task, advance=1, description=f"gradient error: {contender.label}, KL {target:g}")
-        curve["status"] = curve["status"] or "measured"
+    task = progress.add_task("gradient error against KL", total=seeds * len(pairs) * len(ERROR_TARGETS))
+    curves = {pair: _blank_curve(*pair, like[pair[1]], device) for pair in pairs}
+    for dtype, row in like.items():
+        here = {pair: curve for pair, curve in curves.items() if pair[1] == dtype and curve["status"] is None}
+        for (name, _), curve in here.items():
+            curve["ran"] = {"both": _ran_in(row, name, device)}
+        measuring.forget_compiled(SUITE, [name for name, _ in here])
+        for seed in range(seeds):
+            student = Approaching(row, ERROR_PAIRS[device] // row.vocabulary, device, seed)
+            for number, target in enumerate(ERROR_TARGETS):
+                inputs, wanted = student.within(target)
+                for (name, _), curve in here.items():
+                    curve["tokens"] = len(inputs.student_hidden)
+                    plan = next((call["plan"] for call in curve["ran"]["both"] if call["plan"] in STATED), "auto")
+                    got, ran = observed(CONTENDERS[name].step(replace(inputs, plan=plan)))
+                    if ran != (wanted_path := curve["ran"]["both"]):
+                        raise AnotherPath(
+                            f"{name}, {dtype}, KL {target:g}: ran {path(ran)}, wanted {path(wanted_path)} as in row {row.id}"
+                        )
+                    curve["points"][number]["seeds"].append({"kl": float(wanted[0])} | errors(got, wanted) | {"ran": ran})
+                    progress.update(task, advance=1, description=f"gradient error: {curve['label']}, KL {target:g}")
+        for curve in here.values():
+            curve["status"] = "measured"
+    for curve in curves.values():
+        curve["points"] = [point for point in curve["points"] if point["seeds"]]
     progress.remove_task(task)
-    return {"provenance": options.provenance(), "seeds": seeds, "curves": curves}
+    return {"provenance": options.provenance(), "seeds": seeds, "curves": list(curves.values())}
+
+
+def _blank_curve(name: str, dtype: str, row: Row, device: str) -> dict[str, Any]:
+    contender = CONTENDERS[name]
+    about = {"name": name, "label": contender.label, "dtype": dtype, "row": row.id, "status": contender.missing(device)}
+    return about | {"points": [{"target_kl": target, "seeds": []} for target in ERROR_TARGETS]}
+
+
+def _ran_in(row: Row, name: str, device: str) -> Ran:
+    """What a contender of undo-core's runs for the whole row."""
+    if not name.startswith("undo-"):
+        return []
+    return observed(CONTENDERS[name].step(draw(row, device)))[1]
 
 
 def show_errors(section: dict[str, Any]) -> None:

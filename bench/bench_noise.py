@@ -1,7 +1,7 @@
 """In-place noise on the published 0.1B model's tensors, beside torch's usual way: draw a tensor of noise, shrink, add.
 
 Interleaved rounds in one process; peak extra memory in a fresh process each on a CPU. M values/s are of the median round and of the
-best one.
+best one. What undo-core ran, as its kernels say themselves, stands beside both; a difference is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import harness
 import torch
+import undo_kernels
+from contenders import note_ran, observed, summarised, watched
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -97,7 +99,7 @@ def memory(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda":
         step = CONTENDERS[name](draw(row, "cuda", options.quick), row)
         step()
-        return harness.peak_extra_cuda(step, 0)
+        return watched(lambda: harness.peak_extra_cuda(step, 0))
     request = {"row": asdict(row), "contender": name, "quick": options.quick}
     return harness.in_fresh_process(Path(__file__), request, torch.get_num_threads())
 
@@ -107,18 +109,26 @@ def worker(request: dict[str, Any]) -> None:
     row, build = Row(**request["row"]), CONTENDERS[request["contender"]]
     small = {"w": torch.ones(64, 64, dtype=getattr(torch, row.dtype))}
     step = build(draw(row, "cpu", request["quick"]), row)
-    print(json.dumps(harness.peak_extra_cpu(build(small, row), step, 0)))
+    build(small, row)()
+    print(json.dumps(watched(lambda: harness.peak_extra_cpu(lambda: None, step, 0))))
 
 
 def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Memory and time of both."""
-    records = {name: {"name": name, "memory": memory(name, row, options), "samples_s": []} for name in CONTENDERS}
+    records: dict[str, dict[str, Any]] = {
+        name: {"name": name, "memory": memory(name, row, options), "samples_s": [], "ran": {}} for name in CONTENDERS
+    }
     tensors = draw(row, options.device, options.quick)
     steps = {name: build(tensors, row) for name, build in CONTENDERS.items()}
     for step in steps.values():
         step()
-    for name, taken in harness.interleave(steps, options.rounds, options.device):
-        records[name]["samples_s"].append(taken)
+    with undo_kernels.recorded() as calls:
+        for name, taken in harness.interleave(steps, options.rounds, options.device):
+            records[name]["samples_s"].append(taken)
+            note_ran(records[name], "both", summarised(calls))
+            calls.clear()
+    for name, record in records.items():
+        harness.same_path(record, f"{row.id}: {name}")
     values = sum(tensor.numel() for tensor in tensors.values())
     return asdict(row) | {"values": values, "provenance": options.provenance(), "contenders": list(records.values())}
 
@@ -156,7 +166,8 @@ def test_noise(benchmark: Any, row: Row, device: str, quick: bool, contender: st
             torch.cuda.synchronize()
 
     benchmark.group = f"noise {'quick-' * quick}{row.id}"
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    _, ran = observed(lambda: benchmark.pedantic(run, rounds=5, warmup_rounds=1))
+    benchmark.extra_info |= {"ran": ran}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -184,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     given = list(sys.argv[1:] if arguments is None else arguments)
     options.provenance = lambda: harness.provenance("bench/bench_noise.py", given)
     rows = [measure(row, options) for row in ROWS if not options.only or row.id in options.only]

@@ -4,7 +4,8 @@ step: forget and retain text through a 12-layer decoder, backward, AdamW. The us
       state (and so computes every layer and the logits), and gives every parameter a gradient and two moments.
 op:   loss and gradient of [tokens, width] activations: ops.rmu_loss beside mse_loss in the same dtype.
 
-Loss and gradients are compared before anything is timed: the step's with the usual way's, the op's with float64. Memory is the peak
+Loss and gradients are compared before anything is timed, at the timed size: the step's with the usual way's, the op's with float64. What
+undo-core ran, as its kernels say themselves, stands beside errors, memory and times; a difference is an error. Memory is the peak
 of a process of its own beyond what it had before it built its models (step) or beyond inputs and gradient (op); time is
 interleaved, see harness.py. Prints a table; results go to bench/results/rmu-cpu/MACHINE-VERSION.json.
 """
@@ -25,6 +26,8 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
+import undo_kernels
+from contenders import note_ran, observed, summarised, watched
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -153,20 +156,24 @@ def usual_step(row: StepRow, model: PreTrainedModel) -> Stepper:
 STEPS = {"undo-core": undo_step, "usual": usual_step}
 
 
-def step_errors(row: StepRow) -> dict[str, float]:
-    """Relative differences of loss and trained gradients between the two, after a few steps of one that the other is given."""
+def step_errors(row: StepRow) -> dict[str, Any]:
+    """Relative differences of loss and trained gradients between the two, after a few steps of one that the other is given.
+
+    It is a verification of undo-core's step by the usual one, and has what the former ran.
+    """
     model = build_model(row)
     ours, other = undo_step(row, model), copy.deepcopy(model)
     theirs = usual_step(row, other)
     for _ in range(3):
         ours(True)
     other.load_state_dict(model.state_dict())
-    losses = [float(step(False)) for step in (ours, theirs)]
+    loss, ran = observed(lambda: ours(False))
+    losses = [float(loss), float(theirs(False))]
     twin = dict(other.named_parameters())
     pairs = [(p.grad, twin[name].grad) for name, p in model.named_parameters() if p.grad is not None]
     assert len(pairs) == row.target - row.first
     worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
-    return {"loss": abs(losses[0] / losses[1] - 1), "gradient": worst}
+    return {"loss": abs(losses[0] / losses[1] - 1), "gradient": worst, "ran": {"both": ran}}
 
 
 # -- the op --------------------------------------------------------------------------------------------------------------------
@@ -192,14 +199,15 @@ def op(name: str, row: OpRow, hidden: torch.Tensor, target: torch.Tensor) -> Cal
     return run
 
 
-def op_errors(name: str, row: OpRow, device: str) -> dict[str, float]:
-    """Against float64."""
-    hidden, target = draw(dataclasses.replace(row, tokens=61), device)
-    loss, gradient = op(name, row, hidden, target)()
+def op_errors(name: str, row: OpRow, device: str) -> dict[str, Any]:
+    """Of the timed problem, against float64."""
+    hidden, target = draw(row, device)
+    (loss, gradient), ran = observed(op(name, row, hidden, target))
     difference = hidden.detach().double() - COEFFICIENT * target.double()
     wanted = 2 * difference / difference.numel()
     found = float(difference.square().mean())
-    return {"loss": abs(float(loss) / found - 1), "gradient": float((gradient.double() - wanted).norm() / wanted.norm())}
+    worst = float((gradient.double() - wanted).norm() / wanted.norm())
+    return {"loss": abs(float(loss) / found - 1), "gradient": worst, "ran": {"both": ran}}
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------------------
@@ -216,30 +224,36 @@ def worker(request: dict[str, Any]) -> None:
             for _ in range(2):  # the second one has the optimizer's moments beside its activations
                 step(True)
 
-        measured = harness.peak_extra_cpu(lambda: steps(small), lambda: steps(row), 0)
+        steps(small)
+        measured = watched(lambda: harness.peak_extra_cpu(lambda: None, lambda: steps(row), 0))
     else:
         row = OpRow(**request["row"])
         inputs = draw(row)
         warm = dataclasses.replace(row, tokens=7)
         size = inputs[0].numel() * inputs[0].element_size()
-        measured = harness.peak_extra_cpu(op(name, warm, *draw(warm)), op(name, row, *inputs), size)
+        op(name, warm, *draw(warm))()
+        measured = watched(lambda: harness.peak_extra_cpu(lambda: None, op(name, row, *inputs), size))
     print(json.dumps(measured))
 
 
 def measure(row: StepRow | OpRow, options: argparse.Namespace) -> dict[str, Any]:
     kind = "step" if isinstance(row, StepRow) else "op"
     load = os.getloadavg()
-    records = {name: {"name": name, "samples_s": []} for name in CONTENDERS}
+    records: dict[str, dict[str, Any]] = {name: {"name": name, "samples_s": [], "ran": {}} for name in CONTENDERS}
     for name, record in records.items():
         if options.device == "cuda":
             inputs = draw(row, "cuda")
             run = op(name, row, *inputs)
             run()
-            record["memory"] = harness.peak_extra_cuda(run, inputs[0].numel() * inputs[0].element_size())
+            size = inputs[0].numel() * inputs[0].element_size()
+            record["memory"] = watched(lambda run=run, size=size: harness.peak_extra_cuda(run, size))
         elif not options.no_memory:
             request = {"kind": kind, "row": asdict(row), "contender": name}
             record["memory"] = harness.in_fresh_process(Path(__file__), request, torch.get_num_threads())
-        record["verification"] = step_errors(row) if kind == "step" else op_errors(name, row, options.device)
+        if kind == "op":
+            record["verification"] = op_errors(name, row, options.device)
+    if kind == "step":
+        records["undo-core"]["verification"] = step_errors(row)
     if kind == "step":
         steps = {name: STEPS[name](row, build_model(row)) for name in CONTENDERS}
         runs = {name: (lambda step=step: step(True)) for name, step in steps.items()}
@@ -248,8 +262,13 @@ def measure(row: StepRow | OpRow, options: argparse.Namespace) -> dict[str, Any]
         runs = {name: op(name, row, *inputs) for name in CONTENDERS}
     for run in (*runs.values(), *runs.values()):
         run()
-    for name, taken in harness.interleave(runs, options.rounds * (1 if kind == "step" else 5), options.device):
-        records[name]["samples_s"].append(taken)
+    with undo_kernels.recorded() as calls:
+        for name, taken in harness.interleave(runs, options.rounds * (1 if kind == "step" else 5), options.device):
+            records[name]["samples_s"].append(taken)
+            note_ran(records[name], "both", summarised(calls))
+            calls.clear()
+    for name, record in records.items():
+        harness.same_path(record, f"{row.id}: {name}")
     loads = {"load_before": load, "load_after": os.getloadavg()}
     made = harness.provenance("bench/bench_rmu.py", options.given)
     return {"kind": kind, **asdict(row), **loads, "provenance": made, "contenders": list(records.values())}
@@ -271,7 +290,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 harness.times(harness.ratio(record, usual)),
                 harness.megabytes(own),
                 harness.times(share),
-                *(harness.percent(record["verification"][part]) for part in ("loss", "gradient")),
+                *(harness.percent(record.get("verification", {}).get(part)) for part in ("loss", "gradient")),
             )
     console.print(table)
 
@@ -293,7 +312,8 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def test_rmu(benchmark: Any, row: StepRow | OpRow, contender: str) -> None:
     step = STEPS[contender](row, build_model(row)) if isinstance(row, StepRow) else op(contender, row, *draw(row))
     benchmark.group = f"rmu {row.id}"
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    _, ran = observed(lambda: benchmark.pedantic(step, rounds=5, warmup_rounds=1))
+    benchmark.extra_info |= {"ran": ran}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -334,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.worker:
         worker(json.loads(options.worker))
         return []
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     rows = [row for row in rows_of(options) if not options.only or row.id in options.only]
     measured = []

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from bench_step import Shape, plain_loop
+from contenders import observed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from undo_core import CachedTeacher, TrainConfig, cache_teacher, distill, noise_
@@ -108,14 +109,15 @@ def measure(name: str, shape: Shape, steps: int, rows: int, device: torch.device
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if name == "plain":
-        loss = plain_loop(student, teacher, text, config)
+        loss, ran = observed(lambda: plain_loop(student, teacher, text, config))
     else:
-        loss = distill(student, teacher, text, config, progress=False).history[-1]["loss"]
+        loss, ran = observed(lambda: distill(student, teacher, text, config, progress=False).history[-1]["loss"])
     stamps = [*text.noted[-steps:], moment(device)]
     seconds = statistics.median(b - a for a, b in itertools.pairwise(stamps[1:]))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     tokens = rows * (shape.length - 1)
-    return {"rows": rows, "loss": loss, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak}
+    speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {"rows": rows, "loss": loss, **speed, "peak_bytes": peak, "ran": {"both": ran}}
 
 
 def largest(rows: int, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:

@@ -1,18 +1,16 @@
-"""What a contender is: one way from inputs to a loss, timed with and without its gradients; and undo-core's own backend."""
+"""What a contender is: one way from inputs to a loss, timed with and without its gradients; and what ran when it was called."""
 
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import torch
 import undo_kernels
 from problems import Inputs, Outputs
-
-from undo_core import ops
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Contender:
         softcap: whether it knows softcaps; without, it runs the problem without one.
         compiles: whether its first step compiles.
         is_loss: False for the bare products: ``build`` gives the whole step, and nothing verifies it.
+        backend: of undo-core's that it must run on, or None.
         differs: what sets its arithmetic apart where the inputs have 16 bits.
         note: what else a reader must know.
     """
@@ -42,6 +41,7 @@ class Contender:
     softcap: bool = True
     compiles: bool = False
     is_loss: bool = True
+    backend: str | None = None
     differs: str = ""
     note: str = ""
 
@@ -105,13 +105,31 @@ def products(inputs: Inputs, teacher: bool) -> Callable[[], Outputs]:
     return step
 
 
-def used_backend(device: str, dtype: torch.dtype) -> str:
-    """The backend that the default resolves to here: what the device prefers, if it takes such a call without falling back."""
-    wanted = undo_kernels.requested_backend() or ("cpu" if device == "cpu" else "triton")
-    hidden = torch.ones(2, 8, dtype=dtype, device=device)
-    weight = torch.ones(3, 8, dtype=dtype, device=device)
-    undo_kernels.library._warned.clear()  # a fallback says so once; the question is put for several dtypes
-    with warnings.catch_warnings(record=True) as caught, undo_kernels.backend(wanted):
-        warnings.simplefilter("always")
-        ops.linear_kl_div(hidden, weight, hidden, weight)
-    return "reference" if any(issubclass(w.category, undo_kernels.BackendWarning) for w in caught) else wanted
+Ran = list[dict[str, Any]]  # of one call: the kernels that ran, each way once, as JSON has it
+
+
+def summarised(calls: Iterable[undo_kernels.Call]) -> Ran:
+    """Backend, plan and form of recorded calls, each once and in order; sizes are left out, for problems of several sizes."""
+    kept = ("op", "backend", "plan", "form", "gradient")
+    found = [{name: getattr(call, name) for name in kept} for call in calls]
+    return [one for place, one in enumerate(found) if one not in found[:place]]
+
+
+def observed(step: Callable[[], Any]) -> tuple[Any, Ran]:
+    """What a step returns, and which of undo-core's kernels it ran: none for the others."""
+    with undo_kernels.recorded() as calls:
+        outputs = step()
+    return outputs, summarised(calls)
+
+
+def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement of memory, and what ran in it."""
+    measured, ran = observed(measure)
+    return measured | {"ran": ran}
+
+
+def note_ran(record: dict[str, Any], mode: str, ran: Ran) -> None:
+    """Every timed sample of a contender must be of one and the same path."""
+    if record["ran"].setdefault(mode, ran) != ran:
+        ways = " in one round and ".join(map(harness.path, (record["ran"][mode], ran)))
+        raise harness.AnotherPath(f"{record['name']}, {mode}: ran {ways} in another")

@@ -6,8 +6,10 @@ plan          workspace, products and traffic that the plans of full-size proble
 calls         products, their FLOPs, allocations and bytes of one float32 step, counted by torch's profiler. Exact.
 instructions  that the C++ kernels execute for each element, AVX2, counted by valgrind --tool=callgrind. Other programs do not
               change them, another compiler does: compared where the compiler is the baseline's.
-ratio         time of a step over that of its bare products, the smallest of interleaved rounds each. Compared on the machine that
+ratio         time of a step over that of its bare products, the smallest of interleaved rounds each. Compared on the processor that
               the baseline knows, and measured again, up to three times, before it counts as worse.
+
+Calls and ratios are compared with those of the backend that the steps ran on, as the kernels say themselves.
 
 One line for each number that got worse by more than its kind's tolerance, and exit status 1. What could not be compared is said.
 A number that became better is said, too: --write takes it into the baseline.
@@ -34,7 +36,7 @@ import peers_cross_entropy
 import torch
 import undo_kernels
 from callgrind_worker import KERNELS
-from contenders import used_backend
+from contenders import observed
 from problems import DTYPES, Row, draw
 from torch.profiler import ProfilerActivity, profile
 from undo_kernels import plan as plans
@@ -94,14 +96,15 @@ def plan() -> Numbers:
     return found
 
 
-def calls() -> Numbers:
-    """Of one step after a warm-up."""
+def calls() -> tuple[Numbers, str]:
+    """Of one step after a warm-up; and the backend."""
     found: Numbers = {}
+    used = set()
     for name, (suite, row) in STEPS.items():
         workspace = SMALL_WORKSPACE if "workspace" in name else None
         inputs = draw(row, "cpu", suite == "kl")
         step = SUITES[suite]["undo-core"].step(replace(inputs, workspace_bytes=workspace))
-        step()
+        used.add(backend_of(step))
         with profile(activities=[ProfilerActivity.CPU], with_flops=True, profile_memory=True) as profiler:
             outputs = step()
         del outputs
@@ -115,7 +118,23 @@ def calls() -> Numbers:
             f"{name}: allocations": len(taken),
             f"{name}: bytes allocated": sum(taken),
         }
-    return found
+    return found, f"backend {only(used)}"
+
+
+def backend_of(step: Callable[[], object]) -> str:
+    """The backend that a step of undo-core's runs on."""
+    return only({call["backend"] for call in observed(step)[1]})
+
+
+def only(used: set[str]) -> str:
+    """The one backend, for numbers of several cannot be compared with one baseline's.
+
+    Raises:
+        RuntimeError: there are several, or none.
+    """
+    if len(used) != 1:
+        raise RuntimeError(f"steps: ran on {', '.join(sorted(used)) or 'none'} of undo-core's backends, wanted one")
+    return used.pop()
 
 
 def instructions() -> tuple[Numbers, str | None]:
@@ -165,6 +184,14 @@ def compiler(library: Path) -> str:
     """As it stands in the library's comment section."""
     found = re.search(rb"(GCC: [^\0]+|clang version [^\0]+)\0", library.read_bytes())
     return found[1].decode() if found else "unknown"
+
+
+def ratio_key() -> str:
+    """The processor, and the backend where it is not the C++ kernels."""
+    used = only(
+        {backend_of(SUITES[suite]["undo-core"].step(draw(row, "cpu", suite == "kl"))) for suite, row in RATIOS.values()}
+    )
+    return harness.processor(harness.machine("cpu")) + (f", backend {used}" if used != "cpu" else "")
 
 
 def ratio() -> Numbers:
@@ -243,14 +270,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if kind == "plan":
             measured = plan()
         elif kind == "calls":
-            measured, key = calls(), f"backend {used_backend('cpu', torch.float32)}"
+            measured, key = calls()
         elif kind == "instructions":
             measured, key = instructions()
             if key is None:
                 remarks.append("instructions: not compared: no valgrind here, or no C++ kernels")
                 continue
         else:
-            key = harness.machine("cpu")["name"]
+            key = ratio_key()
         wanted = known.get(key, {}) if key else known
         if kind == "ratio":
             measured = steady_ratio(wanted, ratio)

@@ -230,16 +230,23 @@ def execute(row: Row, limit: float) -> dict[str, Any]:
 
 
 def complaint(result: Any) -> str | None:
-    """Why a result that was written is none: a contender of undo-core's that was not measured, or not on the GPU; no tile."""
+    """Why a result that was written is none: undo-core was not measured, or what it ran was not Triton's kernels; no tile."""
     if not isinstance(result, dict):
         return None
     if "tried" in result and result["best"] is None:
         return "no tile counts"
-    for record in (record for row in result.get("rows", ()) for record in row["contenders"]):
-        if record["name"].startswith("undo-core") and record.get("status", "measured") != "measured":
+    if "mode" in result:
+        own = [result | {"name": result["mode"]}] if result["mode"] != "plain" else []
+    else:
+        records = [record for row in result.get("rows", ()) for record in row["contenders"]]
+        records += (result.get("error_versus_kl") or {}).get("curves", ())
+        own = [record for record in records if record["name"].startswith("undo-core")]
+    for record in own:
+        if record.get("status", "measured") != "measured":
             return f"{record['name']}: {record['status']}"
-        if record["name"].startswith("undo-core") and record.get("backend", "triton") != "triton":
-            return f"{record['name']}: ran on the {record['backend']} backend"
+        used = {call["backend"] for calls in record.get("ran", {}).values() for call in calls}
+        if used != {"triton"}:
+            return f"{record['name']}: ran on {', '.join(sorted(used)) or 'nothing that was noted'}, wanted triton"
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -153,7 +154,7 @@ def status(field: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware facts; ``name`` is also the name of the results file."""
+    """Hardware facts; ``name`` is also the name of the results file, and says which instruction set the C++ kernels use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
     fields = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", info.read_text().split("\n\n")[0], re.MULTILINE)) if info.exists() else {}
@@ -164,18 +165,38 @@ def machine(device: str) -> dict[str, Any]:
         "cpu_family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
         "cpu_cache": fields.get("cache size"),
         "vector_flags": sorted(flag for flag in flags if re.match(r"avx|amx|fma|f16c", flag)),
+        "kernels_vector_units": vector_units(),
         "cores": cores,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "torch_vector_units": torch.backends.cpu.get_cpu_capability(),
     }
-    title = f"{model} {cores} cores"
+    title = f"{model} {cores} cores {facts['kernels_vector_units']}"
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         title = gpu.name
         facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
         facts |= {"cuda": torch.version.cuda or torch.version.hip}
     return {"name": re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu|processor", "", title.lower())).strip("-"), **facts}
+
+
+def vector_units() -> str:
+    """The best that the C++ kernels use here: avx512, avx2 or plain, with ``+amx`` where there are tiles; ``none`` where none are built."""
+    from undo_kernels.cpu.losses import _cpu
+
+    if _cpu is None:
+        return "none"
+    return _cpu.instruction_set("") + ("+amx" if _cpu.amx_available() else "")
+
+
+def processor(facts: Mapping[str, Any]) -> str:
+    """Which processor, as closely as it says: the names of several in a cloud are the same."""
+    return "-".join([facts["name"], *(part or "?" for part in facts["cpu_family_model_stepping"])])
+
+
+def whereabouts(facts: Mapping[str, Any]) -> str:
+    """The machine, for people."""
+    return facts.get("gpu") or f"{facts['cpu']} ({facts['kernels_vector_units']}), {facts['cores']} cores"
 
 
 def versions() -> dict[str, str | None]:
@@ -196,8 +217,9 @@ def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {"when": now, "commit": commit(), "command": command, "threads": torch.get_num_threads(), "versions": versions()}
 
 
+@functools.cache
 def commit() -> str:
-    """The commit, with ``+changes`` where code (not results) differs from it."""
+    """The commit, with ``+changes`` where code (not results) differs from it; when it is first asked for, at the start of a command."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -278,9 +300,36 @@ def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return next((record for record in row["contenders"] if record["name"] == name), None)
 
 
+class AnotherPath(ValueError):
+    """A figure of something else than it is said to be of: undo-core ran another backend, plan or form."""
+
+
+def same_path(record: Mapping[str, Any], where: str) -> None:
+    """Errors and memory must be of what was timed.
+
+    Raises:
+        AnotherPath: undo-core took another one there, or what was timed is not known.
+    """
+    if not record.get("samples_s"):
+        return
+    if "verification" in record and "ran" not in record:
+        raise AnotherPath(f"{where}: verified, but what was timed was not noted")
+    kept = {mode: record.get(key, {}).get("ran") for mode, key in (("both", "memory"), ("forward", "forward_memory"))}
+    for kind, others in (("verified", record.get("verification", {}).get("ran", {})), ("measured the memory of", kept)):
+        for mode, ran in record.get("ran", {}).items():
+            if others.get(mode) is not None and others[mode] != ran:
+                raise AnotherPath(f"{where}, {mode}: timed {path(ran)}, but {kind} {path(others[mode])}")
+
+
+def path(ran: Sequence[Mapping[str, Any]]) -> str:
+    """What ran, for people: backend, plan and form, each once."""
+    words = [", ".join(filter(None, (call["backend"], call["plan"], call["form"]))) for call in ran]
+    return "; ".join(dict.fromkeys(words)) or "none of undo-core's kernels"
+
+
 def gradient_error(record: Mapping[str, Any]) -> float | None:
-    """The larger of a contender's two gradient errors: on the captured problem where there is one, else on the small one."""
-    checked = record.get("captured", record.get("verification"))
+    """The larger of a contender's two gradient errors."""
+    checked = record.get("verification")
     return max(checked["d_hidden"], checked["d_weight"]) if checked else None
 
 

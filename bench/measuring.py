@@ -1,8 +1,10 @@
-"""A row of the vocabulary benchmarks, measured: verification, memory, ceilings, and interleaved rounds of time in both modes.
+"""A row of the vocabulary benchmarks, measured: memory, ceilings, verification, and interleaved rounds of time in both modes.
 
-Every contender is first checked against a float64 oracle on a small problem; one that computes something else is not timed.
-Then: what the machine can do, peak extra memory (a fresh process each on a CPU), and interleaved rounds of time, of the forward pass
-alone and with the gradients.
+What is verified is what is timed: the very step, compiled or not, on the row's own inputs, against a float64 oracle. One that computes
+something else is not timed. Beside the errors and beside the times stands what undo-core ran (backend, plan and form of its kernels,
+noted by the kernels themselves); where the two differ, nothing is recorded but that.
+Before it: what the machine can do, and peak extra memory (a fresh process each on a CPU). After it: interleaved rounds of time, of the
+forward pass alone and with the gradients.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import ceilings
 import harness
 import torch
 import undo_kernels
-from contenders import Contender, used_backend
-from problems import DEFAULT, DTYPES, Inputs, Outputs, Row, draw, errors, small, verdict
+from contenders import Contender, note_ran, observed, summarised, watched
+from problems import DEFAULT, DTYPES, Inputs, Outputs, Row, draw, errors, verdict
 from rich.progress import Progress
 
+LESS_ACCURATE = "less accurate than its dtype allows"
 LEAST, MOST, ROW_SECONDS = 3, 9, 15.0  # rounds of a row by default, as many as fit
-ORACLE_ELEMENTS = 1 << 23  # (token, vocabulary row) pairs that a float64 oracle is asked for
+WARM_UP_TOKENS = 128  # of the row's own, in the process that measures memory: enough for the kernels to run
 
 Section = Callable[[str, argparse.Namespace, Progress], Any]
 
@@ -57,21 +60,13 @@ class Suite:
     sections: Mapping[str, tuple[str, Section]]
     shows: Mapping[str, Callable[[Any], None]]
 
-    def verify(self, contender: Contender, dtype: str, softcap: float | None, device: str) -> dict[str, Any]:
-        """Run ``contender`` on the small problem: its errors against the oracle and a verdict, same, rounded or different."""
-        spread = max(2.0, (softcap or 0.0) / 3)  # of the logits: a softcap that nobody feels would verify nothing
-        inputs = replace(small(dtype, device, seed=1, spread=spread), softcap=softcap if contender.softcap else None)
-        if contender.name == "undo-core-workspace":
-            inputs = replace(inputs, workspace_bytes=1 << 20)
-        found = errors(contender.step(inputs)(), self.oracle(inputs))
-        # The loss without gradients is often another path: it must be the same number.
-        alone = float(contender.step(inputs, "forward")()[0])
-        wanted = float(self.oracle(inputs)[0])
-        found["loss"] = max(found["loss"], abs(alone / wanted - 1))
-        return found | {"verdict": verdict(found, dtype)}
+    def verify(self, contender: Contender, inputs: Inputs, dtype: str) -> dict[str, Any]:
+        """:func:`verify` of a contender's steps on ``inputs``."""
+        steps = {mode: contender.step(inputs, mode) for mode in harness.SAMPLES}
+        return verify(contender, steps, self.oracle(inputs), dtype)
 
     def blank(self, contender: Contender, row: Row, device: str, workspace: int | None) -> dict[str, Any]:
-        """What a row says of a contender before anything is measured: verified, or why it will not be timed."""
+        """What a row says of a contender before anything is measured: ready, or why it will not be."""
         record: dict[str, Any] = {"name": contender.name, "label": contender.label, "status": "ready", "notes": []}
         missing = contender.missing(device)
         if missing:
@@ -80,25 +75,10 @@ class Suite:
             if workspace is None:
                 return record | {"status": "no measured memory of plain torch to take a tenth of"}
             record |= {"label": f"{contender.label} {harness.megabytes(workspace)}", "workspace_bytes": workspace}
-        if contender.name.startswith("undo-core"):
-            record["backend"] = used_backend(device, DTYPES[row.dtype])
         if contender.note:
             record["notes"].append(contender.note)
         if row.softcap is not None and not contender.softcap:
             record["notes"].append("knows no softcap: ran without one")
-        if not contender.is_loss:
-            return record
-        try:
-            checked = self.verify(contender, row.dtype, row.softcap, device)
-        except Exception as error:  # whatever a contender raises is the finding; its row says it
-            return record | {"status": f"failed: {first_line(error)}"}
-        record["verification"] = checked
-        if checked["verdict"] == "different":
-            return record | {"status": "rejected: it computes something else"}
-        if checked["verdict"] == "rounded":
-            record["notes"].append(contender.differs or "less accurate than its dtype allows")
-        elif row.dtype != "float32" and contender.differs:
-            record["notes"].append(contender.differs)
         return record
 
     def drawn(self, row: Row, device: str, file: Path | None) -> Inputs:
@@ -106,6 +86,55 @@ class Suite:
         if file is None:
             return draw(row, device, self.teacher)
         return replace(activations.load(file).to(DTYPES[row.dtype], device), softcap=row.softcap)
+
+
+# -- verification ----------------------------------------------------------------------------------------------------------------
+
+
+def verify(contender: Contender, steps: Mapping[str, Callable[[], Outputs]], wanted: Outputs, dtype: str) -> dict[str, Any]:
+    """Run a contender's steps of both modes: its errors against the oracle, what ran, and a verdict, same, rounded or different.
+
+    Raises:
+        RuntimeError: undo-core ran another backend than the contender is named after.
+    """
+    got, both = observed(steps["both"])
+    found = errors(got, wanted)
+    del got
+    alone, forward = observed(steps["forward"])
+    # The loss without gradients is often another path: it must be the same number.
+    found["loss"] = max(found["loss"], abs(float(alone[0]) / float(wanted[0]) - 1))
+    ran = {"both": both, "forward": forward}
+    used = {call["backend"] for calls in ran.values() for call in calls}
+    if contender.backend is not None and used != {contender.backend}:
+        raise RuntimeError(f"{contender.name}: ran on {', '.join(sorted(used)) or 'nothing'}, wanted {contender.backend}")
+    return found | {"verdict": verdict(found, dtype), "ran": ran}
+
+
+def judged(record: dict[str, Any], contender: Contender, checked: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The record with a verification and with what follows from its verdict."""
+    notes = [note for note in record["notes"] if note not in (contender.differs, LESS_ACCURATE)]
+    record = record | {"verification": checked, "notes": notes}
+    if checked["verdict"] == "different":
+        return record | {"status": "rejected: it computes something else"}
+    if checked["verdict"] == "rounded":
+        record["notes"].append(contender.differs or LESS_ACCURATE)
+    elif dtype != "float32" and contender.differs:
+        record["notes"].append(contender.differs)
+    return record
+
+
+class Oracles:
+    """A row's oracle, and that of contenders that know no softcap, each computed when it is first wanted."""
+
+    def __init__(self, suite: Suite, inputs: Inputs) -> None:
+        self.suite, self.inputs = suite, inputs
+        self.known: dict[float | None, Outputs] = {}
+
+    def of(self, contender: Contender) -> Outputs:
+        inputs = self.inputs if contender.softcap else self.inputs.without_softcap()
+        if inputs.softcap not in self.known:
+            self.known[inputs.softcap] = self.suite.oracle(inputs)
+        return self.known[inputs.softcap]
 
 
 # -- one contender in one row --------------------------------------------------------------------------------------------------
@@ -143,7 +172,8 @@ def memory(
             def step(mode: str = mode) -> Outputs:
                 return contender.step(inputs, mode)()
 
-        found[mode] = harness.peak_extra_cuda(step, inputs.output_bytes if mode == "both" else 0)
+        outputs = inputs.output_bytes if mode == "both" else 0
+        found[mode] = watched(lambda step=step, outputs=outputs: harness.peak_extra_cuda(step, outputs))
     return found
 
 
@@ -158,15 +188,17 @@ def worker(suite: Suite, request: dict[str, Any]) -> None:
     found = {}
     for mode in harness.SAMPLES:
         outputs = inputs.output_bytes if mode == "both" else 0
-        if contender.compiles:
-            run = warm_up = contender.step(inputs, mode)
-        else:
-            warm_up = contender.step(small(row.dtype, "cpu", seed=1), mode)
+        own = contender.step(inputs, mode)
+        warm_up = own if contender.compiles else contender.step(inputs.part(slice(WARM_UP_TOKENS)), mode)
+        if not contender.is_loss:  # its buffers are made when it is built, and count
+            del own
 
-            def run(mode: str = mode) -> Outputs:
+            def own(mode: str = mode) -> Outputs:
                 return contender.step(inputs, mode)()
 
-        found[mode] = harness.peak_extra_cpu(warm_up, run, outputs)
+        warm_up()
+        undo_kernels.release_workspace()  # a kept one counts as much as one that is made
+        found[mode] = watched(lambda own=own, outputs=outputs: harness.peak_extra_cpu(lambda: None, own, outputs))
         undo_kernels.release_workspace()
     print(json.dumps(found))
 
@@ -175,13 +207,15 @@ def worker(suite: Suite, request: dict[str, Any]) -> None:
 
 
 def measure(
-    suite: Suite, row: Row, options: argparse.Namespace, progress: Progress, file: Path | None = None
+    suite: Suite,
+    row: Row,
+    options: argparse.Namespace,
+    progress: Progress,
+    file: Path | None = None,
 ) -> dict[str, Any]:
     """Everything of one row. Memory first: the workspace of one contender is a tenth of what another was seen to take."""
     device = options.device
-    names = [name for name in row.contenders if options.contenders is None or name in options.contenders]
-    if "undo-core-workspace" in names and "plain" in names:
-        names = ["plain", *(name for name in names if name != "plain")]  # measured first, shown in the row's order
+    names = _names(suite, row, options)
     task = progress.add_task(row.id, total=len(names) * (2 + options.rounds))
     load = os.getloadavg()
     limits = ceilings.measure(device, DTYPES[row.dtype], options.quick)
@@ -190,59 +224,119 @@ def measure(
     workspace = None
     forget_compiled(suite, names)
     for name in names:
-        progress.update(task, description=f"{row.id}: {suite.contenders[name].label}: check, memory")
+        progress.update(task, description=f"{row.id}: {suite.contenders[name].label}: memory")
         record = records[name] = suite.blank(suite.contenders[name], row, device, workspace)
         if record["status"] == "ready" and not options.no_memory:
             try:
                 both = memory(suite, record, row, device, inputs, file)
                 record |= {"memory": both["both"], "forward_memory": both["forward"]}
-            except Exception as error:  # as above: out of memory is a finding
+            except Exception as error:  # out of memory is a finding, as is whatever a contender raises: its row says it
                 record["status"] = f"failed: {first_line(error)}"
         if name == "plain" and "memory" in record:
             workspace = record["memory"]["extra_bytes"] // 10
         _release(device)
         progress.advance(task)
     inputs = inputs or suite.drawn(row, device, file)
-    wanted = None
-    if file is not None:
-        part = inputs.first(max(1, ORACLE_ELEMENTS // row.vocabulary))
-        wanted = suite.oracle(part)
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
-    forget_compiled(suite, names)
-    for name in names:
-        record, contender = records[name], suite.contenders[name]
-        progress.update(task, description=f"{row.id}: {contender.label}: warm-up")
-        if record["status"] == "ready":
-            try:
-                if wanted is not None and contender.is_loss:
-                    same = contender.softcap or row.softcap is None  # else it solved another problem than the oracle
-                    got = contender.step(problem_of(contender, record, part))() if same else None
-                    record["captured"] = errors(got, wanted) if same else None
-                own = {mode: contender.step(problem_of(contender, record, inputs), mode) for mode in harness.SAMPLES}
-                record["first_s"] = harness.stopwatch(device)(own["both"])
-                for step in own.values():
-                    step()
-                steps |= {(name, mode): step for mode, step in own.items()}
-            except Exception as error:  # as above
-                record["status"] = f"failed: {first_line(error)}"
-            _release(device)
-        progress.advance(task)
+    true_loss = _verify_all(suite, row, records, names, inputs, device, progress, task, steps)
     for name, _ in steps:
-        records[name] |= {"status": "measured"} | {key: [] for key in harness.SAMPLES.values()}
-    for (name, mode), taken in harness.interleave(steps, options.rounds, device, options.least, ROW_SECONDS):
-        records[name][harness.SAMPLES[mode]].append(taken)
-        progress.update(task, advance=0.5, description=f"{row.id}: {suite.contenders[name].label}: {taken:.3g} s")
+        records[name] |= {"status": "measured", "ran": {}} | {key: [] for key in harness.SAMPLES.values()}
+    with undo_kernels.recorded() as calls:
+        for (name, mode), taken in harness.interleave(steps, options.rounds, device, options.least, ROW_SECONDS):
+            records[name][harness.SAMPLES[mode]].append(taken)
+            note_ran(records[name], mode, summarised(calls))
+            calls.clear()
+            progress.update(task, advance=0.5, description=f"{row.id}: {suite.contenders[name].label}: {taken:.3g} s")
     progress.remove_task(task)
+    for name in {name for name, _ in steps}:
+        harness.same_path(records[name], f"{row.id}: {name}")
     size = DTYPES[row.dtype].itemsize
     result = asdict(row) | {"load_before": load, "load_after": os.getloadavg(), "ceilings": limits}
-    if wanted is not None:
-        result["captured_loss"] = float(wanted[0])
+    if file is not None:
+        result["captured_loss"] = true_loss
     result["owed"] = ceilings.owed(row.tokens, row.vocabulary, row.width, size, 1 + suite.teacher)
     result["rounds"] = max((len(record.get("samples_s", ())) for record in records.values()), default=0)
     return result | {
         "provenance": options.provenance(),
         "contenders": [records[name] for name in row.contenders if name in records],
     }
+
+
+def remeasure_accuracy(
+    suite: Suite, row: Row, found: dict[str, Any] | None, options: argparse.Namespace, progress: Progress
+) -> dict[str, Any]:
+    """The recorded row with its contenders verified anew and nothing timed; a row of verifications where there is none.
+
+    Raises:
+        harness.AnotherPath: a contender now runs another path than the one that was timed.
+    """
+    names = _names(suite, row, options)
+    there = {record["name"]: record for record in found["contenders"]} if found else {}
+    task = progress.add_task(row.id, total=len(names))
+    records = {}
+    for name in names:
+        old = there.get(name, {})
+        records[name] = suite.blank(suite.contenders[name], row, options.device, old.get("workspace_bytes"))
+    inputs = suite.drawn(row, options.device, None)
+    _verify_all(suite, row, records, names, inputs, options.device, progress, task, None)
+    progress.remove_task(task)
+    made = options.provenance()
+    for name, record in records.items():
+        if record["status"] == "ready":
+            record["status"] = "verified" if "verification" in record else "not timed"
+        if "samples_s" in there.get(name, {}):
+            timed = {key: value for key, value in there[name].items() if key not in ("verification", "notes")}
+            failed = {"status": record["status"]} if record["status"] != "verified" else {}
+            records[name] = record | timed | failed
+            harness.same_path(records[name], f"{row.id}: {name}")
+    kept = {**there, **records}
+    result = found or asdict(row) | {"rounds": 0, "provenance": made}
+    names = [name for name in row.contenders if name in kept]
+    return result | {"accuracy_provenance": made, "contenders": [kept[name] for name in names]}
+
+
+def _names(suite: Suite, row: Row, options: argparse.Namespace) -> list[str]:
+    names = [name for name in row.contenders if options.contenders is None or name in options.contenders]
+    if "undo-core-workspace" in names and "plain" in names:
+        names = ["plain", *(name for name in names if name != "plain")]  # measured first, shown in the row's order
+    return names
+
+
+def _verify_all(
+    suite: Suite,
+    row: Row,
+    records: dict[str, dict[str, Any]],
+    names: Sequence[str],
+    inputs: Inputs,
+    device: str,
+    progress: Progress,
+    task: Any,
+    steps: dict[tuple[str, str], Callable[[], Any]] | None,
+) -> float:
+    """Build, warm up and verify; what passes is added to ``steps``, if it will be timed. Returns the true loss."""
+    oracles = Oracles(suite, inputs)
+    forget_compiled(suite, names)
+    for name in names:
+        record, contender = records[name], suite.contenders[name]
+        progress.update(task, description=f"{row.id}: {contender.label}: warm-up, check")
+        if record["status"] == "ready":
+            try:
+                own = {mode: contender.step(problem_of(contender, record, inputs), mode) for mode in harness.SAMPLES}
+                if steps is not None:
+                    record["first_s"] = harness.stopwatch(device)(own["both"])
+                if contender.is_loss:
+                    checked = verify(contender, own, oracles.of(contender), row.dtype)
+                    record = records[name] = judged(record, contender, checked, row.dtype)
+                else:
+                    for step in own.values():
+                        step()
+                if steps is not None and record["status"] == "ready":
+                    steps |= {(name, mode): step for mode, step in own.items()}
+            except Exception as error:  # as above
+                record["status"] = f"failed: {first_line(error)}"
+            _release(device)
+        progress.advance(task)
+    return float(oracles.of(suite.contenders["undo-core"])[0])
 
 
 def _release(device: str) -> None:
@@ -292,11 +386,17 @@ def run_case(benchmark: Any, suite: Suite, case: Case) -> None:
     """
     import pytest
 
-    record = suite.blank(suite.contenders[case.contender], case.row, case.device, None)
+    contender = suite.contenders[case.contender]
+    record = suite.blank(contender, case.row, case.device, None)
     if record["status"] != "ready":
         pytest.skip(record["status"])
-    contender = suite.contenders[case.contender]
-    step = contender.step(problem_of(contender, record, suite.drawn(case.row, case.device, None)), case.mode)
+    inputs = problem_of(contender, record, suite.drawn(case.row, case.device, None))
+    steps = {mode: contender.step(inputs, mode) for mode in harness.SAMPLES}
+    if contender.is_loss:
+        record = judged(record, contender, verify(contender, steps, suite.oracle(inputs), case.row.dtype), case.row.dtype)
+        if record["status"] != "ready":
+            pytest.fail(f"{contender.name}: {record['status']}: {record['verification']}")
+    step = steps[case.mode]
 
     def run() -> None:
         step()
@@ -304,6 +404,8 @@ def run_case(benchmark: Any, suite: Suite, case: Case) -> None:
             torch.cuda.synchronize()
 
     benchmark.group = f"{suite.name} {case.row.id} {case.mode}"
-    benchmark.extra_info |= {"verification": record.get("verification"), "notes": record["notes"]}
-    benchmark.pedantic(run, rounds=LEAST, warmup_rounds=1)
+    _, ran = observed(lambda: benchmark.pedantic(run, rounds=LEAST, warmup_rounds=1))
+    record |= {"samples_s": True, "ran": {case.mode: ran}}
+    harness.same_path(record, f"{case.row.id}: {contender.name}")
+    benchmark.extra_info |= {"verification": record.get("verification"), "ran": ran, "notes": record["notes"]}
     forget_compiled(suite, [case.contender])

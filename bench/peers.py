@@ -24,6 +24,7 @@ def _undo(inputs: Inputs, backend: str | None = None, teacher_lse: bool = False)
         "student_softcap": inputs.softcap,
         "teacher_softcap": inputs.softcap,
         "workspace_bytes": inputs.workspace_bytes,
+        "plan": inputs.plan,
     }
     if teacher_lse:
         options["teacher_lse"] = ops.linear_lse(inputs.teacher_hidden, inputs.teacher_weight, softcap=inputs.softcap)
@@ -102,7 +103,12 @@ CONTENDERS = {
             functools.partial(_undo, teacher_lse=True),
             note="the teacher's log-sum-exps were computed before",
         ),
-        Contender("undo-reference", "undo-core, reference", functools.partial(_undo, backend="reference")),
+        Contender(
+            "undo-reference",
+            "undo-core, reference",
+            functools.partial(_undo, backend="reference"),
+            backend="reference",
+        ),
         Contender("plain", "plain torch", _plain, differs=_ROUNDED),
         Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
         Contender(
@@ -136,7 +142,14 @@ CONTENDERS = {
             differs=_ROUNDED,
             note="wants the teacher's probabilities, [tokens, V], which torch computes in its timed step",
         ),
-        Contender("trl", "TRL chunked divergence", _trl, package="trl", module=_TRL),
+        Contender(
+            "trl",
+            "TRL chunked divergence",
+            _trl,
+            package="trl",
+            module=_TRL,
+            note="on a CPU its tiles run in plain PyTorch, not in its Triton kernels",
+        ),
         Contender(
             "products",
             "four bare products",

@@ -22,7 +22,7 @@ Loss = Callable[[], torch.Tensor]
 def _undo(inputs: Inputs, backend: str | None = None) -> Loss:
     def loss() -> torch.Tensor:
         return ops.linear_cross_entropy(
-            *inputs.heads[:2], inputs.labels, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes
+            *inputs.heads[:2], inputs.labels, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes, plan=inputs.plan
         )
 
     def on_backend() -> torch.Tensor:
@@ -77,7 +77,12 @@ CONTENDERS = {
         Contender(
             "undo-core-workspace", "undo-core, workspace", _undo, note="workspace: a tenth of plain torch's extra memory"
         ),
-        Contender("undo-reference", "undo-core, reference", functools.partial(_undo, backend="reference")),
+        Contender(
+            "undo-reference",
+            "undo-core, reference",
+            functools.partial(_undo, backend="reference"),
+            backend="reference",
+        ),
         Contender("plain", "plain torch", _plain, differs=_ROUNDED),
         Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
         Contender(
@@ -88,7 +93,15 @@ CONTENDERS = {
             differs="rounds logits to 16 bits and adds the loss up in 16 bits",
         ),
         Contender("liger", "Liger fused", _liger, package="liger-kernel", module=_LIGER, gpu_only=True),
-        Contender("trl", "TRL chunked log-probs", _trl, package="trl", module=_TRL, differs=_ROUNDED),
+        Contender(
+            "trl",
+            "TRL chunked log-probs",
+            _trl,
+            package="trl",
+            module=_TRL,
+            differs=_ROUNDED,
+            note="on a CPU its tiles run in plain PyTorch, not in its Triton kernels",
+        ),
         Contender(
             "cce",
             "Cut Cross-Entropy",

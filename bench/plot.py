@@ -13,6 +13,7 @@ from typing import Any
 import ceilings
 import harness
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -292,12 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="example:\n  python bench/plot.py bench/results/kl-cpu/MACHINE-VERSION.json     writes docs/results/kl-cpu/*.png",
     )
     parser.add_argument(
-        "results", type=Path, nargs="*", help="JSON files (default: all of bench_kl.py and bench_cross_entropy.py)"
+        "results", type=Path, nargs="*", help="JSON files (default: this machine's of bench_kl.py and bench_cross_entropy.py)"
     )
     parser.add_argument("--out", type=Path, help="folder (default: docs/results/SUITE)")
     options = parser.parse_args(arguments)
-    recorded = harness.ROOT / "bench/results"
-    paths = options.results or sorted([*recorded.glob("kl-*/*.json"), *recorded.glob("cross-entropy-*/*.json")])
+    # Another machine's would be drawn over these.
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    own = [harness.results_path(suite, device) for suite in ("kl", "cross-entropy") for device in devices]
+    paths = options.results or [path for path in own if path.exists()]
     if not paths:
         parser.error("no results: run python bench/bench_kl.py first")
     for path in paths:
@@ -308,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for draw in (time, memory, scaling, roofline, error):
                 figure = draw(results)
                 if figure is not None:
+                    figure.suptitle(harness.whereabouts(results["machine"]), x=0.99, ha="right", fontsize=8.5, color="#666666")
                     target = folder / f"{draw.__name__}.png"
                     figure.savefig(target, dpi=DPI, facecolor="white", metadata={"Software": None})
                     print(target)

@@ -1,7 +1,7 @@
 """The command around the vocabulary benchmarks: which rows, what is kept of the file that is there, what is shown.
 
 The file is replaced, whole or not at all, after every row; rows that it has already are not measured again unless they are named
-with --only or --fresh is given.
+with --only or --fresh is given. --accuracy measures errors again, and nothing else, in the rows that the file has.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import activations
 import ceilings
 import harness
 import torch
-from measuring import LEAST, MOST, ROW_SECONDS, Section, Suite, measure, worker
+from measuring import LEAST, MOST, ROW_SECONDS, Section, Suite, measure, remeasure_accuracy, worker
 from problems import ALL, DEFAULT, Row
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-FORMAT = 1
+FORMAT = 2  # since 2: errors are of the timed step on the row's own inputs, and what ran stands beside both
 CAPTURED = "captured"  # rows on hidden states of trained models, by the name that --only knows them by
 
 console = Console(highlight=False)
@@ -61,17 +61,18 @@ def show(row: dict[str, Any]) -> None:
         console.print(table)
     for record in row["contenders"]:
         remarks = [] if record["status"] == "measured" else [record["status"]]
-        remarks += [f"backend: {record['backend']}"] if "backend" in record else []
+        remarks += [f"{mode}: {harness.path(ran)}" for mode, ran in record.get("ran", {}).items() if ran]
         if remarks + record["notes"]:
             said.append(f"{record['label']}: {'; '.join(remarks + record['notes'])}")
-    rates = row["ceilings"]
-    console.print(
-        f"floor: its time over the contender's; the owed products at {rates['flops'] / 1e9:,.0f} GFLOP/s, or inputs and gradients at "
-        f"{rates['bytes_per_s'] / 1e9:,.1f} GB/s, both measured just before. memory: peak beyond inputs and gradients. error: of the "
-        "gradients, against float64",
-        style="dim",
-        soft_wrap=True,
-    )
+    rates = row.get("ceilings")
+    if rates:
+        console.print(
+            f"floor: its time over the contender's; the owed products at {rates['flops'] / 1e9:,.0f} GFLOP/s, or inputs and gradients at "
+            f"{rates['bytes_per_s'] / 1e9:,.1f} GB/s, both measured just before. memory: peak beyond inputs and gradients. error: of the "
+            "gradients, against float64",
+            style="dim",
+            soft_wrap=True,
+        )
     for line in said:
         console.print(line, style="dim", soft_wrap=True)
     console.print()
@@ -94,12 +95,13 @@ examples:
   python {script}                                     the default rows that this machine's file lacks
   python {script} --all                               every row
   python {script} --only {known[0]}                      this one again
+  python {script} --accuracy                          the errors of the rows that the file has, without timing
   python {script} --quick                             tiny problems, to see that it works; to runs/bench/
   python {script} --activations                       on hidden states of small models, trained in seconds
   python {script} --activations runs/NAME/stages/distill-KEY      on those of a distilled student and its teacher
   python {script} --device cuda --rounds 20           on a GPU
   python bench/tables.py README.md RESULTS.json       then: the table in the README
-  python bench/plot.py                                and the pictures, of every recorded file
+  python bench/plot.py                                and the pictures, of this machine's files
 
 Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]'; one that is missing is a row that says so.""",
     )
@@ -118,6 +120,9 @@ Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]';
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="results (default: bench/results/SUITE-DEVICE/MACHINE-VERSION.json)"
+    )
+    parser.add_argument(
+        "--accuracy", action="store_true", help="errors alone: of the file's rows, or of those named; needs no quiet machine"
     )
     parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the file and measure every row")
@@ -139,6 +144,8 @@ Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]';
     for flag, value in (("--rounds", options.rounds), ("--threads", options.threads)):
         if value is not None and value < 1:
             parser.error(f"{flag}: got {value}, wanted an integer >= 1")
+    if options.accuracy and options.activations is not None:
+        parser.error("--accuracy: got --activations too, wanted one of them: captured rows are verified when they are timed")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got 'cuda', but torch sees no GPU here")
     if options.device == "cpu" and not options.no_memory and not sys.platform.startswith("linux"):
@@ -162,10 +169,9 @@ def load(path: Path, suite: str, options: argparse.Namespace, sections: Mapping[
         raise SystemExit(
             f"{path}: got format {found.get('format')} of {found.get('suite')}, wanted {FORMAT} of {suite}; try --fresh"
         )
-    if found["machine"]["name"] != empty["machine"]["name"]:
-        raise SystemExit(
-            f"{path}: got rows of {found['machine']['name']}, wanted {empty['machine']['name']}; try --fresh or another --out"
-        )
+    theirs, own = harness.processor(found["machine"]), harness.processor(empty["machine"])
+    if theirs != own:
+        raise SystemExit(f"{path}: got rows of {theirs}, wanted {own}; try --fresh or another --out")
     return empty | found | {"machine": empty["machine"]}
 
 
@@ -193,6 +199,15 @@ def captured(options: argparse.Namespace, contenders: tuple[str, ...]) -> Iterat
         ]
 
 
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Where a figure would be of something else than its label says, it is not written, and one line says why."""
+    try:
+        yield
+    except harness.AnotherPath as error:
+        raise SystemExit(f"{error}; {path} stays as it was") from None
+
+
 def main(suite: Suite, description: str, arguments: Sequence[str] | None = None) -> None:
     options = parse(suite, description, arguments)
     if options.threads:
@@ -200,6 +215,7 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
     if options.worker:
         worker(suite, json.loads(options.worker))
         return
+    harness.commit()  # of what is running, whatever happens to the files while it runs
     given = list(sys.argv[1:] if arguments is None else arguments)
     if options.out and "--out" in given:  # where the file lies has no part in what was measured
         at = given.index("--out")
@@ -210,27 +226,39 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
     results = load(path, name, options, suite.sections)
     rows = [(row, None) for row in (suite.quick if options.quick else suite.rows)[options.device]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with captured(options, rows[0][0].contenders) as further, Progress(*columns, console=console, transient=True) as progress:
+    with (
+        captured(options, rows[0][0].contenders) as further,
+        Progress(*columns, console=console, transient=True) as progress,
+        refused(path),
+    ):
         rows += further
         there = {found["id"]: found for found in results["rows"]}
         order = list(dict.fromkeys([*(row.id for row, _ in rows), *there]))
         for row, file in rows:
-            kept = row.id in there and same_problem(there[row.id], row)
+            found = there.get(row.id)
+            found = found if found is not None and same_problem(found, row) else None
+            kept = found is not None and found["rounds"] > 0
             groups = {row.id, ALL, row.group} if file is None else {row.id, CAPTURED}
             if options.only:
                 wanted = bool(groups & set(options.only))
             elif options.activations is not None:
                 wanted = file is not None
+            elif options.accuracy:
+                wanted = found is not None
             else:
                 wanted = not kept and (options.all or options.quick or row.group == DEFAULT)
             if not wanted:
                 continue
-            there[row.id] = measure(suite, row, options, progress, file)
+            if options.accuracy:
+                there[row.id] = remeasure_accuracy(suite, row, found, options, progress)
+            else:
+                there[row.id] = measure(suite, row, options, progress, file)
             results["rows"] = [there[name] for name in order if name in there]
             harness.write_json(path, results)
             show(there[row.id])
         for section, (key, compute) in suite.sections.items():
-            if (section in options.only) if options.only else results[key] is None and options.activations is None:
+            missing = options.activations is None and (results[key] is None or options.accuracy)
+            if section in options.only if options.only else missing:
                 results[key] = compute(options.device, options, progress)
                 harness.write_json(path, results)
                 suite.shows[section](results[key])

@@ -46,10 +46,10 @@ def rmu(results: dict[str, Any]) -> str:
             )
         times = [harness.seconds(harness.median(record)) for record in (ours, usual)]
         share = f"{memory[0] / memory[1]:.2f}" if memory[1] else "–"
-        checked = ours["verification"]
+        checked = ours.get("verification", {})
         lines.append(
             [label, *times, harness.times(harness.ratio(usual, ours)), *map(harness.megabytes, memory), share]
-            + [harness.percent(checked[part]) for part in ("loss", "gradient")]
+            + [harness.percent(checked.get(part)) for part in ("loss", "gradient")]
         )
     header = ["RMU", "undo-core", "usual way", "faster", "peak memory", "usual peak", "of it", "loss error", "gradient error"]
     said = (

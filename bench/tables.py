@@ -28,12 +28,39 @@ SHOWN_KL = 1e-4  # the point of the error curves that the summary shows
 
 def render(results: dict[str, Any], source: str, full: bool) -> str:
     """The Markdown that stands between the markers; ``source`` is the link to the results."""
+    check(results)
     if results["suite"] in SUMMARIES:
         return "\n\n".join([SUMMARIES[results["suite"]](results), _footer(results, source)]) + "\n"
     parts = [_row_table(row) for row in results["rows"]] if full else [_summary(results)]
     if full and results.get("error_versus_kl"):
         parts.append(_error_table(results["error_versus_kl"]))
     return "\n\n".join([*parts, _footer(results, source)]) + "\n"
+
+
+def check(results: dict[str, Any]) -> None:
+    """An error that is shown beside a time must be of what was timed.
+
+    Raises:
+        SystemExit: undo-core took another backend, plan or form there.
+    """
+    timed = {}
+    for row in results["rows"]:
+        for record in row["contenders"]:
+            timed[row["id"], record["name"]] = record
+            _same_path(record, f"{row['id']}: {record['name']}")
+    for curve in (results.get("error_versus_kl") or {"curves": []})["curves"]:
+        where = f"errors against KL, {curve['name']}, {curve['dtype']}"
+        if curve["points"] and "ran" not in curve:
+            raise SystemExit(f"{where}: what ran was not noted")
+        record = timed.get((curve.get("row"), curve["name"]), {})
+        _same_path({**record, "verification": curve}, where)
+
+
+def _same_path(record: dict[str, Any], where: str) -> None:
+    try:
+        harness.same_path(record, where)
+    except harness.AnotherPath as error:
+        raise SystemExit(str(error)) from None
 
 
 def _problem(row: dict[str, Any]) -> str:
@@ -85,6 +112,8 @@ def _worst_error(records: Sequence[dict[str, Any] | None]) -> str:
 def _cell(row: dict[str, Any], record: dict[str, Any] | None) -> str:
     if record is None:
         return "–"
+    if record["status"] == "verified":
+        return "not timed"
     if record["status"] != "measured":
         return record["status"].split(":")[0]
     undo = harness.contender(row, "undo-core")
@@ -95,7 +124,9 @@ def _cell(row: dict[str, Any], record: dict[str, Any] | None) -> str:
     shown += [] if floor is None else [harness.share(floor)]
     extra = record.get("memory", {}).get("extra_bytes")
     shown += [] if extra is None or record["name"] == "products" else [harness.megabytes(extra)]
-    shown += [harness.percent(harness.gradient_error(record))] if "captured" in record else []
+    shown += (
+        [harness.percent(harness.gradient_error(record))] if "captured_loss" in row and record["name"] != "products" else []
+    )
     return " · ".join(shown)
 
 
@@ -119,9 +150,9 @@ def _row_table(row: dict[str, Any]) -> str:
     ]
     lines, notes = [], []
     for record in row["contenders"]:
-        checked = record.get("captured", record.get("verification")) or {}
+        checked = record.get("verification") or {}
         remarks = [] if record["status"] == "measured" else [record["status"]]
-        remarks += [f"backend {record['backend']}"] if "backend" in record else []
+        remarks += [f"{mode}: {harness.path(ran)}" for mode, ran in record.get("ran", {}).items() if ran]
         remarks += record["notes"]
         notes += [f"{record['label']}: {'; '.join(remarks)}"] if remarks else []
         samples = record.get("samples_s")
@@ -141,13 +172,15 @@ def _row_table(row: dict[str, Any]) -> str:
                 *(harness.percent(checked.get(key)) for key in ("loss", "d_hidden", "d_weight")),
             ]
         )
-    made = row["provenance"]
+    made, again = row["provenance"], row.get("accuracy_provenance")
     when = (
         f"{row['rounds']} rounds, {made['threads']} threads, commit {made['commit']}, {made['when'][:10]}: `{made['command']}`"
     )
     rates = row.get("ceilings")
     if rates:
         when = f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes_per_s'] / 1e9:,.1f} GB/s at best; {when}"
+    if again and again != made:
+        when += f"; errors: commit {again['commit']}, {again['when'][:10]}: `{again['command']}`"
     if "captured_loss" in row:
         when = f"Hidden states of {row['model']}, a true loss of {row['captured_loss']:.2g}; errors on them. {when}"
     return "\n\n".join([markdown(header, lines), *([". ".join(notes) + "."] if notes else []), when])
@@ -161,18 +194,35 @@ def _error_table(section: dict[str, Any]) -> str:
         worst = [harness.percent(max(run["d_hidden"] for run in point["seeds"])) for point in curve["points"]]
         worst = worst or [curve["status"].split(":")[0], *("" for _ in targets[1:])]
         lines.append([f"{curve['label']}, {curve['dtype']}", *worst])
-    return f"{markdown(header, lines)}\n\nWorst of {section['seeds']} seeds."
+    rows = {curve["row"]: curve["tokens"] for curve in section["curves"] if curve["points"]}
+    shapes = " and ".join(f"`{row}` ({tokens} tokens)" for row, tokens in rows.items())
+    made = section["provenance"]
+    when = f"commit {made['commit']}, {made['when'][:10]}: `{made['command']}`"
+    return f"{markdown(header, lines)}\n\nWorst of {section['seeds']} seeds, in the shapes of {shapes}. {when}"
 
 
 def _footer(results: dict[str, Any], source: str) -> str:
-    facts = results["machine"]
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
-    commands = list(dict.fromkeys(row["provenance"]["command"] for row in results["rows"]))
+    where = harness.whereabouts(results["machine"])
+    made = [row[key] for row in results["rows"] for key in ("provenance", "accuracy_provenance") if key in row]
+    made += [section["provenance"] for section in [results.get("error_versus_kl")] if section]
+    commands = list(dict.fromkeys(one["command"] for one in made))
     packages = results["rows"][0]["provenance"]["versions"] if results["rows"] else {}
     told = ", ".join(
         f"{name} {packages[name]}" for name in ("torch", "liger-kernel", "trl", "cut-cross-entropy") if packages.get(name)
     )
-    return f"{where}; {told}. From [`{source.rsplit('../', 1)[-1]}`]({source}), made by\n`{'` and `'.join(commands)}`."
+    ran = dict.fromkeys(
+        harness.path(calls)
+        for row in results["rows"]
+        for record in row["contenders"]
+        if record["name"] == "undo-core"
+        for calls in [record.get("ran", record.get("verification", {}).get("ran", {})).get("both")]
+        if calls
+    )
+    own = f" undo-core ran: {'; '.join(ran)}." if ran else ""
+    note = f" {results['note']}" if "note" in results else ""
+    return (
+        f"{where}; {told}.{own}{note} From [`{source.rsplit('../', 1)[-1]}`]({source}), made by\n`{'` and `'.join(commands)}`."
+    )
 
 
 def rewrite(text: str, file: Path, given: dict[str, Path]) -> str:

@@ -1,8 +1,13 @@
-"""``undo doctor``: versions, devices and backends, and whether each op works on this machine."""
+"""``undo doctor``: versions, devices and backends, and whether each op works on this machine.
+
+An op is right where its loss and gradients agree with float64, and where its kernels themselves say that they ran: a small problem,
+or a backend that is missing, would be left to plain PyTorch otherwise.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -18,6 +23,9 @@ from undo_core import ops
 from undo_core.store import machine, usable_cores
 from undo_core.version import __version__
 
+Check = Callable[
+    [str, torch.dtype, str], tuple[Callable[[], torch.Tensor], torch.Tensor]
+]  # device, dtype, plan: call and result
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
@@ -34,8 +42,8 @@ def run_doctor() -> int:
         cells = []
         for name in undo_kernels.library.BACKENDS:
             verdict = _verdict(op, name, check)
-            if verdict not in ("ok", "-") and name == "reference":
-                problems.append(f"{op} fails on the reference backend: {verdict}")
+            if not verdict.startswith("ok") and verdict not in ("-", "not here"):
+                problems.append(f"{op} fails on the {name} backend: {verdict}")
             cells.append(verdict)
         table.add_row(op, *cells)
     console.print(table)
@@ -78,85 +86,127 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _verdict(op: str, name: str, check: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> str:
+def _verdict(op: str, name: str, check: Check) -> str:
+    """ok and which kernels ran, or what is wrong."""
     fused = op in _FUSED
     if name not in undo_kernels.backends_of("vocab_loss" if fused else op) and not (fused and name == "reference"):
         return "-"
     if name in undo_kernels.unavailable():
         return "not here"
-    try:
-        with undo_kernels.backend(name):
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    ran = []
+    for dtype, limit in _LIMITS.items() if fused else [(torch.float32, _LIMITS[torch.float32])]:
+        try:
             # A vocabulary this small would take the direct plan on its own.
-            got, wanted = check(plan="direct" if name == "reference" else "chunk") if fused else check()
-        error = float((got.double() - wanted).norm() / wanted.norm())
-    except Exception as error:  # whatever an op raises here is the finding
-        return f"{type(error).__name__}: {error}"
-    return "ok" if error < 1e-5 else f"wrong: relative error {error:.1g}"
+            run, wanted = check(device, dtype, "direct" if name == "reference" else "chunk")
+            with undo_kernels.backend(name), undo_kernels.recorded() as calls:
+                got = run()
+            error = float((got.double() - wanted).norm() / wanted.norm())
+        except Exception as error:  # whatever an op raises here is the finding
+            return f"{type(error).__name__}: {error}"
+        backends = {call.backend for call in calls}
+        if backends != {name}:
+            return f"wrong: ran on {', '.join(sorted(backends)) or 'nothing'}"
+        if not error < limit:
+            return f"wrong: relative error {error:.1g} in {str(dtype).removeprefix('torch.')}"
+        ran += [call.form for call in calls if call.form]
+    return f"ok ({', '.join(dict.fromkeys(ran))})" if ran else "ok"
 
 
-def _draw() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draw(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Student's hidden states, weight and the teacher's hidden states; the width is one that AMX tiles take."""
     generator = torch.Generator().manual_seed(0)
-    hidden, teacher = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
-    weight = torch.randn(11, 4, generator=generator)
-    z, z_t = (10 * torch.tanh(h.double() @ weight.double().T / 10) for h in (hidden, teacher))
-    return hidden, teacher, weight, z, z_t
+    shapes = ((5, 32), (11, 32), (5, 32))
+    return [
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(place < 2)
+        for place, shape in enumerate(shapes)
+    ]
 
 
-def _kl(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, teacher, weight, z, z_t = _draw()
-    got = ops.linear_kl_div(hidden, weight, teacher, weight, student_softcap=10.0, teacher_softcap=10.0, plan=plan)
-    return got, (z_t.softmax(-1) * (z_t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str], torch.Tensor]  # hidden, weight, teacher's hidden, plan
+Wanted = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student's and teacher's logits
 
 
-def _lse(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, _, weight, z, _ = _draw()
-    return ops.linear_lse(hidden, weight, softcap=10.0, plan=plan), z.exp().sum(-1).log()
+def _loss(op: Loss, definition: Wanted) -> Check:
+    """Loss and both gradients of an op, beside those that float64 gives by the definition."""
+
+    def check(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+        hidden, weight, teacher = _draw(device, dtype)
+        exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+        logits = [10 * torch.tanh(states @ exact[1].T / 10) for states in (exact[0], teacher.double())]
+        wanted = _with_gradients(definition(logits[0], logits[1].detach()), *exact)
+        return lambda: _with_gradients(op(hidden, weight, teacher, plan), hidden, weight), wanted
+
+    return check
 
 
-def _cross_entropy(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, _, weight, z, _ = _draw()
-    labels = torch.arange(5)
-    return ops.linear_cross_entropy(hidden, weight, labels, softcap=10.0, plan=plan), -z.log_softmax(-1)[labels, labels].mean()
+def _with_gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+    """In one vector."""
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    return torch.cat([part.detach().flatten().double() for part in (loss, *gradients)])
 
 
-def _uniform_kl(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, _, weight, z, _ = _draw()
-    wanted = -(z.log_softmax(-1).mean(-1) + torch.log(torch.tensor(11.0, dtype=torch.float64))).mean()
-    return ops.linear_uniform_kl(hidden, weight, softcap=10.0, plan=plan), wanted
+def _kl_of(z: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+    return (z_t.softmax(-1) * (z_t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
 
 
-def _sparse_kl(plan: str) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, _, weight, z, z_t = _draw()
-    everything = torch.arange(11).expand(5, 11)
-    got = ops.linear_sparse_kl_div(hidden, weight, everything, z_t.log_softmax(-1), softcap=10.0, tail="renormalize", plan=plan)
-    return got, (z_t.softmax(-1) * (z_t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+def _kl(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, plan: str) -> torch.Tensor:
+    weight_t = weight.detach()
+    return ops.linear_kl_div(hidden, weight, teacher, weight_t, student_softcap=10.0, teacher_softcap=10.0, plan=plan)
 
 
-def _noise() -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = {"w": torch.ones(7, 5), "norm": torch.full((7,), 3.0)}
-    ops.noise_(tensors, alpha=0.5, beta=1.0, seed=1, toward=1.0)
+def _lse(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, plan: str) -> torch.Tensor:
+    return ops.linear_lse(hidden, weight, softcap=10.0, plan=plan)
+
+
+def _cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, plan: str) -> torch.Tensor:
+    return ops.linear_cross_entropy(hidden, weight, torch.arange(5, device=hidden.device), softcap=10.0, plan=plan)
+
+
+def _uniform_kl(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, plan: str) -> torch.Tensor:
+    return ops.linear_uniform_kl(hidden, weight, softcap=10.0, plan=plan)
+
+
+def _sparse_kl(hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, plan: str) -> torch.Tensor:
+    everything = torch.arange(11, device=hidden.device).expand(5, 11)
+    known = (10 * torch.tanh(teacher.double() @ weight.detach().double().T / 10)).log_softmax(-1)
+    return ops.linear_sparse_kl_div(hidden, weight, everything, known, softcap=10.0, tail="renormalize", plan=plan)
+
+
+def _noise(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    tensors = {"w": torch.ones(7, 5, device=device), "norm": torch.full((7,), 3.0, device=device)}
     with undo_kernels.backend("reference"):
         drawn = ops.replay("w", (7, 5), seed=1)
-    return torch.cat([t.flatten() for t in tensors.values()]), torch.cat([0.5 + 0.5 * drawn.flatten(), torch.full((7,), 2.0)])
+
+    def run() -> torch.Tensor:
+        ops.noise_(tensors, alpha=0.5, beta=1.0, seed=1, toward=1.0)
+        return torch.cat([t.flatten() for t in tensors.values()]).cpu()
+
+    return run, torch.cat([0.5 + 0.5 * drawn.flatten(), torch.full((7,), 2.0)])
 
 
-def _rmu() -> tuple[torch.Tensor, torch.Tensor]:
+def _rmu(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
     """Loss and gradient."""
-    hidden, teacher, *_ = _draw()
-    mask = torch.tensor([True, False, True, True, True])
-    loss = ops.rmu_loss(hidden.requires_grad_(), teacher, coefficient=2.0, mask=mask, normalize="masked")
+    hidden, _, teacher = _draw(device, dtype)
+    mask = torch.tensor([True, False, True, True, True], device=device)
     difference = (hidden.detach().double() - 2 * teacher.double()) * mask[:, None]
-    got = torch.cat([loss.detach()[None], torch.autograd.grad(loss, hidden)[0].flatten()])
-    return got, torch.cat([difference.square().sum()[None] / 16, (difference / 8).flatten()])
+    counted = 4 * hidden.shape[1]
+    wanted = torch.cat([difference.square().sum()[None] / counted, (2 * difference / counted).flatten()])
+
+    def run() -> torch.Tensor:
+        return _with_gradients(ops.rmu_loss(hidden, teacher, coefficient=2.0, mask=mask, normalize="masked"), hidden)
+
+    return run, wanted
 
 
-_FUSED = ("linear_kl_div", "linear_lse", "linear_cross_entropy", "linear_uniform_kl", "linear_sparse_kl_div")
-_CHECKS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
-    "linear_kl_div": _kl,
-    "linear_lse": _lse,
-    "linear_cross_entropy": _cross_entropy,
-    "linear_uniform_kl": _uniform_kl,
-    "linear_sparse_kl_div": _sparse_kl,
-    "noise_": _noise,
-    "rmu_loss": _rmu,
+# Float32 keeps 24 bits, and sums of 32 products lose few of them. In bfloat16 a gradient may be rounded twice before the product that
+# makes it and once after, half a unit of 2**-7 each.
+_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-8}
+_FUSED: dict[str, Check] = {
+    "linear_kl_div": _loss(_kl, _kl_of),
+    "linear_lse": _loss(_lse, lambda z, z_t: z.logsumexp(-1)),
+    "linear_cross_entropy": _loss(_cross_entropy, lambda z, z_t: -z.log_softmax(-1)[torch.arange(5), torch.arange(5)].mean()),
+    "linear_uniform_kl": _loss(_uniform_kl, lambda z, z_t: -(z.log_softmax(-1).mean(-1) + math.log(z.shape[-1])).mean()),
+    "linear_sparse_kl_div": _loss(_sparse_kl, _kl_of),
 }
+_CHECKS: dict[str, Check] = {**_FUSED, "noise_": _noise, "rmu_loss": _rmu}

@@ -65,6 +65,28 @@ def test_instructions_are_counted_and_more_of_them_fail(gate, tmp_path, capsys):
         assert gate.worse("instructions", counted, committed[compiler]) == []
 
 
+@needs_kernels
+def test_numbers_are_compared_with_those_of_the_backend_that_ran(gate, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "STEPS", {"kl f32": ("kl", gate.Row("gate", 64, 8209, 8, "float32", None, ()))})
+    with gate.undo_kernels.backend("reference"):
+        assert gate.main(["--only", "calls"]) == 1
+    assert "calls: not compared: the baseline is of backend cpu, this is backend reference" in capsys.readouterr().out
+    monkeypatch.setattr(gate, "ratio", lambda: {"kl": 1.0})
+    small = {
+        name: (suite, gate.replace(row, tokens=64, vocabulary=8209, width=8)) for name, (suite, row) in gate.RATIOS.items()
+    }
+    monkeypatch.setattr(gate, "RATIOS", small)
+    here = gate.harness.processor(gate.harness.machine("cpu"))
+    assert gate.ratio_key() == here
+    with gate.undo_kernels.backend("reference"):
+        assert gate.ratio_key() == f"{here}, backend reference"
+    # A step that shrinks below what dispatch leaves to plain PyTorch is noticed, not compared.
+    one = next(iter(small))
+    monkeypatch.setitem(small, one, (small[one][0], gate.replace(small[one][1], vocabulary=600)))
+    with pytest.raises(RuntimeError, match="ran on cpu, reference of undo-core's backends, wanted one"):
+        gate.ratio_key()
+
+
 def test_callgrinds_costs_leave_calls_out(gate):
     text = "\n".join(
         [

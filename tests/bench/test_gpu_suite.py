@@ -120,9 +120,20 @@ def test_a_result_that_is_none_does_not_pass(suite):
     def kl(**record):
         return {"rows": [{"contenders": [{"name": "trl", "status": "not installed"}, {"name": "undo-core", **record}]}]}
 
-    assert suite.complaint(kl(status="measured", backend="triton")) is None and suite.complaint({"rows": []}) is None
+    def ran(*backends):
+        return {"both": [{"backend": name} for name in backends]}
+
+    assert suite.complaint(kl(status="measured", ran=ran("triton"))) is None and suite.complaint({"rows": []}) is None
     assert suite.complaint(kl(status="failed: out of memory")) == "undo-core: failed: out of memory"
-    assert suite.complaint(kl(status="measured", backend="reference")) == "undo-core: ran on the reference backend"
+    # Noise and RMU have no status; a record that does not say what ran is none.
+    for record, said in (({"ran": ran("reference")}, "reference"), ({"ran": ran("triton", "reference")}, "reference, triton")):
+        assert suite.complaint(kl(**record)) == f"undo-core: ran on {said}, wanted triton"
+    assert suite.complaint(kl(samples_s=[1.0])) == "undo-core: ran on nothing that was noted, wanted triton"
+    step = {"mode": "leanest", "rows": 10, "ran": ran("triton")}
+    assert suite.complaint(step) is None and suite.complaint(step | {"ran": ran("reference")}).startswith("leanest: ran on")
+    assert suite.complaint({"mode": "plain", "rows": 10, "ran": ran()}) is None
+    curve = {"name": "undo-core", "status": "measured", "ran": ran("reference")}
+    assert suite.complaint({"rows": [], "error_versus_kl": {"curves": [curve]}}) == "undo-core: ran on reference, wanted triton"
     assert suite.complaint({"tried": [], "best": None}) == "no tile counts"
     row = suite.Row("r", ("{python}", "-c", 'print(\'{"tried": [], "best": null}\')'), (), printed=True)
     assert suite.execute(row, 60)["status"] == "failed"

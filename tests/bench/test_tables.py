@@ -17,25 +17,33 @@ def tables(monkeypatch):
 
 
 def results():
+    call = {"op": "vocab_loss", "backend": "cpu", "plan": "chunk", "form": "avx2", "gradient": True}
+
     def record(name, label, seconds, extra, **rest):
         timed = {"status": "measured", "samples_s": [seconds, 1.1 * seconds, 0.9 * seconds], "memory": {"extra_bytes": extra}}
-        checked = {"verification": {"loss": 1e-8, "d_hidden": 2e-3, "d_weight": 1e-3, "verdict": "same"}}
+        ran = {"both": [call] if name == "undo-core" else []}
+        checked = {
+            "verification": {"loss": 1e-8, "d_hidden": 2e-3, "d_weight": 1e-3, "verdict": "same", "ran": ran},
+            "ran": ran,
+        }
         return {"name": name, "label": label, "notes": []} | timed | checked | rest
 
     provenance = {"when": "2026-01-02T03:04:05+00:00", "commit": "abc", "command": "python bench/bench_kl.py", "threads": 2}
     contenders = [
-        record("undo-core", "undo-core", 0.2, 12_000_000, backend="cpu"),
+        record("undo-core", "undo-core", 0.2, 12_000_000),
         record("plain", "plain torch", 0.5, 1_200_000_000),
         {"name": "trl", "label": "TRL", "status": "not installed: pip install trl", "notes": []},
         record("products", "four bare products", 0.1, 3_000_000),
     ]
+    del contenders[-1]["verification"]
     row = {"id": "r", "tokens": 1024, "vocabulary": 32000, "width": 320, "dtype": "float32", "softcap": None, "rounds": 3}
     row |= {"provenance": provenance | {"versions": {"torch": "9.9"}}, "contenders": contenders}
     point = {"target_kl": 1e-4, "seeds": [{"kl": 1e-4, "loss": 0.0, "d_hidden": 0.0017, "d_weight": 0.001}]}
     curve = {"name": "undo-core", "label": "undo-core", "dtype": "bfloat16", "status": "measured", "points": [point]}
+    curve |= {"row": "r", "tokens": 9, "ran": {"both": [call]}}
     section = {"seeds": 1, "provenance": provenance, "curves": [curve]}
-    machine = {"name": "m", "cpu": "A processor", "cores": 2}
-    return {"format": 1, "suite": "kl-cpu", "machine": machine, "rows": [row], "error_versus_kl": section}
+    machine = {"name": "m", "cpu": "A processor", "kernels_vector_units": "avx2", "cores": 2}
+    return {"format": 2, "suite": "kl-cpu", "machine": machine, "rows": [row], "error_versus_kl": section}
 
 
 @pytest.fixture
@@ -87,7 +95,7 @@ def test_what_a_newer_record_has_is_shown(tables, document):
         if record["status"] == "measured":
             record |= {"forward_s": [0.05, 0.04, 0.06], "forward_memory": {"extra_bytes": 7_000_000}}
     captured = json.loads(json.dumps(row)) | {"id": "captured-f32", "group": "all", "model": "generated", "captured_loss": 0.25}
-    captured["contenders"][0]["captured"] = {"loss": 1e-7, "d_hidden": 0.03, "d_weight": 0.01}
+    captured["contenders"][0]["verification"] |= {"loss": 1e-7, "d_hidden": 0.03, "d_weight": 0.01}
     hidden = json.loads(json.dumps(row)) | {"id": "sweep", "group": "all", "tokens": 7}
     found["rows"] += [captured, hidden]
     recorded.write_text(json.dumps(found))
@@ -108,6 +116,40 @@ def test_cross_entropy_has_a_table_of_its_own(tables, document):
     path.write_text("<!-- bench:cross-entropy-cpu -->\n<!-- /bench:cross-entropy-cpu -->\n")
     assert tables.main([str(path), str(recorded)]) == 0
     assert "| **undo-core** | 200 ms · 12 MB | 0.2 % |" in path.read_text() and "gradient error |" in path.read_text()
+
+
+@pytest.mark.parametrize("where", ["verification", "curve", "unknown"])
+def test_errors_of_another_path_than_the_timed_one_are_not_shown(tables, document, where):
+    path, recorded = document
+    found = results()
+    ours = found["rows"][0]["contenders"][0]
+    if where == "unknown":  # as in records from before anything was noted
+        del ours["ran"]
+    else:
+        holder = ours["verification"] if where == "verification" else found["error_versus_kl"]["curves"][0]
+        holder["ran"] = {"both": [{**ours["ran"]["both"][0], "backend": "reference", "plan": "direct", "form": ""}]}
+    recorded.write_text(json.dumps(found))
+    before = path.read_text()
+    said = "what was timed was not noted" if where == "unknown" else "timed cpu, chunk, avx2, but verified reference, direct"
+    with pytest.raises(SystemExit, match=said):
+        tables.main([str(path), str(recorded)])
+    assert path.read_text() == before
+
+
+def test_what_ran_and_what_was_not_timed_is_said(tables, document):
+    path, recorded = document
+    found = results()
+    row = found["rows"][0]
+    row["accuracy_provenance"] = row["provenance"] | {"command": "python bench/bench_kl.py --accuracy"}
+    ours = row["contenders"][0]
+    for key in ("samples_s", "memory", "ran"):
+        del ours[key]
+    ours["status"] = "verified"
+    recorded.write_text(json.dumps(found))
+    assert tables.main([str(path), str(recorded)]) == 0
+    text = path.read_text()
+    assert "| **undo-core** | not timed | 0.17 % |" in text and "(avx2)" in text
+    assert "undo-core ran: cpu, chunk, avx2." in text and "`python bench/bench_kl.py --accuracy`" in text
 
 
 def test_check_finds_a_number_that_the_results_do_not_have(tables, document, capsys):
