@@ -205,12 +205,13 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     """
     config = model.config.get_text_config()
     parts = [model] if layers is None else layers
-    count = config.num_hidden_layers if layers is None else len(layers)
+    count = getattr(config, "num_hidden_layers", 0) if layers is None else len(layers)
     weights = sum(
         module.weight.numel() for part in parts for module in part.modules() if isinstance(module, (nn.Linear, Conv1D))
     )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * weights + 4.0 * count * config.num_attention_heads * head_dim * length
+    heads = getattr(config, "num_attention_heads", None)  # not every model has attention, or one number of heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+    return 2.0 * weights + 4.0 * count * width * length
 
 
 def set_attention(model: PreTrainedModel, kernel: str) -> None:

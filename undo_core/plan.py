@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
@@ -25,7 +25,7 @@ from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
-from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, positions_of
+from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, make, positions_of
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -317,7 +317,7 @@ def _meta_model(config: RunConfig) -> PreTrainedModel:
     described = _model_config(config)
     check_lengths(dataclasses.asdict(config.data), positions_of(described))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(described)
+        return make(described)
 
 
 class _Measure:

@@ -179,3 +179,10 @@ def test_inner_hidden_states_are_transformers_own():
         wanted = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         assert all(torch.equal(a, b) for a, b in zip(inner, wanted, strict=False)) and len(inner) == 2
         assert torch.equal(hidden, hidden_states(model, ids))
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "gemma4_text", "blt", "bloom"])
+def test_flops_of_models_without_one_number_of_heads_are_those_of_their_products_at_least(name):
+    model = causal(name)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert 2 * products <= forward_flops(model, 8) < 4 * products

@@ -305,9 +305,11 @@ def _config(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTraine
 
 def _parts(kind: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """Classes of the nested configurations."""
+    defaults = getattr(kind, "sub_configs_defaults", {})  # older versions of transformers do not say which one is meant
     return {
-        part: CONFIG_MAPPING[kind.sub_configs_defaults[part].model_type] if inner is AutoConfig else inner
+        part: CONFIG_MAPPING[defaults[part].model_type] if inner is AutoConfig else inner
         for part, inner in kind.sub_configs.items()
+        if inner is not AutoConfig or part in defaults
     }
 
 
