@@ -111,7 +111,7 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
             # KL's term is big q from the larger side; from the smaller one it is big (e u - w), taken apart where that cancels.
             u = cut(u)
             other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
-            if TARGET == FORWARD:  # noqa: SIM108
+            if TARGET == FORWARD:
                 value = big * tl.where(up, other, q)
                 slope = big * tl.where(up, -w, w)
             else:
