@@ -69,7 +69,7 @@ def test_gradcheck(kind):
     h, w, th, tw = draw(4, 7, 3)
     h.requires_grad_(), w.requires_grad_()
     function = lambda h, w: ops.linear_kl_div(h, w, th, tw, divergence=kind, beta=0.3, student_softcap=3.0)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (h, w))
+    assert torch.autograd.gradcheck(function, (h, w)) and torch.autograd.gradgradcheck(function, (h, w))
     labels, index = torch.tensor([0, 3, -100, 6]), torch.tensor([[0, 2], [1, -1], [6, 3], [4, 5]])
     logprobs = logits(th, tw).log_softmax(-1).gather(-1, index.clamp_min(0))
     for function in (

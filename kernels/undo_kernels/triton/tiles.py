@@ -83,7 +83,7 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
         x = tl.where(tl.abs(shift) < 1.0, (s - t) - shift, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
-        if TARGET == FORWARD:
+        if TARGET == FORWARD:  # noqa: SIM108
             x = apart(log_s, log_t, x)
         else:  # a register less; the row's offset carries a NaN
             x = tl.where(log_big < -87.0, 0.0, x)
