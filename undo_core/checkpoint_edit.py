@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from undo_core.checkpoint_files import MappedFile, groups, meta_model, read_header, to_disk, to_memory, weight_files
+from undo_core.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    MappedFile,
+    groups,
+    meta_model,
+    read_header,
+    to_disk,
+    to_memory,
+    weight_files,
+)
 from undo_core.ops.noise_rules import describe
 from undo_core.training.progress import StageProgress
 
@@ -57,8 +67,10 @@ class CheckpointParameters:
         Each file is copied to the existing, empty folder ``output`` and its tensors are changed where they lie, so everything else in it
         stays as it is; weights in other formats are left out.
         """
+        unread = {path.name for path in self._files} == {SINGLE}
         for path in sorted(self.source.iterdir()):
-            other_weights = path.suffix in WEIGHTS and path not in self._files  # undamaged: they must not come along
+            # Undamaged weights must not come along, nor an index that transformers does not read.
+            other_weights = (path.suffix in WEIGHTS or (path.name == INDEX and unread)) and path not in self._files
             if path.is_file() and path.name not in NOT_COPIED and not other_weights:
                 shutil.copyfile(path, output / path.name)
         mapped = {path: MappedFile(output / path.name) for path in self._files}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,6 +25,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from undo_core.models import make
+
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends otherwise
@@ -60,15 +64,25 @@ class Group:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder.
+    """The safetensors files of a checkpoint folder that transformers reads, and no others that may lie there.
+
+    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the files of
+    the index; an index beside a single file is not read.
 
     Raises:
         FileNotFoundError: it has none, or lacks one that its index names.
+        ValueError: an adapter, which transformers would add to the weights in the files.
     """
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [SINGLE]
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"model: got {folder}, which holds an adapter ({ADAPTER}); wanted a checkpoint into which it is merged"
+        )
+    name = SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
+    if (folder / CONFIG).is_file():
+        name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("transformers_weights") or name
+    names = [name]
+    if name.endswith(".index.json") and (folder / name).is_file():
+        names = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
     paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
@@ -102,12 +116,44 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def meta_model(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder on the meta device: names and shapes; remote code is never run."""
+    """The model of a checkpoint folder on the meta device: names, shapes and ties; remote code is never run."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+        model = make(config)
+    settle_ties(model, {path: read_header(path) for path in weight_files(folder)})
     return model
+
+
+def settle_ties(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> None:
+    """Part those parameters of ``model``, a meta model tied as its configuration says, that transformers would keep apart on load.
+
+    The files decide: two tied parameters that are both there, with different values, are two parameters.
+    """
+    ties = getattr(model, "all_tied_weights_keys", {})
+    found = {name: group for group in _groups(model, files) for name in group.parameters}
+    stored = {name: name for name in found}  # parameter by parameter, the name of the one that fills it
+    for target, source in list(ties.items()):
+        if target in stored and source in stored:
+            one, other = stored[target], stored[source]
+            if one != other and not _equal(model, found[one], one, found[other], other):
+                owner, _, last = target.rpartition(".")
+                own = model.get_parameter(target)
+                model.get_submodule(owner)._parameters[last] = nn.Parameter(torch.empty_like(own), own.requires_grad)
+                del ties[target]
+        elif target in stored or source in stored:
+            stored[target] = stored[source] = stored.get(target) or stored[source]
+
+
+def _equal(model: PreTrainedModel, group: Group, name: str, other_group: Group, other: str) -> bool:
+    tensors = []
+    for part, parameter in ((group, name), (other_group, other)):
+        mapped = {path: MappedFile(path, read_only=True) for path in set(part.files.values())}
+        tensors.append(
+            to_memory(model, part, {stored: mapped[path].tensor(stored) for stored, path in part.files.items()})[parameter]
+        )
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]
+    return torch.equal(*tensors)
 
 
 def groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> list[Group]:
@@ -116,6 +162,16 @@ def groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) ->
     Raises:
         ValueError: a tensor that the model has no place for, or a parameter that no tensor fills.
     """
+    found = _groups(model, files)
+    filled = {name for group in found for name in group.parameters}
+    tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in filled}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in tied:
+            raise ValueError(f"model: got no tensor for {name}, wanted one for every parameter")
+    return found
+
+
+def _groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> list[Group]:
     state = model.state_dict()
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -142,11 +198,6 @@ def groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) ->
         group.files[name] = where[name]
         group.sources[name] = pattern
     model._weight_conversions = [c for c in conversions if c.was_used()]
-    filled = {name for group in found.values() for name in group.parameters}
-    tied = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in filled}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in tied:
-            raise ValueError(f"model: got no tensor for {name}, wanted one for every parameter")
     return list(found.values())
 
 

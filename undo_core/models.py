@@ -189,12 +189,17 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     """
     config = model.config.get_text_config()
     parts = [model] if layers is None else layers
-    count = config.num_hidden_layers if layers is None else len(layers)
+    count = getattr(config, "num_hidden_layers", 0) if layers is None else len(layers)
     weights = sum(
         module.weight.numel() for part in parts for module in part.modules() if isinstance(module, (nn.Linear, Conv1D))
     )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * weights + 4.0 * count * config.num_attention_heads * head_dim * length
+    each = config.per_layer_config[:count] if getattr(config, "is_heterogeneous", False) else [config] * count
+    return 2.0 * weights + 4.0 * sum(map(_attention_width, each)) * length
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    heads = getattr(config, "num_attention_heads", None)  # Mamba has none
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
 
 def set_attention(model: PreTrainedModel, kernel: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
@@ -24,7 +24,7 @@ from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
-from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer
+from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, make
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -314,7 +314,7 @@ def _model_config(config: RunConfig) -> Any:
 
 def _meta_model(config: RunConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_model_config(config))
+        return make(_model_config(config))
 
 
 class _Measure:

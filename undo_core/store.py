@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from undo_core.checkpoint_files import CONFIG, weight_files
 from undo_core.files import fresh, hash_file, hash_json, locked, publish, read_json, write_json
 from undo_core.training.memory import peak_bytes, reset_peak
 from undo_core.version import __version__
@@ -157,7 +158,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
     if manifest.exists():
         outputs = read_json(manifest)["outputs"]
     else:
-        outputs = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        weights = weight_files(folder) if (folder / CONFIG).is_file() else []
+        outputs = {path.name: hash_file(path) for path in weights}
     return {"folder": folder.name, "outputs": outputs}
 
 

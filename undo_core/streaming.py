@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, to_memory, weight_files
+from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, settle_ties, to_memory, weight_files
 from undo_core.models import Head, head_of, make
 from undo_core.training.identity import digest_of, weights_digest
 
@@ -34,6 +34,7 @@ class WeightReader:
     def __init__(self, folder: Path) -> None:
         self.model = _skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         headers = {path: read_header(path) for path in weight_files(folder)}
+        settle_ties(self.model, headers)
         self._files = {path: MappedFile(path, read_only=True) for path in headers}
         self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}
         named = list(self.model.named_parameters(remove_duplicate=False))
@@ -89,23 +90,26 @@ def stream_model(folder: str | Path) -> PreTrainedModel:
     """
     reader = WeightReader(Path(folder))
     model, device = reader.model, _device()
-    trunk = model.base_model
-    lists = {name: part for name, part in trunk.named_children() if isinstance(part, nn.ModuleList) and len(part)}
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
     if not lists:
-        raise ValueError(f"teacher: got a {type(model).__name__}, whose trunk has no list of layers; wanted one to stream")
-    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    prefix = next(path for path, part in model.named_modules() if part is lists[name]) + "."
-    resident = [n for n, _ in model.named_parameters() if not n.startswith(prefix)]
+        raise ValueError(f"teacher: got a {type(model).__name__}, which has no list of layers; wanted one to stream")
+    path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
+    layers_of, prefix = lists[path], path + "."
+    names: dict[int, list[str]] = {}  # of each parameter, several where it is tied
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(full)
+    resident = {of[0]: of for of in names.values() if not all(full.startswith(prefix) for full in of)}
     for full, tensor in reader.read(resident):
-        _place(model, full, nn.Parameter(tensor.to(device), requires_grad=False))
-    model.tie_weights()
+        placed = nn.Parameter(tensor.to(device), requires_grad=False)
+        for name in resident[full]:
+            _place(model, name, placed)
     for full, buffer in list(model.named_buffers()):
         owner, _, last = full.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(device)
     saved_buffers = [n for n, _ in model.named_buffers() if n in reader._groups]
     for full, tensor in reader.read(saved_buffers):
         model.get_buffer(full).copy_(tensor)
-    layers = _Layers(reader, lists[name], prefix, device)
+    layers = _Layers(reader, layers_of, prefix, device)
     model._undo_layers, model._undo_reader = layers, reader
     return model.eval()
 

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from causal_models import build as causal
+from causal_models import config_of, fields_of
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mistral3Config, Mistral3ForConditionalGeneration
 
-from undo_core.models import UnsupportedHead, forward_flops, head_of, hidden_states, initialise
+from undo_core.models import (
+    UnsupportedHead,
+    evaluating,
+    forward_flops,
+    head_of,
+    hidden_states,
+    hidden_states_at,
+    initialise,
+)
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -72,3 +82,107 @@ def test_flops_are_those_of_the_matrix_products(kind, extra):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(3, length, dtype=torch.long), use_cache=False)
     assert forward_flops(model, length) * 3 * length == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+class Scaled(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden) * 1.0001
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused_however_near_it_is():
+    model = build("llama")
+    model.lm_head = Scaled(16, 40, bias=False)
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM whose output layer, a Scaled, has a forward of its own"):
+        head_of(model)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: z + torch.linspace(0, 1, z.shape[-1]),
+        lambda z: z.masked_fill(torch.arange(z.shape[-1]) == 3, -torch.inf),
+        lambda z: z * torch.linspace(1, 1.01, z.shape[-1]),
+        lambda z: z.clamp(-100, 100),
+        lambda z: z.log_softmax(-1),
+    ],
+)
+def test_what_a_model_does_to_its_logits_beyond_scale_and_softcap_is_refused(after):
+    model = build("llama")
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = after(output.logits)
+        return output
+
+    model.forward = changed
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM's logits differ"):
+        head_of(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("llama", {}), ("gpt2", {}), ("gemma2", {"num_key_value_heads": 1, "head_dim": 8}), ("granite", {"logits_scaling": 4.0})],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_under_autocast_and_in_16_bits_are_the_same(kind, extra, dtype):
+    wanted, model = head_of(build(kind, **extra)), build(kind, **extra).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = head_of(model)
+    assert (head.scale, head.softcap) == (wanted.scale, wanted.softcap)
+
+
+def test_each_modules_own_mode_is_restored():
+    model = build("gpt2").train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    head_of(model)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("name", ["llama4", "gemma2", "granite", "falcon_h1", "recurrent_gemma", "modernbert-decoder", "blt"])
+def test_a_model_without_contents_has_the_constants_of_its_head(name):
+    constants = {"logits_scaling": 4.0, "lm_head_multiplier": 0.7, "logits_soft_cap": 2.0}
+    constants = {key: value for key, value in constants.items() if key in fields_of(type(config_of(name)))}
+    head = head_of(causal(name, **constants))
+    with torch.device("meta"):
+        found = head_of(causal(name, **constants))
+    assert (found.scale, found.softcap, found.weight.shape) == (head.scale, head.softcap, head.weight.shape)
+
+
+def test_a_wrapper_that_the_automatic_class_does_not_map_is_a_model_too():
+    text = {**SMALL, "model_type": "mistral", "num_key_value_heads": 1, "head_dim": 8}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = Mistral3Config(text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8, "head_dim": 8})
+    model, ids = Mistral3ForConditionalGeneration(config).eval(), torch.arange(8)[None]
+    with torch.no_grad():
+        got = hidden_states(model, ids) @ head_of(model).weight.T
+        torch.testing.assert_close(got, model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="model: got mistral3, of which transformers' AutoModelForCausalLM makes no model"):
+        initialise(config, 0)
+
+
+def test_inner_hidden_states_are_transformers_own():
+    for model in (build("llama"), causal("gemma3"), causal("bart"), causal("modernbert-decoder")):
+        ids = torch.arange(8)[None] + 3
+        hidden, inner = hidden_states_at(model, [0, 1], ids)
+        wanted = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        assert all(torch.equal(a, b) for a, b in zip(inner, wanted, strict=False)) and len(inner) == 2
+        assert torch.equal(hidden, hidden_states(model, ids))
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "gemma4_text", "blt", "bloom"])
+def test_flops_of_models_without_one_number_of_heads_are_those_of_their_products_at_least(name):
+    model = causal(name)
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert 2 * products <= forward_flops(model, 8) < 4 * products

@@ -229,11 +229,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 16, "attention_window_size": 8},
     "reformer": {
         "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
         "attn_layers": ["local", "lsh"],
         "hash_seed": 0,
         "attention_head_size": 8,
         "feed_forward_size": 24,
-        "axial_pos_shape": [8, 8],
+        "axial_pos_shape": [2, 4],
         "axial_pos_embds_dim": [8, 8],
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
@@ -290,12 +292,12 @@ def build(name: str, **settings: Any) -> PreTrainedModel:
 
 
 def _config(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTrainedConfig:
-    fields = _fields(kind)
+    fields = fields_of(kind)
     chosen = {name: value for name, value in SIZES.items() if name in fields} | settings
     for part, inner in _parts(kind).items():
         own = chosen.pop(part, {})
         if part == "text_config":  # where else would a wrapper's vocabulary be?
-            own = {name: chosen.pop(name) for name in list(settings) if name in _fields(inner) - fields} | own
+            own = {name: chosen.pop(name) for name in list(settings) if name in fields_of(inner) - fields} | own
         chosen[part] = _config(inner, own).to_dict()
     with _quiet():
         return kind(**chosen)
@@ -303,14 +305,17 @@ def _config(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTraine
 
 def _parts(kind: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """Classes of the nested configurations."""
+    defaults = getattr(kind, "sub_configs_defaults", {})  # older versions of transformers do not say which one is meant
     return {
-        part: CONFIG_MAPPING[kind.sub_configs_defaults[part].model_type] if inner is AutoConfig else inner
+        part: CONFIG_MAPPING[defaults[part].model_type] if inner is AutoConfig else inner
         for part, inner in kind.sub_configs.items()
+        if inner is not AutoConfig or part in defaults
     }
 
 
 @cache
-def _fields(kind: type[PreTrainedConfig]) -> frozenset[str]:
+def fields_of(kind: type[PreTrainedConfig]) -> frozenset[str]:
+    """Names of the settings of a configuration class."""
     return frozenset(inspect.signature(kind.__init__).parameters) | frozenset(kind.attribute_map)
 
 

@@ -31,8 +31,8 @@ class TrainConfig:
         beta2: of AdamW.
         eps: of AdamW.
         clip: largest norm of the gradient; 0 switches clipping off.
-        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is sdpa, or eager for a model whose attention
-            has a softcap, which sdpa would drop.
+        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is transformers' choice, or eager for a
+            model whose attention has a softcap, which sdpa would drop.
         activation_checkpointing: keep each layer's input alone and run the layer again in the backward pass.
         precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16 throughout,
             updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
