@@ -209,9 +209,13 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     weights = sum(
         module.weight.numel() for part in parts for module in part.modules() if isinstance(module, (nn.Linear, Conv1D))
     )
-    heads = getattr(config, "num_attention_heads", None)  # not every model has attention, or one number of heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
-    return 2.0 * weights + 4.0 * count * width * length
+    each = config.per_layer_config[:count] if getattr(config, "is_heterogeneous", False) else [config] * count
+    return 2.0 * weights + 4.0 * sum(map(_attention_width, each)) * length
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    heads = getattr(config, "num_attention_heads", None)  # Mamba has none
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
 
 
 def set_attention(model: PreTrainedModel, kernel: str) -> None:
