@@ -41,6 +41,7 @@ class WeightReader:
         filled = {id(parameter): name for name, parameter in named if name in self._groups}
         # A tied parameter may lie in the file under any of its names.
         self._source = {name: filled[id(parameter)] for name, parameter in named}
+        self._tensors = self.model.state_dict()
         self._source |= {name: name for name, _ in self.model.named_buffers() if name in self._groups}
 
     def read(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -53,11 +54,16 @@ class WeightReader:
             group = self._groups[self._source[name]]
             wanted.setdefault(id(group), (group, []))[1].append(name)
         for group, members in wanted.values():
-            tensors = {name: self._files[path].tensor(name) for name, path in group.files.items()}
+            own = self._tensors[group.parameters[0]].dtype  # says what integers a file holds
+            tensors = {
+                name: self._files[path].tensor(name, self._files[path].entries[name].dtype or own)
+                for name, path in group.files.items()
+            }
             made = to_memory(self.model, group, tensors)
             for name in members:
                 value = made[self._source[name]]
-                yield name, value.to(torch.float32, copy=True) if into is None else into[name].copy_(value)
+                dtype = torch.float32 if value.is_floating_point() else value.dtype
+                yield name, value.to(dtype, copy=True) if into is None else into[name].copy_(value)
             for name, path in group.files.items():
                 self._files[path].let_go(name)
 

@@ -69,7 +69,18 @@ CASES = {
     "named file": ("llama", {}, "1GB", other_file),
     **{
         name: (name, {}, "1GB", None)
-        for name in ("bloom", "gpt2", "gpt_oss", "llama4", "gemma3", "modernbert-decoder", "qwen3_moe", "mamba", "bart")
+        for name in (
+            "bloom",
+            "gpt2",
+            "gpt_oss",
+            "llama4",
+            "gemma3",
+            "modernbert-decoder",
+            "qwen3_moe",
+            "mamba",
+            "bart",
+            "deepseek_v4",
+        )
     },
 }
 

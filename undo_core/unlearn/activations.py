@@ -115,7 +115,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def _owner(model: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder layers, and the list's name there."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.base_model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
