@@ -137,10 +137,10 @@ def stage_settings(case: Case) -> dict[str, Any]:
     """The settings of the stage that a case is, three steps long."""
     import dataclasses
 
-    from undo_core.relearn import AttackConfig
+    from undo_core.relearning import AttackConfig
     from undo_core.teacher import TeacherConfig
     from undo_core.training import TrainConfig
-    from undo_core.unlearn import RMUConfig, UnlearnConfig
+    from undo_core.unlearning import RMUConfig, UnlearnConfig
 
     train = TrainConfig(**{"steps": 2, "batch_size": 2, "lr": 1e-4, "seed": 0, **case.train})
     plain = dataclasses.asdict(train)

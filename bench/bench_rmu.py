@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from undo_core import ops
 from undo_core.training import TrainConfig
 from undo_core.training.batches import Batch
-from undo_core.unlearn import METHODS, RMUConfig, UnlearnConfig
+from undo_core.unlearning import METHODS, RMUConfig, UnlearnConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COEFFICIENT = 6.5

@@ -91,7 +91,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     from contenders import observed
 
     from undo_core.data.rows import Rows
-    from undo_core.distill import distill
+    from undo_core.distillation import distill
     from undo_core.models import load_model
     from undo_core.teacher import ModelTeacher
     from undo_core.teacher_cache import CachedTeacher

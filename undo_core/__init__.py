@@ -1,23 +1,33 @@
 """UNDO: unlearn, noise, distill on outputs. Robust unlearning for language models (arXiv 2506.06278).
 
 >>> from undo_core import distill, noise_, relearn, unlearn
+
+The public names are loaded on first use, so that ``from undo_core import ops`` imports torch and not transformers.
 """
 
-from undo_core import quiet as _quiet  # noqa: F401  # isort: skip  # before transformers is imported
-from undo_core.version import __version__  # isort: skip
-from undo_core import ops
-from undo_core.attacks import LoraConfig, Trial, few_shot, quantise_, worst_of
-from undo_core.damage import damage_
-from undo_core.distill import distill
-from undo_core.evaluate import evaluate
-from undo_core.noise import noise_
-from undo_core.ops import NoiseRule
-from undo_core.relearn import AttackConfig, relearn
-from undo_core.streaming import stream_model
-from undo_core.teacher import TeacherConfig
-from undo_core.teacher_cache import CachedTeacher, cache_teacher
-from undo_core.training.config import TrainConfig
-from undo_core.unlearn import UnlearnConfig, unlearn
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from undo_core import quiet as _quiet  # noqa: F401  # before anything imports transformers
+from undo_core.version import __version__
+
+if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+    from undo_core import ops
+    from undo_core.attacks import LoraConfig, Trial, few_shot, quantise_, worst_of
+    from undo_core.attacks.config import AttackConfig
+    from undo_core.damage import damage_
+    from undo_core.distillation import distill
+    from undo_core.evaluation import evaluate
+    from undo_core.noise import noise_
+    from undo_core.ops import NoiseRule
+    from undo_core.relearning import relearn
+    from undo_core.streaming import stream_model
+    from undo_core.teacher import TeacherConfig
+    from undo_core.teacher_cache import CachedTeacher, cache_teacher
+    from undo_core.training.config import TrainConfig
+    from undo_core.unlearning import UnlearnConfig, unlearn
 
 __all__ = [
     "AttackConfig",
@@ -42,3 +52,39 @@ __all__ = [
     "unlearn",
     "worst_of",
 ]
+
+_HOMES = {  # public name: module that defines it
+    "AttackConfig": "attacks.config",
+    "CachedTeacher": "teacher_cache",
+    "LoraConfig": "attacks",
+    "NoiseRule": "ops",
+    "TeacherConfig": "teacher",
+    "TrainConfig": "training.config",
+    "Trial": "attacks",
+    "UnlearnConfig": "unlearning",
+    "cache_teacher": "teacher_cache",
+    "damage_": "damage",
+    "distill": "distillation",
+    "evaluate": "evaluation",
+    "few_shot": "attacks",
+    "noise_": "noise",
+    "quantise_": "attacks",
+    "relearn": "relearning",
+    "stream_model": "streaming",
+    "unlearn": "unlearning",
+    "worst_of": "attacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "ops":
+        return importlib.import_module("undo_core.ops")
+    value = getattr(importlib.import_module(f"undo_core.{_HOMES[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,7 +21,7 @@ from undo_core.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.training.progress import console
-from undo_core.unlearn.config import UnlearnConfig
+from undo_core.unlearning.config import UnlearnConfig
 
 
 def run(config: RunConfig, command: str) -> int:

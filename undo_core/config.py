@@ -17,7 +17,7 @@ from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.parameters import PARTS, Parts
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
-from undo_core.unlearn.config import UnlearnConfig
+from undo_core.unlearning.config import UnlearnConfig
 
 Sources = list[str] | dict[str, float]
 

@@ -62,15 +62,15 @@ def _facts() -> Table:
     for name in _PACKAGES:
         table.add_row(name, _version(name))
     facts = machine()
-    table.add_row(
-        "processor", f"{facts['device']}, {usable_cores()} cores, torch uses {facts['threads']} threads"
-    )
+    table.add_row("processor", f"{facts['device']}, {usable_cores()} cores, torch uses {facts['threads']} threads")
     table.add_row("vector units", torch.backends.cpu.get_cpu_capability())
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     table.add_row(
         "GPUs", ", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB, sm_{g.major}{g.minor})" for g in gpus) or "none"
     )
-    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" if hasattr(os, "sysconf") else "unknown"
+    memory = (
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB" if hasattr(os, "sysconf") else "unknown"
+    )
     table.add_row("memory", f"{memory}; {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free on this disk")
     table.add_row("C++ compiler", shutil.which(os.environ.get("CXX", "c++")) or "none")
     table.add_row(

@@ -13,7 +13,7 @@ import torch
 
 from undo_core.attacks.config import AttackConfig, attack_config
 from undo_core.training.config import TrainConfig
-from undo_core.unlearn import unlearn_config
+from undo_core.unlearning import unlearn_config
 
 Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes

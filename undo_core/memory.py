@@ -30,12 +30,12 @@ from undo_core import ops
 from undo_core.attacks.config import AttackConfig, attack_config
 from undo_core.attacks.lora import insert
 from undo_core.damage import ELEMENT_BYTES as DAMAGE_BYTES
-from undo_core.distill import matching
-from undo_core.evaluate import letter_logits, most_likely, rows_at_once, token_nats
+from undo_core.distillation import matching
+from undo_core.evaluation import letter_logits, most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
 from undo_core.models import head_of, hidden_states, make, set_attention
-from undo_core.relearn import mixed_cross_entropy
+from undo_core.relearning import mixed_cross_entropy
 from undo_core.storages import FUSED, Storages
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
@@ -45,8 +45,8 @@ from undo_core.training.lean import lean
 from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
 from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
-from undo_core.unlearn import Method, method_of, referred, unlearn_config
-from undo_core.unlearn.activations import find_layers
+from undo_core.unlearning import Method, method_of, referred, unlearn_config
+from undo_core.unlearning.activations import find_layers
 
 PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
 

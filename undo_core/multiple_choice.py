@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from undo_core import ops
 from undo_core.data.encoding import encoded_with_beginning
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
-from undo_core.evaluate import POSITIONS, accuracy
+from undo_core.evaluation import POSITIONS, accuracy
 from undo_core.models import evaluating, head_of, hidden_states, positions_of
 
 Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for

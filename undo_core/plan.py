@@ -31,7 +31,7 @@ from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import weight_dtype
-from undo_core.unlearn import unlearn_config, unlearn_flops
+from undo_core.unlearning import unlearn_config, unlearn_flops
 
 MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
 MATRIX_EFFICIENCY = 0.5  # of a training step against bare matrix products of the same width, measured on small models

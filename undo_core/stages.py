@@ -22,8 +22,8 @@ from undo_core.data.encoding import encoded, surroundings
 from undo_core.data.limits import Limits
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text, make_splits
-from undo_core.distill import distill
-from undo_core.evaluate import evaluate
+from undo_core.distillation import distill
+from undo_core.evaluation import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
 from undo_core.memory import Predictor
@@ -41,7 +41,7 @@ from undo_core.models import (
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
-from undo_core.relearn import attack
+from undo_core.relearning import attack
 from undo_core.store import MANIFEST, StageFunction, Work
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -50,7 +50,7 @@ from undo_core.training import TrainConfig, TrainResult, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import Precision, weight_dtype
 from undo_core.training.progress import console
-from undo_core.unlearn import unlearn, unlearn_config, unlearn_flops
+from undo_core.unlearning import unlearn, unlearn_config, unlearn_flops
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 

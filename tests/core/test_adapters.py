@@ -13,7 +13,7 @@ from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import as_batch
 from undo_core.training.losses import cross_entropy, distillation
-from undo_core.unlearn import RMUConfig
+from undo_core.unlearning import RMUConfig
 
 peft = pytest.importorskip("peft")
 

@@ -19,16 +19,16 @@ from undo_core.attacks.lora import adapted
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
-from undo_core.evaluate import evaluate
+from undo_core.evaluation import evaluate
 from undo_core.graph import plan_run
 from undo_core.memory import Predictor
 from undo_core.models import build_model
-from undo_core.relearn import attack, mixed_cross_entropy, relearn
+from undo_core.relearning import attack, mixed_cross_entropy, relearn
 from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
 from undo_core.training.batches import RowsSource
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
-from undo_core.unlearn import UnlearnConfig, unlearn
+from undo_core.unlearning import UnlearnConfig, unlearn
 
 peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

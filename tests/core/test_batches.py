@@ -8,11 +8,11 @@ from kinds import tokenizer_of
 from undo_core import TrainConfig, UnlearnConfig, distill, relearn, unlearn
 from undo_core.data.rows import Rows
 from undo_core.models import build_model
-from undo_core.relearn import AttackConfig
+from undo_core.relearning import AttackConfig
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import as_batch, as_source, rows_source
 from undo_core.training.losses import cross_entropy, distillation, token_cross_entropy
-from undo_core.unlearn import method_of
+from undo_core.unlearning import method_of
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
 SHAPES = {

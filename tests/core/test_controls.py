@@ -15,12 +15,12 @@ from undo_core.graph import plan_run
 from undo_core.models import load_model
 from undo_core.pipeline import run
 from undo_core.plan import plan_rows
-from undo_core.relearn import AttackConfig
+from undo_core.relearning import AttackConfig
 from undo_core.stages import FUNCTIONS, distill_stage
 from undo_core.store import Store, Work
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
-from undo_core.unlearn import UnlearnConfig
+from undo_core.unlearning import UnlearnConfig
 
 SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

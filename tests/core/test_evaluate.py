@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from undo_core.data.rows import Rows
-from undo_core.evaluate import evaluate
+from undo_core.evaluation import evaluate
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 

@@ -9,7 +9,7 @@ import torch
 from undo_core import UnlearnConfig, fit
 from undo_core.fit import CHANGES, apply_changes, cheapest_fit
 from undo_core.training import TrainConfig
-from undo_core.unlearn import unlearn_config
+from undo_core.unlearning import unlearn_config
 
 SAVED = {  # of 1000
     ("activation_checkpointing", True): 100,

@@ -6,12 +6,12 @@ import torch
 from undo_core import AttackConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, relearn, unlearn
 from undo_core.data.rows import Rows
 from undo_core.models import load_model
-from undo_core.relearn import attack
+from undo_core.relearning import attack
 from undo_core.training import as_source, train
 from undo_core.training.batches import as_batch
 from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearn import RMUConfig
+from undo_core.unlearning import RMUConfig
 
 CONFIG = TrainConfig(steps=3, batch_size=8, lr=1e-2, seed=1)
 OPTIONS = {"progress": False, "checkpoint_seconds": 0.0}

@@ -8,7 +8,7 @@ import torch
 
 from undo_core import TrainConfig, distill
 from undo_core.data.rows import Rows
-from undo_core.distill import matching
+from undo_core.distillation import matching
 from undo_core.fit import cheapest_fit
 from undo_core.models import build_model
 from undo_core.streaming import stream_model

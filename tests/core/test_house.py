@@ -19,15 +19,15 @@ RANKS = [
     {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config", "undo_core.attacked"},
     {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
     {
-        "undo_core.unlearn",
+        "undo_core.unlearning",
         "undo_core.noise",
         "undo_core.noise_checkpoint",
         "undo_core.damage",
-        "undo_core.distill",
-        "undo_core.relearn",
+        "undo_core.distillation",
+        "undo_core.relearning",
         "undo_core.attacks",
     }
-    | {"undo_core.evaluate", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
+    | {"undo_core.evaluation", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
     {
@@ -122,3 +122,20 @@ def test_remote_code_is_refused_wherever_a_checkpoint_is_read():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}"
+
+
+def test_the_ops_load_no_model_library():
+    code = "import sys; from undo_core import ops; print(*[name for name in ('transformers', 'matplotlib') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_every_public_name_is_what_its_module_defines():
+    import undo_core
+
+    assert set(undo_core.__all__) == {*undo_core._HOMES, "ops", "__version__"}
+    for name, home in undo_core._HOMES.items():
+        value = getattr(undo_core, name)
+        assert callable(value) and value.__name__ == name, home
+    with pytest.raises(AttributeError, match="distil"):
+        getattr(undo_core, "distil")  # noqa: B009

@@ -8,16 +8,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core.data.rows import Rows
 from undo_core.data.text import pack
-from undo_core.distill import distill
-from undo_core.evaluate import evaluate
+from undo_core.distillation import distill
+from undo_core.evaluation import evaluate
 from undo_core.models import check_isolation, head_of, hidden_states, initialise, load_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import cache_teacher
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.batches import as_batch, rows_source
 from undo_core.training.losses import cross_entropy, uniform_kl
-from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn
-from undo_core.unlearn.activations import Trunk
+from undo_core.unlearning import RMUConfig, UnlearnConfig, unlearn
+from undo_core.unlearning.activations import Trunk
 
 SHAPE = {
     "hidden_size": 32,

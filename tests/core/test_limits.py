@@ -12,8 +12,8 @@ from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.models import build_model, positions_of
 from undo_core.multiple_choice import log_likelihoods
-from undo_core.relearn import AttackConfig
-from undo_core.unlearn import RMUConfig
+from undo_core.relearning import AttackConfig
+from undo_core.unlearning import RMUConfig
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
 MODELS = {

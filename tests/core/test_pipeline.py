@@ -20,11 +20,11 @@ from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelCon
 from undo_core.files import hash_file, read_json
 from undo_core.graph import attack_stage, plan_run, prepare_stage
 from undo_core.pipeline import run
-from undo_core.relearn import AttackConfig
+from undo_core.relearning import AttackConfig
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig
-from undo_core.unlearn import UnlearnConfig
+from undo_core.unlearning import UnlearnConfig
 
 # recover: -1 asks for more than the teacher has, so that every student trains to its limit.
 TINY = """

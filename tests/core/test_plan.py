@@ -14,12 +14,12 @@ from undo_core.graph import plan_run
 from undo_core.ops import dispatch
 from undo_core.pipeline import run
 from undo_core.plan import bytes_of, plan_rows, plan_table
-from undo_core.relearn import AttackConfig
+from undo_core.relearning import AttackConfig
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Store
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
-from undo_core.unlearn import UnlearnConfig
+from undo_core.unlearning import UnlearnConfig
 
 SHAPE = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from undo_core.checkpoint_files import stored_dtype
 from undo_core.data.arithmetic import compact_splits
-from undo_core.distill import distill
+from undo_core.distillation import distill
 from undo_core.models import build_model, load_model
 from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, rows_source, train
 from undo_core.training.batches import RowsSource
@@ -18,7 +18,7 @@ from undo_core.training.loop import accumulate
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import PRECISIONS, convert_, round_stochastically_, seeded
-from undo_core.unlearn import RMUConfig, UnlearnConfig, unlearn
+from undo_core.unlearning import RMUConfig, UnlearnConfig, unlearn
 
 torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 OPTIMIZERS = ["adamw", pytest.param("adamw-8bit", marks=torchao), pytest.param("adamw-4bit", marks=torchao)]

@@ -13,9 +13,9 @@ from undo_core.teacher import ModelTeacher
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, convert_
-from undo_core.unlearn import method as base
-from undo_core.unlearn import method_of, referred, unlearn_config, unlearn_flops
-from undo_core.unlearn.rmu import RMUConfig
+from undo_core.unlearning import method as base
+from undo_core.unlearning import method_of, referred, unlearn_config, unlearn_flops
+from undo_core.unlearning.rmu import RMUConfig
 
 METHODS = ("maxent", "graddiff", "npo", "simnpo", "undial")
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -14,8 +14,8 @@ from undo_core.data.rows import Rows
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.checkpoint import save_checkpoint
-from undo_core.unlearn import METHODS, RMUConfig, unlearn_flops
-from undo_core.unlearn.activations import Trunk, evaluating
+from undo_core.unlearning import METHODS, RMUConfig, unlearn_flops
+from undo_core.unlearning.activations import Trunk, evaluating
 
 SHAPE = {
     "vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
-from undo_core.unlearn import METHODS, RMUConfig
+from undo_core.unlearning import METHODS, RMUConfig
 
 
 def batches(rows):
@@ -58,7 +58,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, rows, settings):
 
 def test_it_forgets_and_keeps(tiny, rows):
     from undo_core.data.rows import Rows
-    from undo_core.evaluate import evaluate
+    from undo_core.evaluation import evaluate
 
     low = rows.input_ids[:, 1] < 7
     forget, retain = Rows(rows.input_ids[low], 0), Rows(rows.input_ids[~low], 0)

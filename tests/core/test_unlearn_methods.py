@@ -19,18 +19,18 @@ import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.cli import _parser
 from undo_core.data.rows import Rows
-from undo_core.evaluate import evaluate
+from undo_core.evaluation import evaluate
 from undo_core.memory import Predictor
 from undo_core.models import build_model
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, converted, seeded, weight_dtype
-from undo_core.unlearn import METHODS, ROBUST, method_of, npo, referred, register, unlearn_config, unlearn_flops
-from undo_core.unlearn.npo import NPOConfig
-from undo_core.unlearn.repnoise import RepNoiseConfig, noise_distance
-from undo_core.unlearn.sam import SAMConfig, moved
-from undo_core.unlearn.simnpo import SimNPOConfig
-from undo_core.unlearn.undial import UNDIALConfig
+from undo_core.unlearning import METHODS, ROBUST, method_of, npo, referred, register, unlearn_config, unlearn_flops
+from undo_core.unlearning.npo import NPOConfig
+from undo_core.unlearning.repnoise import RepNoiseConfig, noise_distance
+from undo_core.unlearning.sam import SAMConfig, moved
+from undo_core.unlearning.simnpo import SimNPOConfig
+from undo_core.unlearning.undial import UNDIALConfig
 
 TOKEN_METHODS = [
     UnlearnConfig("npo", npo=NPOConfig(0.7), retain_weight=2.0),
@@ -442,7 +442,7 @@ OWN = '''
 from dataclasses import dataclass
 
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearn.method import Method, forget_and_retain, register
+from undo_core.unlearning.method import Method, forget_and_retain, register
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import number, ratio
-from undo_core.unlearn.config import METHODS as _METHODS
-from undo_core.unlearn.config import ROBUST
+from undo_core.unlearning.config import METHODS as _METHODS
+from undo_core.unlearning.config import ROBUST
 
 METHODS = {name: entry.title for name, entry in {**_METHODS, **ROBUST}.items()}
 _SYMBOLS = {"alphas": "α", "beta": "β"}

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
-from undo_core.unlearn.method import Method, forget_and_retain, original_of, register
+from undo_core.unlearning.method import Method, forget_and_retain, original_of, register
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 MOST = 10.0
 

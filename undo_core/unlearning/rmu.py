@@ -24,11 +24,11 @@ from undo_core.adapters import adapter_parameters, has_adapters
 from undo_core.models import evaluating, forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
-from undo_core.unlearn.activations import Entered, Trunk, find_layers
-from undo_core.unlearn.method import Method, register
+from undo_core.unlearning.activations import Entered, Trunk, find_layers
+from undo_core.unlearning.method import Method, register
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @dataclass(frozen=True)

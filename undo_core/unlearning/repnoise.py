@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
-from undo_core.unlearn.activations import find_layers
-from undo_core.unlearn.method import Costs, Method, register_robust
+from undo_core.unlearning.activations import find_layers
+from undo_core.unlearning.method import Costs, Method, register_robust
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names of the final norm in transformers
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)

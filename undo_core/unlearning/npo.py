@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.losses import token_cross_entropy
-from undo_core.unlearn.method import Method, forget_and_retain, register
+from undo_core.unlearning.method import Method, forget_and_retain, register
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from undo_core.training.losses import cross_entropy, distillation
 from undo_core.training.precision import convert_
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @dataclass(frozen=True)

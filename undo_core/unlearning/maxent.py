@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from undo_core.training.losses import uniform_kl
-from undo_core.unlearn.method import Method, forget_and_retain, register
+from undo_core.unlearning.method import Method, forget_and_retain, register
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @register("maxent", "MaxEnt")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from undo_core.training.config import TrainConfig
-from undo_core.unlearn.method import METHODS, ROBUST, Entry
+from undo_core.unlearning.method import METHODS, ROBUST, Entry
 
 for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # whatever registers a method
     importlib.import_module(f"{__package__}.{found.name}")

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from undo_core.training.batches import Batch
 from undo_core.training.loop import Loss
 from undo_core.training.precision import rewound
-from undo_core.unlearn.method import Costs, Method, register_robust
+from undo_core.unlearning.method import Costs, Method, register_robust
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @dataclass(frozen=True)

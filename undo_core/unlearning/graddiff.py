@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearn.method import Method, forget_and_retain, register
+from undo_core.unlearning.method import Method, forget_and_retain, register
 
 if TYPE_CHECKING:
-    from undo_core.unlearn.config import UnlearnConfig
+    from undo_core.unlearning.config import UnlearnConfig
 
 
 @register("graddiff", "GradDiff")
