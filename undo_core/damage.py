@@ -35,7 +35,6 @@ from undo_core.ops.noise import segment
 from undo_core.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
 from undo_core.ops.sharding import is_sharded
 from undo_core.parameters import Parts, select
-from undo_core.training.layout import check_separate
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
@@ -110,7 +109,6 @@ def damage_(
         tensor = selected.found[name][0]
         if is_sharded(tensor) or tensor.is_meta:
             checks.fail(f"model: {name}", f"a {'meta' if tensor.is_meta else 'sharded'} tensor", "a whole one in memory")
-    check_separate(model, [selected.found[name][0] for name in chosen])
     result = {}
     for name in chosen:
         tensor = selected.found[name][0].detach()

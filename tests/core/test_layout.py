@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from undo_core.damage import damage_
+from undo_core.ops.layout import overlaps
 from undo_core.training import Batch, TrainConfig, train
-from undo_core.training.layout import overlaps
 from undo_core.training.optimizers import StochasticAdamW
 from undo_core.training.precision import PRECISIONS
 
@@ -106,13 +106,13 @@ def test_parameters_that_share_memory_are_refused_by_name_before_anything():
 
     model = Net(False)
     model.b = nn.Parameter(torch.randn(1, 272).expand(64, 272))
-    refused(model, "b, whose elements share memory")
+    refused(model, "'b', whose elements share memory")
     model = Net(False)
     model.b = nn.Parameter(torch.randn(64 + 272 - 1).unfold(0, 272, 1))
-    refused(model, "b, whose elements share memory")
+    refused(model, "'b', whose elements share memory")
     model = Net(False)
     model.d = nn.Parameter(model.a.data.T[:5], requires_grad=False)
-    refused(model, "d", "a")
+    refused(model, "'d'", "'a'")
 
 
 def test_what_only_lies_side_by_side_is_separate():

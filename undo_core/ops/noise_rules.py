@@ -13,6 +13,7 @@ from torch import nn
 from undo_kernels.segment import amplitude
 
 from undo_core.ops import checks
+from undo_core.ops.layout import check_apart
 from undo_core.ops.sharding import local_of
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
@@ -162,7 +163,8 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     known to be an embedding.
 
     Raises:
-        ValueError: no tensors, two different ones of the same canonical name, or two that share a part of their memory.
+        ValueError: no tensors, two different ones of the same canonical name, or memory that is shared in part (see
+            :func:`undo_core.ops.layout.check_apart`).
     """
     convolutions, embeddings = set(), set()
     if isinstance(tensors, nn.Module):
@@ -194,7 +196,10 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
         found[short] = (tensor, Parameter(tuple(tensor.shape), role, stacked))
     if not found:
         checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient")
-    _check_apart({name: tensor for name, (tensor, _) in found.items()})
+    others = {
+        name: p for name, p in _parameters(tensors).items() if _identity(p) not in seen
+    }  # frozen, and a part of one that is not
+    check_apart("tensors", {**others, **{name: tensor for name, (tensor, _) in found.items()}}, found.keys())
     return found
 
 
@@ -271,41 +276,14 @@ def check_layers(argument: str, match: str, parameters: Iterable[str]) -> None:
         checks.fail(argument, f"{match!r} with layer {missing[0]}", f"layers that there are; the last is {last}")
 
 
+def _parameters(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(tensors.named_parameters()) if isinstance(tensors, nn.Module) else {}
+
+
 def _identity(tensor: torch.Tensor) -> object:
     """Equal for tied tensors, whichever object holds them; meta tensors have no storage to compare."""
     local = local_of(tensor)
     return (local.data_ptr(), tuple(tensor.shape)) if local.device.type != "meta" and local.numel() else id(tensor)
-
-
-def _check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse views of one memory that are not the same tensor: what they share would be noised twice."""
-    spans = []
-    for name, tensor in tensors.items():
-        local = local_of(tensor)
-        if local.device.type != "meta" and local.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True)) + 1
-            spans.append((str(local.device), local.data_ptr(), local.data_ptr() + reach * local.element_size(), name))
-    spans.sort()
-    for i, (device, start, end, name) in enumerate(spans):
-        for other_device, other_start, _, other in spans[i + 1 :]:
-            if (other_device, other_start) >= (device, end):
-                break
-            if _share(local_of(tensors[name]), local_of(tensors[other]), other_start - start):
-                checks.fail(
-                    "tensors", f"{name!r} and {other!r}, which share memory", "tensors apart, or tied ones of one shape"
-                )
-
-
-def _share(a: torch.Tensor, b: torch.Tensor, distance: int) -> bool:
-    """Whether two tensors, the second ``distance`` bytes after the first, have an element's memory in common; spans that interleave,
-    as those of columns of one matrix do, need not."""
-    if a.is_contiguous() or b.is_contiguous() or a.dtype != b.dtype or distance % a.element_size():
-        return True
-    reach = [sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]
-    offset = distance // a.element_size()
-    taken = torch.zeros(max(reach[0], offset + reach[1]), dtype=torch.bool)
-    taken.as_strided(a.shape, a.stride()).fill_(True)
-    return bool(taken.as_strided(b.shape, b.stride(), offset).any())
 
 
 def _strengths(alpha: float | None, beta: float | None) -> None:

@@ -47,16 +47,6 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
-def check_apart_within(name: str, tensor: torch.Tensor) -> None:
-    """Raise a ValueError where elements of one tensor are the same memory, as those of ``expand`` are."""
-    reach = 0  # of the dimensions so far, from the one with the smallest stride
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}, whose elements share memory"
-            checks.fail(name, got, "a tensor with memory for each element, such as its clone()")
-        reach += (size - 1) * stride
-
-
 def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:
     """Add ``sums``, taken over this rank's shard of ``tensor``, over the ranks that hold the other shards; a plain tensor has none."""
     if is_sharded(tensor):

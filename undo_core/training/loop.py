@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core.adapters import bare, check_adapters
+from undo_core.ops.layout import check_trained
 from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
-from undo_core.training.layout import check_separate
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
@@ -143,7 +143,7 @@ def train(
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError("parameters: got none that requires a gradient, wanted at least one")
-    check_separate(model, trained)
+    check_trained(model, trained)
     if isinstance(model, PreTrainedModel):
         check_adapters(model, weight_dtype(config.precision))
     folder = None if folder is None else Path(folder)

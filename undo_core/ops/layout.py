@@ -1,0 +1,112 @@
+"""Where tensors lie in memory: whether writing to one would change another, or another element of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from undo_core.ops import checks
+from undo_core.ops.sharding import local_of
+
+
+def check_apart(argument: str, tensors: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> None:
+    """Refuse to write to a tensor whose memory is also that of another one, or twice its own (``Tensor.expand``).
+
+    What is written there would be applied more than once. One tensor under two names is for the caller to leave out.
+
+    Args:
+        argument: of the caller, which the error names.
+        tensors: by name.
+        changed: the names of those that are written to; None for all.
+
+    Raises:
+        ValueError: the names of the tensors that overlap.
+    """
+    for first, second in overlaps(tensors):
+        if changed is not None and first not in changed and second not in changed:
+            continue
+        got = f"{first!r}, whose elements share memory" if first == second else f"{first!r} and {second!r}, which share memory"
+        checks.fail(
+            argument, got, "each element in memory of its own; clone them, or tie them by giving both names one Parameter"
+        )
+
+
+def check_trained(model: nn.Module, trained: Collection[nn.Parameter]) -> None:
+    """:func:`check_apart` for those parameters of ``model`` that are to be changed; a tied one, one object under two names, is fine."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    chosen = {names.get(id(parameter), f"parameter {index}"): parameter for index, parameter in enumerate(trained)}
+    check_apart("parameters", {**chosen, **dict(model.named_parameters())}, chosen.keys())
+
+
+def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """Pairs of names whose tensors have an element in common; a name with itself where two of its own elements are one.
+
+    Of a ``DTensor`` what this process holds counts; tensors without memory of an address (meta, quantised) overlap nothing.
+
+    Memory: a byte for each element of the memory from the first to the last of tensors whose ranges meet, or of a tensor whose
+    strides alone do not tell; four bytes where more than 127 ranges meet.
+    """
+    held = {name: local_of(tensor) for name, tensor in tensors.items()}
+    held = {name: t for name, t in held.items() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta and t.numel()}
+    held = {name: t for name, t in held.items() if t.layout is torch.strided}
+    found: list[tuple[str, str]] = []
+    for group in _meeting(held):
+        if len(group) > 1 or not _apart_by_strides(held[group[0]]):
+            found += _shared({name: held[name] for name in group})
+    return found
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte, and the byte after the last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
+
+
+def _apart_by_strides(tensor: torch.Tensor) -> bool:
+    """Whether each dimension steps over all that the dimensions of smaller strides reach, so that no two elements are one."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _meeting(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names in groups whose byte ranges meet."""
+    groups: list[list[str]] = []
+    last: tuple[str, int] = ("", 0)
+    for device, begin, end, name in sorted((str(t.device), *_span(t), name) for name, t in tensors.items()):
+        if groups and device == last[0] and begin < last[1]:
+            groups[-1].append(name)
+            last = device, max(end, last[1])
+        else:
+            groups.append([name])
+            last = device, end
+    return groups
+
+
+def _shared(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """The overlaps among tensors whose ranges meet, by writing down who owns each place."""
+    names, found = list(tensors), []
+    begin = min(_span(t)[0] for t in tensors.values())
+    unit = min(t.itemsize for t in tensors.values())
+    if any((t.data_ptr() - begin) % unit for t in tensors.values()):  # views of bytes, from any of them on
+        unit = 1
+    size = max(_span(t)[1] for t in tensors.values()) - begin
+    owner = torch.full((size // unit,), -1, dtype=torch.int8 if len(names) < 128 else torch.int32)
+    for index, (name, tensor) in enumerate(tensors.items()):
+        # Torch refuses to write along a stride of 0; the last dimension is the places of one element.
+        dims = [
+            (1 if stride == 0 else n, stride * tensor.itemsize // unit)
+            for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
+        dims.append((tensor.itemsize // unit, 1))
+        mine = owner.as_strided(*zip(*dims, strict=True), (tensor.data_ptr() - begin) // unit)
+        found += [(names[other], name) for other in mine.unique().tolist() if other >= 0]
+        mine.fill_(index)
+        if int((owner == index).sum()) < tensor.numel() * (tensor.itemsize // unit):
+            found.append((name, name))
+    return found
