@@ -68,4 +68,8 @@ def sparse_terms(
         p_left, p_rest, x = log_left.exp(), log_rest.exp(), log_ratio(log_rest, log_left)
         value = value + bregman(p_left, p_rest, x)
         rest = difference(p_left, p_rest, x)
+    else:  # the rest takes no part, but it says whether the row is a distribution
+        spoilt = ~(lse_rest < math.inf) | (known.any(-1) & ~lse_known.isfinite())
+        value, rest = value.masked_fill(spoilt, math.nan), rest.masked_fill(spoilt, math.nan)
+        slope = slope.masked_fill(spoilt[:, None], math.nan)
     return Sparse(value, lse, rest, slope)

@@ -16,7 +16,7 @@ from undo_core import ops
 VOCABULARY = 300  # three of the C++ kernels' blocks
 TRITON = torch.device("cpu" if triton_loss.INTERPRETED else "cuda")
 INF, NAN = math.inf, math.nan
-ONE, BLOCK, ALL = slice(5, 6), slice(0, 150), slice(None)
+ONE, OTHER, BLOCK, ALL = slice(5, 6), slice(6, 7), slice(0, 150), slice(None)  # ONE is a known entry of the sparse teacher
 ROWS = {  # what the student's and the teacher's logits are overwritten with, and where
     "finite": [],
     "suppressed on both sides": [("s", ONE, -INF), ("t", ONE, -INF)],
@@ -30,6 +30,8 @@ ROWS = {  # what the student's and the teacher's logits are overwritten with, an
     "infinite teacher": [("t", ONE, INF)],
     "NaN student": [("s", ONE, NAN)],
     "NaN teacher": [("t", ONE, NAN)],
+    "infinite student beside the known entries": [("s", OTHER, INF)],
+    "NaN student beside the known entries": [("s", OTHER, NAN)],
     "NaN student, suppressed in the teacher": [("s", ONE, NAN), ("t", ONE, -INF)],
     "NaN teacher, suppressed in the student": [("t", ONE, NAN), ("s", ONE, -INF)],
     "nothing but -inf in the student": [("s", ALL, -INF)],
@@ -132,7 +134,9 @@ def sparse_oracle(z, indices, logprobs, tail):
     log_t = logprobs[:, indices[0] >= 0]
     if tail == "renormalize":
         value, gradient = oracle("forward", z[:, known], log_t)
-        return value, torch.zeros_like(z).index_copy(1, torch.tensor(known), gradient)
+        spoilt = z.isnan().any(-1) | (z == INF).any(-1) | (z[:, known] == -INF).all(-1)
+        gradient = torch.zeros_like(z).index_copy(1, torch.tensor(known), gradient)
+        return value.masked_fill(spoilt, NAN), gradient.masked_fill(spoilt[:, None], NAN)
     log_s = z.log_softmax(-1)
     s, t = log_s.exp(), log_t.exp()
     left, log_rest = 1 - t.sum(-1), log_s[:, rest].logsumexp(-1)
@@ -156,6 +160,28 @@ def test_every_entry_is_known_and_every_logit_is_far_from_zero(run, tail, level)
     want, narrow = (oracle("forward", student.to(d), teacher.to(d)) for d in (torch.float64, torch.float32))
     for ours, theirs, exact in zip(got, narrow, want, strict=True):
         assert_as_exact_as(ours, theirs, exact, gamma(40 + EXPONENTIAL + 20))
+
+
+@pytest.mark.parametrize("target", ["forward", "reverse", "jsd"])
+def test_a_row_of_weight_0_reaches_no_gradient(run, target):
+    """Rows whose hidden states are infinite or NaN, beside one that counts."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, other = (torch.randn(*shape, generator=generator) for shape in ((4, 8), (VOCABULARY, 8), (VOCABULARY, 8)))
+    hidden[0, 0], hidden[1, 3], hidden[2] = NAN, INF, NAN
+    token_weight = torch.tensor([0.0, 0.0, 0.0, 2.0])
+    options = {"divergence": target, "token_weight": token_weight, "beta": 0.3}
+    loss, *gradients = run(ops.linear_kl_div, [hidden, weight], [hidden, other], **options)
+    assert not loss[:3].any() and not gradients[0][:3].any()
+
+    def exact(dtype):
+        h, w, w_t = (t.to(dtype) for t in (hidden[3:], weight, other))
+        value, dz = (2 * t for t in oracle(target, h @ w.T, h @ w_t.T))
+        return value, dz @ w, dz.T @ h
+
+    floor = gamma(VOCABULARY + 8 + EXPONENTIAL + 20)
+    got = (loss[3:], gradients[0][3:], gradients[1])
+    for ours, theirs, right in zip(got, exact(torch.float32), exact(torch.float64), strict=True):
+        assert_as_exact_as(ours, theirs, right, 4 * floor, scale=1.0)
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])

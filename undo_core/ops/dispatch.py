@@ -118,6 +118,10 @@ def reduced_loss(
     dtype = torch.float64 if wide else torch.float32
     either = counted if label_weight is None or target == "own" else _either(counted, labelled)
     either = labelled if target == "own" else either
+    if tokens.weight is not None:  # like a masked row, so that nothing of it, NaN included, reaches a gradient
+        weighted = tokens.weight != 0
+        if not (checks.looks(weighted) and weighted.all()):
+            either = weighted if either is None else either & weighted
     grad = torch.is_grad_enabled()
     parts = (student.hidden, student.weight, student.bias)
     given = isinstance(student, GivenLogits)

@@ -4,7 +4,8 @@ Everywhere ``z = softcap(scale * (h @ W.T + b)) / temperature`` with ``softcap(z
 Options that all of them share:
 
 - ``mask`` ``[...]`` bool: True counts. What is masked, NaN included, has no influence and zero gradient; all masked gives 0.
-- ``token_weight`` ``[...]`` float: multiplies each token's loss (not the mean's denominator).
+- ``token_weight`` ``[...]`` float: multiplies each token's loss (not the mean's denominator). A token of weight 0 has no influence
+  either, NaN included; it still counts in the denominator.
 - ``vocab_size``: weight rows from here on are padding: no probability, zero gradient.
 - ``reduction``: ``mean`` over counted tokens, ``sum``, or ``none`` (``[...]``, zeros where masked).
 - ``normalizer``: a float or a 0-d tensor that replaces the mean's denominator, for accumulation over micro-batches.
@@ -12,7 +13,9 @@ Options that all of them share:
 - logits of -inf (from a bias, or given) have probability 0, and ``0 log 0 = 0``. The loss is +inf where the student gives
   probability 0 to what its target has (``p_s = 0 < p_t``; for reverse KL, ``p_t = 0 < p_s``). The gradient by the logits stays
   ``p_s - p_t`` there, and for reverse KL, where it has no limit, the row's is NaN. JSD is finite. A row with a logit of +inf or NaN,
-  or with none but -inf, gives NaN. Every backend agrees. ``torch.autocast`` changes nothing: no logit is rounded to 16 bits.
+  or with none but -inf, gives NaN. A row's NaN stays out of the other rows' gradients, but the gradients of weight and bias sum over
+  rows and have it; a mask or a weight of 0 leaves such a row out. Every backend agrees. ``torch.autocast`` changes nothing: no logit
+  is rounded to 16 bits.
 - ``plan``: ``direct`` is plain PyTorch, which holds ``[rows, V]``; ``chunk`` keeps the logits of some rows between the pass that
   finds the log-sum-exps and the one that turns them into the gradient; ``recompute`` projects twice and keeps none. ``auto`` takes
   the fastest that fits, and plain PyTorch for small vocabularies and for float64.
@@ -47,7 +50,8 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class KLStats(NamedTuple):
-    """Detached statistics of :func:`linear_kl_div` and :func:`kl_div`, each ``[...]`` and zero where masked, but for ``filtered``:
+    """Detached statistics of :func:`linear_kl_div` and :func:`kl_div`, each ``[...]`` and zero where masked or of weight 0, but for
+    ``filtered``:
 
     ``[2]``, the share of the gradient's entries that ``filter_below`` took as zero, and the Frobenius norm of what they held.
     """

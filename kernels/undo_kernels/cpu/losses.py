@@ -488,8 +488,8 @@ class _Chunk:
         z = self.picked[:n].double()
         terms = sparse_terms(z, self.indices[:n], self.take(p.logprobs), lse_rest, p.target, self.run.vocabulary)
         factor = self.take(p.factor).double() * gain
-        if p.target == "bucket":  # the difference of the rest's probabilities spreads over the rest as the student's own does
-            self._set("own", factor * terms.rest)
+        # The difference of the rest's probabilities spreads over the rest as the student's own does.
+        self._set("own", factor * terms.rest)
         chain = 1.0
         if p.student.softcap is not None:
             chain = 1 - torch.where(self.indices[:n] >= 0, z * p.student.temperature / p.student.softcap, 0.0) ** 2

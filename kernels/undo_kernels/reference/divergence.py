@@ -15,6 +15,7 @@ Infinite logits follow the limits of these formulas. A logit of -inf has probabi
 where p_s = 0 < p_t, and so is the uniform loss where p_s = 0; their gradients stay p_s - p_t. Reverse KL is +inf where
 p_t = 0 < p_s; its gradient has no limit, and the row's gradient is NaN. JSD is always finite. A row that holds +inf or NaN, or
 nothing but -inf, is no distribution: its loss and its gradient are NaN (its log-sum-exp is -inf in the last case).
+For ``renormalize``, nothing but -inf means the known entries; +inf or NaN in any entry spoils the row.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, targ
     safe = indices.clamp_min(0)
     column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own
     taken = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device).scatter(-1, column, True)[:, :-1]
-    z = z - (z.masked_fill(~taken, -math.inf) if target == "renormalize" else z).amax(-1, keepdim=True)
+    largest = (z.masked_fill(~taken, -math.inf) if target == "renormalize" else z).amax(-1, keepdim=True)
+    z = z - torch.where(largest == -math.inf, 0.0, largest)
     rest = z.masked_fill(taken, -math.inf)
     lse_rest = torch.logsumexp(rest, -1)
     terms = sparse_terms(z.gather(-1, safe), indices, logprobs, lse_rest, target, z.shape[-1])
     if target == "renormalize":
-        gradient = torch.zeros_like(z)
+        gradient = terms.rest[:, None].expand_as(z)
     else:
         empty = lse_rest == -math.inf
         gradient = terms.rest[:, None] * (rest - torch.where(empty, 0.0, lse_rest)[:, None]).exp()
