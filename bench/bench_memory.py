@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     # a tied embedding that outweighs the layers, softcaps, eager attention
     "gemma2": {
-        "model_type": "gemma2", "vocab_size": 64000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "model_type": "gemma2", "vocab_size": 40000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64,
     },
 }  # fmt: skip
