@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import activations
 import ceilings
 import harness
 import torch
@@ -85,6 +84,8 @@ class Suite:
         """The row's inputs: random ones, or those captured in ``file``."""
         if file is None:
             return draw(row, device, self.teacher)
+        import activations  # which imports transformers: a worker of a random row does without
+
         return replace(activations.load(file).to(DTYPES[row.dtype], device), softcap=row.softcap)
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import activations
 import ceilings
 import harness
 import torch
@@ -151,6 +150,8 @@ Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]';
     if options.device == "cpu" and not options.no_memory and not sys.platform.startswith("linux"):
         parser.error("memory is measured through Linux's /proc; add --no-memory")
     if options.activations:
+        import activations
+
         try:
             activations.check(Path(options.activations))
         except ValueError as error:
@@ -186,6 +187,8 @@ def captured(options: argparse.Namespace, contenders: tuple[str, ...]) -> Iterat
         yield []
         return
     with tempfile.TemporaryDirectory(prefix="bench-activations-") as folder:
+        import activations  # which imports transformers
+
         given = options.activations
         inputs = activations.capture(Path(given)) if given else activations.generated(options.quick)
         file = Path(folder) / "inputs.safetensors"

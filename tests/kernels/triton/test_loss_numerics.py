@@ -37,7 +37,7 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
     """Relative error of the gradients from a KL of about 1 to 1e-6, logits of standard deviation 3."""
     for dtype in (torch.bfloat16, torch.float32):
         reached = []
-        for apart in (0.4, 0.1, 0.012, 0.0004) if dtype == torch.float32 else (0.4, 0.1, 0.01):
+        for apart in (0.4, 0.012, 0.0004) if dtype == torch.float32 else (0.4, 0.01):
             # A 16-bit student cannot be moved by less than its spacing: the bias, in float32, moves it.
             p = problem(
                 target,
@@ -76,9 +76,9 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 @pytest.mark.parametrize("target", DENSE)
 def test_gradient_on_hidden_states_of_a_trained_model(target, plan, dtype, trained):
-    """The same bounds where logits are not normal: eight tokens, half the vocabulary of a model that has learnt something."""
+    """The same bounds where logits are not normal: eight tokens, a quarter of the vocabulary of a model that has learnt something."""
     hidden, weight, step = trained
-    hidden, weight = hidden[:8], weight[:512].to(dtype)
+    hidden, weight = hidden[:8], weight[:256].to(dtype)
     step = step[:8] * hidden.norm() / step[:8].norm()
     side = Projection(hidden.to(dtype), weight, softcap=30.0)
     seen = []
