@@ -66,12 +66,22 @@ class Group:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder that transformers reads, and no others that may lie there.
 
-    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the files of
-    the index; an index beside a single file is not read.
-
     Raises:
         FileNotFoundError: it has none, or lacks one that its index names.
         ValueError: an adapter, which transformers would add to the weights in the files.
+    """
+    paths = named_weight_files(folder)
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"model: got {folder}, which has no {path.name}; wanted a checkpoint in safetensors")
+    return paths
+
+
+def named_weight_files(folder: Path) -> list[Path]:
+    """:func:`weight_files`, whether they exist or not: a run is planned from a configuration alone.
+
+    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the files of
+    the index; an index beside a single file is not read.
     """
     if (folder / ADAPTER).is_file():
         raise ValueError(
@@ -80,14 +90,10 @@ def weight_files(folder: Path) -> list[Path]:
     name = SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
     if (folder / CONFIG).is_file():
         name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("transformers_weights") or name
-    names = [name]
     if name.endswith(".index.json") and (folder / name).is_file():
-        names = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
-    paths = [folder / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"model: got {folder}, which has no {path.name}; wanted a checkpoint in safetensors")
-    return paths
+        weights = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+        return [folder / file for file in sorted(set(weights.values()))]
+    return [folder / name]
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
-from undo_core.checkpoint_files import weight_files
+from undo_core.checkpoint_files import named_weight_files
 from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
 from undo_core.models import configuration, positions_of
@@ -223,7 +223,7 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
             raise FileNotFoundError(
                 f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
             )
-        files += [checkpoint / "config.json", *weight_files(checkpoint)]
+        files += [checkpoint / "config.json", *(path for path in named_weight_files(checkpoint) if path.is_file())]
     if data.tokenizer and not Path(data.tokenizer).is_dir():
         raise FileNotFoundError(
             f"data.tokenizer: got {data.tokenizer}, which is not a folder; wanted one with a tokenizer's files"

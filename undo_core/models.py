@@ -114,14 +114,20 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
-    text, pad = config.get_text_config(), getattr(config.get_text_config(), "pad_token_id", None)
-    if _ends_texts(text, pad):
-        text.pad_token_id = None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make(config)
+    with _made(config.model_type):
+        text = config.get_text_config()
+    pad = getattr(text, "pad_token_id", None)
+    try:
+        if _ends_texts(text, pad):
+            text.pad_token_id = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = make(config)
+    finally:
+        if pad is not None:
+            text.pad_token_id = pad
     if pad is not None:
-        text.pad_token_id = model.config.get_text_config().pad_token_id = pad
+        model.config.get_text_config().pad_token_id = pad
     return model
 
 

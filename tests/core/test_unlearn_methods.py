@@ -466,7 +466,7 @@ def test_a_method_is_one_file(tmp_path):
     """In a copy of the package: its name and its settings are in the help, in the configuration and in the plan."""
     package = Path(undo_core.__file__).parent
     shutil.copytree(package, tmp_path / "undo_core", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "undo_core" / "unlearn" / "scaled.py").write_text(OWN)
+    (tmp_path / "undo_core" / "unlearning" / "scaled.py").write_text(OWN)
     program = """
         import sys
         from undo_core.cli import main
@@ -483,7 +483,7 @@ def test_a_method_is_one_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "unlearn scaled" in done.stdout and "scaled.scale" in done.stdout and "factor on the ascent" in done.stdout
     assert "undo: error:" in done.stderr and "scale" in done.stderr
-    assert not (package / "unlearn" / "scaled.py").exists()
+    assert not (package / "unlearning" / "scaled.py").exists()
 
 
 @pytest.mark.parametrize(
