@@ -5,9 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from undo_core import AttackConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, evaluate, relearn, unlearn
+from undo_core import (
+    AttackConfig,
+    TrainConfig,
+    UnlearnConfig,
+    cache_teacher,
+    damage_,
+    distill,
+    evaluate,
+    noise_,
+    relearn,
+    unlearn,
+)
 from undo_core.data.rows import Rows
 from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary_of
 from undo_core.teacher import ModelTeacher
@@ -234,6 +246,25 @@ def test_other_adapters_of_layers_work(text):
     for config in kinds:
         model = peft.get_peft_model(base(), config)
         assert only_adapters_move(model, lambda m: distill(m, base(1), text, TRAIN, progress=False))
+
+
+def test_damage_is_of_one_model_not_of_adapters_beside_a_frozen_one(text):
+    for model in (adapted(), nn.DataParallel(adapted("lora on the head"))):
+        before = [p.detach().clone() for p in model.parameters()]
+        for change in (lambda m: noise_(m, alpha=0.5, seed=1), lambda m: damage_(m, "prune", strength=0.5, seed=1)):
+            with pytest.raises(
+                ValueError, match=r"^model: got \w+ with adapters, .*wanted them merged \(model.merge_and_unload"
+            ):
+                change(model)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    merged = adapted().merge_and_unload()
+    for change in (lambda m: noise_(m, alpha=0.5, seed=1), lambda m: distill(m, base(1), text, TRAIN)):
+        with pytest.raises(ValueError, match=r"got none .*requires_grad_\(\)"):
+            change(merged)
+    plain = base()
+    plain.load_state_dict(merged.state_dict())
+    assert noise_(merged.requires_grad_(), alpha=0.5, seed=1) == noise_(plain, alpha=0.5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), plain.parameters(), strict=True))
 
 
 def test_what_cannot_be_is_refused_by_name(text):
