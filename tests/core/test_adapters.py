@@ -23,6 +23,7 @@ from undo_core import (
 from undo_core.data.rows import Rows
 from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary_of
 from undo_core.teacher import ModelTeacher
+from undo_core.teacher_cache import CachedTeacher
 from undo_core.training.batches import as_batch
 from undo_core.training.losses import cross_entropy, distillation
 from undo_core.unlearning import RMUConfig
@@ -235,6 +236,36 @@ def test_relearn_evaluate_cache_and_resume(text, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"model.weights"):
         distill(adapted(seed=1), base(1), text, TRAIN, **options)
+
+
+def test_a_folder_is_of_the_adapters_settings_too(text, tmp_path):
+    """Weights are alike; scale, dropout and which adapter is active decide what they compute."""
+
+    def disabled(model):
+        model.base_model.disable_adapter_layers()
+        return model
+
+    run = lambda student, teacher: distill(  # noqa: E731
+        student, teacher, text, TRAIN, folder=tmp_path / "run", checkpoint_seconds=0.0, progress=False
+    )
+    run(adapted(), adapted(seed=5))
+    run(adapted(), adapted(seed=5))
+    for more in ({"lora_alpha": 99}, {"lora_dropout": 0.3}, {"use_rslora": True}):
+        with pytest.raises(ValueError, match=r"with a checkpoint made with model.adapters \w+; wanted model.adapters"):
+            run(adapted(**more), adapted(seed=5))
+    for teacher in (adapted(seed=5, lora_alpha=99), disabled(adapted(seed=5))):
+        with pytest.raises(ValueError, match=r"with a checkpoint made with teacher.adapters \w+; wanted teacher.adapters"):
+            run(adapted(), teacher)
+    cache_teacher(adapted(), text, tmp_path / "cache", progress=False)
+    assert CachedTeacher.open(tmp_path / "cache", adapted())
+    with pytest.raises(ValueError, match="other settings of the adapters"):
+        CachedTeacher.open(tmp_path / "cache", adapted(lora_alpha=99))
+    cache_teacher(base(), text, tmp_path / "plain", progress=False)
+    base().save_pretrained(tmp_path / "saved")
+    base(rope_parameters={"rope_type": "default", "rope_theta": 3.0}).save_pretrained(tmp_path / "other")
+    assert CachedTeacher.open(tmp_path / "plain", tmp_path / "saved")
+    with pytest.raises(ValueError, match="another model configuration"):
+        CachedTeacher.open(tmp_path / "plain", tmp_path / "other")
 
 
 def test_other_adapters_of_layers_work(text):
