@@ -1,6 +1,7 @@
 """What of a model the damage is about: text by default, everything on request; the report, the commands and the run say what was left."""
 
 import shutil
+from pathlib import Path
 
 import causal_models
 import pytest
@@ -19,6 +20,7 @@ from undo_core.parameters import Left, summary
 from undo_core.pipeline import damage_entry
 from undo_core.store import Stage
 
+ROOT = Path(__file__).parents[2]
 TOWER = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
 TEXT = "model.language_model.layers.0.mlp.up_proj.weight"
 
@@ -184,5 +186,7 @@ def test_a_model_whose_configuration_nests_the_texts_is_planned(checkpoint, tmp_
     (tmp_path / "text.txt").write_text("w3 w4\n" * 8)
     data = [f"--data.{name}=[{tmp_path / 'text.txt'}]" for name in ("retain", "forget")]
     small = [f"--{stage}.train.batch_size=2" for stage in ("unlearn", "distill")]
-    assert main(["plan", "configs/hf-template.yaml", f"--model.path={source}", "--data.length=8", *data, *small]) == 0
+    assert (
+        main(["plan", str(ROOT / "configs/hf-template.yaml"), f"--model.path={source}", "--data.length=8", *data, *small]) == 0
+    )
     assert "two real steps of this model" in " ".join(capsys.readouterr().out.split())
