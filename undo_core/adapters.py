@@ -144,6 +144,28 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def adapter_settings(model: nn.Module) -> dict[str, str]:
+    """What peft's layers compute beside their parameters, by layer: scales, dropout, which adapters are active, merged or disabled."""
+    return {name: repr(sorted(_settings(layer))) for name, layer in _layers(model)}
+
+
+def _settings(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    for name in ("active_adapters", "disable_adapters"):
+        yield name, repr(getattr(layer, name))
+    for name, module in layer.named_modules():
+        for own, value in vars(module).items():
+            if not own.startswith("_") and own != "training" and _plain(value):
+                yield f"{name}.{own}", repr(value)
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_plain, (*value, *value.values())))
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if "peft" not in sys.modules:
         return

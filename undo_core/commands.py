@@ -450,18 +450,17 @@ def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[st
     """Run one stage function from folders to ``output``; what is there already and was made alike is kept."""
     from undo_core.files import hash_file, read_json
     from undo_core.stages import FUNCTIONS
-    from undo_core.store import MANIFEST, build_folder
+    from undo_core.store import FORMAT, MANIFEST, build_folder
 
     folders = {name: Path(folder) for name, folder in inputs.items()}
     for name, folder in folders.items():
         if name != "cache":
             _prepared(folder) if name == "prepared" else _checkpoint(name, folder)
-    # A cache's facts hold the hashes of what it was made from; its own bytes can be too many to read.
-    patterns = {name: "cache.json" if name == "cache" else "*.safetensors" for name in folders}
     sources = {
-        name: {path.name: hash_file(path) for path in sorted(folder.rglob(patterns[name]))} for name, folder in folders.items()
+        name: {path.relative_to(folder).as_posix(): hash_file(path) for path in _content(name, folder)}
+        for name, folder in folders.items()
     }
-    description = {"kind": kind, "settings": settings, "sources": sources}
+    description = {"format": FORMAT, "kind": kind, "settings": settings, "sources": sources}
     if output.exists():
         manifest = output / MANIFEST
         if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
@@ -473,6 +472,18 @@ def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[st
     if not quiet:
         console.print(str(output))
     return 0
+
+
+def _content(name: str, folder: Path) -> list[Path]:
+    """The files of an input folder that decide what is made from it."""
+    from undo_core.checkpoint_files import CONFIG, weight_files
+    from undo_core.graph import TOKENIZER_FILES
+
+    if name == "cache":  # its facts hold the hashes of what it was made from; its own bytes can be too many to read
+        return [folder / "cache.json"]
+    checkpoint = [folder / CONFIG, *weight_files(folder)] if (folder / CONFIG).is_file() else []
+    found = {*checkpoint, *(folder / "data").glob("*.safetensors")}
+    return sorted(found.union(*(folder.glob(pattern) for pattern in TOKENIZER_FILES)))
 
 
 def _checkpoint(name: str, folder: Path) -> None:

@@ -77,8 +77,9 @@ def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, se
         "eos_token_id": tokenizer.eos_token_id,
     }
     config = architecture({"vocab_size": len(tokenizer), **special, **settings})
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(f"model.config.vocab_size: got {config.vocab_size}, wanted at least the tokenizer's {len(tokenizer)}")
+    rows = config.get_text_config().vocab_size
+    if rows < len(tokenizer):
+        raise ValueError(f"model.config.vocab_size: got {rows}, wanted at least the tokenizer's {len(tokenizer)}")
     return initialise(config, seed)
 
 

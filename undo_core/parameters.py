@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core.adapters import has_adapters
 from undo_core.initialisation import initialisation, matrix_shapes
 from undo_core.ops import checks
 from undo_core.ops.noise_rules import NoiseRule, Parameter, Target, canonical_name, describe, matches
@@ -73,8 +74,15 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
         own_values: whether parameters without noise shrink toward their initial values, so that those without one are left.
 
     Raises:
-        ValueError: as :func:`undo_core.ops.noise_rules.describe`; or a rule is about parameters alone that are left.
+        ValueError: as :func:`undo_core.ops.noise_rules.describe`; adapters of peft in the model; or a rule is about parameters alone
+            that are left.
     """
+    if has_adapters(model):
+        checks.fail(
+            "model",
+            f"{type(model).__name__} with adapters, whose weights are what the base and the adapters make together",
+            "them merged (model.merge_and_unload().requires_grad_()), or the base before it gets adapters",
+        )
     checks.choice("parts", parts, PARTS)
     if not all(isinstance(rule, NoiseRule) for rule in rules):
         checks.fail("rules", rules, "a sequence of NoiseRule")

@@ -338,7 +338,9 @@ class _Measure:
         return self.known[rows, length] * passes / 3
 
     def _step(self, rows: int, length: int) -> float:
-        ids = torch.randint(1, self.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            1, self.model.config.get_text_config().vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+        )
         source = {"text": rows_source(Rows(ids, pad_id=0), rows, 0)}
         loss = lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"])  # noqa: E731
         train(self.real, loss, source, TrainConfig(steps=1, batch_size=rows), progress=False)  # the first step warms up

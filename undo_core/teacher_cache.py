@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.adapters import bare
+from undo_core.adapters import adapter_settings, bare
 from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
@@ -166,11 +166,11 @@ class CachedTeacher:
         expected: dict[str, Any] = {}
         if isinstance(head, (str, Path)):
             reader = WeightReader(Path(head))
-            expected["teacher"] = reader.digest()
+            expected |= _teacher_identity(reader.model, reader.digest())
             head = load_head(reader)
         elif isinstance(head, torch.nn.Module):
             head = bare(head)
-            expected["teacher"] = weights_digest(head)
+            expected |= _teacher_identity(head, weights_digest(head))
             head = head_of(head)
         if head is not None:
             expected |= _head_identity(head)
@@ -449,10 +449,15 @@ def _head_identity(head: Head) -> dict[str, Any]:
     return {"head": hash_json([digests, head.scale, head.softcap]), "head_dtype": dtype, "vocabulary": head.weight.shape[0]}
 
 
+def _teacher_identity(teacher: PreTrainedModel, weights: str) -> dict[str, Any]:
+    adapters = adapter_settings(teacher)
+    return {"teacher": weights, "config": config_digest(teacher.config), "adapters": hash_json(adapters) if adapters else None}
+
+
 def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
     """What decides a cache's contents."""
-    known = {"format": FORMAT, **_form(config), **_batched(config), "teacher": weights_digest(teacher), **_head_identity(head)}
-    known["config"] = config_digest(teacher.config)
+    known = {"format": FORMAT, **_form(config), **_batched(config), **_head_identity(head)}
+    known |= _teacher_identity(teacher, weights_digest(teacher))
     return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
 
 
@@ -470,6 +475,7 @@ def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> 
         "head": "another head",
         "head_dtype": "a head of",
         "config": "another model configuration",
+        "adapters": "other settings of the adapters",
     }
     for name, value in wanted.items():
         if found.get(name) != value:

@@ -5,12 +5,25 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from undo_core import AttackConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, evaluate, relearn, unlearn
+from undo_core import (
+    AttackConfig,
+    TrainConfig,
+    UnlearnConfig,
+    cache_teacher,
+    damage_,
+    distill,
+    evaluate,
+    noise_,
+    relearn,
+    unlearn,
+)
 from undo_core.data.rows import Rows
 from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary_of
 from undo_core.teacher import ModelTeacher
+from undo_core.teacher_cache import CachedTeacher
 from undo_core.training.batches import as_batch
 from undo_core.training.losses import cross_entropy, distillation
 from undo_core.unlearning import RMUConfig
@@ -225,6 +238,36 @@ def test_relearn_evaluate_cache_and_resume(text, tmp_path):
         distill(adapted(seed=1), base(1), text, TRAIN, **options)
 
 
+def test_a_folder_is_of_the_adapters_settings_too(text, tmp_path):
+    """Weights are alike; scale, dropout and which adapter is active decide what they compute."""
+
+    def disabled(model):
+        model.base_model.disable_adapter_layers()
+        return model
+
+    run = lambda student, teacher: distill(  # noqa: E731
+        student, teacher, text, TRAIN, folder=tmp_path / "run", checkpoint_seconds=0.0, progress=False
+    )
+    run(adapted(), adapted(seed=5))
+    run(adapted(), adapted(seed=5))
+    for more in ({"lora_alpha": 99}, {"lora_dropout": 0.3}, {"use_rslora": True}):
+        with pytest.raises(ValueError, match=r"with a checkpoint made with model.adapters \w+; wanted model.adapters"):
+            run(adapted(**more), adapted(seed=5))
+    for teacher in (adapted(seed=5, lora_alpha=99), disabled(adapted(seed=5))):
+        with pytest.raises(ValueError, match=r"with a checkpoint made with teacher.adapters \w+; wanted teacher.adapters"):
+            run(adapted(), teacher)
+    cache_teacher(adapted(), text, tmp_path / "cache", progress=False)
+    assert CachedTeacher.open(tmp_path / "cache", adapted())
+    with pytest.raises(ValueError, match="other settings of the adapters"):
+        CachedTeacher.open(tmp_path / "cache", adapted(lora_alpha=99))
+    cache_teacher(base(), text, tmp_path / "plain", progress=False)
+    base().save_pretrained(tmp_path / "saved")
+    base(rope_parameters={"rope_type": "default", "rope_theta": 3.0}).save_pretrained(tmp_path / "other")
+    assert CachedTeacher.open(tmp_path / "plain", tmp_path / "saved")
+    with pytest.raises(ValueError, match="another model configuration"):
+        CachedTeacher.open(tmp_path / "plain", tmp_path / "other")
+
+
 def test_other_adapters_of_layers_work(text):
     kinds = [
         peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -234,6 +277,25 @@ def test_other_adapters_of_layers_work(text):
     for config in kinds:
         model = peft.get_peft_model(base(), config)
         assert only_adapters_move(model, lambda m: distill(m, base(1), text, TRAIN, progress=False))
+
+
+def test_damage_is_of_one_model_not_of_adapters_beside_a_frozen_one(text):
+    for model in (adapted(), nn.DataParallel(adapted("lora on the head"))):
+        before = [p.detach().clone() for p in model.parameters()]
+        for change in (lambda m: noise_(m, alpha=0.5, seed=1), lambda m: damage_(m, "prune", strength=0.5, seed=1)):
+            with pytest.raises(
+                ValueError, match=r"^model: got \w+ with adapters, .*wanted them merged \(model.merge_and_unload"
+            ):
+                change(model)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    merged = adapted().merge_and_unload()
+    for change in (lambda m: noise_(m, alpha=0.5, seed=1), lambda m: distill(m, base(1), text, TRAIN)):
+        with pytest.raises(ValueError, match=r"got none .*requires_grad_\(\)"):
+            change(merged)
+    plain = base()
+    plain.load_state_dict(merged.state_dict())
+    assert noise_(merged.requires_grad_(), alpha=0.5, seed=1) == noise_(plain, alpha=0.5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), plain.parameters(), strict=True))
 
 
 def test_what_cannot_be_is_refused_by_name(text):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from undo_core import ops
 from undo_core.damage import damage_
 from undo_core.ops.layout import overlaps
 from undo_core.training import Batch, TrainConfig, train
@@ -120,6 +121,35 @@ def test_what_only_lies_side_by_side_is_separate():
     views = {"left": whole[:, :4], "right": whole[:, 4:].T, "bottom": torch.zeros(3)[1:]}
     assert overlaps(views) == []
     assert overlaps({**views, "row": whole[2]}) == [("left", "row"), ("right", "row")]
+
+
+def test_views_of_other_dtypes_and_places_are_told_apart():
+    memory = torch.zeros(64, dtype=torch.uint8)
+    wide, narrow = memory[:32].view(torch.float32), memory[2:4].view(torch.bfloat16)
+    odd = torch.frombuffer(memory[33:49].numpy(), dtype=torch.float32)
+    assert overlaps({"wide": wide, "narrow": narrow}) == [("wide", "narrow")]
+    assert overlaps({"wide": wide, "odd": odd}) == [] and overlaps({"odd": odd, "all": memory}) == [("all", "odd")]
+    dilated = torch.zeros(12).as_strided((3, 2), (2, 3))  # its strides alone do not tell
+    assert overlaps({"dilated": dilated}) == [] and overlaps({"twice": torch.zeros(12).as_strided((3, 2), (1, 2))}) == [
+        ("twice", "twice")
+    ]
+
+
+def test_noise_refuses_a_frozen_parameter_inside_one_that_it_changes():
+    model = nn.Linear(4, 6)
+    model.part = nn.Parameter(model.weight.detach()[2:], requires_grad=False)
+    before = model.weight.detach().clone()
+    for change in (
+        lambda: ops.noise_(model, alpha=0.5, beta=0.1, seed=0),
+        lambda: damage_(model, "prune", strength=0.5, seed=0),
+    ):
+        with pytest.raises(ValueError, match=r"^tensors: got '(weight|part)' and '(weight|part)', which share memory, wanted"):
+            change()
+    assert torch.equal(model.weight, before)
+    tied = nn.ModuleDict({"a": nn.Linear(4, 6, bias=False), "b": nn.Linear(4, 6, bias=False)})
+    tied["b"].weight = nn.Parameter(tied["a"].weight.detach(), requires_grad=False)  # all of it: a tie
+    ops.noise_(tied, alpha=1.0, beta=0.0, seed=0)
+    assert not tied["b"].weight.any()
 
 
 def test_damage_changes_a_view_as_its_copy():

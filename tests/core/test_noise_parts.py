@@ -1,9 +1,14 @@
 """What of a model the damage is about: text by default, everything on request; the report, the commands and the run say what was left."""
 
+import shutil
+from pathlib import Path
+
 import causal_models
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from undo_core import NoiseRule, damage_, noise_
 from undo_core.cli import main
@@ -15,6 +20,7 @@ from undo_core.parameters import Left, summary
 from undo_core.pipeline import damage_entry
 from undo_core.store import Stage
 
+ROOT = Path(__file__).parents[2]
 TOWER = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
 TEXT = "model.language_model.layers.0.mlp.up_proj.weight"
 
@@ -154,3 +160,33 @@ def test_a_class_that_needs_more_than_a_configuration_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^model: got Custom, which cannot be built .*'tokens'.*; wanted a class that can"):
         noise_(model, alpha=0.5, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_folder_is_kept_for_the_same_configuration_and_tokenizer_alone(checkpoint, tmp_path, capsys):
+    source, output = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "output"
+    command = ["noise", str(source), str(output), "--alpha=0.5"]
+    for _ in range(2):
+        assert main(command) == 0
+    assert "already there" in capsys.readouterr().out
+    for name, old, new in (("config.json", '"vocab_size"', '"other": 1, "vocab_size"'), ("tokenizer.json", "", "{}")):
+        path = source / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(new if before is None else before.decode().replace(old, new, 1))
+        assert main(command) == 2 and "was made otherwise" in capsys.readouterr().err
+        path.unlink() if before is None else path.write_bytes(before)
+    (source / "notes.json").write_text("{}")
+    assert main(command) == 0, "a file that decides nothing"
+
+
+def test_a_model_whose_configuration_nests_the_texts_is_planned(checkpoint, tmp_path, capsys):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    words = {f"w{i}": i for i in range(20)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="w1", eos_token="w2", unk_token="w0").save_pretrained(source)
+    (tmp_path / "text.txt").write_text("w3 w4\n" * 8)
+    data = [f"--data.{name}=[{tmp_path / 'text.txt'}]" for name in ("retain", "forget")]
+    small = [f"--{stage}.train.batch_size=2" for stage in ("unlearn", "distill")]
+    assert (
+        main(["plan", str(ROOT / "configs/hf-template.yaml"), f"--model.path={source}", "--data.length=8", *data, *small]) == 0
+    )
+    assert "two real steps of this model" in " ".join(capsys.readouterr().out.split())

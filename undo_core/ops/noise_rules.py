@@ -195,7 +195,7 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
         stacked = tensor.ndim > 2 and id(tensor) not in convolutions
         found[short] = (tensor, Parameter(tuple(tensor.shape), role, stacked))
     if not found:
-        checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient")
+        checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient, as requires_grad_() sets it")
     others = {
         name: p for name, p in _parameters(tensors).items() if _identity(p) not in seen
     }  # frozen, and a part of one that is not

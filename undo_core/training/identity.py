@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from undo_core.adapters import adapter_settings
 from undo_core.files import hash_json
 
 # Entries of a model's configuration that differ between a model in memory and the same one saved and loaded.
@@ -35,7 +36,8 @@ def digest_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def model_identity(model: nn.Module, trained: Iterable[nn.Parameter] | None = None) -> dict[str, str]:
-    """Digests of a model's weights, of the buffers that it saves, of its configuration, and of which parameters are trained."""
+    """Digests of a model's weights, of the buffers that it saves, of its configuration, of its adapters' settings, and of which
+    parameters are trained."""
     saved = model.state_dict().keys() if not hasattr(model, "_undo_reader") else ()
     buffers = {name: buffer.detach().double() for name, buffer in model.named_buffers() if name in saved}
     found = {"weights": weights_digest(model)}
@@ -44,6 +46,8 @@ def model_identity(model: nn.Module, trained: Iterable[nn.Parameter] | None = No
     if hasattr(getattr(model, "config", None), "to_json_string"):
         found["config"] = config_digest(model.config)
         found["attention"] = str(getattr(model.config, "_attn_implementation", None))
+    if adapters := adapter_settings(model):
+        found["adapters"] = hash_json(adapters)
     if trained is not None:
         chosen = {id(parameter) for parameter in trained}
         found["trained"] = hash_json([name for name, parameter in model.named_parameters() if id(parameter) in chosen])

@@ -142,7 +142,9 @@ def train(
     outer, model = model, bare(model)
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
-        raise ValueError("parameters: got none that requires a gradient, wanted at least one")
+        raise ValueError(
+            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until requires_grad_()"
+        )
     check_trained(model, trained)
     if isinstance(model, PreTrainedModel):
         check_adapters(model, weight_dtype(config.precision))
