@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import commands
 from undo_core.config import RunConfig
+from undo_core.config_files import read_settings
 from undo_core.sweep_config import SweepConfig
-from undo_core.text_files import read_text
 from undo_core.training import DivergedError
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
@@ -71,9 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         print(f"undo: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except yaml.YAMLError as error:
-        print(f"undo: error: config: no YAML: {_one_line(error)}", file=sys.stderr)
         return 2
     except (DivergedError, OSError, SafetensorError) as error:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
@@ -128,14 +124,15 @@ def _config_first(arguments: list[str]) -> list[str]:
     ``plan`` of a sweep's file is the sweep's dry run; the paths of ``report`` become a list. What may be left out is a flag to the
     parser: ``evaluate MODEL DATA`` has ``--data DATA``.
     """
+    if arguments[:1] in (["run"], ["plan"], ["sweep"]):
+        for name, following in itertools.pairwise([*arguments, ""]):
+            laid_over = following if name == "--config" else name.removeprefix("--config=")
+            if laid_over != name and Path(laid_over).is_file():
+                read_settings(laid_over)
     if len(arguments) > 1 and arguments[0] in ("run", "plan", "sweep") and not arguments[1].startswith("-"):
-        path = Path(arguments[1])
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"config: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
-            )
-        rest, text = ["--config", str(path), *arguments[2:]], read_text(path)
-        if arguments[0] == "plan" and "base" in (yaml.safe_load(text) or {}):
+        settings = read_settings(arguments[1])
+        rest = ["--config", *arguments[1:]]
+        if arguments[0] == "plan" and "base" in settings:
             return ["sweep", *rest, "--dry-run"]
         return [arguments[0], *rest]
     if len(arguments) > 2 and arguments[0] == "evaluate" and not any(part.startswith("-") for part in arguments[1:3]):

@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from undo_core.config import RunConfig
+from undo_core.config_files import read_settings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 
@@ -73,8 +74,7 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
         overlays = run.get("overlay", [])
         files = [sweep.base, *sweep.overlays, *([overlays] if isinstance(overlays, str) else overlays)]
         for path in files:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"base, overlays: got {path}, which is not a file; wanted a YAML file of settings")
+            read_settings(path, "base, overlays")
         for values in itertools.product(*sweep.grid.values()):
             chosen = dict(zip(sweep.grid, values, strict=True))
             parts = [run["name"]] if run else []

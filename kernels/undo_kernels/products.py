@@ -13,8 +13,8 @@ import torch
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast is off for ``device``."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # the meta device has none
+    """A block in which autocast is off for ``device``; a device without autocast, as meta is, needs none."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

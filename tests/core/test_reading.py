@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +17,7 @@ from undo_core.data.reading import read_documents
 from undo_core.models import load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "arithmetic-cpu.yaml"
 QUESTION = {"question": "q?", "choices": ["a", "b"], "answer": 0, "subject": "s"}
 
 
@@ -100,6 +102,12 @@ def test_what_is_not_text_is_refused_alike_in_every_format(tmp_path, monkeypatch
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps({**QUESTION, "question": value}))
     with pytest.raises(ValueError, match=r"q\.jsonl, line 2: got "):
         read_questions([tmp_path / "q.jsonl"])
+    (tmp_path / "q.jsonl").write_text(json.dumps({**QUESTION, "subject": value}))
+    if value is None:
+        assert read_questions([tmp_path / "q.jsonl"])[0].subject == ""
+    else:
+        with pytest.raises(ValueError, match=r"q\.jsonl, line 1: got .* in the field 'subject', wanted text"):
+            read_questions([tmp_path / "q.jsonl"])
 
 
 def test_half_a_character_is_refused_wherever_it_stands(tmp_path):
@@ -111,6 +119,12 @@ def test_half_a_character_is_refused_wherever_it_stands(tmp_path):
         (tmp_path / "q.jsonl").write_text(json.dumps({**QUESTION, **changes}))
         with pytest.raises(ValueError, match=r"q\.jsonl, line 1: got the lone surrogate U\+D"):
             read_questions([tmp_path / "q.jsonl"])
+
+
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    assert refusal(tmp_path / "a.parquet") == ": got the columns text, text, wanted one named 'text'"
 
 
 def test_damaged_and_other_files_are_named(tmp_path):
@@ -160,11 +174,24 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
         ("run", "output: caf\xe9\n".encode("latin-1"), "c.yaml, line 1: got the byte 0xe9"),
         ("plan", yaml.safe_dump({"output": "x"}).encode("utf-16"), "c.yaml, line 1: got the byte-order mark of UTF-16"),
         ("sweep", POINTER.encode(), "c.yaml: got a pointer file of Git LFS"),
+        ("plan", b"", "c.yaml: got nothing, wanted a mapping of settings"),
+        ("plan", b"5", "c.yaml: got int, wanted a mapping of settings"),
+        ("run", b"- data", "c.yaml: got list, wanted a mapping of settings"),
+        ("plan", b"data: &again [*again]", "c.yaml: no YAML of settings"),
+        ("run", b"output: !!python/name:os.system x", "c.yaml: no YAML of settings"),
+        ("sweep", b'output: "half \\ud83d"', "c.yaml: got the lone surrogate U+D83D"),
+        ("plan", b"seed: " + b"9" * 5000, "c.yaml: no YAML of settings"),
     ):
         path.write_bytes(content)
         assert main([command, str(path)]) == 2
         error = capsys.readouterr().err
         assert wanted in error and error.count("\n") == 1
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(json.dumps({"name": "x", "output": str(tmp_path / "o"), "base": str(path), "grid": {"seed": [0]}}))
+    for arguments in (["run", f"--config={path}"], ["plan", str(DEMO), "--config", str(path)], ["sweep", str(sweep)]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "c.yaml: no YAML of settings" in error and error.count("\n") == 1
     path.write_bytes(b"\xef\xbb\xbfdata: {kind: other}\n")
     assert main(["plan", str(path)]) == 2 and "data.kind" in capsys.readouterr().err
     (tmp_path / "tokenizer.json").write_text(POINTER)

@@ -82,3 +82,12 @@ def test_a_compiled_plain_loss_under_autocast():
         loss = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
     for got, want in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_without_autocast():
+    """The planner counts memory on meta tensors."""
+    hidden = torch.randn(3, 8, device="meta", requires_grad=True)
+    weight = torch.randn(20, 8, device="meta")
+    with undo_kernels.backend("reference"):
+        ops.linear_kl_div(hidden, weight, hidden, weight).backward()
+    assert hidden.grad.shape == (3, 8) and hidden.grad.device.type == "meta"

@@ -75,7 +75,7 @@ def read_questions(sources: Iterable[str | Path]) -> list[Question]:
 
     Args:
         sources: ``.jsonl`` or ``.parquet`` files, or ``hf://name[:config[:split]]`` (the split ``test`` where none is named), with the
-            fields ``question``, ``choices``, ``answer`` (an index) and, where it has one, ``subject``: the columns of ``cais/wmdp``
+            fields ``question``, ``choices``, ``answer`` (an index) and, where it has one, ``subject`` (a text): the columns of ``cais/wmdp``
             and ``cais/mmlu``.
 
     Raises:
@@ -162,7 +162,7 @@ def _question(record: Any, where: str) -> Question:
         raise ValueError(f"{where}: got the choices {choices!r}, wanted a list of 2 to 26 texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: got the answer {answer!r}, wanted the index of a choice, below {len(choices)}")
-    subject = str(record.get("subject") or "")
+    subject = "" if record.get("subject") is None else record["subject"]
     for name, text in (("question", question), ("subject", subject), *(("choices", choice) for choice in choices)):
         checked_text(text, where, name)
     return Question(question, tuple(choices), answer, subject)

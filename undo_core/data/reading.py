@@ -135,7 +135,7 @@ def _parquet_records(path: Path, column: str | None) -> Iterator[tuple[str, Any]
 def _check_column(path: Path, schema: Any, column: str) -> None:
     from pyarrow import types
 
-    if column not in schema.names:
+    if schema.names.count(column) != 1:
         raise ValueError(f"{path}: got the columns {', '.join(schema.names)}, wanted one named {column!r}")
     kind = schema.field(column).type
     if types.is_dictionary(kind):

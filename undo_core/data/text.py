@@ -54,11 +54,12 @@ def pack(
 
     for document in documents:
         begins.append(len(row))
-        left = [separator_id, *document]
-        while left:
+        whole = [separator_id, *document]
+        at = 0  # by position, so that the time is linear in a document of any length
+        while at < len(whole):
             space = length - len(row)
-            row += left[:space]
-            left = left[space:] if overflow == "carry" else []
+            row += whole[at : at + space]
+            at = at + space if overflow == "carry" else len(whole)
             if len(row) == length:
                 finish()
     last = length

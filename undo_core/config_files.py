@@ -1,0 +1,36 @@
+"""YAML files of settings: what is wrong with one is said in one line that names it, before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from undo_core.text_files import checked_text, read_text
+
+
+def read_settings(path: str | Path, argument: str = "config") -> dict[str, Any]:
+    """The settings in a YAML file, by the rules of :func:`undo_core.text_files.checked_text`.
+
+    Raises:
+        FileNotFoundError: there is no such file; names ``argument``.
+        ValueError: no YAML, no mapping, or what is no text; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}: got {path}, which is not a file; wanted a YAML file such as configs/arithmetic-cpu.yaml"
+        )
+    text = read_text(path)
+    try:
+        settings = yaml.safe_load(text)
+        written = json.dumps(settings, default=str, ensure_ascii=False)  # refuses a mapping that contains itself
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: no YAML of settings: {' '.join(str(error).split())}") from None
+    checked_text(written, f"{path}")
+    if not isinstance(settings, dict):
+        got = "nothing" if settings is None else type(settings).__name__
+        raise ValueError(f"{path}: got {got}, wanted a mapping of settings")
+    return settings
