@@ -202,9 +202,10 @@ def test_the_model_has_its_kernels_again_also_after_an_error():
 
 
 def test_attention_kernels_and_the_softcap():
-    wanted = steps(model_of("llama"), attention="sdpa")
-    for a, b in zip(wanted, steps(model_of("llama"), attention="eager"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    start, wanted = list(model_of("llama").parameters()), steps(model_of("llama"), attention="sdpa")
+    for before, a, b in zip(start, wanted, steps(model_of("llama"), attention="eager"), strict=True):
+        # Adam makes a step of any gradient, so rounding decides where there is none: not the weights alone, all the way, must agree
+        assert (a - b).norm() < 0.01 * (a - before).norm()
     with pytest.raises(ValueError, match=r"^attention: got sdpa for Gemma2ForCausalLM, .*softcap.* wanted eager"):
         steps(model_of("gemma2"), attention="sdpa")
     model = model_of("llama")

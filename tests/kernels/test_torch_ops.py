@@ -154,7 +154,7 @@ def test_autocast_mixes_dtypes_without_a_copy_of_the_weight():
     exact = [hidden.detach().double().requires_grad_(), w.double().requires_grad_()]
     wanted = torch.autograd.grad(ops.linear_kl_div(*exact, th.bfloat16().double(), tw.double()), exact)
     for a, b in zip(gradients, wanted, strict=True):
-        assert (a.double() - b).norm() < 4e-3 * b.norm()
+        assert (a.double() - b).norm() < 0.01 * b.norm()  # the contract for 16 bits
 
 
 def test_backend_is_chosen_by_name_and_a_fallback_is_loud(monkeypatch):
