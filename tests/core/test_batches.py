@@ -1,9 +1,12 @@
 """Batches in transformers' convention: its own loss on the same batch is the oracle; what is no batch is refused by name."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from kinds import tokenizer_of
+from rounding import assert_same_function
 
 from undo_core import TrainConfig, UnlearnConfig, distill, relearn, unlearn
 from undo_core.data.rows import Rows
@@ -54,7 +57,7 @@ def loss(model, item):
 @pytest.mark.parametrize("form", list(FORMS))
 def test_the_loss_is_transformers_own(model, form):
     """Labels that are not the ids, some of them where the attention mask has none; padding on either side."""
-    masked = torch.where(RIGHT.bool(), IDS, -100)
+    masked, wide = torch.where(RIGHT.bool(), IDS, -100), copy.deepcopy(model).double()
     for columns in (
         {"labels": OTHER},
         {"labels": IDS},
@@ -67,10 +70,8 @@ def test_the_loss_is_transformers_own(model, form):
             continue  # refused: it would not isolate documents
         item = {"input_ids": IDS, **columns}
         with torch.no_grad():
-            wanted = model(**item).loss.item()
-        assert loss(model, {name: FORMS[form](column) for name, column in item.items()}) == pytest.approx(wanted, rel=1e-5), (
-            columns
-        )
+            wanted, exact = (m(**item).loss.item() for m in (model, wide))
+        assert_same_function(loss(model, {name: FORMS[form](c) for name, c in item.items()}), wanted, exact, str(columns))
     assert loss(model, {"input_ids": IDS, "labels": OTHER}) != pytest.approx(loss(model, {"input_ids": IDS}), rel=1e-3)
 
 
@@ -79,9 +80,8 @@ def test_an_attention_mask_alone_says_what_is_text(model, form):
     """The labels are those of each row alone, on whichever side it is padded; a row's first token is none."""
     ids, mask = (FORMS[form](t) for t in (IDS, RIGHT))
     got = as_batch({"input_ids": ids, "attention_mask": mask})
-    assert got.counted == int(RIGHT[:, 1:].sum()) and loss(model, got) == pytest.approx(
-        loss(model, {"input_ids": IDS, "attention_mask": RIGHT, "labels": torch.where(RIGHT.bool(), IDS, -100)}), rel=1e-6
-    )
+    labelled = {"input_ids": IDS, "attention_mask": RIGHT, "labels": torch.where(RIGHT.bool(), IDS, -100)}
+    assert got.counted == int(RIGHT[:, 1:].sum()) and loss(model, got) == loss(model, labelled), "the same computation"
     truth = as_batch({"input_ids": ids, "attention_mask": RIGHT.bool()})
     assert torch.equal(truth.mask, got.mask) and torch.equal(truth.attention_mask, got.attention_mask)
     left = as_batch({"input_ids": IDS.flip(1), "attention_mask": RIGHT.flip(1)})
@@ -89,14 +89,18 @@ def test_an_attention_mask_alone_says_what_is_text(model, form):
     assert torch.equal(as_batch(ids).input_ids, IDS) and as_batch(ids).counted == 32
 
 
+def each_alone(model, pieces):
+    """The mean over the labels of pieces that are each a batch of their own."""
+    return sum(loss(model, piece[None]) * (len(piece) - 1) for piece in pieces) / sum(len(piece) - 1 for piece in pieces)
+
+
 def test_rows_padded_on_the_left_have_the_loss_of_each_alone():
     """Of a model that knows relative positions alone; transformers gives one with a table the positions of the batch."""
     made = build_model(SHAPES["llama"], tokenizer_of("padded"), 0).eval()
     pieces = [IDS[row, : int(RIGHT[row].sum())] for row in range(4)]
     ids = torch.stack([torch.cat([torch.full((9 - len(piece),), 7), piece]) for piece in pieces])
-    alone = [loss(made, piece[None]) * (len(piece) - 1) for piece in pieces]
     got = loss(made, {"input_ids": ids, "attention_mask": RIGHT.flip(1)})
-    assert got == pytest.approx(sum(alone) / sum(len(piece) - 1 for piece in pieces), rel=1e-5)
+    assert_same_function(got, *(each_alone(m, pieces) for m in (made, copy.deepcopy(made).double())))
 
 
 def test_a_table_of_positions_is_read_where_the_batch_says():
@@ -105,10 +109,11 @@ def test_a_table_of_positions_is_read_where_the_batch_says():
     attention = RIGHT.flip(1)
     item = {"input_ids": IDS, "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp_min(0)}
     pieces = [IDS[row][attention[row].bool()] for row in range(4)]
-    alone = sum(loss(made, piece[None]) * (len(piece) - 1) for piece in pieces) / sum(len(piece) - 1 for piece in pieces)
-    assert loss(made, item) == pytest.approx(alone, rel=1e-5)
+    wide = copy.deepcopy(made).double()
+    assert_same_function(loss(made, item), *(each_alone(m, pieces) for m in (made, wide)))
     with torch.no_grad():
-        assert loss(made, {**item, "labels": OTHER}) == pytest.approx(made(**item, labels=OTHER).loss.item(), rel=1e-5)
+        own, exact = (m(**item, labels=OTHER).loss.item() for m in (made, wide))
+    assert_same_function(loss(made, {**item, "labels": OTHER}), own, exact)
     with pytest.raises(ValueError, match=r"^position_ids: got them with an attention_mask and starting again within its text"):
         as_batch({**item, "position_ids": torch.arange(9).remainder(5).expand(4, 9)})
 
@@ -124,9 +129,11 @@ def test_every_loss_takes_the_labels(model):
     """Transformers' logits and the labels by hand; and each method that reads labels gives another loss for others."""
     batch = as_batch({"input_ids": IDS, "labels": OTHER})
     with torch.no_grad():
-        logits = model(input_ids=IDS).logits[:, :-1]
-        wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), OTHER[:, 1:], reduction="none", ignore_index=-100)
-        torch.testing.assert_close(token_cross_entropy(model, batch), wanted, rtol=1e-4, atol=1e-5)
+        written = []
+        for m in (model, copy.deepcopy(model).double()):
+            logits = m(input_ids=IDS).logits[:, :-1].transpose(1, 2)
+            written.append(torch.nn.functional.cross_entropy(logits, OTHER[:, 1:], reduction="none", ignore_index=-100))
+        assert_same_function(token_cross_entropy(model, batch), *written)
     plain = as_batch({"input_ids": IDS, "labels": torch.where(OTHER == -100, -100, IDS)})
     for name in ("graddiff", "npo", "simnpo", "undial"):
         method, values = method_of(model, UnlearnConfig(name, retain_weight=0.0)), []

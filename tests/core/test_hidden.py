@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from rounding import assert_rounded, assert_same_function
 
 from undo_core import TrainConfig, distill
 from undo_core.data.rows import Rows
@@ -30,10 +31,14 @@ def models(tiny):
     return made
 
 
-def wanted_loss(student, teacher, batch, weight, layers):
-    """Written out in float64, logits and all, from models run without this project's code."""
+def _in(model, dtype):
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+def wanted_loss(student, teacher, batch, weight, layers, dtype=torch.float64):
+    """Written out in ``dtype``, logits and all, from models run without this project's code."""
     ids, keep = batch.input_ids, batch.input_ids[:, 1:] != 0
-    outputs = [copy.deepcopy(m).double()(input_ids=ids, output_hidden_states=True) for m in (student, teacher)]
+    outputs = [m(input_ids=ids, output_hidden_states=True) for m in (_in(student, dtype), _in(teacher, dtype))]
     s, t = (output.logits[:, :-1].log_softmax(-1) for output in outputs)
     loss = (t.exp() * (t - s)).sum(-1)[keep].mean()
     terms = []
@@ -49,7 +54,7 @@ def test_the_formula(models, rows, layers):
     batch = rows_source(rows, 12, 3)(0)
     got = distillation(student, ModelTeacher(teacher, layers).targets(batch), batch, batch.counted, Match(0.7, layers))
     wanted = wanted_loss(student, teacher, batch, 0.7, layers)
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert_same_function(got, wanted_loss(student, teacher, batch, 0.7, layers, torch.float32), wanted)
     alone = distillation(student, ModelTeacher(teacher).targets(batch), batch, batch.counted)
     assert abs(float((wanted - alone).detach())) > 0.01, "the term is not lost in the tolerance"
 
@@ -73,11 +78,16 @@ def test_the_gradient_of_micro_batches_is_the_whole_batch_s(models, rows):
         student.zero_grad()
         values.append(accumulate(student, loss, {"text": batch}, {"text": batch.counted}, size))
         gradients.append(gradient(student))
-    student.zero_grad()
-    exact = wanted_loss(student, teacher, batch, 5.0, (1, 2))
-    torch.testing.assert_close(values[0].double(), exact, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-6)
-    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-5
+    written = []
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(student).to(dtype)
+        model.zero_grad()
+        value = wanted_loss(model, teacher, batch, 5.0, (1, 2), dtype)
+        written.append((value, torch.autograd.grad(value, list(model.parameters()))))
+    (plain, plain_gradient), (exact, exact_gradient) = written
+    for value, found in zip(values, gradients, strict=True):
+        assert_same_function(value, plain, exact, "loss")
+        assert_same_function(found, plain_gradient, exact_gradient, "gradient")
 
 
 def test_the_error_is_relative_and_what_is_masked_has_none():
@@ -89,10 +99,13 @@ def test_the_error_is_relative_and_what_is_masked_has_none():
     value = relative_error(hidden, target, mask, 9)
     value.backward()
     h, t = hidden.detach().double()[mask], target.double()[mask]
-    torch.testing.assert_close(value.detach().double(), ((h - t).square().sum(-1) / t.square().sum(-1)).sum() / 9)
+    parts = (h - t).square().sum(-1) / t.square().sum(-1)  # of 6 entries each, all of them positive
+    assert_rounded(value, parts.sum() / 9, parts.sum() / 9, terms=2 * 12 + 12 + 4)
     wanted = torch.zeros_like(hidden, dtype=torch.float64)
     wanted[mask] = 2 * (h - t) / t.square().sum(-1, keepdim=True) / 9
-    torch.testing.assert_close(hidden.grad.double(), wanted, rtol=1e-5, atol=1e-9)
+    magnitude = torch.zeros_like(wanted)
+    magnitude[mask] = 2 * (h.abs() + t.abs()) / t.square().sum(-1, keepdim=True) / 9
+    assert_rounded(hidden.grad, wanted, magnitude, terms=2 * 12 + 8)
 
 
 def learn(teacher, student, rows, checkpointing=False, **options):

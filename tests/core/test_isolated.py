@@ -1,9 +1,11 @@
 """Packed documents that do not attend to each other: everywhere a model runs, a document in a row is the document alone."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from rounding import assert_same_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core.data.rows import Rows
@@ -88,13 +90,14 @@ def test_saved_rows_stay_isolated(rows, tmp_path):
 
 
 def test_a_packed_document_is_the_document_alone(model, rows):
-    ids = rows.input_ids.long()
+    ids, wide = rows.input_ids.long(), copy.deepcopy(model).double()
     with torch.no_grad():
         together = hidden_states(model, ids, None, rows.position_ids()) @ head_of(model).weight.T
         leaking = hidden_states(model, ids) @ head_of(model).weight.T
         for row, first, last in spans(rows):
             alone = hidden_states(model, ids[row : row + 1, first:last]) @ head_of(model).weight.T
-            torch.testing.assert_close(together[row, first:last], alone[0], rtol=1e-5, atol=1e-5)
+            exact = hidden_states(wide, ids[row : row + 1, first:last]) @ head_of(wide).weight.T
+            assert_same_function(together[row, first:last], alone[0], exact[0])
             assert first == 0 or (leaking[row, first:last] - alone[0]).abs().max() > 1e-2
 
 
@@ -116,10 +119,13 @@ def test_losses_and_gradients_are_those_of_the_documents(model, rows, loss):
     batch, single = rows_source(rows, len(rows), 0)(0), alone(rows)
     assert batch.counted == single.counted, "the separator after a document stays its last label"
     got, wanted = (loss(model, b, b.counted) for b in (batch, single))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    weights = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(got, weights), torch.autograd.grad(wanted, weights), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    wide = copy.deepcopy(model).double()
+    exact = loss(wide, single, single.counted)
+    assert_same_function(got, wanted, exact, "loss")
+    gradients = [
+        torch.autograd.grad(value, list(m.parameters())) for value, m in ((got, model), (wanted, model), (exact, wide))
+    ]
+    assert_same_function(*gradients, "gradient")
     shared = rows_source(dataclasses.replace(rows, starts=None), len(rows), 0)(0)
     assert abs(loss(model, shared, shared.counted) - wanted).item() > 1e-4
 
@@ -130,13 +136,15 @@ def test_micro_batches_keep_their_positions(model, rows):
     assert torch.equal(torch.cat([part.position_ids for part in parts]), batch.position_ids)
     assert torch.equal(batch.to(torch.device("cpu")).position_ids, batch.position_ids)
     whole = cross_entropy(model, batch, batch.counted)
-    torch.testing.assert_close(sum(cross_entropy(model, part, batch.counted) for part in parts), whole)
+    exact = cross_entropy(copy.deepcopy(model).double(), batch, batch.counted)
+    assert_same_function(sum(cross_entropy(model, part, batch.counted) for part in parts), whole, exact)
 
 
 def test_evaluation_is_that_of_the_documents(model, rows):
     single = alone(rows)
     wanted = cross_entropy(model, single, single.counted).item()
-    assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=1e-5)
+    exact = cross_entropy(copy.deepcopy(model).double(), single, single.counted)
+    assert_same_function(evaluate(model, rows)["value"], wanted, exact)
     assert evaluate(model, dataclasses.replace(rows, starts=None))["value"] != pytest.approx(wanted, rel=1e-4)
 
 
@@ -150,7 +158,10 @@ def test_every_teacher_reads_isolated_documents(kind, rows, tmp_path):
     cached.check(rows)
     single = alone(rows)
     wanted = ModelTeacher(teacher).targets(batch).hidden[batch.mask[:, 1:]]
-    torch.testing.assert_close(wanted, ModelTeacher(teacher).targets(single).hidden[single.mask[:, 1:]], rtol=1e-4, atol=1e-5)
+    apart, exact = (
+        ModelTeacher(m).targets(single).hidden[single.mask[:, 1:]] for m in (teacher, copy.deepcopy(teacher).double())
+    )
+    assert_same_function(wanted, apart, exact)
     for known in (cached, ModelTeacher.streamed(tmp_path / "teacher")):
         assert torch.equal(known.targets(batch).hidden[batch.mask[:, 1:]], wanted)
     with pytest.raises(ValueError, match="other rows"):

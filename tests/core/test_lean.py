@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_same_function, unit
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core.models import head_of
@@ -43,14 +44,15 @@ def backward(model, number):
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_gradient_is_the_same(kind, number):
-    wanted, model = model_of(kind), model_of(kind)
+    wanted, model, wide = model_of(kind), model_of(kind), model_of(kind).double()
     backward(wanted, number)
+    backward(wide, number)
     with tied_gradient_in_place(model) as tied:
         assert tied is not None
         for _ in range(2):  # the second pass accumulates
             backward(model, number)
-    for (name, p), q in zip(wanted.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, 2 * p.grad, rtol=1e-5, atol=1e-7, msg=name)
+    for (name, p), q, exact in zip(wanted.named_parameters(), model.parameters(), wide.parameters(), strict=True):
+        assert_same_function(q.grad, 2 * p.grad, 2 * exact.grad, name)
     assert "forward" not in vars(model.get_input_embeddings())
     backward(model, 1)  # as before the block
 
@@ -76,14 +78,15 @@ def test_no_second_gradient_is_made():
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_hook_sees_the_whole_gradient_once(number):
-    wanted, model = model_of("gemma2"), model_of("gemma2")
+    wanted, model, wide = model_of("gemma2"), model_of("gemma2"), model_of("gemma2").double()
     backward(wanted, number)
+    backward(wide, number)
     weight, seen = model.get_input_embeddings().weight, []
     with tied_gradient_in_place(model) as tied:
         handle = tied.on_gradient(lambda parameter: seen.append(parameter.grad.clone()))
         backward(model, number)
         assert len(seen) == 1
-        torch.testing.assert_close(seen[0], wanted.get_input_embeddings().weight.grad, rtol=1e-5, atol=1e-7)
+        assert_same_function(seen[0], *(m.get_input_embeddings().weight.grad for m in (wanted, wide)))
         handle.remove()
     assert weight.grad is not None
 
@@ -95,7 +98,9 @@ def test_many_tokens_of_a_bfloat16_weight_are_summed_before_they_are_rounded():
         weight.grad = torch.ones_like(weight)
         ids = torch.full((1, 512), 7)
         (model.get_input_embeddings()(ids) * 0.002).sum().backward()
-    torch.testing.assert_close(weight.grad[7].float(), torch.full((16,), 1 + 512 * 0.002), rtol=1e-2, atol=0)
+    # What is multiplied, the gradient of each token, is bfloat16, and so is the result; the sum between them is not.
+    got, wanted = weight.grad[7].double(), 1 + 512 * 0.002
+    assert ((got - wanted).abs() <= 4 * unit(torch.bfloat16) * wanted).all()
     assert torch.equal(weight.grad[8], torch.ones(16, dtype=torch.bfloat16))
 
 
@@ -197,9 +202,10 @@ def test_the_model_has_its_kernels_again_also_after_an_error():
 
 
 def test_attention_kernels_and_the_softcap():
-    wanted = steps(model_of("llama"), attention="sdpa")
-    for a, b in zip(wanted, steps(model_of("llama"), attention="eager"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    start, wanted = list(model_of("llama").parameters()), steps(model_of("llama"), attention="sdpa")
+    for before, a, b in zip(start, wanted, steps(model_of("llama"), attention="eager"), strict=True):
+        # Adam makes a step of any gradient, so rounding decides where there is none: not the weights alone, all the way, must agree
+        assert (a - b).norm() < 0.01 * (a - before).norm()
     with pytest.raises(ValueError, match=r"^attention: got sdpa for Gemma2ForCausalLM, .*softcap.* wanted eager"):
         steps(model_of("gemma2"), attention="sdpa")
     model = model_of("llama")

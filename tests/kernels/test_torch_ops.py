@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from rounding import assert_as_exact_as, probability_error
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from undo_kernels import backend
 from undo_kernels.problem import TARGETS, Problem
@@ -77,7 +78,8 @@ def test_compiles_to_one_graph(reduction, plan):
         value = function(*inputs)
         results.append((value, *torch.autograd.grad(value, inputs)))
     for plain, graph in zip(*results, strict=True):
-        torch.testing.assert_close(graph, plain)
+        # the same operations in the same order, but for what the compiler may fuse of those beside the loss
+        assert_as_exact_as(graph, plain, plain, probability_error(h, w))
 
 
 def test_gradients_come_only_where_they_are_asked_for():
@@ -114,14 +116,21 @@ def test_a_second_backward_and_a_double_backward_are_refused():
             torch.autograd.grad(loss, h, create_graph=True)
 
 
+def gradients_of(tensors, factor, dtype):
+    """Of the plain way."""
+    h, w, th, tw = (t.detach().to(dtype) for t in tensors)
+    inputs = [h.requires_grad_(), w.requires_grad_()]
+    return torch.autograd.grad(ops.linear_kl_div(*inputs, th, tw, plan="direct") * factor, inputs)
+
+
 def test_grad_output_scales_in_place():
     h, w, th, tw = draw()
     for factor in (1.0, -2.5, 0.0):
         inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         got = torch.autograd.grad(ops.linear_kl_div(*inputs, th, tw, **CHUNK) * factor, inputs)
-        wanted = torch.autograd.grad(ops.linear_kl_div(*inputs, th, tw, plan="direct") * factor, inputs)
-        for a, b in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, b)
+        plain, wanted = (gradients_of([*inputs, th, tw], factor, dtype) for dtype in (torch.float32, torch.float64))
+        for a, b, exact in zip(got, plain, wanted, strict=True):
+            assert_as_exact_as(a, b, exact, probability_error(h, w))
 
 
 def test_inside_activation_checkpointing_the_op_is_saved():
@@ -139,7 +148,7 @@ def test_inside_activation_checkpointing_the_op_is_saved():
         got = torch.autograd.grad(checkpoint(block, h, use_reentrant=False, context_fn=keep), h)
         assert len(calls) == 1
         wanted = torch.autograd.grad(block(h), h)
-        torch.testing.assert_close(got, wanted)
+        assert torch.equal(got[0], wanted[0]), "the same computation"
     finally:
         library._implementations["vocab_loss"]["cpu"] = original
 
@@ -154,7 +163,7 @@ def test_autocast_mixes_dtypes_without_a_copy_of_the_weight():
     exact = [hidden.detach().double().requires_grad_(), w.double().requires_grad_()]
     wanted = torch.autograd.grad(ops.linear_kl_div(*exact, th.bfloat16().double(), tw.double()), exact)
     for a, b in zip(gradients, wanted, strict=True):
-        assert (a.double() - b).norm() < 4e-3 * b.norm()
+        assert (a.double() - b).norm() < 0.01 * b.norm()  # the contract for 16 bits
 
 
 def test_backend_is_chosen_by_name_and_a_fallback_is_loud(monkeypatch):
@@ -168,4 +177,5 @@ def test_backend_is_chosen_by_name_and_a_fallback_is_loud(monkeypatch):
     monkeypatch.delitem(library._unavailable, "cpu")
     with backend("reference"):
         a = ops.linear_kl_div(h, w, th, tw)
-    torch.testing.assert_close(ops.linear_kl_div(h, w, th, tw, **CHUNK), a)
+    exact = ops.linear_kl_div(*(t.double() for t in (h, w, th, tw)), plan="direct")
+    assert_as_exact_as(ops.linear_kl_div(h, w, th, tw, **CHUNK), a, exact, probability_error(h, w))

@@ -81,3 +81,29 @@ def difference_form_error(z_s, z_t, terms=128):
     x, p = (s - t).abs(), torch.maximum(s, t).exp()
     each = 3 * unit() * (away + x) + (gamma(terms + 4 * EXPONENTIAL) + unit() * away) * x
     return 2 * p * (each + (p * each).sum(-1, keepdim=True))
+
+
+PATH = 512  # roundings on the longest path through a tiny model and back: layers, their inner products of up to 64 terms, softmaxes
+
+
+def assert_same_function(got, plain, want, name=""):
+    """``got`` and ``plain`` are float32 results of one function of a tiny model, computed in two ways; ``want`` is ``plain`` in float64.
+
+    Neither way is the more exact one, so ``got`` may err twice as much as ``plain`` does, and by as many roundings as a path through
+    such a model has. Each may be a tensor, a number, or a sequence of tensors, whose errors are measured together.
+    """
+    got, plain, want = (_flat(value) for value in (got, plain, want))
+    assert_as_exact_as(got, plain, want, gamma(PATH), name)
+
+
+def _flat(value):
+    if isinstance(value, torch.Tensor | float):
+        return torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64).detach().flatten()
+    return torch.cat([tensor.detach().flatten() for tensor in value])
+
+
+def assert_rounded(got, want, magnitude, terms=4):
+    """Every element of ``got`` is ``want`` up to so many float32 roundings of a sum whose terms' magnitudes add up to ``magnitude``."""
+    allowed = gamma(terms) * torch.as_tensor(magnitude).double() + torch.finfo(torch.float32).tiny
+    off = (got.detach().double() - want.double()).abs()
+    assert (off <= allowed).all(), f"error {float((off - allowed).max()):.3g} above what {terms} roundings allow"
