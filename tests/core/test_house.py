@@ -43,6 +43,7 @@ RANKS = [
         "undo_core.parameters",
         "undo_core.initialisation",
     },
+    {"undo_core.config_files"},
     {"undo_core.version", "undo_core.quiet", "undo_core.text_files"},
     {"undo_kernels"},
 ]
