@@ -73,5 +73,5 @@ def read_text(path: Path) -> str:
 def check_is_content(path: Path) -> None:
     """Raise a ValueError where a file is what Git LFS leaves in the place of a file that was not fetched."""
     with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(codecs.BOM_UTF8) + len(_POINTER)).removeprefix(codecs.BOM_UTF8).startswith(_POINTER):
             raise ValueError(f"{path}: got a pointer file of Git LFS, wanted the file that it stands for; run `git lfs pull`")

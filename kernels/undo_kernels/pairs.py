@@ -13,6 +13,21 @@ def log_ratio(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return torch.where((log_q == -torch.inf) & (log_p == -torch.inf), 0.0, log_q - log_p)
 
 
+def expm1(x: torch.Tensor) -> torch.Tensor:
+    """``e**x - 1`` without cancellation near 0, also where torch.compile computes it.
+
+    Inductor's C++ replaces torch's own by ``exp(x) - 1``, which leaves nothing of a small x.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    near = x.abs() < 0.5
+    small = torch.where(near, x, 0.0)
+    series = torch.ones_like(small)
+    for n in range(16, 1, -1):  # Horner's form; 0.5**16 / 17! is below float64's rounding
+        series = 1 + small * series / n
+    return torch.where(near, small * series, x.exp() - 1)
+
+
 def bregman(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``p * (expm1(x) - x)``, the terms of ``KL(p || q)``; +inf where q alone is zero, and q where p alone is.
 
@@ -20,10 +35,10 @@ def bregman(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     near = torch.where(x.abs() <= 1, x, 0.0)
     far = q - torch.where(p > 0, p * (1 + x), p)  # p, not 0, because p may be NaN
-    return torch.where(x.abs() <= 1, p * (torch.expm1(near) - near), far)
+    return torch.where(x.abs() <= 1, p * (expm1(near) - near), far)
 
 
 def difference(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``q - p`` from the larger of the two, without cancellation."""
-    w = torch.expm1(-x.abs())
+    w = expm1(-x.abs())
     return torch.where(x > 0, -q * w, p * w)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from undo_kernels.pairs import bregman, difference
+from undo_kernels.pairs import bregman, difference, expm1
 from undo_kernels.problem import SPARSE
 from undo_kernels.sparse import sparse_terms
 
@@ -40,8 +40,15 @@ class RowDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> torch.Tensor:
-        return _terms(*arguments)[0]
+    def forward(  # argument by argument: Dynamo would take *arguments for the form that begins with ctx
+        z_s: torch.Tensor,
+        z_t: torch.Tensor | None,
+        indices: torch.Tensor | None,
+        logprobs: torch.Tensor | None,
+        target: str,
+        beta: float,
+    ) -> torch.Tensor:
+        return _terms(z_s, z_t, indices, logprobs, target, beta)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -116,7 +123,7 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     """``log((1 - other) + other * e**x)`` without cancellation near ``x = 0`` and without overflow; ``log_own = log(1 - other)``."""
     small = torch.where(x.abs() <= 1, x, 0.0)
     far = torch.logaddexp(torch.full_like(x, log_own), x + math.log(other))
-    return torch.where(x.abs() <= 1, torch.log1p(other * torch.expm1(small)), far)
+    return torch.where(x.abs() <= 1, torch.log1p(other * expm1(small)), far)
 
 
 def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor]:
