@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.models import positions_of
-
-if TYPE_CHECKING:
-    from undo_core.training.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -31,18 +27,10 @@ class Limits:
 
     def check_rows(self, rows: Rows, name: str) -> None:
         """Raise a ValueError where a model cannot read ``rows``; ``name`` is the argument that they came by."""
-        self._check(rows.length, rows.largest_id(), int(rows.input_ids.min()), name)
+        self.check(rows.length, int(rows.input_ids.min()), rows.largest_id(), name)
 
-    def check_batch(self, batch: Batch, name: str) -> None:
-        """The same, of a batch: its labels and positions too."""
-        columns = [batch.input_ids] if batch.labels is None else [batch.input_ids, batch.labels[batch.mask]]
-        ends = [column.aminmax() for column in columns if column.numel()]
-        self._check(batch.input_ids.shape[1], max(int(end.max) for end in ends), min(int(end.min) for end in ends), name)
-        last = -1 if batch.position_ids is None else int(batch.position_ids.max())
-        if self.positions is not None and last >= self.positions:
-            raise ValueError(f"{name}: got position {last}, wanted positions below the model's {self.positions}")
-
-    def _check(self, length: int, largest: int, smallest: int, name: str) -> None:
+    def check(self, length: int, smallest: int, largest: int, name: str) -> None:
+        """Raise a ValueError where a model cannot read rows of ``length`` tokens with ids from ``smallest`` to ``largest``."""
         if smallest < 0:
             raise ValueError(f"{name}: got token id {smallest}, wanted ids from 0")
         if largest >= self.vocabulary:

@@ -71,6 +71,15 @@ class Batch:
         parts = {n: [str(c.dtype), list(c.shape), hashlib.sha256(c.contiguous().numpy()).hexdigest()] for n, c in held.items()}
         return hash_json(parts)
 
+    def check(self, limits: Limits, name: str) -> None:
+        """Raise a ValueError where a model cannot read the ids, labels or positions; ``name`` is the argument that they came by."""
+        columns = [self.input_ids] if self.labels is None else [self.input_ids, self.labels[self.mask]]
+        ends = [column.aminmax() for column in columns if column.numel()]
+        limits.check(self.input_ids.shape[1], min(int(end.min) for end in ends), max(int(end.max) for end in ends), name)
+        last = -1 if self.position_ids is None else int(self.position_ids.max())
+        if limits.positions is not None and last >= limits.positions:
+            raise ValueError(f"{name}: got position {last}, wanted positions below the model's {limits.positions}")
+
     @property
     def counted(self) -> int:
         """Number of labels."""
@@ -185,7 +194,7 @@ class CheckedSource:
     def __call__(self, step: int) -> Batch:
         batch = as_batch(self.source(step), self.name)
         if self.limits is not None:
-            self.limits.check_batch(batch, self.name)
+            batch.check(self.limits, self.name)
         return batch
 
     def identity(self) -> dict[str, Any] | None:
