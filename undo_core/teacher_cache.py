@@ -468,7 +468,7 @@ def _columns(identity: dict[str, Any]) -> dict[str, Column]:
 
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> None:
-    """Raise a ValueError that names the first entry of ``wanted`` that ``found`` has otherwise."""
+    """Raise a ValueError that names an entry of ``wanted`` that ``found`` has otherwise, the teacher's weights before what follows from them."""
     words = {
         "teacher": "another teacher's weights",
         "rows": "other rows",
@@ -477,7 +477,8 @@ def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> 
         "config": "another model configuration",
         "adapters": "other settings of the adapters",
     }
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    for name in dict.fromkeys(("teacher", *wanted)):
+        if name in wanted and found.get(name) != wanted[name]:
+            value = wanted[name]
             a, b = (str(v)[:12] for v in (found.get(name), value))
             raise ValueError(f"{got} with {words.get(name, name)} {a}; {end}, {name} {b}")
