@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+_MOST = 1e30  # finite in float32, so that its product with a probability of 0 is 0
+
 
 def log_ratio(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """``log q - log p``; 0 where both probabilities are zero, since such an outcome adds nothing."""
@@ -33,12 +35,11 @@ def bregman(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     Where ``|x| > 1`` it is ``q - p * (1 + x)``: there is no cancellation there, and ``expm1`` would overflow or meet p = 0.
     """
-    near = torch.where(x.abs() <= 1, x, 0.0)
-    far = q - torch.where(p > 0, p * (1 + x), p)  # p, not 0, because p may be NaN
+    near = x.clamp(-1, 1)
+    far = q - p * (1 + x.clamp_max(_MOST))  # x is +inf where p is 0
     return torch.where(x.abs() <= 1, p * (expm1(near) - near), far)
 
 
 def difference(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``q - p`` from the larger of the two, without cancellation."""
-    w = expm1(-x.abs())
-    return torch.where(x > 0, -q * w, p * w)
+    return torch.maximum(p, q) * -expm1(-x.abs()) * x.sign()

@@ -48,7 +48,7 @@ class RowDivergence(torch.autograd.Function):
         target: str,
         beta: float,
     ) -> torch.Tensor:
-        return _terms(z_s, z_t, indices, logprobs, target, beta)[0]
+        return _terms(z_s, z_t, indices, logprobs, target, beta, gradient=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -57,7 +57,7 @@ class RowDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return (grad[:, None] * _terms(*ctx.saved_tensors, *ctx.options)[1], *[None] * 5)
+        return (grad[:, None] * _terms(*ctx.saved_tensors, *ctx.options, gradient=True), *[None] * 5)
 
 
 class LogSumExp(torch.autograd.Function):
@@ -84,33 +84,38 @@ def _terms(
     logprobs: torch.Tensor | None,
     target: str,
     beta: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence, ``[rows]``, and its gradient by ``z_s``, ``[rows, V]``."""
+    gradient: bool,
+) -> torch.Tensor:
+    """The divergence, ``[rows]``, or its gradient by ``z_s``, ``[rows, V]``."""
     if target in SPARSE:
-        return _sparse(z_s, indices, logprobs, target)
-    return _dense(z_s, z_t, target, beta)
+        return _sparse(z_s, indices, logprobs, target, gradient)
+    return _dense(z_s, z_t, target, beta, gradient)
 
 
-def _dense(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _dense(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool) -> torch.Tensor:
     u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
     e_s, e_t = u.exp(), v.exp()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
-    x = torch.where((e_s == 0) & (e_t == 0), 0.0, u - v)  # where both underflow there is no loss
+    x = torch.nan_to_num(
+        u - v, nan=0.0, posinf=math.inf, neginf=-math.inf
+    )  # two -inf do not differ; a NaN row keeps its sums' NaN
     apart = difference(e_t, e_s, x).sum(-1, keepdim=True) / sum_t
     # Far from zero, log1p(apart) is log1p(-1 + rounding).
     gap = torch.where(apart.abs() < 0.5, torch.log1p(torch.where(apart.abs() < 0.5, apart, 0.0)), (sum_s / sum_t).log())
     x = x - gap
     p_s, p_t = e_s / sum_s, e_t / sum_t
     if target in ("forward", "uniform"):
-        return bregman(p_t, p_s, x).sum(-1), difference(p_t, p_s, x)
+        return difference(p_t, p_s, x) if gradient else bregman(p_t, p_s, x).sum(-1)
     if target == "reverse":
         kl = bregman(p_s, p_t, -x).sum(-1, keepdim=True)
-        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan))
+        return _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan)) if gradient else kl.squeeze(-1)
     m = beta * p_t + (1 - beta) * p_s
-    from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
     log_m_s = _log_mixture(-x, math.log1p(-beta), beta)
     from_s = bregman(p_s, m, log_m_s).sum(-1, keepdim=True)
-    return beta * from_t + (1 - beta) * from_s.squeeze(-1), (1 - beta) * _centred(p_s, -log_m_s, from_s)
+    if gradient:
+        return (1 - beta) * _centred(p_s, -log_m_s, from_s)
+    from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
+    return beta * from_t + (1 - beta) * from_s.squeeze(-1)
 
 
 def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -126,7 +131,7 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     return torch.where(x.abs() <= 1, torch.log1p(other * expm1(small)), far)
 
 
-def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool) -> torch.Tensor:
     """Only differences of logits matter, so the largest that counts is taken away first, which keeps the log-sum-exps small."""
     safe = indices.clamp_min(0)
     column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own
@@ -136,9 +141,11 @@ def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, targ
     rest = z.masked_fill(taken, -math.inf)
     lse_rest = torch.logsumexp(rest, -1)
     terms = sparse_terms(z.gather(-1, safe), indices, logprobs, lse_rest, target, z.shape[-1])
+    if not gradient:
+        return terms.divergence
     if target == "renormalize":
-        gradient = terms.rest[:, None].expand_as(z)
+        others = terms.rest[:, None].expand_as(z)
     else:
         empty = lse_rest == -math.inf
-        gradient = terms.rest[:, None] * (rest - torch.where(empty, 0.0, lse_rest)[:, None]).exp()
-    return terms.divergence, torch.nn.functional.pad(gradient, (0, 1)).scatter(-1, column, terms.slope)[:, :-1]
+        others = terms.rest[:, None] * (rest - torch.where(empty, 0.0, lse_rest)[:, None]).exp()
+    return torch.nn.functional.pad(others, (0, 1)).scatter(-1, column, terms.slope)[:, :-1]
