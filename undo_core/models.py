@@ -7,6 +7,7 @@ vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is i
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,6 +60,7 @@ __all__ = [
     "make",
     "positions_of",
     "set_attention",
+    "skeleton",
     "tokens_of",
     "vocabulary_of",
 ]
@@ -146,6 +149,31 @@ def make(config: PreTrainedConfig) -> PreTrainedModel:
     """
     with _made(config.model_type):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
+
+
+def skeleton(config: PreTrainedConfig, buffers: bool = False) -> PreTrainedModel:
+    """The model of a configuration with its parameters on the meta device: names, shapes and ties without contents.
+
+    Args:
+        config: of the model; it is copied.
+        buffers: whether to compute the buffers (rotary frequencies, for example), which a forward pass needs and no file stores.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        if not buffers:
+            with torch.device("meta"):
+                return make(config)
+        hook = register_module_parameter_registration_hook(to_meta)
+        try:
+            model = make(config)
+        finally:
+            hook.remove()
+    model.tie_weights()
+    return model
 
 
 @contextlib.contextmanager
