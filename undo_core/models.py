@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from undo_core.adapters import bare
 from undo_core.heads import (
     Head,
     UnsupportedHead,
@@ -215,8 +214,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of rows of the model's head."""
-    return bare(model).get_output_embeddings().weight.shape[0]
+    """Number of logits that the model's head gives; a model may drop rows that its weight has beyond them."""
+    return len(head_of(model).weight)
 
 
 def check_vocab_size(vocab_size: int | None, **rows: int) -> None:

@@ -15,6 +15,7 @@ from undo_core.models import (
     hidden_states,
     hidden_states_at,
     initialise,
+    vocabulary_of,
 )
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,6 +51,12 @@ def test_head_parts_give_the_models_logits(kind, extra):
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     torch.testing.assert_close(z, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     assert (head.softcap, head.scale) == (extra.get("final_logit_softcapping"), {"cohere": 0.3, "granite": 0.25}.get(kind, 1.0))
+
+
+def test_rows_that_the_model_drops_are_not_counted():
+    model = causal("inkling_text", unpadded_vocab_size=41).eval()
+    rows, logits = len(model.lm_head.weight), model(input_ids=torch.arange(12)[None], use_cache=False).logits
+    assert vocabulary_of(model) == logits.shape[-1] == 41 < rows
 
 
 def test_a_head_that_does_more_is_refused_by_name():
