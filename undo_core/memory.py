@@ -246,8 +246,8 @@ class _Stage:
             return config.train, ("forget", "retain")[: 1 + bool(config.retain_weight)], lambda model: method_of(model, config)
         if kind == "distill":
             how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
-            dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")
-            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched)
+            dtype, matched, size = _teacher_dtype(train, stored), settings.get("hidden"), settings.get("vocab_size")
+            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched, size)
         raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
 
     def _probe(self) -> None:
@@ -300,7 +300,12 @@ class _Stage:
             self._evaluate(model)
 
     def _distillation(
-        self, student: PreTrainedModel, how: TeacherConfig, dtype: torch.dtype, matched: dict[str, Any] | None
+        self,
+        student: PreTrainedModel,
+        how: TeacherConfig,
+        dtype: torch.dtype,
+        matched: dict[str, Any] | None,
+        vocab_size: int | None,
     ) -> Method:
         model = meta_model(self.config).eval()
         if how.kind == "resident":
@@ -327,7 +332,7 @@ class _Stage:
 
         return Method(
             lambda student, batches, counted: distillation(
-                student, targets(batches["text"]), batches["text"], counted["text"], match
+                student, targets(batches["text"]), batches["text"], counted["text"], match, vocab_size
             )
         )
 
@@ -347,7 +352,7 @@ class _Stage:
             if how.kind == "topk":
                 storages.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
             else:
-                ops.linear_lse(hidden, head.weight, **head.options())
+                ops.linear_lse(hidden, head.weight, vocab_size=how.vocab_size, **head.options())
             del hidden
             storages.moment = "evaluation"
             self._evaluate(model)
