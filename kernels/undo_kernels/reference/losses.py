@@ -58,25 +58,25 @@ def _chunk(
     logprobs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     z = student.logits()
-    nll = lse = LogSumExp.apply(z)
-    if p.label_factor is not None and labels is not None:
+    nll = divergence = z.new_zeros(z.shape[0])
+    if p.label_factor is not None and labels is None:
+        nll = LogSumExp.apply(z)
+    elif p.label_factor is not None:
         nll = torch.nn.functional.cross_entropy(z, labels.masked_fill(labels < 0, -100), reduction="none")
-    divergence = torch.zeros_like(lse)
-    if p.target == "own":
-        return divergence, nll, lse.detach()
     z_t = None
     if p.target == "uniform":
         z_t = z.new_zeros(1, z.shape[1])
     elif p.target in DENSE:
         with torch.no_grad():
             z_t = teacher.logits().to(z.dtype)
-    divergence = RowDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
+    if p.target != "own":
+        divergence = RowDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
     if not p.statistics or p.target not in DENSE:
-        return divergence, nll, lse.detach()
+        return divergence, nll
     log_t = z_t.log_softmax(-1)
     entropy = -(log_t.exp() * log_t.clamp_min(-1e30)).sum(-1)
     agreement = (z.argmax(-1) == z_t.argmax(-1)).to(z.dtype)
-    return divergence, nll, lse.detach(), LogSumExp.apply(z_t), entropy, agreement
+    return divergence, nll, LogSumExp.apply(z), LogSumExp.apply(z_t), entropy, agreement
 
 
 def rows_within(workspace_bytes: int | None, rows: int, vocabulary: int, dtype: torch.dtype, copies: int) -> int:
