@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from undo_kernels.pairs import bregman, expm1
+from undo_kernels.pairs import bregman, expm1, expm1_
 from undo_kernels.problem import SPARSE
 from undo_kernels.sparse import sparse_terms
 
@@ -102,15 +102,15 @@ def _dense(
     e_s, e_t = u.exp_(), v.exp_()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
     least, most = torch.minimum(sum_s, sum_t), torch.maximum(sum_s, sum_t)
-    apart = torch.copysign(expm1(x.abs().neg_()), x).mul_(torch.maximum(e_s, e_t))
+    apart = expm1_(x.abs().neg_()).copysign_(x).mul_(torch.maximum(e_s, e_t))
     ratio = apart.sum(-1, keepdim=True) / least
     x -= torch.copysign(ratio.abs().log1p(), ratio)
     apart /= most
     apart.addcmul_(e_t.expand_as(apart), ratio.clamp_min(0) / most, value=-1)
     apart.addcmul_(e_s, ratio.clamp_max(0) / most, value=-1)  # p_s - p_t
     if target in ("forward", "uniform"):
-        x.clamp_max_(_MOST).mul_(e_t.div_(sum_t))
-        return (apart - x).sum(-1).clamp_min_(0), apart
+        x.clamp_max_(_MOST).mul_(e_t.div_(sum_t)).sub_(apart)
+        return x.sum(-1).neg_().clamp_min_(0), apart
     p_s = e_s.div_(sum_s)
     if target == "reverse":
         kl = (p_s * x.clamp_min(-_MOST)).sub_(apart).sum(-1, keepdim=True).clamp_min_(0)
