@@ -160,7 +160,7 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
         return "reference"
     backend = choose("vocab_loss", device)
     free = problem.plan == "auto" and problem.workspace_bytes is None
-    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary) else backend
+    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary, backend) else backend
 
 
 def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
