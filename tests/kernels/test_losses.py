@@ -407,12 +407,12 @@ def test_bad_sparse_teachers_are_named():
 def test_explain_prints_a_table():
     shapes = {"student_hidden": (64, 8), "student_weight": (1000, 8), "teacher_hidden": (64, 8), "teacher_weight": (1000, 8)}
     plan = ops.explain("linear_kl_div", shapes, torch.float32, "cpu")
-    assert plan.workspace_bytes == 64 * 1000 * 4 * 4 and plan.flops == 2 * 4 * 64 * 1000 * 8 and "direct" in str(plan)
+    assert plan.workspace_bytes == 64 * 1000 * 4 * 7 and plan.flops == 2 * 4 * 64 * 1000 * 8 and "direct" in str(plan)
     with backend("reference"):
         bounded = ops.explain(
-            "linear_lse", {"hidden": (64, 8), "weight": (1000, 8)}, torch.float32, "cpu", workspace_bytes=80_000
+            "linear_lse", {"hidden": (64, 8), "weight": (1000, 8)}, torch.float32, "cpu", workspace_bytes=120_000
         )
-    assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 80_000
+    assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 120_000
     with pytest.raises(ValueError, match=r"^op: got"):
         ops.explain("linear_magic", {}, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):
