@@ -137,10 +137,10 @@ def settled_configuration(folder: Path) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     parts = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
     paths = named_weight_files(folder)
-    if parts and all(path.is_file() for path in paths):
-        if settle_ties(skeleton(config), {path: read_header(path) for path in paths}):
-            for part in parts:
-                part.tie_word_embeddings = False
+    there = parts and all(path.is_file() for path in paths)
+    if there and settle_ties(skeleton(config), {path: read_header(path) for path in paths}):
+        for part in parts:
+            part.tie_word_embeddings = False
     return config
 
 

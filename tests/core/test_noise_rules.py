@@ -93,7 +93,8 @@ def test_a_vector_that_is_where_it_shrinks_to_does_not_change():
     assert moved.change == pytest.approx(0.6 * 2 * 8**0.5, rel=gamma(16)) and moved.shrink == 1.0
     vector["norm"].fill_(1.0)
     still = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=1.0))["norm"]
-    assert still.change < 1e-3 and still.before == pytest.approx(still.after)
+    # What does not cancel is the square root of a rounding of the squares.
+    assert still.change <= gamma(16) ** 0.5 * still.before and still.before == pytest.approx(still.after)
 
 
 def test_the_report_by_kind_adds_squares():

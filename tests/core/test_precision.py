@@ -66,12 +66,18 @@ def curve(arithmetic):
     return run(arithmetic)[1]
 
 
+def assert_keeps_to(losses, curve):
+    """Nowhere further from the float32 curve than a tenth of what float32 learns: how well a mode learns, not how it rounds."""
+    fall = curve[0] - curve[-1]
+    assert fall > 0.2 * curve[0]
+    assert max(abs(a - b) for a, b in zip(losses, curve, strict=True)) < 0.1 * fall
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_mode_keeps_to_the_float32_curve(arithmetic, curve, precision, optimizer):
     model, losses = run(arithmetic, precision=precision, optimizer=optimizer)
-    assert losses == pytest.approx(curve, rel=0.02)
-    assert losses[-1] < 0.8 * losses[0]
+    assert_keeps_to(losses, curve)
     assert {p.dtype for p in model.parameters()} == {torch.float32 if precision == "float32" else torch.bfloat16}
 
 
@@ -110,12 +116,13 @@ def test_a_copy_on_the_host_makes_the_same_steps(arithmetic, monkeypatch, precis
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_in_the_backward_pass_is_the_same_step(arithmetic, precision, optimizer):
+    steps = 24 if precision == "bfloat16-stochastic" else 8
     kept, freed = (
-        run(arithmetic, steps=8, clip=0.0, precision=precision, optimizer=optimizer, step_in_backward=inside)
+        run(arithmetic, steps=steps, clip=0.0, precision=precision, optimizer=optimizer, step_in_backward=inside)
         for inside in (False, True)
     )
     if precision == "bfloat16-stochastic":  # other draws
-        assert kept[1] == pytest.approx(freed[1], rel=0.02)
+        assert_keeps_to(kept[1], freed[1])
     else:
         assert torch.equal(weights(kept[0]), weights(freed[0]))
     assert all(parameter.grad is None for parameter in freed[0].parameters())
@@ -125,7 +132,8 @@ def test_a_step_in_the_backward_pass_is_the_same_step(arithmetic, precision, opt
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_clipping_in_the_backward_pass_stays_near_the_curve(arithmetic, curve, precision):
     losses = run(arithmetic, precision=precision, step_in_backward=True)[1]
-    assert losses == pytest.approx(curve, rel=0.05) and losses != curve
+    assert_keeps_to(losses, curve)
+    assert losses != curve
 
 
 class Pair(nn.Module):
