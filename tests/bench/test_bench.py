@@ -300,12 +300,12 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
 def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     monkeypatch.setattr(bench_kl, "ERROR_TARGETS", [1.0, 1e-5])
-    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 16)  # so few that dispatch alone would leave them to plain PyTorch
+    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # so few that dispatch alone would leave them to plain PyTorch
     arguments = ["--quick", "--only", "error", "--contenders", "undo-core", "plain", "--out", str(out)]
     bench_kl.main(arguments)
     curves = json.loads(out.read_text())["error_versus_kl"]["curves"]
     assert [(c["name"], c["dtype"], c["row"], c["tokens"]) for c in curves] == [
-        ("undo-core", "float32", "quick-f32", 16), ("undo-core", "bfloat16", "quick-bf16", 16), ("plain", "bfloat16", "quick-bf16", 16)
+        ("undo-core", "float32", "quick-f32", 8), ("undo-core", "bfloat16", "quick-bf16", 8), ("plain", "bfloat16", "quick-bf16", 8)
     ]  # fmt: skip
     for curve in curves:
         used = {call["backend"] for point in curve["points"] for run in point["seeds"] for call in run["ran"]}
