@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from undo_core.store import Stage, Store, usable_cores
-from undo_core.training.progress import Board, Update, send_updates_to
+from undo_core.training.progress import Board, send_updates_to
 
 Finished = Callable[[Stage], None]
 Failed = Callable[[Stage, Exception], None]
