@@ -29,7 +29,7 @@ API = {  # page: package, what stands above the names
     "undo_kernels": "The implementations of the ops, and how to choose and to observe them.",
 }
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
-ROLE = re.compile(r":(?:func|class|data|meth|mod):(?=<code|<a)")
+ROLE = re.compile(r":(?:func|class|data|meth|mod):<code>(?:~[\w.]+\.)?")
 LOADED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+rel=["']?(?:stylesheet|preload|preconnect|icon)[^>]+href=["']?(?:https?:)?//""")  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
 
 def on_page_content(html: str, page, config, files: Files) -> str:
     """Drops the roles of references in docstrings, which editors read: ``:func:`name` `` is shown as ``name``."""
-    return ROLE.sub("", html)
+    return ROLE.sub("<code>", html)
 
 
 def on_post_build(config) -> None:
