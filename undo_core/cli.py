@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core import commands
+from undo_core import commands, hints
 from undo_core.config import RunConfig
 from undo_core.config_files import read_settings
 from undo_core.sweep_config import SweepConfig
@@ -63,13 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
     parser = _parser()
     try:
+        if not arguments:
+            print(hints.FIRST_STEPS)
+            return 2
+        if arguments[0] == "completion":
+            print(hints.completion(parser, arguments[1] if len(arguments) > 1 else "bash"))
+            return 0
         parsed = parser.parse_args([_dashes(argument) for argument in _config_first(arguments)])
         if parsed.subcommand is None:
             parser.print_help()
             return 2
         return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
-        print(f"undo: error: {_one_line(error)}", file=sys.stderr)
+        print(f"undo: error: {hints.explained(_one_line(error), parser, arguments[0])}", file=sys.stderr)
         return 2
     except (DivergedError, OSError, SafetensorError) as error:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
