@@ -89,22 +89,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="undo", description="UNDO: robust unlearning for language models.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="undo",
+        description="UNDO: robust unlearning for language models.",
+        exit_on_error=False,
+        formatter_class=hints.HelpFormatter,
+    )
     subcommands = parser.add_subcommands(required=False)
     for name, text in (("run", _RUN), ("plan", _PLAN)):
-        sub = ArgumentParser(description=text, exit_on_error=False, usage=f"undo {name} CONFIG [--key=value ...]")
+        sub = ArgumentParser(
+            description=text,
+            exit_on_error=False,
+            formatter_class=hints.HelpFormatter,
+            usage=f"undo {name} CONFIG [--key=value ...]",
+        )
         sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
         if name == "plan":
             sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
-    sub = ArgumentParser(description=_SWEEP, exit_on_error=False, usage="undo sweep FILE [--dry-run] [--key=value ...]")
+    sub = ArgumentParser(
+        description=_SWEEP,
+        exit_on_error=False,
+        formatter_class=hints.HelpFormatter,
+        usage="undo sweep FILE [--dry-run] [--key=value ...]",
+    )
     sub.add_argument("--config", action="config", help="YAML file of the sweep")
     sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
     sub.add_class_arguments(SweepConfig)
     subcommands.add_subcommand("sweep", sub, help=_SWEEP.splitlines()[0])
     for name, function in commands.COMMANDS.items():
-        sub = ArgumentParser(description=_description(function), exit_on_error=False)
+        sub = ArgumentParser(description=_description(function), exit_on_error=False, formatter_class=hints.HelpFormatter)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
         if settings:

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
 
@@ -28,6 +28,16 @@ _UNKNOWN = (  # how the parser's library names what it does not know
     re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
     re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<key>\S+)"),
 )
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Wraps the paragraphs of a description and keeps its examples, which are indented, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(
+            part if part.startswith(" ") else super(HelpFormatter, self)._fill_text(part, width, indent) for part in parts
+        )
 
 
 def explained(message: str, parser: ArgumentParser, command: str | None) -> str:

@@ -5,10 +5,23 @@ import importlib.util
 import pytest
 import yaml
 
-from undo_core.cli import _parser, main
+from undo_core import cli
+from undo_core.cli import main
 from undo_core.hints import FIRST_STEPS, nearest
 
 DEMO = "configs/arithmetic-cpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return cli._parser()
+
+
+@pytest.fixture(autouse=True)
+def one_parser(request, monkeypatch, parser):
+    """Making it costs most of a call's time."""
+    if "completion" not in request.node.name:  # which uses it up
+        monkeypatch.setattr(cli, "_parser", lambda: parser)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +64,11 @@ def test_nothing_near_is_not_guessed(capsys):
     assert "did you mean" not in capsys.readouterr().err
 
 
-def test_no_arguments_teach(capsys):
+def test_no_arguments_teach(capsys, parser):
     assert main([]) == 2
     printed = capsys.readouterr().out
     assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 10
-    parsers = _parser()._subcommands_action._name_parser_map
+    parsers = parser._subcommands_action._name_parser_map
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  undo ")} <= {
         *parsers,
         "completion",
@@ -70,3 +83,13 @@ def test_completion(capsys):
     assert main(["completion"]) == (0 if there else 2)
     printed = capsys.readouterr()
     assert "complete" in printed.out if there else "pip install 'undo-core[completion]'" in printed.err
+
+
+def test_help_keeps_its_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = capsys.readouterr().out
+    assert (
+        "\n\n  undo plan configs/arithmetic-cpu.yaml\n  undo plan configs/arithmetic-cpu.yaml --memory 8GB\n\nWith --memory"
+        in printed
+    )
