@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 	$(BIN)/undo run configs/arithmetic-cpu.yaml
 
 test: $(INSTALLED)  ## all tests, file by file on up to four cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --benchmark-disable
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
 	$(BIN)/python tests/matrix.py

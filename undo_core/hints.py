@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -40,13 +40,13 @@ class HelpFormatter(DefaultHelpFormatter):
         )
 
 
-def explained(message: str, parser: ArgumentParser, command: str | None) -> str:
+def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
     """``message``, with the nearest known name where it is about a name that ``command`` does not know."""
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
             listed = match.groupdict().get("choices")
             if listed is None:
-                found = nearest(match["key"], keys(parser, command))
+                found = nearest(match["key"], keys(command, parser_of))
             else:
                 found = difflib.get_close_matches(match["key"], re.findall(r"[\w-]+", listed), n=1)
             return f"{message}; did you mean {' or '.join(found)}?" if found else message
@@ -62,12 +62,12 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
     return [name for name in known if leaf and name.rsplit(".", 1)[-1] == leaf[0]][:3]
 
 
-def keys(parser: ArgumentParser, command: str | None) -> list[str]:
+def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:
     """The keys that ``command`` takes; of a sweep those of its runs too."""
-    parsers = parser._subcommands_action._name_parser_map
     found: dict[str, None] = {}
     for name in (command, "run") if command == "sweep" else (command,):
-        actions = parsers[name]._actions if name in parsers else []
+        parser = parser_of(name)._subcommands_action._name_parser_map.get(name)
+        actions = [] if parser is None else parser._actions
         found |= dict.fromkeys(option[2:] for action in actions for option in action.option_strings if option.startswith("--"))
     return [key for key in found if not key.endswith(("help", "+"))]
 

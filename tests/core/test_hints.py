@@ -12,18 +12,6 @@ from undo_core.hints import FIRST_STEPS, nearest
 DEMO = "configs/arithmetic-cpu.yaml"
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return cli._parser()
-
-
-@pytest.fixture(autouse=True)
-def one_parser(request, monkeypatch, parser):
-    """Making it costs most of a call's time."""
-    if "completion" not in request.node.name:  # which uses it up
-        monkeypatch.setattr(cli, "_parser", lambda: parser)
-
-
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
@@ -64,11 +52,11 @@ def test_nothing_near_is_not_guessed(capsys):
     assert "did you mean" not in capsys.readouterr().err
 
 
-def test_no_arguments_teach(capsys, parser):
+def test_no_arguments_teach(capsys):
     assert main([]) == 2
     printed = capsys.readouterr().out
     assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 10
-    parsers = parser._subcommands_action._name_parser_map
+    parsers = cli._parser("")._subcommands_action._name_parser_map
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  undo ")} <= {
         *parsers,
         "completion",

@@ -55,7 +55,8 @@ def unlearn(
         ValueError: an unknown method, or data of no known form.
     """
     config = config or UnlearnConfig()
-    check_vocab_size(config.vocab_size, model=vocabulary_of(model))
+    if config.vocab_size is not None:  # RMU needs no head
+        check_vocab_size(config.vocab_size, model=vocabulary_of(model))
     size, seed = config.train.batch_size, config.train.seed or 0
     limits = limits_of(model, whole=METHODS[config.method].whole_rows)
     sources = {
