@@ -20,6 +20,7 @@ def main() -> None:
     assert REPOSITORY not in installed.parents or "site-packages" in installed.parts, (
         f"{installed} is the checkout, not a wheel"
     )
+    assert (installed.parent / "py.typed").is_file()
     missing = undo_kernels.unavailable().get("cpu")
     assert missing is None, missing
 
