@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from undo_kernels.library import implementation
-from undo_kernels.segment import Segment, amplitude
 
-from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
-from undo_core.ops.sharding import Piece, add_over_shards, local_of, local_pieces
+from undo_kernels.library import implementation
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
+from undo_kernels.ops.sharding import Piece, add_over_shards, local_of, local_pieces
+from undo_kernels.segment import Segment, amplitude
 
 
 def noise_(
@@ -83,7 +83,7 @@ def apply(
 ) -> dict[str, tuple[Setting, torch.Tensor]]:
     """:func:`noise_`; returns for each tensor what happened to it, and the sums of squares of theta before, of the noise as it
     was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
-    ``found`` replaces what :func:`undo_core.ops.noise_rules.describe` says of ``tensors``.
+    ``found`` replaces what :func:`undo_kernels.ops.noise_rules.describe` says of ``tensors``.
     """
     policy = Policy(**options, rules=tuple(rules))
     checks.seed(seed)
