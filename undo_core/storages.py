@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from undo_kernels.plan import cpu_plan
+from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
 from undo_kernels.torch_ops import problem_of
 
@@ -89,7 +89,8 @@ class Storages(TorchDispatchMode):
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
-            from undo_kernels.triton import costs, tuning
+            from undo_kernels.triton import plan as costs
+            from undo_kernels.triton import tuning
 
             self.touch("workspace", costs.gpu_plan(problem, tuning.target_of(torch.device("cuda"))).workspace_bytes)
 

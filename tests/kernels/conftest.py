@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from undo_kernels import cpu, plan, recorded
+from undo_kernels import cpu, recorded
 
 
 @pytest.fixture(scope="module")
 def small_tiles():
     """Small problems of several tiles; the default's tile has thousands of rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_BLOCK_V", 1024)
+        patch.setattr(cpu.plan, "_BLOCK_V", 1024)
         yield
 
 

@@ -25,14 +25,24 @@ def assert_same(loss, wanted, leaves):
 
 def test_the_divergence_is_the_functions():
     h, w, th, tw = draw()
-    options = {"divergence": "jsd", "beta": 0.3, "temperature": 2.0, "student_scale": 0.5, "teacher_scale": 0.7, "vocab_size": 9}
+    options = {
+        "divergence": "jsd",
+        "beta": 0.3,
+        "temperature": 2.0,
+        "student_scale": 0.5,
+        "teacher_scale": 0.7,
+        "vocab_size": 9,
+    }
     options |= {"student_softcap": 3.0, "teacher_softcap": 4.0, "label_weight": 0.2, "ignore_index": -100, "reduction": "none"}
     options |= {"plan": "chunk", "workspace_bytes": 1 << 20, "filter_below": 1e-9}
-    tensors = {"labels": LABELS, "student_bias": torch.ones(11), "teacher_bias": torch.zeros(11), "token_weight": torch.rand(2, 3)}
+    tensors = {
+        "labels": LABELS,
+        "student_bias": torch.ones(11),
+        "teacher_bias": torch.zeros(11),
+        "token_weight": torch.rand(2, 3),
+    }
     loss = LinearKLDivLoss(**options)
-    assert_same(
-        loss(h, w, th, tw, MASK, **tensors), ops.linear_kl_div(h, w, th, tw, mask=MASK, **options, **tensors), [h, w]
-    )
+    assert_same(loss(h, w, th, tw, MASK, **tensors), ops.linear_kl_div(h, w, th, tw, mask=MASK, **options, **tensors), [h, w])
     assert options == {name: getattr(loss, name) for name in options} and "divergence='jsd'" in repr(loss)
 
 

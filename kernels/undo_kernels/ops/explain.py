@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from undo_kernels import cpu, reference, triton
 from undo_kernels.ops import arguments, checks
 from undo_kernels.ops.dispatch import choose_backend
-from undo_kernels.plan import Plan, describe
+from undo_kernels.plan import Plan
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
+
+_PLANS = {"reference": reference.plan, "cpu": cpu.plan, "triton": triton.plan}
 
 
 def explain(
@@ -62,4 +65,5 @@ def explain(
         needs=(op != "linear_lse", op != "linear_lse", False),
         **arguments.memory(plan, workspace_bytes),
     )
-    return describe(op, problem, choose_backend(problem, dtype == torch.float64, torch.device(device)))
+    describe = _PLANS[choose_backend(problem, dtype == torch.float64, torch.device(device))].describe
+    return describe(op, problem)
