@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
-from undo_kernels.torch_ops import problem_of
+from undo_kernels.torch_ops.vocab_loss import problem_of
 
 FUSED = "undo-fused"  # an attention kernel of transformers, for the meta device
 
@@ -73,9 +73,9 @@ class Storages(TorchDispatchMode):
                 self.hold([tensor], self.kind)
         if function is torch.ops.undo.vocab_loss.default:
             self.hold([output[-2]], "gradients")  # of the head's weight
-            self._workspace(*problem_of(*args))
+            self._workspace(*problem_of(*args, **kwargs))
         elif function is torch.ops.undo.vocab_loss_rows.default:
-            problem, backend = problem_of(*args)
+            problem, backend = problem_of(*args, **kwargs)
             self._workspace(dataclasses.replace(problem, needs=(False, False, False)), backend)
         self._mark(self.now)
         return output

@@ -11,7 +11,7 @@ package knows tensors, and no model, configuration or dataset.
 - ``backends_of(op)`` and ``unavailable()`` say what can run here, and why something cannot.
 """
 
-from undo_kernels import cpu, ops, reference, torch_ops, torch_rmu, triton
+from undo_kernels import cpu, ops, reference, torch_ops, triton
 from undo_kernels.cpu.workspace import release as release_workspace
 from undo_kernels.library import (
     BackendWarning,
@@ -41,7 +41,6 @@ __all__ = [
     "release_workspace",
     "requested_backend",
     "torch_ops",
-    "torch_rmu",
     "triton",
     "unavailable",
 ]

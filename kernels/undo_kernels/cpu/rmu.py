@@ -15,7 +15,7 @@ from undo_kernels.record import Call, record, recording
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
+    """Returns the loss, and the gradient where it is needed; see ``undo_kernels.torch_ops.rmu``."""
     rows, width = hidden.shape
     form = vectors()
     if recording():
