@@ -290,7 +290,7 @@ class _Chunks:
             self.sums = scratch.take(run.vocabulary, run.student.weight.shape[1])
 
     def passes(self) -> None:
-        """Every chunk, then what was summed apart."""
+        """Every chunk, then what was summed separately."""
         run, size = self.run, self.run.plan.rows_per_chunk
         for first in range(0, run.n, size):
             self._chunk(slice(first, min(first + size, run.n)))
