@@ -13,7 +13,6 @@ and was compared with nothing: fused attention is assumed for every kernel but e
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +33,7 @@ from undo_core.distillation import matching
 from undo_core.evaluation import letter_logits, most_likely, rows_at_once, token_nats
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
-from undo_core.models import head_of, hidden_states, make, set_attention
+from undo_core.models import head_of, hidden_states, set_attention, skeleton
 from undo_core.relearning import mixed_cross_entropy
 from undo_core.storages import FUSED, Storages
 from undo_core.teacher import ModelTeacher, TeacherConfig
@@ -86,8 +85,7 @@ PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:
     """The model of a configuration without contents, float32, with an attention kernel as in :class:`TrainConfig`."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = make(copy.deepcopy(config))
+    model = skeleton(config)
     if attention in ("eager", "sdpa"):
         set_attention(model, attention)  # refuses what the model cannot have
     if attention not in ("auto", "eager") or model.config._attn_implementation != "eager":
@@ -248,8 +246,8 @@ class _Stage:
             return config.train, ("forget", "retain")[: 1 + bool(config.retain_weight)], lambda model: method_of(model, config)
         if kind == "distill":
             how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
-            dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")
-            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched)
+            dtype, matched, size = _teacher_dtype(train, stored), settings.get("hidden"), settings.get("vocab_size")
+            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched, size)
         raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
 
     def _probe(self) -> None:
@@ -302,7 +300,12 @@ class _Stage:
             self._evaluate(model)
 
     def _distillation(
-        self, student: PreTrainedModel, how: TeacherConfig, dtype: torch.dtype, matched: dict[str, Any] | None
+        self,
+        student: PreTrainedModel,
+        how: TeacherConfig,
+        dtype: torch.dtype,
+        matched: dict[str, Any] | None,
+        vocab_size: int | None,
     ) -> Method:
         model = meta_model(self.config).eval()
         if how.kind == "resident":
@@ -329,7 +332,7 @@ class _Stage:
 
         return Method(
             lambda student, batches, counted: distillation(
-                student, targets(batches["text"]), batches["text"], counted["text"], match
+                student, targets(batches["text"]), batches["text"], counted["text"], match, vocab_size
             )
         )
 
@@ -349,7 +352,7 @@ class _Stage:
             if how.kind == "topk":
                 storages.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
             else:
-                ops.linear_lse(hidden, head.weight, **head.options())
+                ops.linear_lse(hidden, head.weight, vocab_size=how.vocab_size, **head.options())
             del hidden
             storages.moment = "evaluation"
             self._evaluate(model)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from undo_core.attacks.config import attack_config
-from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
+from undo_core.checkpoint_files import INDEX, SINGLE, settled_configuration, stored_dtype
 from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
@@ -25,7 +25,7 @@ from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.fit import Fit, apply_changes, cheapest_fit
 from undo_core.graph import attacked_models, plan_run
 from undo_core.memory import PARTS, Memory, Predictor
-from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, make, positions_of
+from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, positions_of, skeleton
 from undo_core.stages import FUNCTIONS
 from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig, rows_source, train
@@ -303,7 +303,7 @@ def _row_length(config: RunConfig, stage: Stage) -> int:
 
 def _model_config(config: RunConfig) -> Any:
     if config.model.path:
-        return AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
+        return settled_configuration(Path(config.model.path))
     if config.data.tokenizer:
         size = len(load_tokenizer(config.data.tokenizer))
     else:
@@ -316,8 +316,7 @@ def _model_config(config: RunConfig) -> Any:
 def _meta_model(config: RunConfig) -> PreTrainedModel:
     described = _model_config(config)
     check_lengths(dataclasses.asdict(config.data), positions_of(described))
-    with torch.device("meta"):
-        return make(described)
+    return skeleton(described)
 
 
 class _Measure:

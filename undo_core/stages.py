@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.attacks import few_shot, quantise_
 from undo_core.attacks.config import attack_config
-from undo_core.checkpoint_files import stored_dtype
+from undo_core.checkpoint_files import settled_configuration, stored_dtype
 from undo_core.damage import damage_checkpoint
 from undo_core.data.encoding import encoded, surroundings
 from undo_core.data.limits import Limits
@@ -81,7 +81,7 @@ def prepare(work: Work) -> dict[str, Any]:
 def initialise(work: Work) -> dict[str, Any]:
     """A model of the same architecture at a fresh initialisation from another seed: the random student."""
     source = work.inputs["model"]
-    model = initialise_model(AutoConfig.from_pretrained(source, trust_remote_code=False), work.settings["seed"])
+    model = initialise_model(settled_configuration(source), work.settings["seed"])
     _save(model, load_tokenizer(source), work.output)
     return {}
 
@@ -358,7 +358,7 @@ def _predicted(function: StageFunction, kind: str, work: Work) -> dict[str, Any]
     rows = load_split(data, TRAIN_SPLITS["retain"])
     scored = load_split(data, "valid_retain")
     source = next(work.inputs[name] for name in ("student", "model", "teacher", "prepared") if name in work.inputs)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = settled_configuration(source)
     predict = Predictor(config, rows.length, **_scored(scored))
     try:
         predicted = predict(kind, work.settings, stored_dtype(source)).total

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu import losses
+from undo_kernels.cpu import plan as plans
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 needs_kernels = pytest.mark.skipif(losses.kernels is None, reason="no C++ kernels here")
