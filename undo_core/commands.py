@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.damage import Operator, check_arguments, selection
 from undo_core.data.questions import DESCRIPTION
-from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.parameters import Parts
 from undo_core.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig

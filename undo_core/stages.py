@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.attacks import few_shot, quantise_
 from undo_core.attacks.config import attack_config
@@ -40,7 +41,6 @@ from undo_core.models import (
 )
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.relearning import attack
 from undo_core.store import MANIFEST, StageFunction, Work
 from undo_core.streaming import stream_model

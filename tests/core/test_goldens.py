@@ -19,13 +19,13 @@ import torch
 import undo_kernels
 import yaml
 from rich.console import Console
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli, commands
 from undo_core.attacks.config import AttackConfig
 from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.files import hash_json, read_json
 from undo_core.graph import plan_run
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.pipeline import missing_stages, save_results
 from undo_core.plan import _Measure, fit_notes, plan_table
 from undo_core.stages import FUNCTIONS

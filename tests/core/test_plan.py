@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import undo_kernels
 from rich.console import Console
+from undo_kernels.ops import dispatch
 
 from undo_core import doctor, ops
 from undo_core.cli import main
 from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.doctor import run_doctor
 from undo_core.graph import plan_run
-from undo_core.ops import dispatch
 from undo_core.pipeline import run
 from undo_core.plan import _Measure, bytes_of, plan_rows, plan_table
 from undo_core.relearning import AttackConfig
