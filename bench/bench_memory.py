@@ -166,8 +166,8 @@ def stage_settings(case: Case) -> dict[str, Any]:
 def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
     """The stage, from folders that are made where they are missing."""
     from undo_core.files import fresh
-    from undo_core.stages import FUNCTIONS
-    from undo_core.store import Work
+    from undo_core.pipeline.functions import FUNCTIONS
+    from undo_core.pipeline.store import Work
 
     prepared = prepare(root / case.stored, shape, case.stored)
     settings = stage_settings(case)
@@ -181,8 +181,8 @@ def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
 def cache(case: Case, root: Path, teacher: dict[str, Any], inputs: dict[str, Path]) -> Path:
     """The folder of a cache, with what a store would add to it."""
     from undo_core.files import fresh, write_json
-    from undo_core.stages import FUNCTIONS
-    from undo_core.store import MANIFEST, Work
+    from undo_core.pipeline.functions import FUNCTIONS
+    from undo_core.pipeline.store import MANIFEST, Work
 
     folder = root / f"cache-{teacher['kind']}-{case.stored}"
     if not folder.exists():
@@ -200,7 +200,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     from transformers import AutoConfig
     from undo_kernels.cpu.workspace import release
 
-    from undo_core.memory import Predictor
+    from undo_core.pipeline.meta import Predictor
 
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     import transformers
     from rich.console import Console
 
-    import undo_core.stages  # noqa: F401
+    import undo_core.pipeline.functions  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

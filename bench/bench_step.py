@@ -185,7 +185,7 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
     """The peak beyond the process, models included, that ``undo plan`` would say; of the plain loop it knows nothing."""
     from transformers import AutoConfig
 
-    from undo_core.memory import Predictor
+    from undo_core.pipeline.meta import Predictor
     from undo_core.training import TrainConfig
 
     if name == "plain":

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from undo_core.attacks import AttackConfig, Trial, worst_of
 from undo_core.cli import main
 from undo_core.files import read_json
-from undo_core.fit import cheapest_fit
-from undo_core.stages import FUNCTIONS, evaluate_folder
+from undo_core.pipeline.functions import FUNCTIONS, evaluate_folder
+from undo_core.planning.fit import cheapest_fit
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("peft", "torchao"))), reason="peft or torchao is not installed"

@@ -16,13 +16,13 @@ from torch import nn
 from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantise_, worst_of
 from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
-from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation import evaluate
-from undo_core.graph import plan_run
-from undo_core.memory import Predictor
 from undo_core.models import build_model
+from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.meta import Predictor
 from undo_core.relearning import attack, mixed_cross_entropy, relearn
 from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
 from undo_core.training.batches import RowsSource

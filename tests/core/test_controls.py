@@ -5,19 +5,27 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
-from undo_core.costs import with_costs
 from undo_core.damage import DamageConfig
 from undo_core.data.rows import Rows
 from undo_core.files import read_json
 from undo_core.gate import GateConfig
-from undo_core.graph import plan_run
 from undo_core.models import load_model
-from undo_core.pipeline import run
-from undo_core.plan import plan_rows
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.costs import with_costs
+from undo_core.pipeline.functions import FUNCTIONS, distill_stage
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.run import run
+from undo_core.pipeline.store import Store, Work
+from undo_core.planning.table import plan_rows
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS, distill_stage
-from undo_core.store import Store, Work
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
@@ -115,7 +123,7 @@ def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeyp
     stages = {model.name: model.stage for model in plan_run(settings).models}
     store = Store(folder / "stages", FUNCTIONS)
     weight = lambda model: float(model.get_input_embeddings().weight.detach().double().sum())  # noqa: E731
-    monkeypatch.setattr("undo_core.stages._retain", lambda model, data: weight(model))
+    monkeypatch.setattr("undo_core.pipeline.functions._retain", lambda model, data: weight(model))
     reached = {name: weight(load_model(store.folder(stages[name]))) for name in ("original", "unlearn")}
     assert reached["original"] != reached["unlearn"]
     again = stages["gated-0.5"]

@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-from undo_core import UnlearnConfig, fit
-from undo_core.fit import CHANGES, apply_changes, cheapest_fit
+from undo_core import UnlearnConfig
+from undo_core.planning import fit
+from undo_core.planning.fit import CHANGES, apply_changes, cheapest_fit
 from undo_core.training import TrainConfig
 from undo_core.unlearning import unlearn_config
 

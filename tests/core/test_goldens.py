@@ -20,20 +20,21 @@ import undo_kernels
 import yaml
 from rich.console import Console
 
-from undo_core import cli, commands
+from undo_core import cli
 from undo_core.attacks.config import AttackConfig
-from undo_core.config import DataConfig, ModelConfig, RunConfig
+from undo_core.cli import commands
 from undo_core.files import hash_json, read_json
-from undo_core.graph import plan_run
 from undo_core.ops.noise_rules import NoiseRule
-from undo_core.pipeline import missing_stages, save_results
-from undo_core.plan import _Measure, fit_notes, plan_table
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Store
-from undo_core.sweep_config import SweepConfig, expand
+from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.run import missing_stages, save_results
+from undo_core.pipeline.store import Store
+from undo_core.pipeline.sweep_config import SweepConfig, expand
+from undo_core.pipeline.workers import run_stages
+from undo_core.planning.table import _Measure, fit_notes, plan_table
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
-from undo_core.workers import run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = Path(__file__).parent / "goldens"

@@ -10,8 +10,8 @@ from rounding import assert_rounded, assert_same_function
 from undo_core import TrainConfig, distill
 from undo_core.data.rows import Rows
 from undo_core.distillation import matching
-from undo_core.fit import cheapest_fit
 from undo_core.models import build_model
+from undo_core.planning.fit import cheapest_fit
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import cache_teacher

@@ -13,11 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import modules of its own rank (where they are one concern) and of lower ranks.
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
-    {"undo_core.commands"},
-    {"undo_core.sweep"},
-    {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
-    {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config", "undo_core.attacked"},
-    {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
+    {"undo_core.planning", "undo_core.doctor"},
+    {"undo_core.pipeline"},
+    {"undo_core.report"},
     {
         "undo_core.unlearning",
         "undo_core.noise",
@@ -26,8 +24,10 @@ RANKS = [
         "undo_core.distillation",
         "undo_core.relearning",
         "undo_core.attacks",
-    }
-    | {"undo_core.evaluation", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
+        "undo_core.evaluation",
+        "undo_core.multiple_choice",
+        "undo_core.gate",
+    },
     {"undo_core.teacher", "undo_core.teacher_cache"},
     {"undo_core.streaming"},
     {
@@ -43,7 +43,6 @@ RANKS = [
         "undo_core.parameters",
         "undo_core.initialisation",
     },
-    {"undo_core.config_files"},
     {"undo_core.version", "undo_core.quiet", "undo_core.text_files"},
     {"undo_kernels"},
 ]

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig
 from undo_kernels.library import BackendWarning
 
-from undo_core import memory, storages
-from undo_core.memory import PARTS, Predictor, meta_model
 from undo_core.models import initialise
-from undo_core.storages import Storages
+from undo_core.pipeline import meta, storages
+from undo_core.pipeline.meta import PARTS, Predictor, meta_model
+from undo_core.pipeline.storages import Storages
 from undo_core.training import TrainConfig
 from undo_core.training.lean import lean
 from undo_core.training.optimizers import BLOCK_CPU
@@ -92,10 +92,10 @@ def test_updates_are_counted_in_their_own_code():
     """A block at a time where they are not fused, nothing within one kernel."""
     for optimizer, precision in (("adamw-8bit", "float32"), ("adamw-4bit", "float32"), ("adamw", "bfloat16-stochastic")):
         dtype = torch.bfloat16 if precision == "bfloat16-stochastic" else torch.float32
-        taken = [memory._update_bytes(count, dtype, optimizer, precision, "cpu") for count in (1 << 20, 1 << 28)]
+        taken = [meta._update_bytes(count, dtype, optimizer, precision, "cpu") for count in (1 << 20, 1 << 28)]
         assert 10 * BLOCK_CPU < taken[0] == taken[1] < 90 * BLOCK_CPU, optimizer
-    assert memory._update_bytes(1 << 16, torch.float32, "adamw-8bit", "float32", "cuda") == 0
-    assert memory._update_bytes(1 << 16, torch.float32, "adamw", "float32", "cpu") == 0
+    assert meta._update_bytes(1 << 16, torch.float32, "adamw-8bit", "float32", "cuda") == 0
+    assert meta._update_bytes(1 << 16, torch.float32, "adamw", "float32", "cpu") == 0
 
 
 def test_shapes_that_are_known_count_as_those_that_are_computed(monkeypatch):

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from undo_core import NoiseRule, damage_, noise_
 from undo_core.cli import main
-from undo_core.config import NoiseConfig
 from undo_core.files import read_json
-from undo_core.graph import Model
 from undo_core.noise_checkpoint import noise_checkpoint
 from undo_core.parameters import Left, summary
-from undo_core.pipeline import damage_entry
-from undo_core.store import Stage
+from undo_core.pipeline.config import NoiseConfig
+from undo_core.pipeline.graph import Model
+from undo_core.pipeline.run import damage_entry
+from undo_core.pipeline.store import Stage
 
 ROOT = Path(__file__).parents[2]
 TOWER = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"

@@ -11,8 +11,8 @@ from rounding import assert_same_function
 from undo_core import TeacherConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, unlearn
 from undo_core.data.rows import Rows
 from undo_core.models import build_model, tokens_of
-from undo_core.stages import _common_tokens
-from undo_core.store import Work
+from undo_core.pipeline.functions import _common_tokens
+from undo_core.pipeline.store import Work
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import as_batch
 from undo_core.training.losses import HiddenTargets, distillation, uniform_kl

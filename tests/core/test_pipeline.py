@@ -16,13 +16,21 @@ from folders import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undo_core.cli import main
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.files import hash_file, read_json
-from undo_core.graph import attack_stage, plan_run, prepare_stage
-from undo_core.pipeline import run
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import attack_stage, plan_run, prepare_stage
+from undo_core.pipeline.run import run
+from undo_core.pipeline.store import Stage, Store
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
 

@@ -8,15 +8,23 @@ from rich.console import Console
 
 from undo_core import doctor, ops
 from undo_core.cli import main
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.doctor import run_doctor
-from undo_core.graph import plan_run
 from undo_core.ops import dispatch
-from undo_core.pipeline import run
-from undo_core.plan import _Measure, bytes_of, plan_rows, plan_table
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.run import run
+from undo_core.pipeline.store import Store
+from undo_core.planning.table import _Measure, bytes_of, plan_rows, plan_table
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Store
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig

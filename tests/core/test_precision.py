@@ -357,7 +357,7 @@ def test_a_model_is_saved_in_its_dtype_and_loaded_in_float32(arithmetic, tmp_pat
 
 def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
     """The same bits as loading in float32 and converting, without the float32 weights in memory."""
-    from undo_core.stages import _load
+    from undo_core.pipeline.functions import _load
 
     wide, _ = run(arithmetic, steps=1)
     wide.save_pretrained(tmp_path / "wide")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
-from undo_core.memory import Predictor
 from undo_core.models import build_model
+from undo_core.pipeline.meta import Predictor
 from undo_core.teacher import ModelTeacher
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate

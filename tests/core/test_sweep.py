@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from undo_core import workers
 from undo_core.attacks.config import NEEDS
 from undo_core.cli import main
 from undo_core.files import read_json
-from undo_core.graph import plan_run
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
-from undo_core.sweep_config import SweepConfig, expand
+from undo_core.pipeline import workers
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.store import Stage, Store
+from undo_core.pipeline.sweep_config import SweepConfig, expand
 
 BASE = """
 name: tiny

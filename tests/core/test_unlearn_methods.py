@@ -20,8 +20,8 @@ from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.cli import _parser
 from undo_core.data.rows import Rows
 from undo_core.evaluation import evaluate
-from undo_core.memory import Predictor
 from undo_core.models import build_model
+from undo_core.pipeline.meta import Predictor
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, converted, seeded, weight_dtype

@@ -26,7 +26,6 @@ from undo_core.distillation import distill
 from undo_core.evaluation import evaluate
 from undo_core.files import read_json
 from undo_core.gate import GateConfig, fit_gate, labelled
-from undo_core.memory import Predictor
 from undo_core.models import (
     build_model,
     configuration,
@@ -41,8 +40,9 @@ from undo_core.models import (
 from undo_core.models import initialise as initialise_model
 from undo_core.noise_checkpoint import noise_checkpoint, write_replay
 from undo_core.ops.noise_rules import NoiseRule
+from undo_core.pipeline.meta import Predictor
+from undo_core.pipeline.store import MANIFEST, StageFunction, Work
 from undo_core.relearning import attack
-from undo_core.store import MANIFEST, StageFunction, Work
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import CachedTeacher, cache_teacher

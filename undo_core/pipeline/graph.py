@@ -9,13 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from undo_core.attacked import Attacked
 from undo_core.attacks.config import Trial, with_seed
 from undo_core.checkpoint_files import named_weight_files
-from undo_core.config import DataConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.files import hash_file
 from undo_core.models import configuration, positions_of
-from undo_core.store import Stage
+from undo_core.pipeline.attacked import Attacked
+from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig, derive_seed
+from undo_core.pipeline.store import Stage
 from undo_core.text_files import check_is_content
 
 TOKENIZER_FILES = (

@@ -12,16 +12,16 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from undo_core.config import RunConfig
-from undo_core.graph import Plan, plan_run
-from undo_core.pipeline import announce, missing_stages, save_results
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import Plan, plan_run
+from undo_core.pipeline.run import announce, missing_stages, save_results
+from undo_core.pipeline.store import Stage, Store
+from undo_core.pipeline.sweep_config import SweepConfig, expand
+from undo_core.pipeline.workers import gpus, run_stages
 from undo_core.report import write_report
 from undo_core.report.compare import comparison_table, write_comparison
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
-from undo_core.sweep_config import SweepConfig, expand
 from undo_core.training.progress import console
-from undo_core.workers import gpus, run_stages
 
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from undo_core.store import Stage, Store, usable_cores
+from undo_core.pipeline.store import Stage, Store, usable_cores
 from undo_core.training.progress import Board, Update, send_updates_to
 
 Finished = Callable[[Stage], None]

@@ -7,7 +7,7 @@ from typing import Any
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
-from undo_core.store import Stage, Store
+from undo_core.pipeline.store import Stage, Store
 
 
 @dataclass(frozen=True)

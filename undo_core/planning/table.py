@@ -18,16 +18,16 @@ from transformers import AutoConfig, PreTrainedModel
 
 from undo_core.attacks.config import attack_config
 from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype
-from undo_core.config import RunConfig
 from undo_core.data import arithmetic
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
-from undo_core.fit import Fit, apply_changes, cheapest_fit
-from undo_core.graph import attacked_models, plan_run
-from undo_core.memory import PARTS, Memory, Predictor
 from undo_core.models import architecture, forward_flops, head_flops, initialise, load_tokenizer, make, positions_of
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.functions import FUNCTIONS
+from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.meta import PARTS, Memory, Predictor
+from undo_core.pipeline.store import Stage, Store
+from undo_core.planning.fit import Fit, apply_changes, cheapest_fit
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import weight_dtype
@@ -71,7 +71,7 @@ class Row:
 
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
-    """The plan's lines, attacks of a model as one, and the disk that the missing stages take; memory by :mod:`undo_core.memory`."""
+    """The plan's lines, attacks of a model as one, and the disk that the missing stages take; memory by :mod:`undo_core.pipeline.meta`."""
     plan, model = plan_run(config), _meta_model(config)  # a missing folder is not looked for on the hub
     parameters = sum(p.numel() for p in model.parameters())
     measure = _Measure(config, model, parameters)

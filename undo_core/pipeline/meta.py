@@ -35,8 +35,8 @@ from undo_core.evaluation import letter_logits, most_likely, rows_at_once, token
 from undo_core.files import hash_json
 from undo_core.gate import ROWS_AT_ONCE
 from undo_core.models import head_of, hidden_states, make, set_attention
+from undo_core.pipeline.storages import FUSED, Storages
 from undo_core.relearning import mixed_cross_entropy
-from undo_core.storages import FUSED, Storages
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
 from undo_core.training import Batch, TrainConfig
@@ -129,7 +129,7 @@ class Predictor:
         self._known: dict[str, Memory] = {}
 
     def __call__(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> Memory:
-        """Peak of a stage, whose kind and settings are those of a :class:`undo_core.store.Stage`.
+        """Peak of a stage, whose kind and settings are those of a :class:`undo_core.pipeline.store.Stage`.
 
         Args:
             kind: of the stage.

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
-from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.damage import Operator, check_arguments, selection
 from undo_core.data.questions import DESCRIPTION
 from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.parameters import Parts
-from undo_core.sweep_config import SweepConfig
+from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig
 from undo_core.training.progress import console
@@ -26,7 +26,7 @@ from undo_core.unlearning.config import UnlearnConfig
 
 def run(config: RunConfig, command: str) -> int:
     """Run a configuration."""
-    from undo_core.pipeline import run as run_pipeline
+    from undo_core.pipeline.run import run as run_pipeline
 
     run_pipeline(config, command)
     return 0
@@ -34,7 +34,7 @@ def run(config: RunConfig, command: str) -> int:
 
 def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
     """Run a sweep, or print what it would run."""
-    from undo_core.sweep import run_sweep, sweep_table
+    from undo_core.pipeline.sweep import run_sweep, sweep_table
 
     if dry_run:
         out = console if console.is_terminal else Console(width=120, highlight=False)
@@ -52,7 +52,7 @@ def plan(config: RunConfig, memory: str | None = None) -> int:
     Raises:
         ValueError: no change of settings makes it fit.
     """
-    from undo_core.plan import bytes_of, fit_notes, plan_table
+    from undo_core.planning.table import bytes_of, fit_notes, plan_table
 
     limit = None if memory is None else bytes_of(memory)
     out = console if console.is_terminal else Console(width=100, highlight=False)
@@ -79,7 +79,7 @@ def prepare(output: str, data: DataConfig, model: ModelConfig, seed: int = 0) ->
         model: an architecture to initialise, or the folder of a checkpoint, whose tokenizer is then used.
         seed: of everything that is drawn.
     """
-    from undo_core.graph import prepare_stage
+    from undo_core.pipeline.graph import prepare_stage
 
     stage = prepare_stage(data, model, seed)
     return _build(Path(output), "prepare", stage.settings, {})
@@ -180,7 +180,7 @@ def damage(
         seed: of what is drawn.
     """
     from undo_core.files import read_json
-    from undo_core.store import MANIFEST
+    from undo_core.pipeline.store import MANIFEST
 
     if (strength is None) == (alpha is None):
         raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted one of the two")
@@ -299,8 +299,8 @@ def relearn(model: str, output: str, data: str, config: AttackConfig = AttackCon
     """
     from undo_core.data.rows import Rows
     from undo_core.files import read_json, write_json
-    from undo_core.stages import split_path
-    from undo_core.store import MANIFEST
+    from undo_core.pipeline.functions import split_path
+    from undo_core.pipeline.store import MANIFEST
 
     check_installed(config.kind)
     config = with_seed(config, 0)
@@ -354,7 +354,7 @@ def evaluate(
     from undo_core.models import load_model, load_tokenizer
     from undo_core.multiple_choice import MultipleChoiceConfig
     from undo_core.multiple_choice import multiple_choice as score
-    from undo_core.stages import evaluate_folder
+    from undo_core.pipeline.functions import evaluate_folder
 
     if data is None and not multiple_choice:
         raise ValueError("data: got none and no multiple_choice, wanted one of the two")
@@ -423,7 +423,7 @@ def _noise_table(folder: Path) -> None:
 
     from undo_core.files import read_json
     from undo_core.noise import TensorNoise, by_kind
-    from undo_core.store import MANIFEST
+    from undo_core.pipeline.store import MANIFEST
 
     facts = read_json(folder / MANIFEST)
     tensors = {name: TensorNoise(**norms) for name, norms in facts["tensors"].items()}
@@ -449,8 +449,8 @@ def _print_left(facts: Mapping[str, Any]) -> None:
 def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[str, str], quiet: bool = False) -> int:
     """Run one stage function from folders to ``output``; what is there already and was made alike is kept."""
     from undo_core.files import hash_file, read_json
-    from undo_core.stages import FUNCTIONS
-    from undo_core.store import FORMAT, MANIFEST, build_folder
+    from undo_core.pipeline.functions import FUNCTIONS
+    from undo_core.pipeline.store import FORMAT, MANIFEST, build_folder
 
     folders = {name: Path(folder) for name, folder in inputs.items()}
     for name, folder in folders.items():
@@ -477,7 +477,7 @@ def _build(output: Path, kind: str, settings: dict[str, Any], inputs: Mapping[st
 def _content(name: str, folder: Path) -> list[Path]:
     """The files of an input folder that decide what is made from it."""
     from undo_core.checkpoint_files import CONFIG, weight_files
-    from undo_core.graph import TOKENIZER_FILES
+    from undo_core.pipeline.graph import TOKENIZER_FILES
 
     if name == "cache":  # its facts hold the hashes of what it was made from; its own bytes can be too many to read
         return [folder / "cache.json"]

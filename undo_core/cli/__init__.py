@@ -18,10 +18,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core import commands
-from undo_core.config import RunConfig
-from undo_core.config_files import read_settings
-from undo_core.sweep_config import SweepConfig
+from undo_core.cli import commands
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.config_files import read_settings
+from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.

@@ -8,16 +8,16 @@ from typing import Any
 
 from undo_core.attacks.config import check_installed
 from undo_core.attacks.grid import worst_of
-from undo_core.config import RunConfig
-from undo_core.costs import with_costs
 from undo_core.files import hash_json, read_json, write_json
-from undo_core.graph import Model, Plan, attacked_models, plan_run
 from undo_core.parameters import Left, summary
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.costs import with_costs
+from undo_core.pipeline.functions import FUNCTIONS, evaluate_folder
+from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
+from undo_core.pipeline.store import Stage, Store, machine, versions
+from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
-from undo_core.stages import FUNCTIONS, evaluate_folder
-from undo_core.store import Stage, Store, machine, versions
 from undo_core.training.progress import console
-from undo_core.workers import run_stages, use_threads
 
 RESULTS_FORMAT = 1
 
