@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import subprocess
@@ -8,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_kinds import NOWHERE
 from transformers import AutoConfig
 from undo_kernels.library import BackendWarning
 
 from undo_core.models import initialise
 from undo_core.pipeline import meta, storages
-from undo_core.pipeline.meta import PARTS, Predictor, meta_model
+from undo_core.pipeline.meta import PARTS, meta_model
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.stages import Distill, Noise, Pretrain
 from undo_core.pipeline.storages import Storages
 from undo_core.training import TrainConfig
 from undo_core.training.lean import lean
@@ -28,6 +30,12 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+def distilled(**train) -> Distill:
+    """A distillation that is predicted and not run."""
+    inputs = dict.fromkeys(("prepared", "teacher", "student"), NOWHERE)
+    return Distill(train=TrainConfig(steps=1, **train), recover=None, **inputs)
 
 
 def saved_bytes(model, settings, device) -> int:
@@ -63,10 +71,10 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
     config = AutoConfig.for_model(
         "gemma2", vocab_size=50_000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=16))}
+    stage = distilled(batch_size=16)
     with warnings.catch_warnings():
         warnings.simplefilter("error", BackendWarning)
-        peak = Predictor(config, 257, device="cpu")("distill", settings)
+        peak = Predictor(config, 257, device="cpu")(stage, torch.float32)
     logits = 4 * 16 * 256 * 50_000
     assert 0 < peak.workspace < logits
     assert peak.total - peak.process < 2 * logits  # student's and teacher's
@@ -102,18 +110,19 @@ def test_shapes_that_are_known_count_as_those_that_are_computed(monkeypatch):
     config = AutoConfig.for_model(
         "gemma2", vocab_size=5000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=4))}
-    known = Predictor(config, 33, device="cpu").moments("distill", settings)
+    stage = distilled(batch_size=4)
+    known = Predictor(config, 33, device="cpu").moments(stage, torch.float32)
     monkeypatch.setattr(storages, "_run", lambda function, args, kwargs: function(*args, **kwargs))
-    assert Predictor(config, 33, device="cpu").moments("distill", settings) == known
+    assert Predictor(config, 33, device="cpu").moments(stage, torch.float32) == known
 
 
 def test_loading_takes_the_file_in_its_own_dtype():
     config = AutoConfig.for_model("llama", vocab_size=5000, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE)
     sizes = [p.numel() for p in meta_model(config).parameters()]
-    settings = {"train": dataclasses.asdict(TrainConfig(precision="bfloat16"))}
+    trained = Pretrain(train=TrainConfig(precision="bfloat16"), splits=("retain",), prepared=NOWHERE)
+    noised = Noise(alpha=0.5, beta=0.1, law="normal", seed=0, model=NOWHERE)
     predict = Predictor(config, 33, device="cpu")
-    loading = {dtype: predict.moments("pretrain", settings, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
+    loading = {dtype: predict.moments(trained, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
     assert loading == {torch.float32: 6 * sum(sizes) + 2 * max(sizes), torch.bfloat16: 4 * sum(sizes)}
-    assert predict.moments("noise", {}, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
-    assert Predictor(config, 33, device="cuda").moments("noise", {})[0].total == 0, "on the host"
+    assert predict.moments(noised, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
+    assert Predictor(config, 33, device="cuda").moments(noised, torch.float32)[0].total == 0, "on the host"

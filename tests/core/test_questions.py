@@ -22,7 +22,7 @@ from undo_core.files import read_json
 from undo_core.models import build_model
 from undo_core.multiple_choice import multiple_choice
 from undo_core.pipeline.config import DataConfig, ModelConfig, PretrainConfig, QuestionsConfig, RunConfig
-from undo_core.pipeline.graph import prepare_stage
+from undo_core.pipeline.stages.prepare import prepare_stage
 
 MODEL = {
     "hidden_size": 16,

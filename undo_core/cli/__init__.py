@@ -18,11 +18,20 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core.cli import commands
+from undo_core.cli import results, runs, stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__: function
+    for function in (
+        *(stages.prepare, stages.unlearn, stages.noise, stages.damage, stages.cache, stages.distill, stages.relearn),
+        *(results.evaluate, results.report),
+        runs.doctor,
+    )
+}
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
 
@@ -97,7 +106,7 @@ def _parser() -> ArgumentParser:
     sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
     sub.add_class_arguments(SweepConfig)
     subcommands.add_subcommand("sweep", sub, help=_SWEEP.splitlines()[0])
-    for name, function in commands.COMMANDS.items():
+    for name, function in COMMANDS.items():
         sub = ArgumentParser(description=_description(function), exit_on_error=False)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
@@ -148,11 +157,11 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     values = parser.instantiate(parsed)[name]
     if name in ("run", "plan"):
         config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
-        return commands.run(config, command) if name == "run" else commands.plan(config, values.memory)
+        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory)
     if name == "sweep":
         fields = {key: value for key, value in vars(values).items() if key not in ("config", "dry_run")}
-        return commands.sweep(SweepConfig(**fields), command, values.dry_run)
-    function = commands.COMMANDS[name]
+        return runs.sweep(SweepConfig(**fields), command, values.dry_run)
+    function = COMMANDS[name]
     arguments = dict(vars(values))
     settings = _settings_class(function)
     if settings:

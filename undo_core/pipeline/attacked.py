@@ -7,7 +7,9 @@ from typing import Any
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
-from undo_core.pipeline.store import Stage, Store
+from undo_core.pipeline.stage import Folder, Stage
+from undo_core.pipeline.stages import Probe, Relearn
+from undo_core.pipeline.store import Store
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,8 @@ class Attacked:
 
     def stage(self, trial: Trial) -> Stage:
         """The stage that makes one trial."""
-        kind, settings = self.config.stage(trial)
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
-        return Stage(kind, settings, {"prepared": self.prepared, "model": self.model}, f"{self.title} {label}")
+        return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}")
 
     def stages(self) -> list[Stage]:
         """The configured grid."""
@@ -83,3 +84,13 @@ class Attacked:
             trials = self.config.trials([beyond])
             if not all(store.done(self.stage(trial)) for trial in trials):
                 return curves, beyond
+
+
+def trial_stage(config: AttackConfig, trial: Trial, prepared: Stage | Folder, model: Stage | Folder, title: str) -> Stage:
+    """The stage that makes one trial of an attack, whose seed is set."""
+    at, inputs = config.at(trial), {"prepared": prepared, "model": model, "title": title}
+    if config.trains:
+        return Relearn(config=at, **inputs)
+    if trial.shots is not None:
+        return Probe(attack=config.kind, shots=trial.shots, seed=at.seed, **inputs)
+    return Probe(attack=config.kind, bits=trial.bits, group_size=config.group_size if trial.bits < 8 else None, **inputs)

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from undo_core.attacks.config import Trial, with_seed
-from undo_core.checkpoint_files import named_weight_files
-from undo_core.files import hash_file
+from undo_core.attacks.config import HEADLINE, with_seed
 from undo_core.models import configuration, positions_of
 from undo_core.pipeline.attacked import Attacked
-from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig, derive_seed
-from undo_core.pipeline.store import Stage
-from undo_core.text_files import check_is_content
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges*", "*.model"),
-)
-_NONE: Mapping[str, Stage] = MappingProxyType({})
+from undo_core.pipeline.config import RunConfig, derive_seed, seeded
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Noise, Prepare, Pretrain, Unlearn
+from undo_core.pipeline.stages.prepare import prepare_stage
+from undo_core.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """The models of a run and the prepared data that they share."""
+    """The models of a run, the data that they share, and the teacher of most of them."""
 
-    prepared: Stage
+    prepared: Prepare
+    teacher: Unlearn
     models: list[Model]
 
     def stages(self) -> list[Stage]:
@@ -75,172 +68,158 @@ def plan_run(config: RunConfig) -> Plan:
         FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
         ValueError: examples of a few-shot attack that cannot fit the model's positions.
     """
-    seed = config.seed
-
-    def seeded(settings: Any, name: str) -> dict[str, Any]:
-        return _seeded(settings, seed, name)
-
-    prepared = prepare_stage(config.data, config.model, seed)
+    prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
-    if config.model.path:
-        original = prepared
-    else:
-        rule = {"stop_retain": config.pretrain.stop_retain, "stop_forget": config.pretrain.stop_forget}
-        settings = {"train": seeded(config.pretrain.train, "pretrain"), "splits": ["retain", "forget"], **rule}
-        original = Stage("pretrain", settings, {"prepared": prepared}, "pretrain")
+    run = _Run(config, prepared)
+    return Plan(prepared, run.teacher, list(run.models()))
 
-    unlearn = config.unlearn.settings()
-    unlearn["train"] = seeded(config.unlearn.train, "unlearn")
-    teacher = Stage("unlearn", unlearn, {"prepared": prepared, "model": original}, f"unlearn {config.unlearn.title}")
 
-    train = seeded(config.distill.train, "distill")
+class _Run:
+    """Composes the stages of one configuration."""
 
-    how = _teacher_settings(config)
-    cache = cache_stage(how, prepared, teacher)
-    if config.distill.vocab_size is not None:
-        how["vocab_size"] = config.distill.vocab_size
-    if config.distill.hidden_weight:
-        how["hidden"] = {"hidden_weight": config.distill.hidden_weight, "hidden_layers": config.distill.hidden_layers}
+    def __init__(self, config: RunConfig, prepared: Prepare) -> None:
+        self.config, self.prepared = config, prepared
+        pretrain, unlearn = config.pretrain, config.unlearn
+        self.original: Stage = prepared
+        if not config.model.path:
+            self.original = Pretrain(
+                train=self.seeded(pretrain.train, "pretrain"),
+                splits=("retain", "forget"),
+                stop_retain=pretrain.stop_retain,
+                stop_forget=pretrain.stop_forget,
+                prepared=prepared,
+                title="pretrain",
+            )
+        self.teacher = Unlearn(
+            config=dataclasses.replace(unlearn, train=self.seeded(unlearn.train, "unlearn")),
+            prepared=prepared,
+            model=self.original,
+            title=f"unlearn {unlearn.title}",
+        )
+        self.teacher_config = self._teacher_config()
+        self.cache: Cache | None = None
+        if self.teacher_config.stored:
+            self.cache = Cache(config=self.teacher_config, prepared=prepared, teacher=self.teacher, title="cache teacher")
+        seed = derive_seed(config.seed, "random student")
+        self.fresh = Initialise(seed=seed, model=prepared, title="random student")
 
-    def distilled(
-        student: Stage, title: str, source: Stage = teacher, others: Mapping[str, Stage] = _NONE, **changes: Any
-    ) -> Stage:
-        settings = {"train": train, "recover": config.distill.recover, **how, **changes}
-        inputs = {"prepared": prepared, "teacher": source, "student": student, **others}
-        if cache is not None and source is teacher:
-            inputs["cache"] = cache
-        return Stage("distill", settings, inputs, title)
+    def models(self) -> Iterator[Model]:
+        """The models of the comparison."""
+        yield Model("original", "original", self.original)
+        yield Model("unlearn", "unlearn", self.teacher)
+        yield from self._undo()
+        yield from self._damaged()
+        if self.config.controls.random:
+            yield Model("random", "random", self._distilled(self.fresh, "distill random"))
+        yield from self._gated()
+        yield from self._filtered()
 
-    models = [Model("original", "original", original), Model("unlearn", "unlearn", teacher)]
-    parts = {} if config.noise.parts == "text" else {"parts": config.noise.parts}
-    for alpha in sorted(config.noise.alphas):
-        damaged = Stage("noise", {**_noise_settings(config, alpha), **parts}, {"model": teacher}, f"noise {alpha:g}")
-        models.append(Model(f"undo-{alpha:g}", "undo", distilled(damaged, f"distill {alpha:g}"), alpha))
-    damage = config.damage
-    for operator in damage.operators:
-        drawn = damage.seed if damage.seed is not None else derive_seed(seed, "damage")
-        for alpha in sorted(config.noise.alphas if damage.alphas is None else damage.alphas):
-            settings = {"operator": operator, "seed": drawn, "layers": damage.layers, "like": _noise_settings(config, alpha)}
-            damaged = Stage("damage", {**settings, **parts}, {"model": teacher}, f"{operator} {alpha:g}")
-            name = f"undo-{alpha:g}-{operator}"
-            models.append(Model(name, "damaged", distilled(damaged, f"distill {alpha:g} {operator}"), alpha))
-    fresh = Stage("initialise", {"seed": derive_seed(seed, "random student")}, {"model": prepared}, "random student")
-    if config.controls.random:
-        models.append(Model("random", "random", distilled(fresh, "distill random")))
-    # A teacher of few students is not worth a cache.
-    few = {"teacher": {"kind": "streamed"}} if cache is not None else {}
-    gate = config.controls.gate
-    if gate.share:
-        settings = {name: value for name, value in seeded(gate, "gate").items() if name != "alphas"}
-        gated = Stage("gate", settings, {"prepared": prepared}, "gate")
+    def _undo(self) -> Iterator[Model]:
+        for alpha in sorted(self.config.noise.alphas):
+            student = self._noise(alpha, self.teacher, f"noise {alpha:g}")
+            yield Model(f"undo-{alpha:g}", "undo", self._distilled(student, f"distill {alpha:g}"), alpha)
+
+    def _damaged(self) -> Iterator[Model]:
+        damage, noise = self.config.damage, self.config.noise
+        seed = damage.seed if damage.seed is not None else derive_seed(self.config.seed, "damage")
+        for operator in damage.operators:
+            for alpha in sorted(noise.alphas if damage.alphas is None else damage.alphas):
+                like = dataclasses.replace(self._noise(alpha, self.teacher, ""), parts="text").settings
+                student = Damage(
+                    operator=operator,
+                    seed=seed,
+                    layers=damage.layers,
+                    like=like,
+                    parts=noise.parts,
+                    model=self.teacher,
+                    title=f"{operator} {alpha:g}",
+                )
+                distilled = self._distilled(student, f"distill {alpha:g} {operator}")
+                yield Model(f"undo-{alpha:g}-{operator}", "damaged", distilled, alpha)
+
+    def _gated(self) -> Iterator[Model]:
+        gate = self.config.controls.gate
+        if not gate.share:
+            return
+        gated = Gate(config=self.seeded(gate, "gate"), prepared=self.prepared, title="gate")
         for alpha in sorted(gate.alphas) or [None]:
-            name, student = "gated", fresh
+            name, student = "gated", self.fresh
             if alpha is not None:
-                name = f"gated-{alpha:g}"
-                settings = {**_noise_settings(config, alpha), **parts}
-                student = Stage("noise", settings, {"model": original}, f"noise original {alpha:g}")
+                name, student = f"gated-{alpha:g}", self._noise(alpha, self.original, f"noise original {alpha:g}")
             # The target is every student's: what the unlearned teacher retains.
-            others = {"gate": gated, "target": teacher}
-            models.append(Model(name, "gated", distilled(student, f"distill {name}", original, others, **few), alpha))
-    if config.controls.filter:
+            others = {"gate": gated, "target": self.teacher}
+            yield Model(name, "gated", self._distilled(student, f"distill {name}", self.original, **others), alpha)
+
+    def _filtered(self) -> Iterator[Model]:
+        controls, distill = self.config.controls, self.config.distill
+        if not controls.filter:
+            return
         # C compares steps to one target, so both are counted at one batch size and evaluation interval.
-        counted = {"batch_size": config.distill.train.batch_size, "eval_every": config.distill.train.eval_every}
-        filter_train = dataclasses.replace(config.pretrain.train, **counted)
-        settings = {"train": seeded(filter_train, "filter"), "splits": ["retain"], "recover": config.distill.recover}
-        filtered = Stage("pretrain", settings, {"prepared": prepared, "target": teacher}, "data filtering")
-        models.append(Model("filter", "filter", filtered))
+        counted = {"batch_size": distill.train.batch_size, "eval_every": distill.train.eval_every}
+        filtered = Pretrain(
+            train=self.seeded(dataclasses.replace(self.config.pretrain.train, **counted), "filter"),
+            splits=("retain",),
+            recover=distill.recover,
+            prepared=self.prepared,
+            target=self.teacher,
+            title="data filtering",
+        )
+        yield Model("filter", "filter", filtered)
         oracles = {
-            "oracle": (original, config.controls.oracle_steps),
-            "oracle-random": (fresh, config.controls.oracle_random_steps),
+            "oracle": (self.original, controls.oracle_steps),
+            "oracle-random": (self.fresh, controls.oracle_random_steps),
         }
         for kind, (student, steps) in oracles.items():
             if steps:
-                changes = {"train": {**train, "steps": steps}, "recover": None, **few}
-                models.append(Model(kind, kind, distilled(student, f"distill {kind}", filtered, **changes)))
-    return Plan(prepared, models)
+                matched = self._distilled(student, f"distill {kind}", filtered)
+                limited = dataclasses.replace(matched, train=dataclasses.replace(matched.train, steps=steps), recover=None)
+                yield Model(kind, kind, limited)
 
+    def seeded(self, settings: Any, name: str) -> Any:
+        """Settings with their seed set."""
+        return seeded(settings, self.config.seed, name)
 
-def _noise_settings(config: RunConfig, alpha: float) -> dict[str, Any]:
-    """Of the published noise at one strength."""
-    noise = config.noise
-    seed = noise.seed if noise.seed is not None else derive_seed(config.seed, "noise")
-    settings = {"alpha": alpha, "beta": noise.beta, "law": noise.law, "seed": seed}
-    if noise.std is not None:
-        settings["std"] = noise.std
-    if rules := noise.all_rules():
-        settings["rules"] = [dataclasses.asdict(rule) for rule in rules]
-    return settings
-
-
-def _teacher_settings(config: RunConfig) -> dict[str, Any]:
-    """Where the teacher is, for a distillation's key: what of the settings has a say."""
-    teacher = config.distill.teacher
-    if teacher.kind == "resident":
-        return {}
-    chosen = {"kind": teacher.kind}
-    if teacher.kind == "cached":
-        chosen["dtype"] = teacher.dtype
-    if teacher.kind == "topk":
-        chosen["k"] = teacher.k
-    if teacher.kind in ("cached", "topk"):
-        train = config.distill.train
-        chosen["batch_size"] = teacher.batch_size or train.micro_batch_size or train.batch_size
-        if config.distill.vocab_size is not None:
-            chosen["vocab_size"] = config.distill.vocab_size
-    return {"teacher": chosen}
-
-
-def cache_stage(how: dict[str, Any], prepared: Stage, teacher: Stage) -> Stage | None:
-    """The stage that runs the teacher once for all its students, where the settings ask for one."""
-    settings = how.get("teacher", {})
-    if settings.get("kind") not in ("cached", "topk"):
-        return None
-    return Stage("cache", settings, {"prepared": prepared, "teacher": teacher}, "cache teacher")
-
-
-def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Stage:
-    """The stage that draws the data and initialises the model; the files that it reads are part of its key: text, a checkpoint, a
-    tokenizer. What is streamed from the hub (``hf://``) cannot be hashed: its name alone is part of the key, and a data set that
-    changes there is not drawn again.
-
-    Raises:
-        FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
-        ValueError: a pointer file of Git LFS in the place of one of these.
-    """
-    settings = {"data": _seeded(data, seed, "data"), "model": _seeded(model, seed, "model")}
-    if not data.questions:  # as in the keys of runs from before there were questions
-        del settings["data"]["questions"]
-    files = [Path(path) for path in data.sources() if "://" not in path]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and data.questions"
-            )
-    if model.path:
-        settings["data"]["tokenizer"] = data.tokenizer or model.path
-        checkpoint = Path(model.path)
-        if not (checkpoint / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
-            )
-        files += [checkpoint / "config.json", *(path for path in named_weight_files(checkpoint) if path.is_file())]
-    if data.tokenizer and not Path(data.tokenizer).is_dir():
-        raise FileNotFoundError(
-            f"data.tokenizer: got {data.tokenizer}, which is not a folder; wanted one with a tokenizer's files"
+    def _noise(self, alpha: float, model: Stage, title: str) -> Noise:
+        noise = seeded(self.config.noise, self.config.seed, "noise")
+        return Noise(
+            alpha=alpha,
+            beta=noise.beta,
+            law=noise.law,
+            seed=noise.seed,
+            std=noise.std,
+            rules=tuple(noise.all_rules()),
+            parts=noise.parts,
+            model=model,
+            title=title,
         )
-    if tokenizer := settings["data"]["tokenizer"]:
-        files += sorted({path for pattern in TOKENIZER_FILES for path in Path(tokenizer).glob(pattern) if path.is_file()})
-    for path in files:
-        check_is_content(path)
-    return Stage("prepare", {**settings, "files": {str(path): hash_file(path) for path in files}}, title="prepare")
 
+    def _distilled(self, student: Stage, title: str, teacher: Stage | None = None, **others: Stage) -> Distill:
+        """Distillation of the suppressed model, or of another one: a teacher of few students is not worth a cache."""
+        distill, config = self.config.distill, self.teacher_config
+        if teacher is not None and config.stored:
+            config = TeacherConfig("streamed")
+        return Distill(
+            train=self.seeded(distill.train, "distill"),
+            recover=distill.recover,
+            config=config,
+            vocab_size=distill.vocab_size,
+            hidden_weight=distill.hidden_weight,
+            hidden_layers=distill.hidden_layers,
+            prepared=self.prepared,
+            teacher=teacher or self.teacher,
+            student=student,
+            cache=self.cache if teacher is None else None,
+            title=title,
+            **others,
+        )
 
-def _seeded(settings: Any, seed: int, name: str) -> dict[str, Any]:
-    """Settings as JSON values, with the stage's seed derived from the run's where it names none."""
-    values = dataclasses.asdict(settings)
-    if values["seed"] is None:
-        values["seed"] = derive_seed(seed, name)
-    return values
+    def _teacher_config(self) -> TeacherConfig:
+        """Where the teacher is; a cache is made in batches of the distillation's size, for the bits of a resident teacher."""
+        distill, teacher = self.config.distill, self.config.distill.teacher
+        if not teacher.stored:
+            return teacher
+        size = teacher.batch_size or distill.train.micro_batch_size or distill.train.batch_size
+        return dataclasses.replace(teacher, batch_size=size, vocab_size=distill.vocab_size)
 
 
 def _check_shots(config: RunConfig) -> None:
@@ -271,10 +250,5 @@ def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attack
             for model in plan.models
             if model.attacked
         }
-        for attack, settings in {"relearn": config.relearn, **config.attacks}.items()
+        for attack, settings in {HEADLINE: config.relearn, **config.attacks}.items()
     }
-
-
-def attack_stage(config: RunConfig, plan: Plan, model: Model, rate: float) -> Stage:
-    """The headline attack on one model at one learning rate."""
-    return attacked_models(config, plan)["relearn"][model.name].stage(Trial(rate=rate))

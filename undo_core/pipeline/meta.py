@@ -1,4 +1,4 @@
-"""Peak memory of a stage, by parts, before anything runs.
+"""The meta device for a stage: its memory, by parts, before anything runs.
 
 The stage's own loss runs forward and backward on the meta device while the storages that live are counted: what autograd keeps,
 temporaries and gradients are those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the
@@ -16,39 +16,24 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import undo_kernels
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from undo_kernels.library import choose
 
-from undo_core import ops
-from undo_core.attacks.config import AttackConfig, attack_config
-from undo_core.attacks.lora import insert
-from undo_core.damage import ELEMENT_BYTES as DAMAGE_BYTES
-from undo_core.distillation import matching
-from undo_core.evaluation import letter_logits, most_likely, rows_at_once, token_nats
-from undo_core.files import hash_json
-from undo_core.gate import ROWS_AT_ONCE
+from undo_core.evaluation import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, make, set_attention
 from undo_core.pipeline.storages import FUSED, Storages
-from undo_core.relearning import mixed_cross_entropy
-from undo_core.teacher import ModelTeacher, TeacherConfig
-from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.lean import lean
-from undo_core.training.losses import HiddenTargets, TopTargets, cross_entropy, distillation
 from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
-from undo_core.unlearning import Method, method_of, referred, unlearn_config
+from undo_core.unlearning import Method, referred
 from undo_core.unlearning.activations import find_layers
-
-PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
 
 
 @dataclass(frozen=True)
@@ -95,88 +80,8 @@ def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedM
     return model
 
 
-class Predictor:
-    """Peaks of the stages of one run, each kind of step computed once.
-
-    Args:
-        config: of the models, teachers included.
-        length: tokens in a row.
-        answers: whether evaluation scores answers; else it is cross-entropy.
-        choices: letters of a question, where evaluation compares those; 0 where it does not.
-        evaluated: rows that an evaluation has; None where nobody knows, for as many as it takes at once.
-        evaluated_length: tokens in the longest of them; None for ``length``.
-        data_bytes: token rows that a stage holds.
-        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
-    """
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        length: int,
-        *,
-        answers: bool = False,
-        choices: int = 0,
-        evaluated: int | None = None,
-        evaluated_length: int | None = None,
-        data_bytes: int = 0,
-        device: str | None = None,
-    ) -> None:
-        self.config, self.length, self.data_bytes = config, length, data_bytes
-        columns = evaluated_length or length
-        most = rows_at_once(columns)
-        self.scored = _Scored(min(most, evaluated or most), columns, answers, choices)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._known: dict[str, Memory] = {}
-
-    def __call__(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> Memory:
-        """Peak of a stage, whose kind and settings are those of a :class:`undo_core.pipeline.store.Stage`.
-
-        Args:
-            kind: of the stage.
-            settings: of the stage.
-            stored: dtype of the weights in the folders that it reads.
-
-        Raises:
-            ValueError: settings that the model cannot have.
-        """
-        key = hash_json([kind, _that_matter(settings), str(stored)])
-        if key not in self._known:
-            self._known[key] = max(self.moments(kind, settings, stored), key=lambda memory: memory.total)
-        return self._known[key]
-
-    def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype = torch.float32) -> list[Memory]:
-        """The parts at the largest sum of each moment."""
-        with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
-            stage = _Stage(self.config, self.length, self.scored, self.device)
-            moments = stage.moments(kind, settings, stored)
-        process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
-        return [dataclasses.replace(memory, process=process) for memory in moments]
-
-
-_NO_MATTER = (
-    "steps",
-    "lr",
-    "min_lr",
-    "schedule",
-    "warmup",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "eps",
-    "clip",
-    "eval_every",
-    "seed",
-    "rate",
-)
-
-
-def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that memory depends on."""
-    return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}
-
-
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """The rows of an evaluation's forward pass, their length, and what of them is scored."""
 
     rows: int
@@ -185,99 +90,112 @@ class _Scored:
     choices: int
 
 
-class _Stage:
-    """One stage on the meta device."""
+class Meta:
+    """The meta device for one stage: its model without contents, and a count of the storages that its computation makes.
 
-    def __init__(self, config: PreTrainedConfig, length: int, scored: _Scored, device: str) -> None:
-        self.config, self.length, self.scored, self.device = config, length, scored, device
-        self.storages = Storages(PARTS)
+    Attributes:
+        device: that the prediction is for, ``"cuda"`` or ``"cpu"``.
+        stored: dtype of the weights that the stage reads.
+    """
 
-    def moments(self, kind: str, settings: dict[str, Any], stored: torch.dtype) -> list[Memory]:
-        """The parts at the largest sum of each moment."""
-        sizes = [parameter.numel() for parameter in meta_model(self.config).parameters()]
-        mapped = 0 if self.device == "cuda" else stored.itemsize  # a file's pages, on a CPU, until everything is read
+    def __init__(
+        self, config: PreTrainedConfig, length: int, scored: Scored, device: str, stored: torch.dtype = torch.float32
+    ) -> None:
+        self.device, self.stored = device, stored
+        self._config, self._length, self._scored = config, length, scored
+        self._storages = Storages(PARTS)
 
-        def reading(dtype: torch.dtype) -> int:
-            """What is there beside the weights while they are read: the file, and one that is cloned."""
-            return mapped * sum(sizes) + (mapped and dtype != stored) * dtype.itemsize * max(sizes)
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [parameter.numel() for parameter in self.model().parameters()]
 
-        if kind == "gate":  # features of as many rows as are scored at once; the labelled ones are few
-            return [Memory("forward", activations=8 * settings["buckets"] * ROWS_AT_ONCE)]
-        if kind == "noise":  # in the file's pages, tensor by tensor
-            return [Memory("loading", weights=mapped * max(sizes))]
-        if kind == "damage":
-            return [Memory("forward", weights=mapped * max(sizes), activations=DAMAGE_BYTES * max(sizes))]
-        if kind in ("prepare", "initialise", "replay"):
-            read = kind == "prepare" and settings["model"]["path"]
-            return [Memory("loading", weights=stored.itemsize * sum(sizes) + reading(stored) if read else 4 * sum(sizes))]
-        loaded = []
-        if kind == "cache":
-            model = meta_model(self.config)
-            share = self._streamed(model) if settings.get("streamed") else 1.0
-            file = mapped * max(sizes) if settings.get("streamed") else reading(torch.float32)
-            loaded.append(Memory("loading", weights=file, teacher=int(share * 4 * sum(sizes))))
-            how = TeacherConfig(**{name: value for name, value in settings.items() if name != "streamed"})
-            self._cache(how, model, share)
-        elif kind == "probe":  # a prompt's examples stand in its row
-            self.length *= 1 + settings.get("shots", 0)
-            loaded.append(Memory("loading", weights=4 * sum(sizes) + reading(torch.float32)))
-            self._probe()
-        else:
-            train, sources, method_of = self._training(kind, settings, stored)
-            keeps = train.precision == "bfloat16-master" and stored != torch.bfloat16
-            dtype = torch.float32 if keeps else weight_dtype(train.precision)
-            loaded.append(Memory("loading", weights=dtype.itemsize * sum(sizes) + reading(dtype)))
-            if settings.get("teacher", {}).get("kind", "resident") == "resident" and kind == "distill":
-                own, teacher = dtype.itemsize * sum(sizes), _teacher_dtype(train, stored)
-                file = reading(teacher)
-                loaded.append(Memory("loading", weights=own + file, teacher=teacher.itemsize * sum(sizes)))
-            self._train(train, sources, method_of)
-        return loaded + [Memory(moment, **parts) for moment, parts in self.storages.peaks.items() if moment]
+    @property
+    def elements(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(self.sizes)
 
-    def _training(
-        self, kind: str, settings: dict[str, Any], stored: torch.dtype
-    ) -> tuple[TrainConfig, Iterable[str], Callable[[PreTrainedModel], Method]]:
-        """How a stage trains, on which sources, which may have rows of their own number, and its method."""
-        if kind == "relearn":
-            attack = attack_config(settings)
-            return attack.training(1.0), attack.rows(), lambda model: _attack(model, attack)
-        if kind == "pretrain":
-            return TrainConfig(**settings["train"]), ("text",), _pretraining
-        if kind == "unlearn":
-            config = unlearn_config(settings)
-            return config.train, ("forget", "retain")[: 1 + bool(config.retain_weight)], lambda model: method_of(model, config)
-        if kind == "distill":
-            how, train = TeacherConfig(**settings.get("teacher", {})), TrainConfig(**settings["train"])
-            dtype, matched = _teacher_dtype(train, stored), settings.get("hidden")
-            return train, ("text",), lambda model: self._distillation(model, how, dtype, matched)
-        raise ValueError(f"kind: got {kind!r}, wanted a kind of stage")
+    @property
+    def largest(self) -> int:
+        """Number of elements of the largest parameter."""
+        return max(self.sizes)
 
-    def _probe(self) -> None:
-        model = meta_model(self.config)
-        self.storages.hold(model.parameters(), "weights")
-        self.storages.hold(model.buffers(), "weights")
-        with self.storages:
-            self.storages.kind, self.storages.moment = "activations", "evaluation"
-            self._evaluate(model)
+    @property
+    def mapped(self) -> int:
+        """Bytes of an element in the pages of a file that is read; 0 for a GPU, where those are the host's."""
+        return 0 if self.device == "cuda" else self.stored.itemsize
 
-    def _train(self, settings: TrainConfig, sources: Iterable[str], method_of: Callable[[PreTrainedModel], Method]) -> None:
-        """Forward, backward, step and evaluation, from the second step on: the optimizer's state is there."""
-        storages = self.storages
-        model = meta_model(self.config, settings.attention)
-        convert_(model, settings.precision)
+    def reading(self, dtype: torch.dtype) -> int:
+        """Bytes beside the weights while they are read in ``dtype``: the file, and a tensor that is converted."""
+        return self.mapped * self.elements + (self.mapped and dtype != self.stored) * dtype.itemsize * self.largest
+
+    def model(self, attention: str = "auto") -> PreTrainedModel:
+        """The model, float32."""
+        return meta_model(self._config, attention)
+
+    def batch(self, rows: int) -> Batch:
+        """Token rows."""
+        ids = torch.empty(rows, self._length, dtype=torch.int64, device="meta")
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:
+        """Count tensors as a part of the memory from now on, or a share of their bytes."""
+        self._storages.hold(tensors, part, share)
+
+    def touch(self, part: str, size: float) -> None:
+        """Count memory that is taken and given back at once."""
+        self._storages.touch(part, size)
+
+    @contextlib.contextmanager
+    def counted(self, moment: str) -> Iterator[None]:
+        """Count what the block makes as activations of ``moment``."""
+        with self._storages:
+            self._storages.kind, self._storages.moment = "activations", moment
+            yield
+
+    def peaks(self) -> list[Memory]:
+        """The parts at the largest sum of each moment that was counted."""
+        return [Memory(moment, **parts) for moment, parts in self._storages.peaks.items() if moment]
+
+    def streamed_share(self, model: PreTrainedModel) -> float:
+        """Share of a streamed model's weights that is there at once: one layer, on a GPU two, and what is in no layer."""
+        layers = [_bytes(layer.parameters()) for layer in find_layers(model)]
+        whole = _bytes(model.parameters())
+        return (whole - sum(layers) + max(layers) * (2 if self.device == "cuda" else 1)) / whole
+
+    def trained_dtype(self, train: TrainConfig) -> torch.dtype:
+        """Dtype in which the weights are loaded to be trained."""
+        keeps = train.precision == "bfloat16-master" and self.stored != torch.bfloat16
+        return torch.float32 if keeps else weight_dtype(train.precision)
+
+    def training(
+        self, train: TrainConfig, sources: Iterable[str] | Mapping[str, int], method_of: Callable[[PreTrainedModel], Method]
+    ) -> list[Memory]:
+        """Loading, forward, backward, step and evaluation, from the second step on: the optimizer's state is there.
+
+        Args:
+            train: how the stage trains.
+            sources: names of its sources, or their numbers of rows in a step; the batch size where there are none.
+            method_of: gives the loss, and what is trained, for the model.
+        """
+        dtype = self.trained_dtype(train)
+        loading = Memory("loading", weights=dtype.itemsize * self.elements + self.reading(dtype))
+        storages = self._storages
+        model = self.model(train.attention)
+        convert_(model, train.precision)
         storages.hold(model.parameters(), "weights")
         storages.hold(model.buffers(), "weights")
         with storages:
             storages.kind = "weights"
             method = method_of(model)
-            convert_(model, settings.precision)  # what the method added
+            convert_(model, train.precision)  # what the method added
             storages.kind = "activations"
         trained = list(model.parameters()) if method.parameters is None else method.parameters
-        steps = _Steps(storages, trained, settings, self.device)
+        steps = _Steps(storages, trained, train, self.device)
         with storages:
-            micro = settings.micro_batch_size or settings.batch_size
-            rows = sources if isinstance(sources, dict) else dict.fromkeys(sources, settings.batch_size)
-            batches = {name: self._batch(min(size, 2 * micro)) for name, size in rows.items()}  # a third changes nothing
+            micro = train.micro_batch_size or train.batch_size
+            rows = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
+            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}  # a third changes nothing
 
             def loss(*arguments: Any) -> torch.Tensor:
                 storages.moment = "forward"
@@ -291,73 +209,22 @@ class _Stage:
             model.train()
             with (
                 method.alone(model),
-                lean(model, dataclasses.replace(settings, attention="auto")) as tied,
+                lean(model, dataclasses.replace(train, attention="auto")) as tied,
                 steps.attached(tied),
             ):
-                method.gradient(model, loss, batches, dict.fromkeys(rows, 1), settings.micro_batch_size)
+                method.gradient(model, loss, batches, dict.fromkeys(rows, 1), train.micro_batch_size)
             batches.clear()
             storages.moment = "step"
             steps.step()
-            storages.moment = "evaluation"
-            self._evaluate(model)
-
-    def _distillation(
-        self, student: PreTrainedModel, how: TeacherConfig, dtype: torch.dtype, matched: dict[str, Any] | None
-    ) -> Method:
-        model = meta_model(self.config).eval()
-        if how.kind == "resident":
-            model.to(dtype)
-        share = {"resident": 1.0, "streamed": self._streamed(model)}.get(how.kind, 0.0)
-        self.storages.hold(model.parameters(), "teacher", share)
-        head = head_of(model)
-        if how.kind == "cached":
-            self.storages.hold([head.weight], "teacher")
-        known, match = ModelTeacher(model), None
-        if matched:
-            match = matching(student, known, matched["hidden_weight"], matched["hidden_layers"])
-            known = ModelTeacher(model, match.layers)
-
-        def targets(batch: Batch) -> HiddenTargets | TopTargets:
-            shape = (len(batch.input_ids), batch.input_ids.shape[1] - 1)
-            if how.kind == "cached":
-                packed = torch.empty(*shape, head.weight.shape[1], dtype=getattr(torch, how.dtype), device="meta")
-                return HiddenTargets(packed.clone().to(head.weight.dtype), head)
-            if how.kind == "topk":
-                packed = [torch.empty(*shape, how.k, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32)]
-                return TopTargets(*(tensor.clone() for tensor in packed))
-            return known.targets(batch)
-
-        return Method(
-            lambda student, batches, counted: distillation(
-                student, targets(batches["text"]), batches["text"], counted["text"], match
-            )
-        )
-
-    def _streamed(self, model: PreTrainedModel) -> float:
-        """The share of a streamed teacher's weights that is there at once: one layer, on a GPU two, and what is in no layer."""
-        layers = [_bytes(layer.parameters()) for layer in find_layers(model)]
-        whole = _bytes(model.parameters())
-        return (whole - sum(layers) + max(layers) * (2 if self.device == "cuda" else 1)) / whole
-
-    def _cache(self, how: TeacherConfig, model: PreTrainedModel, share: float) -> None:
-        storages = self.storages
-        storages.hold(model.eval().parameters(), "teacher", share)
-        with storages, torch.no_grad():
-            storages.moment = "forward"
-            inputs, _, _ = self._batch(how.batch_size or BATCH_SIZE).shifted()
-            hidden, head = hidden_states(model, *inputs).flatten(0, 1), head_of(model)
-            if how.kind == "topk":
-                storages.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
-            else:
-                ops.linear_lse(hidden, head.weight, **head.options())
-            del hidden
-            storages.moment = "evaluation"
-            self._evaluate(model)
+            self.evaluate(model)
+        return [loading, *self.peaks()]
 
     @torch.no_grad()
-    def _evaluate(self, model: PreTrainedModel) -> None:
+    def evaluate(self, model: PreTrainedModel) -> None:
+        """Count an evaluation of the model; inside :meth:`counted`."""
+        self._storages.moment = "evaluation"
         model.eval()
-        scored = self.scored
+        scored = self._scored
         ids = torch.empty(scored.rows, scored.length, dtype=torch.int64, device="meta")
         if scored.choices:
             letters = torch.empty(scored.rows, scored.choices, dtype=torch.int64, device="meta")
@@ -366,10 +233,6 @@ class _Stage:
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
         else:
             token_nats(model, ids, None, torch.ones_like(ids, dtype=torch.bool))
-
-    def _batch(self, rows: int) -> Batch:
-        ids = torch.empty(rows, self.length, dtype=torch.int64, device="meta")
-        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 class _Steps:
@@ -448,11 +311,6 @@ def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str
     return storages.peaks["second"]["optimizer"] - before
 
 
-def _teacher_dtype(settings: TrainConfig, stored: torch.dtype) -> torch.dtype:
-    """Of a resident teacher: a student in 16 bits learns from one in 16 bits, where its folder has it so."""
-    return torch.float32 if settings.precision == "float32" else stored
-
-
 def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) -> int:
     """Of a parameter's master and moments, where they are on the device."""
     if settings.optimizer in QUANTISED:
@@ -460,14 +318,6 @@ def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) ->
         if parameter.numel() < 4096 or parameter.numel() % block:
             settings = dataclasses.replace(settings, optimizer="adamw")
     return int(bytes_per_parameter(settings, device)["optimizer"] * parameter.numel())
-
-
-def _pretraining(model: PreTrainedModel) -> Method:
-    return Method(lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"]))
-
-
-def _attack(model: PreTrainedModel, config: AttackConfig) -> Method:
-    return Method(mixed_cross_entropy, insert(model, config.lora, 0)[1] if config.kind == "lora" else None)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from undo_core.attacks.config import check_installed
+from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.files import hash_json, read_json, write_json
-from undo_core.parameters import Left, summary
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.functions import FUNCTIONS, evaluate_folder
 from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
-from undo_core.pipeline.store import Stage, Store, machine, versions
+from undo_core.pipeline.prepared import evaluate_folder
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.training.progress import console
@@ -27,7 +27,7 @@ def run(config: RunConfig, command: str) -> Path:
 
     Killed at any moment, the same call continues, and ends with the same bits.
     """
-    store = Store(Path(config.output) / "stages", FUNCTIONS)
+    store = Store(Path(config.output) / "stages")
     plan = plan_run(config)
     while stages := missing_stages(store, config, plan):
         run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
@@ -108,7 +108,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "metrics": _evaluation(store, plan, model),
         **damage_entry(store, model),
         "training": _training(store, plan, model),
-        "attack": under["relearn"].entry(store) if under else None,
+        "attack": under[HEADLINE].entry(store) if under else None,
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
@@ -119,16 +119,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     """How a student was damaged where it was otherwise than by the noise, and what either left as it was."""
     student = model.stage.inputs.get("student")
-    if student is None or student.kind not in ("noise", "damage"):
-        return {}
-    facts = store.manifest(student)
-    entry: dict[str, Any] = {}
-    if student.kind == "damage":
-        entry["damage"] = {"operator": student.settings["operator"]}
-        entry["damage"] |= {name: facts[name] for name in ("strength", "distance", "wanted")}
-    if left := {name: Left(**one) for name, one in facts["left"].items()}:
-        entry["left"] = summary(left)
-    return entry
+    return {} if student is None else student.results(store.manifest(student))
 
 
 def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:
@@ -144,18 +135,17 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     facts = store.manifest(model.stage)
     if "steps" not in facts:
         return None
-    ruled = facts["stopped"] is not None
+    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, plan.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
-    teacher, inputs = next(m.stage for m in plan.models if m.kind == "unlearn"), model.stage.inputs
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
         tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
         unlearning = unlearning * facts["steps"] / facts["tokens"] if facts["tokens"] else 0
-        if "cache" in model.stage.inputs:  # the teacher's forwards, once
-            flops += store.manifest(model.stage.inputs["cache"])["flops"]
+        if cache := inputs.get("cache"):  # the teacher's forwards, once
+            flops += store.manifest(cache)["flops"]
     stopped = facts["stopped"] if ruled else None
-    source = teacher if taught or model.kind == "unlearn" else inputs.get("gate")
+    source = teacher if taught or model.stage.key == teacher.key else inputs.get("gate")
     labelled = {} if source is None else store.manifest(source)
     return {
         "steps": facts["steps"],

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.functions import FUNCTIONS
 from undo_core.pipeline.graph import Plan, plan_run
 from undo_core.pipeline.run import announce, missing_stages, save_results
-from undo_core.pipeline.store import Stage, Store
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.pipeline.workers import gpus, run_stages
 from undo_core.report import write_report
@@ -32,7 +32,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     Returns:
         One line for each run that failed.
     """
-    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    store = Store(Path(sweep.output) / "stages")
     errors: dict[str, str] = {}
     failures: dict[tuple[str, int], str] = {}
     runs: list[tuple[RunConfig, Plan]] = []
@@ -82,7 +82,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
 
 def sweep_table(sweep: SweepConfig) -> RenderableType:
     """What :func:`run_sweep` would run: the runs, and their stages by kind, shared, there and missing."""
-    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    store = Store(Path(sweep.output) / "stages")
     table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
     for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
@@ -107,11 +107,13 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     for heading in ("kind", "asked for", "distinct", "there", "missing"):
         kinds.add_column(heading, justify="left" if heading == "kind" else "right")
     every = {key: stage for _, stages in stages_of for key, stage in stages.items()}
-    counted = collections.Counter(stage.kind for stage in every.values())
-    there = collections.Counter(stage.kind for stage in every.values() if store.done(stage))
-    for kind, distinct in counted.items():
-        asked = sum(wanted[key] for key, stage in every.items() if stage.kind == kind)
-        kinds.add_row(kind, str(asked), str(distinct), str(there[kind]), str(distinct - there[kind]))
+    asked, distinct, there = collections.Counter(), collections.Counter(), collections.Counter()
+    for key, stage in every.items():
+        asked[stage.kind] += wanted[key]
+        distinct[stage.kind] += 1
+        there[stage.kind] += store.done(stage)
+    for kind, count in distinct.items():
+        kinds.add_row(kind, str(asked[kind]), str(count), str(there[kind]), str(count - there[kind]))
     shared = sum(times > 1 for times in wanted.values())
     notes = [
         f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
@@ -136,7 +138,7 @@ def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
 
 
 _UNPLANNED = (OSError, ImportError, ValueError)  # what a run lacks: a file, a package, a setting that fits its model
-_EMPTY = Store(Path("/nonexistent"), {})  # of which every stage is missing
+_EMPTY = Store(Path("/nonexistent"))  # of which every stage is missing
 
 
 def _line(what: str, error: Exception) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from undo_core.pipeline.store import Stage, Store, usable_cores
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store, usable_cores
 from undo_core.training.progress import Board, Update, send_updates_to
 
 Finished = Callable[[Stage], None]

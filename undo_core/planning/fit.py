@@ -1,37 +1,21 @@
-"""The cheapest change of settings with which stages fit in a given memory."""
+"""The cheapest changes of settings with which stages fit in a given memory."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.stage import Change, Stage
+from undo_core.planning.memory import Predict, predictor
+from undo_core.planning.table import largest
 
-from undo_core.attacks.config import AttackConfig, attack_config
-from undo_core.training.config import TrainConfig
-from undo_core.unlearning import unlearn_config
-
-Settings = dict[str, Any]  # of a stage
 Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
-
-Change = tuple[str, Any]  # a setting and its new value
 Agree = Callable[[Change, Change], bool]
-
-# Cheapest first: in time, then in what may change the result. "micro_batch_size" stands for the largest one that fits.
-CHANGES: tuple[Change, ...] = (
-    ("activation_checkpointing", True),
-    ("micro_batch_size", None),
-    ("teacher.kind", "cached"),
-    ("step_in_backward", True),
-    ("optimizer", "adamw-8bit"),
-    ("optimizer", "adamw-4bit"),
-    ("precision", "bfloat16-stochastic"),
-    ("optimizer", "adamw-offload"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,31 +31,64 @@ class Fit:
     memory_bytes: int
 
 
-def cheapest_fit(kind: str, settings: Settings, limit: int, need: Need) -> tuple[Fit | None, Fit]:
+def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
+    """What to do for every stage to fit in ``limit`` bytes: flags to add, and a line for each stage that no flags can help."""
+    predict, groups = predictor(config), dict[str, list[Stage]]()
+    plan = plan_run(config)
+    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
+    sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
+    for stage in plan.stages() + [largest(trials) for trials in attacks.values()]:
+        if predict(stage).total > limit:
+            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)  # a flag is of all stages of a section
+    flags, hopeless = [], []
+    for name, group in groups.items():
+        section = f"attacks.{name}" if name in config.attacks else group[0].kind
+
+        def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
+            return max(peak(predict, stage, changes) for stage in group)
+
+        title = name if len(group) > 1 or group[0].key in sections else group[0].title
+        fit, least = cheapest_fit(group[0], limit, need)
+        if fit is None:
+            with_ = f"with {_flags(section, least)}" if least.changes else "and no setting changes that"
+            hopeless.append(f"{title} needs at least {_gib(least.memory_bytes)} GiB, {with_}")
+        else:
+            flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(section, fit)}")
+    return flags, hopeless
+
+
+def peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
+    """Peak of a stage with changed settings, and of the stages that it then reads besides."""
+    changed, known = stage.changed(changes), {source.key for source in stage.inputs.values()}
+    added = [source for source in changed.inputs.values() if source.key not in known]
+    return max(predict(each).total for each in (changed, *added))
+
+
+def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]:
     """The cheapest changes with which stages need at most ``limit`` bytes, None where there are none; and those that need least.
 
-    A change is taken to be dearer than all before it in ``CHANGES`` together. Each one is left out, the dearest first, where as many
-    cheaper ones as agree suffice without it: a few predictions a change, instead of one for every set.
+    A change is taken to cost more than all before it in :meth:`Stage.cheaper` together. Each one is left out, the most expensive first,
+    where as many cheaper ones as agree suffice without it: a few predictions a change, instead of one for every set.
 
     Args:
-        kind: of the stages, and ``settings`` those of one of them, to see what can be changed.
+        stage: one of them, which says what can be changed.
         limit: bytes.
         need: peak of the largest of the stages with changes.
     """
-    possible = [change for change in CHANGES if _possible(kind, settings, *change)]
+    possible = stage.cheaper()
     known: dict[tuple[Change, ...], Fit] = {}
-    agree = functools.cache(functools.partial(_agree, kind, settings))
+    agree = functools.cache(functools.partial(_agree, stage))
 
     def fit(chosen: tuple[Change, ...]) -> Fit:
         if chosen not in known:
-            changes = _by_path(kind, chosen)
+            changes = _smallest(chosen)
             known[chosen] = Fit(changes, need(changes))
         return known[chosen]
 
     def least(chosen: tuple[Change, ...], cheaper: list[Change]) -> Fit:
         """With all of the cheaper changes that go together; the first of them that fits."""
         fits = []
-        for together in _together(chosen, cheaper, agree):
+        for together in _together(possible, chosen, cheaper, agree):
             fits.append(fit(together))
             if fits[-1].memory_bytes <= limit:
                 break
@@ -86,21 +103,17 @@ def cheapest_fit(kind: str, settings: Settings, limit: int, need: Need) -> tuple
         if alone and least(chosen, possible[:index]).memory_bytes > limit:
             chosen = (possible[index], *chosen)
     found = fit(chosen)  # what fitted before a change was looked at fits after it
-    path = _path(kind, "micro_batch_size")
-    if path in found.changes:
-        found = _widest(found, path, _training(kind, settings), limit, need)
+    for change in chosen:
+        found = _first_that_fits(found, change, limit, need)
     return found, found
 
 
-def _widest(smallest: Fit, path: str, training: Settings, limit: int, need: Need) -> Fit:
-    """With the largest micro-batch, of halves of the size that is, that fits."""
-    sizes = [training["micro_batch_size"] or training["batch_size"]]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    first, last, best = 1, len(sizes) - 1, smallest  # the last one fits
+def _first_that_fits(smallest: Fit, change: Change, limit: int, need: Need) -> Fit:
+    """With the first of the values of ``change`` that fits, found by halving; the last one fits."""
+    first, last, best = 0, len(change.values) - 1, smallest
     while first < last:
         middle = (first + last) // 2
-        changes = {**smallest.changes, path: sizes[middle]}
+        changes = {**smallest.changes, change.flag: change.values[middle]}
         tried = Fit(changes, need(changes))
         if tried.memory_bytes <= limit:
             last, best = middle, tried
@@ -109,80 +122,44 @@ def _widest(smallest: Fit, path: str, training: Settings, limit: int, need: Need
     return best
 
 
-def _together(chosen: tuple[Change, ...], cheaper: list[Change], agree: Agree) -> Iterator[tuple[Change, ...]]:
-    """``chosen`` and as many of the cheaper changes as agree: the dearer of two that do not, or micro-batches."""
+def _together(
+    possible: list[Change], chosen: tuple[Change, ...], cheaper: list[Change], agree: Agree
+) -> Iterator[tuple[Change, ...]]:
+    """``chosen`` and as many of the cheaper changes as agree: of two that do not the more expensive one, or that of several values."""
     seen = set()
-    for wanted in (None, "micro_batch_size"):
+    for prefer_several in (False, True):
         together = list(chosen)
-        for change in sorted(reversed(cheaper), key=lambda change: change[0] != wanted):
+        for change in sorted(reversed(cheaper), key=lambda change: not (prefer_several and len(change.values) > 1)):
             if all(agree(change, other) for other in together):
                 together.append(change)
-        result = tuple(sorted(together, key=CHANGES.index))
+        result = tuple(sorted(together, key=possible.index))
         if result not in seen:
             seen.add(result)
             yield result
 
 
-def _agree(kind: str, settings: Settings, one: Change, other: Change) -> bool:
+def _agree(stage: Stage, one: Change, other: Change) -> bool:
     """Whether two changes can be made together."""
-    return one[0] != other[0] and _accepted(kind, settings, one, other)
+    return one.flag != other.flag and stage.accepts(_smallest((one, other)))
 
 
-def _accepted(kind: str, settings: Settings, *chosen: Change) -> bool:
-    """Whether the settings themselves allow the changes."""
-    changed = apply_changes(settings, _by_path(kind, chosen))
-    try:
-        if kind == "unlearn":
-            unlearn_config(changed)
-        elif kind == "relearn":
-            attack_config(changed)
-        else:
-            TrainConfig(**changed["train"])
-    except ValueError:
-        return False
-    return True
+def _smallest(chosen: tuple[Change, ...]) -> dict[str, Any]:
+    """The changes, each at the value that needs least memory."""
+    return {change.flag: change.values[-1] for change in chosen}
 
 
-def _by_path(kind: str, chosen: tuple[Change, ...]) -> dict[str, Any]:
-    return {_path(kind, name): 1 if name == "micro_batch_size" else value for name, value in chosen}
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
 
 
-def apply_changes(settings: Settings, changes: dict[str, Any]) -> Settings:
-    """A copy of the stage's settings with changes in it."""
-    changed = copy.deepcopy(settings)
-    for path, value in changes.items():
-        *outer, name = path.split(".")
-        place = changed
-        for part in outer:
-            place = place.setdefault(part, {})
-        place[name] = value
-    return changed
+def _flags(section: str, fit: Fit) -> str:
+    return " ".join(f"--{section}.{path}={str(value).lower()}" for path, value in fit.changes.items())
 
 
-def _possible(kind: str, settings: Settings, name: str, value: Any) -> bool:
-    """Whether the stage has this setting, allows the change, and it is not so already."""
-    if name == "teacher.kind":
-        matched = "hidden" in settings  # a cache knows no layers
-        return kind == "distill" and not matched and settings.get("teacher", {}).get("kind", "resident") == "resident"
-    training = _training(kind, settings)
-    if name == "optimizer" and not training["optimizer"].startswith("adamw"):
-        return False
-    if not _accepted(kind, settings, (name, value)):
-        return False
-    if name == "micro_batch_size":  # it would change what some methods compute
-        sums = kind != "unlearn" or all(entry.sums for entry in unlearn_config(settings).entries())
-        return (training[name] or training["batch_size"]) > 1 and sums
-    if value == "adamw-offload" and not torch.cuda.is_available():
-        return False
-    if name == "precision" and training[name] == "bfloat16":
-        return False
-    return training[name] != value
-
-
-def _training(kind: str, settings: Settings) -> Settings:
-    """A stage's training settings; an attack's leave out what is at its default."""
-    return {**dataclasses.asdict(AttackConfig()), **settings} if kind == "relearn" else settings["train"]
-
-
-def _path(kind: str, name: str) -> str:
-    return name if kind == "relearn" or name.startswith("teacher") else f"train.{name}"
+def bytes_of(text: str) -> int:
+    """``24GB`` (powers of 1000), ``24GiB`` (of 1024), ``500MB`` or a number of bytes, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"memory: got {text!r}, wanted a size such as 24GB, 24GiB or 500MB")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
