@@ -95,9 +95,3 @@ def _unlearn_config() -> type:
 
 
 UnlearnConfig = _unlearn_config()
-
-
-def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
-    """An :class:`UnlearnConfig` from JSON values."""
-    types = {"train": TrainConfig, **{name: entry.settings for name, entry in {**METHODS, **ROBUST}.items() if entry.settings}}
-    return UnlearnConfig(**{name: types[name](**value) if name in types else value for name, value in settings.items()})
