@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | test-aot | bench | bench-all | bench-check | lint | clean ; `make help` lists them.
+# `make help` lists what there is.
 PYTHON ?= python3
 VENV ?= .venv
 # Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 	$(BIN)/undo run configs/arithmetic-cpu.yaml
 
 test: $(INSTALLED)  ## all tests, file by file on up to four cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --benchmark-disable
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
 test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
 	$(BIN)/python tests/matrix.py
@@ -33,19 +33,14 @@ test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, numbe
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
 
-BENCH_INSTALLED := $(VENV)/.installed-bench
-$(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
-	@touch $@
-
-bench: $(BENCH_INSTALLED)  ## losses, noise and RMU beside what one would use instead, about nine minutes; results in bench/results
+bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside what one would use instead, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/bench_cross_entropy.py
 	$(BIN)/python bench/bench_noise.py
 	$(BIN)/python bench/bench_rmu.py --rounds 5
 	$(BIN)/python bench/plot.py
 
-bench-all: $(BENCH_INSTALLED)  ## every row, activations of trained models, and a whole training step; long, for a machine with memory
+bench-all: $(VENV)/.installed-bench  ## every row, activations of trained models, and a whole training step; long, for a machine with memory
 	$(BIN)/python bench/bench_kl.py --all
 	$(BIN)/python bench/bench_kl.py --activations
 	$(BIN)/python bench/bench_cross_entropy.py --all
@@ -58,12 +53,24 @@ bench-all: $(BENCH_INSTALLED)  ## every row, activations of trained models, and 
 bench-check: $(INSTALLED)  ## fails if the kernels need more work, memory or time than bench/baseline.json says
 	$(BIN)/python bench/gate.py
 
-lint: $(INSTALLED)  ## format and lint
-	$(BIN)/python -m pip install --quiet ruff
-	$(BIN)/ruff format .
+# What an extra of pyproject.toml lists, in the versions of constraints.txt, without building the extension again.
+$(VENV)/.installed-%: $(INSTALLED)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'], sep='\n')" > $@.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r $@.txt
+	@touch $@
+
+lint: $(VENV)/.installed-lint  ## style and types of everything, changing nothing
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
+
+format: $(VENV)/.installed-lint  ## rewrite what lint would complain about, as far as tools can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint clean
+.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint format clean

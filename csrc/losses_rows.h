@@ -58,7 +58,8 @@ UNDO_INLINE void next_lines(const Chunk& c, const float* z_s, const float* z_t, 
 // Sums of one block of vocabulary rows for LANES tokens, relative to their maximum. Once a tile has been merged its maximum serves
 // the next ones too, so that they are read once; a block that rises far above it finds its own.
 template <bool TEACHER>
-UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out, int64_t i) {
+UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out,
+                             int64_t i) {
   const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
   const bool cross = TEACHER && c.target == REVERSE;
   const V lowest = all(-INFINITY);
@@ -250,7 +251,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
         g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (max(all(LEAST), x) - offset);
       } else {
         const V low = up ? beta_t : beta_s, high = up ? beta_s : beta_t;  // weights of the smaller and the larger side in m
-        const V ratio = fma(low, e, high);                                // m / big = 1 + low w
+        const V ratio = fma(low, e, high);  // m / big = 1 + low w
         V h_big, h_small;
         const V log_ratio = log1p(low * w, ratio, h_big);
         const V y = high * w / ratio;  // small / m - 1

@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace {
 
 template <class T, class C>
-void address(C& type, const char* name, T* undo::Chunk::*member) {
+void address(C& type, const char* name, T* undo::Chunk::* member) {
   type.def_property(
       name, [member](const undo::Chunk& c) { return reinterpret_cast<uintptr_t>(c.*member); },
       [member](undo::Chunk& c, uintptr_t value) { c.*member = reinterpret_cast<T*>(value); });
@@ -111,7 +111,8 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release released;
     undo::row_kernels(set.c_str()).stats(c, reinterpret_cast<float*>(z_s), reinterpret_cast<float*>(z_t), first, rows, false);
   });
-  module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows, bool gradient) {
+  module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows,
+                        bool gradient) {
     py::gil_scoped_release released;
     const undo::Peak peak = undo::row_kernels(set.c_str())
                                 .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, rows, gradient);
@@ -120,8 +121,9 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "rmu_loss",
-      [](const std::string& set, int64_t rows, int64_t width, uintptr_t hidden, int hidden_kind, int64_t stride_hidden, uintptr_t target,
-         int target_kind, int64_t stride_target, float coefficient, uintptr_t factor, uintptr_t gradient, uintptr_t partial) {
+      [](const std::string& set, int64_t rows, int64_t width, uintptr_t hidden, int hidden_kind, int64_t stride_hidden,
+         uintptr_t target, int target_kind, int64_t stride_target, float coefficient, uintptr_t factor, uintptr_t gradient,
+         uintptr_t partial) {
         py::gil_scoped_release released;
         undo::Rmu c;
         c.rows = rows;

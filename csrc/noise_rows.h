@@ -29,9 +29,9 @@ UNDO_INLINE V horner(const float (&coefficients)[N], V x) {
 }
 
 UNDO_INLINE V log(V u) {
-  static constexpr float LOG[] = {0.3333333134651184f,   -0.24999989569187164f, 0.20000708103179932f, -0.1666848063468933f,
-                                  0.14249935746192932f,  -0.12411050498485565f, 0.11661511659622192f, -0.115712009370327f,
-                                  0.07149753719568253f};
+  static constexpr float LOG[] = {0.3333333134651184f,  -0.24999989569187164f, 0.20000708103179932f,
+                                  -0.1666848063468933f, 0.14249935746192932f,  -0.12411050498485565f,
+                                  0.11661511659622192f, -0.115712009370327f,   0.07149753719568253f};
   const I bits = (I)u, exponent = (bits - 0x3F3504F3) >> 23;
   const V f = (V)(bits - (exponent << 23)) - 1.0f, square = f * f, e = to_float(exponent);
   V tail = f * square * horner(LOG, f);
@@ -238,8 +238,7 @@ Sums noise_part(const Segment& s, int64_t begin, int64_t end, uint64_t seed, boo
   switch (s.type) {
     case Type::FLOAT32: return part_of(s, step, static_cast<float*>(s.data), begin, end, seed, false);
     case Type::FLOAT64: return part_of(s, step, static_cast<double*>(s.data), begin, end, seed, false);
-    case Type::BFLOAT16:
-      return part_of(s, Update16<Bfloat16>{step}, static_cast<uint16_t*>(s.data), begin, end, seed, stochastic);
+    case Type::BFLOAT16: return part_of(s, Update16<Bfloat16>{step}, static_cast<uint16_t*>(s.data), begin, end, seed, stochastic);
     default: return part_of(s, Update16<Float16>{step}, static_cast<uint16_t*>(s.data), begin, end, seed, stochastic);
   }
 }

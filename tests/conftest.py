@@ -2,7 +2,9 @@
 its interpreter, unless there is a GPU."""
 
 import os
+from pathlib import Path
 
+_TESTS = Path(__file__).parent
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:  # side by side; threads that wait for each other's core would spin
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
@@ -11,3 +13,32 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Files of few tests that take long, longest first: begun last, one would go on alone on its core.
+_LONG = (
+    "core/test_pipeline.py",
+    "bench/test_bench_small.py",
+    "kernels/triton/test_loss_numerics.py",
+    "kernels/triton/test_loss_options.py",
+    "core/test_memory.py",
+    "core/test_goldens.py",
+    "core/test_sweep.py",
+    "bench/test_bench.py",
+    "core/test_plan.py",
+    "core/test_rmu.py",
+    "core/test_published.py",
+    "core/test_configs.py",
+    "bench/test_activations.py",
+    "bench/test_gate.py",
+    "core/test_noise_sharding.py",
+)
+assert all((_TESTS / name).is_file() for name in _LONG)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        name = item.path.relative_to(_TESTS).as_posix()
+        return _LONG.index(name) if name in _LONG else len(_LONG)
+
+    items.sort(key=place)  # stable: the others keep their order

@@ -23,7 +23,7 @@ class Products:
     bias: torch.Tensor | None
 
 
-def bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a ``PeftModel``; any other model as it is.
 
     The two are compared once, on a few tokens.

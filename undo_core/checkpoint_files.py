@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from undo_core.models import make
+from undo_core.models import skeleton
 
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
@@ -121,21 +121,36 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else torch.float32
 
 
-def meta_model(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder on the meta device: names, shapes and ties; remote code is never run."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = make(config)
+def meta_model(folder: Path, buffers: bool = False) -> PreTrainedModel:
+    """The :func:`undo_core.models.skeleton` of a checkpoint folder, tied as its files are; remote code is never run."""
+    model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False), buffers)
     settle_ties(model, {path: read_header(path) for path in weight_files(folder)})
     return model
 
 
-def settle_ties(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> None:
+def settled_configuration(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder, which says that words are not tied where the files hold a head of its own.
+
+    Models made from it have the parameters that :func:`undo_core.models.load_model` gives. A configuration ties all or nothing: the
+    second name of a head's bias (BERT) becomes a parameter too. A folder without weights is taken at its configuration's word.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    parts = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    paths = named_weight_files(folder)
+    there = parts and all(path.is_file() for path in paths)
+    if there and settle_ties(skeleton(config), {path: read_header(path) for path in paths}):
+        for part in parts:
+            part.tie_word_embeddings = False
+    return config
+
+
+def settle_ties(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> bool:
     """Part those parameters of ``model``, a meta model tied as its configuration says, that transformers would keep apart on load.
 
-    The files decide: two tied parameters that are both there, with different values, are two parameters.
+    The files decide: two tied parameters that are both there, with different values, are two parameters. Returns whether any were
+    parted.
     """
-    ties = getattr(model, "all_tied_weights_keys", {})
+    ties, parted = getattr(model, "all_tied_weights_keys", {}), False
     found = {name: group for group in _groups(model, files) for name in group.parameters}
     stored = {name: name for name in found}  # parameter by parameter, the name of the one that fills it
     for target, source in list(ties.items()):
@@ -146,8 +161,10 @@ def settle_ties(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]
                 own = model.get_parameter(target)
                 model.get_submodule(owner)._parameters[last] = nn.Parameter(torch.empty_like(own), own.requires_grad)
                 del ties[target]
+                parted = True
         elif target in stored or source in stored:
             stored[target] = stored[source] = stored.get(target) or stored[source]
+    return parted
 
 
 def _equal(model: PreTrainedModel, group: Group, name: str, other_group: Group, other: str) -> bool:

@@ -357,6 +357,7 @@ def _without_trunk(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         model.config.get_text_config(), "hidden_size", weight.shape[1]
     )  # where the head has layers before its products
     widths = dict.fromkeys((weight.shape[1], inner))
+    reason: Exception | None = None
     for width in widths:
         hidden = torch.zeros(1, TOKENS, width, dtype=weight.dtype, device="meta")
         for module in path:

@@ -7,14 +7,17 @@ vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is i
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +28,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from undo_core.adapters import bare
 from undo_core.heads import (
     Head,
     UnsupportedHead,
@@ -58,6 +60,7 @@ __all__ = [
     "make",
     "positions_of",
     "set_attention",
+    "skeleton",
     "tokens_of",
     "vocabulary_of",
 ]
@@ -148,6 +151,31 @@ def make(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
 
 
+def skeleton(config: PreTrainedConfig, buffers: bool = False) -> PreTrainedModel:
+    """The model of a configuration with its parameters on the meta device: names, shapes and ties without contents.
+
+    Args:
+        config: of the model; it is copied.
+        buffers: whether to compute the buffers (rotary frequencies, for example), which a forward pass needs and no file stores.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        if not buffers:
+            with torch.device("meta"):
+                return make(config)
+        hook = register_module_parameter_registration_hook(to_meta)
+        try:
+            model = make(config)
+        finally:
+            hook.remove()
+    model.tie_weights()
+    return model
+
+
 @contextlib.contextmanager
 def _made(what: str) -> Iterator[None]:
     """Name the model that transformers' automatic class fails on."""
@@ -186,8 +214,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of rows of the model's head."""
-    return bare(model).get_output_embeddings().weight.shape[0]
+    """Number of logits that the model's head gives; a model may drop rows that its weight has beyond them."""
+    return len(head_of(model).weight)
 
 
 def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
@@ -207,17 +235,52 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:
     """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included; or of some layers alone.
 
-    Two per weight of every matrix product, plus ``4 * heads * head_dim * length`` for scores and values of each layer's
-    attention (the causal half is computed too by the dense kernels in use). A backward pass costs twice as much.
+    Two per weight of every matrix product, where stacked experts count as the share of them that a token is sent to, plus ``4 * heads *
+    head_dim * length`` for scores and values of each layer's softmax attention (the causal half is computed too by the dense kernels in
+    use). A backward pass costs twice as much.
+
+    The count is exact, but for rotary positions, for decoders with plain softmax attention in every layer, dense or with experts (Llama,
+    Gemma 2, Mixtral). It leaves out what
+    linear attention, state spaces and convolutions compute besides the products with their weights, which does not grow with the length
+    of the row. It counts modules that text alone does not reach (vision towers, cross-attention), and it counts the chosen experts of
+    models that run every expert on every token (Llama 4).
     """
     config = model.config.get_text_config()
     parts = [model] if layers is None else layers
-    count = getattr(config, "num_hidden_layers", 0) if layers is None else len(layers)
-    weights = sum(
-        module.weight.numel() for part in parts for module in part.modules() if isinstance(module, (nn.Linear, Conv1D))
-    )
+    share = _active_share(config)
+    weights = 0.0
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights += module.weight.numel()
+        elif "Expert" in type(module).__name__:
+            matrices = (p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and "bias" not in name)
+            weights += share * sum(p.numel() for p in matrices)
+        elif "Router" in type(module).__name__:
+            weights += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+    if layers is None:
+        count = getattr(config, "num_hidden_layers", 0)
+        kinds = getattr(config, "layer_types", None) or []
+    else:
+        count, kinds = len(layers), [getattr(layer, "layer_type", None) for layer in layers]
     each = config.per_layer_config[:count] if getattr(config, "is_heterogeneous", False) else [config] * count
-    return 2.0 * weights + 4.0 * sum(map(_attention_width, each)) * length
+    attending = [own for own, kind in itertools.zip_longest(each, kinds[:count]) if kind not in _NO_ATTENTION]
+    return 2.0 * weights + 4.0 * sum(map(_attention_width, attending)) * length
+
+
+_NO_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")  # kinds of layers in transformers
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+
+
+def _active_share(config: PreTrainedConfig) -> float:
+    """The share of the routed experts that a token is sent to; 1 where the configuration names none."""
+    config = getattr(config, "ffn_config", config)  # DBRX
+    known, active = (
+        next((value for name in names if (value := getattr(config, name, None))), None) for names in (_EXPERTS, _ACTIVE_EXPERTS)
+    )
+    if isinstance(known, int) and isinstance(active, int):
+        return min(1.0, active / known)
+    return 1.0
 
 
 def _attention_width(config: PreTrainedConfig) -> int:

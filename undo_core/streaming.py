@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from undo_core.checkpoint_files import Group, MappedFile, groups, read_header, settle_ties, to_memory, weight_files
-from undo_core.models import Head, head_of, make
+from undo_core.checkpoint_files import Group, MappedFile, groups, meta_model, read_header, to_memory, weight_files
+from undo_core.models import Head, head_of
 from undo_core.training.identity import digest_of, weights_digest
 
 __all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]
@@ -32,9 +31,8 @@ class WeightReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.model = _skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        self.model = meta_model(folder, buffers=True).eval()
         headers = {path: read_header(path) for path in weight_files(folder)}
-        settle_ties(self.model, headers)
         self._files = {path: MappedFile(path, read_only=True) for path in headers}
         self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}
         named = list(self.model.named_parameters(remove_duplicate=False))
@@ -175,22 +173,6 @@ class _Layers:
 def _padded(parameter: torch.Tensor) -> int:
     """Entries up to the next 64 bytes: memory of its own would begin there too, and sums' order can depend on it."""
     return -(-parameter.numel() // 16) * 16
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with parameters on the meta device. Buffers are computed, not stored, and so need a device."""
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    hook = register_module_parameter_registration_hook(to_meta)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = make(config)
-    finally:
-        hook.remove()
-    model.tie_weights()
-    return model.eval()
 
 
 def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -177,7 +177,8 @@ class CachedTeacher:
         elif identity["kind"] == "cached":
             raise ValueError("head: got None, wanted the teacher, its checkpoint folder or its head, with which it was cached")
         _same(identity, expected, f"cache: got {folder}, made", "wanted the cache of this teacher")
-        return cls(folder, None if identity["kind"] == "topk" else dataclasses.replace(head, weight=head.weight.detach()))
+        kept = None if head is None or identity["kind"] == "topk" else dataclasses.replace(head, weight=head.weight.detach())
+        return cls(folder, kept)
 
     def check(self, text: Any) -> None:
         """Raise a ValueError unless ``text`` is the rows that the cache was made from."""

@@ -30,6 +30,11 @@ def expm1(x: torch.Tensor) -> torch.Tensor:
     return torch.where(near, small * series, x.exp() - 1)
 
 
+def expm1_(x: torch.Tensor) -> torch.Tensor:
+    """:func:`expm1` of a tensor that nobody else needs, in its memory where nothing is compiled."""
+    return expm1(x) if torch.compiler.is_compiling() else x.expm1_()
+
+
 def bregman(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``p * (expm1(x) - x)``, the terms of ``KL(p || q)``; +inf where q alone is zero, and q where p alone is.
 

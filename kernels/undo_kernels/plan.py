@@ -20,8 +20,9 @@ _LOGITS = 64 << 20  # bytes of logits of a chunk by default where the vocabulary
 # tokens, 1024 vocabulary rows and width 320, on two cores with AVX-512.
 _HALF_ROWS = 45
 _FLOPS_PER_THREAD = {"AVX512": 1.8e11}  # float32, measured; other processors are not predicted
-_DIRECT_ELEMENTS = 1 << 19  # (token, vocabulary row) pairs below which plain PyTorch's few large calls win
-_DIRECT_VOCABULARY = 512
+# Plain PyTorch is faster below so many (token, vocabulary row) pairs, and below so many vocabulary rows, than each backend. For
+# C++ measured on one core with AVX-512: 128 tokens by 1000 rows are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
+_DIRECT = {"cpu": (1 << 17, 64), "triton": (1 << 19, 512)}
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ def padded(rows: int) -> int:
     return max(LANES, -(-rows // LANES) * LANES)
 
 
-def prefers_direct(rows: int, vocabulary: int) -> bool:
-    """Whether plain PyTorch is as fast as the tiled kernels, its logits being few."""
-    return vocabulary < _DIRECT_VOCABULARY or rows * vocabulary < _DIRECT_ELEMENTS
+def prefers_direct(rows: int, vocabulary: int, backend: str) -> bool:
+    """Returns whether plain PyTorch is as fast as ``backend``, because the logits are few."""
+    if backend not in _DIRECT:
+        return False
+    fewest_pairs, fewest_rows = _DIRECT[backend]
+    return vocabulary < fewest_rows or rows * vocabulary < fewest_pairs
 
 
 def leading(stride: int) -> int:

@@ -51,7 +51,9 @@ class Projection:
     def logits(self) -> torch.Tensor:
         """``[rows, vocabulary]`` in float32, or float64 where an operand is."""
         dtype = compute_dtype(self.hidden, self.weight)
-        z = Product.apply(self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype))
+        hidden, weight = self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype)
+        # Reductions over the vocabulary are several times faster where the longer of the two extents is contiguous.
+        z = Product.apply(hidden, weight) if self.rows <= self.vocabulary else Product.apply(weight, hidden).T
         if self.bias is not None:
             z = z + self.bias[: self.vocabulary].to(dtype)
         return shape_logits(z, self.scale, self.softcap, self.temperature)

@@ -1,11 +1,13 @@
 """Problems from trained models: hidden states that give the models' own logits, from a run's folders or trained on the spot."""
 
+import copy
 import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rounding import assert_same_function
 
 from undo_core.data.rows import Rows
 from undo_core.models import load_model
@@ -44,8 +46,9 @@ def test_captured_states_give_the_models_own_logits(activations, stages, tmp_pat
     assert inputs.softcap == 30.0 and inputs.student_hidden.shape == (30, 16) and inputs.labels.shape == (30,)
     counted = ((ids[:, :-1] != 0) & (ids[:, 1:] != 0)).flatten()
     for name, (hidden, weight) in {"distill-c": inputs.heads[:2], "unlearn-b": inputs.heads[2:]}.items():
-        wanted = load_model(folder / name).eval()(input_ids=ids).logits[:, :-1].flatten(0, 1)[counted][:30]
-        torch.testing.assert_close(30.0 * torch.tanh(hidden @ weight.T / 30.0), wanted)
+        model = load_model(folder / name).eval()
+        wanted = (m(input_ids=ids).logits[:, :-1].flatten(0, 1)[counted][:30] for m in (model, copy.deepcopy(model).double()))
+        assert_same_function(30.0 * torch.tanh(hidden @ weight.T / 30.0), *wanted)
     assert torch.equal(inputs.labels, ids[:, 1:].flatten()[counted][:30])
     activations.save(inputs, tmp_path / "inputs.safetensors")
     again = activations.load(tmp_path / "inputs.safetensors").to(torch.bfloat16, "cpu")

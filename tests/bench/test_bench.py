@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import undo_kernels
+from rounding import PATH, gamma
 from torch.utils.flop_counter import FlopCounterMode
 from undo_kernels.plan import prefers_direct
 
@@ -149,7 +150,7 @@ def test_a_wrong_contender_is_not_timed(bench_kl, monkeypatch, tmp_path):
 
     record = timed(suite, monkeypatch, tmp_path, "plain", build)
     assert record["status"].startswith("rejected") and "samples_s" not in record
-    assert record["verification"]["loss"] == pytest.approx(0.01, rel=1e-3)
+    assert record["verification"]["loss"] == pytest.approx(0.01, abs=2 * gamma(PATH))  # and the loss's own rounding
 
 
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here that another path could differ from")
@@ -186,15 +187,16 @@ def test_the_reference_contender_that_ran_something_else_has_no_verdict(bench_kl
 def test_every_row_is_large_enough_for_the_kernels(suite):
     """Of fewer pairs dispatch leaves the work to plain PyTorch; the warm-up of a memory measurement must not be left, either."""
     measuring, problems = importlib.import_module("measuring"), importlib.import_module("problems")
-    rows = [row for table in (suite.rows, suite.quick) for device in table for row in table[device]]
+    backends = {"cpu": "cpu", "cuda": "triton"}
+    rows = [(row, backends[device]) for table in (suite.rows, suite.quick) for device in table for row in table[device]]
     assert len(rows) > 10
-    for row in rows:
+    for row, backend in rows:
         for tokens in (
             row.tokens,
             min(row.tokens, measuring.WARM_UP_TOKENS),
             min(row.tokens, problems.ERROR_PAIRS["cpu"] // row.vocabulary),
         ):
-            assert not prefers_direct(tokens, row.vocabulary), row.id
+            assert not prefers_direct(tokens, row.vocabulary, backend), row.id
 
 
 def test_a_loss_that_is_wrong_without_gradients_is_rejected(suite):
@@ -258,8 +260,9 @@ def test_oracles_in_blocks_are_the_definition(suite, problems, monkeypatch, soft
         loss = torch.nn.functional.cross_entropy(z, inputs.labels)
     wanted = loss, *torch.autograd.grad(loss, (hidden, weight))
     monkeypatch.setattr(problems, "ORACLE_PAIRS", 3 * row.vocabulary)
-    assert max(problems.errors(suite.oracle(inputs), wanted).values()) < 1e-13
-    assert float(suite.oracle(inputs, gradients=False)[0]) == pytest.approx(float(loss), rel=1e-13)
+    room = 2 * gamma(PATH, torch.float64)  # of both
+    assert max(problems.errors(suite.oracle(inputs), wanted).values()) < room
+    assert float(suite.oracle(inputs, gradients=False)[0]) == pytest.approx(float(loss), rel=room)
 
 
 def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
@@ -297,12 +300,12 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
 def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     monkeypatch.setattr(bench_kl, "ERROR_TARGETS", [1.0, 1e-5])
-    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 16)  # so few that dispatch alone would leave them to plain PyTorch
+    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # so few that dispatch alone would leave them to plain PyTorch
     arguments = ["--quick", "--only", "error", "--contenders", "undo-core", "plain", "--out", str(out)]
     bench_kl.main(arguments)
     curves = json.loads(out.read_text())["error_versus_kl"]["curves"]
     assert [(c["name"], c["dtype"], c["row"], c["tokens"]) for c in curves] == [
-        ("undo-core", "float32", "quick-f32", 16), ("undo-core", "bfloat16", "quick-bf16", 16), ("plain", "bfloat16", "quick-bf16", 16)
+        ("undo-core", "float32", "quick-f32", 8), ("undo-core", "bfloat16", "quick-bf16", 8), ("plain", "bfloat16", "quick-bf16", 8)
     ]  # fmt: skip
     for curve in curves:
         used = {call["backend"] for point in curve["points"] for run in point["seeds"] for call in run["ran"]}

@@ -1,6 +1,7 @@
 """Both contenders of the noise benchmark leave tensors close to each other in size."""
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_both_add_noise_of_the_same_size(bench_noise, monkeypatch):
             build(tensors, row)()
             norms.append(float(tensors["w"].double().norm()))
             assert torch.equal(tensors["norm"], torch.full((300,), 0.5))
-        assert norms[0] == pytest.approx(norms[1], rel=0.02)
+        # Norms of 60,000 draws each, within six standard deviations of their difference: seeds that leave them are one in 500 million.
+        assert norms[0] == pytest.approx(norms[1], rel=6 / math.sqrt(tensors["w"].numel()))
 
 
 def test_the_shapes_are_the_published_models(bench_noise):

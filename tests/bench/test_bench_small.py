@@ -5,6 +5,7 @@ import json
 
 import pytest
 import undo_kernels
+from rounding import PATH, gamma
 
 KERNELS = "reference" if "cpu" in undo_kernels.unavailable() else "cpu"
 SUITES = {
@@ -38,4 +39,5 @@ def test_a_quick_run_gives_a_table(suite, tmp_path):
                 assert record["verification"]["ran"] == record["ran"]
     if suite == "step":
         losses = {record["name"]: record["loss"] for record in rows[0]["contenders"]}
-        assert losses["float32"] == losses["cached"] == pytest.approx(losses["plain"], rel=1e-4)
+        # Each carries the roundings of its own path and of the weights that the steps before left.
+        assert losses["float32"] == losses["cached"] == pytest.approx(losses["plain"], rel=4 * gamma(PATH))

@@ -1,11 +1,12 @@
 """Models with adapters of peft: what is trained is the adapters, and loss and gradients are those of peft's own forward pass."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import assert_rounded
+from rounding import PATH, assert_rounded, assert_same_function, assert_same_training, gamma
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -100,21 +101,22 @@ def test_losses_and_gradients_are_pefts(kind, batch):
             distillation(model, ModelTeacher(teacher).targets(batch), batch, batch.counted),
         )
     ]
-    model, teacher = model.double(), teacher.double()
-    z = model(input_ids=ids).logits[:, :-1]
-    with torch.no_grad():
-        t = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
-    kl = F.kl_div(z.log_softmax(-1), t, log_target=True, reduction="none").sum(-1).mean()
-    z = model(input_ids=ids).logits[:, :-1]
-    wanted = [
-        (float(loss.detach()), gradients(model, loss)) for loss in (F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten()), kl)
-    ]
-    for (value, mine), (oracle, theirs) in zip(got, wanted, strict=True):
-        assert value == pytest.approx(oracle, rel=1e-5)
-        assert mine.keys() == theirs.keys() and all("lora" in name or "modules_to_save" in name for name in mine)
-        for name, gradient in theirs.items():
-            scale = float(gradient.norm().clamp_min(1e-9))
-            assert float((mine[name] - gradient).norm()) <= 1e-4 * scale, name
+
+    def by_peft(model, teacher):
+        z = model(input_ids=ids).logits[:, :-1]
+        with torch.no_grad():
+            t = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        kl = F.kl_div(z.log_softmax(-1), t, log_target=True, reduction="none").sum(-1).mean()
+        z = model(input_ids=ids).logits[:, :-1]
+        losses = F.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten()), kl
+        return [(float(loss.detach()), gradients(model, loss)) for loss in losses]
+
+    plain, exact = by_peft(model, teacher), by_peft(model.double(), teacher.double())
+    for (value, mine), (same, theirs), (wanted, wide) in zip(got, plain, exact, strict=True):
+        assert_same_function(value, same, wanted)
+        assert mine.keys() == wide.keys() and all("lora" in name or "modules_to_save" in name for name in mine)
+        for name, gradient in wide.items():
+            assert_same_function(mine[name], theirs[name], gradient, name)
 
 
 def test_the_head_in_16_bits_keeps_a_small_adapter(batch):
@@ -208,15 +210,16 @@ def test_unlearning_is_that_of_the_merged_model_at_first(text):
             unlearn(copy.deepcopy(m), forget=text, retain=text, config=config, progress=False).history[-1]["loss"]
             for m in (model, merged)
         ]
-        assert values[0] == pytest.approx(values[1], rel=1e-5)
+        assert values[0] == pytest.approx(values[1], rel=2 * gamma(PATH))  # each has the roundings of its own path
 
 
 def test_relearn_evaluate_cache_and_resume(text, tmp_path):
     model, merged = adapted("lora on the head"), adapted("lora on the head").merge_and_unload()
-    assert evaluate(model, text)["value"] == pytest.approx(evaluate(merged, text)["value"], rel=1e-5)
+    assert evaluate(model, text)["value"] == pytest.approx(evaluate(merged, text)["value"], rel=2 * gamma(PATH))
     assert vocabulary_of(model) == 24
     ids = text.input_ids.long()
-    torch.testing.assert_close(hidden_states(model.eval(), ids), hidden_states(merged.eval(), ids), rtol=1e-4, atol=1e-5)
+    exact = hidden_states(copy.deepcopy(merged).double().eval(), ids)
+    assert_same_function(hidden_states(model.eval(), ids), hidden_states(merged.eval(), ids), exact)
     attack = AttackConfig(rates=[1e-2], evaluate_at=[0, 2], headline_step=2, batch_size=8, extend=0)
     before = frozen_bits(model)
     scored = lambda m: {"forget": evaluate(m, text)["value"]}  # noqa: E731
@@ -228,10 +231,10 @@ def test_relearn_evaluate_cache_and_resume(text, tmp_path):
         relearn(model, text, lora, evaluate=scored, progress=False)
     known = cache_teacher(model, text, tmp_path / "cache", progress=False)
     students = [base(2), base(2)]
-    distill(students[0], known, text, TRAIN, progress=False)
-    distill(students[1], model, text, TRAIN, progress=False)
-    for p, q in zip(*(s.parameters() for s in students), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    linear = dataclasses.replace(TRAIN, optimizer="sgd")
+    distill(students[0], known, text, linear, progress=False)
+    distill(students[1], model, text, linear, progress=False)
+    assert_same_training(*(s.parameters() for s in students), base(2).parameters(), linear.steps)
     options = {"folder": tmp_path / "run", "checkpoint_seconds": 0.0, "progress": False}
     a, b = adapted(), adapted()
     distill(a, base(1), text, TRAIN, **options)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import tokenizer_of
-from rounding import assert_same_function
+from rounding import PATH, assert_same_function, gamma
 
 from undo_core import TrainConfig, UnlearnConfig, distill, relearn, unlearn
 from undo_core.data.rows import Rows
@@ -145,7 +145,7 @@ def test_every_loss_takes_the_labels(model):
             values.append(method.loss(model, {"forget": part}, {"forget": part.counted}).item())
         assert values[0] != pytest.approx(values[1], rel=1e-4), name
         if name == "graddiff":
-            assert -values[0] == pytest.approx(model(input_ids=IDS, labels=OTHER).loss.item(), rel=1e-5)
+            assert -values[0] == pytest.approx(model(input_ids=IDS, labels=OTHER).loss.item(), rel=2 * gamma(PATH))
     targets = ModelTeacher(build_model(SHAPES["llama"], tokenizer_of("padded"), 3)).targets(batch)
     assert (
         distillation(model, targets, batch, batch.counted).item() == distillation(model, targets, plain, plain.counted).item()

@@ -1,18 +1,26 @@
 """Every reader of a checkpoint folder gets what transformers' own from_pretrained gets: the files, the ties and the bits."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from causal_models import build
+from kinds import tokenizer_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_
 from undo_core.checkpoint_edit import CheckpointParameters
-from undo_core.checkpoint_files import INDEX, SINGLE, stored_dtype, weight_files
+from undo_core.checkpoint_files import INDEX, SINGLE, settled_configuration, stored_dtype, weight_files
 from undo_core.models import head_of, initialise, load_model
 from undo_core.noise_checkpoint import noise_checkpoint
+from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.stage import Folder, Work
+from undo_core.pipeline.stages import Initialise
+from undo_core.pipeline.store import Store
+from undo_core.planning.table import plan_rows
 from undo_core.streaming import WeightReader, load_head, stream_model, weights_digest
 
 IDS = torch.arange(8)[None] * 7 % 60 + 3
@@ -124,6 +132,40 @@ def test_every_reader_agrees_with_transformers(folder, tmp_path_factory):
     model.save_pretrained(again)
     with torch.no_grad():
         assert torch.equal(load_model(again).eval()(input_ids=IDS).logits, wanted), "saved and loaded again"
+
+
+def test_what_is_made_from_a_configuration_has_the_parameters_that_are_loaded(folder, tmp_path):
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+    config = settled_configuration(folder)
+    assert {name: parameter.shape for name, parameter in initialise(config, 0).named_parameters()} == shapes
+    predicted = (
+        Predictor(config, 9, device="cpu").moments(Initialise(seed=0, model=Folder(Path("nowhere"))), torch.float32)[0].weights
+    )
+    assert predicted == sum(4 * parameter.numel() for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("change", [own_head, same_head])
+def test_the_random_student_and_the_plan_have_the_head_of_the_files(tmp_path, change):
+    source, output = tmp_path / "source", tmp_path / "student"
+    build("llama", **TIED, vocab_size=300).save_pretrained(source)
+    tokenizer_of("llama").save_pretrained(source)
+    change(source)
+    output.mkdir()
+    Initialise(seed=1, model=Folder(source)).run(Work({"model": source}, tmp_path, output, "random student"))
+    theirs, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, output))
+    assert dict(student.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
+    own = student.lm_head.weight is not student.model.embed_tokens.weight
+    assert own == (change is own_head)
+    assert not own or not torch.equal(student.lm_head.weight, student.model.embed_tokens.weight), "drawn apart"
+
+    (tmp_path / "text.txt").write_text("one\ntwo\n")
+    data = DataConfig(kind="text", retain=[str(tmp_path / "text.txt")], forget=[str(tmp_path / "text.txt")], length=9)
+    config = RunConfig(
+        "planned", str(tmp_path), ModelConfig(path=str(source)), data=data, controls=ControlsConfig(filter=False)
+    )
+    rows, _ = plan_rows(config, Store(tmp_path / "stages"))
+    assert rows[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
 
 
 @pytest.mark.parametrize("folder", LLAMAS, indirect=True)

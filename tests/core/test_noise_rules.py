@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rounding import assert_rounded
+from rounding import assert_rounded, gamma
 from torch import nn
 
 from undo_core import NoiseRule, noise_, ops
@@ -73,24 +73,28 @@ def test_the_report_tells_norms_and_shares():
     assert list(report) == list(before), "tied weights once"
     for name, got in report.items():
         change = after[name].detach().double() - before[name].double()
-        assert got.before == pytest.approx(float(before[name].double().norm()), rel=1e-6)
-        assert got.after == pytest.approx(float(after[name].detach().double().norm()), rel=1e-6)
+        assert got.before == pytest.approx(float(before[name].double().norm()), rel=gamma(16))
+        assert got.after == pytest.approx(float(after[name].detach().double().norm()), rel=gamma(16))
         assert got.shrink + got.noise == pytest.approx(1.0)
         if before[name].ndim > 1:
             noise = change + 0.5 * before[name].double()
             shares = [float(part.square().sum()) for part in (0.5 * before[name].double(), noise)]
-            assert got.noise == pytest.approx(shares[1] / sum(shares), rel=1e-5)
+            # Noise is what the roundings of the weights leave; the factors are float32.
+            room = gamma(16) + 2 * gamma(6) * float(after[name].detach().double().norm()) / shares[1] ** 0.5
+            assert got.noise == pytest.approx(shares[1] / sum(shares), rel=room)
         else:
-            assert got.noise == 0 and got.change == pytest.approx(float(change.norm()), rel=1e-4)
+            room = gamma(16) * float(before[name].double().norm() + after[name].detach().double().norm())
+            assert got.noise == 0 and got.change == pytest.approx(float(change.norm()), abs=room)
 
 
 def test_a_vector_that_is_where_it_shrinks_to_does_not_change():
     vector = {"norm": torch.ones(8)}
     moved = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=3.0))["norm"]
-    assert moved.change == pytest.approx(0.6 * 2 * 8**0.5, rel=1e-5) and moved.shrink == 1.0
+    assert moved.change == pytest.approx(0.6 * 2 * 8**0.5, rel=gamma(16)) and moved.shrink == 1.0
     vector["norm"].fill_(1.0)
     still = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=1.0))["norm"]
-    assert still.change < 1e-3 and still.before == pytest.approx(still.after)
+    # What does not cancel is the square root of a rounding of the squares.
+    assert still.change <= gamma(16) ** 0.5 * still.before and still.before == pytest.approx(still.after)
 
 
 def test_the_report_by_kind_adds_squares():

@@ -69,7 +69,8 @@ def work(rank, world, store):
                 shards = distribute_tensor(whole, mesh, placements)
                 found = local_pieces("w", shards)
                 wanted, got = (apply({"w": t}, alpha=0.0, beta=0.0, seed=1)["w"][1] for t in (whole, shards))
-                torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)  # norms, summed over the shards
+                # Squares are rounded in float32 and added in float64, in shards in another order.
+                torch.testing.assert_close(got, wanted, rtol=32 * 2**-24, atol=0)
                 assert pieces in (None, len(found)) or not shards.to_local().numel(), (shape, placements, found)
                 local = shards.to_local()
                 assert sum(view.numel() for view, *_ in found) == local.numel()

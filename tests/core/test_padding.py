@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from kinds import EOS, PAD, tokenizer_of
+from rounding import PATH, assert_same_training, gamma
 from safetensors.torch import load_file, save_file
 
 from undo_core import TeacherConfig, TrainConfig, cache_teacher, distill, evaluate, few_shot
@@ -87,8 +88,8 @@ def test_losses_are_those_of_transformers(splits, model, kind):
     batch = rows_source(rows, len(rows), 0)(0)
     assert batch.counted == int((labels[:, 1:] != -100).sum())
     model.float()
-    assert cross_entropy(model, batch, batch.counted).item() == pytest.approx(wanted, rel=1e-5)
-    assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=1e-5)
+    assert cross_entropy(model, batch, batch.counted).item() == pytest.approx(wanted, rel=2 * gamma(PATH))
+    assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=2 * gamma(PATH))
 
 
 def test_a_token_that_ends_texts_is_learned_though_it_pads(tmp_path):
@@ -103,7 +104,7 @@ def test_a_token_that_ends_texts_is_learned_though_it_pads(tmp_path):
 @pytest.mark.parametrize("isolated", [False, True])
 def test_nothing_knows_what_pads(splits, model, tmp_path, isolated):
     """The cached and the resident teacher, the gate and the few-shot attack, of rows that differ in their padding alone."""
-    results = []
+    results, trained = [], []
     for kind in ("gpt2", "padded"):
         rows, other = (splits[kind, isolated][name] for name in ("valid_forget", "valid_retain"))
         cached = cache_teacher(model.float(), rows, tmp_path / kind, TeacherConfig("cached"), progress=False)
@@ -111,14 +112,17 @@ def test_nothing_knows_what_pads(splits, model, tmp_path, isolated):
         weights = []
         for teacher in (model, cached):
             student = build_model({"model_type": "llama", **SHAPE, "vocab_size": 300}, tokenizer_of("padded"), 1)
-            distill(student, teacher, rows, TrainConfig(steps=1, batch_size=len(rows), lr=1e-2), progress=False)
-            weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
-        torch.testing.assert_close(weights[0], weights[1])
+            start = [p.detach().clone() for p in student.parameters()]
+            distill(student, teacher, rows, TrainConfig(1, batch_size=len(rows), lr=1e-2, optimizer="sgd"), progress=False)
+            weights.append([p.detach() for p in student.parameters()])
+        assert_same_training(*weights, start, 1)
         gate = fit_gate(rows, other, GateConfig(buckets=64))
         prompted, counted = few_shot(rows, other, 1, seed=0, positions=None)
-        results.append([weights[0], gate.weight, prompted.lengths, prompted.input_ids[prompted.text_mask()], counted])
+        results.append([gate.weight, prompted.lengths, prompted.input_ids[prompted.text_mask()], counted])
+        trained.append(weights[0])
+    assert_same_training(*trained, start, 1)
     for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted)
+        assert torch.equal(got, wanted)
 
 
 def test_where_a_text_ends_survives_the_disk_and_decides_the_digest(tmp_path):

@@ -64,12 +64,16 @@ def test_text_with_and_without_a_byte_order_mark(tmp_path, mark, end):
         ("ok\nab\U0001f642".encode()[:-1], ", line 2: got the byte 0xf0 at 3, which is not UTF-8"),
         (b"\x1f\x8b\x08\x00", ", line 1: got the byte 0x8b at 2"),
         (b"\xed\xa0\x80", ", line 1: got the byte 0xed at 1"),
+        ("ok\n".encode("utf-16-le"), ", line 1: got a NUL at character 2, wanted text; UTF-16 without a byte-order mark"),
+        ("ok\n".encode("utf-16-be"), ", line 1: got a NUL at character 1, wanted text; UTF-16 without a byte-order mark"),
         (POINTER.encode(), ": got a pointer file of Git LFS"),
     ],
 )
 def test_what_is_not_utf_8_is_named(tmp_path, ending, content, wanted):
     path = tmp_path / f"a.{ending}"
-    path.write_bytes(content if ending == "txt" else content.replace(b"ok", b'{"text": "ok"}'))
+    if ending == "jsonl":
+        content = content.replace(b"ok", b'{"text": "ok"}').replace(b"o\0k", '{"text": "ok"}'.encode("utf-16-le")[:-1])
+    path.write_bytes(content)
     assert refusal(path).startswith(wanted)
 
 

@@ -240,7 +240,7 @@ def test_a_compiled_model_gives_the_same_gradients():
     model = build("qwen3")
     plain = copy.deepcopy(model)
     model.model.compile(backend="eager")
-    for layer in model.model.layers:
+    for layer in model.model.layers[2:]:  # one that is trained beside its frozen self, and the target's
         layer.compile(backend="eager")
     results = []
     for one in (model, plain):

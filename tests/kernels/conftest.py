@@ -4,6 +4,11 @@ import pytest
 import torch
 from undo_kernels import cpu, plan, recorded
 
+if not torch.cuda.is_available():
+    from interpreter import replace_language_once
+
+    replace_language_once()
+
 
 @pytest.fixture(scope="module")
 def small_tiles():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import EXPONENTIAL, gamma
+from rounding import EXPONENTIAL, gamma, probability_error
 from undo_kernels import backend
 from vocab_losses import divergence, logits
 
@@ -194,7 +194,10 @@ def test_no_worse_than_torch_in_the_same_dtype():
         h, w, th, tw = draw(32, 1000, 48, dtype, spread=3.0)
         exact = float(ops_free_kl(h, w, th, tw, None))
         torch_own = F.kl_div((h @ w.T).log_softmax(-1), (th @ tw.T).log_softmax(-1), log_target=True, reduction="batchmean")
-        assert abs(float(ops.linear_kl_div(h, w, th, tw)) - exact) <= abs(float(torch_own) - exact) + 1e-6 * exact
+        assert (
+            abs(float(ops.linear_kl_div(h, w, th, tw)) - exact)
+            <= abs(float(torch_own) - exact) + probability_error(h, w) * exact
+        )
 
 
 def test_masked_tokens_have_no_influence():
@@ -404,12 +407,12 @@ def test_bad_sparse_teachers_are_named():
 def test_explain_prints_a_table():
     shapes = {"student_hidden": (64, 8), "student_weight": (1000, 8), "teacher_hidden": (64, 8), "teacher_weight": (1000, 8)}
     plan = ops.explain("linear_kl_div", shapes, torch.float32, "cpu")
-    assert plan.workspace_bytes == 64 * 1000 * 4 * 4 and plan.flops == 2 * 4 * 64 * 1000 * 8 and "direct" in str(plan)
+    assert plan.workspace_bytes == 64 * 1000 * 4 * 7 and plan.flops == 2 * 4 * 64 * 1000 * 8 and "direct" in str(plan)
     with backend("reference"):
         bounded = ops.explain(
-            "linear_lse", {"hidden": (64, 8), "weight": (1000, 8)}, torch.float32, "cpu", workspace_bytes=80_000
+            "linear_lse", {"hidden": (64, 8), "weight": (1000, 8)}, torch.float32, "cpu", workspace_bytes=120_000
         )
-    assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 80_000
+    assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 120_000
     with pytest.raises(ValueError, match=r"^op: got"):
         ops.explain("linear_magic", {}, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):

@@ -96,6 +96,22 @@ def assert_same_function(got, plain, want, name=""):
     assert_as_exact_as(got, plain, want, gamma(PATH), name)
 
 
+PATH_16 = 32  # results on that path that are rounded to 16 bits; the sums inside products are not
+
+
+def assert_same_training(got, other, start, steps, dtype=torch.float32):
+    """``got`` and ``other`` are parameters that steps of SGD, which is linear in the gradient, made of ``start``, with roundings of their own.
+
+    Both gradients err by the roundings of a path through a tiny model; each step is rounded into the weight.
+    """
+    got, other, start = (_flat(value).double() for value in (got, other, start))
+    moved = float((other - start).norm())
+    path = gamma(PATH) if dtype == torch.float32 else gamma(PATH_16, dtype)
+    allowed = 2 * path * moved + 2 * steps * unit() * float(other.norm())
+    assert moved > 4 * steps * unit() * float(start.norm()), "the steps are too small to see a difference"
+    assert error(got, other) <= allowed, f"error {error(got, other):.3g} of a movement of {moved:.3g}, wanted {allowed:.3g}"
+
+
 def _flat(value):
     if isinstance(value, torch.Tensor | float):
         return torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float64).detach().flatten()

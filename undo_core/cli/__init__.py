@@ -70,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
-    parser = _parser()
     try:
-        parsed = parser.parse_args([_dashes(argument) for argument in _config_first(arguments)])
+        asked = _config_first(arguments)
+        parser = _parser(next(iter(asked), ""))
+        parsed = parser.parse_args([_dashes(argument) for argument in asked])
         if parsed.subcommand is None:
             parser.print_help()
             return 2
@@ -91,29 +92,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> ArgumentParser:
+def _parser(only: str | None = None) -> ArgumentParser:
+    """Returns the parser of every command, or of the command ``only``: the others are then names without arguments, which takes a
+    fraction of the time."""
     parser = ArgumentParser(prog="undo", description="UNDO: robust unlearning for language models.", exit_on_error=False)
     subcommands = parser.add_subcommands(required=False)
-    for name, text in (("run", _RUN), ("plan", _PLAN)):
+    helps = {"run": _RUN, "plan": _PLAN, "sweep": _SWEEP} | {name: f.__doc__ or "" for name, f in COMMANDS.items()}
+    for name, text in helps.items():
+        sub = _subparser(name) if only in (None, name) else ArgumentParser(exit_on_error=False)
+        subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
+    return parser
+
+
+def _subparser(name: str) -> ArgumentParser:
+    """Returns the parser of one command."""
+    if name in ("run", "plan"):
+        text = _RUN if name == "run" else _PLAN
         sub = ArgumentParser(description=text, exit_on_error=False, usage=f"undo {name} CONFIG [--key=value ...]")
         sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
         if name == "plan":
             sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
-        subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
-    sub = ArgumentParser(description=_SWEEP, exit_on_error=False, usage="undo sweep FILE [--dry-run] [--key=value ...]")
-    sub.add_argument("--config", action="config", help="YAML file of the sweep")
-    sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
-    sub.add_class_arguments(SweepConfig)
-    subcommands.add_subcommand("sweep", sub, help=_SWEEP.splitlines()[0])
-    for name, function in COMMANDS.items():
+    elif name == "sweep":
+        sub = ArgumentParser(description=_SWEEP, exit_on_error=False, usage="undo sweep FILE [--dry-run] [--key=value ...]")
+        sub.add_argument("--config", action="config", help="YAML file of the sweep")
+        sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
+        sub.add_class_arguments(SweepConfig)
+    else:
+        function = COMMANDS[name]
         sub = ArgumentParser(description=_description(function), exit_on_error=False)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
         if settings:
             sub.add_class_arguments(settings)
-        subcommands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
-    return parser
+    return sub
 
 
 def _description(function: Callable[..., int]) -> str:

@@ -46,13 +46,12 @@ def evaluate(
         raise ValueError("data: got none and no multiple_choice, wanted one of the two")
     check_checkpoint("model", Path(model))
     metrics: dict[str, Any] = {}
-    if multiple_choice:
-        files, shown = ([paths] if isinstance(paths, str) else paths for paths in (multiple_choice, examples))
-        config = MultipleChoiceConfig(list(files), list(shown), shots, description, limit, special_tokens)
+    files, shown = ([paths] if isinstance(paths, str) else list(paths) for paths in (multiple_choice, examples))
+    config = MultipleChoiceConfig(files, shown, shots, description, limit, special_tokens) if files else None
     if data is not None:
         check_prepared(Path(data))
         metrics = evaluate_folder(Path(model), Path(data))
-    if multiple_choice:
+    if config is not None:
         metrics["multiple_choice"] = score(load_model(model), load_tokenizer(model), config)
     print(json.dumps(metrics, indent=1))
     return 0

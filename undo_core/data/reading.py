@@ -78,7 +78,10 @@ def read_records(
     if path.suffix == ".jsonl":
         for number, line in text_lines(path):
             if line.strip():
-                yield f"line {number}", _json(line, f"{path}, line {number}")
+                where = f"line {number}"
+                if "\0" in line:  # JSON escapes it: no JSON, or another encoding
+                    checked_text(line, f"{path}, {where}")
+                yield where, _json(line, f"{path}, {where}")
     elif path.suffix == ".parquet":
         yield from _parquet_records(path, column)
     else:

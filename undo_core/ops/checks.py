@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def fail(name: str, got: Any, wanted: str) -> None:
+def fail(name: str, got: Any, wanted: str) -> NoReturn:
     """Raise the ``ValueError`` for an argument."""
     raise ValueError(f"{name}: got {got}, wanted {wanted}")
 

@@ -160,7 +160,7 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
         return "reference"
     backend = choose("vocab_loss", device)
     free = problem.plan == "auto" and problem.workspace_bytes is None
-    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary) else backend
+    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary, backend) else backend
 
 
 def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -185,9 +185,16 @@ def _plain(problem: Problem, tokens: Tokens) -> tuple[torch.Tensor, dict[str, to
     else:
         p, rows = problem.cleared(), slice(None)
     divergence, nll, statistics = row_losses(p)
-    loss = torch.where(p.factor == 0, 0.0, p.factor * divergence)
+
+    def weighted(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        if counted is not None:  # a row may count for one of the two losses alone, and be infinite in the other
+            values = values.masked_fill(factor == 0, 0.0)
+        return values * factor
+
+    loss = weighted(divergence, p.factor) if p.target != "own" else None
     if p.label_factor is not None:
-        loss = loss + torch.where(p.label_factor == 0, 0.0, p.label_factor * nll)
+        nll = weighted(nll, p.label_factor)
+        loss = nll if loss is None else loss + nll
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         if isinstance(rows, slice):

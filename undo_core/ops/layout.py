@@ -104,7 +104,8 @@ def _shared(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
             for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
         ]
         dims.append((tensor.itemsize // unit, 1))
-        mine = owner.as_strided(*zip(*dims, strict=True), (tensor.data_ptr() - begin) // unit)
+        sizes, strides = zip(*dims, strict=True)
+        mine = owner.as_strided(sizes, strides, (tensor.data_ptr() - begin) // unit)
         found += [(names[other], name) for other in mine.unique().tolist() if other >= 0]
         mine.fill_(index)
         if int((owner == index).sum()) < tensor.numel() * (tensor.itemsize // unit):

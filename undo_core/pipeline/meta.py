@@ -13,7 +13,6 @@ and was compared with nothing: fused attention is assumed for every kernel but e
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from undo_core.evaluation import letter_logits, most_likely, token_nats
-from undo_core.models import head_of, hidden_states, make, set_attention
+from undo_core.models import head_of, hidden_states, set_attention, skeleton
 from undo_core.pipeline.storages import FUSED, Storages
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
@@ -71,8 +70,7 @@ PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:
     """The model of a configuration without contents, float32, with an attention kernel as in :class:`TrainConfig`."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = make(copy.deepcopy(config))
+    model = skeleton(config)
     if attention in ("eager", "sdpa"):
         set_attention(model, attention)  # refuses what the model cannot have
     if attention not in ("auto", "eager") or model.config._attn_implementation != "eager":

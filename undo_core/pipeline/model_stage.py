@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from undo_core.checkpoint_files import stored_dtype
+from undo_core.checkpoint_files import settled_configuration, stored_dtype
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS
 from undo_core.evaluation import evaluate
@@ -51,7 +51,7 @@ class ModelStage(Stage):
         """The peak that ``undo plan`` would predict; None where that fails, for whether the stage can run is not its business."""
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
-        predict = Predictor(AutoConfig.from_pretrained(source, trust_remote_code=False), rows.length, **_scored(scored))
+        predict = Predictor(settled_configuration(source), rows.length, **_scored(scored))
         try:
             predicted = predict(self, stored_dtype(source)).total
         except Exception as error:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.managers import SyncManager
-from typing import Any
+from multiprocessing.connection import Connection
 
 import torch
 
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
-from undo_core.training.progress import Board, Update, send_updates_to
+from undo_core.training.progress import Board, send_updates_to
 
 Finished = Callable[[Stage], None]
 Failed = Callable[[Stage, Exception], None]
@@ -89,21 +87,24 @@ def _ready(store: Store, stage: Stage) -> bool:
 
 
 def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Finished, failed: Failed | None) -> None:
-    """Each worker is a pool of one process, so that one that is killed takes nobody's stage but its own."""
+    """Build ``missing`` in ``workers`` processes.
+
+    Each worker is a pool of one process with a pipe of its own for progress, so that a worker that is killed fails only its own stage
+    and holds no lock that another one needs.
+    """
     context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(_end_with, (os.getpid(),))
-    board, updates, devices = Board(), manager.Queue(), gpus()
-    pools, free = dict[int, ProcessPoolExecutor](), list(range(workers))
+    board, devices = Board(), gpus()
+    pools, pipes, free = dict[int, ProcessPoolExecutor](), dict[int, Connection](), list(range(workers))
     waiting, running = dict(missing), dict[Future, tuple[Stage, int]]()
 
-    def start(worker: int) -> ProcessPoolExecutor:
-        pool = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (workers, updates, os.getpid())))
-        with _visible(devices[worker % len(devices)] if devices else None):
-            pool.submit(os.getpid)  # the process begins, with this environment
-        return pool
+    def start(worker: int) -> None:
+        pipes[worker], sender = context.Pipe(duplex=False)
+        stack.callback(pipes[worker].close)
+        with sender, _visible(devices[worker % len(devices)] if devices else None):
+            pools[worker] = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (workers, sender, os.getpid())))
+            pools[worker].submit(os.getpid)  # starts the process, with this environment
 
-    with manager, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
@@ -112,10 +113,11 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
                 for stage in ready[: len(free)]:
                     worker = free.pop(0)
                     if worker not in pools:
-                        pools[worker] = start(worker)
+                        start(worker)
                     running[pools[worker].submit(_build, store, waiting.pop(stage.key))] = stage, worker
                 done, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-                _drain(updates, board)
+                for pipe in pipes.values():
+                    _drain(pipe, board)
                 for future in done:
                     stage, worker = running.pop(future)
                     free.append(worker)
@@ -127,7 +129,7 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
                     else:
                         failed(stage, error)
                         if isinstance(error, BrokenProcessPool):
-                            del pools[worker]
+                            del pools[worker], pipes[worker]
         except BaseException:
             for pool in pools.values():
                 for process in list((pool._processes or {}).values()):
@@ -150,12 +152,11 @@ def _visible(device: str | None) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def _drain(updates: Any, board: Board) -> None:
-    while True:
-        try:
-            board.show(updates.get_nowait())
-        except queue.Empty:
-            return
+def _drain(pipe: Connection, board: Board) -> None:
+    """Show what a worker has sent. A worker that was killed has left an end of file, perhaps in the middle of an update."""
+    with contextlib.suppress(EOFError):
+        while pipe.poll():
+            board.show(pipe.recv())
 
 
 def _end_with(parent: int) -> None:
@@ -169,7 +170,7 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _begin(workers: int, updates: Any, parent: int) -> None:
+def _begin(workers: int, updates: Connection, parent: int) -> None:
     """Set up a worker process."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -177,10 +178,7 @@ def _begin(workers: int, updates: Any, parent: int) -> None:
     disable_progress_bar()
     use_threads(workers)
 
-    def send(update: Update) -> None:
-        updates.put(update)
-
-    send_updates_to(send)
+    send_updates_to(updates.send)
 
 
 def _build(store: Store, stage: Stage) -> None:

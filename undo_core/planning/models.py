@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from undo_core.checkpoint_files import settled_configuration
 from undo_core.data import arithmetic
 from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
-from undo_core.models import architecture, load_tokenizer, make, positions_of
+from undo_core.models import architecture, load_tokenizer, positions_of, skeleton
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
@@ -19,7 +20,7 @@ from undo_core.pipeline.store import Store
 def model_config(config: RunConfig) -> Any:
     """The Hugging Face configuration of a run's models."""
     if config.model.path:
-        return AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
+        return settled_configuration(Path(config.model.path))
     if config.data.tokenizer:
         size = len(load_tokenizer(config.data.tokenizer))
     else:
@@ -37,8 +38,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
     """
     described = model_config(config)
     check_lengths(dataclasses.asdict(config.data), positions_of(described))
-    with torch.device("meta"):
-        return make(described)
+    return skeleton(described)
 
 
 def row_length(config: RunConfig, stage: Stage) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -242,7 +242,7 @@ def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str |
 
 
 @functools.cache
-def _torchao(name: str) -> type[torch.optim.Optimizer]:
+def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
     from torchao import optim
     from torchao.optim import adam
 
@@ -287,7 +287,7 @@ def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         tensor.copy_(whole)
 
 
-def _moment_part(moment: torch.Tensor, part: slice) -> torch.Tensor:
+def _moment_part(moment: Any, part: slice) -> torch.Tensor:
     """A view of some elements of a moment; of a quantised one, whole blocks with their scales."""
     if type(moment) is torch.Tensor:
         return moment.view(-1)[part]
@@ -336,8 +336,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 size = self.block or _block(parameter.device.type)
                 with _flat(parameter) as weight:
                     blocks = (flat.split(size) for flat in (weight, parameter.grad.reshape(-1), *moments))
-                    for block in zip(*blocks, strict=True):
-                        _step_block(*block, int(state["step"]), group)
+                    for part, gradient, first, second in zip(*blocks, strict=True):
+                        _step_block(part, gradient, first, second, int(state["step"]), group)
 
 
 def _step_block(

@@ -8,7 +8,7 @@ import math
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from undo_core.training.config import TrainConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Entry
@@ -94,4 +94,7 @@ def _unlearn_config() -> type:
     return dataclasses.make_dataclass("UnlearnConfig", fields, bases=(_Common,), frozen=True, namespace=namespace)
 
 
-UnlearnConfig = _unlearn_config()
+if TYPE_CHECKING:  # a type checker cannot know the fields that the registered methods add
+    UnlearnConfig = _Common
+else:
+    UnlearnConfig = _unlearn_config()

@@ -160,7 +160,7 @@ class _Run:
         entries = max(self.count, 1) * self.vocabulary
         filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
         d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
-        return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)
+        return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)  # pyrefly: ignore[bad-argument-count]
 
     def _record(self) -> None:
         p = self.problem

@@ -1,15 +1,20 @@
 """Divergences of rows of logits and their gradients, in difference form.
 
-With ``u = z_s - max z_s``, ``v = z_t - max z_t`` and ``x = log p_s - log p_t = (u - v) - gap``::
+With ``u = z_s - max z_s``, ``v = z_t - max z_t``, ``S = sum e**u``, ``T = sum e**v`` and ``x = log p_s - log p_t``::
 
     KL(t || s) = sum p_t (expm1(x) - x)          dKL/dz_s = p_t expm1(x) = p_s - p_t
     KL(s || t) = sum p_s (expm1(-x) + x)         dKL/dz_s = p_s (x - KL)
     JSD        = beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
                                                  dJSD/dz_s = (1 - beta) p_s (log(s / m) - KL(s || m))
 
-Every term is >= 0, and nothing cancels as the two distributions approach each other. The gap of the two log-sum-exps comes from
-the sum of the differences of the exponentials. Taking the maxima away first keeps float32 exact where the probability is:
-``z - lse`` has the rounding of the logits' size, 2e-6 at 30, in every probability.
+Every term is >= 0, and nothing cancels as the two distributions approach each other. All of it follows from one ``expm1`` an
+entry, that of ``d = e**u - e**v``, computed from ``u - v``. With ``D = sum d = S - T``::
+
+    x         = (u - v) - sign(D) log1p(|D| / min(S, T))
+    p_s - p_t = (d - e**v D / T) / S  where D >= 0,  (d - e**u D / S) / T  elsewhere
+
+Taking the maxima away first keeps float32 exact where the probability is: ``z - lse`` has the rounding of the logits' size, 2e-6 at
+30, in every probability.
 
 Infinite logits follow the limits of these formulas. A logit of -inf has probability 0, and ``0 log 0 = 0``. Forward KL is +inf
 where p_s = 0 < p_t, and so is the uniform loss where p_s = 0; their gradients stay p_s - p_t. Reverse KL is +inf where
@@ -25,22 +30,24 @@ from typing import Any
 
 import torch
 
-from undo_kernels.pairs import bregman, difference, expm1
+from undo_kernels.pairs import bregman, expm1, expm1_
 from undo_kernels.problem import SPARSE
 from undo_kernels.sparse import sparse_terms
 
 _LEAST = -200.0  # p * x is 0 in any dtype before log p gets here; 0 * -inf would be NaN
+_MOST = 1e30  # finite in float32, so that its product with a probability of 0 is 0
 
 
 class RowDivergence(torch.autograd.Function):
     """Divergence of each row, ``[rows]``: ``(z_s, z_t, indices, logprobs, target, beta)``, differentiable in ``z_s``.
 
-    The gradient is the formula above, evaluated in the backward from the same logits, rather than autograd's of the value.
-    It can be differentiated again.
+    The forward computes the gradient beside the value, which shares its work, and the backward multiplies it. A backward that is
+    to be differentiated again (``create_graph=True``) adds the derivative of the plain formula.
     """
 
     @staticmethod
-    def forward(  # argument by argument: Dynamo would take *arguments for the form that begins with ctx
+    def forward(  # with ctx: for a separate setup_context torch inspects the signature in every call, which costs more than the math
+        ctx: Any,
         z_s: torch.Tensor,
         z_t: torch.Tensor | None,
         indices: torch.Tensor | None,
@@ -48,74 +55,84 @@ class RowDivergence(torch.autograd.Function):
         target: str,
         beta: float,
     ) -> torch.Tensor:
-        return _terms(z_s, z_t, indices, logprobs, target, beta, gradient=False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = inputs[4:]
+        wanted = ctx.needs_input_grad[0]
+        if target in SPARSE:
+            value, gradient = _sparse(z_s, indices, logprobs, target, wanted)
+        else:
+            value, gradient = _dense(z_s, z_t, target, beta, wanted)
+        if wanted:
+            ctx.save_for_backward(gradient, z_s, z_t, indices, logprobs)
+            ctx.options = target, beta
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return (grad[:, None] * _terms(*ctx.saved_tensors, *ctx.options, gradient=True), *[None] * 5)
+        gradient, z_s, z_t, indices, logprobs = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            target, beta = ctx.options
+            if target in SPARSE:
+                gradient = _sparse(z_s, indices, logprobs, target, True)[1]
+            else:
+                plain = _differentiable_gradient(z_s, z_t, target, beta)
+                gradient = gradient + (plain - plain.detach())
+        return grad[:, None] * gradient, None, None, None, None, None
 
 
 class LogSumExp(torch.autograd.Function):
     """Log-sum-exp of each row, ``[rows]``; NaN, with its gradient, for a row that holds +inf."""
 
     @staticmethod
-    def forward(z: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
         lse = torch.logsumexp(z, -1)
-        return torch.where(lse == math.inf, math.nan, lse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
+        ctx.save_for_backward(z)
+        return lse.masked_fill(lse == math.inf, math.nan)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad[:, None] * torch.softmax(ctx.saved_tensors[0], -1)
 
 
-def _terms(
-    z_s: torch.Tensor,
-    z_t: torch.Tensor | None,
-    indices: torch.Tensor | None,
-    logprobs: torch.Tensor | None,
-    target: str,
-    beta: float,
-    gradient: bool,
-) -> torch.Tensor:
-    """The divergence, ``[rows]``, or its gradient by ``z_s``, ``[rows, V]``."""
-    if target in SPARSE:
-        return _sparse(z_s, indices, logprobs, target, gradient)
-    return _dense(z_s, z_t, target, beta, gradient)
-
-
-def _dense(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool) -> torch.Tensor:
+def _dense(
+    z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The divergence, ``[rows]``, and its gradient by ``z_s`` where wanted, ``[rows, V]``. Autograd does not look inside."""
     u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
-    e_s, e_t = u.exp(), v.exp()
+    # Two logits of -inf do not differ. A row that is no distribution has sums of NaN.
+    x = torch.sub(u, v).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    e_s, e_t = u.exp_(), v.exp_()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
-    x = torch.nan_to_num(
-        u - v, nan=0.0, posinf=math.inf, neginf=-math.inf
-    )  # two -inf do not differ; a NaN row keeps its sums' NaN
-    apart = difference(e_t, e_s, x).sum(-1, keepdim=True) / sum_t
-    # Far from zero, log1p(apart) is log1p(-1 + rounding).
-    gap = torch.where(apart.abs() < 0.5, torch.log1p(torch.where(apart.abs() < 0.5, apart, 0.0)), (sum_s / sum_t).log())
-    x = x - gap
-    p_s, p_t = e_s / sum_s, e_t / sum_t
+    least, most = torch.minimum(sum_s, sum_t), torch.maximum(sum_s, sum_t)
+    apart = expm1_(x.abs().neg_()).copysign_(x).mul_(torch.maximum(e_s, e_t))
+    ratio = apart.sum(-1, keepdim=True) / least
+    x -= torch.copysign(ratio.abs().log1p(), ratio)
+    apart /= most
+    apart.addcmul_(e_t.expand_as(apart), ratio.clamp_min(0) / most, value=-1)
+    apart.addcmul_(e_s, ratio.clamp_max(0) / most, value=-1)  # p_s - p_t
     if target in ("forward", "uniform"):
-        return difference(p_t, p_s, x) if gradient else bregman(p_t, p_s, x).sum(-1)
+        x.clamp_max_(_MOST).mul_(e_t.div_(sum_t)).sub_(apart)
+        return x.sum(-1).neg_().clamp_min_(0), apart
+    p_s = e_s.div_(sum_s)
     if target == "reverse":
-        kl = bregman(p_s, p_t, -x).sum(-1, keepdim=True)
-        return _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan)) if gradient else kl.squeeze(-1)
+        kl = (p_s * x.clamp_min(-_MOST)).sub_(apart).sum(-1, keepdim=True).clamp_min_(0)
+        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan)) if gradient else None
+    p_t = e_t.div_(sum_t)
     m = beta * p_t + (1 - beta) * p_s
     log_m_s = _log_mixture(-x, math.log1p(-beta), beta)
     from_s = bregman(p_s, m, log_m_s).sum(-1, keepdim=True)
-    if gradient:
-        return (1 - beta) * _centred(p_s, -log_m_s, from_s)
     from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
-    return beta * from_t + (1 - beta) * from_s.squeeze(-1)
+    value = beta * from_t + (1 - beta) * from_s.squeeze(-1)
+    return value, (1 - beta) * _centred(p_s, -log_m_s, from_s) if gradient else None
+
+
+def _differentiable_gradient(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> torch.Tensor:
+    """The gradient as autograd can differentiate it, less exact where the two distributions nearly agree."""
+    log_s, log_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    p_s = log_s.exp()
+    if target in ("forward", "uniform"):
+        return p_s - log_t.exp()
+    other = log_t if target == "reverse" else torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    x = (log_s - other).clamp_min(_LEAST)
+    return (1.0 if target == "reverse" else 1 - beta) * p_s * (x - (p_s * x).sum(-1, keepdim=True))
 
 
 def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -131,7 +148,9 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     return torch.where(x.abs() <= 1, torch.log1p(other * expm1(small)), far)
 
 
-def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool) -> torch.Tensor:
+def _sparse(
+    z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Only differences of logits matter, so the largest that counts is taken away first, which keeps the log-sum-exps small."""
     safe = indices.clamp_min(0)
     column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own
@@ -142,10 +161,10 @@ def _sparse(z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, targ
     lse_rest = torch.logsumexp(rest, -1)
     terms = sparse_terms(z.gather(-1, safe), indices, logprobs, lse_rest, target, z.shape[-1])
     if not gradient:
-        return terms.divergence
+        return terms.divergence, None
     if target == "renormalize":
         others = terms.rest[:, None].expand_as(z)
     else:
         empty = lse_rest == -math.inf
         others = terms.rest[:, None] * (rest - torch.where(empty, 0.0, lse_rest)[:, None]).exp()
-    return torch.nn.functional.pad(others, (0, 1)).scatter(-1, column, terms.slope)[:, :-1]
+    return terms.divergence, torch.nn.functional.pad(others, (0, 1)).scatter(-1, column, terms.slope)[:, :-1]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import gamma
 from triton_problems import DEVICE, error, moved, problem
 from undo_kernels.triton import loss
 from undo_kernels.triton.products import Workspace
@@ -114,7 +115,8 @@ def test_compiles_to_one_graph():
     inputs = heads(300, 4000, 64)
     torch.compiler.reset()
     loss_of = torch.compile(lambda *given: ops.linear_kl_div(*given), fullgraph=True)
-    torch.testing.assert_close(loss_of(*inputs), ops.linear_kl_div(*inputs))
+    # The op is the same; the mean of 300 divergences, none of them negative, may be added in another order.
+    assert float(loss_of(*inputs)) == pytest.approx(float(ops.linear_kl_div(*inputs)), rel=2 * gamma(300 + 2))
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])

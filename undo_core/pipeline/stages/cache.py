@@ -68,7 +68,7 @@ class Cache(ModelStage):
             if self.config.kind == "topk":
                 meta.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
             else:
-                ops.linear_lse(hidden, head.weight, **head.options())
+                ops.linear_lse(hidden, head.weight, vocab_size=self.config.vocab_size, **head.options())
             del hidden
             meta.evaluate(model)
         return [loading, *meta.peaks()]

@@ -167,7 +167,7 @@ class Distill(TrainingStage):
 
         return Method(
             lambda student, batches, counted: distillation(
-                student, targets(batches["text"]), batches["text"], counted["text"], match
+                student, targets(batches["text"]), batches["text"], counted["text"], match, self.vocab_size
             )
         )
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from undo_core.checkpoint_files import settled_configuration
 from undo_core.models import initialise, load_tokenizer
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save
@@ -29,7 +29,7 @@ class Initialise(Stage):
 
     def run(self, work: Work) -> dict[str, Any]:
         source = work.inputs["model"]
-        model = initialise(AutoConfig.from_pretrained(source, trust_remote_code=False), self.seed)
+        model = initialise(settled_configuration(source), self.seed)
         save(model, load_tokenizer(source), work.output)
         return {}
 
