@@ -1,4 +1,4 @@
-"""A model of a run under one of its attacks: the stages of the grid, as far as it has grown, and what the results keep of them."""
+"""A model under an attack: the stages of the attack's grid as far as it has grown, and its entry in the results."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Attacked:
         return [self.stage(trial) for trial in self.config.trials()]
 
     def extension(self, store: Store) -> list[Stage]:
-        """The stages by which the grid still has to grow."""
+        """The missing stages of the next rate, where the worst rate is an end of the grid."""
         curves, beyond = self._grown(store)
         if beyond is None or not may_grow(self.config, curves):
             return []
         return [stage for stage in map(self.stage, self.config.trials([beyond])) if not store.done(stage)]
 
     def entry(self, store: Store) -> dict[str, Any]:
-        """The curves, as the results of a run keep them."""
+        """The entry of the headline attack in the results: its curves."""
         curves, beyond = self._grown(store)
         ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.shots or 0, -(trial.bits or 0), trial.order))
         rates = sorted({trial.rate for trial in curves if trial.rate is not None})
@@ -60,7 +60,7 @@ class Attacked:
         }
 
     def named_entry(self, store: Store) -> dict[str, Any]:
-        """The same for an attack beside the headline one: with its kind, its headline step, and a name for each curve's setting."""
+        """The entry of a further attack: as :meth:`entry`, with its kind, its headline step and the name of each curve's setting."""
         entry = self.entry(store)
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
@@ -73,7 +73,7 @@ class Attacked:
         return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
 
     def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
-        """The curves that are there, of the configured grid and of its extensions, and the next rate where the worst is at an end."""
+        """The finished curves of the grid and its extensions, and the next rate where the worst rate is an end of the grid."""
         curves: dict[Trial, Curve] = {}
         trials = self.config.trials()
         while True:

@@ -1,13 +1,14 @@
-"""The meta device for a stage: its memory, by parts, before anything runs.
+"""The meta device for a stage: predicts its memory, by parts, before anything runs.
 
-The stage's own loss runs forward and backward on the meta device while the storages that live are counted: what autograd keeps,
-temporaries and gradients are those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the
-optimizer's state, the files that weights are read from, and the process; a step's temporaries are counted in the optimizer's own
-code. The peak is the largest of a few moments: loading; forward and backward of a micro-batch, with the head's gradient between
-them; the optimizer's step; evaluation.
+The stage's own loss runs forward and backward on the meta device while live storages are counted. What autograd saves, temporaries and
+gradients are therefore those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the optimizer's
+state, the files that weights are read from, and the process. A step's temporaries are counted in the optimizer's own code. The peak is
+the largest of a few moments: loading; forward and backward of a micro-batch, with the head's gradient between them; the optimizer's
+step; evaluation.
 
-On a CPU the tests compare this with the resident size of a process. On a GPU it is what the allocator hands out, by the same arithmetic,
-and was compared with nothing: fused attention is assumed for every kernel but eager, and fragmentation is left out.
+On a CPU the tests compare the prediction with the resident size of a process. For a GPU it uses the same arithmetic for what the
+allocator hands out and has not been compared with measurements: it assumes fused attention for every kernel but eager, and no
+fragmentation.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class TrainingStage(ModelStage):
         """How it trains."""
 
     @abc.abstractmethod
-    def retrained(self, **settings: Any) -> Stage:
+    def retrained(self, **settings: Any) -> Self:
         """The stage with other settings of its training.
 
         Raises:
@@ -104,7 +104,7 @@ class TrainingStage(ModelStage):
     def cheaper(self) -> list[Change]:
         return [Change(self.flag(name), self._values_of(name, value)) for name, value in CHANGES if self.possible(name, value)]
 
-    def changed(self, changes: Mapping[str, Any]) -> Stage:
+    def changed(self, changes: Mapping[str, Any]) -> Self:
         return self.retrained(**{flag.removeprefix(self.flag("")): value for flag, value in changes.items()})
 
     def flag(self, name: str) -> str:

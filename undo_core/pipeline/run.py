@@ -1,4 +1,4 @@
-"""The whole method, run: every stage of the graph, the growing attacks, the results and the report."""
+"""A run: all stages of the graph, the attacks, whose grids can grow, then the results and the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULTS_FORMAT = 1
 
 
 def run(config: RunConfig, command: str) -> Path:
-    """Run everything that is not there yet and report; returns the path of ``report.html``.
+    """Build the missing stages and write the report; returns the path of ``report.html``.
 
     Killed at any moment, the same call continues, and ends with the same bits.
     """
@@ -39,7 +39,7 @@ def run(config: RunConfig, command: str) -> Path:
 
 
 def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
-    """What a run lacks: models and attacks; once they are there, the attacks by which its grids grow."""
+    """The stages that a run still needs: models and attacks first, then the attacks by which its grids grow."""
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
     attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
@@ -50,7 +50,7 @@ def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
 
 
 def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
-    """Evaluate the models of a run that lacks no stage; returns what ``results-seedN.json`` in its output folder then holds."""
+    """Evaluate the models of a run whose stages are complete; writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     results = {
         "format": RESULTS_FORMAT,
@@ -117,7 +117,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
 
 
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:
-    """How a student was damaged where it was otherwise than by the noise, and what either left as it was."""
+    """What the results say about the damage of the model's student."""
     student = model.stage.inputs.get("student")
     return {} if student is None else student.results(store.manifest(student))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -206,7 +206,7 @@ class Stage(abc.ABC):
         """Changes of settings with which the stage would need less memory, those that cost least first."""
         return []
 
-    def changed(self, changes: Mapping[str, Any]) -> Stage:
+    def changed(self, changes: Mapping[str, Any]) -> Self:
         """The stage with other settings, by the flags of :meth:`cheaper`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Many runs over one folder of stages; what they have in common is computed once."""
+"""A sweep: many runs that share one folder of stages, so that stages they have in common are computed once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from undo_core.training.progress import console
 
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
-    """Run everything that is not there yet, all runs in one pool of workers, and report on each run and on all of them.
+    """Run all missing stages of all runs in one pool of workers, then report on each run and on all of them.
 
     Killed at any moment, the same call continues. A run that fails stops no other, be it for a file or a package that it lacks.
 
@@ -81,7 +81,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
 
 
 def sweep_table(sweep: SweepConfig) -> RenderableType:
-    """What :func:`run_sweep` would run: the runs, and their stages by kind, shared, there and missing."""
+    """Tables of what :func:`run_sweep` would run: the runs, and how many of their stages are shared, finished and missing."""
     store = Store(Path(sweep.output) / "stages")
     table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
     for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
@@ -133,7 +133,7 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
 
 
 def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
-    """Every stage of a run but those by which its grids may grow; asks for the packages that they need."""
+    """Every stage of a run, by its key, without those by which its grids may grow; checks that the packages they need are installed."""
     return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
 
 
@@ -146,7 +146,7 @@ def _line(what: str, error: Exception) -> str:
 
 
 def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
-    """The stages, those of one run alone under its name."""
+    """The stages of all runs; the title of a stage that only one run needs begins with the run's name."""
     several = len({config.name for config, _ in runs}) > 1
     seeds = len({config.seed for config, _ in runs}) > 1
     wanted = collections.Counter(stage.key for _, stages in runs for stage in stages)
@@ -158,7 +158,7 @@ def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
 
 
 def _cause(stage: Stage, errors: Mapping[str, str]) -> str | None:
-    """The error by which a stage is not there: its own, or of what it reads."""
+    """The error that kept a stage from being built: its own, or that of a stage it reads."""
     if stage.key in errors:
         return errors[stage.key]
     return next(filter(None, (_cause(source, errors) for source in stage.inputs.values())), None)

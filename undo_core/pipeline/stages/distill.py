@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ class Distill(TrainingStage):
     def training(self) -> TrainConfig:
         return self.train
 
-    def retrained(self, **settings: Any) -> Distill:
+    def retrained(self, **settings: Any) -> Self:
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **settings))
 
     @property
@@ -189,7 +189,7 @@ class Distill(TrainingStage):
             return not self.hidden_weight and self.config.kind == "resident"
         return super().possible(name, value)
 
-    def changed(self, changes: Mapping[str, Any]) -> Distill:
+    def changed(self, changes: Mapping[str, Any]) -> Self:
         train = {flag: value for flag, value in changes.items() if flag != "teacher.kind"}
         stage = super().changed(train)
         if "teacher.kind" not in changes:

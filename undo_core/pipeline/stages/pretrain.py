@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 
@@ -49,7 +49,7 @@ class Pretrain(TrainingStage):
     def training(self) -> TrainConfig:
         return self.train
 
-    def retrained(self, **settings: Any) -> Pretrain:
+    def retrained(self, **settings: Any) -> Self:
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **settings))
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 
@@ -54,7 +54,7 @@ class Relearn(TrainingStage):
     def training(self) -> TrainConfig:
         return self.config.training(self.rate)
 
-    def retrained(self, **settings: Any) -> Relearn:
+    def retrained(self, **settings: Any) -> Self:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
 
     def flag(self, name: str) -> str:

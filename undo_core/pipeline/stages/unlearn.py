@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from undo_core.models import forward_flops, load_tokenizer, tokens_of, vocabulary_of
 from undo_core.pipeline.meta import Memory, Meta
@@ -35,7 +35,7 @@ class Unlearn(TrainingStage):
     def training(self) -> TrainConfig:
         return self.config.train
 
-    def retrained(self, **settings: Any) -> Unlearn:
+    def retrained(self, **settings: Any) -> Self:
         train = dataclasses.replace(self.config.train, **settings)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, train=train))
 
