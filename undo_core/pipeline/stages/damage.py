@@ -22,9 +22,9 @@ class Damage(Stage):
         operator: see :mod:`undo_core.damage`.
         seed: of what is drawn.
         layers: only these layers, such as 0-3,7.
-        strength: of the operator; or
         like: settings of the noise whose distance is wanted, as JSON values.
         parts: what is damaged of a model that knows images or sound too: text or all.
+        strength: of the operator, in the place of ``like``.
         model: what is damaged.
     """
 
@@ -32,9 +32,9 @@ class Damage(Stage):
     operator: Operator
     seed: int
     layers: str | None
-    strength: float | None = optional()
     like: dict[str, Any] | None = optional()
     parts: Parts = optional("text")
+    strength: float | None = optional()
     model: Stage | Folder
 
     def run(self, work: Work) -> dict[str, Any]:
