@@ -1,6 +1,6 @@
 """The peak memory that ``undo plan`` predicts, beside the one that the kernel counts, of whole stages in every mode of training.
 
-A stage is the pipeline's own function from folders to a folder: loading, training, evaluation and saving included. Each runs in a
+A stage is the pipeline's own, from folders to a folder: loading, training, evaluation and saving included. Each runs in a
 fork of one process that has imported everything, after the same stage of a small model, so that what is compared is the stage and not
 the libraries: the high-water mark of the resident size less what was resident before, and the prediction less its process part.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -134,61 +135,67 @@ def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
     return folder
 
 
-def stage_settings(case: Case) -> dict[str, Any]:
-    """The settings of the stage that a case is, three steps long."""
-    import dataclasses
-
+def stage_of(case: Case, folder: Path) -> Any:
+    """The stage that a case is, two steps long, on ``folder``, which is the data and every model."""
+    from undo_core.pipeline.stage import Folder
+    from undo_core.pipeline.stages import Cache, Distill, Noise, Pretrain, Relearn, Unlearn
     from undo_core.relearning import AttackConfig
     from undo_core.teacher import TeacherConfig
     from undo_core.training import TrainConfig
     from undo_core.unlearning import RMUConfig, UnlearnConfig
 
     train = TrainConfig(**{"steps": 2, "batch_size": 2, "lr": 1e-4, "seed": 0, **case.train})
-    plain = dataclasses.asdict(train)
+    prepared = model = Folder(folder)
     if case.kind == "pretrain":
-        return {"train": plain, "splits": ["retain", "forget"], "stop_retain": None}
+        return Pretrain(train=train, splits=("retain", "forget"), prepared=prepared)
     if case.kind == "unlearn":
         rmu = RMUConfig(first_layer=0, target_layer=2)
-        return dataclasses.asdict(UnlearnConfig(train=train, rmu=rmu, **case.settings))
+        return Unlearn(config=UnlearnConfig(train=train, rmu=rmu, **case.settings), prepared=prepared, model=model)
     if case.kind == "distill":
-        teacher = dataclasses.asdict(TeacherConfig(**case.settings["teacher"]))
-        return {"train": plain, "recover": None, "teacher": teacher}
+        config, cached = TeacherConfig(**case.settings["teacher"]), None
+        if config.stored:
+            cached = Folder(folder.parent / f"cache-{config.kind}-{case.stored}")
+        return Distill(train=train, recover=None, config=config, prepared=prepared, teacher=model, student=model, cache=cached)
     if case.kind == "cache":
         settings = {name: value for name, value in case.settings.items() if name != "streamed"}
-        extra = {"streamed": True} if "streamed" in case.settings else {}
-        return {**dataclasses.asdict(TeacherConfig(**settings, batch_size=16)), **extra}
+        config = TeacherConfig(**settings, batch_size=16)
+        return Cache(config=config, streamed=case.settings.get("streamed", False), prepared=prepared, teacher=model)
     if case.kind == "relearn":
-        attack = AttackConfig(evaluate_at=[0, 2], headline_step=2, extend=0, batch_size=2, **case.train)
-        return {**{k: v for k, v in dataclasses.asdict(attack).items() if k != "rates"}, "rate": 1e-4}
-    return {"alpha": 0.5, "beta": 0.1, "seed": 0}
+        grid = {"rates": [1e-4], "evaluate_at": [0, 2], "headline_step": 2, "extend": 0, "batch_size": 2}
+        return Relearn(config=AttackConfig(**grid, **case.train), prepared=prepared, model=model)
+    return Noise(alpha=0.5, beta=0.1, law="xavier_uniform", seed=0, model=model)
 
 
 def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
     """The stage, from folders that are made where they are missing."""
     from undo_core.files import fresh
-    from undo_core.stages import FUNCTIONS
-    from undo_core.store import Work
 
-    prepared = prepare(root / case.stored, shape, case.stored)
-    settings = stage_settings(case)
-    inputs = dict.fromkeys(("prepared", "model", "student", "teacher"), prepared)
-    if case.kind == "distill" and settings["teacher"]["kind"] in ("cached", "topk"):
-        inputs["cache"] = cache(case, root, settings["teacher"], inputs)
-    work = Work(settings, inputs, fresh(root / "scratch"), fresh(root / "output"), "measured")
-    FUNCTIONS[case.kind](work)
+    stage = stage_of(case, prepare(root / case.stored, shape, case.stored))
+    make_cache(stage)
+    run_in(stage, fresh(root / "output"))
 
 
-def cache(case: Case, root: Path, teacher: dict[str, Any], inputs: dict[str, Path]) -> Path:
-    """The folder of a cache, with what a store would add to it."""
+def make_cache(stage: Any) -> None:
+    """The cache that a distillation reads, where it is missing, with what a store would add to it."""
     from undo_core.files import fresh, write_json
-    from undo_core.stages import FUNCTIONS
-    from undo_core.store import MANIFEST, Work
+    from undo_core.pipeline.stage import MANIFEST
+    from undo_core.pipeline.stages import Cache
 
-    folder = root / f"cache-{teacher['kind']}-{case.stored}"
-    if not folder.exists():
-        facts = FUNCTIONS["cache"](Work({**teacher, "batch_size": 16}, inputs, fresh(root / "scratch"), fresh(folder), "cache"))
-        write_json(folder / MANIFEST, facts)
-    return folder
+    folder = stage.inputs.get("cache")
+    if folder is None or folder.path.exists():
+        return
+    config = dataclasses.replace(stage.config, batch_size=16)
+    made = Cache(config=config, prepared=stage.prepared, teacher=stage.teacher)
+    write_json(folder.path / MANIFEST, run_in(made, fresh(folder.path)))
+
+
+def run_in(stage: Any, output: Path) -> dict[str, Any]:
+    """Run a stage whose inputs are folders in ``output``; returns what it says about it."""
+    from undo_core.files import fresh
+    from undo_core.pipeline.stage import Work
+
+    inputs = {name: folder.path for name, folder in stage.inputs.items()}
+    return stage.run(Work(inputs, fresh(output.parent / "scratch"), output, "measured"))
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------------------
@@ -200,13 +207,13 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     from transformers import AutoConfig
     from undo_kernels.cpu.workspace import release
 
-    from undo_core.memory import Predictor
+    from undo_core.pipeline.predictor import Predictor
 
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
     run_stage(case, root / f"{shape['model_type']}-small", {**shape, **SMALL})  # what is loaded or compiled once
     predict = Predictor(AutoConfig.from_pretrained(folder / case.stored), LENGTH, evaluated=ROWS, device="cpu")
-    memory = predict(case.kind, stage_settings(case), getattr(torch, case.stored))
+    memory = predict(stage_of(case, folder / case.stored), getattr(torch, case.stored))
     release()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -251,9 +258,7 @@ def _prepare_all(names: list[str], root: Path) -> None:
                 case, shape = CASES[name], SHAPES[name.split(":")[0]]
                 folder = root / shape["model_type"]
                 prepared = prepare(folder / case.stored, shape, case.stored)
-                teacher = stage_settings(case).get("teacher", {})
-                if teacher.get("kind") in ("cached", "topk"):
-                    cache(case, folder, teacher, {"prepared": prepared, "teacher": prepared})
+                make_cache(stage_of(case, prepared))
             status = 0
         finally:
             os._exit(status)
@@ -273,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     import transformers
     from rich.console import Console
 
-    import undo_core.stages  # noqa: F401
+    import undo_core.pipeline.stages  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -185,15 +185,24 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
     """The peak beyond the process, models included, that ``undo plan`` would say; of the plain loop it knows nothing."""
     from transformers import AutoConfig
 
-    from undo_core.memory import Predictor
+    from undo_core.pipeline.predictor import Predictor
+    from undo_core.pipeline.stage import Folder
+    from undo_core.pipeline.stages import Distill
+    from undo_core.teacher import TeacherConfig
     from undo_core.training import TrainConfig
 
     if name == "plain":
         return None
     mode = MODES[name]
-    settings = {"train": asdict(TrainConfig(batch_size=shape.rows, **mode.train)), "teacher": {"kind": mode.teacher}}
+    model = Folder(folder / "teacher")
+    stage = Distill(
+        train=TrainConfig(batch_size=shape.rows, **mode.train),
+        recover=None,
+        config=TeacherConfig(mode.teacher),
+        **dict.fromkeys(("prepared", "teacher", "student"), model),
+    )
     predict = Predictor(AutoConfig.from_pretrained(folder / "teacher"), shape.length, evaluated=1, device="cpu")
-    moments = [memory for memory in predict.moments("distill", settings) if memory.moment in ("forward", "backward", "step")]
+    moments = [memory for memory in predict.moments(stage) if memory.moment in ("forward", "backward", "step")]
     return max(memory.total - memory.process for memory in moments)  # the workers evaluate nothing
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from undo_core import ops
-from undo_core.store import machine, usable_cores
+from undo_core.pipeline.store import machine, usable_cores
 from undo_core.version import __version__
 
 Check = Callable[

@@ -106,7 +106,7 @@ def _new(model: PreTrainedModel) -> PreTrainedModel:
     except TypeError as error:
         raise ValueError(
             f"model: got {type(model).__name__}, which cannot be built from its configuration to see where its parameters start "
-            f"({error}); wanted a class that can, or undo_core.ops.noise_, which takes matrices by their shape, with toward"
+            f"({error}); wanted a class that can, or undo_kernels.ops.noise_, which takes matrices by their shape, with toward"
         ) from error
 
 

@@ -51,7 +51,7 @@ class NoiseReport(dict[str, TensorNoise]):
 def noise_(
     model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, parts: Parts = "text", **options: Any
 ) -> NoiseReport:
-    """Damage ``model`` in place: :func:`undo_core.ops.noise_` with a policy for every parameter of a Hugging Face model.
+    """Damage ``model`` in place: :func:`undo_kernels.ops.noise_` with a policy for every parameter of a Hugging Face model.
 
     - **Matrices of products** get noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``: weights of linear layers and of
       convolutions, and other parameters of two or more dimensions that the model draws at random around 0 (routers, stacked experts,
@@ -72,7 +72,7 @@ def noise_(
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
         parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
-        options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_core.ops.noise_`.
+        options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_kernels.ops.noise_`.
 
     Returns:
         For every tensor, by canonical name, its norms and the shares of shrinkage and noise; and what was left.

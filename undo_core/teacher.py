@@ -60,6 +60,17 @@ class TeacherConfig:
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"teacher.batch_size: got {self.batch_size}, wanted an integer >= 1")
 
+    @property
+    def stored(self) -> bool:
+        """Whether its outputs are on disk, and the model is needed to make them alone."""
+        return self.kind in ("cached", "topk")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide a student, as JSON values; none for a resident teacher."""
+        cached = ("batch_size", "vocab_size")
+        used = {"resident": (), "streamed": ("kind",), "cached": ("kind", "dtype", *cached), "topk": ("kind", "k", *cached)}
+        return {name: getattr(self, name) for name in used[self.kind] if getattr(self, name) is not None}
+
 
 class Teacher(Protocol):
     """What :func:`undo_core.distill` learns from.

@@ -109,7 +109,7 @@ def test_published_problems(held_out):
         assert "{" not in problem.text and problem.text[0].isupper() | problem.text[0].isdigit()
 
 
-def test_the_published_evaluation_and_its_scoring():
+def test_the_published_evaluation():
     chosen = arithmetic.evaluation_problems()
     assert len(chosen) == 800 and Counter((p.operation, p.kind) for p in chosen) == {
         (o, k): 100 for o in "+-*/" for k in ("equation", "word_problem")
@@ -117,12 +117,6 @@ def test_the_published_evaluation_and_its_scoring():
     assert chosen == arithmetic.evaluation_problems()
     training = {prompt for table in templates.TRAIN.values() for prompt, _ in table}
     assert not training & {prompt for table in templates.VALID.values() for prompt, _ in table}
-    assert arithmetic.is_correct("20.0<bos>3 * 4", "20.0") and arithmetic.is_correct(" 20 pens.", "20.0")
-    assert (
-        not arithmetic.is_correct("21", "20")
-        and not arithmetic.is_correct("", "20")
-        and not arithmetic.is_correct("pens", "20")
-    )
 
 
 def test_published_splits_pack_whole_problems():

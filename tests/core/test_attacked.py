@@ -4,13 +4,15 @@ import importlib.util
 import json
 
 import pytest
+from stage_kinds import KINDS, NOWHERE
 from transformers import AutoModelForCausalLM
 
-from undo_core.attacks import AttackConfig, Trial, worst_of
+from undo_core.attacks import AttackConfig, worst_of
 from undo_core.cli import main
 from undo_core.files import read_json
-from undo_core.fit import cheapest_fit
-from undo_core.stages import FUNCTIONS, evaluate_folder
+from undo_core.pipeline.prepared import evaluate_folder
+from undo_core.pipeline.stages import Relearn
+from undo_core.planning.fit import cheapest_fit
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("peft", "torchao"))), reason="peft or torchao is not installed"
@@ -112,8 +114,8 @@ def test_a_second_run_does_nothing_and_further_attacks_share_what_is_there(finis
     output, config = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     made = []
-    for kind, function in FUNCTIONS.items():
-        monkeypatch.setitem(FUNCTIONS, kind, lambda work, function=function, kind=kind: made.append(kind) or function(work))
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "run", lambda self, work, run=kind.run: made.append(self.kind) or run(self, work))
     assert main(["run", str(config)]) == 0 and not made
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     assert main(["run", str(config), "--attacks.prompted.shots=[1, 2, 3]"]) == 0 and made == ["probe"] * 2
@@ -173,12 +175,12 @@ def test_the_plan_has_a_line_for_each_attack(finished, capsys):
 @pytest.mark.parametrize(("optimizer", "swapped"), [("adamw", True), ("sgd", False)])
 def test_what_makes_an_attack_fit(optimizer, swapped):
     """Settings that are left out of the stage are at their defaults, and another optimizer would be another attack."""
-    settings = AttackConfig(seed=0, optimizer=optimizer).stage(Trial(rate=1e-3))[1]
+    stage = Relearn(config=AttackConfig(seed=0, optimizer=optimizer), prepared=NOWHERE, model=NOWHERE)
     saved = {"micro_batch_size": 4, "activation_checkpointing": 1}
     need = lambda changes: 10 - sum(saved.get(name, 0) for name in changes)  # noqa: E731
-    assert cheapest_fit("relearn", settings, 9, need)[0].changes == {"activation_checkpointing": True}
-    fit, _ = cheapest_fit("relearn", settings, 6, need)
+    assert cheapest_fit(stage, 9, need)[0].changes == {"activation_checkpointing": True}
+    fit, _ = cheapest_fit(stage, 6, need)
     assert fit.changes == {"micro_batch_size": 32}
     tried = []
-    cheapest_fit("relearn", settings, 0, lambda changes: tried.append(changes) or 1)
+    cheapest_fit(stage, 0, lambda changes: tried.append(changes) or 1)
     assert any("optimizer" in changes for changes in tried) == swapped

@@ -12,18 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import PATH, assert_as_exact_as, assert_same_function, gamma
+from stage_kinds import NOWHERE
 from torch import nn
 
 from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantise_, worst_of
 from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
-from undo_core.config import DataConfig, ModelConfig, RunConfig
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation import evaluate
-from undo_core.graph import plan_run
-from undo_core.memory import Predictor
 from undo_core.models import build_model
+from undo_core.pipeline.attacked import trial_stage
+from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.stages import Probe
 from undo_core.relearning import attack, mixed_cross_entropy, relearn
 from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
 from undo_core.training.batches import RowsSource
@@ -44,6 +47,11 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+
+
+def stage_of(config, trial):
+    """The stage that makes a trial."""
+    return trial_stage(config, trial, NOWHERE, NOWHERE, "")
 
 
 def problems(tokenizer, operation):
@@ -434,23 +442,25 @@ def test_several_data_orders_are_kept_apart_and_the_grid_grows_by_the_worst():
     curves = explore(config, curve_of, higher_is_better=True)
     assert [(trial.rate, trial.order) for trial in tried] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1), (4.0, 0), (4.0, 1)]
     assert set(curves) == set(tried), "0.7 at rate 2 in the second order is worse than 0.4 at rate 4: the grid grows once"
-    keys = {str(config.stage(trial)) for trial in curves}
+    keys = {stage_of(config, trial).key for trial in curves}
     assert len(keys) == 6
 
 
 def test_settings_at_their_default_are_in_no_stage_s_key():
     first = {"evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed", "rate"}
-    kind, settings = AttackConfig(seed=1).stage(Trial(rate=1e-3))
-    assert kind == "relearn" and set(settings) == first
+    trial = Trial(rate=1e-3)
+    settings = stage_of(AttackConfig(seed=1), trial).settings
+    assert set(settings) == first
     changes = {"mix": {"retain": 1.0}, "micro_batch_size": 4, "weight_decay": 0.1, "beta1": 0.5, "attention": "eager"}
     changes["activation_checkpointing"] = True
     for name, value in changes.items():
-        assert AttackConfig(seed=1, **{name: value}).stage(Trial(rate=1e-3))[1] == {**settings, name: value}
-    adapters = AttackConfig(seed=1, kind="lora", lora=LoraConfig(rank=4)).stage(Trial(rate=1e-3))[1]
+        assert stage_of(AttackConfig(seed=1, **{name: value}), trial).settings == {**settings, name: value}
+    adapters = stage_of(AttackConfig(seed=1, kind="lora", lora=LoraConfig(rank=4)), trial).settings
     assert set(adapters) == first | {"kind", "lora"} and adapters["lora"]["rank"] == 4
-    assert AttackConfig(kind="fewshot", seed=3).stage(Trial(shots=2)) == ("probe", {"kind": "fewshot", "shots": 2, "seed": 3})
+    prompted = stage_of(AttackConfig(kind="fewshot", seed=3), Trial(shots=2))
+    assert isinstance(prompted, Probe) and prompted.settings == {"kind": "fewshot", "shots": 2, "seed": 3}
     quantise = AttackConfig(kind="quantise")
-    assert [quantise.stage(trial)[1] for trial in quantise.trials()] == [
+    assert [stage_of(quantise, trial).settings for trial in quantise.trials()] == [
         {"kind": "quantise", "bits": 8},
         {"kind": "quantise", "bits": 4, "group_size": 32},
     ]
@@ -499,17 +509,22 @@ def test_predicted_memory_knows_the_attack():
 
     config = AutoConfig.for_model(**{**SHAPE, "vocab_size": 97, "hidden_size": 64, "intermediate_size": 256})
     predict = Predictor(config, 64, device="cpu")
-    settings = lambda **changes: AttackConfig(seed=0, batch_size=2048, **changes).stage(Trial(rate=1e-3))[1]  # noqa: E731
+
+    def attacked(**changes):
+        return predict(stage_of(AttackConfig(seed=0, batch_size=2048, **changes), Trial(rate=1e-3)), torch.float32)
+
     full, sgd, none, lora = (
-        predict("relearn", settings(**changes))
-        for changes in ({}, {"optimizer": "sgd"}, {"optimizer": "adafactor"}, {"kind": "lora"})
+        attacked(**changes) for changes in ({}, {"optimizer": "sgd"}, {"optimizer": "adafactor"}, {"kind": "lora"})
     )
     assert full.optimizer == 2 * sgd.optimizer > 1.9 * full.weights and none.optimizer == 0
     assert 0 < lora.optimizer < 0.3 * full.optimizer and lora.gradients < 0.3 * max(full.gradients, full.weights)
-    small = predict("relearn", settings(micro_batch_size=2, activation_checkpointing=True))
-    mixed = predict("relearn", settings(mix={"forget": 0.5, "retain": 0.5}))
+    small = attacked(micro_batch_size=2, activation_checkpointing=True)
+    mixed = attacked(mix={"forget": 0.5, "retain": 0.5})
     assert small.activations < 0.5 * full.activations and mixed.activations == pytest.approx(full.activations, rel=0.1)
-    quantised, prompted = (predict("probe", {"kind": "x", "shots": shots}) for shots in (0, 3))
+    quantised, prompted = (
+        predict(Probe(attack=attack, prepared=NOWHERE, model=NOWHERE, **how), torch.float32)
+        for attack, how in (("quantise", {"bits": 4}), ("fewshot", {"shots": 3}))
+    )
     assert quantised.total < full.total and prompted.activations > 0
 
 

@@ -1,6 +1,7 @@
 """Every reader of a checkpoint folder gets what transformers' own from_pretrained gets: the files, the ties and the bits."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from undo_core import noise_
 from undo_core.checkpoint_edit import CheckpointParameters
 from undo_core.checkpoint_files import INDEX, SINGLE, settled_configuration, stored_dtype, weight_files
-from undo_core.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
-from undo_core.memory import Predictor
 from undo_core.models import head_of, initialise, load_model
 from undo_core.noise_checkpoint import noise_checkpoint
-from undo_core.plan import plan_rows
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Store, Work
+from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.stage import Folder, Work
+from undo_core.pipeline.stages import Initialise
+from undo_core.pipeline.store import Store
+from undo_core.planning.table import plan_rows
 from undo_core.streaming import WeightReader, load_head, stream_model, weights_digest
 
 IDS = torch.arange(8)[None] * 7 % 60 + 3
@@ -137,7 +139,9 @@ def test_what_is_made_from_a_configuration_has_the_parameters_that_are_loaded(fo
     shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     config = settled_configuration(folder)
     assert {name: parameter.shape for name, parameter in initialise(config, 0).named_parameters()} == shapes
-    predicted = Predictor(config, 9, device="cpu").moments("initialise", {})[0].weights
+    predicted = (
+        Predictor(config, 9, device="cpu").moments(Initialise(seed=0, model=Folder(Path("nowhere"))), torch.float32)[0].weights
+    )
     assert predicted == sum(4 * parameter.numel() for parameter in theirs.parameters())
 
 
@@ -148,7 +152,7 @@ def test_the_random_student_and_the_plan_have_the_head_of_the_files(tmp_path, ch
     tokenizer_of("llama").save_pretrained(source)
     change(source)
     output.mkdir()
-    FUNCTIONS["initialise"](Work({"seed": 1}, {"model": source}, tmp_path, output, "random student"))
+    Initialise(seed=1, model=Folder(source)).run(Work({"model": source}, tmp_path, output, "random student"))
     theirs, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, output))
     assert dict(student.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
     own = student.lm_head.weight is not student.model.embed_tokens.weight
@@ -160,7 +164,7 @@ def test_the_random_student_and_the_plan_have_the_head_of_the_files(tmp_path, ch
     config = RunConfig(
         "planned", str(tmp_path), ModelConfig(path=str(source)), data=data, controls=ControlsConfig(filter=False)
     )
-    rows, _ = plan_rows(config, Store(tmp_path / "stages", FUNCTIONS))
+    rows, _ = plan_rows(config, Store(tmp_path / "stages"))
     assert rows[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
 
 

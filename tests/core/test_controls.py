@@ -5,19 +5,27 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
-from undo_core.costs import with_costs
 from undo_core.damage import DamageConfig
 from undo_core.data.rows import Rows
 from undo_core.files import read_json
 from undo_core.gate import GateConfig
-from undo_core.graph import plan_run
 from undo_core.models import load_model
-from undo_core.pipeline import run
-from undo_core.plan import plan_rows
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.costs import with_costs
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.run import run
+from undo_core.pipeline.stage import Work
+from undo_core.pipeline.store import Store
+from undo_core.planning.table import plan_rows
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS, distill_stage
-from undo_core.store import Store, Work
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
@@ -66,7 +74,7 @@ def test_a_run_holds_the_controls(finished):
     others = {model.name: model.stage.inputs.get("student") for model in plan_run(whole).models}
     for name in ("undo-0.5", "undo-0.4-prune", "gated-0.5"):
         assert others[name].settings == {**stages[name].inputs["student"].settings, "parts": "all"}
-    store = Store(folder / "stages", FUNCTIONS)
+    store = Store(folder / "stages")
 
     gated = stages["gated-0.5"].inputs
     assert gated["teacher"].key == stages["original"].key, "nothing is unlearned"
@@ -99,7 +107,7 @@ def test_a_retain_text_that_is_not_read_is_not_counted(finished):
     settings, folder = finished
     settings = replace(settings, unlearn=replace(settings.unlearn, retain_weight=0.0))
     (stage,) = [model.stage for model in plan_run(settings).models if model.kind == "unlearn"]
-    store = Store(folder / "stages", FUNCTIONS)
+    store = Store(folder / "stages")
     store.ensure(stage)
     facts = store.manifest(stage)
     assert facts["labelled_retain_tokens"] == facts["labelled_distinct_tokens"]["retain"] == 0
@@ -113,21 +121,21 @@ def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeyp
     """What the unlearned model retains, not what the original does, its teacher."""
     settings, folder = finished
     stages = {model.name: model.stage for model in plan_run(settings).models}
-    store = Store(folder / "stages", FUNCTIONS)
+    store = Store(folder / "stages")
     weight = lambda model: float(model.get_input_embeddings().weight.detach().double().sum())  # noqa: E731
-    monkeypatch.setattr("undo_core.stages._retain", lambda model, data: weight(model))
+    monkeypatch.setattr("undo_core.pipeline.stages.distill.retain_performance", lambda model, data: weight(model))
     reached = {name: weight(load_model(store.folder(stages[name]))) for name in ("original", "unlearn")}
     assert reached["original"] != reached["unlearn"]
     again = stages["gated-0.5"]
     inputs = {name: store.folder(stage) for name, stage in again.inputs.items()}
     (tmp_path / "scratch").mkdir(), (tmp_path / "output").mkdir()
-    facts = distill_stage(Work(again.settings, inputs, tmp_path / "scratch", tmp_path / "output", "again"))
+    facts = again.run(Work(inputs, tmp_path / "scratch", tmp_path / "output", "again"))
     assert facts["retain_target"] == reached["unlearn"] + 1, "recover is -1"
 
 
 def test_the_plan_knows_them(finished):
     settings, folder = finished
-    lines = {row.folder: row for row in plan_rows(settings, Store(folder / "stages", FUNCTIONS))[0]}
+    lines = {row.folder: row for row in plan_rows(settings, Store(folder / "stages"))[0]}
     assert all(line.done for line in lines.values())
     gate = next(line for line in lines.values() if line.title == "gate")
     student = next(line for line in lines.values() if line.title == "distill 0.5")

@@ -72,11 +72,11 @@ for name in absent:
 for name in ("sched_getaffinity", "sysconf", "pwrite"):
     delattr(os, name)
 
-import undo_core, undo_core.cli, undo_core.workers, undo_core.doctor
+import undo_core, undo_core.cli, undo_core.pipeline.workers, undo_core.doctor
 import torch
 from undo_core.checkpoint_files import MappedFile, TensorWriter
 from undo_core.files import locked
-from undo_core.store import usable_cores
+from undo_core.pipeline.store import usable_cores
 
 with TensorWriter(Path(sys.argv[1]), {"a": (torch.float32, (3,))}) as writer:
     writer.write("a", 1, torch.ones(2))

@@ -1,17 +1,18 @@
 """Distillation of hidden states besides logits, against its formula on transformers' own hidden states."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 from rounding import assert_rounded, assert_same_function
+from stage_kinds import NOWHERE
 
 from undo_core import TrainConfig, distill
 from undo_core.data.rows import Rows
 from undo_core.distillation import matching
-from undo_core.fit import cheapest_fit
 from undo_core.models import build_model
+from undo_core.pipeline.stages import Distill
+from undo_core.planning.fit import cheapest_fit
 from undo_core.streaming import stream_model
 from undo_core.teacher import ModelTeacher, TeacherConfig
 from undo_core.teacher_cache import cache_teacher
@@ -145,10 +146,11 @@ def test_no_cache_is_advised_for_less_memory():
         tried.append(changes)
         return 1
 
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=4))}
-    for matched, wanted in (({}, True), ({"hidden": {"hidden_weight": 1.0, "hidden_layers": None}}, False)):
+    stage = {"train": TrainConfig(steps=1, batch_size=4), "recover": None}
+    stage |= {"prepared": NOWHERE, "teacher": NOWHERE, "student": NOWHERE}
+    for weight, wanted in ((0.0, True), (1.0, False)):
         tried.clear()
-        cheapest_fit("distill", {**settings, **matched}, 0, need)
+        cheapest_fit(Distill(**stage, hidden_weight=weight), 0, need)
         assert any("teacher.kind" in changes for changes in tried) == wanted
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from undo_core import cli
 from undo_core.cli import main
-from undo_core.hints import FIRST_STEPS, nearest
+from undo_core.cli.hints import FIRST_STEPS, nearest
 
 DEMO = "configs/arithmetic-cpu.yaml"
 

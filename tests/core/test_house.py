@@ -1,49 +1,38 @@
 """Rules of the house: imports go one way, and the repository shadows nobody's package."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from stage_kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # A module may import modules of its own rank (where they are one concern) and of lower ranks.
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
-    {"undo_core.commands", "undo_core.hints"},
-    {"undo_core.sweep"},
-    {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
-    {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config", "undo_core.attacked"},
-    {"undo_core.stages", "undo_core.report", "undo_core.config", "undo_core.memory", "undo_core.fit", "undo_core.storages"},
+    {"undo_core.planning", "undo_core.doctor"},
+    {"undo_core.pipeline"},
+    {"undo_core.report"},
+    {"undo_core.unlearning"},
     {
-        "undo_core.unlearning",
-        "undo_core.noise",
-        "undo_core.noise_checkpoint",
-        "undo_core.damage",
-        "undo_core.distillation",
-        "undo_core.relearning",
-        "undo_core.attacks",
-    }
-    | {"undo_core.evaluation", "undo_core.multiple_choice", "undo_core.store", "undo_core.gate"},
-    {"undo_core.teacher", "undo_core.teacher_cache"},
-    {"undo_core.streaming"},
-    {
-        "undo_core.training",
-        "undo_core.data",
-        "undo_core.ops",
-        "undo_core.models",
-        "undo_core.heads",
-        "undo_core.adapters",
-        "undo_core.files",
-        "undo_core.checkpoint_files",
-        "undo_core.checkpoint_edit",
-        "undo_core.parameters",
-        "undo_core.initialisation",
+        *("undo_core.attacks", "undo_core.relearning"),
+        *("undo_core.distillation", "undo_core.teacher", "undo_core.teacher_cache", "undo_core.gate"),
     },
-    {"undo_core.config_files"},
+    {
+        *("undo_core.evaluation", "undo_core.multiple_choice"),
+        *("undo_core.training", "undo_core.streaming"),
+        *("undo_core.noise", "undo_core.noise_checkpoint", "undo_core.damage", "undo_core.checkpoint_edit"),
+    },
+    {
+        *("undo_core.data", "undo_core.ops"),
+        *("undo_core.checkpoint_files", "undo_core.parameters", "undo_core.initialisation"),
+    },
+    {"undo_core.models", "undo_core.heads", "undo_core.adapters", "undo_core.files"},
     {"undo_core.version", "undo_core.quiet", "undo_core.text_files"},
     {"undo_kernels"},
 ]
@@ -81,6 +70,66 @@ def test_imports_go_one_way(module, path):
     for name in imports(path):
         other = rank(name)
         assert other is None or other >= own, f"{module} imports {name}, which stands above it"
+
+
+def test_no_module_imports_itself_on_a_detour():
+    """No circles, counting the imports inside functions and those for type checkers too."""
+    files = {module: path for module, path in modules() if module.startswith("undo_core.")}
+    graph = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names} & set(files)
+            elif isinstance(node, ast.ImportFrom):  # of a module by its name, or of what a package defines
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[module] |= {name if name in files else node.module for name in named} & set(files)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def handled(path: Path) -> list[str]:
+    """Places where a file decides by a stage's kind: a comparison, a match, a table by kind, or a test of a stage's class."""
+    kinds, classes = {kind.kind for kind in KINDS}, {kind.__name__ for kind in KINDS}
+
+    def of_a_kind(node: ast.expr | None) -> bool:
+        parts = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node]
+        return any(isinstance(part, ast.Constant) and part.value in kinds for part in parts)
+
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            by_kind = any(map(of_a_kind, (node.left, *node.comparators)))
+        elif isinstance(node, ast.MatchValue):
+            by_kind = of_a_kind(node.value)
+        elif isinstance(node, ast.Dict):
+            by_kind = sum(map(of_a_kind, node.keys)) > 1
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+            by_kind = bool({part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & classes)
+        else:
+            by_kind = isinstance(node, ast.MatchClass) and ast.unparse(node.cls) in classes
+        if by_kind:
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_stages_alone_know_their_kinds(tmp_path):
+    """What a kind means is one file; the graph composes stages, and everything else treats them alike."""
+    base = ROOT / "undo_core"
+    files = [path for part in ("pipeline", "planning", "cli") for path in (base / part).rglob("*.py")]
+    outside = [path for path in files if path.parent != base / "pipeline" / "stages"]
+    assert len(outside) > 15 and [line for path in outside for line in handled(path)] == []
+    (tmp_path / "branches.py").write_text(
+        "stage.kind == 'noise'\n"
+        "stage.kind in ('cache', 'x')\n"
+        "{'noise': f, 'prepare': g}[stage.kind]\n"
+        "isinstance(stage, (Noise, int))\n"
+        "match stage.kind:\n  case 'probe': pass\n"
+        "match stage:\n  case Probe(): pass\n"
+        "inputs['noise'], {'noise': 1}, stage.kind == other.kind\n"
+    )
+    assert [int(line.split(":")[1]) for line in sorted(handled(tmp_path / "branches.py"))] == [1, 2, 3, 4, 6, 8]
 
 
 def test_kernels_import_without_the_method():

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_kinds import NOWHERE
 from transformers import AutoConfig
 from undo_kernels.library import BackendWarning
 
-from undo_core import memory, storages
-from undo_core.memory import PARTS, Predictor, meta_model
 from undo_core.models import initialise
-from undo_core.storages import Storages
+from undo_core.pipeline import meta, storages
+from undo_core.pipeline.meta import PARTS, meta_model
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.stages import Distill, Noise, Pretrain
+from undo_core.pipeline.storages import Storages
 from undo_core.training import TrainConfig
 from undo_core.training.lean import lean
 from undo_core.training.optimizers import BLOCK_CPU
@@ -28,6 +31,12 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+def distilled(**train) -> Distill:
+    """A distillation that is predicted and not run."""
+    inputs = dict.fromkeys(("prepared", "teacher", "student"), NOWHERE)
+    return Distill(train=TrainConfig(steps=1, **train), recover=None, **inputs)
 
 
 def saved_bytes(model, settings, device) -> int:
@@ -63,10 +72,10 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
     config = AutoConfig.for_model(
         "gemma2", vocab_size=50_000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=16))}
+    stage = distilled(batch_size=16)
     with warnings.catch_warnings():
         warnings.simplefilter("error", BackendWarning)
-        peak = Predictor(config, 257, device="cpu")("distill", settings)
+        peak = Predictor(config, 257, device="cpu")(stage, torch.float32)
     logits = 4 * 16 * 256 * 50_000
     assert 0 < peak.workspace < logits
     assert peak.total - peak.process < 2 * logits  # student's and teacher's
@@ -74,8 +83,8 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
 
 def test_rows_that_are_padding_take_no_workspace():
     config = AutoConfig.for_model("llama", vocab_size=20_000, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE)
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=4))}
-    moments = [Predictor(config, 65, device="cpu").moments("distill", settings | more) for more in ({}, {"vocab_size": 5000})]
+    stages = [dataclasses.replace(distilled(batch_size=4), vocab_size=size) for size in (None, 5000)]
+    moments = [Predictor(config, 65, device="cpu").moments(stage, torch.float32) for stage in stages]
     whole, part = ({memory.moment: memory.workspace for memory in found}["forward"] for found in moments)
     assert 0 < part < whole
 
@@ -100,28 +109,29 @@ def test_updates_are_counted_in_their_own_code():
     """A block at a time where they are not fused, nothing within one kernel."""
     for optimizer, precision in (("adamw-8bit", "float32"), ("adamw-4bit", "float32"), ("adamw", "bfloat16-stochastic")):
         dtype = torch.bfloat16 if precision == "bfloat16-stochastic" else torch.float32
-        taken = [memory._update_bytes(count, dtype, optimizer, precision, "cpu") for count in (1 << 20, 1 << 28)]
+        taken = [meta._update_bytes(count, dtype, optimizer, precision, "cpu") for count in (1 << 20, 1 << 28)]
         assert 10 * BLOCK_CPU < taken[0] == taken[1] < 90 * BLOCK_CPU, optimizer
-    assert memory._update_bytes(1 << 16, torch.float32, "adamw-8bit", "float32", "cuda") == 0
-    assert memory._update_bytes(1 << 16, torch.float32, "adamw", "float32", "cpu") == 0
+    assert meta._update_bytes(1 << 16, torch.float32, "adamw-8bit", "float32", "cuda") == 0
+    assert meta._update_bytes(1 << 16, torch.float32, "adamw", "float32", "cpu") == 0
 
 
 def test_shapes_that_are_known_count_as_those_that_are_computed(monkeypatch):
     config = AutoConfig.for_model(
         "gemma2", vocab_size=5000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
-    settings = {"train": dataclasses.asdict(TrainConfig(steps=1, batch_size=4))}
-    known = Predictor(config, 33, device="cpu").moments("distill", settings)
+    stage = distilled(batch_size=4)
+    known = Predictor(config, 33, device="cpu").moments(stage, torch.float32)
     monkeypatch.setattr(storages, "_run", lambda function, args, kwargs: function(*args, **kwargs))
-    assert Predictor(config, 33, device="cpu").moments("distill", settings) == known
+    assert Predictor(config, 33, device="cpu").moments(stage, torch.float32) == known
 
 
 def test_loading_takes_the_file_in_its_own_dtype():
     config = AutoConfig.for_model("llama", vocab_size=5000, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE)
     sizes = [p.numel() for p in meta_model(config).parameters()]
-    settings = {"train": dataclasses.asdict(TrainConfig(precision="bfloat16"))}
+    trained = Pretrain(train=TrainConfig(precision="bfloat16"), splits=("retain",), prepared=NOWHERE)
+    noised = Noise(alpha=0.5, beta=0.1, law="normal", seed=0, model=NOWHERE)
     predict = Predictor(config, 33, device="cpu")
-    loading = {dtype: predict.moments("pretrain", settings, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
+    loading = {dtype: predict.moments(trained, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
     assert loading == {torch.float32: 6 * sum(sizes) + 2 * max(sizes), torch.bfloat16: 4 * sum(sizes)}
-    assert predict.moments("noise", {}, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
-    assert Predictor(config, 33, device="cuda").moments("noise", {})[0].total == 0, "on the host"
+    assert predict.moments(noised, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
+    assert Predictor(config, 33, device="cuda").moments(noised, torch.float32)[0].total == 0, "on the host"

@@ -7,18 +7,17 @@ import causal_models
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_kinds import NOWHERE
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from undo_core import NoiseRule, damage_, noise_
 from undo_core.cli import main
-from undo_core.config import NoiseConfig
 from undo_core.files import read_json
-from undo_core.graph import Model
 from undo_core.noise_checkpoint import noise_checkpoint
 from undo_core.parameters import Left, summary
-from undo_core.pipeline import damage_entry
-from undo_core.store import Stage
+from undo_core.pipeline.config import NoiseConfig
+from undo_core.pipeline.stages import Damage, Noise
 
 ROOT = Path(__file__).parents[2]
 TOWER = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
@@ -130,16 +129,13 @@ def test_the_commands_say_what_was_left(checkpoint, tmp_path, capsys):
 
 
 def test_the_results_of_a_run_say_what_was_left():
-    class Manifests:  # of a store
-        def manifest(self, stage):
-            facts = {"left": {TOWER: {"reason": "not text", "elements": 300, "share": 0.25}}}
-            return facts | ({"strength": 0.1, "distance": 0.2, "wanted": 0.2} if stage.kind == "damage" else {})
-
-    for kind, settings in (("noise", {}), ("damage", {"operator": "prune"})):
-        student = Stage(kind, settings)
-        entry = damage_entry(Manifests(), Model("undo", "undo", Stage("distill", {}, {"student": student})))
-        assert entry["left"] == "1 parameters (300 elements, 25.0% of the model): not text"
-        assert ("damage" in entry) == (kind == "damage")
+    facts = {"left": {TOWER: {"reason": "not text", "elements": 300, "share": 0.25}}}
+    measured = {"strength": 0.1, "distance": 0.2, "wanted": 0.2}
+    noised = Noise(alpha=0.5, beta=0.1, law="normal", seed=0, model=NOWHERE)
+    pruned = Damage(operator="prune", seed=0, layers=None, strength=0.1, model=NOWHERE)
+    left = {"left": "1 parameters (300 elements, 25.0% of the model): not text"}
+    assert noised.results(facts) == left and noised.results({"left": {}}) == {}
+    assert pruned.results({**facts, **measured}) == {"damage": {"operator": "prune", **measured}, **left}
 
 
 def test_what_is_left_is_copied_bit_for_bit(checkpoint, tmp_path):

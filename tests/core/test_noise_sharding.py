@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from undo_core import noise_ as damage
 from undo_kernels.library import implementation
 from undo_kernels.segment import Segment
-from undo_core.ops import noise_
+from undo_kernels.ops import noise_
 from undo_kernels.ops.noise import apply
 from undo_kernels.ops.sharding import local_pieces
 

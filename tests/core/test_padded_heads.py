@@ -12,8 +12,8 @@ from rounding import assert_same_function
 from undo_core import TeacherConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, unlearn
 from undo_core.data.rows import Rows
 from undo_core.models import build_model, tokens_of
-from undo_core.stages import _common_tokens
-from undo_core.store import Work
+from undo_core.pipeline.stage import Work
+from undo_core.pipeline.stages.distill import common_tokens
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import as_batch
 from undo_core.training.losses import HiddenTargets, distillation, uniform_kl
@@ -158,9 +158,9 @@ def test_the_stage_compares_the_tokenizers(padded, tokenizer, tmp_path, capsys):
         if own is not None:
             own.save_pretrained(tmp_path / name)
     work = lambda student: Work(  # noqa: E731
-        {}, {"teacher": tmp_path / "teacher", "student": tmp_path / student}, tmp_path, tmp_path, "distill"
+        {"teacher": tmp_path / "teacher", "student": tmp_path / student}, tmp_path, tmp_path, "distill"
     )
-    assert _common_tokens(work("student"), size + 6, size + 2) == size + 2
+    assert common_tokens(work("student"), size + 6, size + 2) == size + 2
     assert f"the first {size + 2} count" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"student: got a vocabulary of .*teacher and .*other"):
-        _common_tokens(work("other"), size + 6, size + 2)
+        common_tokens(work("other"), size + 6, size + 2)

@@ -13,16 +13,25 @@ from pathlib import Path
 
 import pytest
 from folders import weights
+from stage_kinds import KINDS, Ending
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undo_core.cli import main
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.files import hash_file, read_json
-from undo_core.graph import attack_stage, plan_run, prepare_stage
-from undo_core.pipeline import run
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.run import run
+from undo_core.pipeline.stages.prepare import prepare_stage
+from undo_core.pipeline.store import Store
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
 
@@ -111,8 +120,8 @@ def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("a stage was run again")
 
-    for kind in FUNCTIONS:
-        monkeypatch.setitem(FUNCTIONS, kind, refuse)
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "run", refuse)
     assert main(["run", str(config)]) == 0
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     assert capsys.readouterr().out.strip().endswith("report.html")
@@ -246,11 +255,14 @@ def test_a_sweep_shares_what_it_can():
 
 def test_every_setting_is_part_of_the_key():
     config = small()
-    plan = plan_run(config)
-    stage = attack_stage(config, plan, plan.models[1], 1e-3)
+
+    def attacked(config: RunConfig) -> str:
+        """Key of the headline attack on the unlearned model at its first rate."""
+        return attacked_models(config, plan_run(config))["relearn"]["unlearn"].stages()[0].key
+
     for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7), ("precision", "bfloat16")):
         changed = small(relearn=dataclasses.replace(config.relearn, **{name: value}))
-        assert attack_stage(changed, plan_run(changed), plan.models[1], 1e-3).key != stage.key
+        assert attacked(changed) != attacked(config)
     train = TrainConfig()
     base = plan_run(small(distill=DistillConfig(train=train))).models[2].stage.key
     for field in dataclasses.fields(TrainConfig):
@@ -293,17 +305,12 @@ def test_the_tokenizer_s_files_are_part_of_the_key(tmp_path, as_checkpoint):
         known.append(key())
 
 
-def test_a_failed_stage_leaves_no_folder(tmp_path):
-    def fail(work):
-        (work.output / "half").write_text("x")
-        raise RuntimeError("half way")
-
-    store = Store(tmp_path, {"x": fail})
-    stage = Stage("x", {"a": 1})
-    with pytest.raises(RuntimeError, match="half way"):
+def test_a_failed_stage_leaves_no_folder(tmp_path, monkeypatch):
+    store, stage = Store(tmp_path), Ending(how="raise")
+    with pytest.raises(ValueError, match="half way"):
         store.ensure(stage)
     assert not store.folder(stage).exists() and not store.done(stage)
-    store = Store(tmp_path, {"x": lambda work: {"fine": not list(work.output.iterdir())}})
+    monkeypatch.setattr(Ending, "run", lambda self, work: {"fine": not list(work.output.iterdir())})
     assert read_json(store.ensure(stage) / "manifest.json")["fine"], "the second try starts from an empty folder"
 
 

@@ -9,14 +9,24 @@ from undo_kernels.ops import dispatch
 
 from undo_core import doctor, ops
 from undo_core.cli import main
-from undo_core.config import ControlsConfig, DataConfig, DistillConfig, ModelConfig, NoiseConfig, PretrainConfig, RunConfig
 from undo_core.doctor import run_doctor
-from undo_core.graph import plan_run
-from undo_core.pipeline import run
-from undo_core.plan import _Measure, bytes_of, plan_rows, plan_table
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.run import run
+from undo_core.pipeline.stages import Cache
+from undo_core.pipeline.store import Store
+from undo_core.planning.fit import bytes_of
+from undo_core.planning.table import plan_rows, plan_table
+from undo_core.planning.timing import Measure
 from undo_core.relearning import AttackConfig
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Store
 from undo_core.teacher import TeacherConfig
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
@@ -53,7 +63,7 @@ def show(settings) -> str:
 @pytest.mark.parametrize("teacher", [TeacherConfig(), TeacherConfig("cached")], ids=lambda teacher: teacher.kind)
 def test_the_plan_is_what_then_runs(tmp_path, teacher):
     settings = config(tmp_path, teacher)
-    store = Store(tmp_path / "stages", FUNCTIONS)
+    store = Store(tmp_path / "stages")
     rows, disk = plan_rows(settings, store)
     assert not list(tmp_path.iterdir()), "planning writes nothing"
     assert [row.title for row in rows][:3] == ["prepare", "pretrain", "unlearn maxent"] and not any(row.done for row in rows)
@@ -70,7 +80,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
         if "steps" in facts:
             assert row.steps == facts["steps"] and row.positions == sum(facts["positions_by_source"].values())
             assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
-        if stage.kind == "cache":
+        if isinstance(stage, Cache):
             assert row.flops == facts["flops"] and row.positions == 200 * 11
             stored = sum(path.stat().st_size for path in store.folder(stage).glob("*.safetensors"))
             assert 0.9 < stored / facts["bytes"] <= 1
@@ -79,7 +89,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
 def test_a_large_model_is_planned_without_being_built(tmp_path):
     large = {**SHAPE, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
     settings = replace(config(tmp_path), model=ModelConfig(config={**large, "vocab_size": 256000}))
-    rows, disk = plan_rows(settings, Store(tmp_path, FUNCTIONS))
+    rows, disk = plan_rows(settings, Store(tmp_path))
     assert disk > 8e9 and rows[1].memory.total > 16 * 2.4e9 and rows[1].seconds > 0
 
 
@@ -127,7 +137,7 @@ def test_a_size_that_is_none_is_refused(text):
 
 def test_what_makes_every_stage_fit(tmp_path, capsys, monkeypatch):
     """A vocabulary whose logits' workspace and gradient matter, so that there is something to save."""
-    monkeypatch.setattr(_Measure, "_step", lambda self, rows, length: 1.0)  # memory is asked here, not time
+    monkeypatch.setattr(Measure, "_step", lambda self, rows, length: 1.0)  # memory is asked here, not time
     Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
     sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}

@@ -374,7 +374,7 @@ def test_a_model_is_saved_in_its_dtype_and_loaded_in_float32(arithmetic, tmp_pat
 
 def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
     """The same bits as loading in float32 and converting, without the float32 weights in memory."""
-    from undo_core.stages import _load
+    from undo_core.pipeline.model_stage import load_to_train
 
     wide, _ = run(arithmetic, steps=1)
     wide.save_pretrained(tmp_path / "wide")
@@ -383,7 +383,7 @@ def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
     assert (stored_dtype(tmp_path / "wide"), stored_dtype(tmp_path / "half")) == (torch.float32, torch.bfloat16)
     for name in ("wide", "half"):
         for precision in PRECISIONS:
-            model, other = _load(tmp_path / name, precision), load_model(tmp_path / name)
+            model, other = load_to_train(tmp_path / name, precision), load_model(tmp_path / name)
             short = precision in ("bfloat16", "bfloat16-stochastic") or (name, precision) == ("half", "bfloat16-master")
             assert model.dtype == (torch.bfloat16 if short else torch.float32)
             both = [Updater(m, list(m.parameters()), TrainConfig(precision=precision)) for m in (model, other)]

@@ -17,7 +17,7 @@ from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import train_bpe
 from undo_core.files import read_json
 from undo_core.models import architecture, build_model
-from undo_core.sweep_config import SweepConfig, expand
+from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.unlearning import unlearn
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,15 +14,15 @@ from asked import WORDS, bytewise_tokenizer, questions, write
 from undo_core import evaluate as evaluate_rows
 from undo_core import few_shot
 from undo_core.cli import main
-from undo_core.config import DataConfig, ModelConfig, PretrainConfig, QuestionsConfig, RunConfig
 from undo_core.data.question_rows import question_splits
 from undo_core.data.questions import MultipleChoiceConfig, read_questions
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.files import read_json
-from undo_core.graph import prepare_stage
 from undo_core.models import build_model
 from undo_core.multiple_choice import multiple_choice
+from undo_core.pipeline.config import DataConfig, ModelConfig, PretrainConfig, QuestionsConfig, RunConfig
+from undo_core.pipeline.stages.prepare import prepare_stage
 
 MODEL = {
     "hidden_size": 16,

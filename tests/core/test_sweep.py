@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stage_kinds import KINDS, Ending
 
-from undo_core import workers
 from undo_core.attacks.config import NEEDS
 from undo_core.cli import main
 from undo_core.files import read_json
-from undo_core.graph import plan_run
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
-from undo_core.sweep_config import SweepConfig, expand
+from undo_core.pipeline import workers
+from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.stages import Unlearn
+from undo_core.pipeline.store import Store
+from undo_core.pipeline.sweep_config import SweepConfig, expand
 
 BASE = """
 name: tiny
@@ -142,8 +143,8 @@ def test_runs_share_stages_and_each_leaves_its_results(tmp_path, monkeypatch, ca
     assert "comparison.html" in printed and "β=0.5" in printed
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
-    for kind in FUNCTIONS:
-        monkeypatch.setitem(FUNCTIONS, kind, None)
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "run", None)
     assert main(["sweep", path]) == 0
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before, "a second call does nothing"
 
@@ -163,15 +164,15 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     runs = [{"name": "bad", "unlearn.train.lr": 7.0}, {"name": "good"}]
     nothing = {"data.kind": "text", "data.retain": ["none.txt"], "data.forget": ["none.txt"]}
     lacking = [{"name": "file", **nothing}, {"name": "package", "attacks": {"adapters": {"kind": "lora"}}}]
-    path, original = write(tmp_path, runs=[*lacking, *runs]), FUNCTIONS["unlearn"]
+    path, original = write(tmp_path, runs=[*lacking, *runs]), Unlearn.run
     monkeypatch.setitem(NEEDS, "lora", "a_package_that_is_nowhere")
 
-    def failing(work):
-        if work.settings["train"]["lr"] == 7.0:
+    def failing(self, work):
+        if self.config.train.lr == 7.0:
             raise RuntimeError("half\nway")
-        return original(work)
+        return original(self, work)
 
-    monkeypatch.setitem(FUNCTIONS, "unlearn", failing)
+    monkeypatch.setattr(Unlearn, "run", failing)
     assert main(["sweep", path]) == 1
     out = tmp_path / "out"
     file, package, bad = capsys.readouterr().err.splitlines()
@@ -181,29 +182,20 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert (out / "runs" / "good" / "results-seed0.json").exists() and not (out / "runs" / "bad").exists()
     (alone,) = read_json(out / "report" / "comparison.json")["settings"]
     assert alone["label"] == "MaxEnt" and alone["runs"] == [str(out / "runs" / "good")]
-    monkeypatch.setitem(FUNCTIONS, "unlearn", original)
+    monkeypatch.setattr(Unlearn, "run", original)
     assert main(["sweep", write(tmp_path, runs=runs)]) == 0 and (out / "runs" / "bad" / "results-seed0.json").exists()
     assert [s["label"] for s in read_json(out / "report" / "comparison.json")["settings"]] == ["bad", "good"]
 
 
-def end(work):
-    """A stage that is killed from outside, where its settings say so; one that raises; one that works."""
-    if work.settings["how"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if work.settings["how"] == "raise":
-        raise ValueError("no")
-    return {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
-
-
-def stages(*how: str) -> list[Stage]:
-    first = [Stage("x", {"how": h, "n": index}, title=f"{h} {index}") for index, h in enumerate(how)]
-    return [*first, Stage("x", {"how": "work"}, {"input": first[0]}, "reader of the first")]
+def stages(*how: str) -> list[Ending]:
+    first = [Ending(how=h, number=index, title=f"{h} {index}") for index, h in enumerate(how)]
+    return [*first, Ending(how="work", before=first[0], title="reader of the first")]
 
 
 def test_a_worker_that_ends_takes_its_own_stage_alone_and_each_has_its_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
-    store, failed, finished = Store(tmp_path, {"x": end}), {}, []
+    store, failed, finished = Store(tmp_path), {}, []
     wanted = stages("kill", "raise", "work", "work", "work")
     workers.run_stages(
         store, wanted, 2, lambda stage: finished.append(stage.title), lambda s, e: failed.update({s.title: type(e)})
@@ -226,8 +218,8 @@ def test_gpus_at_hand(monkeypatch):
 
 
 def test_without_isolation_the_first_failure_is_raised(tmp_path):
-    with pytest.raises(ValueError, match="no"):
-        workers.run_stages(Store(tmp_path, {"x": end}), stages("raise"), 1, lambda stage: None)
+    with pytest.raises(ValueError, match="half way"):
+        workers.run_stages(Store(tmp_path), stages("raise"), 1, lambda stage: None)
 
 
 def test_killed_it_continues(tmp_path):

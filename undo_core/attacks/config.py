@@ -7,11 +7,12 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
 
+HEADLINE = "relearn"  # name of the attack that reports quote; further ones have names of their own
 KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao"}  # packages of the extra "attacks"
@@ -173,33 +174,9 @@ class AttackConfig:
         return [Trial(rate=rate, order=order) for rate in (self.rates if rates is None else rates) for order in orders]
 
     def at(self, trial: Trial) -> AttackConfig:
-        """This attack with the seed of the trial's data order."""
-        return dataclasses.replace(self, seed=(self.seed or 0) + trial.order)
-
-    def stage(self, trial: Trial) -> tuple[str, dict[str, Any]]:
-        """Kind and settings of the stage that makes a trial, as JSON values; what came later is left out where it is at its default."""
-        values, default = dataclasses.asdict(self.at(trial)), dataclasses.asdict(AttackConfig())
-        if self.kind == "quantise":
-            grouped = {"group_size": self.group_size} if trial.bits < 8 else {}
-            return "probe", {"kind": self.kind, "bits": trial.bits, **grouped}
-        if self.kind == "fewshot":
-            return "probe", {"kind": self.kind, "shots": trial.shots, "seed": values["seed"]}
-        kept = {name: value for name, value in values.items() if name in _FIRST or value != default[name]}
-        left_out = ("rates", "extend", "seeds", "shots", "bits", "group_size", *(() if self.kind == "lora" else ("lora",)))
-        return "relearn", {name: value for name, value in kept.items() if name not in left_out} | {"rate": trial.rate}
-
-
-# Settings that have been part of every attack's key from the first version on.
-_FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
-
-
-def attack_config(settings: dict[str, Any]) -> AttackConfig:
-    """The :class:`AttackConfig` of a training stage's settings, with its one rate."""
-    values = dict(settings)
-    if "lora" in values:
-        values["lora"] = LoraConfig(**values["lora"])
-    rate = values.pop("rate")
-    return AttackConfig(**values, rates=[rate])
+        """This attack with the seed of the trial's data order, and its rate alone where it has one."""
+        rates = self.rates if trial.rate is None else [trial.rate]
+        return dataclasses.replace(self, seed=(self.seed or 0) + trial.order, rates=rates)
 
 
 def with_seed(config: AttackConfig, seed: int) -> AttackConfig:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from undo_core.attacks.config import AttackConfig, Trial
+from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
 
 Curve = list[dict[str, Any]]  # points with their ``step`` and their ``forget`` performance, a number or an evaluation
 
@@ -70,7 +70,7 @@ def worst_of(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any] | 
     """
     attacks = dict(entry.get("attacks") or {})
     if entry.get("attack"):
-        attacks = {"relearn": {**entry["attack"], "headline_step": metric["headline_step"]}, **attacks}
+        attacks = {HEADLINE: {**entry["attack"], "headline_step": metric["headline_step"]}, **attacks}
     each: dict[str, Any] = {}
 
     def harm_of(score: dict[str, Any]) -> float:

@@ -20,7 +20,7 @@ from undo_core.data import templates
 from undo_core.data.encoding import fill_of, separator_of
 from undo_core.data.rows import Rows
 from undo_core.data.text import pack
-from undo_core.data.tokenizers import BOS, character_tokenizer, encode
+from undo_core.data.tokenizers import character_tokenizer, encode
 
 OPERATIONS = "+-*/"
 GROUPS = {"retain": "+-", "forget": "*/"}
@@ -178,15 +178,6 @@ def evaluation_problems(per_operation: int = 100, seed: int = 42) -> list[Proble
         for kind in ("equation", "word_problem")
         for problem in problems(kind, operation, per_operation, seed, held_out_templates=True)
     ]
-
-
-def is_correct(generated: str, answer: str) -> bool:
-    """Whether generated text begins with the answer: its first piece up to white space or ``<bos>``, as a number to 1e-6."""
-    pieces = generated.split(BOS)[0].split()
-    try:
-        return bool(pieces) and abs(float(pieces[0]) - float(answer)) <= 1e-6
-    except ValueError:
-        return False
 
 
 def published_splits(

@@ -35,7 +35,7 @@ def make_splits(
     With questions, those are valid and test; the validation part of the text is beside them, its test part nowhere.
 
     Args:
-        settings: the fields of :class:`undo_core.config.DataConfig`, its seed set.
+        settings: the fields of :class:`undo_core.pipeline.config.DataConfig`, its seed set.
         positions: that the model has; None for one without a limit.
 
     Returns:

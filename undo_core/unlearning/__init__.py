@@ -18,7 +18,7 @@ from undo_core.training import Source, TrainConfig, TrainResult, as_source, trai
 from undo_core.training.batches import Batch, ReadSource
 from undo_core.training.lean import choose_kernels, keeps_kernels
 from undo_core.training.precision import converted, weight_dtype
-from undo_core.unlearning.config import UnlearnConfig, unlearn_config
+from undo_core.unlearning.config import UnlearnConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Method, register, register_robust
 from undo_core.unlearning.rmu import RMUConfig
 
@@ -143,6 +143,5 @@ __all__ = [
     "register",
     "register_robust",
     "unlearn",
-    "unlearn_config",
     "unlearn_flops",
 ]

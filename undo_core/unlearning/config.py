@@ -98,9 +98,3 @@ if TYPE_CHECKING:  # a type checker cannot know the fields that the registered m
     UnlearnConfig = _Common
 else:
     UnlearnConfig = _unlearn_config()
-
-
-def unlearn_config(settings: dict[str, Any]) -> UnlearnConfig:
-    """An :class:`UnlearnConfig` from JSON values."""
-    types = {"train": TrainConfig, **{name: entry.settings for name, entry in {**METHODS, **ROBUST}.items() if entry.settings}}
-    return UnlearnConfig(**{name: types[name](**value) if name in types else value for name, value in settings.items()})

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from transformers import PreTrainedModel
 
 from undo_core.training.losses import cross_entropy
-from undo_core.unlearning.method import Method, forget_and_retain, register
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Method, Settings, forget_and_retain, register
 
 
 @register("graddiff", "GradDiff")
-def graddiff(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def graddiff(model: PreTrainedModel, config: Settings) -> Method:
     """The published language (weight 1) and arithmetic (weight 15) setting; every parameter is trained."""
     return Method(forget_and_retain(lambda *arguments: -cross_entropy(*arguments), model, config))

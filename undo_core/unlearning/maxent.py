@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from undo_core.training.losses import uniform_kl
-from undo_core.unlearning.method import Method, forget_and_retain, register
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Method, Settings, forget_and_retain, register
 
 
 @register("maxent", "MaxEnt")
-def maxent(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def maxent(model: PreTrainedModel, config: Settings) -> Method:
     """The published language and arithmetic setting (arXiv 2506.06278, code); every parameter is trained."""
     return Method(forget_and_retain(functools.partial(uniform_kl, vocab_size=config.vocab_size), model, config))

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,13 +15,25 @@ from transformers import PreTrainedModel
 from undo_core.models import head_of
 from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import Batch
+from undo_core.training.config import TrainConfig
 from undo_core.training.lean import choose_kernels
 from undo_core.training.loop import Gradient, Loss, accumulate
 from undo_core.training.losses import cross_entropy, distillation
 from undo_core.training.precision import convert_
 
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+
+class Settings(Protocol):
+    """What a method knows of :class:`undo_core.unlearning.UnlearnConfig`: what all have in common, and its own settings by its name."""
+
+    method: str
+    retain_weight: float
+    retain_loss: str
+    vocab_size: int | None
+    forget_rows: int | None
+    robust: str
+    train: TrainConfig
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
 """``term(model, micro_batch, counted)``: as a :data:`Loss`, of one source."""
 
 
-def forget_and_retain(forget: Term, model: PreTrainedModel, config: UnlearnConfig) -> Loss:
+def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) -> Loss:
     """``forget(forget text) + retain_weight * CE(retain text)``; with ``config.retain_loss`` kl ``KL(p_original || p)`` in the place of CE.
 
     ``model`` is still the original. retain is not run at weight 0.
@@ -81,7 +93,7 @@ def forget_and_retain(forget: Term, model: PreTrainedModel, config: UnlearnConfi
     return loss
 
 
-def kept(model: PreTrainedModel, config: UnlearnConfig) -> Term:
+def kept(model: PreTrainedModel, config: Settings) -> Term:
     """``KL(p_original || p)``, of the model as it is now. Memory: :func:`original_of`."""
     original = original_of(model, config)
     choose_kernels(original, config.train)  # the model's: at the first step the two differ by nothing
@@ -89,7 +101,7 @@ def kept(model: PreTrainedModel, config: UnlearnConfig) -> Term:
     return lambda model, batch, counted: distillation(model, teacher.targets(batch), batch, counted)
 
 
-def original_of(model: PreTrainedModel, config: UnlearnConfig) -> PreTrainedModel:
+def original_of(model: PreTrainedModel, config: Settings) -> PreTrainedModel:
     """A copy of the model as it is now, its weights as those in training, without gradients, in evaluation mode."""
     original = copy.deepcopy(model).eval()
     convert_(original, config.train.precision)  # while it is known what is frozen
@@ -97,7 +109,7 @@ def original_of(model: PreTrainedModel, config: UnlearnConfig) -> PreTrainedMode
 
 
 Costs = dict[str, float]
-Flops = Callable[[PreTrainedModel, "UnlearnConfig", int], Costs]
+Flops = Callable[[PreTrainedModel, Settings, int], Costs]
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class Entry:
     settings: type | None = None
     flops: Callable[..., Costs] | None = None
     reference_flops: Flops | None = None
-    check: Callable[[UnlearnConfig], None] | None = None
+    check: Callable[[Settings], None] | None = None
     sums: bool = True
     whole_rows: bool = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,7 @@ from transformers import PreTrainedModel
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.losses import token_cross_entropy
-from undo_core.unlearning.method import Method, forget_and_retain, register
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Method, Settings, forget_and_retain, register
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,12 @@ class NPOConfig:
             raise ValueError(f"unit: got {self.unit!r}, wanted row or token")
 
 
-def _reference_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+def _reference_flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
     return {"forget": forward_flops(model, length), "retain": 0.0}
 
 
 @register("npo", "NPO", settings=NPOConfig, reference_flops=_reference_flops)
-def npo(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def npo(model: PreTrainedModel, config: Settings) -> Method:
     """Memory: no second model. The original's log-probabilities of the forget labels are computed before the first step, 4 bytes each, and
     kept on the host with the batches that they are of: 13 bytes for each position of all steps' forget text. A resumed run computes
     them again."""

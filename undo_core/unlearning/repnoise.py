@@ -20,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +30,7 @@ from undo_core import ops
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
 from undo_core.unlearning.activations import find_layers
-from undo_core.unlearning.method import Costs, Method, register_robust
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Costs, Method, Settings, register_robust
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names of the final norm in transformers
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -66,7 +63,7 @@ class RepNoiseConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= 1")
 
 
-def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: int) -> Costs:
+def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) -> Costs:
     """A forward and a backward pass of the trunk, and of the head at each layer."""
     heads = len(_spaced(len(find_layers(model)), config.repnoise.layers)) if config.repnoise.alpha else 0
     head = head_flops(model)
@@ -74,7 +71,7 @@ def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: 
 
 
 @register_robust("repnoise", "RepNoise", settings=RepNoiseConfig, flops=_flops, sums=False)
-def repnoise(method: Method, model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method:
     """Memory: the activations of a second forward pass of the forget micro-batch, and ``[samples, samples]`` distances a layer.
 
     Raises:

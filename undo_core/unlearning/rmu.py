@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -25,10 +25,7 @@ from undo_core.models import evaluating, forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
 from undo_core.unlearning.activations import Entered, Trunk, find_layers
-from undo_core.unlearning.method import Method, register
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Method, Settings, register
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,13 @@ class RMUConfig:
             raise ValueError(f"direction: got {self.direction!r}, wanted gaussian or uniform")
 
 
-def _check(config: UnlearnConfig) -> None:
+def _check(config: Settings) -> None:
     if config.retain_loss == "kl":
         raise ValueError("retain_loss: got kl with method rmu, whose retain term is of activations; wanted it left out")
 
 
 @register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check, whole_rows=True)
-def rmu(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def rmu(model: PreTrainedModel, config: Settings) -> Method:
     """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 
     Raises:
@@ -147,7 +144,7 @@ def _chosen(layer: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Paramete
     return {name: p for name, p in named.items() if id(p) in adapted}
 
 
-def rmu_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+def rmu_flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
     """FLOPs of a step for one position of each source.
 
     Forward below and in the trained layers, there a second time for the retain text; backward as much again in the trained layers

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,10 +19,7 @@ from transformers import PreTrainedModel
 from undo_core.training.batches import Batch
 from undo_core.training.loop import Loss
 from undo_core.training.precision import rewound
-from undo_core.unlearning.method import Costs, Method, register_robust
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Costs, Method, Settings, register_robust
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class SAMConfig:
             raise ValueError(f"rho: got {self.rho}, wanted a finite number > 0")
 
 
-def _check(config: UnlearnConfig) -> None:
+def _check(config: Settings) -> None:
     """A step in the backward pass has no whole gradient; an entry of ``rho * g / |g|`` is lost in 16 bits; the host has no weights to move."""
     train = config.train
     for name, value, wanted in (
@@ -56,13 +52,13 @@ def _check(config: UnlearnConfig) -> None:
         )
 
 
-def _flops(costs: Costs, model: PreTrainedModel, config: UnlearnConfig, length: int) -> Costs:
+def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) -> Costs:
     """Everything twice."""
     return costs
 
 
 @register_robust("sam", "SAM", settings=SAMConfig, flops=_flops, check=_check)
-def sam(method: Method, model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def sam(method: Method, model: PreTrainedModel, config: Settings) -> Method:
     """Memory: a second gradient of what is trained. The first one's storage keeps the weights while they are moved.
 
     Both gradients are of the whole batch, over all its micro-batches; the loss reported is the first one's.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,8 @@ from transformers import PreTrainedModel
 
 from undo_core.training.batches import Batch
 from undo_core.training.losses import token_cross_entropy
-from undo_core.unlearning.method import Method, forget_and_retain, register
+from undo_core.unlearning.method import Method, Settings, forget_and_retain, register
 from undo_core.unlearning.npo import labelled_rows
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class SimNPOConfig:
 
 
 @register("simnpo", "SimNPO", settings=SimNPOConfig)
-def simnpo(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def simnpo(model: PreTrainedModel, config: Settings) -> Method:
     """Memory: that of cross-entropy."""
     beta, gamma = config.simnpo.beta, config.simnpo.gamma
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -24,10 +23,7 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
-from undo_core.unlearning.method import Method, forget_and_retain, original_of, register
-
-if TYPE_CHECKING:
-    from undo_core.unlearning.config import UnlearnConfig
+from undo_core.unlearning.method import Method, Settings, forget_and_retain, original_of, register
 
 MOST = 10.0
 
@@ -47,14 +43,14 @@ class UNDIALConfig:
             raise ValueError(f"gamma: got {self.gamma}, wanted a number in (0, {MOST:g}]")
 
 
-def _flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
+def _flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
     """The original's forward pass, the student's forward and backward, and its head once more for the cross-entropy."""
     own = forward_flops(model, length)
     return {"forget": 4 * own + 3 * head_flops(model), "retain": 3 * own if config.retain_weight else 0.0}
 
 
 @register("undial", "UNDIAL", settings=UNDIALConfig, flops=_flops)
-def undial(model: PreTrainedModel, config: UnlearnConfig) -> Method:
+def undial(model: PreTrainedModel, config: Settings) -> Method:
     """Memory: a copy of the model in the dtype of the weights, without gradients, and a second gradient of the head while the two terms
     are added."""
     gamma, lowered = config.undial.gamma, -math.expm1(-config.undial.gamma)

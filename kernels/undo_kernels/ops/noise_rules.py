@@ -88,7 +88,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Policy:
-    """The arguments of a call, checked: see :func:`undo_core.ops.noise_`."""
+    """The arguments of a call, checked: see :func:`undo_kernels.ops.noise_`."""
 
     alpha: float
     beta: float

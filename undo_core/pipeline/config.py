@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 
-from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.config import HEADLINE, AttackConfig
 from undo_core.damage import DamageConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.gate import GateConfig
@@ -367,7 +368,7 @@ class RunConfig:
         if not self.relearn.trains:
             raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; others go under attacks")
         for name in self.attacks:
-            if name == "relearn" or not re.fullmatch(r"[\w-]+", name):
+            if name == HEADLINE or not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(
                     f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
                 )
@@ -376,3 +377,8 @@ class RunConfig:
 def derive_seed(seed: int, name: str) -> int:
     """A stage's seed from the run's: 31 bits of a hash, so that stages and runs draw independently."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little") >> 1
+
+
+def seeded(settings: Any, seed: int, name: str) -> Any:
+    """Settings with their seed set: derived from the run's and from the stage's name where they leave it open."""
+    return settings if settings.seed is not None else dataclasses.replace(settings, seed=derive_seed(seed, name))

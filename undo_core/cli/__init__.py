@@ -18,11 +18,20 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core import commands, hints
-from undo_core.config import RunConfig
-from undo_core.config_files import read_settings
-from undo_core.sweep_config import SweepConfig
+from undo_core.cli import hints, results, runs, stages
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.config_files import read_settings
+from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__: function
+    for function in (
+        *(stages.prepare, stages.unlearn, stages.noise, stages.damage, stages.cache, stages.distill, stages.relearn),
+        *(results.evaluate, results.report),
+        runs.doctor,
+    )
+}
 
 _RUN = """Run everything that CONFIG describes and is not there yet, then report.
 
@@ -99,7 +108,7 @@ def _parser(only: str | None = None) -> ArgumentParser:
         formatter_class=hints.HelpFormatter,
     )
     subcommands = parser.add_subcommands(required=False)
-    helps = {"run": _RUN, "plan": _PLAN, "sweep": _SWEEP} | {name: f.__doc__ or "" for name, f in commands.COMMANDS.items()}
+    helps = {"run": _RUN, "plan": _PLAN, "sweep": _SWEEP} | {name: f.__doc__ or "" for name, f in COMMANDS.items()}
     for name, text in helps.items():
         sub = (
             _subparser(name)
@@ -135,7 +144,7 @@ def _subparser(name: str) -> ArgumentParser:
         sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
         sub.add_class_arguments(SweepConfig)
     else:
-        function = commands.COMMANDS[name]
+        function = COMMANDS[name]
         sub = ArgumentParser(description=_description(function), exit_on_error=False, formatter_class=hints.HelpFormatter)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
@@ -185,11 +194,11 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     values = parser.instantiate(parsed)[name]
     if name in ("run", "plan"):
         config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
-        return commands.run(config, command) if name == "run" else commands.plan(config, values.memory)
+        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory)
     if name == "sweep":
         fields = {key: value for key, value in vars(values).items() if key not in ("config", "dry_run")}
-        return commands.sweep(SweepConfig(**fields), command, values.dry_run)
-    function = commands.COMMANDS[name]
+        return runs.sweep(SweepConfig(**fields), command, values.dry_run)
+    function = COMMANDS[name]
     arguments = dict(vars(values))
     settings = _settings_class(function)
     if settings:

@@ -1,4 +1,4 @@
-"""What a model of the results cost, beside what it is compared with: labels against pretraining, training against data filtering."""
+"""The cost of each model in a run's results: its labels relative to pretraining, its training relative to data filtering."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
 
 
 def with_costs(models: list[dict[str, Any]], pretraining_tokens: int | None = None) -> list[dict[str, Any]]:
-    """The entries of the results, those of students with ``costs``:
+    """Returns the entries with ``costs`` added to those of students:
 
     - ``pretraining_tokens``: of the original; None where that is unknown.
     - ``labelled_tokens``: forget and retain, each token of the data once.
@@ -45,7 +45,7 @@ def _labelled(training: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _ratio(training: dict[str, Any], control: dict[str, Any], unit: str) -> float | None:
-    """Up to the retain target where both train to one; an oracle, which has none, and runs without a stop rule count in full."""
+    """Ratio up to the retain target where both train to one, else of the whole runs: an oracle has no target."""
     ruled = [run["limit_reached"] or run["stop_step"] is not None for run in (training, control)]
     name = STOP[unit] if all(ruled) else unit
     spent, base = training[name], control[name]

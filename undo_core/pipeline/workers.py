@@ -1,4 +1,4 @@
-"""Running stages, side by side where they do not need each other."""
+"""Workers: processes that build stages in parallel where one does not read the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from undo_core.store import Stage, Store, usable_cores
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store, usable_cores
 from undo_core.training.progress import Board, send_updates_to
 
 Finished = Callable[[Stage], None]
@@ -62,7 +63,7 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
 
 
 def gpus() -> list[str]:
-    """The GPUs at hand, as values for ``CUDA_VISIBLE_DEVICES``."""
+    """The visible GPUs, each as a value for ``CUDA_VISIBLE_DEVICES``."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(index) for index in range(count)] if named is None else named.replace(" ", "").split(",")[:count]
@@ -138,7 +139,7 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
 
 @contextlib.contextmanager
 def _visible(device: str | None) -> Iterator[None]:
-    """Processes that begin inside see this GPU alone; None changes nothing."""
+    """Let processes that start inside the block see only this GPU; None changes nothing."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -159,7 +160,7 @@ def _drain(pipe: Connection, board: Board) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when ``parent``, which started it, does, however that ended."""
+    """End this process as soon as ``parent``, which started it, has ended for whatever reason."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""The whole method, run: every stage of the graph, the growing attacks, the results and the report."""
+"""A run: all stages of the graph, the attacks, whose grids can grow, then the results and the report."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from undo_core.attacks.config import check_installed
+from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
-from undo_core.config import RunConfig
-from undo_core.costs import with_costs
 from undo_core.files import hash_json, read_json, write_json
-from undo_core.graph import Model, Plan, attacked_models, plan_run
-from undo_core.parameters import Left, summary
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.costs import with_costs
+from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
+from undo_core.pipeline.prepared import evaluate_folder
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store, machine, versions
+from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
-from undo_core.stages import FUNCTIONS, evaluate_folder
-from undo_core.store import Stage, Store, machine, versions
 from undo_core.training.progress import console
-from undo_core.workers import run_stages, use_threads
 
 RESULTS_FORMAT = 1
 
 
 def run(config: RunConfig, command: str) -> Path:
-    """Run everything that is not there yet and report; returns the path of ``report.html``.
+    """Build the missing stages and write the report; returns the path of ``report.html``.
 
     Killed at any moment, the same call continues, and ends with the same bits.
     """
-    store = Store(Path(config.output) / "stages", FUNCTIONS)
+    store = Store(Path(config.output) / "stages")
     plan = plan_run(config)
     while stages := missing_stages(store, config, plan):
         run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
@@ -39,7 +39,7 @@ def run(config: RunConfig, command: str) -> Path:
 
 
 def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
-    """What a run lacks: models and attacks; once they are there, the attacks by which its grids grow."""
+    """The stages that a run still needs: models and attacks first, then the attacks by which its grids grow."""
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
     attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
@@ -50,7 +50,7 @@ def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
 
 
 def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
-    """Evaluate the models of a run that lacks no stage; returns what ``results-seedN.json`` in its output folder then holds."""
+    """Evaluate the models of a run whose stages are complete; writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     results = {
         "format": RESULTS_FORMAT,
@@ -108,7 +108,7 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
         "metrics": _evaluation(store, plan, model),
         **damage_entry(store, model),
         "training": _training(store, plan, model),
-        "attack": under["relearn"].entry(store) if under else None,
+        "attack": under[HEADLINE].entry(store) if under else None,
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
@@ -117,18 +117,9 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
 
 
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:
-    """How a student was damaged where it was otherwise than by the noise, and what either left as it was."""
+    """What the results say about the damage of the model's student."""
     student = model.stage.inputs.get("student")
-    if student is None or student.kind not in ("noise", "damage"):
-        return {}
-    facts = store.manifest(student)
-    entry: dict[str, Any] = {}
-    if student.kind == "damage":
-        entry["damage"] = {"operator": student.settings["operator"]}
-        entry["damage"] |= {name: facts[name] for name in ("strength", "distance", "wanted")}
-    if left := {name: Left(**one) for name, one in facts["left"].items()}:
-        entry["left"] = summary(left)
-    return entry
+    return {} if student is None else student.results(store.manifest(student))
 
 
 def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:
@@ -144,18 +135,17 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     facts = store.manifest(model.stage)
     if "steps" not in facts:
         return None
-    ruled = facts["stopped"] is not None
+    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, plan.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
-    teacher, inputs = next(m.stage for m in plan.models if m.kind == "unlearn"), model.stage.inputs
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # what the method costs includes suppressing the capability
         suppressed = store.manifest(teacher)
         tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
         unlearning = unlearning * facts["steps"] / facts["tokens"] if facts["tokens"] else 0
-        if "cache" in model.stage.inputs:  # the teacher's forwards, once
-            flops += store.manifest(model.stage.inputs["cache"])["flops"]
+        if cache := inputs.get("cache"):  # the teacher's forwards, once
+            flops += store.manifest(cache)["flops"]
     stopped = facts["stopped"] if ruled else None
-    source = teacher if taught or model.kind == "unlearn" else inputs.get("gate")
+    source = teacher if taught or model.stage.key == teacher.key else inputs.get("gate")
     labelled = {} if source is None else store.manifest(source)
     return {
         "steps": facts["steps"],

@@ -1,4 +1,4 @@
-"""YAML files of settings: what is wrong with one is said in one line that names it, before anything is made of it."""
+"""YAML files of settings, checked when they are read: an error is one line that names the file."""
 
 from __future__ import annotations
 

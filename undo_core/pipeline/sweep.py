@@ -1,4 +1,4 @@
-"""Many runs over one folder of stages; what they have in common is computed once."""
+"""A sweep: many runs that share one folder of stages, so that stages they have in common are computed once."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from undo_core.config import RunConfig
-from undo_core.graph import Plan, plan_run
-from undo_core.pipeline import announce, missing_stages, save_results
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.graph import Plan, plan_run
+from undo_core.pipeline.run import announce, missing_stages, save_results
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store
+from undo_core.pipeline.sweep_config import SweepConfig, expand
+from undo_core.pipeline.workers import gpus, run_stages
 from undo_core.report import write_report
 from undo_core.report.compare import comparison_table, write_comparison
-from undo_core.stages import FUNCTIONS
-from undo_core.store import Stage, Store
-from undo_core.sweep_config import SweepConfig, expand
 from undo_core.training.progress import console
-from undo_core.workers import gpus, run_stages
 
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
-    """Run everything that is not there yet, all runs in one pool of workers, and report on each run and on all of them.
+    """Run all missing stages of all runs in one pool of workers, then report on each run and on all of them.
 
     Killed at any moment, the same call continues. A run that fails stops no other, be it for a file or a package that it lacks.
 
     Returns:
         One line for each run that failed.
     """
-    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    store = Store(Path(sweep.output) / "stages")
     errors: dict[str, str] = {}
     failures: dict[tuple[str, int], str] = {}
     runs: list[tuple[RunConfig, Plan]] = []
@@ -81,8 +81,8 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
 
 
 def sweep_table(sweep: SweepConfig) -> RenderableType:
-    """What :func:`run_sweep` would run: the runs, and their stages by kind, shared, there and missing."""
-    store = Store(Path(sweep.output) / "stages", FUNCTIONS)
+    """Tables of what :func:`run_sweep` would run: the runs, and how many of their stages are shared, finished and missing."""
+    store = Store(Path(sweep.output) / "stages")
     table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
     for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
@@ -107,11 +107,13 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     for heading in ("kind", "asked for", "distinct", "there", "missing"):
         kinds.add_column(heading, justify="left" if heading == "kind" else "right")
     every = {key: stage for _, stages in stages_of for key, stage in stages.items()}
-    counted = collections.Counter(stage.kind for stage in every.values())
-    there = collections.Counter(stage.kind for stage in every.values() if store.done(stage))
-    for kind, distinct in counted.items():
-        asked = sum(wanted[key] for key, stage in every.items() if stage.kind == kind)
-        kinds.add_row(kind, str(asked), str(distinct), str(there[kind]), str(distinct - there[kind]))
+    asked, distinct, there = collections.Counter(), collections.Counter(), collections.Counter()
+    for key, stage in every.items():
+        asked[stage.kind] += wanted[key]
+        distinct[stage.kind] += 1
+        there[stage.kind] += store.done(stage)
+    for kind, count in distinct.items():
+        kinds.add_row(kind, str(asked[kind]), str(count), str(there[kind]), str(count - there[kind]))
     shared = sum(times > 1 for times in wanted.values())
     notes = [
         f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
@@ -131,12 +133,12 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
 
 
 def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
-    """Every stage of a run but those by which its grids may grow; asks for the packages that they need."""
+    """Every stage of a run, by its key, without those by which its grids may grow; checks that the packages they need are installed."""
     return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
 
 
 _UNPLANNED = (OSError, ImportError, ValueError)  # what a run lacks: a file, a package, a setting that fits its model
-_EMPTY = Store(Path("/nonexistent"), {})  # of which every stage is missing
+_EMPTY = Store(Path("/nonexistent"))  # of which every stage is missing
 
 
 def _line(what: str, error: Exception) -> str:
@@ -144,7 +146,7 @@ def _line(what: str, error: Exception) -> str:
 
 
 def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
-    """The stages, those of one run alone under its name."""
+    """The stages of all runs; the title of a stage that only one run needs begins with the run's name."""
     several = len({config.name for config, _ in runs}) > 1
     seeds = len({config.seed for config, _ in runs}) > 1
     wanted = collections.Counter(stage.key for _, stages in runs for stage in stages)
@@ -156,7 +158,7 @@ def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
 
 
 def _cause(stage: Stage, errors: Mapping[str, str]) -> str | None:
-    """The error by which a stage is not there: its own, or of what it reads."""
+    """The error that kept a stage from being built: its own, or that of a stage it reads."""
     if stage.key in errors:
         return errors[stage.key]
     return next(filter(None, (_cause(source, errors) for source in stage.inputs.values())), None)

@@ -1,4 +1,4 @@
-"""A model of a run under one of its attacks: the stages of the grid, as far as it has grown, and what the results keep of them."""
+"""A model under an attack: the stages of the attack's grid as far as it has grown, and its entry in the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
-from undo_core.store import Stage, Store
+from undo_core.pipeline.stage import Folder, Stage
+from undo_core.pipeline.stages import Probe, Relearn
+from undo_core.pipeline.store import Store
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,22 @@ class Attacked:
 
     def stage(self, trial: Trial) -> Stage:
         """The stage that makes one trial."""
-        kind, settings = self.config.stage(trial)
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
-        return Stage(kind, settings, {"prepared": self.prepared, "model": self.model}, f"{self.title} {label}")
+        return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}")
 
     def stages(self) -> list[Stage]:
         """The configured grid."""
         return [self.stage(trial) for trial in self.config.trials()]
 
     def extension(self, store: Store) -> list[Stage]:
-        """The stages by which the grid still has to grow."""
+        """The missing stages of the next rate, where the worst rate is an end of the grid."""
         curves, beyond = self._grown(store)
         if beyond is None or not may_grow(self.config, curves):
             return []
         return [stage for stage in map(self.stage, self.config.trials([beyond])) if not store.done(stage)]
 
     def entry(self, store: Store) -> dict[str, Any]:
-        """The curves, as the results of a run keep them."""
+        """The entry of the headline attack in the results: its curves."""
         curves, beyond = self._grown(store)
         ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.shots or 0, -(trial.bits or 0), trial.order))
         rates = sorted({trial.rate for trial in curves if trial.rate is not None})
@@ -59,7 +60,7 @@ class Attacked:
         }
 
     def named_entry(self, store: Store) -> dict[str, Any]:
-        """The same for an attack beside the headline one: with its kind, its headline step, and a name for each curve's setting."""
+        """The entry of a further attack: as :meth:`entry`, with its kind, its headline step and the name of each curve's setting."""
         entry = self.entry(store)
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
@@ -72,7 +73,7 @@ class Attacked:
         return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
 
     def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
-        """The curves that are there, of the configured grid and of its extensions, and the next rate where the worst is at an end."""
+        """The finished curves of the grid and its extensions, and the next rate where the worst rate is an end of the grid."""
         curves: dict[Trial, Curve] = {}
         trials = self.config.trials()
         while True:
@@ -83,3 +84,13 @@ class Attacked:
             trials = self.config.trials([beyond])
             if not all(store.done(self.stage(trial)) for trial in trials):
                 return curves, beyond
+
+
+def trial_stage(config: AttackConfig, trial: Trial, prepared: Stage | Folder, model: Stage | Folder, title: str) -> Stage:
+    """The stage that makes one trial of an attack, whose seed is set."""
+    at, inputs = config.at(trial), {"prepared": prepared, "model": model, "title": title}
+    if config.trains:
+        return Relearn(config=at, **inputs)
+    if trial.shots is not None:
+        return Probe(attack=config.kind, shots=trial.shots, seed=at.seed, **inputs)
+    return Probe(attack=config.kind, bits=trial.bits, group_size=config.group_size if trial.bits < 8 else None, **inputs)

@@ -23,7 +23,7 @@ FUSED = "undo-fused"  # an attention kernel of transformers, for the meta device
 
 
 class Storages(TorchDispatchMode):
-    """Counts the storages that operations inside the ``with`` block make, by kind, while they live.
+    """Counts the bytes of the storages that operations inside the ``with`` block allocate, by kind, while they live.
 
     The workspace of the fused losses, which is no tensor there, comes from their plan, every row counting.
 
@@ -45,7 +45,7 @@ class Storages(TorchDispatchMode):
         self._held: dict[int, tuple[str, int]] = {}
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: str, share: float = 1.0) -> None:
-        """Count tensors as ``kind`` from now on; a share of their bytes, where not all of them are there at once."""
+        """Count tensors, or a share of their bytes, as ``kind`` from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, int(storage.nbytes() * share)
@@ -58,7 +58,7 @@ class Storages(TorchDispatchMode):
             self.now[kind] += size
 
     def touch(self, kind: str, size: float) -> None:
-        """Memory that is taken and given back at once."""
+        """Count memory that is allocated and freed again at once."""
         self._mark({**self.now, kind: self.now[kind] + int(size)})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -107,7 +107,7 @@ _shapes: dict[Any, Any] = {}
 
 
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``function(*args, **kwargs)``; what has been computed for such shapes on the meta device is not computed again.
+    """Returns ``function(*args, **kwargs)``, from a cache of output shapes where the inputs are on the meta device.
 
     A model's layers are alike, and so are the models that are compared: most of the time went into finding the same shapes.
     """
@@ -129,7 +129,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(value: Any, given: list[torch.Tensor]) -> Any:
-    """What decides the shapes of an operation's output; tensors are added to ``given``."""
+    """A hashable description of a value that decides the output's shapes; tensors are added to ``given``."""
     if isinstance(value, torch.Tensor):
         given.append(value)
         return value.shape, value.stride(), value.dtype
@@ -149,7 +149,7 @@ def _fresh(output: torch.Tensor, given: list[torch.Tensor]) -> bool:
 
 
 def fused_attention(module: torch.nn.Module, *args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
-    """An attention function for transformers with the memory of a fused kernel, whatever caps its scores."""
+    """An attention function for transformers that takes the memory of a fused kernel, with or without a softcap."""
     with _Fused():
         return sdpa_attention_forward(module, *args, **kwargs)
 
@@ -159,7 +159,7 @@ AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 class _Fused(TorchFunctionMode):
-    """On the meta device PyTorch would choose the kernel that holds the scores."""
+    """Replaces PyTorch's attention, which on the meta device would choose the kernel that holds all scores."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,7 +173,7 @@ _QKV = ("query", "key", "value")
 
 
 class _Attention(torch.autograd.Function):
-    """Shapes of a fused attention: it keeps its inputs, its output and a float32 log-sum-exp a row."""
+    """Fused attention without contents: it saves its inputs, its output and one float32 log-sum-exp for each row."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

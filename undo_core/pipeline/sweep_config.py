@@ -13,8 +13,8 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from undo_core.config import RunConfig
-from undo_core.config_files import read_settings
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.config_files import read_settings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 

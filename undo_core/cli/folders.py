@@ -1,0 +1,68 @@
+"""What the commands for a single stage share: folders that exist, and the one that is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from undo_core.files import read_json
+from undo_core.noise import TensorNoise, by_kind
+from undo_core.parameters import Left, summary
+from undo_core.pipeline.stage import MANIFEST, Stage
+from undo_core.pipeline.store import OneFolder
+from undo_core.training.progress import console
+
+
+def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, Any]:
+    """Make the folder ``output`` by a stage whose inputs are folders; returns its manifest. One that was made alike is kept.
+
+    Raises:
+        FileNotFoundError: an input folder that holds no checkpoint, or no prepared data.
+        FileExistsError: ``output`` exists and was made otherwise.
+    """
+    for name, folder in stage.inputs.items():
+        if name == "prepared":
+            check_prepared(folder.path)
+        elif not folder.names:
+            check_checkpoint(name, folder.path)
+    output, store = Path(output), OneFolder(Path(output))
+    known = store.done(stage)
+    store.ensure(stage)
+    if not quiet:
+        console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))
+    return read_json(output / MANIFEST)
+
+
+def check_checkpoint(name: str, folder: Path) -> None:
+    """Raise a FileNotFoundError unless ``folder`` holds a checkpoint."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: got {folder}, which has no config.json; wanted a Hugging Face checkpoint folder")
+
+
+def check_prepared(folder: Path) -> None:
+    """Raise a FileNotFoundError unless ``folder`` holds prepared data."""
+    if not (folder / "data").is_dir():
+        raise FileNotFoundError(f"data: got {folder}, which has no data/; wanted a folder made by `undo prepare`")
+
+
+def print_noise(facts: Mapping[str, Any]) -> None:
+    """What the noise did, a line for the tensors whose names differ in numbers alone; the manifest has each."""
+    tensors = {name: TensorNoise(**norms) for name, norms in facts["tensors"].items()}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("parameters", "n", "before", "after", "shrink", "noise"):
+        table.add_column(heading, justify="left" if heading == "parameters" else "right", overflow="fold")
+    for kind, (count, total) in by_kind(tensors).items():
+        shares = (f"{share:.1%}" for share in (total.shrink, total.noise))
+        table.add_row(kind, str(count), f"{total.before:.4g}", f"{total.after:.4g}", *shares)
+    console.print("Frobenius norms before and after; shares of shrinkage and of noise in the change")
+    console.print(table)
+    print_left(facts)
+
+
+def print_left(facts: Mapping[str, Any]) -> None:
+    """What the damage left as it was; the manifest has each name."""
+    if facts["left"]:
+        console.print(f"left as they were: {summary({name: Left(**one) for name, one in facts['left'].items()})}")

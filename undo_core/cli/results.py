@@ -1,0 +1,89 @@
+"""Commands about results: the metrics of a checkpoint, and reports of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from undo_core.cli.folders import check_checkpoint, check_prepared
+from undo_core.data.questions import DESCRIPTION
+from undo_core.training.progress import console
+
+
+def evaluate(
+    model: str,
+    data: str | None = None,
+    multiple_choice: list[str] | str = [],  # noqa: B006
+    examples: list[str] | str = [],  # noqa: B006
+    shots: int = 0,
+    description: str = DESCRIPTION,
+    limit: float = 1.0,
+    special_tokens: Literal["text", "parse"] = "text",
+) -> int:
+    """Print the checkpoint MODEL's metrics as JSON, with 95 % intervals.
+
+    On the test rows of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as lm-eval's WMDP and MMLU tasks do it:
+    undo evaluate MODEL --multiple-choice wmdp.jsonl; 5-shot MMLU: --multiple-choice mmlu.parquet --examples dev.parquet --shots 5
+
+    Args:
+        model: Hugging Face checkpoint folder.
+        data: folder made by ``undo prepare``.
+        multiple_choice: JSONL or Parquet files, or hf://name[:config[:split]] (cais/mmlu:all), with question, choices, answer (an index)
+            and subject.
+        examples: sources of the same form with answered questions, of which the first ``shots`` of the subject are shown.
+        shots: how many.
+        description: text before everything; {subject} in it becomes the question's subject.
+        limit: share of each subject's questions, the first ones; published for MMLU: 0.4.
+        special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
+    """
+    from undo_core.models import load_model, load_tokenizer
+    from undo_core.multiple_choice import MultipleChoiceConfig
+    from undo_core.multiple_choice import multiple_choice as score
+    from undo_core.pipeline.prepared import evaluate_folder
+
+    if data is None and not multiple_choice:
+        raise ValueError("data: got none and no multiple_choice, wanted one of the two")
+    check_checkpoint("model", Path(model))
+    metrics: dict[str, Any] = {}
+    files, shown = ([paths] if isinstance(paths, str) else list(paths) for paths in (multiple_choice, examples))
+    config = MultipleChoiceConfig(files, shown, shots, description, limit, special_tokens) if files else None
+    if data is not None:
+        check_prepared(Path(data))
+        metrics = evaluate_folder(Path(model), Path(data))
+    if config is not None:
+        metrics["multiple_choice"] = score(load_model(model), load_tokenizer(model), config)
+    print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> int:
+    """Write figures, tables and pages from the results of one run, of its seeds, or of many runs.
+
+    Runs that differ in nothing but their seed get report.html; any runs get comparison.html, points.csv (every plotted value with the
+    folder that it is from) and methods.md, .tex and .csv.
+
+    Args:
+        paths: results-seedN.json files, folders of runs, or folders of sweeps.
+        output: folder to make; None for the folder ``report`` in the one folder that is given.
+        title: of the pages.
+    """
+    from undo_core.report import terminal_table, write_report
+    from undo_core.report.compare import comparison_table, load, write_comparison
+
+    loaded = load([Path(path) for path in paths])
+    if output is None:
+        if len(paths) > 1 or not Path(paths[0]).is_dir():
+            raise ValueError(
+                f"output: got none with {', '.join(paths)}, wanted a folder, as there is not one folder of results"
+            )
+        output = str(Path(paths[0]) / "report")
+    if len({folder for folder, _ in loaded}) == 1:
+        results = [values for _, values in loaded]
+        page = write_report(results, Path(output), title)
+        console.print(terminal_table(results))
+        console.print(str(page))
+    page = write_comparison(loaded, Path(output), title)
+    console.print(comparison_table(loaded))
+    console.print(str(page))
+    return 0

@@ -1,0 +1,65 @@
+"""Commands about whole runs and this machine: run, sweep, plan and doctor."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.sweep_config import SweepConfig
+from undo_core.training.progress import console
+
+
+def run(config: RunConfig, command: str) -> int:
+    """Run a configuration."""
+    from undo_core.pipeline.run import run as run_pipeline
+
+    run_pipeline(config, command)
+    return 0
+
+
+def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
+    """Run a sweep, or print what it would run."""
+    from undo_core.pipeline.sweep import run_sweep, sweep_table
+
+    if dry_run:
+        out = console if console.is_terminal else Console(width=120, highlight=False)
+        out.print(sweep_table(config))
+        return 0
+    failures = run_sweep(config, command)
+    for line in failures:
+        print(f"undo: failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def plan(config: RunConfig, memory: str | None = None) -> int:
+    """Print what a configuration would do, and what to change for it to fit in ``memory``.
+
+    Raises:
+        ValueError: no change of settings makes it fit.
+    """
+    from undo_core.planning.fit import bytes_of, fit_notes
+    from undo_core.planning.table import plan_table
+
+    limit = None if memory is None else bytes_of(memory)
+    out = console if console.is_terminal else Console(width=100, highlight=False)
+    out.print(plan_table(config))
+    if limit is None:
+        return 0
+    flags, hopeless = fit_notes(config, limit)
+    if hopeless:
+        raise ValueError(f"memory: got {memory}, which is too little: {'; '.join(hopeless)}")
+    out.print(f"\nEvery stage fits in {memory}." if not flags else f"\nFor every stage to fit in {memory}, cheapest first:")
+    for line in flags:
+        out.print(f"  {line}", soft_wrap=True)
+    if config.workers > 1:
+        out.print(f"{memory} is for one stage; {config.workers} run side by side. With --workers=1 they run one by one.")
+    return 0
+
+
+def doctor() -> int:
+    """Print versions, devices and backends, and whether each kernel works."""
+    from undo_core.doctor import run_doctor
+
+    return run_doctor()

@@ -1,0 +1,254 @@
+"""The graph of a run: its models and the stages that make them, from the configuration alone; nothing is computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from undo_core.attacks.config import HEADLINE, with_seed
+from undo_core.models import configuration, positions_of
+from undo_core.pipeline.attacked import Attacked
+from undo_core.pipeline.config import RunConfig, derive_seed, seeded
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Noise, Prepare, Pretrain, Unlearn
+from undo_core.pipeline.stages.prepare import prepare_stage
+from undo_core.teacher import TeacherConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the comparison.
+
+    Attributes:
+        name: unique within the run.
+        kind: original, unlearn, undo, random, filter, oracle, oracle-random, gated or damaged.
+        stage: whose folder holds it.
+        alpha: strength of the noise, for undo and gated; for damaged, of the noise that changes as much.
+    """
+
+    name: str
+    kind: str
+    stage: Stage
+    alpha: float | None = None
+
+    @property
+    def attacked(self) -> bool:
+        """The original has the capability; there is nothing to relearn."""
+        return self.kind != "original"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The models of a run, the data that they share, and the teacher of most of them."""
+
+    prepared: Prepare
+    teacher: Unlearn
+    models: list[Model]
+
+    def stages(self) -> list[Stage]:
+        """Every stage but the attacks, each once, inputs first."""
+        found: dict[str, Stage] = {}
+
+        def visit(stage: Stage) -> None:
+            for source in stage.inputs.values():
+                visit(source)
+            found.setdefault(stage.key, stage)
+
+        for model in self.models:
+            visit(model.stage)
+        return list(found.values())
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """The stages of a run, from its configuration alone; nothing is computed.
+
+    Raises:
+        FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
+        ValueError: examples of a few-shot attack that cannot fit the model's positions.
+    """
+    prepared = prepare_stage(config.data, config.model, config.seed)
+    _check_shots(config)
+    run = _Run(config, prepared)
+    return Plan(prepared, run.teacher, list(run.models()))
+
+
+class _Run:
+    """Composes the stages of one configuration."""
+
+    def __init__(self, config: RunConfig, prepared: Prepare) -> None:
+        self.config, self.prepared = config, prepared
+        pretrain, unlearn = config.pretrain, config.unlearn
+        self.original: Stage = prepared
+        if not config.model.path:
+            self.original = Pretrain(
+                train=self.seeded(pretrain.train, "pretrain"),
+                splits=("retain", "forget"),
+                stop_retain=pretrain.stop_retain,
+                stop_forget=pretrain.stop_forget,
+                prepared=prepared,
+                title="pretrain",
+            )
+        self.teacher = Unlearn(
+            config=dataclasses.replace(unlearn, train=self.seeded(unlearn.train, "unlearn")),
+            prepared=prepared,
+            model=self.original,
+            title=f"unlearn {unlearn.title}",
+        )
+        self.teacher_config = self._teacher_config()
+        self.cache: Cache | None = None
+        if self.teacher_config.stored:
+            self.cache = Cache(config=self.teacher_config, prepared=prepared, teacher=self.teacher, title="cache teacher")
+        seed = derive_seed(config.seed, "random student")
+        self.fresh = Initialise(seed=seed, model=prepared, title="random student")
+
+    def models(self) -> Iterator[Model]:
+        """The models of the comparison."""
+        yield Model("original", "original", self.original)
+        yield Model("unlearn", "unlearn", self.teacher)
+        yield from self._undo()
+        yield from self._damaged()
+        if self.config.controls.random:
+            yield Model("random", "random", self._distilled(self.fresh, "distill random"))
+        yield from self._gated()
+        yield from self._filtered()
+
+    def _undo(self) -> Iterator[Model]:
+        for alpha in sorted(self.config.noise.alphas):
+            student = self._noise(alpha, self.teacher, f"noise {alpha:g}")
+            yield Model(f"undo-{alpha:g}", "undo", self._distilled(student, f"distill {alpha:g}"), alpha)
+
+    def _damaged(self) -> Iterator[Model]:
+        damage, noise = self.config.damage, self.config.noise
+        seed = damage.seed if damage.seed is not None else derive_seed(self.config.seed, "damage")
+        for operator in damage.operators:
+            for alpha in sorted(noise.alphas if damage.alphas is None else damage.alphas):
+                like = dataclasses.replace(self._noise(alpha, self.teacher, ""), parts="text").settings
+                student = Damage(
+                    operator=operator,
+                    seed=seed,
+                    layers=damage.layers,
+                    like=like,
+                    parts=noise.parts,
+                    model=self.teacher,
+                    title=f"{operator} {alpha:g}",
+                )
+                distilled = self._distilled(student, f"distill {alpha:g} {operator}")
+                yield Model(f"undo-{alpha:g}-{operator}", "damaged", distilled, alpha)
+
+    def _gated(self) -> Iterator[Model]:
+        gate = self.config.controls.gate
+        if not gate.share:
+            return
+        gated = Gate(config=self.seeded(gate, "gate"), prepared=self.prepared, title="gate")
+        for alpha in sorted(gate.alphas) or [None]:
+            name, student = "gated", self.fresh
+            if alpha is not None:
+                name, student = f"gated-{alpha:g}", self._noise(alpha, self.original, f"noise original {alpha:g}")
+            # The target is every student's: what the unlearned teacher retains.
+            others = {"gate": gated, "target": self.teacher}
+            yield Model(name, "gated", self._distilled(student, f"distill {name}", self.original, **others), alpha)
+
+    def _filtered(self) -> Iterator[Model]:
+        controls, distill = self.config.controls, self.config.distill
+        if not controls.filter:
+            return
+        # C compares steps to one target, so both are counted at one batch size and evaluation interval.
+        counted = {"batch_size": distill.train.batch_size, "eval_every": distill.train.eval_every}
+        filtered = Pretrain(
+            train=self.seeded(dataclasses.replace(self.config.pretrain.train, **counted), "filter"),
+            splits=("retain",),
+            recover=distill.recover,
+            prepared=self.prepared,
+            target=self.teacher,
+            title="data filtering",
+        )
+        yield Model("filter", "filter", filtered)
+        oracles = {
+            "oracle": (self.original, controls.oracle_steps),
+            "oracle-random": (self.fresh, controls.oracle_random_steps),
+        }
+        for kind, (student, steps) in oracles.items():
+            if steps:
+                matched = self._distilled(student, f"distill {kind}", filtered)
+                limited = dataclasses.replace(matched, train=dataclasses.replace(matched.train, steps=steps), recover=None)
+                yield Model(kind, kind, limited)
+
+    def seeded(self, settings: Any, name: str) -> Any:
+        """Settings with their seed set."""
+        return seeded(settings, self.config.seed, name)
+
+    def _noise(self, alpha: float, model: Stage, title: str) -> Noise:
+        noise = seeded(self.config.noise, self.config.seed, "noise")
+        return Noise(
+            alpha=alpha,
+            beta=noise.beta,
+            law=noise.law,
+            seed=noise.seed,
+            std=noise.std,
+            rules=tuple(noise.all_rules()),
+            parts=noise.parts,
+            model=model,
+            title=title,
+        )
+
+    def _distilled(self, student: Stage, title: str, teacher: Stage | None = None, **others: Stage) -> Distill:
+        """Distillation of the suppressed model, or of another one: a teacher of few students is not worth a cache."""
+        distill, config = self.config.distill, self.teacher_config
+        if teacher is not None and config.stored:
+            config = TeacherConfig("streamed")
+        return Distill(
+            train=self.seeded(distill.train, "distill"),
+            recover=distill.recover,
+            config=config,
+            vocab_size=distill.vocab_size,
+            hidden_weight=distill.hidden_weight,
+            hidden_layers=distill.hidden_layers,
+            prepared=self.prepared,
+            teacher=teacher or self.teacher,
+            student=student,
+            cache=self.cache if teacher is None else None,
+            title=title,
+            **others,
+        )
+
+    def _teacher_config(self) -> TeacherConfig:
+        """Where the teacher is; a cache is made in batches of the distillation's size, for the bits of a resident teacher."""
+        distill, teacher = self.config.distill, self.config.distill.teacher
+        if not teacher.stored:
+            return teacher
+        size = teacher.batch_size or distill.train.micro_batch_size or distill.train.batch_size
+        return dataclasses.replace(teacher, batch_size=size, vocab_size=distill.vocab_size)
+
+
+def _check_shots(config: RunConfig) -> None:
+    """Refuse numbers of examples whose rows are too long for the model at their shortest; the probe itself knows the rows drawn."""
+    attacks = {name: attack for name, attack in config.attacks.items() if attack.kind == "fewshot"}
+    if not attacks or config.data.questions:
+        return
+    model = config.model
+    positions = positions_of(configuration(vars(model)))
+    # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
+    own = config.data.tokenizer or model.path
+    part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
+    for name, attack in attacks.items():
+        shots = max(attack.shots)
+        if positions is not None and (shots + 1) * part > positions:
+            raise ValueError(
+                f"attacks.{name}.shots: got {shots}, whose rows take at least {(shots + 1) * part} positions of the model's {positions}; "
+                f"wanted {max(positions // part - 1, 0)} at most"
+            )
+
+
+def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
+    """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
+    higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
+    return {
+        attack: {
+            model.name: Attacked(with_seed(settings, seed), plan.prepared, model.stage, f"{attack} {model.name}", higher)
+            for model in plan.models
+            if model.attacked
+        }
+        for attack, settings in {HEADLINE: config.relearn, **config.attacks}.items()
+    }

@@ -1,0 +1,183 @@
+"""What the stages that run or train a model have in common."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from undo_core.checkpoint_files import settled_configuration, stored_dtype
+from undo_core.data.rows import Rows
+from undo_core.data.splits import TRAIN_SPLITS
+from undo_core.evaluation import evaluate
+from undo_core.models import forward_flops, load_model
+from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.prepared import load_split
+from undo_core.pipeline.stage import Change, Cost, Folder, Scene, Stage, Work
+from undo_core.training import TrainConfig, TrainResult
+from undo_core.training.precision import Precision, weight_dtype
+from undo_core.training.progress import console
+
+# Cheapest first: in time, then in what may change the result. None stands for the halves of the size that is set.
+CHANGES: tuple[tuple[str, Any], ...] = (
+    ("activation_checkpointing", True),
+    ("micro_batch_size", None),
+    ("teacher.kind", "cached"),
+    ("step_in_backward", True),
+    ("optimizer", "adamw-8bit"),
+    ("optimizer", "adamw-4bit"),
+    ("precision", "bfloat16-stochastic"),
+    ("optimizer", "adamw-offload"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStage(Stage):
+    """A stage that runs a model over prepared rows.
+
+    Attributes:
+        prepared: the data.
+    """
+
+    prepared: Stage | Folder
+
+    def expected(self, work: Work) -> dict[str, Any]:
+        """The peak that ``undo plan`` would predict; None where that fails, for whether the stage can run is not its business."""
+        data, source = work.inputs["prepared"], work.inputs[self.model_from]
+        rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
+        predict = Predictor(settled_configuration(source), rows.length, **_scored(scored))
+        try:
+            predicted = predict(self, stored_dtype(source)).total
+        except Exception as error:
+            console.print(f"{work.title}: peak memory not predicted: {type(error).__name__}: {error}")
+            predicted = None
+        return {"predicted_bytes": predicted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStage(ModelStage):
+    """A stage that trains a model."""
+
+    @property
+    @abc.abstractmethod
+    def training(self) -> TrainConfig:
+        """How it trains."""
+
+    @abc.abstractmethod
+    def retrained(self, **settings: Any) -> Self:
+        """The stage with other settings of its training.
+
+        Raises:
+            ValueError: settings that exclude each other.
+        """
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that a step reads, one of each source."""
+        return 1
+
+    @property
+    def ruled(self) -> bool:
+        """Whether a stop rule may end it before its last step."""
+        return False
+
+    def passes(self, scene: Scene) -> float:
+        """Forward passes that a step costs; a backward pass counts as two."""
+        return 3
+
+    def stored(self) -> torch.dtype:
+        return weight_dtype(self.training.precision)
+
+    def cost(self, scene: Scene) -> Cost:
+        steps, rows, passes = self.training.steps, self.training.batch_size * self.batches, self.passes(scene)
+        positions = steps * rows * scene.length
+        flops = passes * forward_flops(scene.model, scene.length) * positions
+        disk = scene.parameters * self.stored().itemsize
+        return Cost(disk, steps, rows, passes, positions, flops, self.ruled)
+
+    def cheaper(self) -> list[Change]:
+        return [Change(self.flag(name), self._values_of(name, value)) for name, value in CHANGES if self.possible(name, value)]
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        return self.retrained(**{flag.removeprefix(self.flag("")): value for flag, value in changes.items()})
+
+    def flag(self, name: str) -> str:
+        """Path of a training setting below the stage's section of the configuration."""
+        return f"train.{name}"
+
+    def possible(self, name: str, value: Any) -> bool:
+        """Whether the stage has this setting, allows the change, and would be another with it."""
+        train = self.training
+        if name not in {field.name for field in dataclasses.fields(TrainConfig)}:
+            return False
+        if name == "optimizer" and not train.optimizer.startswith("adamw"):
+            return False
+        if name == "precision" and train.precision == "bfloat16":
+            return False
+        if value == "adamw-offload" and not torch.cuda.is_available():
+            return False
+        values = self._values_of(name, value)
+        return bool(values) and getattr(train, name) != values[-1] and self.accepts({self.flag(name): values[-1]})
+
+    def _values_of(self, name: str, value: Any) -> tuple[Any, ...]:
+        return (value,) if value is not None else tuple(halves(self.training.micro_batch_size or self.training.batch_size))
+
+
+def halves(size: int) -> list[int]:
+    """``size`` halved again and again, rounded up, down to 1."""
+    found = []
+    while size > 1:
+        size = -(-size // 2)
+        found.append(size)
+    return found
+
+
+def load_to_train(folder: Path, precision: Precision) -> PreTrainedModel:
+    """A model to train, in 16 bits from the start where training would make it so; masters keep what a float32 folder has."""
+    keeps = precision == "bfloat16-master" and stored_dtype(folder) != torch.bfloat16
+    return load_model(folder, torch.float32 if keeps else weight_dtype(precision))
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that transformers loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str, float]]:
+    """Metrics of a model on validation rows, for training curves and stop rules."""
+    rows = {name: load_split(data, f"valid_{name}") for name in names}
+    return lambda model: {name: evaluate(model, part)["value"] for name, part in rows.items()}
+
+
+def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
+    """The published stop rule (within 0.05 of the teacher's accuracy, or 5 % of its cross-entropy), and its target."""
+    rows = load_split(data, "valid_retain")
+    if rows.answer_mask is not None:
+        target = reached - recover
+        return lambda metrics: metrics["retain"] >= target, target
+    target = reached * (1 + recover)
+    return lambda metrics: metrics["retain"] <= target, target
+
+
+def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
+    """What a manifest says about a training run."""
+    facts = dataclasses.asdict(result)
+    facts["tokens_by_source"] = facts.pop("tokens")
+    facts["positions_by_source"] = facts.pop("positions")
+    facts["tokens"] = sum(result.tokens.values())
+    facts["limit_reached"] = result.limit_reached
+    facts["flops"] = flops
+    return facts
+
+
+def _scored(rows: Rows) -> dict[str, Any]:
+    """What a prediction of memory has to know about rows that are evaluated."""
+    asked = {} if rows.choices is None else {"choices": rows.choices.shape[1], "evaluated_length": rows.length}
+    return {"answers": rows.answer_mask is not None, "evaluated": len(rows), **asked}

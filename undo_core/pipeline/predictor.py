@@ -1,0 +1,97 @@
+"""Predicted peak memory of stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import undo_kernels
+from transformers import PreTrainedConfig
+from undo_kernels.library import choose
+
+from undo_core.evaluation import rows_at_once
+from undo_core.files import hash_json
+from undo_core.pipeline.meta import Memory, Meta, Scored
+from undo_core.pipeline.stage import Stage
+
+PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
+
+
+class Predictor:
+    """Peaks of stages, each kind of step computed once.
+
+    Args:
+        config: of the models, teachers included.
+        length: tokens in a row.
+        answers: whether evaluation scores answers; else it is cross-entropy.
+        choices: letters of a question, where evaluation compares those; 0 where it does not.
+        evaluated: rows of an evaluation; None where the number is unknown, for as many as an evaluation takes at once.
+        evaluated_length: tokens in the longest of them; None for ``length``.
+        data_bytes: token rows that a stage holds.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        length: int,
+        *,
+        answers: bool = False,
+        choices: int = 0,
+        evaluated: int | None = None,
+        evaluated_length: int | None = None,
+        data_bytes: int = 0,
+        device: str | None = None,
+    ) -> None:
+        self.config, self.length, self.data_bytes = config, length, data_bytes
+        columns = evaluated_length or length
+        most = rows_at_once(columns)
+        self.scored = Scored(min(most, evaluated or most), columns, answers, choices)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._known: dict[str, Memory] = {}
+
+    def __call__(self, stage: Stage, stored: torch.dtype | None = None) -> Memory:
+        """Memory of a stage at its peak.
+
+        Args:
+            stage: what would run.
+            stored: dtype of the weights that it reads; None asks the stage.
+
+        Raises:
+            ValueError: settings that the model cannot have.
+        """
+        stored = stored or stage.reads()
+        key = hash_json([stage.kind, _that_matter(stage.settings), str(stored)])
+        if key not in self._known:
+            self._known[key] = max(self.moments(stage, stored), key=lambda memory: memory.total)
+        return self._known[key]
+
+    def moments(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
+        """The parts at the largest sum of each moment."""
+        with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
+            moments = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
+        process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
+        return [dataclasses.replace(memory, process=process) for memory in moments]
+
+
+_NO_MATTER = (
+    "steps",
+    "lr",
+    "min_lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "clip",
+    "eval_every",
+    "seed",
+    "rate",
+)
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that memory depends on."""
+    return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}

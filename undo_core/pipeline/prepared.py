@@ -1,0 +1,65 @@
+"""The rows of a prepared folder, and a model's metrics on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from undo_core.data.rows import Rows
+from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text
+from undo_core.evaluation import evaluate
+from undo_core.models import load_model
+
+
+def split_path(data: Path, split: str) -> Path:
+    """Where a prepared folder keeps a split."""
+    return data / "data" / f"{split}.safetensors"
+
+
+def load_split(data: Path, split: str) -> Rows:
+    """A split of a prepared folder."""
+    return Rows.load(split_path(data, split))
+
+
+def train_rows(data: Path, splits: Sequence[str]) -> Rows:
+    """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
+    return Rows.joined([load_split(data, TRAIN_SPLITS[name]) for name in splits])
+
+
+def distill_rows(data: Path) -> Rows:
+    """The rows that students are distilled on."""
+    return train_rows(data, distilled(_splits(data)))
+
+
+def heldout_rows(data: Path, name: str) -> Rows:
+    """Validation text of retain or forget, beside the questions where those are evaluated."""
+    return load_split(data, heldout_text(_splits(data), name))
+
+
+def tested_rows(data: Path) -> dict[str, Rows]:
+    """The test rows of forget and retain."""
+    return {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
+
+
+def retain_performance(model: PreTrainedModel, data: Path) -> float:
+    """The model's performance on the validation rows of retain."""
+    return evaluate(model, load_split(data, "valid_retain"))["value"]
+
+
+def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
+    """Every test and held-out metric of the model in ``folder``."""
+    model = load_model(folder)
+    names = {
+        "retain": "test_retain",
+        "forget": "test_forget",
+        "heldout_retain": "heldout_retain",
+        "heldout_forget": "heldout_forget",
+    }
+    return {name: evaluate(model, load_split(data, split)) for name, split in names.items() if split_path(data, split).exists()}
+
+
+def _splits(data: Path) -> set[str]:
+    return {path.stem for path in (data / "data").glob("*.safetensors")}

@@ -1,0 +1,29 @@
+"""The kinds of stages, one file each: what a stage computes, what it takes, and how it could take less."""
+
+from undo_core.pipeline.stages.cache import Cache
+from undo_core.pipeline.stages.damage import Damage
+from undo_core.pipeline.stages.distill import Distill
+from undo_core.pipeline.stages.gate import Gate
+from undo_core.pipeline.stages.initialise import Initialise
+from undo_core.pipeline.stages.noise import Noise
+from undo_core.pipeline.stages.prepare import Prepare
+from undo_core.pipeline.stages.pretrain import Pretrain
+from undo_core.pipeline.stages.probe import Probe
+from undo_core.pipeline.stages.relearn import Relearn
+from undo_core.pipeline.stages.replay import Replay
+from undo_core.pipeline.stages.unlearn import Unlearn
+
+__all__ = [
+    "Cache",
+    "Damage",
+    "Distill",
+    "Gate",
+    "Initialise",
+    "Noise",
+    "Prepare",
+    "Pretrain",
+    "Probe",
+    "Relearn",
+    "Replay",
+    "Unlearn",
+]

@@ -1,0 +1,103 @@
+"""Run the teacher once over the rows that every student is distilled on, and keep what the students need of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from undo_core import ops
+from undo_core.files import read_json
+from undo_core.models import forward_flops, head_of, hidden_states, load_model
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import ModelStage
+from undo_core.pipeline.prepared import distill_rows, heldout_rows, load_split, retain_performance
+from undo_core.pipeline.stage import MANIFEST, Cost, Folder, Scene, Stage, Work
+from undo_core.streaming import stream_model
+from undo_core.teacher import TeacherConfig
+from undo_core.teacher_cache import BATCH_SIZE, LOGIT_BYTES, cache_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache(ModelStage):
+    """A teacher's outputs on disk.
+
+    Attributes:
+        config: kind (cached or topk), dtype, k, batch size, number of tokens.
+        streamed: whether the teacher's layers are read from disk for each forward pass.
+        teacher: the suppressed model.
+    """
+
+    kind = "cache"
+    model_from = "teacher"
+    own_text = True
+    config: TeacherConfig
+    streamed: bool = False
+    teacher: Stage | Folder
+
+    def _json(self) -> dict[str, Any]:
+        return {**self.config.settings(), **({"streamed": True} if self.streamed else {})}
+
+    def run(self, work: Work) -> dict[str, Any]:
+        model = (stream_model if self.streamed else load_model)(work.inputs["teacher"])
+        data = work.inputs["prepared"]
+        text, scored = distill_rows(data), load_split(data, "valid_retain")
+        scratch = work.scratch / "cache"
+        cached = cache_teacher(model, text, scratch, self.config, check=heldout_rows(data, "retain"), title=work.title)
+        for path in sorted(scratch.iterdir()):
+            try:
+                os.link(path, work.output / path.name)  # a second name: a kill before the folder is published loses nothing
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, work.output / path.name)
+        flops = forward_flops(model, text.length) * text.input_ids.numel()
+        return {**cached.facts, "flops": flops, "retain": retain_performance(model, data), "retain_rows": scored.digest()}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        model = meta.model()
+        share = meta.streamed_share(model) if self.streamed else 1.0
+        file = meta.mapped * meta.largest if self.streamed else meta.reading(torch.float32)
+        loading = Memory("loading", weights=file, teacher=int(share * 4 * meta.elements))
+        meta.hold(model.eval().parameters(), "teacher", share)
+        with meta.counted("forward"), torch.no_grad():
+            inputs, _, _ = meta.batch(self.config.batch_size or BATCH_SIZE).shifted()
+            hidden, head = hidden_states(model, *inputs).flatten(0, 1), head_of(model)
+            if self.config.kind == "topk":
+                meta.touch("workspace", min(LOGIT_BYTES, 4 * len(hidden) * head.weight.shape[0]) * 3)
+            else:
+                ops.linear_lse(hidden, head.weight, vocab_size=self.config.vocab_size, **head.options())
+            del hidden
+            meta.evaluate(model)
+        return [loading, *meta.peaks()]
+
+    def cost(self, scene: Scene) -> Cost:
+        """A forward pass of the rows; what is stored of a position is of its hidden state, or of its most likely tokens."""
+        batch_size, positions = self.config.batch_size, scene.rows * scene.length
+        if self.config.kind == "topk":
+            stored = 8 * self.config.k
+        else:
+            width = scene.model.config.get_text_config().hidden_size
+            stored = width * getattr(torch, self.config.dtype).itemsize + 4
+        return Cost(
+            disk=scene.rows * (scene.length - 1) * stored,
+            steps=-(-scene.rows // batch_size),
+            rows=batch_size,
+            passes=1,
+            positions=positions,
+            flops=forward_flops(scene.model, scene.length) * positions,
+        )
+
+
+def cached_retain(cache: Path, data: Path) -> float:
+    """The teacher's retain performance, measured when the cache was made.
+
+    Raises:
+        ValueError: a cache that was made with other validation rows.
+    """
+    facts = read_json(cache / MANIFEST)
+    if facts["retain_rows"] != load_split(data, "valid_retain").digest():
+        raise ValueError(f"cache: got {cache}, made with other validation rows than {data} has; wanted those of the same data")
+    return facts["retain"]

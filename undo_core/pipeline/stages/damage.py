@@ -1,0 +1,63 @@
+"""Damage a model's matrices otherwise than the noise does, from disk to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from undo_kernels.ops.noise_rules import NoiseRule
+
+from undo_core.damage import ELEMENT_BYTES, Operator, damage_checkpoint
+from undo_core.parameters import Parts
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.stage import Folder, Stage, Work, optional
+from undo_core.pipeline.stages.noise import as_dicts, left_entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage(Stage):
+    """Gaussian noise, pruning or permutation, at a strength or as much as the published noise would change.
+
+    Attributes:
+        operator: see :mod:`undo_core.damage`.
+        seed: of what is drawn.
+        layers: only these layers, such as 0-3,7.
+        like: settings of the noise whose distance is wanted, as JSON values.
+        parts: what is damaged of a model that knows images or sound too: text or all.
+        strength: of the operator, in the place of ``like``.
+        model: what is damaged.
+    """
+
+    kind = "damage"
+    operator: Operator
+    seed: int
+    layers: str | None
+    like: dict[str, Any] | None = optional()
+    parts: Parts = optional("text")
+    strength: float | None = optional()
+    model: Stage | Folder
+
+    def run(self, work: Work) -> dict[str, Any]:
+        like = self.like
+        if like is not None:
+            like = {**like, "rules": [NoiseRule(**rule) for rule in like.get("rules", [])]}
+        facts = damage_checkpoint(
+            work.inputs["model"],
+            work.output,
+            self.operator,
+            seed=self.seed,
+            strength=self.strength,
+            like=like,
+            layers=self.layers,
+            parts=self.parts,
+            title=work.title,
+        )
+        return {**facts, "tensors": as_dicts(facts["tensors"]), "left": as_dicts(facts["left"])}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        return [Memory("forward", weights=meta.mapped * meta.largest, activations=ELEMENT_BYTES * meta.largest)]
+
+    def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        measured = {name: facts[name] for name in ("strength", "distance", "wanted")}
+        return {"damage": {"operator": self.operator, **measured}, **left_entry(facts)}

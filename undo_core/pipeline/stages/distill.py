@@ -1,0 +1,225 @@
+"""Train the student to match the teacher, until it recovers the teacher's retain performance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core.checkpoint_files import stored_dtype
+from undo_core.data.rows import Rows
+from undo_core.distillation import distill, matching
+from undo_core.models import forward_flops, head_flops, head_of, load_model, load_tokenizer, vocabulary_of
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.prepared import distill_rows, retain_performance
+from undo_core.pipeline.stage import Folder, Scene, Stage, Work, optional
+from undo_core.pipeline.stages.cache import Cache, cached_retain
+from undo_core.pipeline.stages.gate import kept_rows
+from undo_core.streaming import stream_model
+from undo_core.teacher import ModelTeacher, Teacher, TeacherConfig
+from undo_core.teacher_cache import CachedTeacher
+from undo_core.training import Batch, TrainConfig
+from undo_core.training.losses import HiddenTargets, TopTargets, distillation
+from undo_core.training.progress import console
+from undo_core.unlearning import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(TrainingStage):
+    """A student that has learned from a teacher.
+
+    Attributes:
+        train: optimizer, rates, batch sizes; ``steps`` is the limit.
+        recover: stop within this of the retain performance of the teacher, or of ``target``; None trains for all steps.
+        config: where the teacher is meanwhile.
+        vocab_size: number of real tokens, where a head has more rows than that.
+        hidden_weight: factor on the relative squared error of the student's hidden states; 0 leaves it out.
+        hidden_layers: after how many layers; None for every layer.
+        teacher: what the student learns from.
+        student: what learns.
+        gate: which rows are let through; None for all.
+        target: whose retain performance counts, in the place of the teacher's.
+        cache: the teacher's outputs, where ``config`` asks for them.
+    """
+
+    kind = "distill"
+    model_from = "student"
+    own_text = True
+    train: TrainConfig
+    recover: float | None
+    config: TeacherConfig = TeacherConfig()
+    vocab_size: int | None = optional()
+    hidden_weight: float = 0.0
+    hidden_layers: list[int] | None = None
+    teacher: Stage | Folder
+    student: Stage | Folder
+    gate: Stage | Folder | None = optional()
+    target: Stage | Folder | None = optional()
+    cache: Stage | Folder | None = optional()
+
+    def _json(self) -> dict[str, Any]:
+        values = super()._json()
+        config, hidden = values.pop("config"), {name: values.pop(name) for name in ("hidden_weight", "hidden_layers")}
+        config = self.config.settings()
+        return {**values, **({"teacher": config} if config else {}), **({"hidden": hidden} if self.hidden_weight else {})}
+
+    @property
+    def training(self) -> TrainConfig:
+        return self.train
+
+    def retrained(self, **settings: Any) -> Self:
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, **settings))
+
+    @property
+    def ruled(self) -> bool:
+        return self.recover is not None
+
+    # -- what it computes --------------------------------------------------------------------------------------------------------
+
+    def run(self, work: Work) -> dict[str, Any]:
+        data = work.inputs["prepared"]
+        student, text = load_to_train(work.inputs["student"], self.train.precision), distill_rows(data)
+        if self.gate is not None:
+            text = text.take(kept_rows(work.inputs["gate"]))
+        teacher, reached, passes = self._teacher(work, student, text)
+        size = self.vocab_size
+        if size is None and teacher.vocabulary != vocabulary_of(student):
+            size = common_tokens(work, teacher.vocabulary, vocabulary_of(student))
+        stop, facts = None, {}
+        if self.recover is not None:
+            if self.target is not None:
+                reached = retain_performance(load_model(work.inputs["target"]), data)
+            reached = retain_performance(teacher.model, data) if reached is None else reached
+            stop, facts["retain_target"] = recovered(reached, data, self.recover)
+        result = distill(
+            student,
+            teacher,
+            text,
+            self.train,
+            hidden_weight=self.hidden_weight,
+            hidden_layers=self.hidden_layers,
+            vocab_size=size,
+            evaluate=validation(data, "retain"),
+            stop=stop,
+            folder=work.scratch,
+            title=work.title,
+        )
+        save(student, load_tokenizer(data), work.output)
+        flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
+        return {**facts, **training_facts(result, flops)}
+
+    def _teacher(self, work: Work, student: PreTrainedModel, text: Rows) -> tuple[Teacher, float | None, float]:
+        """The teacher, its retain performance where that is known, and its FLOPs for one position."""
+        folder = work.inputs["teacher"]
+        if self.cache is not None:
+            teacher = CachedTeacher.open(work.inputs["cache"], folder, self.config)
+            passes = head_flops(student) if self.config.kind == "cached" else 0.0  # its trunk's are the cache's
+            return teacher, cached_retain(work.inputs["cache"], work.inputs["prepared"]), passes
+        if self.config.kind == "streamed":
+            model = stream_model(folder)
+        else:
+            model = load_model(folder, self._teacher_dtype(stored_dtype(folder)))
+        return ModelTeacher(model), None, forward_flops(model, text.length)
+
+    def _teacher_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """As published, a student in 16 bits learns from a teacher in 16 bits, where its folder has it so."""
+        return torch.float32 if self.train.precision == "float32" else stored
+
+    # -- what it takes -----------------------------------------------------------------------------------------------------------
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        moments = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
+        if self.config.kind != "resident":
+            return moments
+        dtype, own = self._teacher_dtype(meta.stored), meta.trained_dtype(self.train).itemsize * meta.elements
+        weights, teacher = own + meta.reading(dtype), dtype.itemsize * meta.elements
+        return [moments[0], Memory("loading", weights=weights, teacher=teacher), *moments[1:]]
+
+    def _method(self, meta: Meta, student: PreTrainedModel) -> Method:
+        config, model = self.config, meta.model().eval()
+        if config.kind == "resident":
+            model.to(self._teacher_dtype(meta.stored))
+        share = {"resident": 1.0, "streamed": meta.streamed_share(model)}.get(config.kind, 0.0)
+        meta.hold(model.parameters(), "teacher", share)
+        head = head_of(model)
+        if config.kind == "cached":
+            meta.hold([head.weight], "teacher")
+        known, match = ModelTeacher(model), None
+        if self.hidden_weight:
+            match = matching(student, known, self.hidden_weight, self.hidden_layers)
+            known = ModelTeacher(model, match.layers)
+
+        def targets(batch: Batch) -> HiddenTargets | TopTargets:
+            shape = (len(batch.input_ids), batch.input_ids.shape[1] - 1)
+            if config.kind == "cached":
+                packed = torch.empty(*shape, head.weight.shape[1], dtype=getattr(torch, config.dtype), device="meta")
+                return HiddenTargets(packed.clone().to(head.weight.dtype), head)
+            if config.kind == "topk":
+                packed = [torch.empty(*shape, config.k, dtype=dtype, device="meta") for dtype in (torch.int32, torch.float32)]
+                return TopTargets(*(tensor.clone() for tensor in packed))
+            return known.targets(batch)
+
+        return Method(
+            lambda student, batches, counted: distillation(
+                student, targets(batches["text"]), batches["text"], counted["text"], match, self.vocab_size
+            )
+        )
+
+    def passes(self, scene: Scene) -> float:
+        """Three, and the teacher's forward pass, of which an exact cache leaves the head's product."""
+        if self.cache is None:
+            return 4
+        exact = self.config.kind == "cached"
+        return 3 + (head_flops(scene.model) / forward_flops(scene.model, scene.length) if exact else 0)
+
+    # -- how it could take less --------------------------------------------------------------------------------------------------
+
+    def flag(self, name: str) -> str:
+        return name if name.startswith("teacher.") else super().flag(name)
+
+    def possible(self, name: str, value: Any) -> bool:
+        """A cache knows no layers, so it cannot serve students whose hidden states are matched."""
+        if name == "teacher.kind":
+            return not self.hidden_weight and self.config.kind == "resident"
+        return super().possible(name, value)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        train = {flag: value for flag, value in changes.items() if flag != "teacher.kind"}
+        stage = super().changed(train)
+        if "teacher.kind" not in changes:
+            return stage
+        size = stage.train.micro_batch_size or stage.train.batch_size
+        config = TeacherConfig(changes["teacher.kind"], batch_size=size)
+        cache = Cache(config=config, prepared=self.prepared, teacher=self.teacher, title="cache teacher")
+        return dataclasses.replace(stage, config=config, cache=cache)
+
+
+def common_tokens(work: Work, teacher: int, student: int) -> int:
+    """The smaller number of rows of two heads that are padded differently, where both models have one tokenizer.
+
+    Raises:
+        ValueError: they have not.
+    """
+    known, smaller = [_vocabulary(work.inputs[name]) for name in ("teacher", "student")], min(teacher, student)
+    if known[0] is None or known[0] != known[1] or max(known[0].values()) >= smaller:
+        folders = " and ".join(str(work.inputs[name]) for name in ("teacher", "student"))
+        raise ValueError(
+            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or one tokenizer in both of {folders}, with at most "
+            f"{smaller} tokens; they have none, different ones, or more tokens"
+        )
+    console.print(f"{work.title}: the teacher's head has {teacher} rows and the student's {student}; the first {smaller} count")
+    return smaller
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Ids of a folder's tokenizer by token; None where it has no tokenizer that can be loaded."""
+    try:
+        return load_tokenizer(folder).get_vocab()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,67 @@
+"""Learn from a labelled sample which of the rows that students are distilled on are to be dropped: filter-then-distill."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from undo_core.gate import ROWS_AT_ONCE, GateConfig, fit_gate, labelled
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.prepared import distill_rows, heldout_rows, train_rows
+from undo_core.pipeline.stage import Cost, Folder, Scene, Stage, Work
+
+KEPT = "gate.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Stage):
+    """A fitted classifier and what it keeps.
+
+    Attributes:
+        config: share of the rows that is labelled, and the classifier; its seed set.
+        prepared: the data.
+    """
+
+    kind = "gate"
+    model_from = "prepared"
+    config: GateConfig
+    prepared: Stage | Folder
+
+    def _json(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name != "alphas"}
+
+    def run(self, work: Work) -> dict[str, Any]:
+        data, seed = work.inputs["prepared"], self.config.seed or 0
+        # Whichever rows are labelled, forget and retain are drawn apart.
+        seeds = {"forget": seed, "retain": seed + 1}
+        known = {name: labelled(train_rows(data, [name]), self.config.share, seed) for name, seed in seeds.items()}
+        fitted = fit_gate(known["forget"], known["retain"], self.config)
+        text = distill_rows(data)
+        kept = ~fitted.forget(text)
+        if not kept.any():
+            raise ValueError(f"controls.gate: got a classifier that drops all {len(text)} rows, wanted one that keeps some")
+        save_file({"kept": kept, "weight": fitted.weight, "bias": fitted.bias}, work.output / KEPT)
+        return {
+            **{f"labelled_{name}_tokens": rows.tokens() for name, rows in known.items()},
+            "labelled_rows": {name: len(rows) for name, rows in known.items()},
+            "heldout": fitted.quality(*(heldout_rows(data, name) for name in ("forget", "retain"))),
+            "kept_rows": int(kept.sum()),
+            "rows": len(text),
+        }
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        """The features of as many rows as are scored at once; the labelled ones are few."""
+        return [Memory("forward", activations=8 * self.config.buckets * ROWS_AT_ONCE)]
+
+    def cost(self, scene: Scene) -> Cost:
+        return Cost(disk=scene.rows + 8 * self.config.buckets)
+
+
+def kept_rows(folder: Path) -> torch.Tensor:
+    """``[rows]`` bool, True where the gate in ``folder`` lets a row that students are distilled on through."""
+    return load_file(folder / KEPT)["kept"]

@@ -1,0 +1,40 @@
+"""A model of the same architecture at a fresh initialisation from another seed: the random student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from undo_core.checkpoint_files import settled_configuration
+from undo_core.models import initialise, load_tokenizer
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import save
+from undo_core.pipeline.stage import Folder, Stage, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialise(Stage):
+    """A random model.
+
+    Attributes:
+        seed: of the initialisation.
+        model: whose architecture and tokenizer it has.
+    """
+
+    kind = "initialise"
+    seed: int
+    model: Stage | Folder
+
+    def run(self, work: Work) -> dict[str, Any]:
+        source = work.inputs["model"]
+        model = initialise(settled_configuration(source), self.seed)
+        save(model, load_tokenizer(source), work.output)
+        return {}
+
+    def stored(self) -> torch.dtype:
+        return torch.float32
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        return [Memory("loading", weights=4 * meta.elements)]

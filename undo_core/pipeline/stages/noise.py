@@ -1,0 +1,77 @@
+"""Damage a model's parameters with the published noise, from disk to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from undo_kernels.ops.noise_rules import NoiseRule
+
+from undo_core.noise_checkpoint import noise_checkpoint
+from undo_core.parameters import Left, Parts, summary
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.stage import Folder, Stage, Work, optional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Stage):
+    """``theta <- (1 - alpha) * theta + alpha * beta * N``.
+
+    Attributes:
+        alpha: strength, in [0, 1].
+        beta: scale of the noise.
+        law: of N.
+        seed: of N.
+        std: standard deviation of the normal law.
+        rules: other settings for some parameters; later rules win.
+        parts: what is noised of a model that knows images or sound too: text or all.
+        stochastic_rounding: of 16-bit parameters; False rounds to nearest.
+        model: what is damaged.
+    """
+
+    kind = "noise"
+    alpha: float
+    beta: float
+    law: str
+    seed: int
+    std: float | None = optional()
+    rules: tuple[NoiseRule, ...] = optional(())
+    parts: Parts = optional("text")
+    stochastic_rounding: bool = optional(True)
+    model: Stage | Folder
+
+    def run(self, work: Work) -> dict[str, Any]:
+        report = noise_checkpoint(
+            work.inputs["model"],
+            work.output,
+            alpha=self.alpha,
+            beta=self.beta,
+            seed=self.seed,
+            law=self.law,
+            std=self.std,
+            rules=self.rules,
+            parts=self.parts,
+            stochastic_rounding=self.stochastic_rounding,
+            title=work.title,
+        )
+        return {"tensors": as_dicts(report), "left": as_dicts(report.left)}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        """One tensor at a time, in the pages of the file."""
+        return [Memory("loading", weights=meta.mapped * meta.largest)]
+
+    def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        return left_entry(facts)
+
+
+def as_dicts(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dataclasses by name, as JSON values."""
+    return {name: dataclasses.asdict(facts) for name, facts in named.items()}
+
+
+def left_entry(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What damage left as it was, in one line; nothing where that is nothing."""
+    left = {name: Left(**one) for name, one in facts["left"].items()}
+    return {"left": summary(left)} if left else {}

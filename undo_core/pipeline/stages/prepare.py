@@ -1,0 +1,116 @@
+"""Draw, tokenise and split the data; build the tokenizer and the model at its initialisation, or copy a checkpoint's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from undo_core.checkpoint_files import INDEX, SINGLE, named_weight_files, stored_dtype
+from undo_core.data.limits import Limits
+from undo_core.data.splits import make_splits
+from undo_core.files import hash_file
+from undo_core.models import build_model, configuration, load_model, positions_of
+from undo_core.pipeline.config import DataConfig, ModelConfig, seeded
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import save
+from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
+from undo_core.text_files import check_is_content
+from undo_core.training.progress import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Stage):
+    """The prepared data and the model that they are for.
+
+    Attributes:
+        data: what is retained and what is forgotten, its seed set.
+        model: an architecture to initialise, or a checkpoint; its seed set.
+        files: SHA-256 of every file that is read, by its path: text, a checkpoint, a tokenizer.
+    """
+
+    kind = "prepare"
+    model_from = None
+    data: DataConfig
+    model: ModelConfig
+    files: dict[str, str]
+
+    def _json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self.data)
+        if not self.data.questions:  # as in the keys of runs from before there were questions
+            del data["questions"]
+        return {**super()._json(), "data": data}
+
+    def run(self, work: Work) -> dict[str, Any]:
+        settings = self.settings["model"]
+        path, expected = self.model.path, configuration(settings)
+        tokenizer, splits, cut = make_splits(self.settings["data"], positions_of(expected))
+        limits = Limits(expected.get_text_config().vocab_size if path else len(tokenizer), positions_of(expected))
+        for name, rows in splits.items():
+            limits.check_rows(rows, f"data ({name})")
+        if path:
+            model = load_model(path, stored_dtype(Path(path)))
+        else:
+            model = build_model(self.model.config, tokenizer, self.model.seed)
+        (work.output / "data").mkdir()
+        for name, rows in splits.items():
+            rows.save(work.output / "data" / f"{name}.safetensors")
+        save(model, tokenizer, work.output)
+        facts = {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()}
+        for name, count in cut.items():
+            facts[name]["truncated"] = count
+            if count:
+                console.print(
+                    f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the model"
+                )
+        return {"parameters": sum(p.numel() for p in model.parameters()), "splits": facts}
+
+    def stored(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights, where they are there."""
+        path = self.model.path and Path(self.model.path)
+        there = path and any((path / name).is_file() for name in (INDEX, SINGLE))
+        return stored_dtype(path) if there else torch.float32
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        if not self.model.path:
+            return [Memory("loading", weights=4 * meta.elements)]
+        return [Memory("loading", weights=meta.stored.itemsize * meta.elements + meta.reading(meta.stored))]
+
+
+def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
+    """The stage for these settings, with the seeds that they leave open derived from ``seed``.
+
+    The content of every file that is read is part of its key. Data that are streamed from the hub (``hf://``) cannot be hashed: only
+    their name is part of the key, and a data set that changes there is not drawn again.
+
+    Raises:
+        FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
+        ValueError: a pointer file of Git LFS in the place of one of these.
+    """
+    data, model = seeded(data, seed, "data"), seeded(model, seed, "model")
+    files = [Path(path) for path in data.sources() if "://" not in path]
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and data.questions"
+            )
+    if model.path:
+        checkpoint = Path(model.path)
+        if not (checkpoint / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
+            )
+        files += [checkpoint / "config.json", *(path for path in named_weight_files(checkpoint) if path.is_file())]
+    if data.tokenizer and not Path(data.tokenizer).is_dir():
+        raise FileNotFoundError(
+            f"data.tokenizer: got {data.tokenizer}, which is not a folder; wanted one with a tokenizer's files"
+        )
+    data = dataclasses.replace(data, tokenizer=data.tokenizer or model.path)
+    if data.tokenizer:
+        files += sorted({path for name in TOKENIZER_FILES for path in Path(data.tokenizer).glob(name) if path.is_file()})
+    for path in files:
+        check_is_content(path)
+    return Prepare(data=data, model=model, files={str(path): hash_file(path) for path in files}, title="prepare")

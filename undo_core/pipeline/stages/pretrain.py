@@ -1,0 +1,92 @@
+"""Train from the prepared initialisation: the original model on everything, or data filtering on the retain rows alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from undo_core.models import forward_flops, load_model, load_tokenizer
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.prepared import retain_performance, train_rows
+from undo_core.pipeline.stage import Folder, Stage, Work, optional
+from undo_core.training import Batch, TrainConfig, rows_source, train
+from undo_core.training.losses import cross_entropy
+from undo_core.unlearning import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(TrainingStage):
+    """A model trained from scratch. With ``target`` it stops where it performs as the target does, else at fixed accuracies.
+
+    Attributes:
+        train: optimizer, rates, batch sizes.
+        splits: what it is trained on, of retain and forget.
+        stop_retain: stop at the first evaluation with at least this retain accuracy, and ``stop_forget`` met too.
+        stop_forget: the forget accuracy that ``stop_retain`` asks for besides.
+        recover: distance to the target's retain performance at which it stops.
+        target: whose retain performance is to be reached.
+    """
+
+    kind = "pretrain"
+    model_from = "prepared"
+    train: TrainConfig
+    splits: tuple[str, ...]
+    stop_retain: float | None = None
+    stop_forget: float | None = None
+    recover: float | None = None
+    target: Stage | Folder | None = optional()
+
+    def _json(self) -> dict[str, Any]:
+        other = ("recover",) if self.target is None else ("stop_retain", "stop_forget")
+        return {name: value for name, value in super()._json().items() if name not in other}
+
+    @property
+    def training(self) -> TrainConfig:
+        return self.train
+
+    def retrained(self, **settings: Any) -> Self:
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, **settings))
+
+    @property
+    def ruled(self) -> bool:
+        return self.recover is not None or self.stop_retain is not None
+
+    def run(self, work: Work) -> dict[str, Any]:
+        data = work.inputs["prepared"]
+        model, rows, metrics = load_to_train(data, self.train.precision), train_rows(data, self.splits), ("retain", "forget")
+        stop, facts = None, {}
+        if self.recover is not None:
+            reached, metrics = retain_performance(load_model(work.inputs["target"]), data), ("retain",)
+            stop, facts["retain_target"] = recovered(reached, data, self.recover)
+        elif self.stop_retain is not None:
+            stop = self._accurate
+        result = train(
+            model,
+            next_token_loss,
+            {"text": rows_source(rows, self.train.batch_size, self.train.seed or 0)},
+            self.train,
+            evaluate=validation(data, *metrics),
+            stop=stop,
+            folder=work.scratch,
+            title=work.title,
+        )
+        save(model, load_tokenizer(data), work.output)
+        flops = 3 * forward_flops(model, rows.length) * result.positions["text"]
+        return {**facts, **training_facts(result, flops)}
+
+    def _accurate(self, values: Mapping[str, float]) -> bool:
+        wanted = {"retain": self.stop_retain, "forget": self.stop_forget}
+        return all(values[name] >= value for name, value in wanted.items() if value is not None)
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        return meta.training(self.train, ("text",), lambda model: Method(next_token_loss))
+
+
+def next_token_loss(model: PreTrainedModel, batches: Mapping[str, Batch], counted: Mapping[str, int]) -> Any:
+    """Mean cross-entropy of the next token; a scalar."""
+    return cross_entropy(model, batches["text"], counted["text"])

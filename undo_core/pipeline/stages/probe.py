@@ -1,0 +1,73 @@
+"""Evaluate a model under an attack that trains nothing; the manifest, which is all there is, holds one point of a curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from undo_core.attacks import few_shot, quantise_
+from undo_core.data.encoding import encoded, surroundings
+from undo_core.evaluation import evaluate
+from undo_core.models import load_model, load_tokenizer, positions_of
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import ModelStage
+from undo_core.pipeline.prepared import load_split, tested_rows
+from undo_core.pipeline.stage import Cost, Folder, Scene, Stage, Work, optional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(ModelStage):
+    """A model that is prompted with examples, or whose weights are rounded.
+
+    Attributes:
+        attack: fewshot or quantise.
+        shots: solved examples before each row.
+        seed: of the examples.
+        bits: of a weight.
+        group_size: columns that share a scale.
+        model: what is attacked.
+    """
+
+    kind = "probe"
+    attack: str
+    shots: int | None = optional()
+    seed: int | None = optional()
+    bits: int | None = optional()
+    group_size: int | None = optional()
+    model: Stage | Folder
+
+    def _json(self) -> dict[str, Any]:
+        values = super()._json()
+        return {"kind": values.pop("attack"), **values}
+
+    def run(self, work: Work) -> dict[str, Any]:
+        data = work.inputs["prepared"]
+        model, tests = load_model(work.inputs["model"]), tested_rows(data)
+        if self.attack == "fewshot":
+            examples, how = load_split(data, "valid_forget"), {"seed": self.seed, "positions": positions_of(model.config)}
+            if examples.choices is not None:  # an answered question ends without its own end
+                tokenizer = load_tokenizer(data)
+                how |= {"between": encoded(tokenizer, ["\n\n"])[0], "lead": surroundings(tokenizer, "\n\n")[0]}
+            prompted = {name: few_shot(rows, examples, self.shots, **how) for name, rows in tests.items()}
+            facts = {"length": prompted["forget"][0].length}
+            scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}
+        else:
+            facts = {"quantised": quantise_(model, self.bits, self.group_size or 1)}
+            scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+        point = {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
+        return {"curve": [{"step": 0, **point}], **facts}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        """An evaluation, of rows without examples."""
+        loading = Memory("loading", weights=4 * meta.elements + meta.reading(torch.float32))
+        model = meta.model()
+        meta.hold([*model.parameters(), *model.buffers()], "weights")
+        with meta.counted("evaluation"):
+            meta.evaluate(model)
+        return [loading, *meta.peaks()]
+
+    def cost(self, scene: Scene) -> Cost:
+        """A manifest."""
+        return Cost(disk=0)

@@ -1,0 +1,99 @@
+"""Attack a model by training, at one learning rate; the manifest holds the curve, on the test rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.lora import insert
+from undo_core.evaluation import evaluate
+from undo_core.models import forward_flops, load_tokenizer
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
+from undo_core.pipeline.prepared import tested_rows, train_rows
+from undo_core.pipeline.stage import Folder, Scene, Stage, Work
+from undo_core.relearning import attack, mixed_cross_entropy
+from undo_core.training import TrainConfig
+from undo_core.unlearning import Method
+
+# Settings that are part of every attack's key; those that came later are left out at their default.
+FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
+OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size")
+INTERVAL = {"": "value", "_low": "low", "_high": "high"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearn(TrainingStage):
+    """A model under an attack that trains.
+
+    Attributes:
+        config: the attack, with one rate and the seed of one order of the data.
+        model: what is attacked.
+    """
+
+    kind = "relearn"
+    config: AttackConfig
+    model: Stage | Folder
+
+    def _json(self) -> dict[str, Any]:
+        values, default = dataclasses.asdict(self.config), dataclasses.asdict(AttackConfig())
+        left_out = (*OF_THE_GRID, *(() if self.config.kind == "lora" else ("lora",)))
+        kept = {name: value for name, value in values.items() if name in FIRST or value != default[name]}
+        return {name: value for name, value in kept.items() if name not in left_out} | {"rate": self.rate}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.config.rates[0]
+
+    @property
+    def training(self) -> TrainConfig:
+        return self.config.training(self.rate)
+
+    def retrained(self, **settings: Any) -> Self:
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
+
+    def flag(self, name: str) -> str:
+        return name
+
+    def run(self, work: Work) -> dict[str, Any]:
+        config, data = self.config, work.inputs["prepared"]
+        model = load_to_train(work.inputs["model"], config.precision)
+        texts = {name: train_rows(data, [name]) for name in config.rows()}
+        tests = tested_rows(data)
+        points: dict[int, dict[str, Any]] = {}
+
+        def metrics(model: PreTrainedModel) -> dict[str, float]:
+            scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+            return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in INTERVAL.items()}
+
+        given = {"forget": None, **texts}
+        result = attack(model, rate=self.rate, config=config, **given, evaluate=metrics, folder=work.scratch, title=work.title)
+        for entry in result.history:
+            points[int(entry["step"])] = {
+                name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(rows)}
+                for name, rows in tests.items()
+            }
+        save(model, load_tokenizer(data), work.output)
+        curve = [{"step": step, **point} for step, point in points.items()]
+        passes = self._passes()
+        flops = sum(passes * forward_flops(model, rows.length) * result.positions[name] for name, rows in texts.items())
+        return {"curve": curve, **training_facts(result, flops)}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        return meta.training(self.config.training(1.0), self.config.rows(), self._method)
+
+    def _method(self, model: PreTrainedModel) -> Method:
+        adapters = insert(model, self.config.lora, 0)[1] if self.config.kind == "lora" else None
+        return Method(mixed_cross_entropy, adapters)
+
+    def passes(self, scene: Scene) -> float:
+        return self._passes()
+
+    def _passes(self) -> int:
+        """A frozen matrix needs no gradient of its own."""
+        return 2 if self.config.kind == "lora" else 3

@@ -1,0 +1,49 @@
+"""N itself, in a file, for audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from undo_kernels.ops.noise_rules import NoiseRule
+
+from undo_core.noise_checkpoint import write_replay
+from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.stage import Folder, Stage, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Stage):
+    """The noise that a seed gives.
+
+    Attributes:
+        pattern: glob over the names of the parameters whose noise is written.
+        rules: other settings for some parameters.
+        law: of N.
+        seed: of N.
+        std: standard deviation of the normal law.
+        model: whose parameters have the names and shapes.
+    """
+
+    kind = "replay"
+    pattern: str
+    rules: tuple[NoiseRule, ...]
+    law: str
+    seed: int
+    std: float | None
+    model: Stage | Folder
+
+    def run(self, work: Work) -> dict[str, Any]:
+        drawn = write_replay(
+            work.inputs["model"],
+            work.output / "noise.safetensors",
+            self.pattern,
+            seed=self.seed,
+            law=self.law,
+            std=self.std,
+            rules=self.rules,
+        )
+        return {"tensors": drawn}
+
+    def memory(self, meta: Meta) -> list[Memory]:
+        return [Memory("loading", weights=4 * meta.elements)]

@@ -1,0 +1,154 @@
+"""Stage folders: keyed by what they are made of, built beside their final name, published by a rename."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from undo_core.checkpoint_files import CONFIG, weight_files
+from undo_core.files import fresh, hash_file, locked, publish, read_json, write_json
+from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
+from undo_core.training.memory import peak_bytes, reset_peak
+from undo_core.version import __version__
+
+
+class Store:
+    """The stage folders of one output folder, each named by its stage's key."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, stage: Stage | Folder) -> Path:
+        """Where the stage's result is, or will be."""
+        return stage.path if isinstance(stage, Folder) else self.root / stage.name
+
+    def done(self, stage: Stage | Folder) -> bool:
+        """Whether the stage's result is complete."""
+        return isinstance(stage, Folder) or (self.folder(stage) / MANIFEST).exists()
+
+    def manifest(self, stage: Stage | Folder) -> dict[str, Any]:
+        """The manifest of a complete stage."""
+        return read_json(self.folder(stage) / MANIFEST)
+
+    def description(self, stage: Stage) -> dict[str, Any]:
+        """What decides the stage's result, for its manifest."""
+        return {"kind": stage.kind, "settings": stage.settings, "key": stage.key}
+
+    def ensure(self, stage: Stage | Folder) -> Path:
+        """The stage's folder, built first where it is missing; a killed build continues from its last checkpoint."""
+        final = self.folder(stage)
+        if self.done(stage):
+            return final
+        inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
+        lock = final.parent / f".{final.name}.lock"
+        with locked(lock, f"{final.name}: another process is at work on it; waiting"):
+            if not self.done(stage):  # the other process may have finished it
+                self._build(stage, final, inputs)
+        lock.unlink(missing_ok=True)
+        return final
+
+    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path]) -> None:
+        """Run the stage in a hidden folder beside ``final``, which appears in one rename, complete and on disk."""
+        partial, description = final.parent / f".{final.name}.partial", self.description(stage)
+        begun = partial / "description.json"
+        if begun.exists() and read_json(begun) != description:  # an unfinished build of something else
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(begun, description)
+        output = fresh(partial / "output")
+        reset_peak()
+        began = time.monotonic()
+        work = Work(inputs, partial, output, stage.title or stage.kind)
+        facts = {**stage.expected(work), **stage.run(work)}
+        facts.setdefault("seconds", time.monotonic() - began)
+        log = partial / "log.jsonl"
+        if log.exists():
+            shutil.copyfile(log, output / "log.jsonl")
+        weights = sorted(output.glob("*.safetensors"))
+        manifest = {
+            "format": FORMAT,
+            **description,
+            "inputs": {name: _provenance(folder) for name, folder in inputs.items()},
+            "outputs": {path.name: hash_file(path) for path in weights},
+            "versions": versions(),
+            "machine": machine(),
+            "peak_bytes": peak_bytes(),
+            **facts,
+        }
+        write_json(output / MANIFEST, manifest)
+        publish(output, final)
+        shutil.rmtree(partial)
+
+
+class OneFolder(Store):
+    """A store of one stage, in a folder that the user names, made from folders that exist."""
+
+    def folder(self, stage: Stage | Folder) -> Path:
+        return stage.path if isinstance(stage, Folder) else self.root
+
+    def done(self, stage: Stage | Folder) -> bool:
+        """Whether the folder exists and was made from the same inputs and settings.
+
+        Raises:
+            FileExistsError: it was made otherwise.
+        """
+        if isinstance(stage, Folder) or not self.root.exists():
+            return isinstance(stage, Folder)
+        description, manifest = self.description(stage), self.root / MANIFEST
+        if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
+            return True
+        raise FileExistsError(f"output: got {self.root}, which exists and was made otherwise; wanted a new folder")
+
+    def description(self, stage: Stage) -> dict[str, Any]:
+        """In the place of a key, what each input folder contains: folders can be moved and renamed."""
+        sources = {name: source.content for name, source in stage.inputs.items()}
+        return {"format": FORMAT, "kind": stage.kind, "settings": stage.settings, "sources": sources}
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Name and weight hashes of an input folder."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        outputs = read_json(manifest)["outputs"]
+    else:
+        weights = weight_files(folder) if (folder / CONFIG).is_file() else []
+        outputs = {path.name: hash_file(path) for path in weights}
+    return {"folder": folder.name, "outputs": outputs}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result's bits."""
+    return {
+        "undo_core": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the result was computed on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; all of the machine's where the system does not tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or sys.platform

@@ -1,0 +1,165 @@
+"""The cheapest changes of settings with which stages fit in a given memory."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.stage import Change, Stage
+from undo_core.planning.memory import Predict, predictor
+from undo_core.planning.table import largest
+
+Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
+Agree = Callable[[Change, Change], bool]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings to change, by their path below the stage's section of the configuration, and the peak with them.
+
+    Attributes:
+        changes: such as ``{"train.activation_checkpointing": True}``.
+        memory_bytes: predicted.
+    """
+
+    changes: dict[str, Any]
+    memory_bytes: int
+
+
+def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
+    """What to do for every stage to fit in ``limit`` bytes: flags to add, and a line for each stage that no flags can help."""
+    predict, groups = predictor(config), dict[str, list[Stage]]()
+    plan = plan_run(config)
+    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
+    sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
+    for stage in plan.stages() + [largest(trials) for trials in attacks.values()]:
+        if predict(stage).total > limit:
+            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)  # a flag is of all stages of a section
+    flags, hopeless = [], []
+    for name, group in groups.items():
+        section = f"attacks.{name}" if name in config.attacks else group[0].kind
+
+        def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
+            return max(peak(predict, stage, changes) for stage in group)
+
+        title = name if len(group) > 1 or group[0].key in sections else group[0].title
+        fit, least = cheapest_fit(group[0], limit, need)
+        if fit is None:
+            with_ = f"with {_flags(section, least)}" if least.changes else "and no setting changes that"
+            hopeless.append(f"{title} needs at least {_gib(least.memory_bytes)} GiB, {with_}")
+        else:
+            flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(section, fit)}")
+    return flags, hopeless
+
+
+def peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
+    """Peak of a stage with changed settings, and of the stages that it then reads besides."""
+    changed, known = stage.changed(changes), {source.key for source in stage.inputs.values()}
+    added = [source for source in changed.inputs.values() if source.key not in known]
+    return max(predict(each).total for each in (changed, *added))
+
+
+def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]:
+    """The cheapest changes with which stages need at most ``limit`` bytes, None where there are none; and those that need least.
+
+    A change is taken to cost more than all before it in :meth:`Stage.cheaper` together. Each one is left out, the most expensive first,
+    where as many cheaper ones as agree suffice without it: a few predictions a change, instead of one for every set.
+
+    Args:
+        stage: one of them, which says what can be changed.
+        limit: bytes.
+        need: peak of the largest of the stages with changes.
+    """
+    possible = stage.cheaper()
+    known: dict[tuple[Change, ...], Fit] = {}
+    agree = functools.cache(functools.partial(_agree, stage))
+
+    def fit(chosen: tuple[Change, ...]) -> Fit:
+        if chosen not in known:
+            changes = _smallest(chosen)
+            known[chosen] = Fit(changes, need(changes))
+        return known[chosen]
+
+    def least(chosen: tuple[Change, ...], cheaper: list[Change]) -> Fit:
+        """With all of the cheaper changes that go together; the first of them that fits."""
+        fits = []
+        for together in _together(possible, chosen, cheaper, agree):
+            fits.append(fit(together))
+            if fits[-1].memory_bytes <= limit:
+                break
+        return min(fits, key=lambda fit: fit.memory_bytes)
+
+    smallest = least((), possible)
+    if smallest.memory_bytes > limit:
+        return None, smallest
+    chosen: tuple[Change, ...] = ()
+    for index in reversed(range(len(possible))):
+        alone = all(agree(possible[index], other) for other in chosen)
+        if alone and least(chosen, possible[:index]).memory_bytes > limit:
+            chosen = (possible[index], *chosen)
+    found = fit(chosen)  # what fitted before a change was looked at fits after it
+    for change in chosen:
+        found = _first_that_fits(found, change, limit, need)
+    return found, found
+
+
+def _first_that_fits(smallest: Fit, change: Change, limit: int, need: Need) -> Fit:
+    """With the first of the values of ``change`` that fits, found by halving; the last one fits."""
+    first, last, best = 0, len(change.values) - 1, smallest
+    while first < last:
+        middle = (first + last) // 2
+        changes = {**smallest.changes, change.flag: change.values[middle]}
+        tried = Fit(changes, need(changes))
+        if tried.memory_bytes <= limit:
+            last, best = middle, tried
+        else:
+            first = middle + 1
+    return best
+
+
+def _together(
+    possible: list[Change], chosen: tuple[Change, ...], cheaper: list[Change], agree: Agree
+) -> Iterator[tuple[Change, ...]]:
+    """``chosen`` and as many of the cheaper changes as agree: of two that do not the more expensive one, or that of several values."""
+    seen = set()
+    for prefer_several in (False, True):
+        together = list(chosen)
+        for change in sorted(reversed(cheaper), key=lambda change: not (prefer_several and len(change.values) > 1)):
+            if all(agree(change, other) for other in together):
+                together.append(change)
+        result = tuple(sorted(together, key=possible.index))
+        if result not in seen:
+            seen.add(result)
+            yield result
+
+
+def _agree(stage: Stage, one: Change, other: Change) -> bool:
+    """Whether two changes can be made together."""
+    return one.flag != other.flag and stage.accepts(_smallest((one, other)))
+
+
+def _smallest(chosen: tuple[Change, ...]) -> dict[str, Any]:
+    """The changes, each at the value that needs least memory."""
+    return {change.flag: change.values[-1] for change in chosen}
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _flags(section: str, fit: Fit) -> str:
+    return " ".join(f"--{section}.{path}={str(value).lower()}" for path, value in fit.changes.items())
+
+
+def bytes_of(text: str) -> int:
+    """``24GB`` (powers of 1000), ``24GiB`` (of 1024), ``500MB`` or a number of bytes, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"memory: got {text!r}, wanted a size such as 24GB, 24GiB or 500MB")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

@@ -1,0 +1,57 @@
+"""The models that a configuration describes, and the rows that they read, without weights or data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from undo_core.checkpoint_files import settled_configuration
+from undo_core.data import arithmetic
+from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
+from undo_core.models import architecture, load_tokenizer, positions_of, skeleton
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store
+
+
+def model_config(config: RunConfig) -> Any:
+    """The Hugging Face configuration of a run's models."""
+    if config.model.path:
+        return settled_configuration(Path(config.model.path))
+    if config.data.tokenizer:
+        size = len(load_tokenizer(config.data.tokenizer))
+    else:
+        alphabets = {"arithmetic-compact": arithmetic.COMPACT_ALPHABET, "arithmetic": arithmetic.CHARACTERS}
+        size = config.data.vocab_size if config.data.kind == "text" else len(alphabets[config.data.kind]) + 2
+    settings = {"vocab_size": size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **config.model.config}
+    return architecture(settings)
+
+
+def meta_model(config: RunConfig) -> PreTrainedModel:
+    """A run's model on the meta device.
+
+    Raises:
+        ValueError: rows that are longer than the model can read.
+    """
+    described = model_config(config)
+    check_lengths(dataclasses.asdict(config.data), positions_of(described))
+    return skeleton(described)
+
+
+def row_length(config: RunConfig, stage: Stage) -> int:
+    """Tokens of the rows that a stage reads."""
+    if config.data.kind == "arithmetic-compact":
+        return arithmetic.compact_splits(seed=0, train_rows=2, eval_prompts=2)[1]["train_retain"].length
+    own = config.data.distill if stage.own_text else None
+    return (own.length if own is not None and own.sources else None) or config.data.length
+
+
+def distilled_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
+    """Rows that students are distilled on: at most, where problems are packed and not prepared yet; unknown text counts as none."""
+    if store.done(prepared):
+        splits = store.manifest(prepared)["splits"]
+        return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))
+    return 0 if config.data.kind == "text" else 2 * config.data.train_rows

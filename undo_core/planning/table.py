@@ -1,0 +1,130 @@
+"""What a run would do: stages, steps, tokens, memory, time and disk, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.meta import PARTS, Memory
+from undo_core.pipeline.stage import Scene, Stage
+from undo_core.pipeline.store import Store
+from undo_core.planning.memory import predictor
+from undo_core.planning.models import distilled_rows, meta_model, row_length
+from undo_core.planning.timing import Measure, basis
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan.
+
+    Attributes:
+        title: of the stage.
+        steps: optimizer steps, at most.
+        ruled: whether a stop rule may end it earlier.
+        positions: run through the trained model, padding included.
+        flops: at most.
+        seconds: predicted, at most.
+        memory: predicted peak, by parts.
+        measured_bytes: the peak that was measured, of a stage that is there.
+        disk_bytes: of what it leaves behind.
+        folder: of the stage.
+        done: whether it is there already.
+    """
+
+    title: str
+    steps: int
+    ruled: bool
+    positions: int
+    flops: float
+    seconds: float
+    memory: Memory
+    measured_bytes: int | None
+    disk_bytes: int
+    folder: str
+    done: bool
+
+
+def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
+    """The plan's lines, attacks of a model as one, and the disk that the missing stages take."""
+    plan, model = plan_run(config), meta_model(config)  # a missing folder is not looked for on the hub
+    measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
+    lines = [(stage.title, [stage]) for stage in plan.stages()]
+    for models in attacked_models(config, plan).values():
+        for attacked in models.values():
+            of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
+            lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
+    predict, distilled = predictor(config), distilled_rows(config, store, plan.prepared)
+    rows = []
+    for title, stages in lines:
+        stage, times = largest(stages), len(stages)
+        scene = Scene(model, row_length(config, stage), distilled)
+        cost = stage.cost(scene)
+        seconds = cost.steps * measure.seconds(cost.rows, cost.passes, scene.length) if cost.steps else 0.0
+        row = Row(
+            title=title,
+            steps=cost.steps * times,
+            ruled=cost.ruled,
+            positions=cost.positions * times,
+            flops=cost.flops * times,
+            seconds=seconds * times,
+            memory=predict(stage),
+            measured_bytes=store.manifest(stage)["peak_bytes"] if store.done(stage) else None,
+            disk_bytes=cost.disk * times,
+            folder=stage.name,
+            done=all(map(store.done, stages)),
+        )
+        rows.append(row)
+    return rows, sum(row.disk_bytes for row in rows if not row.done)
+
+
+def plan_table(config: RunConfig) -> RenderableType:
+    """``undo plan``: the lines as two tables, work and memory, with sums and what the numbers rest on."""
+    rows, disk = plan_rows(config, Store(Path(config.output) / "stages"))
+    work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
+    size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
+    unit = "GiB" if size == 2**30 else "MiB"
+    shown = lambda count: f"{count / size:,.1f}" if size == 2**30 else f"{count / size:,.0f}"  # noqa: E731
+    memory = _table(f"\nPeak memory, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS)
+    for row in rows:
+        limit = "<= " if row.ruled else ""
+        took = "there" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
+        done = (f"{limit}{row.steps:,}", f"{row.positions:,}", f"{row.flops / 1e12:.2f}") if row.steps else ("-", "-", "-")
+        work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
+        measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
+        parts = [shown(getattr(row.memory, part)) for part in PARTS]
+        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.moment, *parts)
+    left = [row for row in rows if not row.done]
+    total = sum(row.seconds for row in left) / config.workers
+    notes = [
+        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), {disk / 2**20:,.0f} MiB of disk.",
+        "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
+        f"Time per step: {basis(sum(p.numel() for p in meta_model(config).parameters()))}.",
+        f"Memory is of one stage; {config.workers} run side by side."
+        if config.workers > 1
+        else "Memory is of the process that runs.",
+    ]
+    return Group(work, memory, "", *notes)
+
+
+def largest(stages: list[Stage]) -> Stage:
+    """The one whose rows are longest."""
+    return max(stages, key=lambda stage: stage.settings.get("shots", 0))
+
+
+_HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("stage", "folder", "during") else "right", no_wrap=True)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,66 @@
+"""Predicted time of a training step on this machine."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core.data.rows import Rows
+from undo_core.models import forward_flops, initialise
+from undo_core.pipeline.config import RunConfig
+from undo_core.planning.models import model_config
+from undo_core.training import TrainConfig, rows_source, train
+from undo_core.training.losses import cross_entropy
+
+MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
+MATRIX_EFFICIENCY = 0.5  # of a training step against bare matrix products of the same width, measured on small models
+
+
+class Measure:
+    """Seconds of a training step on this machine."""
+
+    def __init__(self, config: RunConfig, model: PreTrainedModel, parameters: int) -> None:
+        self.config, self.model = config, model
+        self.real = initialise(model_config(config), 0) if parameters <= MEASURED_PARAMETERS else None
+        self.rate = None if self.real is not None else self._matrix_rate()
+        self.known: dict[tuple[int, int], float] = {}
+
+    def seconds(self, rows: int, passes: float, length: int) -> float:
+        """Of one step on ``rows`` rows of ``length`` that costs ``passes`` forward passes."""
+        if self.real is None:
+            return passes * forward_flops(self.model, length) * rows * length / (self.rate * MATRIX_EFFICIENCY)
+        if (rows, length) not in self.known:
+            self.known[rows, length] = self._step(rows, length)
+        return self.known[rows, length] * passes / 3
+
+    def _step(self, rows: int, length: int) -> float:
+        ids = torch.randint(
+            1, self.model.config.get_text_config().vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+        )
+        source = {"text": rows_source(Rows(ids, pad_id=0), rows, 0)}
+        loss = lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"])  # noqa: E731
+        train(self.real, loss, source, TrainConfig(steps=1, batch_size=rows), progress=False)  # the first step warms up
+        began = time.perf_counter()
+        train(self.real, loss, source, TrainConfig(steps=2, batch_size=rows), progress=False)
+        return (time.perf_counter() - began) / 2
+
+    def _matrix_rate(self) -> float:
+        """FLOP/s of a float32 product at the model's width."""
+        width = self.model.config.get_text_config().hidden_size
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        a, b = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            float((a @ b)[0, 0])
+            times.append(time.perf_counter() - began)
+        return 2 * a.shape[0] * width * 4 * width / min(times)
+
+
+def basis(parameters: int) -> str:
+    """What the times of a model of this size rest on."""
+    if parameters <= MEASURED_PARAMETERS:
+        return "two real steps of this model, measured now"
+    return f"FLOPs over {MATRIX_EFFICIENCY:.0%} of this machine's matrix-product rate, measured now"
