@@ -31,7 +31,7 @@ test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, numbe
 	$(BIN)/python tests/matrix.py
 
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
-	UNDO_AOT=all $(BIN)/python -m pytest tests/kernels/triton/test_aot.py
+	UNDO_AOT=all $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
 
 bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside what one would use instead, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py

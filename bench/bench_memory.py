@@ -137,10 +137,10 @@ def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
 
 def stage_of(case: Case, folder: Path) -> Any:
     """The stage that a case is, two steps long, on ``folder``, which is the data and every model."""
+    from undo_core.attacks.relearning import AttackConfig
+    from undo_core.distillation.teacher import TeacherConfig
     from undo_core.pipeline.stage import Folder
     from undo_core.pipeline.stages import Cache, Distill, Noise, Pretrain, Relearn, Unlearn
-    from undo_core.relearning import AttackConfig
-    from undo_core.teacher import TeacherConfig
     from undo_core.training import TrainConfig
     from undo_core.unlearning import RMUConfig, UnlearnConfig
 
@@ -168,7 +168,7 @@ def stage_of(case: Case, folder: Path) -> Any:
 
 def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
     """The stage, from folders that are made where they are missing."""
-    from undo_core.files import fresh
+    from undo_core.io.files import fresh
 
     stage = stage_of(case, prepare(root / case.stored, shape, case.stored))
     make_cache(stage)
@@ -177,7 +177,7 @@ def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
 
 def make_cache(stage: Any) -> None:
     """The cache that a distillation reads, where it is missing, with what a store would add to it."""
-    from undo_core.files import fresh, write_json
+    from undo_core.io.files import fresh, write_json
     from undo_core.pipeline.stage import MANIFEST
     from undo_core.pipeline.stages import Cache
 
@@ -191,7 +191,7 @@ def make_cache(stage: Any) -> None:
 
 def run_in(stage: Any, output: Path) -> dict[str, Any]:
     """Run a stage whose inputs are folders in ``output``; returns what it says about it."""
-    from undo_core.files import fresh
+    from undo_core.io.files import fresh
     from undo_core.pipeline.stage import Work
 
     inputs = {name: folder.path for name, folder in stage.inputs.items()}

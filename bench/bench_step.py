@@ -91,10 +91,10 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     from contenders import observed
 
     from undo_core.data.rows import Rows
-    from undo_core.distillation import distill
+    from undo_core.distillation.cache import CachedTeacher
+    from undo_core.distillation.student import distill
+    from undo_core.distillation.teacher import ModelTeacher
     from undo_core.models import load_model
-    from undo_core.teacher import ModelTeacher
-    from undo_core.teacher_cache import CachedTeacher
     from undo_core.training import TrainConfig
 
     class Gated(Rows):
@@ -162,9 +162,9 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
     from transformers import AutoConfig
 
     from undo_core.data.rows import Rows
+    from undo_core.distillation.cache import cache_teacher
     from undo_core.models import initialise, load_model
-    from undo_core.noise_checkpoint import noise_checkpoint
-    from undo_core.teacher_cache import cache_teacher
+    from undo_core.noise.checkpoint import noise_checkpoint
 
     config = AutoConfig.for_model(
         "gemma2", num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=shape.inner,
@@ -185,10 +185,10 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
     """The peak beyond the process, models included, that ``undo plan`` would say; of the plain loop it knows nothing."""
     from transformers import AutoConfig
 
+    from undo_core.distillation.teacher import TeacherConfig
     from undo_core.pipeline.predictor import Predictor
     from undo_core.pipeline.stage import Folder
     from undo_core.pipeline.stages import Distill
-    from undo_core.teacher import TeacherConfig
     from undo_core.training import TrainConfig
 
     if name == "plain":

@@ -41,9 +41,9 @@ LEAST = 20.0  # seconds left under which no row is begun
 SAID = 4000  # characters of a failed row's output that are kept
 KERNEL_TESTS = ("on_gpu", "triton_noise", "triton_rmu", "loss_plans", "loss_numerics", "loss_options")
 SANITIZED = (
-    "tests/kernels/triton/test_triton_rmu.py",
-    "tests/kernels/triton/test_triton_noise.py::test_any_first_index",
-    "tests/kernels/triton/test_loss_options.py::test_few_rows",
+    "tests/undo_kernels/triton/test_triton_rmu.py",
+    "tests/undo_kernels/triton/test_triton_noise.py::test_any_first_index",
+    "tests/undo_kernels/triton/test_loss_options.py::test_few_rows",
 )
 
 
@@ -76,7 +76,7 @@ def rows_of(part: str) -> list[Row]:
     whole = ("torch", "triton", "numpy", "transformers", "safetensors", "rich")
     if part == "tests":
         tested = ("pytest", *whole)
-        rows = [Row(name, (*pytest, f"tests/kernels/triton/test_{name}.py"), tested) for name in KERNEL_TESTS]
+        rows = [Row(name, (*pytest, f"tests/undo_kernels/triton/test_{name}.py"), tested) for name in KERNEL_TESTS]
         for tool in ("memcheck", "racecheck"):  # torch's allocator would hide what lies between two of its tensors
             check = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
             command = (*check, "--target-processes", "all", *pytest, "-x", *SANITIZED)

@@ -13,9 +13,9 @@ import copy
 import torch
 
 from undo_core.attacks import AttackConfig
+from undo_core.attacks.relearning import attack
 from undo_core.data.arithmetic import compact_splits
 from undo_core.models import build_model
-from undo_core.relearning import attack
 
 RATES = (1e-6, 4e-6, 1e-5, 2e-5, 5e-5, 1e-4, 1e-3)
 PRECISIONS = ("bfloat16", "bfloat16-stochastic", "float32")

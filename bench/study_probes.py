@@ -17,7 +17,7 @@ import torch
 from undo_core.attacks import few_shot, quantise_
 from undo_core.data.rows import Rows
 from undo_core.data.tokenizers import character_tokenizer
-from undo_core.evaluation import evaluate
+from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy

@@ -22,21 +22,21 @@ if not torch.cuda.is_available():
 
 # Files of few tests that take long, longest first: begun last, one would go on alone on its core.
 _LONG = (
-    "core/test_pipeline.py",
+    "undo_core/pipeline/test_pipeline.py",
     "bench/test_bench_small.py",
-    "kernels/triton/test_loss_numerics.py",
-    "kernels/triton/test_loss_options.py",
-    "core/test_memory.py",
-    "core/test_goldens.py",
-    "core/test_sweep.py",
+    "undo_kernels/triton/test_loss_numerics.py",
+    "undo_kernels/triton/test_loss_options.py",
+    "undo_core/planning/test_memory.py",
+    "undo_core/pipeline/test_goldens.py",
+    "undo_core/pipeline/test_sweep.py",
     "bench/test_bench.py",
-    "core/test_plan.py",
-    "core/test_rmu.py",
-    "core/test_published.py",
-    "core/test_configs.py",
+    "undo_core/planning/test_plan.py",
+    "undo_core/unlearning/test_rmu.py",
+    "undo_core/pipeline/test_published.py",
+    "undo_core/pipeline/test_configs.py",
     "bench/test_activations.py",
     "bench/test_gate.py",
-    "core/test_noise_sharding.py",
+    "undo_core/noise/test_noise_sharding.py",
 )
 assert all((_TESTS / name).is_file() for name in _LONG)
 

@@ -2,7 +2,7 @@
 
     python tests/matrix.py [pytest arguments]
 
-Each line is one run of tests/kernels in a process of its own, one after the other; the exit status is 1 if any fails. Ahead-of-time
+Each line is one run of tests/undo_kernels in a process of its own, one after the other; the exit status is 1 if any fails. Ahead-of-time
 compilation is left out: it depends on none of this. An instruction set that this processor lacks is named and not run.
 """
 
@@ -39,7 +39,7 @@ def run(variation: dict[str, str], arguments: list[str]) -> tuple[bool, str]:
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each variation."""
-    arguments = arguments or ["tests/kernels", "--ignore=tests/kernels/triton/test_aot.py"]
+    arguments = arguments or ["tests/undo_kernels", "--ignore=tests/undo_kernels/triton/test_aot.py"]
     failed = 0
     for variation in VARIATIONS:
         name = " ".join(f"{key}={value}" for key, value in variation.items()) or "the best of this machine, 1 thread"

@@ -10,22 +10,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from undo_core import quiet as _quiet  # noqa: F401  # before anything imports transformers
+from undo_core.io import quiet as _quiet  # noqa: F401  # before anything imports transformers
 from undo_core.version import __version__
 
 if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
     from undo_core import ops
     from undo_core.attacks import LoraConfig, Trial, few_shot, quantise_, worst_of
     from undo_core.attacks.config import AttackConfig
-    from undo_core.damage import damage_
-    from undo_core.distillation import distill
-    from undo_core.evaluation import evaluate
-    from undo_core.noise import noise_
+    from undo_core.attacks.relearning import relearn
+    from undo_core.distillation.cache import CachedTeacher, cache_teacher
+    from undo_core.distillation.streaming import stream_model
+    from undo_core.distillation.student import distill
+    from undo_core.distillation.teacher import TeacherConfig
+    from undo_core.evaluation.metrics import evaluate
+    from undo_core.noise.damage import damage_
+    from undo_core.noise.model import noise_
     from undo_core.ops import NoiseRule
-    from undo_core.relearning import relearn
-    from undo_core.streaming import stream_model
-    from undo_core.teacher import TeacherConfig
-    from undo_core.teacher_cache import CachedTeacher, cache_teacher
     from undo_core.training.config import TrainConfig
     from undo_core.unlearning import UnlearnConfig, unlearn
 
@@ -55,22 +55,22 @@ __all__ = [
 
 _HOMES = {  # public name: module that defines it
     "AttackConfig": "attacks.config",
-    "CachedTeacher": "teacher_cache",
+    "CachedTeacher": "distillation.cache",
     "LoraConfig": "attacks",
     "NoiseRule": "ops",
-    "TeacherConfig": "teacher",
+    "TeacherConfig": "distillation.teacher",
     "TrainConfig": "training.config",
     "Trial": "attacks",
     "UnlearnConfig": "unlearning",
-    "cache_teacher": "teacher_cache",
-    "damage_": "damage",
-    "distill": "distillation",
-    "evaluate": "evaluation",
+    "cache_teacher": "distillation.cache",
+    "damage_": "noise.damage",
+    "distill": "distillation.student",
+    "evaluate": "evaluation.metrics",
     "few_shot": "attacks",
-    "noise_": "noise",
+    "noise_": "noise.model",
     "quantise_": "attacks",
-    "relearn": "relearning",
-    "stream_model": "streaming",
+    "relearn": "attacks.relearning",
+    "stream_model": "distillation.streaming",
     "unlearn": "unlearning",
     "worst_of": "attacks",
 }

@@ -1,6 +1,6 @@
 """Folders that tests compare."""
 
-from undo_core.files import hash_file
+from undo_core.io.files import hash_file
 
 
 def weights(folder):

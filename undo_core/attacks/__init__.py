@@ -1,4 +1,4 @@
-"""The attacks: fine-tuning with all weights or with adapters, prompting, quantisation. Training ones run in :mod:`undo_core.relearning`."""
+"""The attacks: fine-tuning with all weights or with adapters, prompting, quantisation. Training ones run in :mod:`undo_core.attacks.relearning`."""
 
 from undo_core.attacks.config import AttackConfig, LoraConfig, Trial
 from undo_core.attacks.grid import worst_of

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from undo_core.adapters import has_adapters
 from undo_core.attacks.config import LoraConfig, check_installed
+from undo_core.models.adapters import has_adapters
 
 
 def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any, list[nn.Parameter]]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from undo_core.files import read_json
-from undo_core.noise import TensorNoise, by_kind
-from undo_core.parameters import Left, summary
+from undo_core.io.files import read_json
+from undo_core.io.progress import console
+from undo_core.noise.model import TensorNoise, by_kind
+from undo_core.noise.parameters import Left, summary
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.store import OneFolder
-from undo_core.training.progress import console
 
 
 def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, Any]:

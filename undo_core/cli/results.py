@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from undo_core.cli.folders import check_checkpoint, check_prepared
 from undo_core.data.questions import DESCRIPTION
-from undo_core.training.progress import console
+from undo_core.io.progress import console
 
 
 def evaluate(
@@ -37,9 +37,9 @@ def evaluate(
         limit: share of each subject's questions, the first ones; published for MMLU: 0.4.
         special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
     """
+    from undo_core.evaluation.multiple_choice import MultipleChoiceConfig
+    from undo_core.evaluation.multiple_choice import multiple_choice as score
     from undo_core.models import load_model, load_tokenizer
-    from undo_core.multiple_choice import MultipleChoiceConfig
-    from undo_core.multiple_choice import multiple_choice as score
     from undo_core.pipeline.prepared import evaluate_folder
 
     if data is None and not multiple_choice:

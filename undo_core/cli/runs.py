@@ -6,9 +6,9 @@ import sys
 
 from rich.console import Console
 
+from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.sweep_config import SweepConfig
-from undo_core.training.progress import console
 
 
 def run(config: RunConfig, command: str) -> int:
@@ -60,6 +60,6 @@ def plan(config: RunConfig, memory: str | None = None) -> int:
 
 def doctor() -> int:
     """Print versions, devices and backends, and whether each kernel works."""
-    from undo_core.doctor import run_doctor
+    from undo_core.cli.doctor import run_doctor
 
     return run_doctor()

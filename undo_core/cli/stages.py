@@ -10,20 +10,20 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
 from undo_core.cli.folders import build, check_checkpoint, check_prepared, print_left, print_noise
-from undo_core.damage import Operator, check_arguments, selection
-from undo_core.files import read_json, write_json
-from undo_core.noise_checkpoint import describe_replay, replay_checkpoint
-from undo_core.parameters import Parts
+from undo_core.distillation.cache import FACTS
+from undo_core.distillation.teacher import TeacherConfig
+from undo_core.io.files import read_json, write_json
+from undo_core.io.progress import console
+from undo_core.noise.checkpoint import describe_replay, replay_checkpoint
+from undo_core.noise.damage import Operator, check_arguments, selection
+from undo_core.noise.parameters import Parts
 from undo_core.pipeline.attacked import trial_stage
 from undo_core.pipeline.config import DataConfig, ModelConfig
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages import Cache, Damage, Distill, Noise, Replay, Unlearn
 from undo_core.pipeline.stages.prepare import prepare_stage
-from undo_core.teacher import TeacherConfig
-from undo_core.teacher_cache import FACTS
 from undo_core.training.config import TrainConfig
-from undo_core.training.progress import console
 from undo_core.unlearning.config import UnlearnConfig
 
 

@@ -1,4 +1,4 @@
-"""Documents and records from files and from the Hugging Face hub, with the rules of :mod:`undo_core.text_files` for every format.
+"""Documents and records from files and from the Hugging Face hub, with the rules of :mod:`undo_core.io.text_files` for every format.
 
 Nothing is replaced, and nothing left out but documents of white space alone.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from undo_core.text_files import check_is_content, checked_text, text_lines
+from undo_core.io.text_files import check_is_content, checked_text, text_lines
 
 HUB = "hf://"
 ENDINGS = {"text": (".txt", ".jsonl", ".parquet"), "records": (".jsonl", ".parquet")}
@@ -27,7 +27,7 @@ def read_documents(sources: Iterable[str], *, field: str = "text") -> Iterator[s
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: an unknown ending, a malformed line, a missing field, a source without a document, or something that is not text (see
-            :func:`undo_core.text_files.checked_text`); names file and row.
+            :func:`undo_core.io.text_files.checked_text`); names file and row.
         ImportError: an extra is missing; names the command that installs it.
     """
     for source in map(str, sources):

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from undo_core.text_files import checked_text, read_text
+from undo_core.io.text_files import checked_text, read_text
 
 
 def read_settings(path: str | Path, argument: str = "config") -> dict[str, Any]:
-    """The settings in a YAML file, by the rules of :func:`undo_core.text_files.checked_text`.
+    """The settings in a YAML file, by the rules of :func:`undo_core.io.text_files.checked_text`.
 
     Raises:
         FileNotFoundError: there is no such file; names ``argument``.

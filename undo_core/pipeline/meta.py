@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from undo_core.evaluation import letter_logits, most_likely, token_nats
+from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
 from undo_core.pipeline.storages import FUSED, Storages
 from undo_core.training import Batch, TrainConfig

@@ -12,17 +12,17 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from undo_core.checkpoint_files import settled_configuration, stored_dtype
+from undo_core.checkpoints.files import settled_configuration, stored_dtype
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS
-from undo_core.evaluation import evaluate
+from undo_core.evaluation.metrics import evaluate
+from undo_core.io.progress import console
 from undo_core.models import forward_flops, load_model
 from undo_core.pipeline.predictor import Predictor
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Change, Cost, Folder, Scene, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.precision import Precision, weight_dtype
-from undo_core.training.progress import console
 
 # Cheapest first: in time, then in what may change the result. None stands for the halves of the size that is set.
 CHANGES: tuple[tuple[str, Any], ...] = (

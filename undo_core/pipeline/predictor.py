@@ -10,8 +10,8 @@ import undo_kernels
 from transformers import PreTrainedConfig
 from undo_kernels.library import choose
 
-from undo_core.evaluation import rows_at_once
-from undo_core.files import hash_json
+from undo_core.evaluation.metrics import rows_at_once
+from undo_core.io.files import hash_json
 from undo_core.pipeline.meta import Memory, Meta, Scored
 from undo_core.pipeline.stage import Stage
 

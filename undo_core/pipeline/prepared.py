@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from undo_core.data.rows import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text
-from undo_core.evaluation import evaluate
+from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model
 
 

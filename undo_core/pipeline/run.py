@@ -8,7 +8,8 @@ from typing import Any
 
 from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
-from undo_core.files import hash_json, read_json, write_json
+from undo_core.io.files import hash_json, read_json, write_json
+from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
 from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
@@ -17,7 +18,6 @@ from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
-from undo_core.training.progress import console
 
 RESULTS_FORMAT = 1
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.checkpoint_files import CONFIG, stored_dtype, weight_files
-from undo_core.files import hash_file, hash_json
+from undo_core.checkpoints.files import CONFIG, stored_dtype, weight_files
+from undo_core.io.files import hash_file, hash_json
 from undo_core.pipeline.meta import Memory, Meta
 
 FORMAT = 5  # of the folders; a change of what a stage computes raises it, so that nothing stale is reused

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import Plan, plan_run
 from undo_core.pipeline.run import announce, missing_stages, save_results
@@ -21,7 +22,6 @@ from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.pipeline.workers import gpus, run_stages
 from undo_core.report import write_report
 from undo_core.report.compare import comparison_table, write_comparison
-from undo_core.training.progress import console
 
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:

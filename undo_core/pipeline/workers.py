@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
-from undo_core.training.progress import Board, send_updates_to
 
 Finished = Callable[[Stage], None]
 Failed = Callable[[Stage, Exception], None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from undo_core.checkpoint_files import settled_configuration
+from undo_core.checkpoints.files import settled_configuration
 from undo_core.data import arithmetic
 from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.models import architecture, load_tokenizer, positions_of, skeleton

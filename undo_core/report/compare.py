@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from undo_core.files import hash_json, read_json, write_bytes, write_json, write_text
+from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import compare_figures, compare_page, compare_table
 from undo_core.report.claims import claims
 from undo_core.report.metrics import derive, settings_of

@@ -12,7 +12,7 @@ import torch
 
 from undo_core.data.limits import Limits
 from undo_core.data.rows import Rows
-from undo_core.files import hash_json
+from undo_core.io.files import hash_json
 
 
 @dataclass(frozen=True)

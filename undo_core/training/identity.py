@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from undo_core.adapters import adapter_settings
-from undo_core.files import hash_json
+from undo_core.io.files import hash_json
+from undo_core.models.adapters import adapter_settings
 
 # Entries of a model's configuration that differ between a model in memory and the same one saved and loaded.
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")

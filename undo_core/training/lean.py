@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core.adapters import bare
 from undo_core.models import set_attention
+from undo_core.models.adapters import bare
 from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding, tied_gradient_in_place
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from undo_kernels.ops.layout import check_trained
 
-from undo_core.adapters import bare, check_adapters
+from undo_core.io.progress import StageProgress
+from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
@@ -23,7 +24,6 @@ from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.lean import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
-from undo_core.training.progress import StageProgress
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
 """``loss(model, micro_batches, counted)``: each term summed over its micro-batch's labels and divided by ``counted[source]``,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from undo_core.adapters import has_adapters
+from undo_core.models.adapters import has_adapters
 
 Precision = Literal["float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16"]
 PRECISIONS = ("float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16")

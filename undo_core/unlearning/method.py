@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import head_of
-from undo_core.teacher import ModelTeacher
 from undo_core.training.batches import Batch
 from undo_core.training.config import TrainConfig
 from undo_core.training.lean import choose_kernels

@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.adapters import adapter_parameters, has_adapters
 from undo_core.models import evaluating, forward_flops
+from undo_core.models.adapters import adapter_parameters, has_adapters
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
 from undo_core.unlearning.activations import Entered, Trunk, find_layers

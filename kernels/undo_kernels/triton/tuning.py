@@ -1,6 +1,6 @@
 """Tile sizes by target, kernel, dtype and width: a table in code. Nothing is timed at run time, so that a run repeats bit for bit.
 
-Every entry is compiled ahead of time by tests/kernels/triton/test_aot.py, which fails on spills and on too much shared memory.
+Every entry is compiled ahead of time by tests/undo_kernels/triton/test_aot.py, which fails on spills and on too much shared memory.
 Imports without triton.
 """
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core.damage import ELEMENT_BYTES, Operator, damage_checkpoint
-from undo_core.parameters import Parts
+from undo_core.noise.damage import ELEMENT_BYTES, Operator, damage_checkpoint
+from undo_core.noise.parameters import Parts
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.noise import as_dicts, left_entry
@@ -20,7 +20,7 @@ class Damage(Stage):
     """Gaussian noise, pruning or permutation, at a strength or as much as the published noise would change.
 
     Attributes:
-        operator: see :mod:`undo_core.damage`.
+        operator: see :mod:`undo_core.noise.damage`.
         seed: of what is drawn.
         layers: only these layers, such as 0-3,7.
         like: settings of the noise whose distance is wanted, as JSON values.

@@ -11,9 +11,13 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.checkpoint_files import stored_dtype
+from undo_core.checkpoints.files import stored_dtype
 from undo_core.data.rows import Rows
-from undo_core.distillation import distill, matching
+from undo_core.distillation.cache import CachedTeacher
+from undo_core.distillation.streaming import stream_model
+from undo_core.distillation.student import distill, matching
+from undo_core.distillation.teacher import ModelTeacher, Teacher, TeacherConfig
+from undo_core.io.progress import console
 from undo_core.models import forward_flops, head_flops, head_of, load_model, load_tokenizer, vocabulary_of
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
@@ -21,12 +25,8 @@ from undo_core.pipeline.prepared import distill_rows, retain_performance
 from undo_core.pipeline.stage import Folder, Scene, Stage, Work, optional
 from undo_core.pipeline.stages.cache import Cache, cached_retain
 from undo_core.pipeline.stages.gate import kept_rows
-from undo_core.streaming import stream_model
-from undo_core.teacher import ModelTeacher, Teacher, TeacherConfig
-from undo_core.teacher_cache import CachedTeacher
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.losses import HiddenTargets, TopTargets, distillation
-from undo_core.training.progress import console
 from undo_core.unlearning import Method
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from undo_core.gate import ROWS_AT_ONCE, GateConfig, fit_gate, labelled
+from undo_core.distillation.gate import ROWS_AT_ONCE, GateConfig, fit_gate, labelled
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.prepared import distill_rows, heldout_rows, train_rows
 from undo_core.pipeline.stage import Cost, Folder, Scene, Stage, Work

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from undo_core.checkpoint_files import settled_configuration
+from undo_core.checkpoints.files import settled_configuration
 from undo_core.models import initialise, load_tokenizer
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save

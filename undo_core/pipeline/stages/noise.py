@@ -9,8 +9,8 @@ from typing import Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core.noise_checkpoint import noise_checkpoint
-from undo_core.parameters import Left, Parts, summary
+from undo_core.noise.checkpoint import noise_checkpoint
+from undo_core.noise.parameters import Left, Parts, summary
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from undo_core.checkpoint_files import INDEX, SINGLE, named_weight_files, stored_dtype
+from undo_core.checkpoints.files import INDEX, SINGLE, named_weight_files, stored_dtype
 from undo_core.data.limits import Limits
 from undo_core.data.splits import make_splits
-from undo_core.files import hash_file
+from undo_core.io.files import hash_file
+from undo_core.io.progress import console
+from undo_core.io.text_files import check_is_content
 from undo_core.models import build_model, configuration, load_model, positions_of
 from undo_core.pipeline.config import DataConfig, ModelConfig, seeded
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save
 from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
-from undo_core.text_files import check_is_content
-from undo_core.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)

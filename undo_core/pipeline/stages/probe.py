@@ -9,7 +9,7 @@ import torch
 
 from undo_core.attacks import few_shot, quantise_
 from undo_core.data.encoding import encoded, surroundings
-from undo_core.evaluation import evaluate
+from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model, load_tokenizer, positions_of
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import ModelStage

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.lora import insert
-from undo_core.evaluation import evaluate
+from undo_core.attacks.relearning import attack, mixed_cross_entropy
+from undo_core.evaluation.metrics import evaluate
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
 from undo_core.pipeline.prepared import tested_rows, train_rows
 from undo_core.pipeline.stage import Folder, Scene, Stage, Work
-from undo_core.relearning import attack, mixed_cross_entropy
 from undo_core.training import TrainConfig
 from undo_core.unlearning import Method
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core.noise_checkpoint import write_replay
+from undo_core.noise.checkpoint import write_replay
 from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.stage import Folder, Stage, Work
 

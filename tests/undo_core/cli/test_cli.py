@@ -1,0 +1,78 @@
+"""A mistake ends in one line that names the key and the fix, exit code 2, before any work."""
+
+from pathlib import Path
+
+import pytest
+
+from undo_core.cli import main
+
+ROOT = Path(__file__).resolve().parents[3]
+DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["run", "nowhere.yaml"], ["nowhere.yaml", "not a file"]),
+        (["run", DEMO, "--noise.alphas=[0.5,1.5]"], ["noise.alphas", "1.5", "[0, 1]"]),
+        (["run", DEMO, "--noise.alpha=0.5"], ["noise.alpha"]),
+        (["run", DEMO, "--unlearn.method=forgetful"], ["unlearn.method", "forgetful", "maxent"]),
+        (["run", DEMO, "--pretrain.train.lr=fast"], ["pretrain.train.lr", "fast"]),
+        (["run", DEMO, "--pretrain.train.steps=-3"], ["steps", "-3"]),
+        (["run", DEMO, "--data.kind=text"], ["data.retain"]),
+        (
+            ["run", DEMO, "--data.kind=text", "--data.retain=[a.txt]", "--data.forget=[b.txt]", "--pretrain.stop_retain=null"],
+            ["a.txt", "not a file"],
+        ),
+        (["run", DEMO, "--relearn.headline_step=77"], ["headline_step", "77"]),
+        (["frobnicate"], ["frobnicate"]),
+        (["unlearn", "no-model", "out", "no-data"], ["no-data", "undo prepare"]),
+        (["noise", "no-model", "out", "--alpha=0.5"], ["model", "no-model", "config.json"]),
+        (["noise", "no-model", "out", "--alpha=1.5"], ["alpha", "1.5", "[0, 1]"]),
+        (["report", "none.json", "--output=out"], ["none.json"]),
+        (["report", "a", "b"], ["results", "a"]),
+        (["sweep", "nowhere.yaml"], ["nowhere.yaml", "not a file"]),
+    ],
+)
+def test_one_line_and_exit_code_2(arguments, wanted, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("undo: error: ") and captured.err.count("\n") == 1, captured.err
+    for word in wanted:
+        assert word in captured.err
+    assert list(tmp_path.iterdir()) == [], "nothing may be written before the mistake is found"
+
+
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    path = tmp_path / "torn.yaml"
+    path.write_text("a: [1\nb: 2")
+    for command in ("plan", "run"):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("undo: error: ") and error.count("\n") == 1 and "line 2" in error
+
+
+def test_an_unknown_setting_of_the_architecture_is_named(tmp_path, capsys):
+    """transformers takes any keyword, and would build its default width."""
+    assert main(["plan", DEMO, '--model.config={"model_type": "gemma2", "hiden_size": 96}']) == 2
+    assert "model.config: got hiden_size, wanted hidden_size, or another setting of Gemma2Config" in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path, capsys):
+    config = tmp_path / "x.yaml"
+    config.write_text(Path(DEMO).read_text() + "\ndistil: {recover: 0.1}\n")
+    assert main(["run", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "distil" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["sweep"], ["plan"], ["unlearn"], ["noise"], ["distill"], ["relearn"], ["evaluate"], ["report"]]
+)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: undo" in text and len(text.splitlines()) > 5

@@ -1,0 +1,88 @@
+"""The gate of filter-then-distill: what it learns from a few labelled rows, and that it is a function of them."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from undo_core.data.rows import Rows
+from undo_core.distillation.gate import Gate, GateConfig, features, fit_gate, labelled
+
+PAD = 0
+
+
+def spoken(tokens, count, seed, length=20) -> Rows:
+    """Rows of random tokens of one kind, of different lengths."""
+    draw = random.Random(seed)
+    ids = torch.zeros(count, length, dtype=torch.int32)
+    for row in range(count):
+        used = draw.randint(length // 2, length)
+        ids[row, :used] = torch.tensor([draw.choice(tokens) for _ in range(used)])
+    return Rows(ids, PAD)
+
+
+def test_a_small_sample_tells_overlapping_kinds_apart():
+    retain, forget = spoken(range(1, 60), 2000, 1), spoken(range(40, 100), 2000, 2)
+    few = [labelled(rows, 0.01, 7) for rows in (forget, retain)]
+    assert [len(rows) for rows in few] == [20, 20]
+    gate = fit_gate(*few)
+    quality = gate.quality(spoken(range(40, 100), 500, 3), spoken(range(1, 60), 500, 4))
+    assert quality["recall"] > 0.9 and quality["precision"] > 0.9
+    same = fit_gate(*(labelled(rows, 0.01, 7) for rows in (forget, retain)))
+    assert torch.equal(gate.weight, same.weight) and torch.equal(gate.bias, same.bias)
+    assert not torch.equal(gate.weight, fit_gate(*(labelled(rows, 0.01, 8) for rows in (forget, retain))).weight)
+
+
+def test_the_order_of_tokens_is_seen():
+    """The same tokens in either kind: only pairs tell them apart."""
+    rising = torch.arange(1, 17).repeat(8, 1)
+    forget, retain = (Rows(ids.int(), PAD) for ids in (rising, rising.flip(1)))
+    gate = fit_gate(forget, retain)
+    assert gate.forget(forget).all() and not gate.forget(retain).any()
+
+
+def test_features_against_a_count_by_hand():
+    ids = torch.tensor([[3, 5, 3, PAD, PAD], [3, 5, PAD, PAD, PAD]], dtype=torch.int32)
+    found = features(ids, ids != PAD, 1 << 16)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, dtype=torch.float64))
+    # 3 twice, 5 once, pairs 3 5 and 5 3
+    counts = torch.tensor([math.log(3), math.log(2), math.log(2), math.log(2)], dtype=torch.float64)
+    wanted = (counts / counts.norm()).sort().values
+    torch.testing.assert_close(found[0][found[0] > 0].sort().values, wanted)
+    torch.testing.assert_close(found[1][found[1] > 0], torch.full((3,), 1 / math.sqrt(3), dtype=torch.float64))
+    longer = torch.cat([ids, torch.zeros(2, 4, dtype=torch.int32)], 1)
+    assert torch.equal(features(longer, longer != PAD, 1 << 16), found), "padding counts for nothing"
+
+
+def test_the_fit_is_the_minimum():
+    """At the minimum of the penalised loss its gradient vanishes; computed here by hand."""
+    forget, retain = spoken(range(30, 60), 40, 1), spoken(range(1, 40), 60, 2)
+    config = GateConfig(buckets=256, penalty=1e-3)
+    gate = fit_gate(forget, retain, config)
+    x = torch.cat([features(rows.input_ids, rows.text_mask(), 256) for rows in (forget, retain)])
+    y = torch.cat([torch.ones(40), torch.zeros(60)]).double()
+    residual = 1 / (1 + torch.exp(-(x @ gate.weight + gate.bias))) - y
+    assert float((x.T @ residual / 100 + 2 * 1e-3 * gate.weight).abs().max()) < 1e-5
+    assert abs(float(residual.mean())) < 1e-5
+
+
+def test_precision_and_recall():
+    """Weights that say forget wherever token 9 stands."""
+    weight = features(torch.tensor([[9]]), torch.tensor([[True]]), 4096)[0]
+    gate = Gate(weight, torch.tensor(-0.1, dtype=torch.float64))
+    forget, retain = (Rows(torch.tensor(ids), PAD) for ids in ([[9], [9], [9], [2]], [[9], [3], [4], [5]]))
+    quality = gate.quality(forget, retain)
+    assert quality == {"precision": 0.75, "recall": 0.75, "forget_rows": 4, "retain_rows": 4}
+    silent = Gate(torch.zeros_like(weight), torch.tensor(-1.0, dtype=torch.float64))
+    assert silent.quality(forget, retain)["precision"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"share": 1.5}, "share"), ({"alphas": [0.5, 0.5]}, "alphas"), ({"alphas": [2]}, "alphas"), ({"penalty": 0}, "penalty")],
+)
+def test_bad_settings_are_refused(settings, name):
+    with pytest.raises(ValueError, match=rf"^gate\.{name}: got .*, wanted"):
+        GateConfig(**settings)

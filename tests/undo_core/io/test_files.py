@@ -1,0 +1,94 @@
+"""Files on disk: complete, whoever else writes them."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from undo_core.io.files import locked, read_json, write_json
+
+
+def write_often(path: Path, value: int) -> None:
+    for _ in range(150):
+        write_json(path, [value] * 50)
+
+
+def test_two_processes_may_replace_the_same_file(tmp_path):
+    path = tmp_path / "results.json"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_often, args=(path, value)) for value in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert read_json(path) in ([1] * 50, [2] * 50) and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def hold(path: Path, held) -> None:
+    with locked(path, "waiting"):
+        held.set()
+        signal.pause()
+
+
+def test_a_lock_is_waited_for_with_one_message_and_freed_by_kill(tmp_path, capsys):
+    path, context = tmp_path / "new" / ".stage.lock", multiprocessing.get_context("fork")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(path, held))
+    holder.start()
+    assert held.wait(10)
+    timer = context.Process(target=lambda: (signal.sigtimedwait([], 0.3), os.kill(holder.pid, signal.SIGKILL)))
+    timer.start()
+    with locked(path, "somebody has it"):
+        timer.join()
+        holder.join(10)
+        assert holder.exitcode == -signal.SIGKILL  # it had the lock until then
+    assert capsys.readouterr().out == "somebody has it\n"
+    with pytest.raises(KeyError), locked(path, "not said"):
+        raise KeyError
+    with locked(path, "not said either"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+WITHOUT_POSIX = """
+import builtins, os, sys
+from pathlib import Path
+
+absent = {"fcntl", "resource", "pwd", "grp", "termios"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+for name in absent:
+    sys.modules.pop(name, None)
+for name in ("sched_getaffinity", "sysconf", "pwrite"):
+    delattr(os, name)
+
+import undo_core, undo_core.cli, undo_core.pipeline.workers, undo_core.cli.doctor
+import torch
+from undo_core.checkpoints.files import MappedFile, TensorWriter
+from undo_core.io.files import locked
+from undo_core.pipeline.store import usable_cores
+
+with TensorWriter(Path(sys.argv[1]), {"a": (torch.float32, (3,))}) as writer:
+    writer.write("a", 1, torch.ones(2))
+    writer.write("a", 0, torch.ones(1))
+assert MappedFile(Path(sys.argv[1])).tensor("a").tolist() == [1.0] * 3
+assert usable_cores() >= 1
+with locked(Path(sys.argv[1]).with_suffix(".lock"), "free"):
+    pass
+"""
+
+
+def test_the_package_works_without_what_only_posix_has(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path / "a.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -1,0 +1,80 @@
+"""What all kinds of stages have in common."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from stage_kinds import KINDS, NOWHERE, Ending
+
+from undo_core.distillation.teacher import TeacherConfig
+from undo_core.io.files import hash_file
+from undo_core.pipeline.stage import Folder
+from undo_core.pipeline.stages import Distill, Initialise, Noise
+from undo_core.pipeline.store import OneFolder
+from undo_core.training import TrainConfig
+
+
+def noised(**changes) -> Noise:
+    return Noise(**{"alpha": 0.5, "beta": 0.1, "law": "normal", "seed": 0, "model": NOWHERE, **changes})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+def test_a_kind_is_a_frozen_dataclass_in_a_file_of_its_name(kind):
+    assert kind.__module__ == f"undo_core.pipeline.stages.{kind.kind}" and kind.__name__.lower() == kind.kind
+    assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and not kind.__abstractmethods__
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert kind.model_from is None or kind.model_from in names
+
+
+def test_kinds_have_names_of_their_own():
+    assert len({kind.kind for kind in KINDS}) == len(KINDS) == 12
+
+
+def test_a_setting_at_its_default_is_left_out_unless_it_is_recorded():
+    assert noised().settings == {"alpha": 0.5, "beta": 0.1, "law": "normal", "seed": 0}
+    assert noised(std=2.0).settings["std"] == 2.0 and noised(std=2.0).key != noised().key
+    written = noised(recorded=("std", "rules"))
+    assert written.settings == {**noised().settings, "std": None, "rules": []} and written.key != noised().key
+    assert noised(title="other").key == noised().key
+
+
+def test_inputs_are_no_settings():
+    student = Initialise(seed=1, model=NOWHERE)
+    inputs = {"prepared": NOWHERE, "teacher": NOWHERE, "student": student}
+    stage = Distill(train=TrainConfig(steps=1), recover=None, **inputs)
+    assert stage.inputs == inputs and set(stage.settings) == {"train", "recover"}
+    cached = dataclasses.replace(stage, config=TeacherConfig("topk", k=3, batch_size=2), cache=NOWHERE)
+    assert cached.settings["teacher"] == {"kind": "topk", "k": 3, "batch_size": 2} and list(cached.inputs)[-1] == "cache"
+
+
+def test_what_cannot_be_changed_is_refused():
+    assert noised().cheaper() == [] and noised().changed({}) == noised() and not noised().accepts({"alpha": 1})
+    with pytest.raises(ValueError, match=r"^noise: got changes of alpha, wanted none"):
+        noised().changed({"alpha": 1})
+
+
+def test_a_folder_is_known_by_what_decides(tmp_path):
+    """Not by its name, nor by files that nothing reads."""
+    for name in ("one", "two"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "train.safetensors").write_bytes(b"rows")
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text(name)
+    one, two = (Folder(tmp_path / name) for name in ("one", "two"))
+    assert one.content == {
+        "data/train.safetensors": hash_file(tmp_path / "one" / "data" / "train.safetensors"),
+        "tokenizer.json": hash_file(tmp_path / "one" / "tokenizer.json"),
+    }
+    assert one.key == two.key and Folder(tmp_path / "one", ("README.md",)).key != Folder(tmp_path / "two", ("README.md",)).key
+
+
+def test_one_folder_is_made_once_and_never_over_something_else(tmp_path):
+    store = OneFolder(tmp_path / "out")
+    assert store.ensure(Ending(how="work")) == tmp_path / "out" and store.manifest(Ending(how="work"))["sources"] == {}
+    before = hash_file(tmp_path / "out" / "manifest.json")
+    store.ensure(Ending(how="work", title="again"))
+    with pytest.raises(FileExistsError, match=r"^output: got .*out, which exists and was made otherwise"):
+        store.ensure(Ending(how="work", number=1))
+    assert hash_file(tmp_path / "out" / "manifest.json") == before and [path.name for path in Path(tmp_path).iterdir()] == [
+        "out"
+    ]

@@ -1,0 +1,141 @@
+"""The relearning attack: fine-tune on the forget text, over a grid of learning rates; the worst case counts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core.attacks.config import AttackConfig, Trial
+from undo_core.attacks.grid import Curve, explore
+from undo_core.attacks.lora import adapted
+from undo_core.data.limits import limits_of
+from undo_core.data.rows import Rows
+from undo_core.models import head_of
+from undo_core.models.adapters import has_adapters
+from undo_core.training import Batch, Source, TrainResult, as_source, train
+from undo_core.training.losses import cross_entropy
+from undo_core.training.precision import convert_
+
+Data = Rows | Source | Iterable[Any]
+
+
+def attack(
+    model: PreTrainedModel,
+    forget: Data | None,
+    rate: float,
+    config: AttackConfig,
+    *,
+    retain: Data | None = None,
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],
+    folder: Path | None = None,
+    title: str = "relearn",
+    progress: bool = True,
+    **train_options: Any,
+) -> TrainResult:
+    """Fine-tune ``model`` in place with next-token cross-entropy at one rate; its history is the relearning curve.
+
+    Arguments are those of :func:`relearn`, and of :func:`undo_core.training.train` where a killed attack shall resume.
+    """
+    _check(config, forget, retain)
+    head_of(model)  # what is refused is refused before anything is changed
+    data, seed = {"forget": forget, "retain": retain}, config.seed or 0
+    given = {"seed": seed, "limits": limits_of(model)}
+    sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.rows().items()}
+    adapters = contextlib.nullcontext()
+    if config.kind == "lora":
+        if not has_adapters(model):
+            convert_(model, config.precision)  # with adapters inside, what is frozen would keep its dtype
+        adapters = adapted(model, config.lora, seed)
+    with adapters as parameters:
+        return train(
+            model,
+            mixed_cross_entropy,
+            sources,
+            config.training(rate),
+            parameters=parameters,
+            evaluate=evaluate,
+            evaluate_at=config.evaluate_at,
+            must_stay_finite=False,
+            folder=folder,
+            settings={"lora": dataclasses.asdict(config.lora)} if config.kind == "lora" else None,
+            title=title,
+            progress=progress,
+            **train_options,
+        )
+
+
+def mixed_cross_entropy(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
+    """Mean over the labels of all sources together; a scalar."""
+    total = sum(counted.values())
+    return sum(cross_entropy(model, batch, total) for batch in batches.values())
+
+
+def relearn(
+    model: PreTrainedModel,
+    forget: Data | None,
+    config: AttackConfig | None = None,
+    *,
+    retain: Data | None = None,
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],
+    higher_is_better: bool = True,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> dict[Trial, TrainResult]:
+    """Attack copies of ``model`` at every rate of the grid and extend the grid where the worst rate is its end.
+
+    Args:
+        model: left as it is; each trial works on a copy.
+        forget: text of the forgotten capability: token rows, a function of the step, or an iterable of batches that can be
+            started again. The shares of ``config.mix`` are of token rows; other sources bring batches of their own size.
+        config: the grid and the evaluations.
+        retain: other text, in the same forms, where ``config.mix`` has a share for it.
+        evaluate: metrics of a model; the entry ``forget`` decides which rate is worst.
+        higher_is_better: True for an accuracy, False for a loss.
+        folder: for checkpoints and logs, one folder a trial, so that a killed attack resumes. Another model, text or ``config`` is
+            refused there by name; that costs one digest of the weights a trial, about a second for each gigabyte in float32.
+        progress: show bars.
+
+    Returns:
+        The curve of each rate and data order, as ``{trial: result}``; ``trial.rate`` is the rate, and ``result.history`` has the
+        metrics at each evaluated step.
+
+    Memory: one copy of the model with its optimizer state at a time.
+
+    Raises:
+        ValueError: an attack that does not train, no text for a share of the mix, or metrics without ``forget``, before any step.
+        ModuleNotFoundError: an attack with lora, and peft is not installed.
+    """
+    config = config or AttackConfig()
+    _check(config, forget, retain)
+    results: dict[Trial, TrainResult] = {}
+
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        metrics = evaluate(model)
+        if "forget" not in metrics:
+            raise ValueError(f"evaluate: got metrics {', '.join(metrics) or 'none'}, wanted an entry forget among them")
+        return metrics
+
+    def curve_of(trial: Trial) -> Curve:
+        title = f"relearn {trial.name}"
+        copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": measured, "title": title, "progress": progress}
+        own = None if folder is None else Path(folder) / trial.name
+        results[trial] = attack(copied, forget, trial.rate, config.at(trial), folder=own, **options)
+        return results[trial].history
+
+    explore(config, curve_of, higher_is_better)
+    return results
+
+
+def _check(config: AttackConfig, forget: Data | None, retain: Data | None) -> None:
+    if not config.trains:
+        raise ValueError(f"kind: got {config.kind}, which trains nothing; wanted finetune or lora (see few_shot and quantise_)")
+    for name, data in (("forget", forget), ("retain", retain)):
+        if name in config.mix and data is None:
+            raise ValueError(f"{name}: got None, wanted text for its share of the mix, {config.mix[name]:g}")

@@ -1,0 +1,1 @@
+"""Checkpoint folders: which files hold which parameters, as transformers resolves them."""

@@ -1,0 +1,1 @@
+"""Distillation: the student's training and the teachers that it can learn from."""

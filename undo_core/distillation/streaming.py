@@ -1,0 +1,184 @@
+"""A checkpoint whose weights stay in its files: read when needed, a layer or the head at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from undo_core.checkpoints.files import Group, MappedFile, groups, meta_model, read_header, to_memory, weight_files
+from undo_core.models import Head, head_of
+from undo_core.training.identity import digest_of, weights_digest
+
+__all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]
+
+
+class WeightReader:
+    """The parameters of a checkpoint folder in float32, as :func:`undo_core.models.load_model` would give them.
+
+    Attributes:
+        model: of the folder, its parameters on the meta device and its buffers in place.
+
+    Memory: address space alone; what is read is copied and the file's pages are let go.
+
+    Raises:
+        FileNotFoundError: no safetensors file.
+        ValueError: a tensor without a place, or a parameter without a tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model = meta_model(folder, buffers=True).eval()
+        headers = {path: read_header(path) for path in weight_files(folder)}
+        self._files = {path: MappedFile(path, read_only=True) for path in headers}
+        self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        filled = {id(parameter): name for name, parameter in named if name in self._groups}
+        # A tied parameter may lie in the file under any of its names.
+        self._source = {name: filled[id(parameter)] for name, parameter in named}
+        self._tensors = self.model.state_dict()
+        self._source |= {name: name for name, _ in self.model.named_buffers() if name in self._groups}
+
+    def read(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named parameters, float32 on the CPU, in memory of their own or in the tensors of ``into``.
+
+        What belongs together on disk is read once.
+        """
+        wanted: dict[int, tuple[Group, list[str]]] = {}
+        for name in names:
+            group = self._groups[self._source[name]]
+            wanted.setdefault(id(group), (group, []))[1].append(name)
+        for group, members in wanted.values():
+            own = self._tensors[group.parameters[0]].dtype  # says what integers a file holds
+            tensors = {
+                name: self._files[path].tensor(name, self._files[path].entries[name].dtype or own)
+                for name, path in group.files.items()
+            }
+            made = to_memory(self.model, group, tensors)
+            for name in members:
+                value = made[self._source[name]]
+                dtype = torch.float32 if value.is_floating_point() else value.dtype
+                yield name, value.to(dtype, copy=True) if into is None else into[name].copy_(value)
+            for name, path in group.files.items():
+                self._files[path].let_go(name)
+
+    def digest(self) -> str:
+        """:func:`weights_digest` of the checkpoint."""
+        return digest_of(self.read(name for name, _ in self.model.named_parameters()))
+
+
+def load_head(reader: WeightReader) -> Head:
+    """The head of a checkpoint, float32, on the GPU where there is one; nothing else is loaded."""
+    output = reader.model.get_output_embeddings()
+    names = {id(parameter): name for name, parameter in reader.model.named_parameters(remove_duplicate=False)}
+    parts = [names[id(p)] for p in (output.weight, output.bias) if p is not None]
+    read = dict(reader.read(parts))
+    head = head_of(reader.model)  # without contents: what the model does to the products
+    weight, *bias = (read[name].to(_device())[: len(head.weight)] for name in parts)
+    return dataclasses.replace(head, weight=weight, bias=bias[0] if bias else None)
+
+
+def stream_model(folder: str | Path) -> PreTrainedModel:
+    """The model of a checkpoint folder for forward passes alone: each layer's weights are there while it computes, and no longer.
+
+    Bits as of :func:`undo_core.models.load_model`. Embeddings, norms and head stay on the device. On a GPU the next layer is
+    copied, from pinned memory, while one computes. Every forward pass reads the file, or the system's cache of it, once.
+
+    Memory: one layer on a CPU, two on a GPU, and what is in no layer.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    reader = WeightReader(Path(folder))
+    model, device = reader.model, _device()
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    if not lists:
+        raise ValueError(f"teacher: got a {type(model).__name__}, which has no list of layers; wanted one to stream")
+    path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
+    layers_of, prefix = lists[path], path + "."
+    names: dict[int, list[str]] = {}  # of each parameter, several where it is tied
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(full)
+    resident = {of[0]: of for of in names.values() if not all(full.startswith(prefix) for full in of)}
+    for full, tensor in reader.read(resident):
+        placed = nn.Parameter(tensor.to(device), requires_grad=False)
+        for name in resident[full]:
+            _place(model, name, placed)
+    for full, buffer in list(model.named_buffers()):
+        owner, _, last = full.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    saved_buffers = [n for n, _ in model.named_buffers() if n in reader._groups]
+    for full, tensor in reader.read(saved_buffers):
+        model.get_buffer(full).copy_(tensor)
+    layers = _Layers(reader, layers_of, prefix, device)
+    model._undo_layers, model._undo_reader = layers, reader
+    return model.eval()
+
+
+class _Layers:
+    """Brings a layer's weights before its forward and lets them go after it."""
+
+    def __init__(self, reader: WeightReader, layers: nn.ModuleList, prefix: str, device: torch.device) -> None:
+        self.reader, self.layers, self.prefix, self.device = reader, layers, prefix, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.names = [[name for name, _ in layer.named_parameters()] for layer in layers]
+        self.ahead: dict[int, dict[str, torch.Tensor]] = {}
+        self.room = torch.empty(0)  # one for every layer: a heap that gets and frees them would only grow
+        if self.stream is None:
+            self.room = torch.empty(max(sum(map(_padded, layer.parameters())) for layer in layers))
+        for index, layer in enumerate(layers):
+            layer.requires_grad_(False)
+            layer.register_forward_pre_hook(lambda *_, index=index: self.bring(index))
+            layer.register_forward_hook(lambda *_, index=index: self.let_go(index), always_call=True)
+
+    def bring(self, index: int) -> None:
+        tensors = self.ahead.pop(index, None) or self.read(index)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream())
+        for name, tensor in tensors.items():
+            _place(self.layers[index], name, nn.Parameter(tensor, requires_grad=False))
+
+    def let_go(self, index: int) -> None:
+        layer = self.layers[index]
+        for name in self.names[index]:
+            _place(layer, name, nn.Parameter(torch.empty_like(layer.get_parameter(name), device="meta"), requires_grad=False))
+        if self.stream is not None and index + 1 < len(self.layers):  # its kernels are queued: the host is free
+            self.ahead = {index + 1: self.read(index + 1)}
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        before = f"{self.prefix}{index}."
+        names = [before + name for name in self.names[index]]
+        if self.stream is None:
+            return {name.removeprefix(before): tensor for name, tensor in self.reader.read(names, self.places(index, before))}
+        with torch.cuda.stream(self.stream):
+            return {
+                name.removeprefix(before): tensor.pin_memory().to(self.device, non_blocking=True)
+                for name, tensor in self.reader.read(names)
+            }
+
+    def places(self, index: int, before: str) -> dict[str, torch.Tensor]:
+        places, at = {}, 0
+        for name in self.names[index]:
+            parameter = self.layers[index].get_parameter(name)
+            places[before + name] = self.room[at : at + parameter.numel()].view(parameter.shape)
+            at += _padded(parameter)
+        return places
+
+
+def _padded(parameter: torch.Tensor) -> int:
+    """Entries up to the next 64 bytes: memory of its own would begin there too, and sums' order can depend on it."""
+    return -(-parameter.numel() // 16) * 16
+
+
+def _place(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    model.get_submodule(owner)._parameters[last] = parameter
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

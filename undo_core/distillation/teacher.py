@@ -1,0 +1,131 @@
+"""Teachers: what the distillation loss needs to know about a batch, from a model in memory, a model on disk, or a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from undo_core.distillation.streaming import stream_model
+from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
+from undo_core.models.adapters import bare
+from undo_core.training import Batch
+from undo_core.training.identity import model_identity
+from undo_core.training.losses import HiddenTargets, TopTargets
+
+Kind = Literal["resident", "streamed", "cached", "topk"]
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the teacher is while a student learns from it.
+
+    Attributes:
+        kind: resident: a second model in memory; a run's, in 16 bits where its folder and the student's training are. streamed: its
+            layers are read from disk for each forward pass, in float32; same bits as a resident float32 one. cached: its final hidden
+            states are computed once and stored, from which the loss is exact; only its head stays. topk: only its most likely tokens
+            are stored; small, and approximate.
+        dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
+        k: tokens stored at each position (topk).
+        vocab_size: number of real tokens, where the head has more rows than that (cached, topk): the most likely tokens are chosen
+            among these, and the rest has no probability. None is all rows.
+        batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
+            are the resident teacher's.
+    """
+
+    kind: Kind = "resident"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    k: int = 64
+    batch_size: int | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("resident", "streamed", "cached", "topk")
+        if self.kind not in kinds:
+            raise ValueError(f"teacher.kind: got {self.kind!r}, wanted {', '.join(kinds[:-1])} or {kinds[-1]}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"teacher.dtype: got {self.dtype!r}, wanted float32 or bfloat16")
+        if self.dtype != "float32" and self.kind != "cached":
+            raise ValueError(
+                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: it is of cached hidden states"
+            )
+        if self.k < 1:
+            raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"teacher.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"teacher.batch_size: got {self.batch_size}, wanted an integer >= 1")
+
+    @property
+    def stored(self) -> bool:
+        """Whether its outputs are on disk, and the model is needed to make them alone."""
+        return self.kind in ("cached", "topk")
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide a student, as JSON values; none for a resident teacher."""
+        cached = ("batch_size", "vocab_size")
+        used = {"resident": (), "streamed": ("kind",), "cached": ("kind", "dtype", *cached), "topk": ("kind", "k", *cached)}
+        return {name: getattr(self, name) for name in used[self.kind] if getattr(self, name) is not None}
+
+
+class Teacher(Protocol):
+    """What :func:`undo_core.distill` learns from.
+
+    Attributes:
+        vocabulary: number of rows of its head.
+    """
+
+    vocabulary: int
+
+    def check(self, text: Any) -> None:
+        """Raise a ValueError where the teacher knows nothing about this data; called once, before training."""
+
+    def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
+        """What it says about a batch, on the batch's device."""
+
+
+def teacher_identity(teacher: Teacher) -> dict[str, Any]:
+    """What decides a teacher's targets, as JSON values, where it tells that (``identity()``); else its type alone."""
+    own = getattr(teacher, "identity", None)
+    return {"kind": f"{type(teacher).__module__}.{type(teacher).__qualname__}"} if own is None else own()
+
+
+class ModelTeacher:
+    """A teacher that is a model: resident, or streamed by :func:`undo_core.distillation.streaming.stream_model`.
+
+    Args:
+        model: left as it is, in evaluation mode.
+        inner: after which layers it tells its hidden states too.
+    """
+
+    def __init__(self, model: PreTrainedModel, inner: Sequence[int] = ()) -> None:
+        self.model, self.vocabulary, self.inner = bare(model.eval()), vocabulary_of(model), tuple(inner)
+
+    @classmethod
+    def streamed(cls, folder: str | Path) -> ModelTeacher:
+        """The teacher of a checkpoint folder, whose layers stay on disk between forward passes."""
+        return cls(stream_model(folder))
+
+    def check(self, text: Any) -> None:
+        """A model can read anything."""
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of its weights and configuration, and its dtype; the cost is one pass over the weights."""
+        return {"kind": "model", **model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> HiddenTargets:
+        inputs = batch.shifted()[0]
+        if not self.inner:
+            return HiddenTargets(hidden_states(self.model, *inputs), head_of(self.model))
+        hidden, inner = hidden_states_at(self.model, self.inner, *inputs)
+        return HiddenTargets(hidden, head_of(self.model), inner=inner)
+
+
+def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
+    """A model as a teacher; a teacher as it is."""
+    return ModelTeacher(teacher) if isinstance(bare(teacher), PreTrainedModel) else teacher

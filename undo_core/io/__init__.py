@@ -1,0 +1,1 @@
+"""Files, progress and memory of the process: what knows no model."""

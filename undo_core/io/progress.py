@@ -1,0 +1,123 @@
+"""Progress on the terminal: loss, tokens per second, ETA, memory; one bar a stage, also when stages run side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from undo_core.io.memory import resident_bytes
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Update:
+    """State of one stage."""
+
+    title: str
+    step: int
+    total: int
+    note: str = ""
+    start: int = 0
+    done: bool = False
+
+
+class _Note(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("note", ""))
+
+
+class Board:
+    """Shows updates: bars on a terminal; elsewhere a line now and then, so that a log stays readable."""
+
+    def __init__(self, every: float = 15.0) -> None:
+        self.every = every
+        self._progress: Progress | None = None
+        self._tasks: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._spoke: dict[str, float] = {}
+
+    def show(self, update: Update) -> None:
+        """Draw or print ``update``."""
+        if console.is_terminal:
+            self._draw(update)
+        else:
+            self._print(update)
+
+    def _draw(self, update: Update) -> None:
+        if self._progress is None:
+            columns = (
+                TextColumn("{task.description:<20}"),
+                BarColumn(20),
+                TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+            )
+            self._progress = Progress(*columns, TimeRemainingColumn(), _Note(), console=console)
+            self._progress.start()
+        if update.title not in self._tasks:
+            self._tasks[update.title] = self._progress.add_task(
+                update.title, total=update.total, completed=update.start, note=""
+            )
+        self._progress.update(self._tasks[update.title], completed=update.step, note=update.note)
+        if update.done:
+            self._progress.remove_task(self._tasks.pop(update.title))
+            if not self._tasks:
+                self._progress.stop()
+                self._progress = None
+
+    def _print(self, update: Update) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(update.title, now)
+        spoke = self._spoke.setdefault(update.title, now)
+        if update.done:
+            del self._began[update.title], self._spoke[update.title]
+        elif now - spoke > self.every:
+            self._spoke[update.title] = now
+            left = (update.total - update.step) * (now - began) / max(update.step - update.start, 1)
+            console.print(f"{update.title:<22} {update.step:>5}/{update.total}  ETA {left:4.0f} s  {update.note}")
+
+
+_board = Board()
+_show: Callable[[Update], None] = _board.show
+
+
+def send_updates_to(receive: Callable[[Update], None]) -> None:
+    """Let this process's stages report elsewhere: a worker sends them to the process that owns the terminal."""
+    global _show
+    _show = receive
+
+
+class StageProgress:
+    """The progress of one stage."""
+
+    def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True, unit: str = "tok") -> None:
+        self.title, self.total, self.start, self.enabled, self.unit = title, total, start, enabled, unit
+        self._began = time.monotonic()
+        self._read, self._step, self._spoke = 0, start, 0.0
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            _show(Update(self.title, self._step, self.total, start=self.start, done=True))
+
+    def update(self, step: int, read: int, loss: float | None, metrics: str = "") -> None:
+        """Show that ``step`` steps are done; ``read`` is what was read since the last call, in units (tokens)."""
+        self._read += read
+        self._step = step
+        now = time.monotonic()
+        if not self.enabled or now - self._spoke < 0.1:  # drawing costs more than a small step
+            return
+        self._spoke = now
+        rate = self._read / max(now - self._began, 1e-9)
+        speed = f"{rate / 1000:.1f}k {self.unit}/s" if rate >= 1000 else f"{rate:.0f} {self.unit}/s"
+        parts = [] if loss is None else [f"loss {loss:.4f}"]
+        parts += [speed, f"{resident_bytes() / 2**30:.2f} GiB"]
+        if metrics:
+            parts.append(metrics)
+        _show(Update(self.title, step, self.total, "  ".join(parts), self.start))

@@ -1,0 +1,374 @@
+"""From token ids to the vocabulary head of a causal language model, and what the head does.
+
+The trunk is whatever a model computes before its output layer: its own forward pass runs, and is stopped where the output layer would
+begin. What the head computes is measured once per model: its products on a few tokens, and what the model does to them afterwards on
+known values put in their place. So no table of architectures is needed, and what a head does beyond bias, scale and softcap is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from undo_core.models.adapters import Products, bare, products_of
+
+VERIFIED_ROWS = 4096  # of a head, in float64 at once
+TOKENS = 8  # of the check
+SMALL, LARGE = 2.0**-10, 2.0**15  # a softcap hardly bends the one and is reached by the other
+PROBE = (0.0, SMALL, -SMALL, 0.5, -3.0, 64.0, LARGE, -LARGE)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The vocabulary head of a causal language model: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        scale: factor on the products.
+        softcap: ``c`` of ``c * tanh(z / c)``, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """The keyword arguments of the fused ops, their names prefixed (``"student_"``, ``"teacher_"``)."""
+        return {f"{prefix}bias": self.bias, f"{prefix}scale": self.scale, f"{prefix}softcap": self.softcap}
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a model does to the products of its head; ``rows`` of them become logits."""
+
+    scale: float
+    softcap: float | None
+    rows: int
+
+
+class UnsupportedHead(ValueError):
+    """The model's own logits are not reproduced by its weight, bias, scale and softcap."""
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of ``model``, compared once with what the model itself computes on a few tokens.
+
+    Raises:
+        UnsupportedHead: the head does something else than scale, bias and softcap; computing on would be silently wrong.
+    """
+    model = bare(model)
+    constants = getattr(model, "_undo_head", None)
+    if constants is None:
+        constants = model._undo_head = measure_head(model)
+    output = _linear(model)
+    weight, bias = output.weight, output.bias
+    if constants.rows < len(weight):  # the model drops the rest
+        weight, bias = weight[: constants.rows], None if bias is None else bias[: constants.rows]
+    return Head(weight, bias, constants.scale, constants.softcap)
+
+
+@torch.no_grad()
+def measure_head(model: PreTrainedModel) -> Constants:
+    """Scale, softcap and number of logits, from a forward pass in which known values stand in the place of the head's products.
+
+    A model without contents (on the meta device) runs without its trunk, and its products are not compared.
+
+    Raises:
+        UnsupportedHead: what :func:`head_of` refuses.
+    """
+    model = bare(model)
+    output, layer = _linear(model), model.get_output_embeddings()
+    device, meta = output.weight.device, output.weight.is_meta
+    at = torch.arange(TOKENS, device=device)
+    ids = at.mul(7919).remainder(model.get_input_embeddings().weight.shape[0]).view(1, TOKENS)
+    seen: dict[str, torch.Tensor] = {}
+
+    def put_probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], products: torch.Tensor) -> torch.Tensor:
+        seen["hidden"], seen["products"] = _first(args, kwargs), products
+        rows = products.shape[-1]
+        known = torch.tensor(PROBE, dtype=torch.float64, device="cpu" if meta else device)
+        steps = torch.arange(products.numel(), device=known.device).view(products.shape)  # every row meets every value
+        seen["probe"] = known[(steps // rows + steps % rows) % len(PROBE)]
+        return seen["probe"]
+
+    handle = layer.register_forward_hook(put_probe, with_kwargs=True)
+    try:
+        with evaluating(model):
+            logits = _without_trunk(model, ids) if meta else _logits(model, ids)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedHead(f"model: got a {type(model).__name__}, which cannot run on token ids alone: {reason}") from error
+    finally:
+        handle.remove()
+    if "probe" not in seen:
+        raise UnsupportedHead(f"model: got a {type(model).__name__}, whose forward pass does not call its output layer")
+    if seen["products"].shape[:-1] != (1, TOKENS) or logits.shape[:-1] != (1, TOKENS):
+        raise UnsupportedHead(
+            f"model: got a {type(model).__name__}, whose output layer gives {list(seen['products'].shape)} for {TOKENS} tokens, "
+            f"which become logits {list(logits.shape)}; wanted one row of each for each token"
+        )
+    if not meta:
+        _compare_products(model, output, seen["hidden"][0], seen["products"][0])
+    return _constants(model, seen["probe"][0], logits[0], output.weight.dtype)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the model's head reads, ``[batch, length, d]``: the final hidden states; the head is not run.
+
+    Where ``position_ids`` start again, a document begins that does not attend to what stands before it: transformers makes that
+    mask from the positions, without an attention mask and a cache. A sdpa that was causal without a mask gets one of
+    ``[batch, length, length]`` then.
+
+    Raises:
+        ValueError: positions that start again for a model or an attention kernel that would let documents attend to each other.
+    """
+    model, options = bare(model), {}
+    if position_ids is not None:
+        check_isolation(model)
+        options["position_ids"] = position_ids
+    return _run_to_head(model, input_ids, attention_mask=attention_mask, **options)
+
+
+def hidden_states_at(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """:func:`hidden_states`, and those after each of ``layers`` layers, as transformers counts them: 0 for the embeddings, and the last
+    after the final norm.
+
+    Raises:
+        ValueError: as :func:`hidden_states`, or a model that does not give its inner hidden states.
+    """
+    model = bare(model)
+    options: dict[str, Any] = {"output_hidden_states": True}
+    if position_ids is not None:
+        check_isolation(model)
+        options["position_ids"] = position_ids
+    inner: list[Sequence[torch.Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inner.extend([found] if (found := getattr(output, "hidden_states", None)) else [])
+
+    handles = [module.register_forward_hook(keep) for module in _trunk_path(model)]
+    try:
+        hidden = _run_to_head(model, input_ids, attention_mask=attention_mask, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not inner:
+        raise ValueError(f"model: got {type(model).__name__}, which does not give the hidden states between its layers")
+    return hidden, [inner[-1][layer] for layer in layers]
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel) -> None:
+    """Compare once, per attention kernel: another first document in two packed rows must not change the second's hidden states.
+
+    Raises:
+        ValueError: it does; the model does not know position ids, or its kernel does not read them.
+    """
+    model = bare(model)
+    kernel = model.config._attn_implementation
+    if getattr(model, "_undo_isolation_verified", None) == kernel:
+        return
+    embedding = model.get_input_embeddings().weight
+    at = torch.arange(16, device=embedding.device)
+    ids = at.mul(7919).remainder(embedding.shape[0]).repeat(2, 1)
+    other = torch.where(at < 8, (ids + 1).remainder(embedding.shape[0]), ids)
+    try:
+        leaks = []
+        with evaluating(model):
+            for positions in (None, at.remainder(8).repeat(2, 1)):
+                given = {} if positions is None else {"position_ids": positions}
+                a, b = (_run_to_head(model, x, **given)[:, 8:] for x in (ids, other))
+                leaks.append(float((a - b).abs().max()))
+        works = not leaks[1] > 0.1 * leaks[0]  # rounding, at most; a diverged model is not this check's concern
+    except TypeError:  # no such argument
+        works = False
+    if not works:
+        raise ValueError(
+            f"position_ids: got rows of isolated documents for {type(model).__name__} with attention {kernel}, which lets them attend "
+            f"to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, flex_attention)"
+        )
+    model._undo_isolation_verified = kernel
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation behaviour inside the ``with`` block; each module's own mode afterwards, even after an exception."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Reached(Exception):
+    """The forward pass has come to the output layer, with the hidden states that it would read."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _run_to_head(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the output layer would read; the forward pass ends there, with its graph of gradients."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(_first(args, kwargs))
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        model(input_ids=input_ids, use_cache=False, **options)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise UnsupportedHead(f"model: got a {type(model).__name__}, whose forward pass does not call its output layer")
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids, use_cache=False)
+    return output[0] if isinstance(output, tuple) else output.logits
+
+
+def _linear(model: PreTrainedModel) -> Products:
+    output, name = model.get_output_embeddings(), type(model).__name__
+    found = products_of(output)
+    if found is not None:
+        return found
+    if type(output).__module__.startswith("peft."):
+        raise UnsupportedHead(
+            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted it merged "
+            f"(merge_and_unload), or the output layer left out of target_modules"
+        )
+    if not isinstance(output, nn.Linear):
+        raise UnsupportedHead(f"model: got a {name} whose output layer is {type(output).__name__}, wanted a Linear head")
+    raise UnsupportedHead(
+        f"model: got a {name} whose output layer, a {type(output).__name__}, has a forward of its own; wanted a plain Linear, "
+        f"whose products alone can be computed in parts"
+    )
+
+
+def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Tensor, got: torch.Tensor) -> None:
+    """The layer's products against float64, within the rounding of its dtype."""
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(output.weight.dtype).eps)
+    if got.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        eps = 2.0**-7  # inputs may be rounded to bfloat16
+    bound = 4 * eps + math.sqrt(hidden.shape[-1]) * 2.0**-23
+    hidden, error, size = hidden.double(), 0.0, 0.0
+    for first in range(0, len(output.weight), VERIFIED_ROWS):  # a head in float64 would be the largest tensor of a run
+        rows = slice(first, first + VERIFIED_ROWS)
+        weight = output.weight[rows].double()
+        wanted, squares = hidden @ weight.T, hidden.square() @ weight.square().T
+        if output.bias is not None:
+            wanted = wanted + output.bias[rows].double()
+        difference = got[:, rows].double() - wanted
+        counted = difference.isfinite()  # a diverged model is not this check's concern
+        error += float(difference[counted].square().sum())
+        size += float((squares + wanted.square())[counted].sum())
+    if not math.sqrt(error) <= bound * math.sqrt(size):
+        raise UnsupportedHead(
+            f"model: {type(model).__name__}'s logits differ from hidden @ W.T + b of its output layer by "
+            f"{math.sqrt(error / max(size, 1e-300)):.2g} of their size; its head does something that is not supported"
+        )
+
+
+def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> Constants:
+    """Scale and softcap with which ``probe`` became ``logits``."""
+    rows = logits.shape[-1]
+    x, z = probe[:, :rows].to(logits.device), logits.double()
+    first = {value: float(z[x == value][0]) for value in (SMALL, LARGE)}
+    softcap, scale = None, first[SMALL] / SMALL
+    if math.isfinite(first[LARGE]) and not abs(first[LARGE] - scale * LARGE) <= 0.1 * abs(first[LARGE]):
+        softcap = _as_configured(abs(first[LARGE]), model.config)
+        scale = softcap * math.atanh(max(-0.5, min(0.5, first[SMALL] / softcap))) / SMALL
+    scale = _as_configured(scale, model.config)
+    wanted = x * scale if softcap is None else softcap * torch.tanh(x * scale / softcap)
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    wrong = ~((z - wanted).abs() <= 8 * eps * wanted.abs()) & ~(z.isinf() & (z.sign() == wanted.sign()))
+    if bool(wrong.any()):
+        share = float(wrong.double().mean())
+        raise UnsupportedHead(
+            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) with scale {scale:g} and softcap "
+            f"{softcap} in {share:.1%} of all entries; what it does after its output layer is not supported"
+        )
+    return Constants(scale, softcap, rows)
+
+
+def _as_configured(measured: float, config: PreTrainedConfig) -> float:
+    """The number of the configuration, or its inverse, that ``measured`` is but for rounding; else ``measured``."""
+    numbers = {1.0}
+    for part in (config, config.get_text_config()):
+        numbers |= {float(v) for v in vars(part).values() if type(v) in (int, float) and v and math.isfinite(v)}
+    nearest = min((abs(c - measured), c) for number in numbers for c in (number, 1 / number))
+    return nearest[1] if nearest[0] <= 1e-6 * abs(measured) else measured
+
+
+def _trunk_path(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold the input embeddings and not the output layer, from the outermost one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, output = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
+    parts = embedding.split(".")[:-1]
+    path = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return [model.get_submodule(name) for name in path if not output.startswith(name + ".")]
+
+
+class _TrunkOutput(BaseModelOutputWithPast):
+    """The output of any trunk: what it is asked for beyond the hidden states is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def _without_trunk(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """:func:`_logits` of a model on the meta device, whose trunk is skipped: it may hold operations that need contents."""
+    weight = model.get_output_embeddings().weight
+    path = _trunk_path(model)
+    replaced = [vars(module).get("forward") for module in path]
+    inner = getattr(
+        model.config.get_text_config(), "hidden_size", weight.shape[1]
+    )  # where the head has layers before its products
+    widths = dict.fromkeys((weight.shape[1], inner))
+    reason: Exception | None = None
+    for width in widths:
+        hidden = torch.zeros(1, TOKENS, width, dtype=weight.dtype, device="meta")
+        for module in path:
+            module.forward = lambda *_, hidden=hidden, **__: _TrunkOutput(last_hidden_state=hidden)
+        try:
+            return _logits(model, ids)
+        except RuntimeError as error:
+            reason = error
+        finally:
+            for module, forward in zip(path, replaced, strict=True):
+                vars(module).pop("forward", None)
+                if forward is not None:
+                    module.forward = forward
+    raise UnsupportedHead(f"model: got a {type(model).__name__}, whose head does not run without its trunk: {reason}")

@@ -1,0 +1,122 @@
+"""Noise on a whole model: the op, with the shrink targets that the model's own initialisation gives, and a report."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from undo_kernels.ops import noise as op
+from undo_kernels.ops.noise_rules import Setting
+
+from undo_core.noise.parameters import Left, Parts, select
+
+
+@dataclass(frozen=True)
+class TensorNoise:
+    """What the noise did to a tensor.
+
+    Attributes:
+        before: Frobenius norm.
+        after: Frobenius norm.
+        change: norm of the change: root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, shrinkage and noise, which are as good
+            as orthogonal.
+        shrink: share of ``change**2`` that is shrinkage, in [0, 1].
+        noise: share that is noise; 0 for a vector, which moves toward a number.
+    """
+
+    before: float
+    after: float
+    change: float
+    shrink: float
+    noise: float
+
+
+class NoiseReport(dict[str, TensorNoise]):
+    """What the noise did to each parameter, by canonical name.
+
+    Attributes:
+        left: the parameters that it left as they are, by canonical name, and why.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorNoise], left: Mapping[str, Left]) -> None:
+        super().__init__(tensors)
+        self.left = dict(left)
+
+
+def noise_(
+    model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, parts: Parts = "text", **options: Any
+) -> NoiseReport:
+    """Damage ``model`` in place: :func:`undo_kernels.ops.noise_` with a policy for every parameter of a Hugging Face model.
+
+    - **Matrices of products** get noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``: weights of linear layers and of
+      convolutions, and other parameters of two or more dimensions that the model draws at random around 0 (routers, stacked experts,
+      each with the fans of one expert).
+    - **Embeddings** (``nn.Embedding``, tables of learned positions included) get noise too.
+    - **Everything else** gets none and shrinks toward its own initial value, element by element, ``theta <- (1 - alpha) * theta + alpha
+      * theta_init``: norms, biases, scalars, ``A_log``, ``D``, ``dt_bias``, ``sinks``, gates. The initial value is what the model's own
+      code sets; where it is drawn at random, the median of its law (0 for attention sinks; log(8.5) for ``A_log = log(U(1, 16))``).
+    - **Left as they are**: parameters that require no gradient, now or in a new model of the class; those of other modalities than text (``parts="all"`` takes them too),
+      and those for which the model's code sets no initial value. Buffers are no parameters.
+
+    The published code shrinks norms toward 0, which is the initial value of Gemma's (they multiply by ``1 + w``). Llama-type norms
+    start at 1, and shrinking them to 0 would silence the layer. ``docs/noise.md`` has the details.
+
+    Args:
+        model: a Hugging Face model, or any module together with ``toward``.
+        alpha: strength, in [0, 1].
+        beta: scale of the noise, >= 0.
+        seed: in [0, 2**64).
+        parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
+        options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_kernels.ops.noise_`.
+
+    Returns:
+        For every tensor, by canonical name, its norms and the shares of shrinkage and noise; and what was left.
+
+    Raises:
+        ValueError: a bad argument; nothing is changed.
+    """
+    chosen = select(model, parts, options.pop("rules", ()), own_values="toward" not in options)
+    if chosen.toward is not None:
+        options.setdefault("toward", chosen.toward)
+    applied = op.apply(model, found=chosen.found, alpha=alpha, beta=beta, seed=seed, rules=chosen.rules, **options)
+    return NoiseReport(report(applied), chosen.left)
+
+
+def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, TensorNoise]:
+    """Norms and shares of what :func:`undo_kernels.ops.noise.apply` did."""
+    result = {}
+    for name, (setting, sums) in applied.items():
+        before, noise, after = sums.tolist()
+        alpha = 1.0 - setting.keep
+        if setting.law in ("constant", "elements"):  # the cross term of the change follows from the norm after
+            cross = (after - setting.keep**2 * before - noise) / setting.keep if setting.keep else 0.0
+            change, shares = max(0.0, alpha**2 * before + noise - alpha * cross), (1.0, 0.0)
+        else:
+            change = alpha**2 * before + noise
+            shares = (alpha**2 * before / change, noise / change) if change > 0 else (0.0, 0.0)
+        shares = shares if change > 1e-12 * before else (0.0, 0.0)
+        result[name] = TensorNoise(math.sqrt(before), math.sqrt(after), math.sqrt(change), *shares)
+    return result
+
+
+def by_kind(tensors: Mapping[str, TensorNoise]) -> dict[str, tuple[int, TensorNoise]]:
+    """The report summed over tensors whose names differ in numbers alone (``model.layers.*.mlp.up_proj.weight``), with their number."""
+    kinds: dict[str, list[TensorNoise]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(tensor)
+    return {kind: (len(parts), _sum(parts)) for kind, parts in kinds.items()}
+
+
+def _sum(parts: list[TensorNoise]) -> TensorNoise:
+    change = sum(part.change**2 for part in parts)
+    shares = [
+        sum(getattr(part, name) * part.change**2 for part in parts) / change if change else 0.0 for name in ("shrink", "noise")
+    ]
+    return TensorNoise(
+        *(math.hypot(*(getattr(part, name) for part in parts)) for name in ("before", "after", "change")), *shares
+    )

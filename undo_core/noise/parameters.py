@@ -1,0 +1,197 @@
+"""Which parameters of a model the damage is about, which are left as they are, and what each of them shrinks toward.
+
+:func:`undo_core.noise_` states the policy. Model and checkpoint, noise and other damage, all ask :func:`select`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise_rules import NoiseRule, Parameter, Target, canonical_name, describe, matches
+
+from undo_core.models.adapters import has_adapters
+from undo_core.noise.initialisation import initialisation, matrix_shapes
+
+Parts = Literal["text", "all"]
+PARTS = ("text", "all")
+Reason = Literal["frozen", "not text", "no initial value"]
+
+# In the names of configurations and modules of other modalities.
+_OTHER = ("vision", "visual", "image", "img", "video", "audio", "speech", "codec", "vq_", "vqmodel", "vqvae")
+
+
+@dataclass(frozen=True)
+class Left:
+    """A parameter that is left as it is.
+
+    Attributes:
+        reason: frozen (it requires no gradient, now or in a new model of the class), not text (it belongs to images or sound), or no initial value (it is no matrix, and the
+            model's initialisation does not set it).
+        elements: how many it has.
+        share: of the model's elements.
+    """
+
+    reason: Reason
+    elements: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :func:`select` chose.
+
+    Attributes:
+        found: tensor and description of each parameter to damage, by canonical name; tied ones once.
+        toward: what those without noise shrink toward; None for a module whose initialisation is not known.
+        left: the others.
+        rules: those that are about ``found``.
+    """
+
+    found: dict[str, tuple[torch.Tensor, Parameter]]
+    toward: dict[str, Target] | None
+    left: dict[str, Left]
+    rules: tuple[NoiseRule, ...]
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """The descriptions in ``found``."""
+        return {name: parameter for name, (_, parameter) in self.found.items()}
+
+
+def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] = (), own_values: bool = True) -> Selection:
+    """The parameters of ``model`` (a Hugging Face model, wrapped or not, or any module) that the damage is about.
+
+    Args:
+        model: may be on the meta device.
+        parts: text, or all.
+        rules: one that gives a parameter without an initial value another target, or a law, keeps it in.
+        own_values: whether parameters without noise shrink toward their initial values, so that those without one are left.
+
+    Raises:
+        ValueError: as :func:`undo_kernels.ops.noise_rules.describe`; adapters of peft in the model; or a rule is about parameters alone
+            that are left.
+    """
+    if has_adapters(model):
+        checks.fail(
+            "model",
+            f"{type(model).__name__} with adapters, whose weights are what the base and the adapters make together",
+            "them merged (model.merge_and_unload().requires_grad_()), or the base before it gets adapters",
+        )
+    checks.choice("parts", parts, PARTS)
+    if not all(isinstance(rule, NoiseRule) for rule in rules):
+        checks.fail("rules", rules, "a sequence of NoiseRule")
+    found = describe(model)
+    sizes = {canonical_name(name): parameter.numel() for name, parameter in model.named_parameters()}
+    total = max(sum(sizes.values()), 1)
+    left: dict[str, Left] = {}
+
+    def leave(name: str, reason: Reason) -> None:
+        left[name] = Left(reason, sizes[name], sizes[name] / total)
+        found.pop(name, None)
+
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            leave(canonical_name(name), "frozen")
+    prefix, inner = _hugging_face(model)
+    if inner is None:
+        return Selection(found, None, left, _about(rules, found, left))
+    start = initialisation(inner)
+    starts = {canonical_name(prefix + name): value for name, value in start.values.items()}
+    for name in {canonical_name(prefix + name) for name in start.frozen} & found.keys():
+        leave(name, "frozen")
+    shapes = matrix_shapes(inner)
+    found = {name: (tensor, replace(p, matrix=shapes.get(id(tensor)))) for name, (tensor, p) in found.items()}
+    if parts == "text":
+        other = {id(parameter) for parameter in inner.parameters()} - {id(parameter) for parameter in text_parameters(inner)}
+        for name, (tensor, _) in list(found.items()):
+            if id(tensor) in other:
+                leave(name, "not text")
+    toward: dict[str, Target] = {}
+    for name, (tensor, parameter) in list(found.items()):
+        if name not in starts and parameter.role != "vectors":
+            continue
+        described = found[name] = tensor, replace(parameter, role="vectors", stacked=False, matrix=None)
+        value = starts.get(name)
+        if isinstance(value, torch.Tensor) and value.shape != tensor.shape:
+            value = None
+        if value is not None:
+            toward[name] = value
+        elif own_values and not any(_sets_target(rule) and matches(rule.match, name, described[1]) for rule in rules):
+            leave(name, "no initial value")
+    if not found:
+        checks.fail("model", f"no parameter to damage: {summary(left)} are left", "a model with some, or parts='all'")
+    return Selection(found, toward, left, _about(rules, found, left))
+
+
+def text_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """The parameters of the text decoder, its embeddings and its head; every parameter of a model that knows nothing but text.
+
+    Where the configuration has one of its own for text, those are the decoder (``get_decoder``) and the embeddings of input and output.
+    Whatever lies in a model whose configuration is that of another modality, or has the name of one in its path, is no text.
+    """
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    others = tuple(type(part) for name, part in parts.items() if part is not None and _named_otherwise(name))
+    decoder, roots = model.get_decoder(), [model]
+    text = config.get_text_config(decoder=True)
+    nested = any(part is text for part in parts.values())
+    if nested and decoder is not model and decoder is not model.base_model:
+        roots = [decoder, model.get_input_embeddings(), model.get_output_embeddings()]
+    inside = {id(parameter) for root in roots if root is not None for parameter in root.parameters()}
+    if others:
+        towers = [module for module in model.modules() if isinstance(module, PreTrainedModel) and type(module.config) in others]
+        inside -= {id(parameter) for tower in towers for parameter in tower.parameters()}
+    multimodal = bool(others) or len(roots) > 1
+    for name, parameter in model.named_parameters():
+        if id(parameter) in inside and not (multimodal and any(map(_named_otherwise, name.split(".")))):
+            yield parameter
+
+
+def summary(left: Mapping[str, Left]) -> str:
+    """``12 parameters (3,456 elements, 7.8% of the model): not text`` for each reason; nothing where nothing is left."""
+    reasons: dict[str, list[Left]] = {}
+    for one in left.values():
+        reasons.setdefault(one.reason, []).append(one)
+    return "; ".join(
+        f"{len(parts)} parameters ({sum(p.elements for p in parts):,} elements, {sum(p.share for p in parts):.1%} of the model): {reason}"
+        for reason, parts in reasons.items()
+    )
+
+
+def _hugging_face(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
+    """The outermost Hugging Face model in ``model``, which compilation, data parallelism or adapters may wrap, and its names' prefix."""
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            return f"{name}." if name else "", module
+    return "", None
+
+
+def _named_otherwise(name: str) -> bool:
+    return any(word in name.lower() for word in _OTHER)
+
+
+def _sets_target(rule: NoiseRule) -> bool:
+    return rule.toward is not None or rule.law is not None
+
+
+def _about(
+    rules: Sequence[NoiseRule], found: Mapping[str, tuple[torch.Tensor, Parameter]], left: Mapping[str, Left]
+) -> tuple[NoiseRule, ...]:
+    """The rules without those that spare what is left anyway."""
+    kept = []
+    for i, rule in enumerate(rules):
+        if not any(matches(rule.match, name, p) for name, (_, p) in found.items()):
+            name = next((name for name in left if matches(rule.match, name, Parameter((), "vectors"))), None)
+            if name is not None and rule.alpha == 0:
+                continue
+            if name is not None:
+                wanted = "parts='all'" if left[name].reason == "not text" else "a rule for a parameter that is damaged"
+                checks.fail(f"rules[{i}].match", f"{rule.match!r}, and {name} is left: {left[name].reason}", wanted)
+        kept.append(rule)
+    return tuple(kept)
