@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 _LONG = (
     "core/test_pipeline.py",
     "bench/test_bench_small.py",
-    "kernels/triton/test_loss_numerics.py",
-    "kernels/triton/test_loss_options.py",
+    "kernels/triton/test_vocab_loss_numerics.py",
+    "kernels/triton/test_vocab_loss_options.py",
     "core/test_memory.py",
     "core/test_goldens.py",
     "core/test_sweep.py",

@@ -20,7 +20,7 @@ import triton
 
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.triton import loss, recompute, tuning
+from undo_kernels.triton import recompute, tuning, vocab_loss
 from undo_kernels.triton.products import Workspace
 
 ROWS, VOCABULARY = 4096, 65536  # a hundred waves of tiles
@@ -75,15 +75,15 @@ class Watched:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
             compiled = self.kernel[grid](*arguments, **options)
-            self.spills = max(self.spills, 0 if loss.INTERPRETED else compiled.n_spills)
+            self.spills = max(self.spills, 0 if vocab_loss.INTERPRETED else compiled.n_spills)
 
         return launch
 
 
 def launcher(p: Problem, kernel: str) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
     """A launch of the kernel with the tile of the table, and what it wrote."""
-    run = loss._Run(p, Workspace(p.student.hidden.device))
-    passes = loss._Recompute(run)
+    run = vocab_loss._Run(p, Workspace(p.student.hidden.device))
+    passes = vocab_loss._Recompute(run)
     passes._statistics()
     passes.at_label = run.zero
     if kernel in ("stats", "cross"):
