@@ -70,7 +70,21 @@ format: $(VENV)/.installed-lint  ## rewrite what lint would complain about, as f
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
-clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info kernels/undo_kernels/*.so
+docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/index.html; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html; with the search: $(PYTHON) -m http.server --directory site"
 
-.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint format clean
+EMPTY := build/empty-venv
+dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment without a compiler; TORCH=2.11.0 tries that torch
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build --installer pip
+	case "$$(uname)" in Linux) PATH=$(BIN):$$PATH auditwheel repair --exclude libgomp.so.1 -w dist dist/*-linux_*.whl && rm dist/*-linux_*.whl;; esac
+	$(PYTHON) -m venv $(EMPTY)
+	CC=false CXX=false $(EMPTY)/bin/python -m pip install --quiet $(PIP_ARGS) $(if $(TORCH),torch==$(TORCH),-c constraints.txt) dist/*.whl
+	$(EMPTY)/bin/python tests/smoke.py
+	rm -rf $(EMPTY)
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
+
+.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint format docs dist clean

@@ -99,7 +99,7 @@ examples:
   python {script} --activations                       on hidden states of small models, trained in seconds
   python {script} --activations runs/NAME/stages/distill-KEY      on those of a distilled student and its teacher
   python {script} --device cuda --rounds 20           on a GPU
-  python bench/tables.py README.md RESULTS.json       then: the table in the README
+  python bench/tables.py docs/benchmarks.md RESULTS.json       then: the tables of docs/benchmarks.md
   python bench/plot.py                                and the pictures, of this machine's files
 
 Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]'; one that is missing is a row that says so.""",

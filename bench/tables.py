@@ -246,9 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python bench/tables.py README.md bench/results/kl-cpu/MACHINE-VERSION.json     write the block that these results belong to
-  python bench/tables.py README.md                                       regenerate every block from the results that it names
-  python bench/tables.py README.md --check                               exit 1 where text and results differ""",
+  python bench/tables.py docs/benchmarks.md bench/results/kl-cpu/MACHINE-VERSION.json     write the block that these results belong to
+  python bench/tables.py docs/benchmarks.md                                       regenerate every block from the results that it names
+  python bench/tables.py docs/benchmarks.md --check                               exit 1 where text and results differ""",
     )
     parser.add_argument("file", type=Path, help="Markdown file with markers")
     parser.add_argument(

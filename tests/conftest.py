@@ -1,13 +1,18 @@
-"""Said before torch and Triton are imported: how many threads a test process has, and that Triton's kernels run on CPU tensors under
-its interpreter, unless there is a GPU."""
+"""Settings that torch and Triton read when they are imported: the number of threads of a test process, the folder of Inductor's cache,
+and that Triton's kernels run on CPU tensors under its interpreter, unless there is a GPU."""
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 _TESTS = Path(__file__).parent
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:  # side by side; threads that wait for each other's core would spin
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+if "ATEN_CPU_CAPABILITY" in os.environ:  # Inductor finds code that it made for other vector units, which then does not compile
+    _cache = Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache))
 
 import torch  # noqa: E402
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core import commands
+from undo_core import commands, hints
 from undo_core.config import RunConfig
 from undo_core.config_files import read_settings
 from undo_core.sweep_config import SweepConfig
@@ -62,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
     try:
+        if not arguments:
+            print(hints.FIRST_STEPS)
+            return 2
+        if arguments[0] == "completion":
+            print(hints.completion(_parser(), arguments[1] if len(arguments) > 1 else "bash"))
+            return 0
         asked = _config_first(arguments)
         parser = _parser(next(iter(asked), ""))
         parsed = parser.parse_args([_dashes(argument) for argument in asked])
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
-        print(f"undo: error: {_one_line(error)}", file=sys.stderr)
+        print(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", file=sys.stderr)
         return 2
     except (DivergedError, OSError, SafetensorError) as error:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
@@ -86,11 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(only: str | None = None) -> ArgumentParser:
     """Returns the parser of every command, or of the command ``only``: the others are then names without arguments, which takes a
     fraction of the time."""
-    parser = ArgumentParser(prog="undo", description="UNDO: robust unlearning for language models.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="undo",
+        description="UNDO: robust unlearning for language models.",
+        exit_on_error=False,
+        formatter_class=hints.HelpFormatter,
+    )
     subcommands = parser.add_subcommands(required=False)
     helps = {"run": _RUN, "plan": _PLAN, "sweep": _SWEEP} | {name: f.__doc__ or "" for name, f in commands.COMMANDS.items()}
     for name, text in helps.items():
-        sub = _subparser(name) if only in (None, name) else ArgumentParser(exit_on_error=False)
+        sub = (
+            _subparser(name)
+            if only in (None, name)
+            else ArgumentParser(exit_on_error=False, formatter_class=hints.HelpFormatter)
+        )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
 
@@ -99,19 +114,29 @@ def _subparser(name: str) -> ArgumentParser:
     """Returns the parser of one command."""
     if name in ("run", "plan"):
         text = _RUN if name == "run" else _PLAN
-        sub = ArgumentParser(description=text, exit_on_error=False, usage=f"undo {name} CONFIG [--key=value ...]")
+        sub = ArgumentParser(
+            description=text,
+            exit_on_error=False,
+            formatter_class=hints.HelpFormatter,
+            usage=f"undo {name} CONFIG [--key=value ...]",
+        )
         sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
         if name == "plan":
             sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
     elif name == "sweep":
-        sub = ArgumentParser(description=_SWEEP, exit_on_error=False, usage="undo sweep FILE [--dry-run] [--key=value ...]")
+        sub = ArgumentParser(
+            description=_SWEEP,
+            exit_on_error=False,
+            formatter_class=hints.HelpFormatter,
+            usage="undo sweep FILE [--dry-run] [--key=value ...]",
+        )
         sub.add_argument("--config", action="config", help="YAML file of the sweep")
         sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
         sub.add_class_arguments(SweepConfig)
     else:
         function = commands.COMMANDS[name]
-        sub = ArgumentParser(description=_description(function), exit_on_error=False)
+        sub = ArgumentParser(description=_description(function), exit_on_error=False, formatter_class=hints.HelpFormatter)
         settings = _settings_class(function)
         sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
         if settings:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import modules of its own rank (where they are one concern) and of lower ranks.
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
-    {"undo_core.commands"},
+    {"undo_core.commands", "undo_core.hints"},
     {"undo_core.sweep"},
     {"undo_core.pipeline", "undo_core.plan", "undo_core.doctor"},
     {"undo_core.workers", "undo_core.graph", "undo_core.costs", "undo_core.sweep_config", "undo_core.attacked"},

@@ -1,0 +1,83 @@
+"""What the command line says to a misspelt name, to no arguments at all, and to a shell."""
+
+import importlib.util
+
+import pytest
+import yaml
+
+from undo_core import cli
+from undo_core.cli import main
+from undo_core.hints import FIRST_STEPS, nearest
+
+DEMO = "configs/arithmetic-cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["rum", DEMO], "did you mean run?"),
+        (["plan", DEMO, "--unlearn.trian.steps=3"], "did you mean unlearn.train.steps?"),
+        (["plan", DEMO, "--alphas=[0.6]"], "did you mean noise.alphas or controls.gate.alphas or damage.alphas?"),
+        (["plan", DEMO, "--unlearn.method=maxnet"], "did you mean maxent?"),
+        (["noise", "model", "output", "--alhpa=0.6"], "did you mean alpha?"),
+    ],
+)
+def test_a_misspelt_name_on_the_command_line(capsys, arguments, wanted):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.rstrip().endswith(wanted) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        (["sed"], "seed"),
+        (["pretrain", "train", "stesp"], "pretrain.train.steps"),
+        (["unlern", "method"], "unlearn.method"),
+    ],
+)
+def test_a_misspelt_key_in_a_file(capsys, tmp_path, path, wanted):
+    values = nested = {"name": "x", "output": "runs/x"}
+    for key in path[:-1]:
+        nested = nested.setdefault(key, {})
+    nested[path[-1]] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert main(["plan", str(tmp_path / "config.yaml")]) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"did you mean {wanted}?")
+
+
+def test_nothing_near_is_not_guessed(capsys):
+    assert nearest("zzzz", ["seed", "noise.alphas"]) == []
+    assert main(["plan", DEMO, "--zzzz=3"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_no_arguments_teach(capsys):
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 10
+    parsers = cli._parser("")._subcommands_action._name_parser_map
+    assert {line.split()[1] for line in printed.splitlines() if line.startswith("  undo ")} <= {
+        *parsers,
+        "completion",
+        "--help;",
+    }
+
+
+def test_completion(capsys):
+    assert main(["completion", "fish"]) == 2
+    assert "expected one of bash, zsh, tcsh" in capsys.readouterr().err
+    there = importlib.util.find_spec("shtab") is not None
+    assert main(["completion"]) == (0 if there else 2)
+    printed = capsys.readouterr()
+    assert "complete" in printed.out if there else "pip install 'undo-core[completion]'" in printed.err
+
+
+def test_help_keeps_its_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = capsys.readouterr().out
+    assert (
+        "\n\n  undo plan configs/arithmetic-cpu.yaml\n  undo plan configs/arithmetic-cpu.yaml --memory 8GB\n\nWith --memory"
+        in printed
+    )

@@ -1,0 +1,102 @@
+"""Every script of ``examples/`` runs, and its numbers agree with what transformers and torch compute by themselves."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name, and forgets it and the methods that it registered."""
+    from undo_core.unlearning.method import METHODS
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    modules, methods = set(sys.modules), dict(METHODS)
+    yield importlib.import_module
+    for name in {path.stem for path in EXAMPLES.glob("*.py")} & (set(sys.modules) - modules):
+        del sys.modules[name]
+    METHODS.clear()
+    METHODS.update(methods)
+
+
+def exact_divergence(student, teacher, batch):
+    """In float64, from the models' own logits."""
+    labels = batch["labels"][:, 1:]
+    inputs = {name: column for name, column in batch.items() if name != "labels"}
+    s, t = (model.double()(**inputs).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
+    return (t.exp() * (t - s)).sum(-1)[labels != -100].mean().item()
+
+
+def test_plain_loop(example):
+    tiny, plain_loop = example("tiny"), example("plain_loop")
+    losses = plain_loop.main(steps=10)
+    assert losses[0] == pytest.approx(exact_divergence(tiny.model(0), tiny.model(1), tiny.batch(0)), rel=1e-4)
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_trainer"])
+def test_trainers(example, tmp_path, name):
+    """The loss falls, and accumulating batches gives the loss of the whole batch at each step."""
+    if name == "trl_trainer":
+        pytest.importorskip("trl")
+    trainer = example(name)
+    whole = trainer.main(str(tmp_path / "whole"), num_train_epochs=1)
+    parts = trainer.main(
+        str(tmp_path / "parts"), num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    assert len(whole) == 8 and whole[-1] < whole[0] / 2
+    assert parts == pytest.approx(whole, rel=0.01)  # a logged loss has four digits; one that is divided twice would be half
+
+
+def test_checkpoint(example, tmp_path):
+    tiny, checkpoint = example("tiny"), example("checkpoint")
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for seed, name in enumerate(("keep.txt", "forget.txt")):
+        (tmp_path / name).write_text("\n".join(tiny.texts(17, seed)))
+    files = [f"--retain={tmp_path / 'keep.txt'}", f"--forget={tmp_path / 'forget.txt'}"]
+    result = checkpoint.main([str(tmp_path / "model"), str(tmp_path / "undone"), *files, "--steps=3"])
+    assert set(result) == {"original", "unlearn only", "UNDO"} and all(0 < value < 20 for value in result.values())
+    undone = AutoModelForCausalLM.from_pretrained(tmp_path / "undone").state_dict()
+    assert any(not torch.equal(value, undone[name]) for name, value in tiny.model().state_dict().items())
+
+
+def test_new_method(example):
+    new_method = example("new_method")
+    change = new_method.main(steps=30)
+    assert change["forget"] > 1 and change["retain"] < 0
+
+
+def test_noise_checkpoint(example, tmp_path):
+    example("tiny").model().save_pretrained(tmp_path / "model")
+    example("noise_checkpoint").main(str(tmp_path / "model"), str(tmp_path / "noised"))  # compares the bits itself
+
+
+def test_notebook(tmp_path, capsys):
+    """Its cells run on a recorded result; the cell that computes it starts the demo."""
+    matplotlib.use("Agg")
+    shutil.copy(ROOT / "bench/results/sweep-alpha/runs/sweep-alpha/results-seed0.json", tmp_path)
+    cells = [cell for cell in json.loads((EXAMPLES / "demo.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        if source.startswith("!"):
+            assert source.startswith("!undo run ../configs/arithmetic-cpu.yaml --output={OUTPUT} ")
+            continue
+        exec(source, names)
+        names["OUTPUT"] = tmp_path
+    printed = capsys.readouterr().out
+    assert "undo-0.8" in printed and "filter" in printed
+    drawn = {line.get_label(): line.get_ydata() for line in names["axes"].get_lines()}
+    assert drawn["unlearn"][2] > drawn["undo-0.9"][2]
+    names["plt"].close(names["figure"])

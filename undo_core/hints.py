@@ -1,0 +1,86 @@
+"""What the command line says to those who mistype, to those who ask for nothing, and to their shells."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
+
+  undo doctor                                  what works on this machine
+  undo plan configs/arithmetic-cpu.yaml        what the demo would do and take, without running it
+  undo run configs/arithmetic-cpu.yaml         the demo; then open runs/arithmetic-cpu/report/report.html
+  undo run FILE --noise.alphas='[0.6]'         any key of a configuration can be given as a flag
+  undo plan configs/hf-template.yaml           your own checkpoint and text, once the file names them
+  undo noise CHECKPOINT OUTPUT --alpha=0.6     any stage alone, from checkpoint folder to checkpoint folder
+  undo completion bash                         a script with which the shell completes commands and keys
+  undo --help; undo run --help                 all commands; all keys of a configuration"""
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+_UNKNOWN = (  # how the parser's library names what it does not know
+    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
+    re.compile(r"does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
+    re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<key>\S+)"),
+)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Wraps the paragraphs of a description and keeps its examples, which are indented, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(
+            part if part.startswith(" ") else super(HelpFormatter, self)._fill_text(part, width, indent) for part in parts
+        )
+
+
+def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
+    """``message``, with the nearest known name where it is about a name that ``command`` does not know."""
+    for pattern in _UNKNOWN:
+        if match := pattern.search(message):
+            listed = match.groupdict().get("choices")
+            if listed is None:
+                found = nearest(match["key"], keys(command, parser_of))
+            else:
+                found = difflib.get_close_matches(match["key"], re.findall(r"[\w-]+", listed), n=1)
+            return f"{message}; did you mean {' or '.join(found)}?" if found else message
+    return message
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The known name that is closest to ``key``; without one, up to three whose last part is close to the last part of ``key``."""
+    if found := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        return found
+    leaves = {name.rsplit(".", 1)[-1] for name in known}
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(leaves), n=1, cutoff=0.8)
+    return [name for name in known if leaf and name.rsplit(".", 1)[-1] == leaf[0]][:3]
+
+
+def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:
+    """The keys that ``command`` takes; of a sweep those of its runs too."""
+    found: dict[str, None] = {}
+    for name in (command, "run") if command == "sweep" else (command,):
+        parser = parser_of(name)._subcommands_action._name_parser_map.get(name)
+        actions = [] if parser is None else parser._actions
+        found |= dict.fromkeys(option[2:] for action in actions for option in action.option_strings if option.startswith("--"))
+    return [key for key in found if not key.endswith(("help", "+"))]
+
+
+def completion(parser: ArgumentParser, shell: str) -> str:
+    """A script that lets ``shell`` complete commands and keys: ``eval "$(undo completion bash)"``.
+
+    Raises:
+        ValueError: an unknown shell.
+        ModuleNotFoundError: shtab is not installed.
+    """
+    if shell not in SHELLS:
+        raise ValueError(f"completion: got {shell!r}, expected one of {', '.join(SHELLS)}")
+    if importlib.util.find_spec("shtab") is None:
+        raise ModuleNotFoundError("completion: needs shtab; pip install 'undo-core[completion]'")
+    return parser.get_completion_script(f"shtab-{shell}")
