@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
     monkeypatch.setattr(plans, "_SUMMED_CHUNKS", 1)
     p = problem("forward", rows=33, dtype=torch.bfloat16, plan="chunk", workspace_bytes=40_000)
-    plan = driver.gpu_plan(moved(p))
+    plan = plans.gpu_plan(moved(p))
     assert plan.accumulator
     assert plan.rows_per_chunk < 33
     check(p)
@@ -35,7 +35,7 @@ def test_several_chunks_give_one_answer(target):
     for plan, small in (("chunk", plans.chunk_plan(s, 8)), ("recompute", plans.recompute_plan(s, 1))):
         budget = small.workspace_bytes
         part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
-        chosen = driver.gpu_plan(moved(part))
+        chosen = plans.gpu_plan(moved(part))
         assert chosen.rows_per_chunk < 21 if plan == "chunk" else chosen.block_v < 211
         got = check(part)
         # what the rows' products with d_hidden sum to may be formed in another order
