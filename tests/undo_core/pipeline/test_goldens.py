@@ -2,7 +2,7 @@
 
 Each test makes its text again and compares it with the file in ``goldens/``. A change that is meant is recorded by
 
-    UNDO_GOLDENS=write python -m pytest tests/core/test_goldens.py
+    UNDO_GOLDENS=write python -m pytest tests/undo_core/pipeline/test_goldens.py
 
 and is then read in the diff. What depends on the machine or on versions (times, sizes of a process, digests of weights, computed
 numbers) is replaced by a word.
