@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,14 @@ from undo_core.data.splits import make_splits
 from undo_core.files import hash_file
 from undo_core.models import build_model, configuration, load_model, positions_of
 from undo_core.pipeline.config import DataConfig, ModelConfig, seeded
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
 from undo_core.text_files import check_is_content
 from undo_core.training.progress import console
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
