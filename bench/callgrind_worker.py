@@ -38,19 +38,21 @@ def run(library: object) -> None:
     z_s, z_t = (rng.standard_normal((VOCABULARY, leading), dtype=np.float32) for _ in range(2))
     fields = library.FIELDS
     state = np.zeros((fields, TOKENS))
-    state[[0, 2]] = -np.inf
+    m_s, l_s, m_t, l_t = (int(getattr(library.Field, name)) for name in ("M_S", "L_S", "M_T", "L_T"))
+    state[[m_s, m_t]] = -np.inf
     partial = np.zeros((-(-VOCABULARY // library.BLOCK), fields, TOKENS))
     names = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
     rows = dict(zip(names, np.zeros((len(names), TOKENS), dtype=np.float32), strict=True))
     chunk = library.Chunk()
     chunk.tokens = chunk.stride = TOKENS
-    chunk.leading, chunk.target, chunk.uniform, chunk.statistics, chunk.full = leading, 1, False, False, False
+    chunk.leading, chunk.target = leading, int(library.Target.forward)
+    chunk.uniform, chunk.statistics, chunk.full = False, False, False
     chunk.state, chunk.partial = state.ctypes.data, partial.ctypes.data
     for name, row in rows.items():
         setattr(chunk, name, row.ctypes.data)
     library.stats(SET, chunk, z_s.ctypes.data, z_t.ctypes.data, 0, VOCABULARY)
-    rows["base_s"][:], rows["base_t"][:] = state[0], state[2]
-    rows["log_sum_s"][:], rows["log_sum_t"][:] = np.log(state[1]), np.log(state[3])
+    rows["base_s"][:], rows["base_t"][:] = state[m_s], state[m_t]
+    rows["log_sum_s"][:], rows["log_sum_t"][:] = np.log(state[l_s]), np.log(state[l_t])
     rows["gap"][:], rows["weight"][:] = rows["log_sum_s"] - rows["log_sum_t"], 1.0 / TOKENS
     library.loss(SET, chunk, z_s.ctypes.data, z_t.ctypes.data, 0, VOCABULARY, True)
     # -- noise
@@ -62,8 +64,21 @@ def run(library: object) -> None:
     # -- RMU
     hidden, target = rng.standard_normal((32, WIDTH), dtype=np.float32), rng.standard_normal(WIDTH, dtype=np.float32)
     gradient, sums = np.empty_like(hidden), np.empty(32)
+    kind = int(library.Kind.float32)
     library.rmu_loss(
-        SET, 32, WIDTH, hidden.ctypes.data, 0, WIDTH, target.ctypes.data, 0, 0, 6.5, 0, gradient.ctypes.data, sums.ctypes.data
+        SET,
+        32,
+        WIDTH,
+        hidden.ctypes.data,
+        kind,
+        WIDTH,
+        target.ctypes.data,
+        kind,
+        0,
+        6.5,
+        0,
+        gradient.ctypes.data,
+        sums.ctypes.data,
     )
 
 

@@ -39,10 +39,10 @@ from callgrind_worker import KERNELS
 from contenders import observed
 from problems import DTYPES, Row, draw
 from torch.profiler import ProfilerActivity, profile
-from undo_kernels import plan as plans
+from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.triton import costs
+from undo_kernels.triton.plan import gpu_plan
 
 BASELINE = harness.ROOT / "bench" / "baseline.json"
 TOLERANCE = {"plan": 0.0, "calls": 0.0, "instructions": 0.02, "ratio": 0.25}
@@ -87,10 +87,10 @@ def plan() -> Numbers:
         problem = Problem(sides[0], target, row, label_factor=label, teacher=teacher, needs=(True, True, False))
         name = f"{target}, {backend}, {dtype}, {rows} × {vocabulary} × {width}"
         if backend == "triton":
-            made = costs.gpu_plan(problem, "sm_90")
+            made = gpu_plan(problem, "sm_90")
             found |= {f"{name}: FLOPs": made.flops, f"{name}: bytes moved": made.traffic_bytes}
         else:
-            made = plans.cpu_plan(problem, rows, amx="AMX" in backend)
+            made = cpu_plan(problem, rows, amx="AMX" in backend)
             found[f"{name}: products"] = made.products
         found[f"{name}: workspace bytes"] = made.workspace_bytes
     return found
@@ -139,7 +139,7 @@ def only(used: set[str]) -> str:
 
 def instructions() -> tuple[Numbers, str | None]:
     """For each element, by kernel; and the compiler, or None with no numbers where there is no valgrind."""
-    valgrind, library = shutil.which("valgrind"), getattr(undo_kernels.cpu.losses, "_cpu", None)
+    valgrind, library = shutil.which("valgrind"), undo_kernels.cpu.losses.kernels
     if valgrind is None or library is None:
         return {}, None
     worker = Path(__file__).with_name("callgrind_worker.py")

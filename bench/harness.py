@@ -182,11 +182,11 @@ def machine(device: str) -> dict[str, Any]:
 
 def vector_units() -> str:
     """The best that the C++ kernels use here: avx512, avx2 or plain, with ``+amx`` where there are tiles; ``none`` where none are built."""
-    from undo_kernels.cpu.losses import _cpu
+    from undo_kernels.cpu.extension import kernels
 
-    if _cpu is None:
+    if kernels is None:
         return "none"
-    return _cpu.instruction_set("") + ("+amx" if _cpu.amx_available() else "")
+    return kernels.instruction_set("") + ("+amx" if kernels.amx_available() else "")
 
 
 def processor(facts: Mapping[str, Any]) -> str:

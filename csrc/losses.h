@@ -11,9 +11,9 @@ namespace undo {
 
 enum Target : int { OWN, FORWARD, REVERSE, JSD };
 
-// Fields of the state, one double a token each.
-// With u = z_s - MAX_S and v = z_t - MAX_T: SUM_S = sum e**u, SUM_T = sum e**v, APART = sum (e**u - e**v), CROSS = sum e**u (u - v).
-enum Field : int { MAX_S, SUM_S, MAX_T, SUM_T, APART, CROSS, ENERGY, TOP_S, TOP_T, LABEL, VALUE, MIXED, FIELDS };
+// Fields of the state, one double per token each: the running maximum m and sum of exponentials l of an online softmax, and more.
+// With u = z_s - M_S and v = z_t - M_T: L_S = sum e**u, L_T = sum e**v, DIFFERENCE = sum (e**u - e**v), CROSS = sum e**u (u - v).
+enum Field : int { M_S, L_S, M_T, L_T, DIFFERENCE, CROSS, ENERGY, TOP_S, TOP_T, LABEL, VALUE, MIXED, FIELDS };
 
 // z = cap * tanh(scale * (product + bias) / cap) / temperature
 struct Shape {
@@ -44,6 +44,7 @@ struct Chunk {
   bool picking = false;
 };
 
+constexpr int64_t WIDEST = 16;  // lanes of the widest vector; strides over tokens are a multiple
 constexpr int64_t BLOCK = 128;  // vocabulary rows whose sums are float32: two logits of 16 tokens fill half of a 32 KB cache
 
 struct Peak {

@@ -6,7 +6,7 @@
 //              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 //
 // All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
-// x = (z_s - max_s) - (z_t - max_t) - gap, where the gap of the two logarithms comes from the sum of the differences (APART), not from
+// x = (z_s - m_s) - (z_t - m_t) - gap, where the gap of the two logarithms comes from the sum of the differences (DIFFERENCE), not from
 // the difference of the sums: float32 sums are right to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
 // Infinite logits follow the limits of these formulas (reference/divergence.py says what they are): a logarithm of a ratio is cut at
 // LEAST only where it meets a probability that is 0, since 0 * inf would be NaN.
@@ -63,19 +63,19 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
   const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
   const bool cross = TEACHER && c.target == REVERSE;
   const V lowest = all(-INFINITY);
-  V from_s = {}, from_t = {}, most_s = lowest, most_t = lowest, sum_s = {}, sum_t = {}, apart = {}, energy = {}, crossed = {};
+  V from_s = {}, from_t = {}, m_s = lowest, m_t = lowest, l_s = {}, l_t = {}, difference = {}, energy = {}, crossed = {};
   bool known = !c.statistics;
   for (int lane = 0; lane < LANES; ++lane) {
-    from_s[lane] = float(c.state[MAX_S * c.stride + i + lane]);
+    from_s[lane] = float(c.state[M_S * c.stride + i + lane]);
     known = known && std::isfinite(from_s[lane]);
     if (!TEACHER) continue;
-    from_t[lane] = float(c.state[MAX_T * c.stride + i + lane]);
+    from_t[lane] = float(c.state[M_T * c.stride + i + lane]);
     known = known && std::isfinite(from_t[lane]);
   }
   auto add = [&](V s, int64_t at) UNDO_LAMBDA {
     const V u = s - from_s;
     if (!TEACHER) {
-      sum_s += exp(u);
+      l_s += exp(u);
       return;
     }
     const V v = load(z_t + at * c.leading) - from_t;
@@ -86,9 +86,9 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     const V big = exp(up ? u : v);
     expm1(-magnitude(y), e, w, q);
     const V change = big * w, small = big * e;
-    sum_s += up ? big : small;
-    sum_t += up ? small : big;
-    apart += up ? -change : change;
+    l_s += up ? big : small;
+    l_t += up ? small : big;
+    difference += up ? -change : change;
     if (cross) crossed += (up ? big : small) * max(all(LEAST), y);  // +inf where the teacher alone has probability 0
     if (c.statistics) energy += (up ? small : big) * max(all(LEAST), v);
   };
@@ -96,78 +96,78 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     next_lines<TEACHER>(c, z_s, z_t, v);
     V s = load(z_s + v * c.leading);
     if (shape_s) store(z_s + v * c.leading, s = shaped(s, c.student, bias_of(c.student, first + v)));
-    most_s = max(most_s, s);
+    m_s = max(m_s, s);
     if (TEACHER) {
       V t = load(z_t + v * c.leading);
       if (shape_t) store(z_t + v * c.leading, t = shaped(t, c.teacher, bias_of(c.teacher, first + v)));
-      most_t = max(most_t, t);
+      m_t = max(m_t, t);
     }
     if (known) add(s, v);
   }
   constexpr float ROOM = 8;  // the exponent's rounding grows with it
-  if (!known || largest(most_s - from_s) > ROOM || (TEACHER && largest(most_t - from_t) > ROOM)) {
+  if (!known || largest(m_s - from_s) > ROOM || (TEACHER && largest(m_t - from_t) > ROOM)) {
     // A block of nothing but -inf adds exp(-inf - 0) = 0.
-    from_s = most_s == lowest ? V{} : most_s;
-    from_t = most_t == lowest ? V{} : most_t;
-    sum_s = sum_t = apart = energy = crossed = V{};
+    from_s = m_s == lowest ? V{} : m_s;
+    from_t = m_t == lowest ? V{} : m_t;
+    l_s = l_t = difference = energy = crossed = V{};
     for (int64_t v = 0; v < rows; ++v) add(load(z_s + v * c.leading), v);
   } else {
-    most_s = from_s;
-    most_t = from_t;
+    m_s = from_s;
+    m_t = from_t;
   }
-  put(out + MAX_S * c.stride, i, most_s);
-  put(out + SUM_S * c.stride, i, sum_s);
+  put(out + M_S * c.stride, i, m_s);
+  put(out + L_S * c.stride, i, l_s);
   if (!TEACHER) return;
-  put(out + APART * c.stride, i, apart);
+  put(out + DIFFERENCE * c.stride, i, difference);
   put(out + CROSS * c.stride, i, crossed);
-  put(out + MAX_T * c.stride, i, most_t);
-  put(out + SUM_T * c.stride, i, sum_t);
+  put(out + M_T * c.stride, i, m_t);
+  put(out + L_T * c.stride, i, l_t);
   if (!c.statistics) return;
   put(out + ENERGY * c.stride, i, energy);
   V top_s = all(-1), top_t = all(-1);
   for (int64_t v = 0; v < rows; ++v) {
     const V at = all(float(first + v));
-    top_s = top_s < 0.0f && load(z_s + v * c.leading) == most_s ? at : top_s;
-    top_t = top_t < 0.0f && load(z_t + v * c.leading) == most_t ? at : top_t;
+    top_s = top_s < 0.0f && load(z_s + v * c.leading) == m_s ? at : top_s;
+    top_t = top_t < 0.0f && load(z_t + v * c.leading) == m_t ? at : top_t;
   }
   put(out + TOP_S * c.stride, i, top_s);
   put(out + TOP_T * c.stride, i, top_t);
 }
 
-// Moves one side's sum from the maximum `most` to `to`; a sum over nothing stays 0. Returns the factor.
-inline double move(double most, double to) { return most == to ? 1 : most == -INFINITY ? 0 : std::exp(most - to); }
+// Returns the factor that rescales a sum relative to the maximum `m` to the maximum `to`; a sum over nothing stays 0.
+inline double rescale(double m, double to) { return m == to ? 1 : m == -INFINITY ? 0 : std::exp(m - to); }
 
 // Adds one block's sums of one token to the state's, both relative to the larger of their maxima.
 inline void merge(const Chunk& c, double* state, const double* part, bool teacher) {
   const int64_t n = c.stride;
-  if (part[MAX_S * n] == state[MAX_S * n] && (!teacher || part[MAX_T * n] == state[MAX_T * n])) {
-    state[SUM_S * n] += part[SUM_S * n];
+  if (part[M_S * n] == state[M_S * n] && (!teacher || part[M_T * n] == state[M_T * n])) {
+    state[L_S * n] += part[L_S * n];
     if (!teacher) return;
-    for (const int field : {int(SUM_T), int(APART), int(CROSS)}) state[field * n] += part[field * n];
+    for (const int field : {int(L_T), int(DIFFERENCE), int(CROSS)}) state[field * n] += part[field * n];
     if (c.statistics) state[ENERGY * n] += part[ENERGY * n];
     return;
   }
   auto higher = [](double a, double b) { return a < b ? b : a; };
-  const double most_s = higher(state[MAX_S * n], part[MAX_S * n]), most_t = teacher ? higher(state[MAX_T * n], part[MAX_T * n]) : 0;
+  const double m_s = higher(state[M_S * n], part[M_S * n]), m_t = teacher ? higher(state[M_T * n], part[M_T * n]) : 0;
   double total[FIELDS] = {};
   for (const double* one : {static_cast<const double*>(state), part}) {
-    const double a = move(one[MAX_S * n], most_s), sum_s = one[SUM_S * n];
-    total[SUM_S] += a * sum_s;
+    const double a = rescale(one[M_S * n], m_s), l_s = one[L_S * n];
+    total[L_S] += a * l_s;
     if (!teacher) continue;
-    const double b = move(one[MAX_T * n], most_t), sum_t = one[SUM_T * n];
-    total[SUM_T] += b * sum_t;
+    const double b = rescale(one[M_T * n], m_t), l_t = one[L_T * n];
+    total[L_T] += b * l_t;
     // sum (a e**u - b e**v) = b sum (e**u - e**v) + (a - b) sum e**u, with a - b taken without cancellation
-    const double shift = (one[MAX_S * n] - most_s) - (one[MAX_T * n] - most_t);
+    const double shift = (one[M_S * n] - m_s) - (one[M_T * n] - m_t);
     const double ahead = b == 0 || !std::isfinite(shift) ? a - b : b * std::expm1(shift);
-    total[APART] += b * one[APART * n] + ahead * sum_s;
-    if (sum_s > 0 && a > 0) total[CROSS] += a * (one[CROSS * n] + shift * sum_s);
-    if (c.statistics && sum_t > 0) total[ENERGY] += b * (one[ENERGY * n] + (b == 0 ? 0 : (one[MAX_T * n] - most_t) * sum_t));
+    total[DIFFERENCE] += b * one[DIFFERENCE * n] + ahead * l_s;
+    if (l_s > 0 && a > 0) total[CROSS] += a * (one[CROSS * n] + shift * l_s);
+    if (c.statistics && l_t > 0) total[ENERGY] += b * (one[ENERGY * n] + (b == 0 ? 0 : (one[M_T * n] - m_t) * l_t));
   }
-  state[MAX_S * n] = most_s;
-  state[SUM_S * n] = total[SUM_S];
+  state[M_S * n] = m_s;
+  state[L_S * n] = total[L_S];
   if (!teacher) return;
-  state[MAX_T * n] = most_t;
-  for (const int field : {int(SUM_T), int(APART), int(CROSS), int(ENERGY)}) state[field * n] = total[field];
+  state[M_T * n] = m_t;
+  for (const int field : {int(L_T), int(DIFFERENCE), int(CROSS), int(ENERGY)}) state[field * n] = total[field];
 }
 
 // The labels' own logits, before the gradient replaces them.
@@ -203,8 +203,8 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
         const double* part = c.partial + b * FIELDS * c.stride + i;
         if (c.statistics) {
           const int64_t n = c.stride;
-          if (part[MAX_S * n] > state[MAX_S * n] || state[TOP_S * n] < 0) state[TOP_S * n] = part[TOP_S * n];
-          if (part[MAX_T * n] > state[MAX_T * n] || state[TOP_T * n] < 0) state[TOP_T * n] = part[TOP_T * n];
+          if (part[M_S * n] > state[M_S * n] || state[TOP_S * n] < 0) state[TOP_S * n] = part[TOP_S * n];
+          if (part[M_T * n] > state[M_T * n] || state[TOP_T * n] < 0) state[TOP_T * n] = part[TOP_T * n];
         }
         merge(c, state, part, z_t != nullptr);
       }
@@ -216,27 +216,27 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
 // FULL: with the student's own term (labels, lse) and the figures of the block filter; the plain case has neither.
 template <int TARGET, bool FULL>
 UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t rows, bool gradient, double* out, int64_t i) {
-  const V base_s = load(c.base_s + i), sum_s = load(c.log_sum_s + i), weight = load(c.weight + i), own = load(c.own + i);
-  const V base_t = TARGET == OWN ? V{} : load(c.base_t + i), sum_t = TARGET == OWN ? V{} : load(c.log_sum_t + i);
+  const V base_s = load(c.base_s + i), log_l_s = load(c.log_sum_s + i), weight = load(c.weight + i), own = load(c.own + i);
+  const V base_t = TARGET == OWN ? V{} : load(c.base_t + i), log_l_t = TARGET == OWN ? V{} : load(c.log_sum_t + i);
   const V gap = TARGET == OWN ? V{} : load(c.gap + i);
   const V offset = TARGET == REVERSE || TARGET == JSD ? load(c.offset + i) : V{};
   const V beta_s = all(c.other), beta_t = all(c.beta);
   const bool capped = c.student.cap != 0;
   const float uncap = capped ? c.student.temperature / c.student.cap : 0;
-  V value = {}, mixed = {}, most = {}, squares = {};
+  V value = {}, mixed = {}, highest = {}, squares = {};
   for (int64_t v = 0; v < rows; ++v) {
     next_lines<TARGET != OWN>(c, z_s, z_t, v);
     const V s = load(z_s + v * c.leading);
-    const V from_s = s - base_s, log_s = from_s - sum_s;
+    const V from_s = s - base_s, log_s = from_s - log_l_s;
     V g;
     if (TARGET == OWN) {
       if (!gradient) break;
       const V p_s = exp(log_s);
       g = own * p_s;
-      if (FULL) most = max(most, p_s);
+      if (FULL) highest = max(highest, p_s);
     } else {
       const V t = c.uniform ? V{} : load(z_t + v * c.leading);
-      const V from_t = t - base_t, log_t = from_t - sum_t;
+      const V from_t = t - base_t, log_t = from_t - log_l_t;
       V x = (from_s - from_t) - gap;
       const I up = x > 0.0f;  // the student's probability is the larger one
       x = (log_s < LOWEST) & (log_t < LOWEST) ? V{} : x;  // both underflow; a NaN in either stays
@@ -245,7 +245,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
       expm1(-magnitude(x), e, w, q);  // q is infinite where the smaller side is 0
       const V p_s = up ? big : big * e;
       if (TARGET == FORWARD || TARGET == REVERSE) {
-        // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); apart where that would cancel.
+        // KL from the larger side is big * q, from the smaller one big * (u**2 - q (1 - u)); separately where that would cancel.
         const V other = u > -0.34657f ? fma(-q, 1.0f - u, u * u) : fma(w, u, u - w);
         value = fma(big, (TARGET == FORWARD) ? (up ? other : q) : (up ? q : other), value);
         g = TARGET == FORWARD ? big * (up ? -w : w) : p_s * (max(all(LEAST), x) - offset);
@@ -265,7 +265,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
         mixed += big * (up ? phi_big : phi_small);
         g = beta_s * p_s * ((up ? log_big_m : log_small_m) - offset);
       }
-      if (FULL) most = max(most, magnitude(g));
+      if (FULL) highest = max(highest, magnitude(g));
       g = FULL ? fma(own, p_s, g * weight) : g * weight;
     }
     if (gradient) {
@@ -276,8 +276,8 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
   }
   put(out + VALUE * c.stride, i, value);
   put(out + MIXED * c.stride, i, mixed);
-  put(out + MAX_S * c.stride, i, most);
-  put(out + SUM_S * c.stride, i, squares);
+  put(out + M_S * c.stride, i, highest);
+  put(out + L_S * c.stride, i, squares);
 }
 
 template <bool FULL>
@@ -307,9 +307,9 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
     for (int64_t i = 0; i < c.tokens; ++i) {
       c.state[VALUE * c.stride + i] += part[VALUE * c.stride + i];
       c.state[MIXED * c.stride + i] += part[MIXED * c.stride + i];
-      const float most = float(part[MAX_S * c.stride + i]);
-      peak.largest = most <= peak.largest ? peak.largest : most;  // NaN is the largest
-      peak.squares += part[SUM_S * c.stride + i];
+      const float highest = float(part[M_S * c.stride + i]);
+      peak.largest = highest <= peak.largest ? peak.largest : highest;  // NaN is the largest
+      peak.squares += part[L_S * c.stride + i];
     }
   }
   if (!gradient) return peak;

@@ -62,8 +62,31 @@ PYBIND11_MODULE(_cpu, module) {
                       width, reinterpret_cast<float*>(z), stride_z);
   });
 
+  module.attr("WIDEST") = undo::WIDEST;
   module.attr("BLOCK") = undo::BLOCK;
   module.attr("FIELDS") = int(undo::FIELDS);
+  py::enum_<undo::Field>(module, "Field")
+      .value("M_S", undo::M_S)
+      .value("L_S", undo::L_S)
+      .value("M_T", undo::M_T)
+      .value("L_T", undo::L_T)
+      .value("DIFFERENCE", undo::DIFFERENCE)
+      .value("CROSS", undo::CROSS)
+      .value("ENERGY", undo::ENERGY)
+      .value("TOP_S", undo::TOP_S)
+      .value("TOP_T", undo::TOP_T)
+      .value("LABEL", undo::LABEL)
+      .value("VALUE", undo::VALUE)
+      .value("MIXED", undo::MIXED);
+  py::enum_<undo::Target>(module, "Target")
+      .value("own", undo::OWN)
+      .value("forward", undo::FORWARD)
+      .value("reverse", undo::REVERSE)
+      .value("jsd", undo::JSD);
+  py::enum_<undo::Kind>(module, "Kind")
+      .value("float32", undo::FLOAT32)
+      .value("bfloat16", undo::BFLOAT16)
+      .value("float16", undo::FLOAT16);
   py::class_<Shape>(module, "Shape")
       .def(py::init<>())
       .def_readwrite("scale", &Shape::scale)

@@ -20,9 +20,9 @@ UNDO_INLINE V max(V a, V b) { return a > b ? a : b; }
 UNDO_INLINE V min(V a, V b) { return a < b ? a : b; }
 UNDO_INLINE V magnitude(V x) { return (V)((I)x & 0x7FFFFFFF); }
 UNDO_INLINE float largest(V x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  float result = x[0];
+  for (int i = 1; i < LANES; ++i) result = x[i] > result ? x[i] : result;
+  return result;
 }
 
 constexpr float LOWEST = -87.0f;  // below, e**x is taken as 0: 1.6e-38

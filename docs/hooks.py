@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import importlib
 import io
 import os
@@ -59,7 +60,7 @@ def on_files(files: Files, config) -> Files:
             File.generated(config, f"files/{target}", abs_src_path=str(ROOT / target), inclusion=InclusionLevel.NOT_IN_NAV)
         )
     for name in _commands():
-        files.append(File.generated(config, f"cli/{name}.md", content=f"# undo {name}\n\n```text\n{_help(name)}```\n"))
+        files.append(File.generated(config, f"cli/{name}.md", content=_command_page(name)))
     for package, text in API.items():
         files.append(File.generated(config, f"api/{package}.md", content=_api_page(package, text)))
     return files
@@ -85,9 +86,9 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     return _outside_code(changed, markdown)
 
 
-def on_page_content(html: str, page, config, files: Files) -> str:
+def on_page_content(content: str, page, config, files: Files) -> str:
     """Drops the roles of references in docstrings, which editors read: ``:func:`name` `` is shown as ``name``."""
-    return ROLE.sub("<code>", html)
+    return ROLE.sub("<code>", content)
 
 
 def on_post_build(config) -> None:
@@ -129,11 +130,23 @@ def _commands() -> list[str]:
 def _help(*command: str) -> str:
     from undo_core.cli import main
 
-    os.environ["COLUMNS"] = "110"
+    os.environ["COLUMNS"] = "100"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main([*command, "--help"])
-    return printed.getvalue()
+    return printed.getvalue().replace(" \b", "")  # a terminal shows it so
+
+
+def _command_page(name: str) -> str:
+    """The description as text, its examples and the flags as code."""
+    usage, description, flags = re.fullmatch(r"usage: (.*?)\n\n(.*?)\n\n(options:.*)", _help(name), re.S).groups()
+    parts = [f"# undo {name}"]
+    for part in description.split("\n\n"):
+        if part.startswith(" "):
+            parts.append("```bash\n" + "\n".join(line.strip() for line in part.splitlines()) + "\n```")
+        else:
+            parts.append(html.escape(re.sub(r"([*_\[\]`])", r"\\\1", part.replace("-\n", "-")), quote=False))
+    return "\n\n".join([*parts, f"```text\n{usage}\n\n{flags}```\n"])
 
 
 def _api_page(package: str, text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.checkpoint_files import (
     INDEX,
@@ -19,7 +20,6 @@ from undo_core.checkpoint_files import (
     to_memory,
     weight_files,
 )
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.parameters import Parts, select
 from undo_core.training.progress import StageProgress
 

@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from undo_core.ops.noise_rules import canonical_name
+from undo_kernels.ops.noise_rules import canonical_name
 
 _ATEN = torch.ops.aten
 _FACTORIES = {_ATEN.empty, _ATEN.empty_strided, _ATEN.zeros, _ATEN.ones, _ATEN.full, _ATEN.rand, _ATEN.randn}

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from undo_kernels.ops import noise as op
+from undo_kernels.ops.noise_rules import Setting
 
-from undo_core.ops import noise as op
-from undo_core.ops.noise_rules import Setting
 from undo_core.parameters import Left, Parts, select
 
 
@@ -88,7 +88,7 @@ def noise_(
 
 
 def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, TensorNoise]:
-    """Norms and shares of what :func:`undo_core.ops.noise.apply` did."""
+    """Norms and shares of what :func:`undo_kernels.ops.noise.apply` did."""
     result = {}
     for name, (setting, sums) in applied.items():
         before, noise, after = sums.tolist()

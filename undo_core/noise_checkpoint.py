@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from undo_kernels.library import implementation
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise import segment
+from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
 from undo_kernels.segment import Segment
 
 from undo_core.checkpoint_edit import CheckpointParameters
 from undo_core.checkpoint_files import TensorWriter, meta_model
 from undo_core.noise import NoiseReport, report
-from undo_core.ops import checks
-from undo_core.ops.noise import segment
-from undo_core.ops.noise_rules import NoiseRule, Policy, Setting
 from undo_core.parameters import Parts, select
 
 

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise_rules import NoiseRule, Parameter, Target, canonical_name, describe, matches
 
 from undo_core.adapters import has_adapters
 from undo_core.initialisation import initialisation, matrix_shapes
-from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Parameter, Target, canonical_name, describe, matches
 
 Parts = Literal["text", "all"]
 PARTS = ("text", "all")
@@ -74,7 +74,7 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
         own_values: whether parameters without noise shrink toward their initial values, so that those without one are left.
 
     Raises:
-        ValueError: as :func:`undo_core.ops.noise_rules.describe`; adapters of peft in the model; or a rule is about parameters alone
+        ValueError: as :func:`undo_kernels.ops.noise_rules.describe`; adapters of peft in the model; or a rule is about parameters alone
             that are left.
     """
     if has_adapters(model):

@@ -75,8 +75,8 @@ def backends_of(op: str) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in _implementations.get(op, {}))
 
 
-def ops() -> tuple[str, ...]:
-    """Every registered op, sorted by name."""
+def registered() -> tuple[str, ...]:
+    """Returns the names of all ops that a backend implements, sorted."""
     return tuple(sorted(_implementations))
 
 

@@ -14,7 +14,7 @@ import torch
 import undo_kernels
 from rounding import PATH, gamma
 from torch.utils.flop_counter import FlopCounterMode
-from undo_kernels.plan import prefers_direct
+from undo_kernels.ops.dispatch import prefers_direct
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
@@ -406,11 +406,12 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
 
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here")
 def test_a_machines_name_tells_instruction_sets_apart(bench_kl, monkeypatch):
-    harness, losses = importlib.import_module("harness"), importlib.import_module("undo_kernels.cpu.losses")
+    harness, extension = importlib.import_module("harness"), importlib.import_module("undo_kernels.cpu.extension")
     names = set()
     for best in ("avx512", "avx2", "plain"):
         for amx in (False, True):
-            monkeypatch.setattr(losses, "_cpu", SimpleNamespace(instruction_set=lambda wanted: best, amx_available=lambda: amx))  # noqa: B023
+            stand_in = SimpleNamespace(instruction_set=lambda wanted, best=best: best, amx_available=lambda amx=amx: amx)
+            monkeypatch.setattr(extension, "kernels", stand_in)
             names.add(harness.machine("cpu")["name"])
     assert len(names) == 6 and any(name.endswith("-avx512-amx") for name in names)
 

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from undo_kernels import plan as plans
 from undo_kernels.cpu import losses
+from undo_kernels.cpu import plan as plans
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-needs_kernels = pytest.mark.skipif(losses._cpu is None, reason="no C++ kernels here")
+needs_kernels = pytest.mark.skipif(losses.kernels is None, reason="no C++ kernels here")
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ import undo_kernels
 import yaml
 from rich.console import Console
 from stage_kinds import KINDS as CLASSES
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
 from undo_core.attacks.config import AttackConfig
 from undo_core.cli import stages as commands
 from undo_core.files import hash_json, read_json
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.graph import plan_run
 from undo_core.pipeline.run import missing_stages, save_results

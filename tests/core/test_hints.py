@@ -33,7 +33,8 @@ def test_a_misspelt_name_on_the_command_line(capsys, arguments, wanted):
     [
         (["sed"], "seed"),
         (["pretrain", "train", "stesp"], "pretrain.train.steps"),
-        (["unlern", "method"], "unlearn.method"),
+        (["unlern", "train", "stesp"], "unlearn.train.steps"),
+        (["attacks", "mine", "kidn"], "kind"),
     ],
 )
 def test_a_misspelt_key_in_a_file(capsys, tmp_path, path, wanted):
@@ -48,6 +49,8 @@ def test_a_misspelt_key_in_a_file(capsys, tmp_path, path, wanted):
 
 def test_nothing_near_is_not_guessed(capsys):
     assert nearest("zzzz", ["seed", "noise.alphas"]) == []
+    assert nearest("gird.seed", ["seed", "grid", "runs"]) == ["grid.seed"]
+    assert nearest("seed.first", ["seed", "grid", "runs"]) == []
     assert main(["plan", DEMO, "--zzzz=3"]) == 2
     assert "did you mean" not in capsys.readouterr().err
 

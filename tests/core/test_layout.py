@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from undo_kernels.ops.layout import overlaps
 
 from undo_core import ops
 from undo_core.damage import damage_
-from undo_core.ops.layout import overlaps
 from undo_core.training import Batch, TrainConfig, train
 from undo_core.training.optimizers import StochasticAdamW
 from undo_core.training.precision import PRECISIONS

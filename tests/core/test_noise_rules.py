@@ -6,11 +6,11 @@ import pytest
 import torch
 from rounding import assert_rounded, gamma
 from torch import nn
+from undo_kernels.ops.noise import apply
+from undo_kernels.ops.noise_rules import canonical_name
 
 from undo_core import NoiseRule, noise_, ops
 from undo_core.noise import TensorNoise, by_kind, report
-from undo_core.ops.noise import apply
-from undo_core.ops.noise_rules import canonical_name
 
 
 class Model(nn.Module):

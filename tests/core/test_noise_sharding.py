@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from undo_kernels.library import implementation
+from undo_kernels.ops.sharding import local_pieces
 from undo_kernels.segment import Segment
-
-from undo_core.ops.sharding import local_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +28,8 @@ from undo_core import noise_ as damage
 from undo_kernels.library import implementation
 from undo_kernels.segment import Segment
 from undo_core.ops import noise_
-from undo_core.ops.noise import apply
-from undo_core.ops.sharding import local_pieces
+from undo_kernels.ops.noise import apply
+from undo_kernels.ops.sharding import local_pieces
 
 
 def work(rank, world, store):

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import undo_kernels
 from rich.console import Console
+from undo_kernels.ops import dispatch
 
 from undo_core import doctor, ops
 from undo_core.cli import main
 from undo_core.doctor import run_doctor
-from undo_core.ops import dispatch
 from undo_core.pipeline.config import (
     ControlsConfig,
     DataConfig,

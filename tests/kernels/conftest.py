@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from undo_kernels import cpu, plan, recorded
+from undo_kernels import cpu, recorded
 
 if not torch.cuda.is_available():
     from interpreter import replace_language_once
@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 def small_tiles():
     """Small problems of several tiles; the default's tile has thousands of rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_BLOCK_V", 1024)
+        patch.setattr(cpu.plan, "_BLOCK_V", 1024)
         yield
 
 

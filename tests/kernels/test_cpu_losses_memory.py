@@ -8,7 +8,7 @@ import pytest
 import torch
 from rounding import relative
 from undo_kernels import cpu
-from undo_kernels.plan import cpu_plan
+from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
 from vocab_losses import VOCABULARY, divergence, draw, gradients, logits
@@ -16,7 +16,7 @@ from vocab_losses import VOCABULARY, divergence, draw, gradients, logits
 from undo_core import ops
 
 pytestmark = [
-    pytest.mark.skipif(cpu.losses._cpu is None, reason="no C++ compiler was here when undo-core was installed"),
+    pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
     pytest.mark.usefixtures("small_tiles"),
 ]
 

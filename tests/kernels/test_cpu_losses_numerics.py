@@ -12,7 +12,7 @@ from vocab_losses import VOCABULARY, assert_as_exact_as_torch, divergence, draw,
 from undo_core import ops
 
 pytestmark = [
-    pytest.mark.skipif(cpu.losses._cpu is None, reason="no C++ compiler was here when undo-core was installed"),
+    pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
     pytest.mark.usefixtures("small_tiles"),
 ]
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from undo_kernels import backend
 from undo_kernels.problem import TARGETS, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.torch_ops import arguments
+from undo_kernels.torch_ops.vocab_loss import arguments
 
 from undo_core import ops
 
@@ -40,14 +40,14 @@ def problem(target, needs=(True, True, True), **extra):
 def test_opcheck(target):
     labels = {"label_factor": torch.ones(7), "labels": torch.arange(7)} if target in ("own", "forward") else {}
     p = problem(target, counted=torch.tensor([1, 1, 0, 1, 1, 1, 1]).bool(), statistics=target == "forward", **labels)
-    torch.library.opcheck(torch.ops.undo.vocab_loss.default, arguments(p, "cpu"))
-    torch.library.opcheck(torch.ops.undo.vocab_loss_rows.default, arguments(p, "cpu"))
+    torch.library.opcheck(torch.ops.undo.vocab_loss.default, *arguments(p, "cpu"))
+    torch.library.opcheck(torch.ops.undo.vocab_loss_rows.default, *arguments(p, "cpu"))
 
 
 def test_opcheck_of_the_ops_that_write():
     logits = torch.randn(4, 9)
     p = Problem(student=GivenLogits(logits, logits), target="uniform", factor=torch.ones(4), needs=(True, False, False))
-    torch.library.opcheck(torch.ops.undo.vocab_loss_logits_.default, arguments(p, "cpu"))
+    torch.library.opcheck(torch.ops.undo.vocab_loss_logits_.default, *arguments(p, "cpu"))
     torch.library.opcheck(torch.ops.undo.scale_.default, (torch.randn(3), torch.tensor(2.0)))
 
 
@@ -106,7 +106,9 @@ def test_gradients_come_only_where_they_are_asked_for():
 
     for needs in ((True, False), (False, True), (False, False)):
         inputs = [h.clone().requires_grad_(needs[0]), w.clone().requires_grad_(needs[1])]
-        results = original(*arguments(Problem(Projection(*inputs), "uniform", torch.ones(7), needs=(*needs, False)), "cpu"))
+        problem = Problem(Projection(*inputs), "uniform", torch.ones(7), needs=(*needs, False))
+        tensors, options = arguments(problem, "cpu")
+        results = original(*tensors, **options)
         seen.append(tuple(bool(t.numel()) for t in results[-3:]))
     assert seen == [(True, False, False), (False, True, False), (False, False, False)]
     with torch.no_grad():
@@ -196,3 +198,22 @@ def test_backend_is_chosen_by_name_and_a_fallback_is_loud(monkeypatch):
         a = ops.linear_kl_div(h, w, th, tw)
     exact = ops.linear_kl_div(*(t.double() for t in (h, w, th, tw)), plan="direct")
     assert_as_exact_as(ops.linear_kl_div(h, w, th, tw, **CHUNK), a, exact, probability_error(h, w))
+
+
+def test_opcheck_of_the_noise():
+    tensors = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(2)]
+    options = {
+        "names": ["a", "b", "c"], "laws": ["uniform", "normal", "elements"], "keep": [0.5, 0.5, 0.5], "scale": [1e-9, 0.1, 0.5],
+        "first": [0, 0, 0], "run": [0, 0, 0], "stride": [0, 0, 0], "seed": -1, "stochastic_rounding": True, "backend": "cpu",
+    }  # fmt: skip
+    torch.library.opcheck(torch.ops.undo.noise_.default, (tensors, [None, None, torch.ones(2)]), options)
+
+
+def test_the_noise_of_the_largest_seed_is_that_of_the_reference():
+    results = []
+    for name in ("cpu", "reference"):
+        tensor = torch.ones(7, 5)
+        with backend(name):
+            ops.noise_({"w": tensor}, alpha=0.5, beta=1.0, seed=2**64 - 1)
+        results.append(tensor)
+    assert torch.equal(*results) and not torch.equal(results[0], torch.full((7, 5), 0.5))

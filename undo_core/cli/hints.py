@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
+import pydoc
 import re
 from collections.abc import Callable, Sequence
 
@@ -26,6 +28,7 @@ _UNKNOWN = (  # how the parser's library names what it does not know
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
     re.compile(r"does not accept option '(?P<key>[^']+)'"),
     re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
+    re.compile(r"class_path '(?P<home>[\w.]+)': Option '(?P<key>[^']+)' is not accepted"),
     re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<key>\S+)"),
 )
 
@@ -44,22 +47,33 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
     """``message``, with the nearest known name where it is about a name that ``command`` does not know."""
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
-            listed = match.groupdict().get("choices")
-            if listed is None:
-                found = nearest(match["key"], keys(command, parser_of))
+            given = match.groupdict()
+            if given.get("choices"):
+                found = difflib.get_close_matches(given["key"], re.findall(r"[\w-]+", given["choices"]), n=1)
+            elif given.get("home"):
+                found = nearest(given["key"], [field.name for field in dataclasses.fields(pydoc.locate(given["home"]))])
             else:
-                found = difflib.get_close_matches(match["key"], re.findall(r"[\w-]+", listed), n=1)
+                found = nearest(given["key"], keys(command, parser_of))
             return f"{message}; did you mean {' or '.join(found)}?" if found else message
     return message
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The known name that is closest to ``key``; without one, up to three whose last part is close to the last part of ``key``."""
-    if found := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-        return found
-    leaves = {name.rsplit(".", 1)[-1] for name in known}
-    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(leaves), n=1, cutoff=0.8)
-    return [name for name in known if leaf and name.rsplit(".", 1)[-1] == leaf[0]][:3]
+    """The known key that differs from ``key`` by misspelt parts; else up to three whose last part is close to the last part of ``key``."""
+    paths = [name.split(".") for name in known]
+    parts, path = key.split("."), []
+    for depth, part in enumerate(parts):
+        siblings = sorted({other[depth] for other in paths if len(other) > depth and other[:depth] == path})
+        if not siblings and path:  # a mapping, whose keys are anybody's
+            named = ".".join([*path, *parts[depth:]])
+            return [named] if named != key else []
+        path += difflib.get_close_matches(part, siblings, n=1)
+        if len(path) == depth:
+            break
+    else:
+        return [".".join(path)]
+    leaf = difflib.get_close_matches(parts[-1], sorted({path[-1] for path in paths}), n=1, cutoff=0.8)
+    return [name for name in known if name.split(".")[-1:] == leaf][:3]
 
 
 def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:

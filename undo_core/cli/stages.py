@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
+
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
 from undo_core.cli.folders import build, check_checkpoint, check_prepared, print_left, print_noise
 from undo_core.damage import Operator, check_arguments, selection
 from undo_core.files import read_json, write_json
 from undo_core.noise_checkpoint import describe_replay, replay_checkpoint
-from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.parameters import Parts
 from undo_core.pipeline.attacked import trial_stage
 from undo_core.pipeline.config import DataConfig, ModelConfig

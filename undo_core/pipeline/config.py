@@ -9,12 +9,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
+
 from undo_core.attacks.config import HEADLINE, AttackConfig
 from undo_core.damage import DamageConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.gate import GateConfig
-from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core.parameters import PARTS, Parts
 from undo_core.teacher import TeacherConfig
 from undo_core.training.config import TrainConfig

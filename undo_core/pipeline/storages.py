@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from undo_kernels.plan import cpu_plan
+from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
-from undo_kernels.torch_ops import problem_of
+from undo_kernels.torch_ops.vocab_loss import problem_of
 
 FUSED = "undo-fused"  # an attention kernel of transformers, for the meta device
 
@@ -73,9 +73,9 @@ class Storages(TorchDispatchMode):
                 self.hold([tensor], self.kind)
         if function is torch.ops.undo.vocab_loss.default:
             self.hold([output[-2]], "gradients")  # of the head's weight
-            self._workspace(*problem_of(*args))
+            self._workspace(*problem_of(*args, **kwargs))
         elif function is torch.ops.undo.vocab_loss_rows.default:
-            problem, backend = problem_of(*args)
+            problem, backend = problem_of(*args, **kwargs)
             self._workspace(dataclasses.replace(problem, needs=(False, False, False)), backend)
         self._mark(self.now)
         return output
@@ -89,7 +89,8 @@ class Storages(TorchDispatchMode):
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
-            from undo_kernels.triton import costs, tuning
+            from undo_kernels.triton import plan as costs
+            from undo_kernels.triton import tuning
 
             self.touch("workspace", costs.gpu_plan(problem, tuning.target_of(torch.device("cuda"))).workspace_bytes)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from undo_kernels.ops.layout import overlaps
 
 from undo_core.files import fresh, publish, read_json, write_json
-from undo_core.ops.layout import overlaps
 from undo_core.training.optimizers import Updater
 
 FORMAT = 1  # raised when what a step computes or a checkpoint holds changes, so that nothing stale is resumed

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from undo_kernels.ops.layout import check_trained
 
 from undo_core.adapters import bare, check_adapters
-from undo_core.ops.layout import check_trained
 from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig

@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 import os
 
-try:
-    from undo_kernels import _cpu
-except ImportError:
-    _cpu = None  # marked unavailable by the package
+from undo_kernels.cpu.extension import kernels
 
 VARIABLE = "UNDO_CPU_ISA"
 _VECTORS = ("avx512", "avx2", "plain")
@@ -20,10 +17,10 @@ _VECTORS = ("avx512", "avx2", "plain")
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
     """The names that this processor can be asked for, best first; none without the C++ extension."""
-    if _cpu is None:
+    if kernels is None:
         return ()
-    best = _cpu.instruction_set("")
-    return ("amx",) * _cpu.amx_available() + _VECTORS[_VECTORS.index(best) :]
+    best = kernels.instruction_set("")
+    return ("amx",) * kernels.amx_available() + _VECTORS[_VECTORS.index(best) :]
 
 
 def forced() -> str:
@@ -40,7 +37,7 @@ def forced() -> str:
 
 def vectors() -> str:
     """Name of the row kernels that run: avx512, avx2 or plain."""
-    return _cpu.instruction_set({"amx": "avx512"}.get(name := forced(), name))
+    return kernels.instruction_set({"amx": "avx512"}.get(name := forced(), name))
 
 
 def has_amx() -> bool:

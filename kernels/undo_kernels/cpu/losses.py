@@ -22,7 +22,8 @@ from functools import partial
 
 import torch
 
-from undo_kernels import plan as plans
+from undo_kernels.cpu import plan as plans
+from undo_kernels.cpu.extension import Field, Target, kernels
 from undo_kernels.cpu.instruction_set import has_amx, vectors
 from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library import register
@@ -31,12 +32,6 @@ from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.record import Call, record, recording
 from undo_kernels.sparse import sparse_terms
 
-try:
-    from undo_kernels import _cpu
-except ImportError:
-    _cpu = None  # marked unavailable by the package
-
-_MAX_S, _SUM_S, _MAX_T, _SUM_T, _APART, _CROSS, _ENERGY, _TOP_S, _TOP_T, _LABEL, _VALUE, _MIXED = range(12)
 _ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
 _NOWHERE = 1e30  # base of lanes past the last token: every probability is 0 there
 
@@ -77,7 +72,7 @@ class _Run:
         self.leading = plans.leading(self.stride)
         self.logits = workspace(sides * extent * self.leading).view(sides, extent, self.leading).unbind()
         self.upcast = new(self.block_v, self.plan.upcast_width)
-        self.partial = new(-(-self.block_v // _cpu.BLOCK), _cpu.FIELDS, self.stride, dtype=torch.float64)
+        self.partial = new(-(-self.block_v // kernels.BLOCK), kernels.FIELDS, self.stride, dtype=torch.float64)
         self.skipped = self.dropped = 0.0
         self._outputs()
         self.chunks = [_Chunk(self, start, min(rows, self.count - start)) for start in range(0, self.count, rows)]
@@ -176,7 +171,7 @@ class _Run:
         if which in chunk.packed:
             weight = side.weight[first : first + rows]
             weight = weight if weight.stride(1) == 1 else weight.contiguous()
-            _cpu.amx_project(
+            kernels.amx_project(
                 weight.data_ptr(), weight.stride(0), rows, chunk.packed[which].data_ptr(), chunk.stride, weight.shape[1],
                 z.data_ptr(), z.stride(0),
             )  # fmt: skip
@@ -204,7 +199,7 @@ class _Run:
             chunk.c.picking = True
             for first, rows in self.tiles():
                 z = self._tile(chunk, first, rows)
-                _cpu.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
+                kernels.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
             chunk.c.picking = False
         chunk.finish()
 
@@ -214,7 +209,7 @@ class _Run:
             return
         for first, rows in self.tiles():
             z = self._second(chunk, first, rows)
-            _cpu.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
+            kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
         chunk.mix()
 
     def _second(self, chunk: _Chunk, first: int, rows: int) -> list[torch.Tensor]:
@@ -223,7 +218,7 @@ class _Run:
             return [z[first : first + rows] for z in self.logits]
         z = self._tile(chunk, first, rows)
         for which, tile in enumerate(z):
-            _cpu.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, rows)
+            kernels.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, rows)
         return z
 
     def _gradient(self, chunk: _Chunk, number: int, first: int, rows: int) -> None:
@@ -232,7 +227,7 @@ class _Run:
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, rows)
         teacher = z[1].data_ptr() if len(z) > 1 else 0
-        largest, squares = _cpu.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
+        largest, squares = kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
         if not self.gradient:
             return
         dz = z[0][:, : chunk.stride]
@@ -320,10 +315,10 @@ class _Chunk:
         self.part = slice(start, start + tokens)
         self.rows = None if run.index is None else run.index[self.part]
         dense = p.target in DENSE
-        self.state = torch.zeros(_cpu.FIELDS, self.stride, dtype=torch.float64)
-        self.state[[_MAX_S, _MAX_T]] = -math.inf
-        self.state[[_TOP_S, _TOP_T]] = -1
-        self.state[_LABEL] = math.nan
+        self.state = torch.zeros(kernels.FIELDS, self.stride, dtype=torch.float64)
+        self.state[[Field.M_S, Field.M_T]] = -math.inf
+        self.state[[Field.TOP_S, Field.TOP_T]] = -1
+        self.state[Field.LABEL] = math.nan
         self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride, dtype=torch.float32), strict=True))
         self.row["base_s"].fill_(_NOWHERE)
         self.row["base_t"].fill_(_NOWHERE)
@@ -339,9 +334,9 @@ class _Chunk:
         self._hidden: dict[int, torch.Tensor] | None = None
         self._packed: dict[int, torch.Tensor] | None = None
         self.d_hidden = None
-        c = self.c = _cpu.Chunk()
+        c = self.c = kernels.Chunk()
         c.tokens, c.stride, c.leading = tokens, self.stride, run.leading
-        c.target = {"uniform": 1, "forward": 1, "reverse": 2, "jsd": 3}.get(p.target, 0)
+        c.target = Target["forward" if p.target == "uniform" else p.target if p.target in DENSE else "own"]
         c.uniform, c.statistics = p.target == "uniform", p.statistics and dense
         c.beta, c.other = p.beta, 1.0 - p.beta
         c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
@@ -411,9 +406,9 @@ class _Chunk:
         """Log-sum-exps, and everything that follows from them before the gradient."""
         run, p, n = self.run, self.run.problem, self.tokens
         state = self.state[:, :n]
-        log_sum_s, log_sum_t = state[_SUM_S].log(), state[_SUM_T].log()
+        log_sum_s, log_sum_t = state[Field.L_S].log(), state[Field.L_T].log()
         if run.plan.first_pass:
-            base_s, lse_s = state[_MAX_S], state[_MAX_S] + log_sum_s
+            base_s, lse_s = state[Field.M_S], state[Field.M_S] + log_sum_s
         else:
             base_s = lse_s = self.take(p.lse_s).double()
             log_sum_s = torch.zeros_like(lse_s)
@@ -427,22 +422,22 @@ class _Chunk:
             self._set("gap", log_sum_s - math.log(run.vocabulary))
         elif p.target in DENSE:
             # Near zero from the sum of the differences; far from it that is log1p(-1 + rounding).
-            ratio = state[_APART] / state[_SUM_T]
+            ratio = state[Field.DIFFERENCE] / state[Field.L_T]
             gap = torch.where(ratio.abs() < 0.5, ratio.log1p(), log_sum_s - log_sum_t)
-            self._set("base_t", state[_MAX_T])
+            self._set("base_t", state[Field.M_T])
             self._set("log_sum_t", log_sum_t)
             self._set("gap", gap)
             if p.target == "reverse":  # where it is infinite the gradient has no limit
-                kl = (state[_CROSS] / state[_SUM_S] - gap).clamp_min(0)
+                kl = (state[Field.CROSS] / state[Field.L_S] - gap).clamp_min(0)
                 self._set("offset", torch.where(kl == math.inf, math.nan, kl))
-            self._put("lse_t", state[_MAX_T] + log_sum_t)
+            self._put("lse_t", state[Field.M_T] + log_sum_t)
         self._set("base_s", base_s)
         self._set("log_sum_s", log_sum_s)
         self.lse_s = lse_s
         self._put("lse_s", lse_s)
         if p.statistics and p.target in DENSE:
-            self._put("entropy", log_sum_t - state[_ENERGY] / state[_SUM_T])
-            self._put("agreement", (state[_TOP_S] == state[_TOP_T]).double())
+            self._put("entropy", log_sum_t - state[Field.ENERGY] / state[Field.L_T])
+            self._put("agreement", (state[Field.TOP_S] == state[Field.TOP_T]).double())
         if p.label_factor is not None and self.labels is None:
             self._put("nll", lse_s)
 
@@ -451,16 +446,16 @@ class _Chunk:
 
     def mix(self) -> None:
         """jsd's KL(s || m), which the gradient subtracts; the loss pass that follows sums again."""
-        self._set("offset", self.state[_MIXED, : self.tokens])
-        self.state[[_VALUE, _MIXED]] = 0
+        self._set("offset", self.state[Field.MIXED, : self.tokens])
+        self.state[[Field.VALUE, Field.MIXED]] = 0
 
     def close(self) -> None:
         """Hands the chunk's rows over and frees its arrays."""
         p, n = self.run.problem, self.tokens
         if p.target in (*DENSE, "uniform"):
-            self._put("divergence", self.state[_VALUE, :n])
+            self._put("divergence", self.state[Field.VALUE, :n])
         if self.labels is not None:
-            label = self.state[_LABEL, :n]
+            label = self.state[Field.LABEL, :n]
             self._put("nll", self.lse_s - torch.where(self.labels[:n] < 0, 0.0, label))
         if self.run.plan.narrow and p.needs[0]:
             self.d_hidden = self.run.narrow_hidden_gradient(self)

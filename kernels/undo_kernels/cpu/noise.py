@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from undo_kernels.cpu.extension import kernels
 from undo_kernels.cpu.instruction_set import vectors
 from undo_kernels.library import register
 from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.noise import elements_in_torch
 from undo_kernels.segment import Segment, elements
-
-try:
-    from undo_kernels import _cpu
-except ImportError:
-    _cpu = None  # marked unavailable by the package
 
 
 @register("noise_", "cpu")
@@ -26,11 +23,11 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
     form = vectors()
     if recording():
         record(Call("noise_", "cpu", "inplace", form, len(segments), elements(segments)))
-    sums = _cpu.noise(form, [_c(segment) for segment in segments], seed, stochastic_rounding)
+    sums = kernels.noise(form, [_c(segment) for segment in segments], seed, stochastic_rounding)
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def _c(s: Segment) -> _cpu.Segment:
+def _c(s: Segment) -> Any:
     count = s.tensor.numel()
-    dtype, law = getattr(_cpu.Type, str(s.tensor.dtype).removeprefix("torch.")), getattr(_cpu.Law, s.law)
-    return _cpu.Segment(s.tensor.data_ptr(), count, dtype, law, s.hashed, s.keep, s.scale, s.first, s.run or count, s.stride)
+    dtype, law = getattr(kernels.Type, str(s.tensor.dtype).removeprefix("torch.")), getattr(kernels.Law, s.law)
+    return kernels.Segment(s.tensor.data_ptr(), count, dtype, law, s.hashed, s.keep, s.scale, s.first, s.run or count, s.stride)

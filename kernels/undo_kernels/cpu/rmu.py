@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from undo_kernels.cpu import losses
+from undo_kernels.cpu.extension import Kind, kernels
 from undo_kernels.cpu.instruction_set import vectors
 from undo_kernels.library import register
 from undo_kernels.problem import gradient_dtype
 from undo_kernels.record import Call, record, recording
-
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @register("rmu_loss", "cpu")
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
+    """Returns the loss, and the gradient where it is needed; see ``undo_kernels.torch_ops.rmu``."""
     rows, width = hidden.shape
     form = vectors()
     if recording():
@@ -25,15 +23,15 @@ def rmu_loss(
     gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
     partial = torch.empty(rows, dtype=torch.float64)
     factor = None if factor is None else factor.contiguous()
-    loss = losses._cpu.rmu_loss(
+    loss = kernels.rmu_loss(
         form,
         rows=rows,
         width=width,
         hidden=hidden.data_ptr(),
-        hidden_kind=_KINDS[hidden.dtype],
+        hidden_kind=_kind(hidden.dtype),
         stride_hidden=hidden.stride(0),
         target=target.data_ptr(),
-        target_kind=_KINDS[target.dtype],
+        target_kind=_kind(target.dtype),
         stride_target=target.stride(0) if target.ndim == 2 else 0,
         coefficient=coefficient,
         factor=0 if factor is None else factor.data_ptr(),
@@ -41,3 +39,7 @@ def rmu_loss(
         partial=partial.data_ptr(),
     )
     return torch.tensor(loss, dtype=torch.float32), gradient
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return Kind[str(dtype).removeprefix("torch.")]

@@ -1,7 +1,7 @@
 """The vocabulary losses in plain PyTorch: their definition, differentiable in any float dtype.
 
-Every row counts (the face takes masked ones away) and gets one value of each kind. What exceeds ``workspace_bytes`` runs in
-chunks of rows that are recomputed in the backward pass.
+The caller removes masked rows, so every row counts. If the logits exceed ``workspace_bytes``, the rows run in chunks that the backward
+pass recomputes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import Projection
 from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.divergence import LogSumExp, RowDivergence
-
-CHUNKED = "direct, recomputed in chunks"  # the plan's name where the logits exceed the workspace
-# [rows, V] arrays alive at once, in forward and backward: peak memory over one array's, rounded up.
-COPIES = {"own": 3, "uniform": 5, "forward": 7, "reverse": 9, "jsd": 15, "bucket": 7, "renormalize": 6}
+from undo_kernels.reference.plan import CHUNKED, COPIES, rows_within
 
 
 def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Divergence and nll, ``[rows]`` each, and detached statistics: ``lse_s``, ``lse_t``, entropy and agreement where wanted."""
+    """Returns divergence and nll, ``[rows]`` each, and where wanted the detached statistics ``lse_s``, ``lse_t``, entropy and agreement."""
     p = problem
     tensors = (p.labels, p.indices, p.logprobs)
     size = rows_within(p.workspace_bytes, p.rows, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])
@@ -70,11 +67,3 @@ def _chunk(
     entropy = -(log_t.exp() * log_t.clamp_min(-1e30)).sum(-1)
     agreement = (z.argmax(-1) == z_t.argmax(-1)).to(z.dtype)
     return divergence, nll, LogSumExp.apply(z), LogSumExp.apply(z_t), entropy, agreement
-
-
-def rows_within(workspace_bytes: int | None, rows: int, vocabulary: int, dtype: torch.dtype, copies: int) -> int:
-    """Rows whose ``copies`` arrays of logits fit the workspace; at least one, all of them without a bound."""
-    if workspace_bytes is None:
-        return rows
-    itemsize = 8 if dtype == torch.float64 else 4
-    return max(1, min(rows, workspace_bytes // (vocabulary * itemsize * copies)))

@@ -1,4 +1,4 @@
-"""The vocabulary losses on GPUs: drivers of the two plans, see costs.py for their bytes and FLOPs.
+"""The vocabulary losses on GPUs: drivers of the two plans, see plan.py for their bytes and FLOPs.
 
 chunk      for each chunk of rows: library products into float32 logits; statistics; the gradient written over the student's
            logits (float32) or beside them (16-bit); library products into d_hidden and d_weight.
@@ -25,8 +25,8 @@ from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.record import Call, record, recording
 from undo_kernels.sparse import sparse_terms
 from undo_kernels.triton import recompute, rows, tuning
-from undo_kernels.triton.costs import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.device import current
+from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, product_dtype, widened
 from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
@@ -290,7 +290,7 @@ class _Chunks:
             self.sums = scratch.take(run.vocabulary, run.student.weight.shape[1])
 
     def passes(self) -> None:
-        """Every chunk, then what was summed apart."""
+        """Every chunk, then what was summed separately."""
         run, size = self.run, self.run.plan.rows_per_chunk
         for first in range(0, run.n, size):
             self._chunk(slice(first, min(first + size, run.n)))

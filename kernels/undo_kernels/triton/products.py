@@ -67,7 +67,7 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
     scratch.give(part)
 
 
-def apart_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
+def separate_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
     """Bytes of the tile that :func:`multiply` forms apart on a GPU."""
     if out == operand or (out == torch.float32 and not add):
         return 0

@@ -15,12 +15,12 @@ import triton.language as tl
 from undo_kernels.triton.tiles import (
     CROSS_S,
     ENERGY_T,
+    L_S,
+    L_T,
     LOWEST,
-    MAX_S,
-    MAX_T,
+    M_S,
+    M_T,
     OWN,
-    SUM_S,
-    SUM_T,
     TOP_S,
     TOP_T,
     cut,
@@ -89,21 +89,21 @@ def shape_piece(b_z, bias_ptr, o_v, last, inner, outer, HAS_BIAS: tl.constexpr, 
 
 
 @triton.jit
-def joined(rest, most, high, fade, b_e):
+def add_piece(l_rest, m, m_new, rescale, b_e):
     """A sum of exponentials less its largest term, 1, with one more piece: float32 would lose what a peaked row has besides."""
     b_at = b_e == 1.0
     small = tl.sum(tl.where(b_at, 0.0, b_e), 1)
     ones = tl.floor(tl.sum(b_e, 1) - small + 0.5)
-    rises = high > most
-    return tl.where(rises, fade * (rest + 1.0), rest) + small + tl.where(rises, ones - 1.0, ones)
+    rises = m_new > m
+    return tl.where(rises, rescale * (l_rest + 1.0), l_rest) + small + tl.where(rises, ones - 1.0, ones)
 
 
 @triton.jit
 def student_piece(
-    b_z, most, rest, top, label, label_z, first, end, bias_ptr, inner, outer,
+    b_z, m, l_rest, top, label, label_z, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, LABELS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials with one more piece; the piece shaped, its exponentials, and what the old sums fade by."""
+    """Maximum and sum of exponentials with one more piece; the piece shaped, its exponentials, and the factor that rescales the old sums."""
     o_v = first + tl.arange(0, WIDTH)
     b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
     b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
@@ -112,16 +112,16 @@ def student_piece(
     here = tl.max(b_z, 1)
     if STATISTICS:
         at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
-        top = tl.where(here > most, at, top)
-    high = tl.maximum(most, here)
-    fade = tl.exp(most - high)
-    b_e = tl.exp(b_z - high[:, None])
-    return b_z, b_e, fade, high, joined(rest, most, high, fade, b_e), top, label_z
+        top = tl.where(here > m, at, top)
+    m_new = tl.maximum(m, here)
+    rescale = tl.exp(m - m_new)
+    b_e = tl.exp(b_z - m_new[:, None])
+    return b_z, b_e, rescale, m_new, add_piece(l_rest, m, m_new, rescale, b_e), top, label_z
 
 
 @triton.jit
 def teacher_piece(
-    b_z, most, rest, energy, top, first, end, bias_ptr, inner, outer,
+    b_z, m, l_rest, energy, top, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The teacher's sums with one more piece, and the piece shaped."""
@@ -131,16 +131,16 @@ def teacher_piece(
     here = tl.max(b_z, 1)
     if STATISTICS:
         at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
-        top = tl.where(here > most, at, top)
-    high = tl.maximum(most, here)
-    fade = tl.exp(most - high)
-    b_low = b_z - high[:, None]
+        top = tl.where(here > m, at, top)
+    m_new = tl.maximum(m, here)
+    rescale = tl.exp(m - m_new)
+    b_low = b_z - m_new[:, None]
     b_g = tl.exp(b_low)
     if STATISTICS:
         # Relative to the maximum: moving that by some shift takes shift * sum away.
-        energy = (energy - (rest + 1.0) * (high - most)) * fade
+        energy = (energy - (l_rest + 1.0) * (m_new - m)) * rescale
         energy += tl.sum(b_g * cut(b_low), 1)
-    return b_z, high, joined(rest, most, high, fade, b_g), energy, top
+    return b_z, m_new, add_piece(l_rest, m, m_new, rescale, b_g), energy, top
 
 
 @triton.jit
@@ -175,10 +175,10 @@ def stats_tiles(
     if LABELS:
         label = tl.minimum(tl.load(labels_ptr + o_t), vocabulary).to(tl.int32)
 
-    most_s = tl.full([BLOCK_T], LOWEST, tl.float32)
-    most_t = tl.full([BLOCK_T], LOWEST, tl.float32)
-    rest_s = tl.full([BLOCK_T], -1, tl.float32)  # of no term
-    rest_t = tl.full([BLOCK_T], -1, tl.float32)
+    m_s = tl.full([BLOCK_T], LOWEST, tl.float32)
+    m_t = tl.full([BLOCK_T], LOWEST, tl.float32)
+    l_rest_s = tl.full([BLOCK_T], -1, tl.float32)  # of no term
+    l_rest_t = tl.full([BLOCK_T], -1, tl.float32)
     cross = tl.zeros([BLOCK_T], tl.float32)
     energy = tl.zeros([BLOCK_T], tl.float32)
     label_z = tl.zeros([BLOCK_T], tl.float32)
@@ -194,8 +194,8 @@ def stats_tiles(
             if not CROSS:
                 for i in tl.static_range(PIECES):
                     b_z = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
-                    _, most_t, rest_t, energy, top_t = teacher_piece(
-                        b_z, most_t, rest_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
+                    _, m_t, l_rest_t, energy, top_t = teacher_piece(
+                        b_z, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
                         STATISTICS, BIAS_T, CAPPED_T, WIDTH,
                     )  # fmt: skip
         b_s = project(
@@ -204,31 +204,31 @@ def stats_tiles(
         )  # fmt: skip
         for i in tl.static_range(PIECES):
             if CROSS:
-                was_s = most_s
-                was_t = most_t
-                was_sum = rest_s + 1.0
+                was_s = m_s
+                was_t = m_t
+                was_sum = l_rest_s + 1.0
             b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-            b_z, b_e, fade, most_s, rest_s, top_s, label_z = student_piece(
-                b_z, most_s, rest_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
+            b_z, b_e, rescale, m_s, l_rest_s, top_s, label_z = student_piece(
+                b_z, m_s, l_rest_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
                 STATISTICS, LABELS, BIAS_S, CAPPED_S, WIDTH,
             )  # fmt: skip
             if CROSS:
-                b_y, most_t, rest_t, energy, top_t = teacher_piece(
-                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), most_t, rest_t, energy, top_t, first + i * WIDTH, end,
+                b_y, m_t, l_rest_t, energy, top_t = teacher_piece(
+                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), m_t, l_rest_t, energy, top_t, first + i * WIDTH, end,
                     bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
                 )  # fmt: skip
-                b_y = (b_z - most_s[:, None]) - (b_y - most_t[:, None])
-                shift = (was_s - most_s) - (was_t - most_t)
-                cross = fade * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
+                b_y = (b_z - m_s[:, None]) - (b_y - m_t[:, None])
+                shift = (was_s - m_s) - (was_t - m_t)
+                cross = rescale * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
     if LABELS:
         # Only the part that holds the label stores its logit.
         tl.store(label_z_ptr + o_t, label_z, mask=keep_t & (label >= start) & (label < end))
     partial_ptrs = partial_ptr + o_t * parts + i_part
-    tl.store(partial_ptrs + MAX_S * stride_field, most_s, mask=keep_t)
-    tl.store(partial_ptrs + SUM_S * stride_field, rest_s, mask=keep_t)
+    tl.store(partial_ptrs + M_S * stride_field, m_s, mask=keep_t)
+    tl.store(partial_ptrs + L_S * stride_field, l_rest_s, mask=keep_t)
     if TEACHER:
-        tl.store(partial_ptrs + MAX_T * stride_field, most_t, mask=keep_t)
-        tl.store(partial_ptrs + SUM_T * stride_field, rest_t, mask=keep_t)
+        tl.store(partial_ptrs + M_T * stride_field, m_t, mask=keep_t)
+        tl.store(partial_ptrs + L_T * stride_field, l_rest_t, mask=keep_t)
     if CROSS:
         tl.store(partial_ptrs + CROSS_S * stride_field, cross, mask=keep_t)
     if STATISTICS:

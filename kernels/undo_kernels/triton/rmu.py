@@ -56,7 +56,7 @@ def rmu_rows(
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_rmu``."""
+    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_ops.rmu``."""
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
     rows, width = hidden.shape

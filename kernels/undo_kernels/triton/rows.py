@@ -16,23 +16,23 @@ import triton.language as tl
 
 from undo_kernels.triton.math import expm1
 from undo_kernels.triton.tiles import (
-    APART,
     CROSS_S,
+    DIFFERENCE,
     ENERGY_T,
+    L_S,
+    L_T,
     LARGE,
     LOWEST,
-    MAX_S,
-    MAX_T,
+    M_S,
+    M_T,
     OWN,
-    SUM_S,
-    SUM_T,
     TOP_S,
     TOP_T,
-    apart,
     cut,
-    fade_apart,
+    log_difference,
     loss_and_slope,
     narrow,
+    rescale_difference,
     shape_logits,
 )
 
@@ -79,14 +79,14 @@ def stats_rows(
     start = i_part * part
     end = tl.minimum(start + part, vocabulary)
 
-    most_s = tl.full([], LOWEST, tl.float32)
-    most_t = tl.full([], LOWEST, tl.float32)
+    m_s = tl.full([], LOWEST, tl.float32)
+    m_t = tl.full([], LOWEST, tl.float32)
     top_s = tl.full([], -1, tl.int32)
     top_t = tl.full([], -1, tl.int32)
     # Lane by lane: BLOCK_V short sums added as a tree round less than one long one.
-    b_sum_s = tl.zeros([BLOCK_V], tl.float32)
-    b_sum_t = tl.zeros([BLOCK_V], tl.float32)
-    b_apart = tl.zeros([BLOCK_V], tl.float32)
+    b_l_s = tl.zeros([BLOCK_V], tl.float32)
+    b_l_t = tl.zeros([BLOCK_V], tl.float32)
+    b_difference = tl.zeros([BLOCK_V], tl.float32)
     b_cross = tl.zeros([BLOCK_V], tl.float32)
     b_energy = tl.zeros([BLOCK_V], tl.float32)
     for first in range(start, end, BLOCK_V):
@@ -95,49 +95,53 @@ def stats_rows(
         b_s = load_logits(z_s_ptr, bias_s_ptr, o_v, keep, inner_s, outer_s, BIAS_S, CAPPED_S, HOLES)
         here = tl.max(b_s, 0)
         if STATISTICS:
-            top_s = tl.where(here > most_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
-        high_s = tl.maximum(most_s, here)
-        fade_s = tl.exp(most_s - high_s)
-        b_u = b_s - high_s
+            top_s = tl.where(here > m_s, tl.min(tl.where(b_s == here, o_v, 2147483647), 0), top_s)
+        m_new_s = tl.maximum(m_s, here)
+        rescale_s = tl.exp(m_s - m_new_s)
+        b_u = b_s - m_new_s
         if TEACHER:
             b_t = load_logits(z_t_ptr, bias_t_ptr, o_v, keep, inner_t, outer_t, BIAS_T, CAPPED_T, False)
             here = tl.max(b_t, 0)
             if STATISTICS:
-                top_t = tl.where(here > most_t, tl.min(tl.where(b_t == here, o_v, 2147483647), 0), top_t)
-            high_t = tl.maximum(most_t, here)
-            fade_t = tl.exp(most_t - high_t)
-            b_v = b_t - high_t
+                top_t = tl.where(here > m_t, tl.min(tl.where(b_t == here, o_v, 2147483647), 0), top_t)
+            m_new_t = tl.maximum(m_t, here)
+            rescale_t = tl.exp(m_t - m_new_t)
+            b_v = b_t - m_new_t
             b_y = b_u - b_v
             up = b_y > 0.0
-            b_y = apart(b_u, b_v, b_y)
+            b_y = log_difference(b_u, b_v, b_y)
             b_big = tl.exp(tl.where(up, b_u, b_v))
             b_e, b_w, _ = expm1(-tl.abs(b_y))
             b_small = b_big * b_e
             b_e = tl.where(up, b_big, b_small)
             b_g = tl.where(up, b_small, b_big)
-            shift = (most_s - high_s) - (most_t - high_t)
-            b_apart = fade_t * b_apart + fade_apart(fade_s, fade_t, shift) * b_sum_s + b_big * tl.where(up, -b_w, b_w)
+            shift = (m_s - m_new_s) - (m_t - m_new_t)
+            b_difference = (
+                rescale_t * b_difference
+                + rescale_difference(rescale_s, rescale_t, shift) * b_l_s
+                + b_big * tl.where(up, -b_w, b_w)
+            )
             if CROSS:
-                b_cross = fade_s * (b_cross + shift * b_sum_s) + b_e * cut(
+                b_cross = rescale_s * (b_cross + shift * b_l_s) + b_e * cut(
                     b_y
                 )  # +inf where the teacher alone has probability 0
         else:
             b_e = tl.exp(b_u)
-        b_sum_s = b_sum_s * fade_s + b_e
-        most_s = high_s
+        b_l_s = b_l_s * rescale_s + b_e
+        m_s = m_new_s
         if TEACHER:
             if STATISTICS:
                 # Relative to the maximum: moving that by some shift takes shift * sum away.
-                b_energy = (b_energy - b_sum_t * (high_t - most_t)) * fade_t
+                b_energy = (b_energy - b_l_t * (m_new_t - m_t)) * rescale_t
                 b_energy += b_g * cut(b_v)
-            b_sum_t = b_sum_t * fade_t + b_g
-            most_t = high_t
-    tl.store(partial_ptr + MAX_S * stride_field, most_s)
-    tl.store(partial_ptr + SUM_S * stride_field, tl.sum(b_sum_s, 0))
+            b_l_t = b_l_t * rescale_t + b_g
+            m_t = m_new_t
+    tl.store(partial_ptr + M_S * stride_field, m_s)
+    tl.store(partial_ptr + L_S * stride_field, tl.sum(b_l_s, 0))
     if TEACHER:
-        tl.store(partial_ptr + MAX_T * stride_field, most_t)
-        tl.store(partial_ptr + SUM_T * stride_field, tl.sum(b_sum_t, 0))
-        tl.store(partial_ptr + APART * stride_field, tl.sum(b_apart, 0))
+        tl.store(partial_ptr + M_T * stride_field, m_t)
+        tl.store(partial_ptr + L_T * stride_field, tl.sum(b_l_t, 0))
+        tl.store(partial_ptr + DIFFERENCE * stride_field, tl.sum(b_difference, 0))
     if CROSS:
         tl.store(partial_ptr + CROSS_S * stride_field, tl.sum(b_cross, 0))
     if STATISTICS:
@@ -153,7 +157,7 @@ def combine_rows(
     nll_ptr, entropy_ptr, agreement_ptr,
     vocabulary, parts, stride_field,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr,
-    DIFFERENCES: tl.constexpr,  # the parts hold APART
+    DIFFERENCES: tl.constexpr,  # the parts hold DIFFERENCE
     LESS_ONE: tl.constexpr,  # their sums are less the largest term
     PAIR: tl.constexpr,  # there is a teacher, given by sums, by known_t, or UNIFORM
     UNIFORM: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -184,41 +188,41 @@ def combine_rows(
         keep = o_p < parts
         partial_ptr += i_row * parts
         if STUDENT:
-            b_most = tl.load(partial_ptr + MAX_S * stride_field + o_p, mask=keep, other=LOWEST)
-            most_s = tl.max(b_most, 0)
-            b_shift_s = b_most.to(tl.float64) - most_s.to(tl.float64)
-            b_fade_s = tl.exp(b_shift_s)
-            b_sum_s = tl.load(partial_ptr + SUM_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            b_m = tl.load(partial_ptr + M_S * stride_field + o_p, mask=keep, other=LOWEST)
+            m_s = tl.max(b_m, 0)
+            b_shift_s = b_m.to(tl.float64) - m_s.to(tl.float64)
+            b_rescale_s = tl.exp(b_shift_s)
+            b_l_s = tl.load(partial_ptr + L_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             if LESS_ONE:
-                b_sum_s += 1.0
-            total_s = tl.sum(b_sum_s * b_fade_s, 0)
-            base_s = most_s.to(tl.float64)
-            log_sum_s = tl.log(total_s)
+                b_l_s += 1.0
+            l_s = tl.sum(b_l_s * b_rescale_s, 0)
+            base_s = m_s.to(tl.float64)
+            log_sum_s = tl.log(l_s)
             if STATISTICS:
                 b_top = tl.load(partial_ptr + TOP_S * stride_field + o_p, mask=keep, other=0.0)
-                top_s = tl.min(tl.where(keep & (b_most == most_s), b_top, LARGE), 0)
+                top_s = tl.min(tl.where(keep & (b_m == m_s), b_top, LARGE), 0)
         else:
             base_s = tl.load(known_s_ptr + i_row).to(tl.float64)
         if UNIFORM:
             log_sum_t = tl.log(zero + vocabulary)
         elif TEACHER:
-            b_most = tl.load(partial_ptr + MAX_T * stride_field + o_p, mask=keep, other=LOWEST)
-            most_t = tl.max(b_most, 0)
-            b_shift = b_most.to(tl.float64) - most_t.to(tl.float64)
-            b_fade = tl.exp(b_shift)
-            b_sum = tl.load(partial_ptr + SUM_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            b_m = tl.load(partial_ptr + M_T * stride_field + o_p, mask=keep, other=LOWEST)
+            m_t = tl.max(b_m, 0)
+            b_shift = b_m.to(tl.float64) - m_t.to(tl.float64)
+            b_rescale = tl.exp(b_shift)
+            b_l = tl.load(partial_ptr + L_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             if LESS_ONE:
-                b_sum += 1.0
-            b_sum *= b_fade
-            total = tl.sum(b_sum, 0)
-            base_t = most_t.to(tl.float64)
-            log_sum_t = tl.log(total)
+                b_l += 1.0
+            b_l *= b_rescale
+            l_t = tl.sum(b_l, 0)
+            base_t = m_t.to(tl.float64)
+            log_sum_t = tl.log(l_t)
             if STATISTICS:
                 b_energy = tl.load(partial_ptr + ENERGY_T * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
-                energy = tl.sum(b_energy * b_fade + tl.where(b_sum > 0.0, b_sum * b_shift, 0.0), 0)
-                entropy = tl.log(total) - energy / total
+                energy = tl.sum(b_energy * b_rescale + tl.where(b_l > 0.0, b_l * b_shift, 0.0), 0)
+                entropy = tl.log(l_t) - energy / l_t
                 b_top = tl.load(partial_ptr + TOP_T * stride_field + o_p, mask=keep, other=0.0)
-                top_t = tl.min(tl.where(keep & (b_most == most_t), b_top, LARGE), 0)
+                top_t = tl.min(tl.where(keep & (b_m == m_t), b_top, LARGE), 0)
                 agreement = tl.where(top_s == top_t, 1.0, 0.0).to(tl.float64)
         elif PAIR:
             base_t = tl.load(known_t_ptr + i_row).to(tl.float64)
@@ -226,8 +230,8 @@ def combine_rows(
         lse_t = base_t + log_sum_t
         gap = log_sum_s - log_sum_t
         if DIFFERENCES:
-            b_apart = tl.load(partial_ptr + APART * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
-            ratio = tl.sum(b_fade * b_apart + (b_fade_s - b_fade) * b_sum_s, 0) / total
+            b_difference = tl.load(partial_ptr + DIFFERENCE * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
+            ratio = tl.sum(b_rescale * b_difference + (b_rescale_s - b_rescale) * b_l_s, 0) / l_t
             # Near zero from the differences; far from it that would be log1p(-1 + rounding).
             near = tl.abs(ratio) < 0.5
             small = tl.where(near, ratio, 0.0)
@@ -236,7 +240,7 @@ def combine_rows(
             gap = tl.where(near, log1p_, gap)
         if CROSS:
             b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
-            offset = tl.sum(b_fade_s * (b_cross + (b_shift_s - b_shift) * b_sum_s), 0) / total_s - gap
+            offset = tl.sum(b_rescale_s * (b_cross + (b_shift_s - b_shift) * b_l_s), 0) / l_s - gap
             offset = tl.where(offset < 0.0, 0.0, offset)
             offset = tl.where(offset == float("inf"), float("nan"), offset)  # the gradient has no limit there
         if NLL:

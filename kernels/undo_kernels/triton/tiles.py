@@ -25,15 +25,15 @@ REVERSE = tl.constexpr(2)
 JSD = tl.constexpr(3)
 
 # Partial sums of one part of a row.
-MAX_S = tl.constexpr(0)
-SUM_S = tl.constexpr(1)
-MAX_T = tl.constexpr(2)
-SUM_T = tl.constexpr(3)
+M_S = tl.constexpr(0)
+L_S = tl.constexpr(1)
+M_T = tl.constexpr(2)
+L_T = tl.constexpr(3)
 CROSS_S = tl.constexpr(4)  # sum of e**u (u - v), u = z_s - its max, v = z_t - its max
 ENERGY_T = tl.constexpr(5)  # sum of e**(z_t - max) (z_t - max)
 TOP_S = tl.constexpr(6)
 TOP_T = tl.constexpr(7)
-APART = tl.constexpr(8)  # sum of e**u - e**v
+DIFFERENCE = tl.constexpr(8)  # sum of e**u - e**v
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that a difference of two of them is 0 and not NaN
 LARGE = tl.constexpr(1.0e30)
@@ -57,7 +57,7 @@ def cut(x):
 
 
 @triton.jit
-def apart(u, v, x):
+def log_difference(u, v, x):
     """``x``, a difference of the logarithms ``u`` and ``v``, but 0 where the exponentials of both underflow. A NaN in either stays."""
     return tl.where((u < -87.0) & (v < -87.0), 0.0, x)
 
@@ -84,7 +84,7 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
         if TARGET == FORWARD:  # noqa: SIM108
-            x = apart(log_s, log_t, x)
+            x = log_difference(log_s, log_t, x)
         else:  # a register less; the row's offset carries a NaN
             x = tl.where(log_big < -87.0, 0.0, x)
         big = tl.exp(log_big)
@@ -108,7 +108,7 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
             mixed = big * tl.where(up, h, phi)
             slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
         else:
-            # KL's term is big q from the larger side; from the smaller one it is big (e u - w), taken apart where that cancels.
+            # KL's term is big q from the larger side; from the smaller one it is big (e u - w), computed separately where that cancels.
             u = cut(u)
             other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
             if TARGET == FORWARD:
@@ -122,10 +122,10 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
 
 
 @triton.jit
-def fade_apart(fade_s, fade_t, shift):
-    """``fade_s - fade_t`` where their logarithms differ by ``shift``, without cancellation."""
+def rescale_difference(rescale_s, rescale_t, shift):
+    """``rescale_s - rescale_t`` where their logarithms differ by ``shift``, without cancellation."""
     _, w, _ = expm1(-tl.abs(shift))
-    return tl.where(shift < 0.0, fade_t * w, -fade_s * w)
+    return tl.where(shift < 0.0, rescale_t * w, -rescale_s * w)
 
 
 @triton.jit

@@ -129,8 +129,8 @@ def tile_parts(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
     return _split(vocabulary, tile.block_v, min(-(-1056 // blocks), 256))  # 1056: eight waves of 132 multiprocessors
 
 
-def _split(vocabulary: int, block: int, most: int) -> tuple[int, int]:
-    """At most so many parts of whole blocks."""
+def _split(vocabulary: int, block: int, limit: int) -> tuple[int, int]:
+    """Splits the vocabulary into at most ``limit`` parts of whole blocks."""
     blocks = -(-vocabulary // block)
-    length = -(-blocks // min(most, blocks)) * block
+    length = -(-blocks // min(limit, blocks)) * block
     return -(-vocabulary // length), length

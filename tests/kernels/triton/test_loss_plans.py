@@ -9,7 +9,8 @@ from rounding import gamma, probability_error, relative
 from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import costs, loss, recompute, rows, tuning
+from undo_kernels.triton import loss, recompute, rows, tuning
+from undo_kernels.triton import plan as plans
 from undo_kernels.triton.products import Workspace
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(costs, "_SUMMED_CHUNKS", 1)
+    monkeypatch.setattr(plans, "_SUMMED_CHUNKS", 1)
     p = problem("forward", rows=33, dtype=torch.bfloat16, plan="chunk", workspace_bytes=40_000)
     plan = loss.gpu_plan(moved(p))
     assert plan.accumulator
@@ -29,8 +30,8 @@ def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
 def test_several_chunks_give_one_answer(target):
     p = problem(target, rows=21, vocabulary=211, labels=True, bias=True, padding=3)
     whole = vocab_loss(dataclasses.replace(p, plan="chunk"))
-    s = costs.Shapes(p, tuning.target_of(DEVICE))
-    for plan, small in (("chunk", costs.chunk_plan(s, 8)), ("recompute", costs.recompute_plan(s, 1))):
+    s = plans.Shapes(p, tuning.target_of(DEVICE))
+    for plan, small in (("chunk", plans.chunk_plan(s, 8)), ("recompute", plans.recompute_plan(s, 1))):
         budget = small.workspace_bytes
         part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
         chosen = loss.gpu_plan(moved(part))
@@ -120,34 +121,34 @@ def shaped(width, known=False, target="forward", rows=8192, vocabulary=256_000, 
 
 
 def test_the_width_decides_the_plan(monkeypatch):
-    assert costs.gpu_plan(shaped(320), "sm_90").name == "recompute"
-    assert costs.gpu_plan(shaped(2304), "sm_90").name == "chunk"
+    assert plans.gpu_plan(shaped(320), "sm_90").name == "recompute"
+    assert plans.gpu_plan(shaped(2304), "sm_90").name == "chunk"
     widths = range(64, 4096, 64)
-    slow, known = (next(w for w in widths if costs.gpu_plan(shaped(w, k), "sm_90").name == "chunk") for k in (False, True))
+    slow, known = (next(w for w in widths if plans.gpu_plan(shaped(w, k), "sm_90").name == "chunk") for k in (False, True))
     assert known > slow  # the teacher's log-sum-exps save the recompute plan a product
-    monkeypatch.setattr(costs, "TILES_16", costs.MATRIX_16)
-    fast = next(w for w in widths if costs.gpu_plan(shaped(w), "sm_90").name == "chunk")
+    monkeypatch.setattr(plans, "TILES_16", plans.MATRIX_16)
+    fast = next(w for w in widths if plans.gpu_plan(shaped(w), "sm_90").name == "chunk")
     assert 1100 < fast < 1700  # 1100 from the logits' bytes alone; chunks read heads and weight gradient again
-    assert costs.gpu_plan(shaped(2205, known=True), "sm_90").name == "recompute"
+    assert plans.gpu_plan(shaped(2205, known=True), "sm_90").name == "recompute"
 
 
 def test_plans_count_products_and_bytes():
-    s = costs.Shapes(shaped(2304), "sm_90")
+    s = plans.Shapes(shaped(2304), "sm_90")
     pairs, width = 8192 * 256_000, 2304
-    chunk, recomputed = costs._chunk_plans(s, None)[0], costs._recompute_plans(s, None)[0]
+    chunk, recomputed = plans._chunk_plans(s, None)[0], plans._recompute_plans(s, None)[0]
     assert chunk.flops == 4 * 2 * pairs * width
     assert recomputed.flops == 6 * 2 * pairs * width
     assert chunk.rows_per_chunk >= 1024
     assert not chunk.accumulator
     assert chunk.workspace_bytes < 2.8e9
     assert recomputed.workspace_bytes < 5e8
-    known = costs.Shapes(shaped(2304, known=True), "sm_90")
-    assert costs._recompute_plans(known, None)[0].flops == 5 * 2 * pairs * width
+    known = plans.Shapes(shaped(2304, known=True), "sm_90")
+    assert plans._recompute_plans(known, None)[0].flops == 5 * 2 * pairs * width
 
 
 def test_a_bound_on_the_workspace_holds_in_every_plan():
     for width, budget in ((320, 1 << 28), (2304, 1 << 30), (2304, 3 << 28)):
-        plan = costs.gpu_plan(shaped(width, workspace_bytes=budget), "sm_90")
+        plan = plans.gpu_plan(shaped(width, workspace_bytes=budget), "sm_90")
         assert plan.workspace_bytes <= budget
 
 
@@ -203,7 +204,7 @@ def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
 
 
 def test_describe():
-    plan = costs.describe("linear_kl_div", shaped(640))
+    plan = plans.describe("linear_kl_div", shaped(640))
     assert plan.seconds > 0
     assert plan.name in str(plan)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from undo_kernels.ops.noise_rules import NoiseRule
+
 from undo_core.damage import ELEMENT_BYTES, Operator, damage_checkpoint
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.parameters import Parts
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from undo_kernels.ops.noise_rules import NoiseRule
+
 from undo_core.noise_checkpoint import noise_checkpoint
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.parameters import Left, Parts, summary
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from undo_kernels.ops.noise_rules import NoiseRule
+
 from undo_core.noise_checkpoint import write_replay
-from undo_core.ops.noise_rules import NoiseRule
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work
 

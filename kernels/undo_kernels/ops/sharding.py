@@ -1,4 +1,4 @@
-"""Which elements of a full parameter a rank's shard of it holds."""
+"""Finds the elements of a full parameter that the shard on this rank holds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from undo_core.ops import checks
+from undo_kernels.ops import checks
 
 Piece = tuple[torch.Tensor, int, int, int]
 Intervals = list[tuple[int, int]]  # (start, length), in the order of the shard; no two of them adjacent
 
 
 def local_pieces(name: str, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> list[Piece]:
-    """``(view, first, run, stride)`` of what this process holds of ``tensor``: a segment's tensor, and where its elements are.
+    """Returns ``(view, first, run, stride)`` for each piece of ``tensor`` that this process holds, as a segment of the noise takes it.
 
-    The views share ``memory``, which is that of :func:`local_of` or a contiguous copy of it. A plain tensor is one piece. A shard of a ``DTensor`` is one piece where its rows lie
-    at a regular distance in the full tensor (any one sharded dimension, and the first with any other), else several. A shard
-    without elements, or a rank outside the mesh, has none. Uneven shards and ``_StridedShard`` (FSDP2 over tensor parallelism on the
-    same dimension) are split as torch splits them: by ``torch.chunk``. Nothing is communicated; memory: a few numbers a piece.
+    The views share ``memory``, which is that of :func:`local_of` or a contiguous copy of it. A plain tensor is one piece. A shard of
+    a ``DTensor`` is one piece if its rows lie at a regular distance in the full tensor (with one sharded dimension, or the first and
+    another), else several. An empty shard, or a rank outside the mesh, has none. Uneven shards and ``_StridedShard`` (FSDP2 over
+    tensor parallelism on the same dimension) are split as torch splits them, by ``torch.chunk``. Nothing is communicated.
 
     Raises:
-        ValueError: a placement that does not say which elements are here (``Partial``), shards in another order than their mesh
-            dimensions, or a shard that is not of the size that its placements give.
+        ValueError: a placement that does not determine the elements (``Partial``), shards in another order than their mesh
+            dimensions, or a shard whose size differs from what its placements give.
     """
     local = local_of(tensor).detach() if memory is None else memory
     if not is_sharded(tensor):
@@ -37,18 +37,18 @@ def local_pieces(name: str, tensor: torch.Tensor, memory: torch.Tensor | None = 
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``; nothing is imported, as whoever made one has done that."""
+    """Returns whether ``tensor`` is a ``DTensor``. It imports nothing: a ``DTensor`` exists only where its module is loaded."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of ``tensor``."""
+    """Returns the part of ``tensor`` that this process holds."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
 def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:
-    """Add ``sums``, taken over this rank's shard of ``tensor``, over the ranks that hold the other shards; a plain tensor has none."""
+    """Adds ``sums`` of this rank's shard of ``tensor`` to those of the other ranks, in place; does nothing for a plain tensor."""
     if is_sharded(tensor):
         for dimension, placement in enumerate(tensor.placements):
             if not placement.is_replicate() and tensor.device_mesh.get_coordinate() is not None:
@@ -56,7 +56,7 @@ def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:
 
 
 def _intervals(name: str, tensor: torch.Tensor) -> list[Intervals]:
-    """Per dimension, the indices that this rank holds."""
+    """Returns, for each dimension, the indices that this rank holds."""
     from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
     for entry in getattr(tensor._spec, "shard_order", None) or ():
@@ -84,7 +84,7 @@ def _length(held: Intervals) -> int:
 
 
 def _chunk(held: Intervals, count: int, which: int) -> Intervals:
-    """One of ``torch.chunk``'s parts."""
+    """Returns one part as ``torch.chunk`` cuts it."""
     size = -(-_length(held) // count)
     return _cut(held, which * size, (which + 1) * size)
 
@@ -117,7 +117,7 @@ def _pieces(flat: torch.Tensor, shape: Sequence[int], dims: Sequence[Intervals])
     within = math.prod(shape[cut + 1 :])
     stride = shape[cut] * within
     rows = _flat_ranges(shape[:cut], dims[:cut])
-    if len(dims[cut]) > 1:  # a row holds several runs: none of them follows its like
+    if len(dims[cut]) > 1:  # a row holds several runs, so they do not lie at one regular distance
         rows = [(row, 1) for start, count in rows for row in range(start, start + count)]
     at = 0
     for row, count in rows:
@@ -128,7 +128,7 @@ def _pieces(flat: torch.Tensor, shape: Sequence[int], dims: Sequence[Intervals])
 
 
 def _flat_ranges(shape: Sequence[int], dims: Sequence[Intervals]) -> Intervals:
-    """Indices of a product of intervals, flattened in row-major order."""
+    """Returns the row-major flat indices of a product of intervals."""
     ranges = [(0, 1)]
     for size, held in zip(shape, dims, strict=True):
         if held == [(0, size)]:

@@ -1,4 +1,4 @@
-"""Argument checks of the faces: one ``ValueError`` that names the argument, what came and what was wanted."""
+"""Checks of the public functions' arguments. Each raises a ``ValueError`` that names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fail(name: str, got: Any, wanted: str) -> NoReturn:
-    """Raise the ``ValueError`` for an argument."""
+    """Raises the ``ValueError`` for an argument."""
     raise ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
 def float_tensor(name: str, value: Any, shape: str, ndim: int | None = None) -> torch.Tensor:
-    """``value`` as a tensor of a supported float dtype, of ``ndim`` dimensions (None: at least one)."""
+    """Returns ``value`` if it is a tensor of a supported float dtype with ``ndim`` dimensions (None: at least one)."""
     if not isinstance(value, torch.Tensor):
         fail(name, type(value).__name__, f"a tensor {shape}")
     if value.dtype not in FLOATS:
@@ -27,7 +27,7 @@ def float_tensor(name: str, value: Any, shape: str, ndim: int | None = None) -> 
 
 
 def head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
-    """Hidden states, weight and bias of one head, against each other."""
+    """Checks that the hidden states, weight and bias of one head fit each other."""
     float_tensor(f"{prefix}hidden", hidden, "[..., d]")
     float_tensor(f"{prefix}weight", weight, "[V, d]", 2)
     if hidden.shape[-1] != weight.shape[1]:
@@ -41,13 +41,13 @@ def head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
 
 
 def same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
-    """``value`` on the device of the hidden states."""
+    """Checks that ``value`` is on the device of the hidden states."""
     if value.device != like.device:
         fail(name, f"device {value.device}", f"{like.device}, where the hidden states are")
 
 
 def per_token(name: str, value: Any, leading: torch.Size, kind: str, device: torch.device) -> torch.Tensor:
-    """``value`` as a tensor with one entry a token; ``kind`` is bool, int or float."""
+    """Returns ``value`` if it is a tensor with one entry per token; ``kind`` is bool, int or float."""
     if not isinstance(value, torch.Tensor):
         fail(name, type(value).__name__, f"a tensor {list(leading)}")
     right = {
@@ -67,7 +67,7 @@ def per_token(name: str, value: Any, leading: torch.Size, kind: str, device: tor
 def number(
     name: str, value: Any, wanted: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
 ) -> float:
-    """``value`` as a finite number within [low, high], or (low, high) with open ends."""
+    """Returns ``value`` as a float if it is a finite number in [low, high], or in (low, high) with open ends."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         fail(name, value, wanted)
     if not (low < value < high if open_ends else low <= value <= high):
@@ -76,35 +76,36 @@ def number(
 
 
 def seed(value: Any) -> int:
-    """``value`` as a seed of Philox."""
+    """Returns ``value`` if it is a seed of Philox, an unsigned 64-bit integer."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         fail("seed", value, "an integer in [0, 2**64)")
     return value
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """``value`` as one of ``choices``."""
+    """Returns ``value`` if it is one of ``choices``."""
     if value not in choices:
         fail(name, repr(value), "one of " + ", ".join(choices))
     return value
 
 
-def vocabulary(value: Any, rows: int) -> int | None:
-    """``vocab_size`` against the number of rows of the weight."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= rows):
-        fail("vocab_size", value, f"an integer in [1, {rows}], or None")
+def vocabulary(value: Any, rows: int | None) -> int | None:
+    """Returns ``vocab_size`` if it is None or at most ``rows``, the rows of the weight; None: they are not known yet."""
+    inside = isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (rows is None or value <= rows)
+    if value is not None and not inside:
+        fail("vocab_size", value, f"an integer {'>= 1' if rows is None else f'in [1, {rows}]'}, or None")
     return value
 
 
 def workspace(value: Any) -> int | None:
-    """``workspace_bytes`` as a positive integer or None."""
+    """Returns ``workspace_bytes`` if it is a positive integer or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         fail("workspace_bytes", value, "a positive number of bytes, or None")
     return value
 
 
 def labels_within(labels: torch.Tensor, counted: torch.Tensor, size: int, ignore_index: int) -> None:
-    """Every counted label is a vocabulary row. Checked on CPUs; on a GPU or in a compiled graph it would make the host wait."""
+    """Checks on CPUs that every counted label is a vocabulary row. On a GPU or in a compiled graph this would make the host wait."""
     if looks(labels) and labels.numel():
         inside = (labels >= 0) & (labels < size) | ~counted
         if not inside.all():
@@ -112,14 +113,15 @@ def labels_within(labels: torch.Tensor, counted: torch.Tensor, size: int, ignore
 
 
 def looks(tensor: torch.Tensor) -> bool:
-    """Whether the host may look at a tensor's values: not on a GPU, which it would wait for, nor in a compiled graph."""
+    """Returns whether the host may read a tensor's values. It may not on a GPU, for which it would wait, nor in a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary: int, counted: torch.Tensor | None) -> None:
-    """Known entries of a teacher: shapes, and on CPUs, for counted rows, that no index repeats or leaves the vocabulary and that
-    the log-probabilities are some: a float32 one may be wrong by 1e-3 and a 16-bit one by 64 units of its rounding, logits are
-    wrong by factors.
+    """Checks the known entries of a teacher: their shapes and, on CPUs, the values of counted rows.
+
+    No index may repeat in a row or leave the vocabulary. The probabilities of a row may sum to at most 1, with a tolerance of 1e-3
+    in float32 and of 64 roundings in 16 bits; logits passed by mistake exceed that by factors.
     """
     wanted = f"integers {(*leading, 'k')}"
     if not isinstance(indices, torch.Tensor):

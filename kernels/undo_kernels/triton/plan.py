@@ -1,4 +1,4 @@
-"""Which plan, from shapes and dtypes alone: bytes, FLOPs, predicted time and workspace of ``chunk`` and ``recompute``.
+"""The plans ``chunk`` and ``recompute`` on a GPU, from shapes and dtypes alone: bytes, FLOPs, predicted time and workspace.
 
 Bytes of device memory for each (token, vocabulary row) pair, dense target and 16-bit inputs, full gradient::
 
@@ -21,7 +21,7 @@ from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, SPARSE, Problem, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import tuning
-from undo_kernels.triton.products import apart_bytes, product_dtype
+from undo_kernels.triton.products import product_dtype, separate_bytes
 
 BANDWIDTH = 4.3e12  # bytes/s, H200, measured by a copy
 MATRIX_16 = 790e12  # FLOP/s, H200, measured, 16-bit library products
@@ -46,7 +46,7 @@ class GpuPlan:
         rows_per_chunk: rows whose logits are held at once; all of them in recompute.
         block_v: vocabulary rows whose gradient is held at once; all of them in chunk.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
-        workspace_bytes: everything beyond inputs, outputs and a few floats a row.
+        buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per row.
         flops: of the matrix products.
         traffic_bytes: of device memory.
         seconds: predicted for an H200.
@@ -56,15 +56,20 @@ class GpuPlan:
     rows_per_chunk: int
     block_v: int
     accumulator: bool
-    workspace_bytes: int
+    buffers: dict[str, int]
     flops: float
     traffic_bytes: float
     seconds: float
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(self.buffers.values())
+
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the plans need to know of a problem."""
+    """A problem's sizes and properties, as the plans use them."""
 
     problem: Problem
     target: str  # of the tile table
@@ -92,7 +97,7 @@ class Shapes:
 
     @property
     def rows(self) -> int:
-        """That are worked on."""
+        """Number of tokens processed."""
         return self.problem.max_counted if self.compacted else self.problem.rows
 
     @property
@@ -130,9 +135,9 @@ class Shapes:
 
     @property
     def teacher_sums(self) -> bool:
-        """Whether the recompute plan finds them; the chunk plan, whose logits are there, does so for every dense target.
+        """Whether the recompute plan computes the teacher's sums; the chunk plan, which holds the logits, always does for a dense target.
 
-        Of two log-sum-exps that were rounded to float32 the difference is not known; of one it is to 1e-7 of it.
+        The difference of two log-sum-exps that were rounded to float32 is not exact; that of one is, to 1e-7.
         """
         return self.dense and (self.crossed or self.problem.lse_t is None or self.problem.lse_s is not None)
 
@@ -171,7 +176,7 @@ class Shapes:
 
 
 def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
-    """The fastest plan that fits the workspace.
+    """Returns the fastest plan that fits the workspace.
 
     Raises:
         ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
@@ -204,7 +209,7 @@ def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
         chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-rows // _SUMMED_CHUNKS)))
         return [chunk_plan(s, min(chunk, rows))]
     plans = []
-    # A float32 accumulator appears below an eighth of the rows, so the two sides of that are searched apart.
+    # A float32 accumulator appears below an eighth of the rows, so both ranges are searched separately.
     for low, high in ((-(-rows // _SUMMED_CHUNKS), rows), (1, -(-rows // _SUMMED_CHUNKS) - 1)):
         if low > high or chunk_plan(s, low).workspace_bytes > budget:
             continue
@@ -235,7 +240,7 @@ def _recompute_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
 
 
 def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
-    """The chunk plan with at most ``chunk`` rows at a time, evened out."""
+    """Returns the chunk plan with at most ``chunk`` rows at a time, evened out."""
     p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
     chunks = -(-n // chunk)
     if even:
@@ -245,21 +250,23 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
     held = len(stored) + (s.given and s.sparse)
     parts, _ = tuning.row_parts(chunk, vocabulary, tuning.row(s.target, vocabulary).block_v)
-    size = 4 * chunk * s.leading * held + 4 * (tuning.FIELDS + 4) * chunk * parts
+    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tuning.FIELDS + 4) * chunk * parts}
     accumulator = False
     if not s.given:
-        size += chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
-        size += s.hidden_bytes(chunk) + s.upcast_bytes(4096) + s.bias_bytes()
+        buffers["rounded gradient"] = chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
+        buffers["hidden states"] = s.hidden_bytes(chunk)
+        buffers["widened weight tile"] = s.upcast_bytes(4096)
+        buffers["bias gradient"] = s.bias_bytes()
         weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
         if needs_weight:
             accumulator = weight_dtype == torch.bfloat16 and chunks > _SUMMED_CHUNKS
-            size += 4 * vocabulary * s.width * accumulator
+            buffers["weight gradient sum"] = 4 * vocabulary * s.width * accumulator
             out = torch.float32 if accumulator else weight_dtype
-            size += apart_bytes(out, s.product, vocabulary, s.width, chunks > 1)
+            buffers["weight gradient tile"] = separate_bytes(out, s.product, vocabulary, s.width, chunks > 1)
         if needs_hidden:
             cast = p.student.weight.dtype != s.product
-            size += chunk * s.width * 4 * cast + apart_bytes(hidden_dtype, s.product, chunk, s.width, False)
-            size += chunk * s.width * hidden_dtype.itemsize * s.compacted
+            separate = separate_bytes(hidden_dtype, s.product, chunk, s.width, False)
+            buffers["hidden gradient"] = chunk * s.width * (4 * cast + hidden_dtype.itemsize * s.compacted) + separate
     pairs = float(n) * vocabulary
     logit = [side.hidden.dtype.itemsize if isinstance(side, GivenLogits) else 4 for side in s.sides]
     traffic = pairs * 4 * len(stored)
@@ -274,11 +281,11 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
         traffic += float(chunks) * (heads + own * needs_hidden + 2 * summed * needs_weight)
         flops = 2 * pairs * (sum(side.weight.shape[1] for side in stored) + s.width * (needs_hidden + needs_weight))
     seconds = flops / (MATRIX_32 if s.wide else MATRIX_16) + traffic / BANDWIDTH
-    return GpuPlan("chunk", chunk, vocabulary, accumulator, int(size), flops, traffic, seconds)
+    return GpuPlan("chunk", chunk, vocabulary, accumulator, _sizes(buffers), flops, traffic, seconds)
 
 
 def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
-    """The recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
+    """Returns the recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
     p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
     tile = s.loss_tile
     block_v = blocks * tile.block_v
@@ -286,16 +293,20 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
     itemsize = s.product.itemsize
     parts, _ = tuning.tile_parts(n, vocabulary, s.stats_tile)
-    size = 4 * tuning.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t))
-    size += n * block_v * itemsize * s.gradient + s.hidden_bytes(n) + s.bias_bytes()
-    size += sum(side.weight.numel() * side.weight.dtype.itemsize for side in s.sides if side.weight.stride(1) != 1)
-    size += sum(side.hidden.numel() * side.hidden.dtype.itemsize for side in s.sides if side.hidden.stride(1) != 1)
+    strided = [t for side in s.sides for t in (side.weight, side.hidden) if t.stride(1) != 1]
+    buffers = {
+        "partial sums": 4 * tuning.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t)),
+        "gradient by the logits": n * block_v * itemsize * s.gradient,
+        "hidden states": s.hidden_bytes(n),
+        "bias gradient": s.bias_bytes(),
+        "contiguous copies": sum(tensor.numel() * tensor.dtype.itemsize for tensor in strided),
+    }
     if needs_hidden:
-        size += 4 * n * s.width * (hidden_dtype != torch.float32 or s.compacted)
-        size += apart_bytes(torch.float32, s.product, n, s.width, True)
-        size += s.upcast_bytes(4096)
+        own = 4 * n * s.width * (hidden_dtype != torch.float32 or s.compacted)
+        buffers["hidden gradient"] = own + separate_bytes(torch.float32, s.product, n, s.width, True)
+        buffers["widened weight tile"] = s.upcast_bytes(4096)
     if needs_weight:
-        size += apart_bytes(weight_dtype, s.product, block_v, s.width, False)
+        buffers["weight gradient tile"] = separate_bytes(weight_dtype, s.product, block_v, s.width, False)
     pairs = float(n) * vocabulary
     widths = [side.weight.shape[1] for side in s.sides]
     loss_passes = s.loss_pass + s.mixture_pass
@@ -304,21 +315,26 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     traffic = pairs * itemsize * (s.gradient + sum(p.needs))
     heads = vocabulary * sum(side.weight.shape[1] * side.weight.dtype.itemsize for side in s.sides)
     traffic += float(heads) * (s.student_sums + loss_passes)
-    traffic += 20.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # a product apart, added to the sum
+    traffic += 20.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # a separate product, added to the sum
     traffic += float(vocabulary) * s.width * weight_dtype.itemsize * needs_weight
     flops = 2 * pairs * (own + library)
     seconds = 2 * pairs * own / (TILES_32 if s.wide else TILES_16) + 2 * pairs * library / (MATRIX_32 if s.wide else MATRIX_16)
-    return GpuPlan("recompute", n, block_v, False, int(size), flops, traffic, seconds + traffic / BANDWIDTH)
+    return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, seconds + traffic / BANDWIDTH)
+
+
+def _sizes(buffers: dict[str, int]) -> dict[str, int]:
+    """Drops the buffers that a plan does not need."""
+    return {name: int(size) for name, size in buffers.items() if size}
 
 
 def describe(op: str, problem: Problem) -> Plan:
-    """The plan of a problem, whose tensors may be on the meta device, as ``explain`` shows it; times are an H200's."""
+    """Returns the plan of a problem, whose tensors may be on the meta device, as ``explain`` shows it; times are an H200's."""
     plan = gpu_plan(problem, "sm_90")
     return Plan(
         op=op,
         name=plan.name,
         rows_per_chunk=min(plan.rows_per_chunk, problem.rows),
-        workspace_bytes=plan.workspace_bytes,
+        buffers=plan.buffers,
         traffic_bytes=int(plan.traffic_bytes),
         flops=plan.flops,
         seconds=plan.seconds,

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from undo_kernels.segment import amplitude
 
-from undo_core.ops import checks
-from undo_core.ops.layout import check_apart
-from undo_core.ops.sharding import local_of
+from undo_kernels.ops import checks
+from undo_kernels.ops.layout import check_apart
+from undo_kernels.ops.sharding import local_of
+from undo_kernels.segment import amplitude
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
@@ -164,7 +164,7 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
 
     Raises:
         ValueError: no tensors, two different ones of the same canonical name, or memory that is shared in part (see
-            :func:`undo_core.ops.layout.check_apart`).
+            :func:`undo_kernels.ops.layout.check_apart`).
     """
     convolutions, embeddings = set(), set()
     if isinstance(tensors, nn.Module):

@@ -1,7 +1,7 @@
-"""From checked arguments to a loss: which tokens count, which implementation runs, and how rows become one number.
+"""Turns checked arguments into a loss: decides which tokens count and which backend runs, and reduces the rows to one number.
 
-Plain PyTorch (the reference, and the direct plan of small vocabularies) is differentiated by autograd. Every other backend is
-the one ``torch.library`` op of ``undo_kernels.torch_ops``, which computes its gradient in the forward.
+Autograd differentiates plain PyTorch (the reference backend, and the direct plan where the logits are few). All other backends run
+behind one ``torch.library`` op, ``undo::vocab_loss``, which computes its gradients in the forward.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ import dataclasses
 from typing import Any
 
 import torch
+
 from undo_kernels.library import choose
-from undo_kernels.plan import prefers_direct
+from undo_kernels.ops import checks
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.reference.losses import row_losses
-from undo_kernels.torch_ops import arguments
+from undo_kernels.torch_ops.vocab_loss import arguments
 
-from undo_core.ops import checks
+# Plain PyTorch is faster below so many (token, vocabulary row) pairs, and below so many vocabulary rows, than each backend. For
+# C++ measured on one core with AVX-512: 128 tokens by 1000 rows are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
+_DIRECT = {"cpu": (1 << 17, 64), "triton": (1 << 19, 512)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """How rows become one number; the arguments that every loss shares, checked.
+    """How the losses of the rows become one number: the checked arguments that all losses share.
 
     Attributes:
-        leading: shape of the tokens.
-        weight: ``[rows]`` float or None.
+        leading: shape of the tokens, ``[...]``.
+        weight: weights of the tokens, ``[rows]`` float, or None.
         reduction: mean, sum or none.
-        normalizer: replaces the mean's denominator.
-        max_counted: bound on the counted rows.
+        normalizer: replaces the denominator of the mean.
+        max_counted: upper bound on the counted rows.
     """
 
     leading: torch.Size
@@ -42,7 +45,7 @@ class Tokens:
     def checked(
         cls, leading: torch.Size, device: torch.device, token_weight: Any, reduction: Any, normalizer: Any, max_counted: Any
     ) -> Tokens:
-        """Raises a ValueError that names the argument."""
+        """Builds one from a call's arguments; a wrong one is a ``ValueError`` that names it."""
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         if isinstance(normalizer, torch.Tensor):
             if normalizer.ndim != 0:
@@ -57,7 +60,7 @@ class Tokens:
         return cls(leading, weight, reduction, normalizer, max_counted)
 
     def factor(self, counted: torch.Tensor | None, rows: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """``[rows]``: what each row's loss is multiplied by in the reduced one; NaN where more count than were vouched for."""
+        """Returns each row's factor in the reduced loss, ``[rows]``; NaN if more rows count than ``max_counted``."""
         factor = torch.ones(rows, device=device, dtype=dtype) if self.weight is None else self.weight.to(dtype)
         if counted is not None:
             factor = torch.where(counted, factor, 0.0)
@@ -91,24 +94,25 @@ def reduced_loss(
     filter_below: float = 0.0,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a target, and detached statistics.
+    """Returns the loss of a target, and detached statistics.
 
     Args:
         student: hidden states ``[rows, d]`` and head, or logits ``[rows, V]``.
         target: see ``undo_kernels.problem``.
         tokens: reduction and weights.
-        counted: ``[rows]`` bool, the rows of the divergence; None: all.
+        counted: ``[rows]`` bool, the rows that the divergence counts; None: all.
         labels: ``[rows]`` int64, negative where a row has none.
-        labelled: ``[rows]`` bool, the rows of the negative log-likelihood; None: all.
-        label_weight: its factor; None: no such term.
-        teacher: of a dense target.
-        indices: and ``logprobs``, ``[rows, k]``, of a sparse target.
-        beta: of jsd.
-        lse_t: ``[rows]``, the teacher's log-sum-exps where known.
-        statistics: whether the teacher's entropy and the top-1 agreement are wanted.
+        labelled: ``[rows]`` bool, the rows that the negative log-likelihood counts; None: all.
+        label_weight: factor of the negative log-likelihood; None: the loss has no such term.
+        teacher: hidden states and head, or logits, of a dense target.
+        indices: known vocabulary rows of a sparse target, ``[rows, k]``.
+        logprobs: their log-probabilities, ``[rows, k]``.
+        beta: weight of the JSD.
+        lse_t: the teacher's log-sum-exps where known, ``[rows]``.
+        statistics: whether to compute the teacher's entropy and the top-1 agreement.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the workspace.
-        filter_below: bound of the block filter.
+        filter_below: bound of the block filter, see :func:`undo_kernels.ops.linear_kl_div`.
         inplace: whether the gradient may overwrite given logits.
     """
     device, rows = student.hidden.device, student.rows
@@ -150,12 +154,13 @@ def reduced_loss(
         return _plain(problem, tokens)
     if tokens.reduction == "none" or (inplace and needs[0]):
         return _rows(problem, tokens, backend, inplace)
-    results = torch.ops.undo.vocab_loss(*arguments(problem, backend))
+    tensors, options = arguments(problem, backend)
+    results = torch.ops.undo.vocab_loss(*tensors, **options)
     return results[0], _statistics(results)
 
 
 def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
-    """Where the problem runs; plain PyTorch for float64, for ``plan="direct"`` and where its few large calls win."""
+    """Returns the backend for a problem: plain PyTorch for float64, for ``plan="direct"`` and where the logits are few."""
     if wide or problem.plan == "direct":
         return "reference"
     backend = choose("vocab_loss", device)
@@ -163,9 +168,18 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
     return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary, backend) else backend
 
 
+def prefers_direct(rows: int, vocabulary: int, backend: str) -> bool:
+    """Returns whether plain PyTorch is as fast as ``backend``, because the logits are few."""
+    if backend not in _DIRECT:
+        return False
+    fewest_pairs, fewest_rows = _DIRECT[backend]
+    return vocabulary < fewest_rows or rows * vocabulary < fewest_pairs
+
+
 def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     problem = dataclasses.replace(problem, plan="inplace") if inplace and problem.needs[0] else problem
-    results = torch.ops.undo.vocab_loss_rows(*arguments(problem, backend))
+    tensors, options = arguments(problem, backend)
+    results = torch.ops.undo.vocab_loss_rows(*tensors, **options)
     loss = torch.where(problem.factor == 0, 0.0, problem.factor * results[1])
     if problem.label_factor is not None:
         loss = loss + torch.where(problem.label_factor == 0, 0.0, problem.label_factor * results[2])
@@ -178,7 +192,10 @@ def _statistics(results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
 
 
 def _plain(problem: Problem, tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """By autograd. Rows that do not count are taken out; where the host cannot count them, they are overwritten with zeros."""
+    """Computes the loss in plain PyTorch, differentiated by autograd.
+
+    Rows that do not count are removed. Where the host cannot count them, their hidden states are replaced by zeros instead.
+    """
     counted = problem.counted
     if checks.looks(problem.student.hidden):
         p, rows = problem.taken()

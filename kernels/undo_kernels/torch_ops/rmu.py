@@ -1,8 +1,8 @@
-"""RMU's activation loss as a ``torch.library`` op: the gradient is made in the forward, an output that the backward scales in place.
+"""RMU's activation loss as a ``torch.library`` op, whose forward computes the gradient and whose backward scales it in place.
 
-``undo::rmu_loss(hidden [rows, d], target [d] or [rows, d], factor [rows] float32 or None, coefficient, needs, backend)`` gives
-``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` and its gradient, empty unless needed. None is 1 / rows each. Rows of
-factor 0 are not read. The last dimension is dense; float32, bfloat16 and float16.
+``undo::rmu_loss(hidden [rows, d], target [d] or [rows, d], factor [rows] float32 or None, coefficient, needs, backend)`` returns
+``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` and its gradient, which is empty unless needed. A factor of None means
+1 / rows for each row. Rows of factor 0 are not read. The last dimension is contiguous; float32, bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from undo_kernels.library import implementation_on
 from undo_kernels.problem import gradient_dtype
-from undo_kernels.torch_ops import no_double_backward, scaled
+from undo_kernels.torch_ops.scale import refuse_double_backward, scaled
 
 torch.library.define(
     "undo::rmu_loss",
@@ -21,12 +21,14 @@ torch.library.define(
 )
 
 
+@torch.library.impl("undo::rmu_loss", ("cpu", "cuda"))
 def _run(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return implementation_on("rmu_loss", backend)(hidden, target, factor, coefficient, needs)
 
 
+@torch.library.register_fake("undo::rmu_loss")
 def _shapes(hidden: torch.Tensor, target: Any, factor: Any, coefficient: float, needs: bool, backend: str) -> Any:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
@@ -40,11 +42,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    no_double_backward("rmu_loss")
+    refuse_double_backward("rmu_loss")
     wanted = ctx.needs and grad_loss is not None
     return scaled(ctx.saved_tensors[0], grad_loss, ctx.dtype) if wanted else None, None, None, None, None, None
 
 
-torch.library.impl("undo::rmu_loss", ("cpu", "cuda"))(_run)
-torch.library.register_fake("undo::rmu_loss")(_shapes)
 torch.library.register_autograd("undo::rmu_loss", _backward, setup_context=_save)

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from undo_kernels.library import implementation
-from undo_kernels.segment import Segment, amplitude
 
-from undo_core.ops import checks
-from undo_core.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
-from undo_core.ops.sharding import Piece, add_over_shards, local_of, local_pieces
+from undo_kernels.ops import checks
+from undo_kernels.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
+from undo_kernels.ops.sharding import Piece, add_over_shards, local_of, local_pieces
+from undo_kernels.segment import Segment, amplitude
+from undo_kernels.torch_ops.noise import noise_segments
 
 
 def noise_(
@@ -83,7 +83,7 @@ def apply(
 ) -> dict[str, tuple[Setting, torch.Tensor]]:
     """:func:`noise_`; returns for each tensor what happened to it, and the sums of squares of theta before, of the noise as it
     was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
-    ``found`` replaces what :func:`undo_core.ops.noise_rules.describe` says of ``tensors``.
+    ``found`` replaces what :func:`undo_kernels.ops.noise_rules.describe` says of ``tensors``.
     """
     policy = Policy(**options, rules=tuple(rules))
     checks.seed(seed)
@@ -93,8 +93,8 @@ def apply(
     rounding = True if stochastic_rounding is None else bool(stochastic_rounding)
     sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
 
-    def noise(segments: list[Segment], device: torch.device) -> None:
-        for piece, row in zip(segments, implementation("noise_", device)(segments, seed, rounding), strict=True):
+    def noise(segments: list[Segment]) -> None:
+        for piece, row in zip(segments, noise_segments(segments, seed, rounding), strict=True):
             sums[piece.name] += row
 
     devices: dict[torch.device, list[Segment]] = {}
@@ -102,15 +102,15 @@ def apply(
     for name, parts in pieces.items():
         for view, *where in parts if name not in scattered else ():
             devices.setdefault(view.device, []).append(segment(name, view, settings[name], *where))
-    for device, segments in devices.items():
-        noise(segments, device)
+    for segments in devices.values():
+        noise(segments)
         for piece in segments:
             torch.autograd.graph.increment_version(piece.tensor)  # a graph that has saved it must notice
     for name in scattered:
         local = local_of(found[name][0]).detach()
         copy = local.contiguous()
         if copied := [segment(name, view, settings[name], *where) for view, *where in local_pieces(name, found[name][0], copy)]:
-            noise(copied, local.device)
+            noise(copied)
             local.copy_(copy)
     if whole_sums:
         for name, (tensor, _) in found.items():
@@ -159,7 +159,5 @@ def replay(
         checks.fail("shape", tuple(shape), "two or more dimensions with Xavier's laws, and no empty one")
     drawn = torch.zeros(tuple(shape), dtype=torch.float64)
     kind = "uniform" if law == "xavier_uniform" else "normal"
-    implementation("noise_", drawn.device)(
-        [Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False
-    )
+    noise_segments([Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False)
     return drawn

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: whether writing to one would change another, or another element of itself."""
+"""Finds tensors that share memory, so that a write to one would change another, or another element of itself."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from undo_core.ops import checks
-from undo_core.ops.sharding import local_of
+from undo_kernels.ops import checks
+from undo_kernels.ops.sharding import local_of
 
 
 def check_apart(argument: str, tensors: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> None:
-    """Refuse to write to a tensor whose memory is also that of another one, or twice its own (``Tensor.expand``).
+    """Refuses tensors that share memory with another one, or with themselves (``Tensor.expand``).
 
-    What is written there would be applied more than once. One tensor under two names is for the caller to leave out.
+    A write to them would be applied more than once. The caller removes second names of the same tensor first.
 
     Args:
-        argument: of the caller, which the error names.
-        tensors: by name.
-        changed: the names of those that are written to; None for all.
+        argument: name of the caller's argument, for the error.
+        tensors: tensors by name.
+        changed: names of the tensors that will be written; None for all.
 
     Raises:
-        ValueError: the names of the tensors that overlap.
+        ValueError: two tensors overlap; it names them.
     """
     for first, second in overlaps(tensors):
         if changed is not None and first not in changed and second not in changed:
@@ -34,19 +34,19 @@ def check_apart(argument: str, tensors: Mapping[str, torch.Tensor], changed: Col
 
 
 def check_trained(model: nn.Module, trained: Collection[nn.Parameter]) -> None:
-    """:func:`check_apart` for those parameters of ``model`` that are to be changed; a tied one, one object under two names, is fine."""
+    """Applies :func:`check_apart` to the parameters of ``model`` that will be trained; tied parameters are allowed."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     chosen = {names.get(id(parameter), f"parameter {index}"): parameter for index, parameter in enumerate(trained)}
     check_apart("parameters", {**chosen, **dict(model.named_parameters())}, chosen.keys())
 
 
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """Pairs of names whose tensors have an element in common; a name with itself where two of its own elements are one.
+    """Returns pairs of names whose tensors share an element, and a name twice if its tensor holds an element twice.
 
-    Of a ``DTensor`` what this process holds counts; tensors without memory of an address (meta, quantised) overlap nothing.
+    Only the local shard of a ``DTensor`` counts. Tensors without addressable memory (meta, quantised) overlap nothing.
 
-    Memory: a byte for each element of the memory from the first to the last of tensors whose ranges meet, or of a tensor whose
-    strides alone do not tell; four bytes where more than 127 ranges meet.
+    Memory: one byte per element of the range that overlapping tensors span, or four if more than 127 of them overlap. Nothing for
+    tensors whose ranges are disjoint and whose strides show that no element repeats.
     """
     held = {name: local_of(tensor) for name, tensor in tensors.items()}
     held = {name: t for name, t in held.items() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta and t.numel()}
@@ -59,13 +59,13 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte, and the byte after the last."""
+    """Returns the address of the first byte and of the byte after the last."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
 
 
 def _apart_by_strides(tensor: torch.Tensor) -> bool:
-    """Whether each dimension steps over all that the dimensions of smaller strides reach, so that no two elements are one."""
+    """Returns whether each stride exceeds the reach of all smaller ones, so that no two elements coincide."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -75,7 +75,7 @@ def _apart_by_strides(tensor: torch.Tensor) -> bool:
 
 
 def _meeting(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names in groups whose byte ranges meet."""
+    """Groups the names whose byte ranges overlap."""
     groups: list[list[str]] = []
     last: tuple[str, int] = ("", 0)
     for device, begin, end, name in sorted((str(t.device), *_span(t), name) for name, t in tensors.items()):
@@ -89,16 +89,16 @@ def _meeting(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def _shared(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """The overlaps among tensors whose ranges meet, by writing down who owns each place."""
+    """Finds the overlaps among tensors whose ranges overlap, by marking the owner of each address."""
     names, found = list(tensors), []
     begin = min(_span(t)[0] for t in tensors.values())
     unit = min(t.itemsize for t in tensors.values())
-    if any((t.data_ptr() - begin) % unit for t in tensors.values()):  # views of bytes, from any of them on
+    if any((t.data_ptr() - begin) % unit for t in tensors.values()):  # a view may begin at any byte
         unit = 1
     size = max(_span(t)[1] for t in tensors.values()) - begin
     owner = torch.full((size // unit,), -1, dtype=torch.int8 if len(names) < 128 else torch.int32)
     for index, (name, tensor) in enumerate(tensors.items()):
-        # Torch refuses to write along a stride of 0; the last dimension is the places of one element.
+        # Torch refuses writes along a stride of 0. The last dimension is the bytes of one element.
         dims = [
             (1 if stride == 0 else n, stride * tensor.itemsize // unit)
             for n, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,15 +1,15 @@
-"""RMU: the loss that pushes activations toward a target, and its direction."""
+"""RMU: the loss that pushes activations toward a target, and the target's direction."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+
 from undo_kernels import reference
 from undo_kernels.library import choose, implementation_on
+from undo_kernels.ops import checks
 from undo_kernels.reference.rmu import row_factor
-
-from undo_core.ops import checks
 
 
 def rmu_loss(
@@ -20,25 +20,27 @@ def rmu_loss(
     mask: torch.Tensor | None = None,
     normalize: Literal["all", "masked", "sequence"] = "all",
 ) -> torch.Tensor:
-    """Mean of ``(hidden - coefficient * target)**2`` (Li et al., "The WMDP Benchmark", 2024; arXiv 2506.06278).
+    """Computes the mean of ``(hidden - coefficient * target)**2`` (Li et al., "The WMDP Benchmark", 2024; arXiv 2506.06278).
 
     Args:
         hidden: ``[..., d]`` float; gradient.
         target: ``[d]``, the misdirection, or ``[..., d]``, the frozen activations; no gradient.
-        coefficient: factor on the target.
+        coefficient: factor of the target.
         mask: ``[...]`` bool, True counts; None counts everything.
-        normalize: ``all``: over every element, masked ones included (as published); ``masked``: over counted tokens;
-            ``sequence``: over each sequence's counted tokens (the last leading dimension), then over the sequences that have any.
+        normalize: what the mean runs over. ``all``: every element, masked ones included (as published). ``masked``: counted tokens.
+            ``sequence``: the counted tokens of each sequence (the last leading dimension), then the sequences that have any.
 
     Returns:
         A scalar in float32 (float64 for float64 hidden states); 0 where nothing counts.
 
-    dtypes: float32, bfloat16, float16 or float64 for either; the arithmetic is float32 at least and the gradient takes the dtype of
-    ``hidden``. It is made in the forward and scaled in place by the backward, so a second backward raises. What is masked, NaN
-    included, has no influence and zero gradient (``masked``, ``sequence``). Memory: the gradient (in float32 first for float16, whose
-    range it may leave until a loss scale is applied) and a few floats a token; a copy where rows have no common stride or a target
-    ``[..., d]`` is float64; plain PyTorch (float64, or no kernel here) takes several arrays like ``hidden``. Inside activation
-    checkpointing name ``torch.ops.undo.rmu_loss.default`` as one to be saved.
+    Dtypes: float32, bfloat16, float16 or float64 for either tensor. The arithmetic is float32 at least, and the gradient takes the
+    dtype of ``hidden``. The forward computes it and the backward scales it in place, so a second backward raises. With ``masked`` and
+    ``sequence``, masked tokens have no influence and zero gradient, even where they hold NaN. Inside activation checkpointing, name
+    ``torch.ops.undo.rmu_loss.default`` as an op to be saved.
+
+    Memory: the gradient (for float16 in float32, because it may exceed float16's range until a loss scale is applied) and a few
+    floats per token. Rows without a common stride, and a float64 target ``[..., d]``, are copied. Plain PyTorch (float64, or no
+    kernel for the device) allocates several arrays like ``hidden``.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value.
@@ -72,13 +74,13 @@ def rmu_loss(
 
 
 def _dense(rows: torch.Tensor) -> torch.Tensor:
-    """Float32 at most, and neighbours in the last dimension."""
+    """Returns ``rows`` in float32 at most, with a contiguous last dimension."""
     rows = rows.float() if rows.dtype == torch.float64 else rows
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def misdirection(width: int, seed: int, law: Literal["gaussian", "uniform"] = "gaussian") -> torch.Tensor:
-    """RMU's fixed direction: a unit vector ``[width]`` float32 on the CPU, the same from a seed on every machine.
+    """Returns RMU's fixed direction, a unit vector ``[width]`` float32 on the CPU; a seed gives the same one on every machine.
 
     Args:
         width: hidden size.

@@ -1,0 +1,30 @@
+"""The compiled extension, and the constants of its headers as Python enumerations.
+
+Every module takes both from here, so that no number of ``csrc/`` is written twice. Without the extension ``kernels`` is None and the
+backend is marked unavailable.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from undo_kernels.library import mark_unavailable
+
+kernels: Any = None
+try:
+    from undo_kernels import _cpu
+except ImportError as error:
+    mark_unavailable("cpu", f"the C++ extension was not built ({error}); install a C++17 compiler and run pip install again")
+else:
+    kernels = _cpu
+
+
+def _enumeration(name: str) -> Any:
+    members = {} if kernels is None else getattr(kernels, name).__members__
+    return IntEnum(name, {key: int(value) for key, value in members.items()})
+
+
+Field = _enumeration("Field")  # of a chunk's state, ``csrc/losses.h``
+Target = _enumeration("Target")  # of the row kernels, likewise
+Kind = _enumeration("Kind")  # dtypes of ``csrc/rmu.h``
