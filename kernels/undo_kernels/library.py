@@ -70,8 +70,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """Returns the backends that implement ``op`` in this process, in order of preference."""
-    return tuple(name for name in BACKENDS if name in _implementations.get(op, {}))
+    """Returns the backends that implement ``op``, one of :func:`registered`, in this process, in order of preference.
+
+    The losses over the vocabulary are one op, ``vocab_loss``. Their reference is not registered; see :func:`choose`.
+
+    Raises:
+        ValueError: no backend implements an op of this name.
+    """
+    return tuple(name for name in BACKENDS if name in _of(op))
 
 
 def registered() -> tuple[str, ...]:
@@ -89,7 +95,7 @@ def choose(op: str, device: torch.device) -> str:
 
     The reference of the losses over the vocabulary is not registered, because autograd differentiates it where it is called.
     """
-    available = _implementations[op]
+    available = _of(op)
     wanted = requested_backend()
     if wanted == "reference":
         return wanted
@@ -113,12 +119,21 @@ choose._dynamo_marked_constant = True
 
 def implementation(op: str, device: torch.device) -> Callable:
     """Returns the function that runs ``op`` on tensors of ``device``; see :func:`choose`."""
-    return _implementations[op][choose(op, device)]
+    return _of(op)[choose(op, device)]
 
 
 def implementation_on(op: str, backend: str) -> Callable:
     """Returns the implementation of ``op`` on ``backend``."""
-    return _implementations[op][backend]
+    return _of(op)[backend]
+
+
+def _of(op: str) -> dict[str, Callable]:
+    """Returns the implementations of ``op`` by backend."""
+    if op not in _implementations:
+        raise ValueError(
+            f"op: got {op!r}, wanted one of {', '.join(registered())} (every loss over the vocabulary is vocab_loss)"
+        )
+    return _implementations[op]
 
 
 def _warn_once(op: str, name: str, reason: str) -> None:

@@ -121,7 +121,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else torch.float32
 
 
-def meta_model(folder: Path, buffers: bool = False) -> PreTrainedModel:
+def checkpoint_skeleton(folder: Path, buffers: bool = False) -> PreTrainedModel:
     """The :func:`undo_core.models.skeleton` of a checkpoint folder, tied as its files are; remote code is never run."""
     model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False), buffers)
     settle_ties(model, {path: read_header(path) for path in weight_files(folder)})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core.checkpoints.files import Group, MappedFile, groups, meta_model, read_header, to_memory, weight_files
+from undo_core.checkpoints.files import Group, MappedFile, checkpoint_skeleton, groups, read_header, to_memory, weight_files
 from undo_core.models import Head, head_of
 from undo_core.training.identity import digest_of, weights_digest
 
@@ -31,7 +31,7 @@ class WeightReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.model = meta_model(folder, buffers=True).eval()
+        self.model = checkpoint_skeleton(folder, buffers=True).eval()
         headers = {path: read_header(path) for path in weight_files(folder)}
         self._files = {path: MappedFile(path, read_only=True) for path in headers}
         self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}

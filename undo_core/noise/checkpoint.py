@@ -15,7 +15,7 @@ from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
 from undo_kernels.segment import Segment
 
-from undo_core.checkpoints.files import TensorWriter, meta_model
+from undo_core.checkpoints.files import TensorWriter, checkpoint_skeleton
 from undo_core.noise.edit import CheckpointParameters
 from undo_core.noise.model import NoiseReport, report
 from undo_core.noise.parameters import Parts, select
@@ -112,7 +112,7 @@ def _replayed(
 ) -> dict[str, tuple[Setting, tuple[int, ...]]]:
     """Setting and shape of the parameters with noise that ``pattern`` matches."""
     laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
-    parameters = select(meta_model(source), "all", laws).parameters
+    parameters = select(checkpoint_skeleton(source), "all", laws).parameters
     settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
     wanted = {n: (s, parameters[n].shape) for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
     if not wanted:

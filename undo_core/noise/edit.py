@@ -13,8 +13,8 @@ from undo_core.checkpoints.files import (
     INDEX,
     SINGLE,
     MappedFile,
+    checkpoint_skeleton,
     groups,
-    meta_model,
     read_header,
     to_disk,
     to_memory,
@@ -49,7 +49,7 @@ class CheckpointParameters:
     """
 
     def __init__(self, source: Path, parts: Parts = "text", rules: Sequence[NoiseRule] = ()) -> None:
-        self.source, self.model = source, meta_model(source)
+        self.source, self.model = source, checkpoint_skeleton(source)
         self._files = {path: read_header(path) for path in weight_files(source)}
         self.chosen = select(self.model, parts, rules)
         self.parameters = self.chosen.parameters

@@ -30,7 +30,7 @@ def model_config(config: RunConfig) -> Any:
     return architecture(settings)
 
 
-def meta_model(config: RunConfig) -> PreTrainedModel:
+def planned_skeleton(config: RunConfig) -> PreTrainedModel:
     """A run's model on the meta device.
 
     Raises:

@@ -14,7 +14,7 @@ from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.planning.memory import predictor
-from undo_core.planning.models import distilled_rows, meta_model, row_length
+from undo_core.planning.models import distilled_rows, planned_skeleton, row_length
 from undo_core.planning.timing import Measure, basis
 
 
@@ -51,7 +51,7 @@ class Row:
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     """The plan's lines, attacks of a model as one, and the disk that the missing stages take."""
-    plan, model = plan_run(config), meta_model(config)  # a missing folder is not looked for on the hub
+    plan, model = plan_run(config), planned_skeleton(config)  # a missing folder is not looked for on the hub
     measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
     lines = [(stage.title, [stage]) for stage in plan.stages()]
     for models in attacked_models(config, plan).values():
@@ -103,7 +103,7 @@ def plan_table(config: RunConfig) -> RenderableType:
     notes = [
         f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), {disk / 2**20:,.0f} MiB of disk.",
         "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
-        f"Time per step: {basis(sum(p.numel() for p in meta_model(config).parameters()))}.",
+        f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
         f"Memory is of one stage; {config.workers} run side by side."
         if config.workers > 1
         else "Memory is of the process that runs.",
