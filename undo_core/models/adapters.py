@@ -135,7 +135,7 @@ def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trained parameters of peft's layers, named like ``mlp.down_proj.weight (lora_A)``: adapted weight and parameter."""
+    """Returns peft's trained parameters, named by adapted weight and parameter: ``mlp.down_proj.weight (lora_A)``."""
     found: dict[str, nn.Parameter] = {}
     for name, layer in _layers(module):
         for own, parameter in layer.named_parameters():
@@ -180,6 +180,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _check_dropout(name: str, dropout: nn.Module) -> None:
     if getattr(dropout, "p", 0.0) > 0:
         raise ValueError(
-            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there, because the losses "
-            f"read the head with its adapter merged; leave the head out of target_modules, or set lora_dropout to 0"
+            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there, because the "
+            f"losses read the head with its adapter merged; leave the head out of target_modules, or set lora_dropout to 0"
         )

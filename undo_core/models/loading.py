@@ -109,7 +109,7 @@ def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
 
 
 def configuration(settings: Mapping[str, Any]) -> PreTrainedConfig:
-    """Returns a model's configuration: that of the checkpoint folder ``path``, else the one that the arguments ``config`` describe."""
+    """Returns a model's configuration: that of the folder ``path``, else the one that the arguments ``config`` describe."""
     path = settings["path"]
     return AutoConfig.from_pretrained(path, trust_remote_code=False) if path else architecture(settings["config"])
 
@@ -140,7 +140,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def _ends_texts(config: PreTrainedConfig, token: int | None) -> bool:
-    """Whether ``token`` begins or ends texts. If it also pads, transformers would fix its embedding at 0, without a gradient."""
+    """Whether ``token`` begins or ends texts. If it also pads, transformers would keep its embedding at 0, untrained."""
     ends = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
     return token is not None and any(token in end if isinstance(end, list) else token == end for end in ends)
 
@@ -212,7 +212,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a checkpoint folder unchanged; it needs no padding token, since rows record where their text ends."""
+    """Loads the tokenizer of a checkpoint folder; it needs no padding token, since rows record where their text ends."""
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's parameters from disk a few at a time, as the model in memory would have them, or edits them in a copy."""
+"""Reads a checkpoint's parameters a few at a time, as the model in memory would have them, or edits them in a copy."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _new(model: PreTrainedModel) -> PreTrainedModel:
     except TypeError as error:
         raise ValueError(
             f"model: got {type(model).__name__}, which cannot be built from its configuration to find its initial values "
-            f"({error}); wanted a class that can; or call undo_kernels.ops.noise_ with toward, which tells matrices by their shape"
+            f"({error}); wanted a class that can; or call undo_kernels.ops.noise_ with toward: it tells matrices by their shape"
         ) from error
 
 
