@@ -260,7 +260,7 @@ def _apply(tensor: torch.Tensor, name: str, operator: str, strength: float, seed
 
 
 def _profile(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch.Tensor:
-    """Returns the change's squared norm at each share of the grid, ``[GRID + 1]`` float64; for ``gaussian`` ``[1]``, at strength 1."""
+    """Returns the change's squared norm at each share, ``[GRID + 1]`` float64; for ``gaussian`` at strength 1, ``[1]``."""
     if operator == "gaussian":
         changed = tensor.clone()
         _add_gaussian(changed, name, math.sqrt(_squares(tensor) / max(tensor.numel(), 1)), seed)
