@@ -107,7 +107,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, s
                 ids += [token.id for token in backend.model.tokenize(piece[first:last])]
     if not ids or not control.keys().isdisjoint(ids):
         raise ValueError(
-            f"text: got {_shown(text)}, of which the tokenizer makes a control token even if it is cut; wanted text without it, or "
+            f"text: got {_shown(text)}, of which the tokenizer makes a control token even if cut; wanted text without it, or "
             f"special_tokens parse"
         )
     return ids
