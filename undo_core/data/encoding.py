@@ -83,7 +83,7 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if separator is None:
-        raise ValueError("data.tokenizer: got one without a token for the beginning or end of a text")
+        raise ValueError("data.tokenizer: got one without a token for the beginning or end of a text, wanted one with either")
     return separator
 
 

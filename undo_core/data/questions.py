@@ -146,11 +146,11 @@ def prompts(
         known = by_subject.get(subject, [])[:shots]
         if len(known) < shots:
             raise ValueError(
-                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted as many examples"
+                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted at least as many examples as shots"
             )
         if not subject and "{subject}" in description:
             raise ValueError(
-                f"description: got {description!r} and a question without a subject, wanted one that names what it is about"
+                f"description: got {description!r} and a question without a subject, wanted a subject for every question"
             )
         parts = [f"{example.prompt()} {LETTERS[example.answer]}\n\n" for example in known]
         heads[subject] = description.replace("{subject}", subject.replace("_", " ")) + "".join(parts)

@@ -83,9 +83,11 @@ class Rows:
         if choices.ndim != 2 or len(choices) != len(self):
             raise ValueError(f"choices: got shape {tuple(choices.shape)}, wanted [{len(self)}, k] for the rows of input_ids")
         if self.answer_mask is None or not (self.answer_mask[:, 1:].sum(1) == 1).all() or self.answer_mask[:, 0].any():
-            raise ValueError("answer_mask: got one with choices that marks other than one token after a prompt in each row")
+            raise ValueError(
+                "answer_mask: got choices and a mask with none or several tokens in a row, wanted one after the prompt"
+            )
         if not (self.input_ids[self.answer_mask][:, None] == choices).any(1).all():
-            raise ValueError("choices: got rows whose answer is none of them, wanted the tokens of all letters")
+            raise ValueError("choices: got rows whose answer is not among them, wanted the tokens of all letters")
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -36,6 +36,7 @@ def make_splits(
     """Makes the tokenizer and the token rows of every split.
 
     The splits are train, valid, test and, for some data, heldout, each for retain and forget.
+
     With questions, valid and test hold the questions. The validation part of the text is then in ``valid_text_retain`` and
     ``valid_text_forget``, and its test part is dropped.
 

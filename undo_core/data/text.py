@@ -29,7 +29,7 @@ def pack(
     """Packs documents into rows of ``length`` tokens, each document preceded by the separator.
 
     A separator is also the last label of the document before it. The last document gets one after it, if its row has room; that
-    row is then padded. A row's first token is never a label, also where it is a separator.
+    row is then padded. A row's first token is never a label, even if it is a separator.
 
     Args:
         documents: token ids of each document.
