@@ -82,7 +82,7 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
     if has_adapters(model):
         checks.fail(
             "model",
-            f"{type(model).__name__} with adapters, whose weights are the sum of base and adapters",
+            f"{type(model).__name__} with adapters, whose effective weights combine base and adapters",
             "them merged (model.merge_and_unload().requires_grad_()), or the base before it gets adapters",
         )
     checks.choice("parts", parts, PARTS)
