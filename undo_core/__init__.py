@@ -1,8 +1,8 @@
-"""UNDO: unlearn, noise, distill on outputs. Robust unlearning for language models (arXiv 2506.06278).
+"""UNDO (Unlearn, Noise, Distill on Outputs): robust unlearning for language models (arXiv 2506.06278).
 
 >>> from undo_core import distill, noise_, relearn, unlearn
 
-The public names are loaded on first use, so that ``from undo_core import ops`` imports torch and not transformers.
+The public names are loaded on first use, so that ``from undo_core import ops`` imports torch but not transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from undo_core.io import quiet as _quiet  # noqa: F401  # before anything imports transformers
 from undo_core.version import __version__
 
-if TYPE_CHECKING:  # what __getattr__ loads, for editors and type checkers
+if TYPE_CHECKING:  # editors and type checkers cannot see what __getattr__ loads
     from undo_core import ops
     from undo_core.attacks import LoraConfig, Trial, few_shot, quantise_, worst_of
     from undo_core.attacks.config import AttackConfig
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("undo_core.ops")
     value = getattr(importlib.import_module(f"undo_core.{_HOMES[name]}"), name)
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # later look-ups do not call this function
     return value
 
 

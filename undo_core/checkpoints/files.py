@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk, and the parameters in memory that its tensors become; no weight is loaded."""
+"""Maps the tensors of a Hugging Face checkpoint on disk to the parameters in memory, without loading the model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from undo_core.models import skeleton
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends otherwise
+_BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows changes line ends
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int32: "I32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a safetensors file: ``start`` and ``end`` are bytes from the file's beginning; dtype None is no float."""
+    """A tensor in a safetensors file; ``start`` and ``end`` are byte offsets, and dtype is None if it is not floating-point."""
 
     name: str
     dtype: torch.dtype | None
@@ -48,13 +48,13 @@ class Entry:
 
 @dataclass
 class Group:
-    """Tensors on disk that become parameters in memory together.
+    """Tensors on disk that are converted together, and the parameters in memory that they become.
 
     Attributes:
-        parameters: names in memory.
-        files: file of each tensor on disk, by name.
-        converter: what transformers does to them on load; None where a tensor only changes its name.
-        sources: the pattern of the converter that each tensor matched.
+        parameters: names of the parameters in memory.
+        files: file of each tensor on disk, by the tensor's name.
+        converter: transformers' conversion on load; None if a tensor at most changes its name.
+        sources: the pattern of the converter that each tensor matched, by the tensor's name.
     """
 
     parameters: list[str] = field(default_factory=list)
@@ -64,11 +64,11 @@ class Group:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder that transformers reads, and no others that may lie there.
+    """Returns the safetensors files of a checkpoint folder that transformers reads; others in the folder are left out.
 
     Raises:
-        FileNotFoundError: it has none, or lacks one that its index names.
-        ValueError: an adapter, which transformers would add to the weights in the files.
+        FileNotFoundError: the folder has none, or lacks one that its index names.
+        ValueError: the folder holds an adapter, which transformers would add to the weights in the files.
     """
     paths = named_weight_files(folder)
     for path in paths:
@@ -78,14 +78,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def named_weight_files(folder: Path) -> list[Path]:
-    """:func:`weight_files`, whether they exist or not: a run is planned from a configuration alone.
+    """Returns the paths of :func:`weight_files` without requiring that they exist.
 
-    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the files of
-    the index; an index beside a single file is not read.
+    A run can be planned from a configuration alone.
+
+    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the
+    files of the index. It does not read an index that lies beside ``model.safetensors``.
+
+    Raises:
+        ValueError: the folder holds an adapter.
     """
     if (folder / ADAPTER).is_file():
         raise ValueError(
-            f"model: got {folder}, which holds an adapter ({ADAPTER}); wanted a checkpoint into which it is merged"
+            f"model: got {folder}, which holds an adapter ({ADAPTER}); wanted a checkpoint with the adapter merged into it"
         )
     name = SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
     if (folder / CONFIG).is_file():
@@ -97,10 +102,10 @@ def named_weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, in the order of their bytes.
+    """Returns the tensors of a safetensors file by name, in the order of their bytes.
 
     Raises:
-        SafetensorError: the file is torn.
+        SafetensorError: the file is damaged or incomplete.
     """
     with safe_open(path, "pt"):
         pass
@@ -116,23 +121,24 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """bfloat16 or float16 where all floating tensors of a checkpoint folder are; float32 otherwise."""
+    """Returns bfloat16 or float16 if all floating-point tensors of a checkpoint folder have that dtype, else float32."""
     dtypes = {entry.dtype for path in weight_files(folder) for entry in read_header(path).values() if entry.dtype is not None}
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} else torch.float32
 
 
 def checkpoint_skeleton(folder: Path, buffers: bool = False) -> PreTrainedModel:
-    """The :func:`undo_core.models.skeleton` of a checkpoint folder, tied as its files are; remote code is never run."""
+    """Builds the :func:`undo_core.models.skeleton` of a checkpoint folder, tied as its files are; never runs remote code."""
     model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False), buffers)
     settle_ties(model, {path: read_header(path) for path in weight_files(folder)})
     return model
 
 
 def settled_configuration(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder, which says that words are not tied where the files hold a head of its own.
+    """Returns the configuration of a checkpoint folder, with ``tie_word_embeddings`` off if the files hold a head that differs.
 
-    Models made from it have the parameters that :func:`undo_core.models.load_model` gives. A configuration ties all or nothing: the
-    second name of a head's bias (BERT) becomes a parameter too. A folder without weights is taken at its configuration's word.
+    Models built from it have the same parameters as :func:`undo_core.models.load_model` gives. A configuration ties everything
+    or nothing, so that the second name of a head's bias (BERT) becomes a parameter too. For a folder without weights, the
+    configuration is returned unchanged.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     parts = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
@@ -145,14 +151,20 @@ def settled_configuration(folder: Path) -> PreTrainedConfig:
 
 
 def settle_ties(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> bool:
-    """Part those parameters of ``model``, a meta model tied as its configuration says, that transformers would keep apart on load.
+    """Unties those parameters of ``model`` that transformers would keep separate on load.
 
-    The files decide: two tied parameters that are both there, with different values, are two parameters. Returns whether any were
-    parted.
+    Two tied parameters are separate if the files hold both, with different values.
+
+    Args:
+        model: a model on the meta device, tied as its configuration says; changed in place.
+        files: the entries of each weight file.
+
+    Returns:
+        Whether any parameters were untied.
     """
     ties, parted = getattr(model, "all_tied_weights_keys", {}), False
     found = {name: group for group in _groups(model, files) for name in group.parameters}
-    stored = {name: name for name in found}  # parameter by parameter, the name of the one that fills it
+    stored = {name: name for name in found}  # by parameter: the name under which the files hold its values
     for target, source in list(ties.items()):
         if target in stored and source in stored:
             one, other = stored[target], stored[source]
@@ -180,10 +192,10 @@ def _equal(model: PreTrainedModel, group: Group, name: str, other_group: Group, 
 
 
 def groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -> list[Group]:
-    """How the tensors of ``files`` become the parameters of ``model``, a meta model, by transformers' own conversions.
+    """Returns how transformers' own conversions turn the tensors of ``files`` into the parameters of ``model``, a meta model.
 
     Raises:
-        ValueError: a tensor that the model has no place for, or a parameter that no tensor fills.
+        ValueError: the model has no place for a tensor, or no tensor fills a parameter.
     """
     found = _groups(model, files)
     filled = {name for group in found for name in group.parameters}
@@ -225,7 +237,7 @@ def _groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -
 
 
 def to_memory(model: PreTrainedModel, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters that a group's tensors become; new tensors where the group has a converter."""
+    """Returns the parameters that a group's tensors become, by name; these are new tensors if the group has a converter."""
     if group.converter is None:
         return dict.fromkeys(group.parameters, *tensors.values())
     converter = copy.deepcopy(group.converter)
@@ -236,10 +248,10 @@ def to_memory(model: PreTrainedModel, group: Group, tensors: Mapping[str, torch.
 
 
 def to_disk(model: PreTrainedModel, group: Group, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`to_memory`.
+    """Inverts :func:`to_memory`.
 
     Raises:
-        ValueError: transformers does not turn the parameters back into the tensors that they came from.
+        ValueError: transformers cannot turn the parameters back into the tensors that they came from.
     """
     tensors = dict(parameters) if group.converter is None else revert_weight_conversion(model, dict(parameters))
     if group.converter is not None and set(tensors) != set(group.files):
@@ -251,12 +263,12 @@ def to_disk(model: PreTrainedModel, group: Group, parameters: Mapping[str, torch
 
 
 class TensorWriter:
-    """A safetensors file that is written in any order, without holding its tensors; its data begin at a multiple of 64 bytes.
+    """Writes a safetensors file in any order without holding its tensors in memory; its data begin at a multiple of 64 bytes.
 
     Args:
-        path: of the file.
+        path: path of the file.
         layout: dtype and shape of every tensor, by name.
-        keep: go on with the file of this layout that is there.
+        keep: continue an existing file of the same layout instead of truncating it.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], keep: bool = False) -> None:
@@ -279,29 +291,29 @@ class TensorWriter:
         os.close(self.file)
 
     def write(self, name: str, position: int, values: torch.Tensor) -> None:
-        """Entries of the tensor ``name``, from ``position`` of its first dimension on."""
+        """Writes ``values`` into the tensor ``name``, starting at index ``position`` of its first dimension."""
         dtype, shape = self.layout[name]
         row = dtype.itemsize * torch.Size(shape[1:]).numel()
         self._put(memoryview(values.contiguous().cpu().flatten().view(torch.uint8).numpy()), self.at[name] + position * row)
 
     def flush(self) -> None:
-        """Write what is there to disk."""
+        """Flushes what was written to disk."""
         os.fsync(self.file)
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         while len(data):
             if hasattr(os, "pwrite"):
                 written = os.pwrite(self.file, data, offset)
-            else:  # Windows; only one thread writes
+            else:  # Windows has no pwrite; seeking is safe because only one thread writes
                 os.lseek(self.file, offset, os.SEEK_SET)
                 written = os.write(self.file, data)
             data, offset = data[written:], offset + written
 
 
 class MappedFile:
-    """A safetensors file whose tensors are used where they lie; a tensor's pages leave the process when it is let go.
+    """A memory-mapped safetensors file; :meth:`let_go` releases the pages of a tensor.
 
-    What is written to a tensor changes the file, or, with ``read_only``, is lost.
+    Writing to a tensor changes the file. With ``read_only``, such changes are lost.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
@@ -310,7 +322,7 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if read_only else mmap.ACCESS_WRITE)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor's own bytes; ``dtype`` is needed where they are no floats."""
+        """Returns a tensor that shares the mapped memory; ``dtype`` must be given for a tensor that is not floating-point."""
         entry = self.entries[name]
         dtype = dtype or entry.dtype
         count = (entry.end - entry.start) // dtype.itemsize
@@ -319,12 +331,12 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
     def let_go(self, name: str) -> None:
-        """Take the tensor's pages out of the process; what was written stays in the file."""
+        """Releases the tensor's pages from the process; changes that were written to a file are kept."""
         entry, page = self.entries[name], mmap.PAGESIZE
         start = entry.start // page * page
-        if entry.end > start and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none: there the system decides
+        if entry.end > start and hasattr(mmap, "MADV_DONTNEED"):  # missing on Windows, which releases pages by itself
             self._map.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
 
     def flush(self) -> None:
-        """Write what was changed to disk."""
+        """Flushes changes to disk."""
         self._map.flush()

@@ -1,8 +1,8 @@
-"""Arithmetic: addition and subtraction are retained, multiplication and division forgotten.
+"""Arithmetic data: addition and subtraction are retained, multiplication and division forgotten.
 
-Two variants. *Compact*, for the demo: one problem a row in seventeen characters, ``<bos>12+34=46<bos>``. *Published* (the generator
-of the code of arXiv 2506.06278, with word problems of our own): equations with spaces and float quotients, and word problems, packed.
-In both ``<bos>`` separates problems and ends an answer, as published.
+There are two variants. *Compact*, for the demo, has one problem per row (``<bos>12+34=46<bos>``) and 17 different tokens.
+*Published* follows the generator in the code of arXiv 2506.06278, with our own word problems: equations with spaces and float
+quotients, and word problems, packed. In both, ``<bos>`` separates problems and ends an answer, as published.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ MAX_ADD, MAX_MULTIPLY = 50, 20  # operands of + and - are drawn from 1..50, thos
 def compact_splits(
     seed: int, train_rows: int, eval_prompts: int = 1000, held_out: float = 0.1
 ) -> tuple[PreTrainedTokenizerFast, dict[str, Rows]]:
-    """The demo's tokenizer and splits: train, valid, test and heldout, each for retain and forget.
+    """Makes the demo's tokenizer and splits: train, valid, test and heldout, each for retain and forget.
 
-    Operations are uniform within a group and operands as published; quotients are integers. Prompts of ``valid_*`` and ``test_*`` are
-    drawn like the training rows, so they are problems of the training distribution, as published, with repeats (a forget group has
-    720 different ones). ``heldout_*`` are drawn from operand pairs that no other split has: the share ``held_out`` of each
-    operation's pairs, ``a + b`` with ``b + a``; the inverse of a held-out product may be seen, operations choose independently.
+    Operations are drawn uniformly within a group and operands as published; quotients are integers. ``valid_*`` and ``test_*``
+    are drawn like the training rows, as published, so they repeat training problems (a forget group has 720 different ones).
+    ``heldout_*`` are drawn from operand pairs that no other split has: the share ``held_out`` of each operation's pairs, where
+    ``a + b`` and ``b + a`` count as one. Pairs are held out for each operation independently, so training may contain the
+    inverse of a held-out product.
 
     Args:
-        seed: of the draws and of the held-out choice.
+        seed: seed of the draws and of the choice of held-out pairs.
         train_rows: problems in each of ``train_retain`` and ``train_forget``.
         eval_prompts: problems in each other split.
-        held_out: in [0, 1); 0 leaves the held-out splits away.
+        held_out: in [0, 1); 0 makes no held-out splits.
     """
     generator = np.random.default_rng(seed)
     held = _held_pairs(generator, held_out)
@@ -60,7 +61,7 @@ def compact_splits(
 
 
 def _held_pairs(generator: np.random.Generator, share: float) -> np.ndarray:
-    """``[4, 51, 51]`` bool by operation and drawn operands; exactly the share of the pairs, symmetric but for division."""
+    """Returns ``[4, 51, 51]`` bool: which operand pairs of each operation are held out; symmetric except for division."""
     held = np.zeros((4, MAX_ADD + 1, MAX_ADD + 1), dtype=bool)
     for index, operation in enumerate(OPERATIONS):
         largest = MAX_ADD if operation in "+-" else MAX_MULTIPLY
@@ -74,7 +75,7 @@ def _held_pairs(generator: np.random.Generator, share: float) -> np.ndarray:
 
 
 def _draw_pairs(generator: np.random.Generator, operations: str, count: int, allowed: np.ndarray) -> np.ndarray:
-    """``[count, 3]`` operation and operands as drawn, uniform over the operations, then over the allowed pairs."""
+    """Draws ``[count, 3]`` int64, operation and operands: uniform over the operations, then over the allowed pairs."""
     drawn = np.empty((count, 3), dtype=np.int64)
     drawn[:, 0] = [OPERATIONS.index(o) for o in np.array(list(operations))[generator.integers(0, len(operations), count)]]
     for index in {OPERATIONS.index(o) for o in operations}:
@@ -105,7 +106,7 @@ def _compact_rows(problems: np.ndarray, length: int, scored: bool) -> Rows:
 
 
 def _equation(operation: str, a: int, b: int) -> tuple[str, str]:
-    """Prompt and answer of a drawn pair: subtraction is ordered, division multiplies first."""
+    """Returns prompt and answer. Subtraction puts the larger operand first; division divides ``a * b`` by ``b``."""
     if operation == "-":
         a, b = max(a, b), min(a, b)
     elif operation == "/":
@@ -119,9 +120,9 @@ class Problem:
     """A published problem; its text is ``prompt + answer + tail``.
 
     Attributes:
-        prompt: up to the answer, the space before it included.
-        answer: digits; of an equation's quotient a float, such as ``20.0``.
-        tail: of a word problem, a space and the end of the sentence; empty for an equation.
+        prompt: text up to the answer, including the space before it.
+        answer: digits; for the quotient of an equation a float, such as ``20.0``.
+        tail: for a word problem, a space and the rest of the sentence; empty for an equation.
         operation: one of + - * /.
         kind: equation or word_problem.
     """
@@ -138,14 +139,14 @@ class Problem:
 
 
 def problems(kind: str, operations: str, count: int, seed: int = 99, held_out_templates: bool = False) -> Iterator[Problem]:
-    """``count`` published problems of one kind, the operation uniform over ``operations``; a function of the arguments alone.
+    """Yields ``count`` published problems of one kind, with operations drawn uniformly; a pure function of the arguments.
 
     Args:
         kind: equation or word_problem.
         operations: such as ``"+-*/"``.
         count: number of problems.
-        seed: of the draws; the published files use 99.
-        held_out_templates: word problems from the ten held-out templates of each operation instead of the twenty for training.
+        seed: seed of the draws; the published files use 99.
+        held_out_templates: whether to use the ten held-out templates of each operation instead of the twenty for training.
     """
     if kind not in ("equation", "word_problem"):
         raise ValueError(f"kind: got {kind!r}, wanted equation or word_problem")
@@ -162,7 +163,7 @@ def problems(kind: str, operations: str, count: int, seed: int = 99, held_out_te
 
 
 def mixture(operations: str, count: int, seed: int = 99) -> list[Problem]:
-    """``count`` problems, half equations and half word problems, shuffled: the published training files in small or in full."""
+    """Returns ``count`` problems, half equations and half word problems, shuffled, as in the published training files."""
     drawn = list(problems("equation", operations, count - count // 2, seed)) + list(
         problems("word_problem", operations, count // 2, seed)
     )
@@ -171,7 +172,7 @@ def mixture(operations: str, count: int, seed: int = 99) -> list[Problem]:
 
 
 def evaluation_problems(per_operation: int = 100, seed: int = 42) -> list[Problem]:
-    """The published evaluation: 100 problems for each operation and kind, 800 in all, word problems from held-out templates."""
+    """Returns the published evaluation: 100 problems per operation and kind, 800 in all, with held-out templates."""
     return [
         problem
         for operation in OPERATIONS
@@ -183,18 +184,21 @@ def evaluation_problems(per_operation: int = 100, seed: int = 42) -> list[Proble
 def published_splits(
     tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int, train_rows: int, eval_prompts: int, isolated: bool = False
 ) -> dict[str, Rows]:
-    """Published problems as splits: training rows packed to ``length``, evaluation rows with one problem each.
+    """Makes splits of published problems: training rows packed to ``length``, evaluation rows with one problem each.
 
-    Equations are not held out from training, word-problem templates are, as published; there is no held-out split. An evaluation
-    row counts the tokens of the answer and the one after it, which ends it.
+    As published, the templates of word problems are held out from training, and equations are not; there is no held-out split.
+    In an evaluation row, the tokens of the answer and the one that ends it are scored.
 
     Args:
-        tokenizer: a fast one, with a token for the beginning of a text, or for its end where it has no such.
+        tokenizer: a fast tokenizer with a token for the beginning or the end of a text.
         length: tokens in a packed row.
-        seed: of the draws.
+        seed: seed of the draws.
         train_rows: problems in each of ``train_retain`` and ``train_forget``.
-        eval_prompts: problems in each other split, shared by operation and kind.
-        isolated: packed problems do not attend to each other.
+        eval_prompts: problems in each other split, divided among operations and kinds.
+        isolated: whether packed problems must not attend to each other.
+
+    Raises:
+        ValueError: the tokenizer is not fast, or has neither token.
     """
     splits = {}
     separator, fill = separator_of(tokenizer), fill_of(tokenizer)
@@ -259,7 +263,7 @@ def _operands(generator: random.Random, operation: str) -> tuple[int, int]:
 def _scored_rows(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> Rows:
     separator, encoded = separator_of(tokenizer), []
     for problem in chosen:
-        # The whole text is tokenised, as in training: a BPE token may join the answer to what stands before it.
+        # Tokenise the whole text, as in training, because a BPE token may join the answer to the text before it.
         whole = tokenizer(problem.text, add_special_tokens=False, return_offsets_mapping=True)
         start, end = len(problem.prompt), len(problem.prompt) + len(problem.answer)
         inside = [low < end and high > start for low, high in whole["offset_mapping"]]

@@ -1,4 +1,4 @@
-"""Text to token ids, whatever the tokenizer: what it puts around a text by itself, and control tokens that are written out in one."""
+"""Converts text to token ids with any tokenizer, with control over special tokens around and inside the text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: bool = False) -> list[list[int]]:
-    """Token ids of ``texts``, without what the tokenizer puts around a text.
+    """Returns the token ids of ``texts``, without the special tokens that the tokenizer puts around a text.
 
     Args:
-        tokenizer: any of transformers.
-        texts: documents, prompts; not to be trusted.
-        parse: a control token that is written out (``</s>``, ``<pad>``) becomes that token. Otherwise it is text like any other, as it was
-            when it was written: nobody ends a document by writing about its end.
+        tokenizer: any tokenizer of transformers.
+        texts: documents or prompts; their contents need not be trusted.
+        parse: whether a control token that is written out in a text (``</s>``, ``<pad>``) becomes that token. If not, it is
+            encoded as plain text, so that a document that mentions an end-of-text token does not end there.
 
     Raises:
-        ValueError: a text with a control token that the tokenizer cannot write as text, or with a character that it has no token for, not
-            even an unknown one.
+        ValueError: the tokenizer cannot encode a written-out control token as plain text, or a text has a character for which
+            it has no token, not even an unknown one.
     """
     if not texts:
         return []
@@ -42,9 +42,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: 
 
 
 def encoded_with_beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: bool = False) -> list[list[int]]:
-    """:func:`encoded`, after what the tokenizer puts before a text by itself, once.
+    """Returns :func:`encoded` with the special tokens that the tokenizer puts before a text, once.
 
-    What it puts after a text is left out: the text goes on.
+    Those that it puts after a text are left out, because the text continues.
     """
     before, _ = surroundings(tokenizer, max(texts, key=len))
     bare = encoded(tokenizer, texts, parse=parse)
@@ -52,7 +52,7 @@ def encoded_with_beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[s
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Ids and contents of the tokens that no text is made of; the unknown one is not among them."""
+    """Returns ids and contents of the special tokens, which plain text must not produce; leaves out the unknown token."""
     control = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     control |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     control.pop(tokenizer.unk_token_id, None)
@@ -60,40 +60,40 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def surroundings(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after ``text`` by itself: a beginning or an end of text, both or neither.
+    """Returns the special tokens that the tokenizer puts before and after ``text`` by itself; either may be empty.
 
     Raises:
-        ValueError: a tokenizer that does more to a text than put tokens around it.
+        ValueError: the tokenizer does more to a text than put tokens around it.
     """
-    text = text.strip()[:8] or text  # a few characters show it
+    text = text.strip()[:8] or text  # a few characters are enough to see it
     whole, bare = (tokenizer(text, add_special_tokens=add, split_special_tokens=True)["input_ids"] for add in (True, False))
     for first in range(len(whole) - len(bare) + 1):
         if whole[first : first + len(bare)] == bare:
             return whole[:first], whole[first + len(bare) :]
     raise ValueError(
-        f"tokenizer: got {whole} for {text!r} and {bare} without special tokens, wanted one that puts special tokens around a text alone"
+        f"tokenizer: got {whole} for {text!r} and {bare} without special tokens, wanted one that only puts tokens around it"
     )
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before each document: the beginning of a text, or the end where the tokenizer has no beginning.
+    """Returns the token that separates documents: beginning of text, or end of text if the tokenizer has no beginning.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the tokenizer has neither.
     """
     separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if separator is None:
-        raise ValueError("data.tokenizer: got one without a token for the beginning or end of a text")
+        raise ValueError("data.tokenizer: got one without a token for the beginning or end of a text, wanted one with either")
     return separator
 
 
 def fill_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id with which rows are filled up; any would do, since padding is told by its position."""
+    """Returns the id that pads rows. Any id would do, since rows record the length of their text."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]) -> list[int]:
-    """Token ids of a text whose vocabulary has a control token as a word or piece of its own: it is cut up, and its parts encoded."""
+    """Encodes a text that contains a written-out control token as plain text, by cutting the control token into parts."""
     ids: list[int] = []
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
@@ -107,7 +107,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, s
                 ids += [token.id for token in backend.model.tokenize(piece[first:last])]
     if not ids or not control.keys().isdisjoint(ids):
         raise ValueError(
-            f"text: got {_shown(text)}, of which the tokenizer makes a control token however it is cut; wanted text without it, or "
+            f"text: got {_shown(text)}, of which the tokenizer makes a control token even if cut; wanted text without it, or "
             f"special_tokens parse"
         )
     return ids

@@ -1,4 +1,4 @@
-"""What a model can read: ids below its vocabulary, rows within its positions. Refused where data reaches a model, not inside it."""
+"""Limits of what a model can read (largest token id, number of positions), checked before data reaches it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from undo_core.models import positions_of
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one or more models that read the same rows.
+    """Limits that one or more models set on the rows that all of them read.
 
     Attributes:
-        vocabulary: rows of the smallest embedding or head.
-        positions: that a row may take; None where no model has a limit.
-        whole: whether a row's last token is read too; elsewhere it is a label alone.
+        vocabulary: rows of the smallest embedding or head; token ids must be below.
+        positions: largest number of tokens that may be read from a row; None if no model has a limit.
+        whole: whether a row's last token is read too; if not, it is only a label.
     """
 
     vocabulary: int
@@ -26,11 +26,11 @@ class Limits:
     whole: bool = False
 
     def check_rows(self, rows: Rows, name: str) -> None:
-        """Raise a ValueError where a model cannot read ``rows``; ``name`` is the argument that they came by."""
+        """Raises a ValueError if a model cannot read ``rows``; ``name`` is the argument that the error names."""
         self.check(rows.length, int(rows.input_ids.min()), rows.largest_id(), name)
 
     def check(self, length: int, smallest: int, largest: int, name: str) -> None:
-        """Raise a ValueError where a model cannot read rows of ``length`` tokens with ids from ``smallest`` to ``largest``."""
+        """Raises a ValueError if a model cannot read rows of ``length`` tokens with ids from ``smallest`` to ``largest``."""
         if smallest < 0:
             raise ValueError(f"{name}: got token id {smallest}, wanted ids from 0")
         if largest >= self.vocabulary:
@@ -47,13 +47,13 @@ class Limits:
 
 
 def limits_of(*models: PreTrainedModel, whole: bool = False) -> Limits:
-    """The limits of what all of ``models`` read."""
+    """Returns the limits within which all of ``models`` can read rows."""
     vocabularies = [layer.weight.shape[0] for model in models for layer in _ends(model)]
     return Limits(min(vocabularies), _least([positions_of(model.config) for model in models]), whole)
 
 
 def _ends(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The embedding and the head, those of them that are a table of the vocabulary."""
+    """Returns the embedding and the head, as far as they have a matrix with a row for each vocabulary entry."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return [layer for layer in layers if getattr(getattr(layer, "weight", None), "ndim", 0) == 2]
 

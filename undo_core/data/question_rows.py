@@ -1,4 +1,4 @@
-"""Multiple-choice questions as token rows, which :func:`undo_core.evaluate` scores like any others with answers."""
+"""Converts multiple-choice questions to token rows, which :func:`undo_core.evaluate` scores."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def question_splits(
     seed: int,
     positions: int | None,
 ) -> tuple[dict[str, Rows], dict[str, int]]:
-    """Rows of valid and test for each entry of ``chosen``, and how many questions of each are cut to fit into the model.
+    """Returns the rows of valid and test for each entry of ``chosen``, and how many questions of each were truncated.
 
-    A question's split is a hash of the seed, its text and its choices: copies, with their choices in any order, fall into one split, and
-    a question's does not depend on the others. Its tokens are those that lm-eval gives a model, and the letter's at the end.
+    A hash of the seed, a question's text and its choices decides its split. Copies with the same choices in any order therefore
+    fall into the same split, and the split does not depend on other questions. A row has the tokens that lm-eval gives a model,
+    and then the right letter's token.
 
     Args:
-        tokenizer: what it puts before a text by itself stands before the prompt; what it puts after one is left out, since the answer
-            comes there.
+        tokenizer: the special tokens that it puts before a text stand before the prompt. Those that it puts after a text are
+            left out, since the answer follows.
         chosen: the questions by name, retain and forget.
         valid_fraction: share of the questions in valid; the others are test.
-        seed: of the split.
-        positions: that the model has; None for one without a limit. Of a longer prompt the beginning is left out.
+        seed: seed of the split.
+        positions: number of the model's positions; None if it has no limit. A longer prompt loses its beginning.
 
-    Memory: 5 bytes a token of the longest question, for each question.
+    Memory: for each question, 5 bytes per token of the longest question.
 
     Raises:
-        ValueError: a split without a question, a tokenizer with more or less than one token for a letter, or what is wrong with a file.
+        ValueError: a split has no question, the tokenizer does not give exactly one token for a letter, or a file is malformed.
         FileNotFoundError: a file is missing.
     """
     splits: dict[str, Rows] = {}
@@ -64,7 +65,7 @@ def _rows(
 ) -> tuple[Rows, int]:
     asked = [_encode(tokenizer, text, len(question.choices), parse) for question, text in posed]
     cut = sum(positions is not None and len(given) > positions for given, _ in asked)
-    # The last token, the right letter, is a label alone: no position of the model reads it.
+    # The last token, the right letter, is only a label: it takes no position of the model.
     prompts = [given if positions is None else given[-positions:] for given, _ in asked]
     lengths = torch.tensor([len(given) + 1 for given in prompts], dtype=torch.int32)
     ids = torch.full((len(posed), int(lengths.max())), fill_of(tokenizer), dtype=torch.int32)
@@ -81,7 +82,7 @@ def _rows(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: bool) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, and the one that each of the first ``count`` letters adds to it."""
+    """Returns the tokens of the prompt, and the one token that each of the first ``count`` letters adds to it."""
     texts = [prompt, *(f"{prompt} {letter}" for letter in LETTERS[:count])]
     given, *whole = encoded_with_beginning(tokenizer, texts, parse=parse)
     added = [ids[len(given) :] for ids in whole]
@@ -104,7 +105,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: 
 
 
 def _share(question: Question, seed: int) -> float:
-    """A number in [0, 1), evenly distributed over questions."""
+    """Returns a number in [0, 1), a hash of the question that is uniform over questions."""
     text = "\n".join([question.question.strip(), *sorted(choice.strip() for choice in question.choices)])
     digest = hashlib.sha256(f"{seed}/{text}".encode()).digest()
     return int.from_bytes(digest[:8], "little") / 2**64

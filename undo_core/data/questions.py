@@ -1,4 +1,4 @@
-"""Multiple-choice questions: read from files, and put as lm-eval's WMDP and MMLU tasks put them."""
+"""Reads multiple-choice questions from files and formats them as prompts, as lm-eval's WMDP and MMLU tasks do."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DESCRIPTION = "The following are multiple choice questions (with answers) about 
 
 @dataclass(frozen=True)
 class MultipleChoiceConfig:
-    """Which questions, and how they are put.
+    """Chooses multiple-choice questions and the format of their prompts.
 
     Attributes:
-        files: of questions: JSONL, Parquet or hf://name[:config[:split]]; see :func:`read_questions`.
-        examples: the same, of answered questions to show before each one.
-        shots: how many of them, of the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
-        description: text before everything; ``{subject}`` in it becomes the question's subject.
-        limit: share of each subject's questions, the first ones, in (0, 1]; published for MMLU: 0.4.
+        files: files of questions: JSONL, Parquet or hf://name[:config[:split]]; see :func:`read_questions`.
+        examples: files of answered questions, some of which are shown before each question.
+        shots: number of examples to show, from the question's subject; the published settings are 0 for WMDP and 5 for MMLU.
+        description: text before everything else; ``{subject}`` in it becomes the question's subject.
+        limit: share of each subject's questions to take, from the first on, in (0, 1]; published for MMLU: 0.4.
         special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
     """
 
@@ -53,10 +53,10 @@ class Question:
     """A question with its choices.
 
     Attributes:
-        question: text.
-        choices: texts, 2 to 26.
+        question: text of the question.
+        choices: texts of the choices, 2 to 26.
         answer: index of the right choice.
-        subject: what it is about (``high_school_biology``); examples of the same subject are shown before it.
+        subject: topic (``high_school_biology``); examples of the same subject are shown before the question.
     """
 
     question: str
@@ -65,23 +65,24 @@ class Question:
     subject: str = ""
 
     def prompt(self) -> str:
-        """The question, a line a choice, and ``Answer:``, after which a space and the right letter come."""
+        """Returns the question, one line per choice, and ``Answer:``; a space and the right letter would follow."""
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join([self.question.strip(), *lines, "Answer:"])
 
 
 def read_questions(sources: Iterable[str | Path]) -> list[Question]:
-    """The questions of every source, in order.
+    """Reads the questions of every source, in order.
 
     Args:
-        sources: ``.jsonl`` or ``.parquet`` files, or ``hf://name[:config[:split]]`` (the split ``test`` where none is named), with the
-            fields ``question``, ``choices``, ``answer`` (an index) and, where it has one, ``subject`` (a text): the columns of ``cais/wmdp``
-            and ``cais/mmlu``.
+        sources: ``.jsonl`` or ``.parquet`` files, or ``hf://name[:config[:split]]`` (the split ``test`` where none is named),
+            with the fields ``question``, ``choices``, ``answer`` (an index) and, where it has one, ``subject`` (a text): the
+            columns of ``cais/wmdp`` and ``cais/mmlu``.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown ending, a malformed record, something that is not text, or a source without a question; names source and row.
-        ImportError: an extra is missing; names the command that installs it.
+        ValueError: an unknown ending, a malformed record, something that is not text, or a source without a question. The error
+            names source and row.
+        ImportError: a package is missing; the error names the command that installs it.
     """
     found = []
     for source in map(str, sources):
@@ -94,7 +95,7 @@ def read_questions(sources: Iterable[str | Path]) -> list[Question]:
 
 
 def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]:
-    """The first share ``limit`` of each subject's questions, rounded up."""
+    """Returns the first questions of each subject: the share ``limit`` of them, rounded up."""
     left: dict[str, int] = {}
     for question in questions:
         left[question.subject] = left.get(question.subject, 0) + 1
@@ -108,7 +109,7 @@ def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]
 
 
 def posed(config: MultipleChoiceConfig) -> tuple[list[Question], list[str]]:
-    """The questions that ``config`` chooses, and what a model reads before it answers each.
+    """Reads the questions that ``config`` chooses, and returns them with their prompts.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`read_questions` and :func:`prompts`.
@@ -121,17 +122,21 @@ def posed(config: MultipleChoiceConfig) -> tuple[list[Question], list[str]]:
 def prompts(
     questions: Sequence[Question], examples: Sequence[Question] = (), *, shots: int = 0, description: str = ""
 ) -> list[str]:
-    """What a model reads before it answers: the description, the first ``shots`` examples of the question's subject with their
-    answers, the question.
+    """Returns the prompt of each question.
+
+    A prompt consists of the description, the first ``shots`` examples of the question's subject with their answers, and the
+    question.
 
     Args:
-        questions: to be answered.
-        examples: answered questions; those of one subject in the order in which they are shown.
-        shots: number of examples.
-        description: text before everything; ``{subject}`` in it becomes the question's, with spaces for underscores.
+        questions: questions to be answered.
+        examples: answered questions; those of a subject are shown in this order.
+        shots: number of examples to show.
+        description: text before everything else; ``{subject}`` in it becomes the question's subject, with spaces for
+            underscores.
 
     Raises:
-        ValueError: a subject with fewer examples than ``shots``; ``{subject}`` with a question that has none.
+        ValueError: a subject has fewer examples than ``shots``, or the description has ``{subject}`` and a question has no
+            subject.
     """
     by_subject: dict[str, list[Question]] = {}
     for example in examples:
@@ -141,11 +146,11 @@ def prompts(
         known = by_subject.get(subject, [])[:shots]
         if len(known) < shots:
             raise ValueError(
-                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted as many examples"
+                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted at least as many examples as shots"
             )
         if not subject and "{subject}" in description:
             raise ValueError(
-                f"description: got {description!r} and a question without a subject, wanted one that names what it is about"
+                f"description: got {description!r} and a question without a subject, wanted a subject for every question"
             )
         parts = [f"{example.prompt()} {LETTERS[example.answer]}\n\n" for example in known]
         heads[subject] = description.replace("{subject}", subject.replace("_", " ")) + "".join(parts)

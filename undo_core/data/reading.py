@@ -1,6 +1,7 @@
-"""Documents and records from files and from the Hugging Face hub, with the rules of :mod:`undo_core.io.text_files` for every format.
+"""Reads documents and records from files and from the Hugging Face hub.
 
-Nothing is replaced, and nothing left out but documents of white space alone.
+:mod:`undo_core.io.text_files` says what counts as text in every format. No character is replaced, and nothing is left out
+except documents of white space alone.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ ENDINGS = {"text": (".txt", ".jsonl", ".parquet"), "records": (".jsonl", ".parqu
 
 
 def read_documents(sources: Iterable[str], *, field: str = "text") -> Iterator[str]:
-    """The documents of every source, in order; empty ones are left out.
+    """Yields the documents of every source, in order; documents of white space alone are left out.
 
     Args:
-        sources: ``.txt`` (a document a line), ``.jsonl`` (``field`` of every line), ``.parquet`` (column ``field``), or
+        sources: ``.txt`` (one document per line), ``.jsonl`` (``field`` of every line), ``.parquet`` (column ``field``), or
             ``hf://name[:config[:split]][#field]``, streamed with Hugging Face ``datasets`` (the extra ``undo-core[data]``).
-        field: of JSONL and Parquet.
+        field: name of the field with the text.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown ending, a malformed line, a missing field, a source without a document, or something that is not text (see
-            :func:`undo_core.io.text_files.checked_text`); names file and row.
-        ImportError: an extra is missing; names the command that installs it.
+        ValueError: an unknown ending, a malformed line, a missing field, a source without a document, or something that is not
+            text (see :func:`undo_core.io.text_files.checked_text`). The error names file and row.
+        ImportError: a package is missing; the error names the command that installs it.
     """
     for source in map(str, sources):
         empty = True
@@ -58,14 +59,14 @@ def _documents(source: str, field: str) -> Iterator[str]:
 def read_records(
     source: str, argument: str, *, split: str, accepts: str = "records", column: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Every record of a JSONL or Parquet file or of a data set on the hub, with its place (``line 3``, ``row 3``).
+    """Yields every record of a JSONL or Parquet file or of a data set on the hub, with its place (``line 3``, ``row 3``).
 
     Args:
         source: path, or ``hf://name[:config[:split]]``.
-        argument: name of what was asked for, in errors.
-        split: of the hub's data set, where the source names none.
-        accepts: which endings an error lists.
-        column: of Parquet, the only one that is read; it has to hold text.
+        argument: name of the setting, for errors.
+        split: split of the hub's data set, if the source names none.
+        accepts: "text" or "records": the endings that an error lists.
+        column: the only column to read from Parquet, which must hold text; None reads all columns.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`read_documents`.
@@ -79,7 +80,7 @@ def read_records(
         for number, line in text_lines(path):
             if line.strip():
                 where = f"line {number}"
-                if "\0" in line:  # JSON escapes it: no JSON, or another encoding
+                if "\0" in line:  # JSON would escape it, so this is not JSON or has another encoding
                     checked_text(line, f"{path}, {where}")
                 yield where, _json(line, f"{path}, {where}")
     elif path.suffix == ".parquet":
@@ -105,7 +106,7 @@ def _listed(accepts: str) -> str:
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except (ValueError, RecursionError) as error:  # a ValueError also of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits raises a plain ValueError
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise ValueError(f"{where}: not JSON ({reason}); wanted one object a line") from None
 
@@ -117,7 +118,7 @@ def _parquet_records(path: Path, column: str | None) -> Iterator[tuple[str, Any]
     except ImportError:
         raise ImportError(f"{path}: reading Parquet needs pyarrow; pip install 'undo-core[data]'") from None
     check_is_content(path)
-    number = 0  # rows that were read
+    number = 0  # rows read so far
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if column is not None:
@@ -149,7 +150,7 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
 
 
 def _hub_records(source: str, split: str) -> Iterator[dict[str, Any]]:
-    """The records of ``hf://name[:config[:split]]``, streamed; of ``split`` where the source names none."""
+    """Streams the records of ``hf://name[:config[:split]]``; ``split`` is the default if the source names none."""
     try:
         import datasets
     except ImportError:

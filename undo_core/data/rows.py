@@ -1,7 +1,7 @@
-"""Token rows: the one form in which every stage reads its data.
+"""Token rows (sequences of token ids, all of one length): the form in which every stage reads its data.
 
-A row is a fixed number of token ids. The rows of a split live in one safetensors file; the order in which a stage reads
-them is a function of ``(seed, step)`` alone, so that a resumed run sees what the uninterrupted one would have seen.
+The rows of a split are stored in one safetensors file. A stage reads them in an order that depends only on ``(seed, step)``, so
+that a resumed run sees the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 _ALL = slice(None)
-_DTYPES = {  # of what a file of rows holds
+_DTYPES = {  # the columns of a file of rows, and the dtypes in which they are saved
     "input_ids": torch.int32,
     "lengths": torch.int32,
     "starts": torch.bool,
@@ -34,18 +34,19 @@ class Rows:
 
     Attributes:
         input_ids: ``[n, length]`` int32 token ids.
-        pad_id: id that fills a row after its text. It says nothing about which tokens are text: a tokenizer whose padding token also
-            ends texts has it within them, and there it is a label like any other.
+        pad_id: id that fills a row after its text. It does not tell which tokens are text: where a tokenizer's padding token
+            also ends texts, it occurs within them and is a label like any other.
         answer_mask: ``[n, length]`` bool, True on the tokens of the answer and its terminator, for splits that are scored by
             exact match; None for plain text, which is scored by cross-entropy.
         group: ``[n]`` int16 index into ``group_names`` (the operation of an arithmetic problem), or None.
         group_names: names of the groups.
-        lengths: ``[n]`` int32, how many of a row's tokens are text; the rest, on its right, is padding: never a label, and never attended
-            to by what comes before it. None derives them: a row ends where its closing run of ``pad_id`` begins.
-        starts: ``[n, length]`` bool, True where a document begins, where documents are isolated from each other: none attends to
-            another, and positions start again at each. None where a row is read as one text.
-        choices: ``[n, k]`` int32, of multiple-choice questions: the token of each choice's letter, -1 beyond a question's choices. The
-            answer is then one token, of the right letter, and the last of the row; the rows are scored by which letter is likeliest.
+        lengths: ``[n]`` int32, the number of text tokens in each row. The tokens to their right are padding: never a label, and
+            never attended to by the text. None derives the lengths: a row's text ends where its final run of ``pad_id`` begins.
+        starts: ``[n, length]`` bool, True where a document begins, for isolated documents: none attends to another, and
+            positions start again at each. None if each row is read as one text.
+        choices: ``[n, k]`` int32, for multiple-choice questions: the token of each choice's letter, -1 beyond a question's
+            choices. The answer is then a single token, the right letter, after the prompt. A row counts as right if its right
+            letter is the likeliest.
     """
 
     input_ids: torch.Tensor
@@ -82,9 +83,11 @@ class Rows:
         if choices.ndim != 2 or len(choices) != len(self):
             raise ValueError(f"choices: got shape {tuple(choices.shape)}, wanted [{len(self)}, k] for the rows of input_ids")
         if self.answer_mask is None or not (self.answer_mask[:, 1:].sum(1) == 1).all() or self.answer_mask[:, 0].any():
-            raise ValueError("answer_mask: got one with choices that marks other than one token after a prompt in each row")
+            raise ValueError(
+                "answer_mask: got choices and a mask with none or several tokens in a row, wanted one after the prompt"
+            )
         if not (self.input_ids[self.answer_mask][:, None] == choices).any(1).all():
-            raise ValueError("choices: got rows whose answer is none of them, wanted the tokens of all letters")
+            raise ValueError("choices: got rows whose answer is not among them, wanted the tokens of all letters")
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -94,20 +97,23 @@ class Rows:
         return self.input_ids.shape[1]
 
     def largest_id(self) -> int:
-        """Of the tokens that a model has to know."""
+        """Returns the largest token id that a model must know, letters of choices included."""
         return int(self.input_ids.max()) if self.choices is None else int(max(self.input_ids.max(), self.choices.max()))
 
     def tokens(self) -> int:
-        """Number of tokens that are not padding."""
+        """Returns the number of tokens that are not padding."""
         return int(self.lengths.sum())
 
     def text_mask(self, index: torch.Tensor | slice = _ALL) -> torch.Tensor:
-        """``[rows, length]`` bool of the rows ``index``: True on text, False on padding."""
+        """Returns ``[rows, length]`` bool for the rows ``index``: True on text, False on padding."""
         return torch.arange(self.length) < self.lengths[index, None]
 
     def position_ids(self, index: torch.Tensor | slice = _ALL) -> torch.Tensor | None:
-        """``[rows, length]`` int64 of the rows ``index``: each token's distance from the beginning of its document, or of the row; None
-        where documents are not isolated."""
+        """Returns ``[rows, length]`` int64 for the rows ``index``, or None if documents are not isolated.
+
+        A position is a token's distance from the beginning of its document (or of the row, for a document continued from
+        another row).
+        """
         if self.starts is None:
             return None
         starts = self.starts[index]
@@ -115,30 +121,31 @@ class Rows:
         return at - torch.where(starts, at, 0).cummax(1).values
 
     def take(self, index: torch.Tensor | slice) -> Rows:
-        """The chosen rows, by number or by a mask."""
+        """Returns the rows that ``index`` selects, by number or by mask."""
         taken = {name: None if column is None else column[index] for name, column in self._columns().items()}
         return dataclasses.replace(self, **taken)
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """The token ids of ``parts``, one after the other; answers, groups and choices are left out."""
+        """Concatenates the token ids, lengths and document starts of ``parts``; drops answers, groups and choices."""
         columns = {name: [getattr(rows, name) for rows in parts] for name in ("input_ids", "lengths", "starts")}
         together = {n: None if any(column is None for column in many) else torch.cat(many) for n, many in columns.items()}
         return cls(pad_id=parts[0].pad_id, **together)
 
     def _columns(self) -> dict[str, torch.Tensor | None]:
-        """Every tensor, in the dtype in which it is saved."""
+        """Returns every column, converted to the dtype in which it is saved."""
         columns = {name: getattr(self, name) for name in _DTYPES}
         return {name: None if column is None else column.to(_DTYPES[name]) for name, column in columns.items()}
 
     def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
-        """Token ids ``[size, length]`` int64 of batch ``step``: the rows of :meth:`order`."""
+        """Returns the token ids ``[size, length]`` int64 of batch ``step``: the rows that :meth:`order` gives."""
         return self.input_ids[self.order(step, size, seed)].long()
 
     def order(self, step: int, size: int, seed: int) -> torch.Tensor:
-        """Indices ``[size]`` int64 of batch ``step``'s rows: a fresh permutation of the rows in every epoch.
+        """Returns the indices ``[size]`` int64 of the rows of batch ``step``; each epoch is a new permutation of the rows.
 
-        A pure function of its arguments. An epoch's last rows continue with the first of the next, so every batch is full.
+        The result depends on the arguments alone. Where an epoch ends within a batch, the next epoch fills it, so every batch
+        is full.
         """
         n = len(self)
         first, taken = step * size, []
@@ -150,7 +157,7 @@ class Rows:
         return torch.cat(taken)
 
     def digest(self) -> str:
-        """SHA-256 of the token ids, of what counts as padding and of where documents begin, in hexadecimal."""
+        """Returns the SHA-256 of token ids, lengths and document starts, in hexadecimal."""
         digest = hashlib.sha256(f"{tuple(self.input_ids.shape)}".encode())
         for name in ("input_ids", "lengths", "starts"):
             column = self._columns()[name]
@@ -160,18 +167,18 @@ class Rows:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the rows to a safetensors file."""
+        """Writes the rows to a safetensors file."""
         tensors = {name: column.contiguous() for name, column in self._columns().items() if column is not None}
-        # One entry only: safetensors writes several in an order that changes from run to run.
+        # A single metadata entry, because safetensors writes several in an order that changes from run to run.
         facts = {"pad_id": self.pad_id, "group_names": self.group_names}
         save_file(tensors, path, metadata={"rows": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> Rows:
-        """Read rows written by :meth:`save`.
+        """Reads rows that :meth:`save` wrote.
 
         Raises:
-            ValueError: a file of something else, or one that an older version wrote, which does not say where a row's text ends.
+            ValueError: the file holds no rows, or an older version wrote it, without the lengths of the rows.
         """
         with safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}
@@ -179,7 +186,7 @@ class Rows:
                 raise ValueError(f"{path}: not a file of token rows (wanted a tensor 'input_ids' and a metadata entry 'rows')")
             if "lengths" not in keys:
                 raise ValueError(
-                    f"{path}: got token rows without 'lengths', from a version that told padding by its token; wanted rows of this version; "
+                    f"{path}: got token rows without 'lengths', written by an older version; wanted rows of this version; "
                     f"prepare the data again"
                 )
             facts = json.loads(metadata["rows"])
@@ -188,10 +195,10 @@ class Rows:
 
 
 def _derived_lengths(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """``[n]``: where the closing run of ``pad_id`` begins in each row.
+    """Returns ``[n]``: the position at which the final run of ``pad_id`` begins in each row.
 
     Raises:
-        ValueError: a row has ``pad_id`` within its text too; there the token has a meaning of its own, with which a text can end.
+        ValueError: a row has ``pad_id`` within its text, so that the final run may belong to the text too.
     """
     text = input_ids != pad_id
     at = torch.arange(1, input_ids.shape[1] + 1)
@@ -210,7 +217,7 @@ _cache: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """Permutation of ``n`` rows for ``(seed, epoch)``; the last few are kept, since consecutive batches share one."""
+    """Returns the permutation of ``n`` rows for ``(seed, epoch)``; caches the last few, since consecutive batches share one."""
     key = (n, seed, epoch)
     if key not in _cache:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

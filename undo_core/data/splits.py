@@ -1,4 +1,4 @@
-"""The splits of a run, from its data settings."""
+"""Makes the splits of a run from its data settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ TRAIN_SPLITS = {"retain": "train_retain", "forget": "train_forget", "distill": "
 
 
 def distilled(splits: Container[str]) -> list[str]:
-    """What students are distilled on, of the splits that there are: text of its own, or the whole mix."""
+    """Returns the names of the training data for distillation: its own text if ``splits`` has one, else retain and forget."""
     return ["distill"] if TRAIN_SPLITS["distill"] in splits else ["retain", "forget"]
 
 
 def heldout_text(splits: Container[str], name: str) -> str:
-    """The validation split of text of ``name``, retain or forget: where questions are evaluated, one beside theirs."""
+    """Returns the name of the validation split of text for ``name`` (retain or forget).
+
+    With questions, ``valid_retain`` and ``valid_forget`` hold questions, and the text is in a split of its own.
+    """
     beside = f"valid_text_{name}"
     return beside if beside in splits else f"valid_{name}"
 
@@ -30,16 +33,19 @@ def heldout_text(splits: Container[str], name: str) -> str:
 def make_splits(
     settings: dict[str, Any], positions: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Rows], dict[str, int]]:
-    """Tokenizer and token rows of every split: train, valid and test, each for retain and forget, and held-out where there is one.
+    """Makes the tokenizer and the token rows of every split.
 
-    With questions, those are valid and test; the validation part of the text is beside them, its test part nowhere.
+    The splits are train, valid, test and, for some data, heldout, each for retain and forget.
+
+    With questions, valid and test hold the questions. The validation part of the text is then in ``valid_text_retain`` and
+    ``valid_text_forget``, and its test part is dropped.
 
     Args:
-        settings: the fields of :class:`undo_core.pipeline.config.DataConfig`, its seed set.
-        positions: that the model has; None for one without a limit.
+        settings: the fields of :class:`undo_core.pipeline.config.DataConfig`, with the seed set.
+        positions: number of the model's positions; None if it has no limit.
 
     Returns:
-        Tokenizer, rows by split, and for splits of questions how many are cut at their beginning to fit into ``positions``.
+        Tokenizer, rows by split, and for each split of questions how many lost their beginning to fit into ``positions``.
     """
     check_lengths(settings, positions)
     tokenizer, splits = _training_splits(settings)
@@ -55,14 +61,14 @@ def make_splits(
 
 
 def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
-    """Raise a ValueError where packed rows would be longer than the model can read, before any text is read.
+    """Raises a ValueError, before any text is read, if packed rows would be longer than the model can read.
 
-    Arguments are those of :func:`make_splits`.
+    The arguments are those of :func:`make_splits`.
     """
     if positions is None or settings["kind"] == "arithmetic-compact":
         return
     for name, length in (("length", settings["length"]), ("distill.length", settings["distill"]["length"])):
-        if length is not None and length - 1 > positions:  # the last token is a label alone
+        if length is not None and length - 1 > positions:  # the last token is only a label
             raise ValueError(
                 f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a row's last token "
                 f"is a label alone"
@@ -70,7 +76,7 @@ def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
 
 
 def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Rows]]:
-    """Of the data that a run trains on."""
+    """Makes the tokenizer and splits of the data that a run trains on, without questions."""
     kind, seed = settings["kind"], settings["seed"]
     if kind == "arithmetic-compact":
         return arithmetic.compact_splits(

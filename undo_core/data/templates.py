@@ -1,13 +1,13 @@
-"""Word problems: 20 training and 10 held-out templates for each operation, and the words that fill them.
+"""Templates of word problems, 20 for training and 10 held out for each operation, and the words that fill them.
 
-A template is ``(prompt, tail)``; the text is the filled prompt, the answer, a space and the filled tail.
+A template is ``(prompt, tail)``. The text of a problem is the filled prompt, the answer, a space and the filled tail.
 """
 
 from __future__ import annotations
 
 
 def _words(text: str) -> list[str]:
-    """Words between white space; an underscore stands for a space within one."""
+    """Splits ``text`` at white space; an underscore becomes a space within a word."""
     return [word.replace("_", " ") for word in text.split()]
 
 

@@ -1,4 +1,4 @@
-"""Text: tokenised, split and packed into rows with document boundaries."""
+"""Tokenises text, splits it into train, valid and test, and packs it into rows with document boundaries."""
 
 from __future__ import annotations
 
@@ -26,15 +26,24 @@ def pack(
     overflow: str = "carry",
     isolated: bool = False,
 ) -> Rows:
-    """Token ids of documents as rows of ``length``, each document preceded by the separator.
+    """Packs documents into rows of ``length`` tokens, each document preceded by the separator.
 
-    What overflows a row goes into the next one; ``overflow="discard"`` drops it, as the published packing does (arXiv 2506.06278's
-    code). The separator is the last label of the document before it; the last document has one after it too, where its row has room.
-    That row is padded. A separator that falls on a row's first token is no label, as no token is that stands there. ``isolated``
-    documents do not attend to each other. Memory: the rows, and a few of Python's lists of one document.
+    A separator is also the last label of the document before it. The last document gets one after it, if its row has room; that
+    row is then padded. A row's first token is never a label, even if it is a separator.
+
+    Args:
+        documents: token ids of each document.
+        length: tokens in a row, at least 2.
+        separator_id: token before each document.
+        pad_id: token that fills the last row.
+        overflow: "carry" continues a document in the next row; "discard" drops what does not fit, as the published packing does
+            (code of arXiv 2506.06278).
+        isolated: whether the documents of a row must not attend to each other.
+
+    Memory: the rows, and a few Python lists of the size of one document.
 
     Raises:
-        ValueError: no documents, a length under 2, or an unknown ``overflow``.
+        ValueError: there are no documents, ``length`` is below 2, or ``overflow`` is unknown.
     """
     if length < 2:
         raise ValueError(f"length: got {length}, wanted an integer >= 2")
@@ -43,7 +52,7 @@ def pack(
     rows: list[torch.Tensor] = []
     starts: list[torch.Tensor] = []
     row: list[int] = []
-    begins: list[int] = []  # where documents begin in the row
+    begins: list[int] = []  # positions in the row at which documents begin
 
     def finish() -> None:
         rows.append(torch.tensor(row + [pad_id] * (length - len(row)), dtype=torch.int32))
@@ -55,7 +64,7 @@ def pack(
     for document in documents:
         begins.append(len(row))
         whole = [separator_id, *document]
-        at = 0  # by position, so that the time is linear in a document of any length
+        at = 0  # an index instead of slicing the rest off, so that the time is linear in the document's length
         while at < len(whole):
             space = length - len(row)
             row += whole[at : at + space]
@@ -88,26 +97,29 @@ def text_splits(
     isolated: bool = False,
     parse: bool = False,
 ) -> dict[str, Rows]:
-    """Rows of train, valid and test, each for retain and forget; a document's split is a hash of the seed and its text.
+    """Returns the rows of train, valid and test, each for retain and forget, by name (``train_retain``).
 
-    Copies of one document thus fall into one split. The rows carry no answers: they are scored by cross-entropy.
+    A hash of the seed and a document's text decides its split, so that copies of a document fall into the same split. The rows
+    carry no answers: they are scored by cross-entropy.
 
     Args:
-        tokenizer: a document is preceded by its beginning-of-text token, or its end-of-text token where it has no such.
-        retain: sources of :func:`read_documents`, or their shares of ``tokens``.
+        tokenizer: its beginning-of-text token, or else its end-of-text token, stands before each document.
+        retain: sources as for :func:`read_documents`; or a dict from source to its share of ``tokens``.
         forget: the same.
         length: tokens in a row.
         valid_fraction: share of the documents in each of valid and test.
-        seed: of the split.
-        tokens: to take of each of retain and forget.
-        distill: ``sources``, ``tokens`` and ``length`` of text to distill on, of which the training part is kept.
-        isolated: documents of a row do not attend to each other.
-        parse: control tokens that are written out in a document (``<|endoftext|>``) become those tokens; otherwise they are text.
+        seed: seed of the split.
+        tokens: number of tokens to take for each of retain and forget; None takes everything.
+        distill: ``sources``, ``tokens`` and ``length`` of text to distill on; adds ``train_distill``, its training part.
+        isolated: whether the documents of a row must not attend to each other.
+        parse: whether control tokens that are written out in a document (``<|endoftext|>``) become those tokens; else they are
+            text.
 
-    Memory: 4 bytes a token, twice.
+    Memory: 4 bytes per token, twice.
 
     Raises:
-        ValueError: a split got no document; there are too few, or ``valid_fraction`` is too small. A tokenizer without special tokens.
+        ValueError: a split got no document, because there are too few or ``valid_fraction`` is too small; or the tokenizer has
+            no token for the beginning or end of a text.
     """
     separator, fill = separator_of(tokenizer), fill_of(tokenizer)
 
@@ -138,7 +150,10 @@ def _documents(
     seed: int,
     parse: bool,
 ) -> dict[str, list[array]]:
-    """Token ids of the documents of each split; no more is read than is taken."""
+    """Returns the token ids of each split's documents; reads no more documents than it takes.
+
+    With shares, a source that is too short is repeated: its training documents are taken again until its share is reached.
+    """
     found: dict[str, list[array]] = {"train": [], "valid": [], "test": []}
     parts: list[tuple[list[str], float]] = [(list(sources), math.inf if tokens is None else tokens)]
     if isinstance(sources, dict):
@@ -160,11 +175,11 @@ def _documents(
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, sources: list[str], parse: bool) -> Iterator[tuple[str, array]]:
-    """Every document and its token ids."""
+    """Yields every document with its token ids."""
     documents = read_documents(sources)
     while texts := list(itertools.islice(documents, 256)):
         for text, ids in zip(texts, encoded(tokenizer, texts, parse=parse), strict=True):
-            if parse:  # what stands between documents stands there once, also where a document brings it along
+            if parse:  # packing adds the separator: drop one that the document has written out at its ends
                 separator = separator_of(tokenizer)
                 ids = ids[ids[:1] == [separator] :]
                 ids = ids[: len(ids) - (ids[-1:] == [separator])]

@@ -1,4 +1,4 @@
-"""Tokenizers that are built rather than downloaded."""
+"""Builds tokenizers, so that none must be downloaded."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ PAD, BOS = "<pad>", "<bos>"
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token a character: ``<pad>`` 0, ``<bos>`` 1 (which also ends a text), then the characters of ``alphabet`` in order.
+    """Builds a tokenizer with one token per character.
 
-    A character outside the alphabet has no token, and the tokenizer refuses it.
+    Its ids are ``<pad>`` 0, ``<bos>`` 1 (which also ends a text), then the characters of ``alphabet`` in order. The tokenizer
+    raises an error for a character outside the alphabet.
     """
     if len(set(alphabet)) < len(alphabet) or not alphabet:
         raise ValueError(f"alphabet: got {alphabet!r}, wanted one or more different characters")
     vocabulary = {PAD: 0, BOS: 1, **{character: index + 2 for index, character in enumerate(alphabet)}}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))  # has no id: what is outside the alphabet is an error
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))  # without an id, so that unknown characters raise
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=BOS)
 
 
 def train_bpe(sources: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, trained on text files; it can encode any text.
+    """Trains a byte-level BPE tokenizer of at most ``vocab_size`` tokens, which can encode any text.
 
     Args:
-        sources: as :func:`undo_core.data.text.read_documents` takes them.
+        sources: as for :func:`undo_core.data.reading.read_documents`.
         vocab_size: at least 258: two special tokens and the 256 bytes.
     """
     alphabet = ByteLevel.alphabet()
@@ -51,10 +52,10 @@ def train_bpe(sources: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of ``text`` without special tokens.
+    """Returns the token ids of ``text`` without special tokens.
 
     Raises:
-        ValueError: a character that the tokenizer has no token for.
+        ValueError: the tokenizer has no token for a character.
     """
     (ids,) = encoded(tokenizer, [text])
     if tokenizer.unk_token_id in ids:

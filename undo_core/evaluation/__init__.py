@@ -1,1 +1,1 @@
-"""What a model can do: likelihood, accuracy, multiple choice."""
+"""Evaluation of models: exact match, cross-entropy and multiple choice."""

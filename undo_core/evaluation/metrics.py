@@ -1,4 +1,4 @@
-"""Evaluation: exact match of greedy answers, the likeliest letter of multiple choice, or cross-entropy on text, each with a 95 % interval."""
+"""Scores a model on rows, with 95 % intervals: exact match of greedy answers, multiple choice, or cross-entropy on text."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
-_Z = 1.959964  # 97.5 % point of the normal law
-POSITIONS = 16_384  # in a forward pass by default, and 512 rows at most
-LOGITS = 1 << 25  # (answer token, vocabulary row) pairs at once
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 rows
+LOGITS = 1 << 25  # largest number of logits held at once
 
 
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel, rows: Rows, *, batch_size: int | None = None, counted: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """Score ``model`` on ``rows``: accuracy where they have answers, else mean cross-entropy in nats per token.
+    """Scores ``model`` on ``rows``: accuracy if they have answers, else mean cross-entropy in nats per token.
 
-    Accuracy is the exact match of the greedy answer, terminator included. It is computed in one forward pass over the
-    reference text: greedy decoding gives the reference answer exactly when the most likely token is right at every answer
-    position given the tokens before it, which are then the ones that decoding itself produced. Of rows with choices it is the share
-    whose right letter is the likeliest of the letters. They run sorted by length, each batch cut to its longest row.
+    Accuracy is the exact match of the greedy answer, terminator included. One forward pass over the reference text is enough:
+    greedy decoding gives the reference answer exactly if, at every answer position, the most likely token given the reference
+    tokens before it is right. For rows with choices, accuracy is the share of rows whose right letter is the likeliest of the
+    letters; these rows run sorted by length, each batch cut to its longest row.
 
     Args:
-        model: left in the mode it was in.
+        model: the model; each module keeps its training or evaluation mode.
         rows: ``[n, length]`` token rows.
-        batch_size: rows in a forward pass; None for 512, or fewer where those would be more than 16,384 positions.
-        counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Rows with answers need none.
+        batch_size: rows in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
+        counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for rows with
+            answers.
 
     Returns:
-        ``value``, ``low`` and ``high`` (95 %: Wilson's interval for accuracy, normal over rows for cross-entropy), ``n``
-        rows, and ``groups`` with the same for each group of rows. The cross-entropy of a diverged model is NaN-free: it is
-        reported as the largest finite float32.
+        ``value``; ``low`` and ``high``, its 95 % interval (Wilson's for accuracy, normal over rows for cross-entropy); ``n``,
+        the number of rows; and ``groups``, the same for each group of rows. The cross-entropy of a diverged model is never NaN:
+        3.4e38, about the largest float32, stands for NaN and infinity.
 
-    Memory: a forward pass of one batch; logits of 2**25 (answer token, vocabulary row) pairs at most.
+    Memory: a forward pass of one batch, and at most 2**25 logits.
 
     Raises:
-        ValueError: the rows have a token that the model's vocabulary has not, or more tokens than it has positions.
+        ValueError: the rows have a token outside the model's vocabulary, or more tokens than the model has positions.
     """
     limits_of(model).check_rows(rows, "rows")
     device = next(model.parameters()).device
@@ -74,12 +75,12 @@ def evaluate(
 
 
 def rows_at_once(length: int) -> int:
-    """Rows of ``length`` tokens in a forward pass."""
+    """Returns the default number of rows of ``length`` tokens in a forward pass."""
     return max(1, min(512, POSITIONS // length))
 
 
 def _batches(rows: Rows, size: int | None) -> Iterator[tuple[torch.Tensor, int]]:
-    """Indices of the rows that run together, and how many of their columns."""
+    """Yields the indices of the rows of each batch, and the number of tokens of its longest row."""
     lengths = torch.full((len(rows),), rows.length) if rows.choices is None else rows.answer_mask.int().argmax(1) + 1
     left = lengths.argsort(descending=True, stable=True)
     while len(left):
@@ -90,7 +91,7 @@ def _batches(rows: Rows, size: int | None) -> Iterator[tuple[torch.Tensor, int]]
 
 
 def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """``[batch]`` float64, 1 where every answer token is the most likely one."""
+    """Returns ``[batch]`` float64: 1 if every answer token is the most likely one, else 0."""
     hidden, labels, mask = _hidden(model, ids, positions), ids[:, 1:], mask[:, 1:]
     right = torch.ones_like(mask)
     right[mask] = most_likely(hidden[mask], head_of(model)) == labels[mask]
@@ -98,7 +99,7 @@ def _correct(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor 
 
 
 def _right_letter(model: PreTrainedModel, ids: torch.Tensor, answers: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    """``[batch]`` float64, 1 where no letter is likelier than the right one; of equals the first counts, and NaN is wrong."""
+    """Returns ``[batch]`` float64: 1 if the right letter is the likeliest (the first of equals), else 0; NaN is wrong."""
     at = answers.int().argmax(1)
     right = choices == ids.gather(1, at[:, None])
     logits = letter_logits(model, ids, at, choices)
@@ -106,9 +107,9 @@ def _right_letter(model: PreTrainedModel, ids: torch.Tensor, answers: torch.Tens
 
 
 def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    """``[batch, k]`` float32: logits of the tokens ``choices`` at the positions ``at`` ``[batch]`` of the rows; -inf for a choice of -1.
+    """Returns ``[batch, k]`` float32: logits of the tokens ``choices`` for position ``at`` of each row; -inf for -1.
 
-    They differ from log-likelihoods by the same for all letters of a row. Of the head, only the letters' rows are read.
+    Within a row they differ from log-likelihoods by a constant. Only the letters' vocabulary rows of the head are read.
     """
     hidden = _hidden(model, ids, None)[torch.arange(len(ids), device=ids.device), at - 1]
     head, letters = head_of(model), choices.clamp_min(0)
@@ -118,7 +119,7 @@ def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, c
 
 
 def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Tokens ``[n]`` of the largest logits, from hidden states ``[n, d]``."""
+    """Returns the tokens ``[n]`` with the largest logits, from hidden states ``[n, d]``."""
     weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
     tokens = []
     for part in hidden.split(max(1, LOGITS // weight.shape[1])):
@@ -127,7 +128,7 @@ def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torch.Tensor:
-    """Of the head's bare products. A softcap and a positive scale keep their order, but ties can arise at the cap: it is applied."""
+    """Applies the head's bias, scale and softcap to ``hidden @ weight.T``. The softcap matters because it can create ties."""
     if bias is not None:
         logits = logits + bias
     logits = logits * head.scale
@@ -135,7 +136,7 @@ def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torc
 
 
 def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """``[batch, 2]`` float64: cross-entropy summed over the row's labels, and their number."""
+    """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over each row's labels, and the number of labels."""
     labels, mask = ids[:, 1:], mask[:, 1:]
     head = head_of(model)
     summed = ops.linear_cross_entropy(
@@ -149,7 +150,7 @@ def _hidden(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor |
 
 
 def accuracy(scores: torch.Tensor) -> dict[str, Any]:
-    """Mean of scores ``[n]`` of 0 and 1, with Wilson's 95 % interval."""
+    """Returns the mean of scores ``[n]`` (each 0 or 1) with Wilson's 95 % interval."""
     n, p = len(scores), float(scores.mean())
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
@@ -159,7 +160,7 @@ def accuracy(scores: torch.Tensor) -> dict[str, Any]:
 def _mean_nats(scores: torch.Tensor) -> dict[str, Any]:
     nats, labels = scores[:, 0], scores[:, 1]
     mean = nats.sum() / labels.sum()
-    # Ratio estimator: rows are the independent draws, not tokens.
+    # Spread of a ratio estimator, because the rows are independent draws and the tokens are not.
     spread = (nats - mean * labels).std(unbiased=len(scores) > 1) * math.sqrt(len(scores)) / labels.sum()
     low, value, high = (
         float(torch.nan_to_num(x, nan=3.4e38, posinf=3.4e38)) for x in (mean - _Z * spread, mean, mean + _Z * spread)

@@ -1,5 +1,7 @@
-"""Multiple choice as lm-eval scores it: the letter with the largest log-likelihood after the prompt. The head runs at the letters'
-positions alone, and letters that follow the same tokens share one forward pass."""
+"""Multiple choice as lm-eval scores it: the model's answer is the letter with the largest log-likelihood after the prompt.
+
+The head runs only at the letters' positions, and letters that follow the same tokens share one forward pass.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,19 @@ from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
 from undo_core.evaluation.metrics import POSITIONS, accuracy
 from undo_core.models import evaluating, head_of, hidden_states, positions_of
 
-Request = tuple[list[int], list[int]]  # tokens that are given, and those whose likelihood is asked for
+Request = tuple[list[int], list[int]]  # tokens of the context, and tokens of the continuation to score
 
 
 def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: MultipleChoiceConfig) -> dict[str, Any]:
-    """Accuracy of ``model`` on multiple-choice questions.
+    """Returns the accuracy of ``model`` on multiple-choice questions.
 
     Returns:
-        ``value``, ``low`` and ``high`` (95 %, Wilson's interval) and ``n`` questions, ``truncated``, the number of questions whose
-        beginning does not fit into the model, and ``groups`` with the same for each subject where there are several.
+        ``value``; ``low`` and ``high``, its 95 % interval (Wilson's); ``n``, the number of questions; ``truncated``, how many
+        of them lost their beginning to fit into the model; and, if there are several subjects, ``groups`` with the accuracy for
+        each.
 
     Raises:
-        ValueError: a file that holds no questions, or a tokenizer that does not keep a letter apart from the prompt.
+        ValueError: a file holds no questions, or the tokenizer joins a letter with the prompt.
         FileNotFoundError: a file is missing.
     """
     questions, texts = posed(config)
@@ -40,7 +43,7 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         truncated += room is not None and any(len(given) + len(asked) - 1 > room for given, asked in own)
         requests += own
     scores = log_likelihoods(model, requests).split([len(question.choices) for question in questions])
-    right = torch.tensor(  # NaN, of a diverged model, is wrong
+    right = torch.tensor(  # NaN, from a diverged model, counts as wrong
         [float(int(part.argmax()) == q.answer and not part.isnan().any()) for part, q in zip(scores, questions, strict=True)],
         dtype=torch.float64,
     )
@@ -53,16 +56,18 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, *, parse: bool = False) -> Request:
-    """:func:`encode_each` of one continuation."""
+    """Returns :func:`encode_each` for a single continuation."""
     return encode_each(tokenizer, prompt, [continuation], parse=parse)[0]
 
 
 def encode_each(
     tokenizer: PreTrainedTokenizerBase, prompt: str, continuations: Sequence[str], *, parse: bool = False
 ) -> list[Request]:
-    """Tokens of ``prompt``, and those that each continuation adds to it: what is left of the whole after as many as the prompt has, as in
-    lm-eval, and white space at the prompt's end belongs to what follows. The tokenizer's beginning of text is there where it puts one by
-    itself; its end of text is not: the text goes on. ``parse``: see :func:`undo_core.data.encoding.encoded`.
+    """Returns, for each continuation, the tokens of ``prompt`` and those that the continuation adds.
+
+    As in lm-eval, prompt and continuation are encoded together, and the added tokens are those after as many as the prompt has
+    alone. White space at the prompt's end belongs to the continuation. The special tokens that the tokenizer puts before a text
+    are kept; those that it puts after one are left out. For ``parse``, see :func:`undo_core.data.encoding.encoded`.
 
     Raises:
         ValueError: a continuation adds no token.
@@ -77,23 +82,24 @@ def encode_each(
 
 @torch.no_grad()
 def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, positions: int = POSITIONS) -> torch.Tensor:
-    """Log-probabilities of continuations, summed over their tokens: ``[requests]`` float64 on the CPU.
+    """Returns the log-probabilities of continuations, summed over their tokens: ``[requests]`` float64 on the CPU.
 
-    What does not fit into the model is left out at the beginning. Rows of like lengths run together, longest first.
+    A request that is too long for the model loses its beginning. Rows of similar length run together, longest first.
 
     Args:
-        model: left in the mode it was in.
-        requests: tokens that are given, and those whose likelihood is asked for; at least one of each.
-        positions: in a forward pass, padding included; one row at least.
+        model: the model; each module keeps its training or evaluation mode.
+        requests: context and continuation of each request; at least one token in each.
+        positions: largest number of tokens in a forward pass, padding included; a pass has at least one row.
 
-    Memory: a forward pass of one batch and the hidden states of the continuations' positions; no logits beyond the op's workspace.
+    Memory: a forward pass of one batch and the hidden states of the continuations' positions; no logits beyond the op's
+    workspace.
 
     Raises:
-        ValueError: a request without a token, or with one that the model's vocabulary has not.
+        ValueError: a request has an empty context or continuation, or a token outside the model's vocabulary.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     room = positions_of(model.config)
-    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # what is read, and who asks for what after it
+    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # by tokens to read: requests and the tokens that they score
     for index, (given, asked) in enumerate(requests):
         if not given or not asked or not all(0 <= token < vocabulary for token in (*given, *asked)):
             raise ValueError(f"requests[{index}]: got {given}, {asked}, wanted one or more token ids each, below {vocabulary}")

@@ -1,1 +1,1 @@
-"""Files, progress and memory of the process: what knows no model."""
+"""Files, progress bars and the memory of the process; nothing here depends on a model."""

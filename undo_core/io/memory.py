@@ -1,4 +1,4 @@
-"""Peak memory of a stage."""
+"""Measures current and peak memory, on the GPU or of the process."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ import torch
 
 
 def reset_peak() -> None:
-    """Start measuring: forget the peaks so far, where the system allows it."""
+    """Resets the peaks that :func:`peak_bytes` reports, if the system allows it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # a container may forbid it; the peak then counts from the start of the process
+    with contextlib.suppress(OSError):  # a container may forbid this; the peak then counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Largest device memory allocated (GPU) or resident memory of the process (CPU) since :func:`reset_peak`, in bytes; 0 on
-    Windows, where neither ``/proc`` nor ``resource`` tells it."""
+    """Returns the peak memory since :func:`reset_peak`, in bytes.
+
+    It is the allocated memory of the GPU, if there is one, else the resident memory of the process; 0 on Windows without a GPU,
+    which has neither ``/proc`` nor ``resource``.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Memory in use now, in bytes: allocated on the GPU, or resident in the process; 0 on Windows."""
+    """Returns the memory in use, in bytes: allocated on the GPU, if there is one, else resident; 0 on Windows without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return _status("VmRSS")

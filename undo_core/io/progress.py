@@ -1,4 +1,4 @@
-"""Progress on the terminal: loss, tokens per second, ETA, memory; one bar a stage, also when stages run side by side."""
+"""Progress on the terminal: loss, tokens per second, ETA and memory, with one bar per stage, also for parallel stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Update:
-    """State of one stage."""
+    """State of one stage's progress.
+
+    Attributes:
+        title: name of the stage.
+        step: steps done.
+        total: steps of the whole stage.
+        note: text after the bar, such as loss and speed.
+        start: step at which this run of the stage began (above 0 after a resume).
+        done: whether to remove the bar.
+    """
 
     title: str
     step: int
@@ -33,7 +42,7 @@ class _Note(ProgressColumn):
 
 
 class Board:
-    """Shows updates: bars on a terminal; elsewhere a line now and then, so that a log stays readable."""
+    """Shows updates: bars on a terminal; elsewhere at most one line per stage every ``every`` seconds, to keep logs short."""
 
     def __init__(self, every: float = 15.0) -> None:
         self.every = every
@@ -43,7 +52,7 @@ class Board:
         self._spoke: dict[str, float] = {}
 
     def show(self, update: Update) -> None:
-        """Draw or print ``update``."""
+        """Draws or prints ``update``."""
         if console.is_terminal:
             self._draw(update)
         else:
@@ -86,13 +95,13 @@ _show: Callable[[Update], None] = _board.show
 
 
 def send_updates_to(receive: Callable[[Update], None]) -> None:
-    """Let this process's stages report elsewhere: a worker sends them to the process that owns the terminal."""
+    """Sends the updates of this process's stages to ``receive``, as a worker does for the process that owns the terminal."""
     global _show
     _show = receive
 
 
 class StageProgress:
-    """The progress of one stage."""
+    """Reports the progress of one stage; a context manager that removes the bar on exit."""
 
     def __init__(self, title: str, total: int, *, start: int = 0, enabled: bool = True, unit: str = "tok") -> None:
         self.title, self.total, self.start, self.enabled, self.unit = title, total, start, enabled, unit
@@ -107,11 +116,11 @@ class StageProgress:
             _show(Update(self.title, self._step, self.total, start=self.start, done=True))
 
     def update(self, step: int, read: int, loss: float | None, metrics: str = "") -> None:
-        """Show that ``step`` steps are done; ``read`` is what was read since the last call, in units (tokens)."""
+        """Shows that ``step`` steps are done; ``read`` is the number of units (such as tokens) read since the last call."""
         self._read += read
         self._step = step
         now = time.monotonic()
-        if not self.enabled or now - self._spoke < 0.1:  # drawing costs more than a small step
+        if not self.enabled or now - self._spoke < 0.1:  # drawing takes longer than a small step
             return
         self._spoke = now
         rate = self._read / max(now - self._began, 1e-9)

@@ -1,4 +1,4 @@
-"""Keeps quiet what torchao, which transformers imports where it is installed, says of GPU parts that it could not load."""
+"""Silences torchao's warnings about GPU parts that it could not load; transformers imports torchao if it is installed."""
 
 import logging
 

@@ -1,6 +1,6 @@
-"""What counts as text, in whatever file it stands: UTF-8, with or without a byte-order mark, and no NUL character.
+"""Reads text from files. Text is UTF-8, with or without a byte-order mark, and has no NUL character.
 
-Anything else is refused in one line that names the file and the row.
+Anything else raises an error of one line that names the file and the row.
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ _OTHER_MARKS = (
 
 
 def checked_text(value: Any, where: str, field: str | None = None) -> str:
-    """``value``, if it is a text that UTF-8 can hold, without a NUL character.
+    """Returns ``value`` if it is a text that UTF-8 can hold and has no NUL character.
+
+    Args:
+        value: the value to check.
+        where: file and row, for the error.
+        field: name of the value's field, for the error.
 
     Raises:
-        ValueError: null, a number, a list, a lone surrogate (half of a character, as ``"\\ud800"`` in JSON), or a NUL; names ``where``.
+        ValueError: ``value`` is null, a number or a list, or contains a lone surrogate (half a character, as ``"\\ud800"`` in
+            JSON) or a NUL.
     """
     named = "" if field is None else f" in the field {field!r}"
     if not isinstance(value, str):
@@ -41,10 +47,10 @@ def checked_text(value: Any, where: str, field: str | None = None) -> str:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, without their ends (``\\n``, ``\\r\\n`` or ``\\r``) and without a byte-order mark.
+    """Yields number and text of each line of a UTF-8 file, without line end (``\\n``, ``\\r\\n``, ``\\r``) or byte-order mark.
 
     Raises:
-        ValueError: another encoding, or a pointer file of Git LFS; names the file and the line.
+        ValueError: the file has another encoding, or is a pointer file of Git LFS. The error names the file and the line.
     """
     check_is_content(path)
     with open(path, "rb") as file:
@@ -66,12 +72,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, by the rules of :func:`text_lines` and :func:`checked_text`."""
+    """Returns the text of a UTF-8 file, checked by :func:`text_lines` and :func:`checked_text`; lines end with ``\\n``."""
     return "".join(f"{checked_text(line, f'{path}, line {number}')}\n" for number, line in text_lines(path))
 
 
 def check_is_content(path: Path) -> None:
-    """Raise a ValueError where a file is what Git LFS leaves in the place of a file that was not fetched."""
+    """Raises a ValueError if ``path`` is a pointer, which Git LFS leaves in place of a file that was not fetched."""
     with open(path, "rb") as file:
         if file.read(len(codecs.BOM_UTF8) + len(_POINTER)).removeprefix(codecs.BOM_UTF8).startswith(_POINTER):
             raise ValueError(f"{path}: got a pointer file of Git LFS, wanted the file that it stands for; run `git lfs pull`")

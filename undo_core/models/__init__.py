@@ -1,4 +1,4 @@
-"""Models: making and loading them, their heads, their hidden states, their adapters."""
+"""Language models: building and loading them, their heads, hidden states and adapters."""
 
 from undo_core.models.loading import (
     Head,

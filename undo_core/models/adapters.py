@@ -1,7 +1,7 @@
-"""Models with adapters of peft: the transformers model inside, and a head that has an adapter.
+"""Models with peft adapters: the transformers model inside the wrapper, and heads that have an adapter.
 
-peft puts its layers into the model that it is given, so that the model itself computes with them. Its wrapper, a ``PeftModel``, is only
-looked through: what it would compute otherwise (prompts before the text, say) is refused.
+peft puts its layers into the model that it is given, so that this model itself computes with them. The wrapper, a
+``PeftModel``, can therefore be removed. A wrapper that computes something more (such as prompts before the text) is refused.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Products:
-    """What a linear output layer computes: ``hidden @ weight.T + bias``."""
+    """Weight and bias of a linear output layer, which computes ``hidden @ weight.T + bias``."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a ``PeftModel``; any other model as it is.
+    """Returns the transformers model inside a ``PeftModel``; returns any other model unchanged.
 
-    The two are compared once, on a few tokens.
+    The first call compares the logits of wrapper and inner model on a few tokens.
 
     Raises:
-        ValueError: the wrapper computes something else than the model inside.
+        ValueError: the wrapper computes other logits than the model inside.
     """
-    peft = sys.modules.get("peft")  # whoever made such a model has imported it
+    peft = sys.modules.get("peft")  # if it was not imported, there is no PeftModel
     if peft is None or not isinstance(model, peft.PeftModel):
         return model
     kind = model.active_peft_config.peft_type.value
@@ -58,22 +58,22 @@ def _same_logits(model: nn.Module, inner: PreTrainedModel) -> bool:
     finally:
         for module in training:
             module.training = True
-    return torch.equal(a, b) or not bool(b.isfinite().all())  # a diverged model is not this check's concern
+    return torch.equal(a, b) or not bool(b.isfinite().all())  # a diverged model must not fail this check
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether peft has put layers of its own into ``model``."""
+    """Whether ``model`` contains layers of peft."""
     return next(_layers(model), None) is not None
 
 
 def products_of(output: nn.Module) -> Products | None:
-    """What an output layer of ``Linear`` type computes, with its adapter where peft gave it one; None where it is something else.
+    """Returns weight and bias of a linear output layer, its adapter included; None for any other layer or adapter.
 
-    Of LoRA it is ``weight + scale * B @ A``, whose gradient goes to ``A`` and ``B``. In 16 bits the sum is in float32, so that a small
-    adapter is not rounded away.
+    With LoRA the weight is ``weight + scale * B @ A``, through which gradients reach ``A`` and ``B``. For 16-bit weights the
+    sum is in float32, so that a small adapter is not rounded away.
 
     Raises:
-        ValueError: in training mode, a dropout before the adapter, for which the merged weight has no place.
+        ValueError: the layer is in training mode and has a dropout before its adapter, which a merged weight cannot express.
 
     Memory: with LoRA, a matrix of the head's size, and another one for its gradient.
     """
@@ -110,11 +110,11 @@ def products_of(output: nn.Module) -> Products | None:
 
 
 def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse to train what cannot be trained in ``dtype``, before anything is changed.
+    """Checks that a model with adapters can be trained in ``dtype``; changes nothing.
 
     Raises:
-        ValueError: a dropout before the head's adapter, which the merged head has no place for; or trained copies of whole modules
-            (``modules_to_save``) that would get another dtype than the frozen model around them.
+        ValueError: there is a dropout before the head's adapter, which a merged head cannot express; or trained copies of whole
+            modules (``modules_to_save``) would get another dtype than the frozen model around them.
     """
     if not has_adapters(model):
         return
@@ -135,7 +135,7 @@ def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained parameters of peft's layers, named by the weight that they adapt and by their own name: ``mlp.down_proj.weight (lora_A)``."""
+    """Returns peft's trained parameters, named by adapted weight and parameter: ``mlp.down_proj.weight (lora_A)``."""
     found: dict[str, nn.Parameter] = {}
     for name, layer in _layers(module):
         for own, parameter in layer.named_parameters():
@@ -145,7 +145,7 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_settings(model: nn.Module) -> dict[str, str]:
-    """What peft's layers compute beside their parameters, by layer: scales, dropout, which adapters are active, merged or disabled."""
+    """Returns, by layer, the settings of peft's layers: scales, dropout, and which adapters are active, merged or disabled."""
     return {name: repr(sorted(_settings(layer))) for name, layer in _layers(model)}
 
 
@@ -180,6 +180,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _check_dropout(name: str, dropout: nn.Module) -> None:
     if getattr(dropout, "p", 0.0) > 0:
         raise ValueError(
-            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there: its weight is merged "
-            f"with the adapter for each step; leave the head out of target_modules, or take a lora_dropout of 0"
+            f"model: got lora_dropout {dropout.p:g} in the adapter {name} of the output layer, wanted 0 there, because the "
+            f"losses read the head with its adapter merged; leave the head out of target_modules, or set lora_dropout to 0"
         )

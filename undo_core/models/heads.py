@@ -1,8 +1,10 @@
-"""From token ids to the vocabulary head of a causal language model, and what the head does.
+"""The final hidden states of a causal language model, and its vocabulary head as weight, bias, scale and softcap.
 
-The trunk is whatever a model computes before its output layer: its own forward pass runs, and is stopped where the output layer would
-begin. What the head computes is measured once per model: its products on a few tokens, and what the model does to them afterwards on
-known values put in their place. So no table of architectures is needed, and what a head does beyond bias, scale and softcap is refused.
+The trunk is everything that a model computes before its output layer. To run it, the model's own forward pass is started and
+stopped where the output layer would begin. What the head computes is measured once per model. Its matrix product is compared
+with float64 on a few tokens; then known values are put in the place of that product, and scale and softcap are read off the
+logits that come out. No table of architectures is needed, and a head that does more than bias, scale and softcap raises
+:class:`UnsupportedHead`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from undo_core.models.adapters import Products, bare, products_of
 
-VERIFIED_ROWS = 4096  # of a head, in float64 at once
-TOKENS = 8  # of the check
-SMALL, LARGE = 2.0**-10, 2.0**15  # a softcap hardly bends the one and is reached by the other
+VERIFIED_ROWS = 4096  # vocabulary rows of the head that are converted to float64 at a time
+TOKENS = 8  # length of the sequence that measures a head
+SMALL, LARGE = 2.0**-10, 2.0**15  # a softcap leaves SMALL nearly unchanged and cuts LARGE off at the cap
 PROBE = (0.0, SMALL, -SMALL, 0.5, -3.0, 64.0, LARGE, -LARGE)
 
 
@@ -33,7 +35,7 @@ class Head:
     Attributes:
         weight: ``[V, d]``.
         bias: ``[V]`` or None.
-        scale: factor on the products.
+        scale: factor on ``hidden @ weight.T + bias``.
         softcap: ``c`` of ``c * tanh(z / c)``, or None.
     """
 
@@ -43,13 +45,13 @@ class Head:
     softcap: float | None
 
     def options(self, prefix: str = "") -> dict[str, Any]:
-        """The keyword arguments of the fused ops, their names prefixed (``"student_"``, ``"teacher_"``)."""
+        """Returns the fused ops' keyword arguments, with ``prefix`` (``"student_"``, ``"teacher_"``) before their names."""
         return {f"{prefix}bias": self.bias, f"{prefix}scale": self.scale, f"{prefix}softcap": self.softcap}
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What a model does to the products of its head; ``rows`` of them become logits."""
+    """What a model does to its output layer's result; ``rows`` is the number of logits, at most the rows of the weight."""
 
     scale: float
     softcap: float | None
@@ -57,14 +59,14 @@ class Constants:
 
 
 class UnsupportedHead(ValueError):
-    """The model's own logits are not reproduced by its weight, bias, scale and softcap."""
+    """Raised when weight, bias, scale and softcap do not reproduce the model's own logits."""
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of ``model``, compared once with what the model itself computes on a few tokens.
+    """Returns the head of ``model``. The first call compares it with the model's own logits on a few tokens.
 
     Raises:
-        UnsupportedHead: the head does something else than scale, bias and softcap; computing on would be silently wrong.
+        UnsupportedHead: the head does more than bias, scale and softcap, so that losses computed from those would be wrong.
     """
     model = bare(model)
     constants = getattr(model, "_undo_head", None)
@@ -72,19 +74,19 @@ def head_of(model: PreTrainedModel) -> Head:
         constants = model._undo_head = measure_head(model)
     output = _linear(model)
     weight, bias = output.weight, output.bias
-    if constants.rows < len(weight):  # the model drops the rest
+    if constants.rows < len(weight):  # the model drops the logits of the other rows
         weight, bias = weight[: constants.rows], None if bias is None else bias[: constants.rows]
     return Head(weight, bias, constants.scale, constants.softcap)
 
 
 @torch.no_grad()
 def measure_head(model: PreTrainedModel) -> Constants:
-    """Scale, softcap and number of logits, from a forward pass in which known values stand in the place of the head's products.
+    """Measures scale, softcap and number of logits in a forward pass whose output layer returns known values.
 
-    A model without contents (on the meta device) runs without its trunk, and its products are not compared.
+    For a model on the meta device the trunk is skipped and the output layer's product is not compared.
 
     Raises:
-        UnsupportedHead: what :func:`head_of` refuses.
+        UnsupportedHead: see :func:`head_of`.
     """
     model = bare(model)
     output, layer = _linear(model), model.get_output_embeddings()
@@ -97,7 +99,8 @@ def measure_head(model: PreTrainedModel) -> Constants:
         seen["hidden"], seen["products"] = _first(args, kwargs), products
         rows = products.shape[-1]
         known = torch.tensor(PROBE, dtype=torch.float64, device="cpu" if meta else device)
-        steps = torch.arange(products.numel(), device=known.device).view(products.shape)  # every row meets every value
+        steps = torch.arange(products.numel(), device=known.device).view(products.shape)
+        # Shifted by one from token to token, so that every vocabulary row gets every value.
         seen["probe"] = known[(steps // rows + steps % rows) % len(PROBE)]
         return seen["probe"]
 
@@ -128,14 +131,14 @@ def hidden_states(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the model's head reads, ``[batch, length, d]``: the final hidden states; the head is not run.
+    """Returns the final hidden states ``[batch, length, d]``, which the model's head would read; the head is not run.
 
-    Where ``position_ids`` start again, a document begins that does not attend to what stands before it: transformers makes that
-    mask from the positions, without an attention mask and a cache. A sdpa that was causal without a mask gets one of
-    ``[batch, length, length]`` then.
+    With ``position_ids``, a document begins wherever they start again, and it does not attend to earlier documents.
+    transformers derives this mask from the positions; it needs no attention mask and no cache for that. sdpa, which otherwise
+    runs causally without a mask, then holds a mask of ``[batch, length, length]``.
 
     Raises:
-        ValueError: positions that start again for a model or an attention kernel that would let documents attend to each other.
+        ValueError: ``position_ids`` for a model or an attention kernel that would let documents attend to each other.
     """
     model, options = bare(model), {}
     if position_ids is not None:
@@ -151,11 +154,13 @@ def hidden_states_at(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """:func:`hidden_states`, and those after each of ``layers`` layers, as transformers counts them: 0 for the embeddings, and the last
-    after the final norm.
+    """Returns :func:`hidden_states` and the list of hidden states that ``layers`` selects.
+
+    ``layers`` counts as transformers does: 0 is the output of the embeddings, ``k`` that of the ``k``-th layer, and the last
+    one is taken after the final norm.
 
     Raises:
-        ValueError: as :func:`hidden_states`, or a model that does not give its inner hidden states.
+        ValueError: as :func:`hidden_states`, or the model does not return hidden states between its layers.
     """
     model = bare(model)
     options: dict[str, Any] = {"output_hidden_states": True}
@@ -180,10 +185,12 @@ def hidden_states_at(
 
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel) -> None:
-    """Compare once, per attention kernel: another first document in two packed rows must not change the second's hidden states.
+    """Checks that packed documents do not attend to each other; runs once per model and attention kernel.
+
+    The check packs two documents into a row, changes the first, and compares the hidden states of the second.
 
     Raises:
-        ValueError: it does; the model does not know position ids, or its kernel does not read them.
+        ValueError: the hidden states change: the model takes no position ids, or its attention kernel ignores them.
     """
     model = bare(model)
     kernel = model.config._attn_implementation
@@ -200,8 +207,8 @@ def check_isolation(model: PreTrainedModel) -> None:
                 given = {} if positions is None else {"position_ids": positions}
                 a, b = (_run_to_head(model, x, **given)[:, 8:] for x in (ids, other))
                 leaks.append(float((a - b).abs().max()))
-        works = not leaks[1] > 0.1 * leaks[0]  # rounding, at most; a diverged model is not this check's concern
-    except TypeError:  # no such argument
+        works = not leaks[1] > 0.1 * leaks[0]  # allows rounding; written with `not`, so that a diverged model (NaN) passes
+    except TypeError:  # the model takes no position_ids
         works = False
     if not works:
         raise ValueError(
@@ -213,7 +220,7 @@ def check_isolation(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation behaviour inside the ``with`` block; each module's own mode afterwards, even after an exception."""
+    """Puts ``model`` in evaluation mode; on exit, even after an exception, each module gets back the mode it had."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -225,7 +232,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Reached(Exception):
-    """The forward pass has come to the output layer, with the hidden states that it would read."""
+    """Raised to stop a forward pass at the output layer; carries the hidden states that the layer would read."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -233,7 +240,7 @@ class _Reached(Exception):
 
 
 def _run_to_head(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """What the output layer would read; the forward pass ends there, with its graph of gradients."""
+    """Returns what the output layer would read, with its autograd graph; the forward pass ends there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(_first(args, kwargs))
@@ -276,20 +283,20 @@ def _linear(model: PreTrainedModel) -> Products:
 
 
 def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Tensor, got: torch.Tensor) -> None:
-    """The layer's products against float64, within the rounding of its dtype."""
+    """Raises :class:`UnsupportedHead` where the layer's result differs from a float64 product by more than its dtype rounds."""
     eps = max(torch.finfo(got.dtype).eps, torch.finfo(output.weight.dtype).eps)
     if got.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        eps = 2.0**-7  # inputs may be rounded to bfloat16
+        eps = 2.0**-7  # the product may round its inputs to bfloat16
     bound = 4 * eps + math.sqrt(hidden.shape[-1]) * 2.0**-23
     hidden, error, size = hidden.double(), 0.0, 0.0
-    for first in range(0, len(output.weight), VERIFIED_ROWS):  # a head in float64 would be the largest tensor of a run
+    for first in range(0, len(output.weight), VERIFIED_ROWS):  # the whole head in float64 would be the largest tensor of a run
         rows = slice(first, first + VERIFIED_ROWS)
         weight = output.weight[rows].double()
         wanted, squares = hidden @ weight.T, hidden.square() @ weight.square().T
         if output.bias is not None:
             wanted = wanted + output.bias[rows].double()
         difference = got[:, rows].double() - wanted
-        counted = difference.isfinite()  # a diverged model is not this check's concern
+        counted = difference.isfinite()  # a diverged model must not fail this check
         error += float(difference[counted].square().sum())
         size += float((squares + wanted.square())[counted].sum())
     if not math.sqrt(error) <= bound * math.sqrt(size):
@@ -300,7 +307,7 @@ def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Te
 
 
 def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> Constants:
-    """Scale and softcap with which ``probe`` became ``logits``."""
+    """Returns the scale and softcap that turned ``probe`` into ``logits``."""
     rows = logits.shape[-1]
     x, z = probe[:, :rows].to(logits.device), logits.double()
     first = {value: float(z[x == value][0]) for value in (SMALL, LARGE)}
@@ -322,7 +329,7 @@ def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor
 
 
 def _as_configured(measured: float, config: PreTrainedConfig) -> float:
-    """The number of the configuration, or its inverse, that ``measured`` is but for rounding; else ``measured``."""
+    """Returns the number of the configuration, or its inverse, that equals ``measured`` up to rounding; else ``measured``."""
     numbers = {1.0}
     for part in (config, config.get_text_config()):
         numbers |= {float(v) for v in vars(part).values() if type(v) in (int, float) and v and math.isfinite(v)}
@@ -331,7 +338,7 @@ def _as_configured(measured: float, config: PreTrainedConfig) -> float:
 
 
 def _trunk_path(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that hold the input embeddings and not the output layer, from the outermost one."""
+    """Returns the modules that contain the input embeddings but not the output layer, outermost first."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, output = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
     parts = embedding.split(".")[:-1]
@@ -340,7 +347,7 @@ def _trunk_path(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class _TrunkOutput(BaseModelOutputWithPast):
-    """The output of any trunk: what it is asked for beyond the hidden states is None."""
+    """Stands for the output of any trunk; every attribute beyond the hidden states is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -349,13 +356,13 @@ class _TrunkOutput(BaseModelOutputWithPast):
 
 
 def _without_trunk(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """:func:`_logits` of a model on the meta device, whose trunk is skipped: it may hold operations that need contents."""
+    """Runs :func:`_logits` on the meta device without the trunk, which may have operations that need the tensors' contents."""
     weight = model.get_output_embeddings().weight
     path = _trunk_path(model)
     replaced = [vars(module).get("forward") for module in path]
     inner = getattr(
         model.config.get_text_config(), "hidden_size", weight.shape[1]
-    )  # where the head has layers before its products
+    )  # differs from the output layer's width where the head has layers before it
     widths = dict.fromkeys((weight.shape[1], inner))
     reason: Exception | None = None
     for width in widths:

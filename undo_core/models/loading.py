@@ -1,7 +1,8 @@
-"""Language models as the method sees them: a trunk that gives hidden states and a head that gives logits.
+"""Building, loading and describing causal language models of transformers.
 
-The losses never ask a model for its logits. They take the trunk's final hidden states and the head's parts, so that a
-vocabulary of any size costs no ``[tokens, V]`` tensor once a fused backend is in use.
+The method sees a model as a trunk that gives hidden states and a head that gives logits (:mod:`undo_core.models.heads`). The
+losses never ask a model for its logits. They take the trunk's final hidden states and the head's parts, so that with a fused
+backend no ``[tokens, V]`` tensor exists, whatever the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ __all__ = [
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A freshly initialised model of a Hugging Face architecture.
+    """Builds a randomly initialised model of a Hugging Face architecture.
 
     Args:
         settings: keyword arguments of ``AutoConfig.for_model``; ``model_type`` names the architecture.
         tokenizer: gives the vocabulary size (unless ``settings`` has one) and the special tokens.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
+
+    Raises:
+        ValueError: as :func:`architecture`, or a ``vocab_size`` below the tokenizer's.
     """
     special = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -87,10 +91,10 @@ def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, se
 
 
 def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
-    """The Hugging Face configuration that keyword arguments, ``model_type`` among them, describe.
+    """Returns the Hugging Face configuration that ``settings`` (keyword arguments, ``model_type`` among them) describe.
 
     Raises:
-        ValueError: no or an unknown ``model_type``, or what looks like a misspelt setting.
+        ValueError: ``model_type`` is missing or unknown, or a setting looks misspelt.
     """
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
@@ -98,26 +102,26 @@ def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
     config = AutoConfig.for_model(model_type, **settings)
     known = {*inspect.signature(type(config).__init__).parameters, *config.attribute_map}
-    for name in settings.keys() - known:  # transformers keeps what it does not know, and takes the default of what was meant
+    for name in settings.keys() - known:  # transformers silently keeps a misspelt setting and uses the default of the right one
         if near := difflib.get_close_matches(name, known, 1, cutoff=0.85):
             raise ValueError(f"model.config: got {name}, wanted {near[0]}, or another setting of {type(config).__name__}")
     return config
 
 
 def configuration(settings: Mapping[str, Any]) -> PreTrainedConfig:
-    """Of a model that ``settings`` describe: a checkpoint folder ``path``, or the keyword arguments ``config``."""
+    """Returns a model's configuration: that of the folder ``path``, else the one that the arguments ``config`` describe."""
     path = settings["path"]
     return AutoConfig.from_pretrained(path, trust_remote_code=False) if path else architecture(settings["config"])
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has; None where its configuration names no limit (BLOOM, Mamba)."""
+    """Returns the longest input that a model can read, in tokens; None if its configuration names no limit (BLOOM, Mamba)."""
     config = config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # the latter is MPT's
 
 
 def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A model of this configuration at the random initialisation of ``seed``; the global generator is left as it was."""
+    """Builds a model of this configuration, initialised at random from ``seed``; torch's global generator is left as it was."""
     with _made(config.model_type):
         text = config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
@@ -136,27 +140,28 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def _ends_texts(config: PreTrainedConfig, token: int | None) -> bool:
-    """Whether a token begins or ends texts; where it pads too, transformers would set its embedding to 0 and give it no gradient."""
+    """Whether ``token`` begins or ends texts. If it also pads, transformers would keep its embedding at 0, untrained."""
     ends = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos")]
     return token is not None and any(token in end if isinstance(end, list) else token == end for end in ends)
 
 
 def make(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, float32, as transformers initialises it, with :func:`attention_of`.
+    """Builds the causal language model of a configuration, in float32, initialised by transformers, with :func:`attention_of`.
 
     Raises:
-        ValueError: transformers cannot make one.
+        ValueError: transformers has no causal language model for this configuration.
     """
     with _made(config.model_type):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config), dtype=torch.float32)
 
 
 def skeleton(config: PreTrainedConfig, buffers: bool = False) -> PreTrainedModel:
-    """The model of a configuration with its parameters on the meta device: names, shapes and ties without contents.
+    """Builds the model of a configuration with its parameters on the meta device: names, shapes and ties, but no contents.
 
     Args:
-        config: of the model; it is copied.
-        buffers: whether to compute the buffers (rotary frequencies, for example), which a forward pass needs and no file stores.
+        config: the model's configuration; it is copied.
+        buffers: whether to compute the buffers (rotary frequencies, for example), which a forward pass needs and no file
+            stores.
     """
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -178,7 +183,7 @@ def skeleton(config: PreTrainedConfig, buffers: bool = False) -> PreTrainedModel
 
 @contextlib.contextmanager
 def _made(what: str) -> Iterator[None]:
-    """Name the model that transformers' automatic class fails on."""
+    """Turns an error of transformers' automatic class into a ValueError that names the model ``what``."""
     try:
         yield
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -186,20 +191,20 @@ def _made(what: str) -> Iterator[None]:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model from a Hugging Face checkpoint folder, in ``dtype``, on the GPU where there is one; remote code is never run.
+    """Loads a model from a Hugging Face checkpoint folder in ``dtype``, onto the GPU if there is one; remote code is never run.
 
-    A folder keeps the dtype that its stage trained in; :func:`undo_core.training.train` converts what it trains to its own.
+    Folders are stored in the dtype that their stage trained in; :func:`undo_core.training.train` converts the model to its own.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _made(f"{folder}, a {config.model_type}"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    # Own storage for every parameter: a mapped file may be renamed or removed by a later stage, and aligned memory keeps
-    # the sums of a resumed run in the order of the uninterrupted one.
+    # Give every parameter its own storage: a later stage may rename or remove the mapped file, and aligned memory makes a
+    # resumed run add in the same order as an uninterrupted one.
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # of a tied one under both of its names
+            parameter.data = parameter.data.clone()  # tied names share the parameter, so they stay tied
     embedding = model.get_input_embeddings()
     if _ends_texts(config.get_text_config(), getattr(embedding, "padding_idx", None)):
         embedding.padding_idx = None
@@ -207,19 +212,24 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, as it is there: nothing needs a padding token, since padding is told by its position."""
+    """Loads the tokenizer of a checkpoint folder; it needs no padding token, since rows record where their text ends."""
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of logits that the model's head gives; a model may drop rows that its weight has beyond them."""
+    """Returns the number of logits that the model gives; its weight may have further rows, which the model drops."""
     return len(head_of(model).weight)
 
 
 def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
-    """Raise a ValueError that names the model where ``vocab_size`` is more than the rows of its head."""
+    """Raises a ValueError if ``vocab_size`` exceeds the rows of a head or is below 1.
+
+    Args:
+        vocab_size: number of logits to compare; None passes.
+        rows: rows of each head, by the name of its model (``student=...``).
+    """
     for name, count in rows.items():
         if vocab_size is not None and not 1 <= vocab_size <= count:
             raise ValueError(
@@ -228,22 +238,21 @@ def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of ids that a tokenizer may give, added tokens and gaps included; a head often has more rows."""
+    """Returns the largest id of a tokenizer plus one, added tokens and gaps included; a head often has more rows."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] | None = None) -> float:
-    """FLOPs of one forward pass for one token in a row of ``length`` tokens, head included; or of some layers alone.
+    """Returns the FLOPs per token of a forward pass over ``length`` tokens, head included; or those of ``layers`` alone.
 
-    Two per weight of every matrix product, where stacked experts count as the share of them that a token is sent to, plus ``4 * heads *
-    head_dim * length`` for scores and values of each layer's softmax attention (the causal half is computed too by the dense kernels in
-    use). A backward pass costs twice as much.
+    Counts two per weight of every matrix product; of stacked experts only the share that a token is sent to. Adds ``4 * heads *
+    head_dim * length`` for scores and values of each layer's softmax attention (the dense kernels in use compute the masked
+    half of causal attention too). A backward pass costs twice as much.
 
-    The count is exact, but for rotary positions, for decoders with plain softmax attention in every layer, dense or with experts (Llama,
-    Gemma 2, Mixtral). It leaves out what
-    linear attention, state spaces and convolutions compute besides the products with their weights, which does not grow with the length
-    of the row. It counts modules that text alone does not reach (vision towers, cross-attention), and it counts the chosen experts of
-    models that run every expert on every token (Llama 4).
+    Except for rotary positions, the count is exact for decoders with plain softmax attention in every layer, dense or with
+    experts (Llama, Gemma 2, Mixtral). It leaves out what linear attention, state spaces and convolutions compute besides the
+    products with their weights; this does not grow with the length. It includes modules that text does not reach (vision
+    towers, cross-attention). It counts only the chosen experts, also for models that run every expert on every token (Llama 4).
     """
     config = model.config.get_text_config()
     parts = [model] if layers is None else layers
@@ -267,13 +276,13 @@ def forward_flops(model: PreTrainedModel, length: int, layers: list[nn.Module] |
     return 2.0 * weights + 4.0 * sum(map(_attention_width, attending)) * length
 
 
-_NO_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")  # kinds of layers in transformers
+_NO_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")  # transformers' layer_types
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
 
 
 def _active_share(config: PreTrainedConfig) -> float:
-    """The share of the routed experts that a token is sent to; 1 where the configuration names none."""
+    """Returns the share of the routed experts that a token is sent to; 1 if the configuration names no experts."""
     config = getattr(config, "ffn_config", config)  # DBRX
     known, active = (
         next((value for name in names if (value := getattr(config, name, None))), None) for names in (_EXPERTS, _ACTIVE_EXPERTS)
@@ -289,11 +298,11 @@ def _attention_width(config: PreTrainedConfig) -> int:
 
 
 def set_attention(model: PreTrainedModel, kernel: str) -> None:
-    """Let ``model`` use an attention kernel of transformers.
+    """Makes ``model`` use an attention kernel of transformers.
 
-    ``eager`` holds ``[batch, heads, length, length]`` scores; ``sdpa`` (PyTorch), ``flash_attention_2`` (the package flash-attn, 16-bit,
-    a GPU) and ``flex_attention`` (compiled by PyTorch) do not. An attention softcap (Gemma 2) is kept by eager, flash_attention_2 and
-    flex_attention; sdpa has none and would drop it.
+    ``eager`` holds scores of ``[batch, heads, length, length]``. ``sdpa`` (PyTorch), ``flash_attention_2`` (needs the package
+    flash-attn, 16 bits and a GPU) and ``flex_attention`` (compiled by PyTorch) do not. eager, flash_attention_2 and
+    flex_attention apply an attention softcap (Gemma 2); sdpa would drop it.
 
     Raises:
         ValueError: sdpa for a model with an attention softcap, or a kernel that the model or the installation does not have.
@@ -312,13 +321,15 @@ def set_attention(model: PreTrainedModel, kernel: str) -> None:
 
 
 def head_flops(model: PreTrainedModel) -> float:
-    """FLOPs of the head's product for one token."""
+    """Returns the FLOPs of the head's matrix product for one token."""
     return 2.0 * model.get_output_embeddings().weight.numel()
 
 
 def attention_of(config: Any) -> str | None:
-    """The attention implementation to ask for: eager where sdpa would drop a softcap; None lets transformers choose, which takes sdpa
-    where the model declares it."""
+    """Returns the attention kernel to ask for: eager for a model with an attention softcap, which sdpa would drop; else None.
+
+    With None transformers chooses: sdpa, if the model supports it.
+    """
     return "eager" if _attention_softcap(config) else None
 
 

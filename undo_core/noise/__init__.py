@@ -1,1 +1,1 @@
-"""The noise of UNDO and other damage, on models in memory and on checkpoints on disk."""
+"""UNDO's noise and other kinds of damage, for models in memory and checkpoints on disk."""

@@ -1,4 +1,4 @@
-"""Noise from disk to disk: a checkpoint of any size, tensor by tensor, with the bits that the model in memory would get."""
+"""Noise from disk to disk: a checkpoint of any size, tensor by tensor, bit-equal to noise on the loaded model."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ def noise_checkpoint(
     title: str = "noise",
     progress: bool = True,
 ) -> NoiseReport:
-    """:func:`undo_core.noise_` on the checkpoint folder ``source``, written to the existing, empty folder ``output``.
+    """Applies :func:`undo_core.noise_` to the checkpoint folder ``source`` and writes to the existing, empty folder ``output``.
 
-    The bits equal those of the model loaded in the checkpoint's own dtype. Memory and what is copied:
-    :class:`undo_core.noise.edit.CheckpointParameters`.
+    The result is bit-equal to noise on the model loaded in the checkpoint's own dtype. For memory and which files are copied,
+    see :class:`undo_core.noise.edit.CheckpointParameters`.
 
     Returns:
-        For every parameter its norms and the shares of shrinkage and noise; and what was left.
+        For every changed parameter its norms and the shares of shrinkage and noise; ``left`` lists the unchanged ones.
 
     Raises:
-        ValueError: a bad argument; a tensor that is no float or has no place in the model; nothing is written.
-        FileNotFoundError: no safetensors file.
+        ValueError: an argument is invalid, a tensor to damage is not floating-point, or the model has no place for a tensor;
+            nothing is written.
+        FileNotFoundError: the folder has no safetensors file.
     """
     checks.seed(seed)
     Policy(alpha, beta, law, std, tuple(rules))
@@ -70,10 +71,10 @@ def replay_checkpoint(
     std: float | None = None,
     rules: Sequence[NoiseRule] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """``N`` itself, float32, of the checkpoint's parameters whose name matches the glob ``pattern``, one at a time.
+    """Yields name and ``N``, the noise itself in float32, of each parameter whose name matches the glob ``pattern``.
 
     Raises:
-        ValueError: no parameter with noise matches.
+        ValueError: no parameter that gets noise matches.
     """
     checks.seed(seed)
     for name, (setting, shape) in _replayed(source, pattern, law, std, rules).items():
@@ -92,7 +93,10 @@ def write_replay(
     std: float | None = None,
     rules: Sequence[NoiseRule] = (),
 ) -> dict[str, str]:
-    """What :func:`replay_checkpoint` draws, in the safetensors file ``path``; returns :func:`describe_replay` of each tensor.
+    """Writes the tensors of :func:`replay_checkpoint` to the safetensors file ``path``.
+
+    Returns:
+        :func:`describe_replay` of each tensor, by name.
 
     Memory: the largest tensor.
     """
@@ -102,7 +106,7 @@ def write_replay(
         for name, drawn in replay_checkpoint(source, pattern, seed=seed, law=law, std=std, rules=rules):
             file.write(name, 0, drawn)
             described[name] = describe_replay(drawn)
-            del drawn  # before the next one is drawn
+            del drawn  # frees it before the next one is drawn
         file.flush()
     return described
 
@@ -110,8 +114,8 @@ def write_replay(
 def _replayed(
     source: Path, pattern: str, law: str, std: float | None, rules: Sequence[NoiseRule]
 ) -> dict[str, tuple[Setting, tuple[int, ...]]]:
-    """Setting and shape of the parameters with noise that ``pattern`` matches."""
-    laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N is before strength and scale
+    """Returns setting and shape of the parameters that get noise and match ``pattern``, by name."""
+    laws = tuple(replace(rule, alpha=None, beta=None, toward=None) for rule in rules)  # N depends on the law alone
     parameters = select(checkpoint_skeleton(source), "all", laws).parameters
     settings = Policy(1.0, 1.0, law, std, laws).settings(parameters, dict.fromkeys(parameters, 0.0))
     wanted = {n: (s, parameters[n].shape) for n, s in settings.items() if s.law != "constant" and fnmatchcase(n, pattern)}
@@ -123,7 +127,7 @@ def _replayed(
 
 
 def describe_replay(drawn: torch.Tensor) -> str:
-    """Shape, norm, SHA-256 of the float32 bytes and first values of ``N``."""
+    """Returns a line with the shape, norm, start of the SHA-256 of the float32 bytes, and first values of ``N``."""
     digest = hashlib.sha256(drawn.numpy().data).hexdigest()
     first = " ".join(f"{value:.9g}" for value in drawn.flatten()[:4].tolist())
     return f"{tuple(drawn.shape)}  |N| {float(torch.linalg.vector_norm(drawn, dtype=torch.float64)):.6g}  sha256 {digest[:16]}  {first} ..."

@@ -1,18 +1,20 @@
-"""Other damage than the published noise, at a chosen strength or as much as the noise does: to a model, or from disk to disk.
+"""Damage other than the published noise, to a model in memory or from disk to disk.
 
-An operator changes the matrices of products and the embeddings that the noise changes (:func:`undo_core.noise_` states which
-parameters are matrices and which are left); norms, biases and all others stay as they are. How much is the relative distance
-``|theta' - theta| / |theta|`` (Frobenius, over all matrices together):
+An operator changes the matrices and embeddings that the noise changes (see :func:`undo_core.noise_`); norms, biases and
+everything else stay unchanged. Its strength is given, or chosen so that it does as much damage as the noise. The measure of
+damage is the relative distance ``|theta' - theta| / |theta|`` (Frobenius norms over all matrices together). The operators:
 
-- ``gaussian``: ``theta + strength * rms(theta) * N``, N standard normal, the root mean square of each matrix.
-- ``prune``: the ``strength`` share of each matrix that is smallest in size becomes 0; equal ones in the order of their index.
-- ``permute``, ``permute-rows``, ``permute-columns``: that share of each matrix's entries, rows or columns, drawn at random, move one
-  place on in a random cycle: every one of them moves. Of stacked matrices (experts) the rows and columns are those of the stack.
+- ``gaussian``: ``theta + strength * rms(theta) * N``, with N standard normal and the root mean square taken per matrix.
+- ``prune``: sets the share ``strength`` of each matrix's entries to 0, smallest magnitude first; ties go by index.
+- ``permute``, ``permute-rows``, ``permute-columns``: draws the share ``strength`` of each matrix's entries, rows or columns at
+  random and moves each to the place of the next in a random cycle. In stacked matrices (experts), rows and columns are those of
+  the stack.
 
-What is drawn depends on the seed, the parameter's canonical name and the index alone (Philox-4x32-10).
+Random numbers depend only on the seed, the parameter's canonical name and the index (Philox-4x32-10).
 
-The strength that gives a distance has a closed form for ``gaussian``. For the others the distance at every share on a grid follows
-from one pass over each matrix: units are changed in a fixed order, so that the squared distance of the first k is a running sum.
+The strength that gives a wanted distance has a closed form for ``gaussian``. For the other operators, one pass over each matrix
+gives the distance at every share of a grid: entries, rows or columns are changed in a fixed order, so that the squared distance
+after the first k of them is a running sum.
 """
 
 from __future__ import annotations
@@ -38,22 +40,22 @@ from undo_core.noise.parameters import Parts, select
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
-GRID = 1 << 14  # shares at which distances are known, closer to each other where they are small
+GRID = 1 << 14  # number of steps between share 0 and share 1; squared below, so that small shares lie closer together
 _SHARES = [(i / GRID) ** 2 for i in range(GRID + 1)]
-BLOCK = 1 << 20  # elements at a time
-ELEMENT_BYTES = 40  # of the largest matrix, for each element, about: a copy, an order, sums
-ORDER = 2  # Philox's stream of the keys that order units; 0 draws noise and 1 rounds
+BLOCK = 1 << 20  # elements processed at a time
+ELEMENT_BYTES = 40  # peak memory per element of the largest matrix, roughly: a copy, an order and sums
+ORDER = 2  # Philox stream of the keys that order units; stream 0 draws noise and stream 1 rounds
 
 
 @dataclass(frozen=True)
 class DamageConfig:
-    """Copies that are damaged otherwise, as much as by the noise: a student for each operator and strength of the noise.
+    """Damage other than the noise, of the same distance: one student for each operator and noise strength.
 
     Attributes:
         operators: gaussian, prune, permute (entries), permute-rows or permute-columns.
-        alphas: the distance is that of the published noise at these strengths; null for those of ``noise.alphas``.
-        layers: only these layers are damaged, such as 0-3,7; null for all matrices, embeddings included.
-        seed: of what is drawn; None derives it from the run's seed.
+        alphas: strengths of the published noise whose distances are matched; null for those of ``noise.alphas``.
+        layers: damage only these layers, such as 0-3,7; null for all matrices, embeddings included.
+        seed: seed of the random draws; None derives it from the run's seed.
     """
 
     operators: list[Operator] = field(default_factory=list)
@@ -74,7 +76,7 @@ class DamageConfig:
 
 @dataclass(frozen=True)
 class TensorDamage:
-    """What happened to a matrix: its Frobenius norm before, and that of the change."""
+    """Frobenius norm of a matrix before the damage, and of the change."""
 
     before: float
     change: float
@@ -84,23 +86,23 @@ class TensorDamage:
 def damage_(
     model: nn.Module, operator: Operator, *, strength: float, seed: int, layers: str | None = None, parts: Parts = "text"
 ) -> dict[str, TensorDamage]:
-    """Damage ``model`` in place.
+    """Damages ``model`` in place.
 
     Args:
-        model: its parameters that require a gradient; no ``DTensor``.
+        model: only parameters that require a gradient are changed; none of them may be sharded (``DTensor``).
         operator: see :mod:`undo_core.noise.damage`.
         strength: a share in [0, 1]; for ``gaussian`` a factor >= 0.
         seed: in [0, 2**64).
-        layers: only these, such as ``0-3,7``.
-        parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
+        layers: damage only these layers, such as ``0-3,7``; None for all matrices.
+        parts: for models of several modalities: "text" changes the text decoder, embeddings and head; "all" changes everything.
 
     Returns:
-        For every damaged parameter, by canonical name, its norm and that of the change.
+        For every damaged parameter, by canonical name, its norm before and the norm of the change.
 
     Memory: about ``ELEMENT_BYTES`` for each element of the largest matrix.
 
     Raises:
-        ValueError: a bad argument; nothing is changed.
+        ValueError: an argument is invalid; nothing is changed.
     """
     check_arguments(operator, strength, seed)
     selected = select(model, parts)
@@ -114,9 +116,9 @@ def damage_(
         tensor = selected.found[name][0].detach()
         whole = tensor.contiguous()
         result[name] = _apply(whole, name, operator, strength, seed)
-        if whole.data_ptr() != tensor.data_ptr():  # a copy of a parameter that is not contiguous
+        if whole.data_ptr() != tensor.data_ptr():  # contiguous() made a copy
             tensor.copy_(whole)
-        torch.autograd.graph.increment_version(selected.found[name][0])  # a graph that has saved it must notice
+        torch.autograd.graph.increment_version(selected.found[name][0])  # lets autograd notice that a saved tensor has changed
     return result
 
 
@@ -134,29 +136,32 @@ def damage_checkpoint(
     title: str = "damage",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """:func:`damage_` on the checkpoint folder ``source``, written to the existing, empty folder ``output``, with the same bits.
+    """Applies :func:`damage_` to the checkpoint folder ``source`` and writes to the existing, empty folder ``output``.
+
+    The result is bit-equal to :func:`damage_` on the loaded model.
 
     Args:
         source: a Hugging Face checkpoint folder.
         output: as for :func:`undo_core.noise.checkpoint.noise_checkpoint`.
         operator: see :mod:`undo_core.noise.damage`.
         seed: in [0, 2**64).
-        strength: as for :func:`damage_`; or
-        like: arguments of the noise (``alpha``, ``seed`` and others of ``noise_checkpoint``) whose distance is wanted.
-        layers: only these, such as ``0-3,7``.
+        strength: as for :func:`damage_`. Give either this or ``like``.
+        like: arguments of the noise whose distance is to be matched (``alpha``, ``seed`` and others of ``noise_checkpoint``).
+        layers: damage only these layers, such as ``0-3,7``; None for all matrices.
         parts: as for :func:`damage_`.
         title: name on the progress bar.
-        progress: show it.
+        progress: whether to show it.
 
     Returns:
-        ``strength``, the ``distance`` that it gave, ``wanted`` (of the noise, or None), each matrix's :class:`TensorDamage` and what is
-        ``left`` (see :class:`undo_core.noise.parameters.Left`).
+        ``strength``; the ``distance`` that it gave; ``wanted``, the noise's distance, or None without ``like``; ``tensors``,
+        the :class:`TensorDamage` of each damaged matrix; and ``left``, the unchanged parameters
+        (:class:`undo_core.noise.parameters.Left`).
 
     Memory: about ``ELEMENT_BYTES`` for each element of the largest matrix.
 
     Raises:
-        ValueError: a bad argument, or a distance that the operator does not reach; nothing is written.
-        FileNotFoundError: no safetensors file.
+        ValueError: an argument is invalid, or the operator cannot reach the distance; nothing is written.
+        FileNotFoundError: the folder has no safetensors file.
     """
     if (strength is None) == (like is None):
         checks.fail("strength", f"{strength} with like={like}", "one of the two")
@@ -179,7 +184,7 @@ def damage_checkpoint(
 
 
 def check_arguments(operator: str, strength: float, seed: int) -> None:
-    """Raise a ValueError for an unknown operator, a strength that it cannot have, or a seed that is none."""
+    """Raises a ValueError for an unknown operator, or a strength or seed out of range."""
     checks.choice("operator", operator, OPERATORS)
     if operator == "gaussian":
         checks.number("strength", strength, "a number >= 0", 0)
@@ -189,10 +194,10 @@ def check_arguments(operator: str, strength: float, seed: int) -> None:
 
 
 def selection(layers: str | None) -> str:
-    """``0-3,7`` as a rule's ``match``.
+    """Returns the ``match`` of a noise rule for ``layers`` such as ``0-3,7``; None matches everything.
 
     Raises:
-        ValueError: no list of numbers and ranges.
+        ValueError: ``layers`` is not a list of numbers and ranges.
     """
     match = "*" if layers is None else f"layers:{layers}"
     layers_of(match)
@@ -208,7 +213,7 @@ def _match(
     title: str,
     progress: bool,
 ) -> tuple[float, float]:
-    """The strength whose distance comes closest to that of the noise, and the noise's distance."""
+    """Returns the strength whose distance comes closest to that of the noise, and the noise's distance."""
     noise_seed = like.pop("seed")
     checks.seed(noise_seed)
     policy = Policy(**{"beta": 0.1, **like, "rules": checkpoint.chosen.rules})
@@ -234,7 +239,7 @@ def _match(
 
 
 def _noise_change(tensor: torch.Tensor, name: str, setting: Setting, seed: int) -> float:
-    """Squared norm of what the published noise would change."""
+    """Returns the squared norm of the change that the noise would make to ``tensor``, which stays unchanged."""
     noised = tensor.clone()
     implementation("noise_", noised.device)([segment(name, noised, setting)], seed, True)
     return _squares(noised, tensor)
@@ -255,14 +260,14 @@ def _apply(tensor: torch.Tensor, name: str, operator: str, strength: float, seed
 
 
 def _profile(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch.Tensor:
-    """Squared norm of the change at each share of the grid, ``[GRID + 1]`` float64; for ``gaussian`` at strength 1, ``[1]``."""
+    """Returns the change's squared norm at each share, ``[GRID + 1]`` float64; for ``gaussian`` at strength 1, ``[1]``."""
     if operator == "gaussian":
         changed = tensor.clone()
         _add_gaussian(changed, name, math.sqrt(_squares(tensor) / max(tensor.numel(), 1)), seed)
         return torch.tensor([_squares(changed, tensor)], dtype=torch.float64)
     units, order = _units(tensor, operator), _order(tensor, name, operator, seed)
     size = max(1, BLOCK // max(units.shape[1], 1))
-    sums = torch.zeros(len(order) + 1, dtype=torch.float64, device=tensor.device)  # of the change by the first k units
+    sums = torch.zeros(len(order) + 1, dtype=torch.float64, device=tensor.device)  # entry k: change by the first k units
     for at in range(0, len(order), size):
         part = order[at : at + size]
         moved = units[part].double()
@@ -274,7 +279,7 @@ def _profile(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch
         return_inverse=True
     )
     result = sums[counts]
-    if operator != "prune" and len(order):  # the first of them takes the last one's place
+    if operator != "prune" and len(order):  # the cycle closes: the first moved unit receives the last one
         first = units[order[0]].double()
         for at in range(0, len(counts), size):
             last = order[(counts[at : at + size] - 1).clamp_min(0)]
@@ -287,7 +292,7 @@ def _add_gaussian(tensor: torch.Tensor, name: str, scale: float, seed: int) -> N
 
 
 def _units(tensor: torch.Tensor, operator: str) -> torch.Tensor:
-    """What is pruned or permuted, as the rows of a view ``[n, width]``."""
+    """Returns a view ``[n, width]`` of ``tensor`` whose rows are the units that are pruned or permuted."""
     if operator in ("prune", "permute"):
         return tensor.view(-1, 1)
     rows = tensor.view(-1, tensor.shape[-1])
@@ -295,7 +300,7 @@ def _units(tensor: torch.Tensor, operator: str) -> torch.Tensor:
 
 
 def _order(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch.Tensor:
-    """The order in which units are changed, int64."""
+    """Returns the order in which units are changed, ``[n]`` int64."""
     if operator == "prune":
         return tensor.flatten().abs().argsort(stable=True)
     count = len(_units(tensor, operator))
@@ -316,7 +321,7 @@ def _chosen(parameters: Mapping[str, Parameter], layers: str | None) -> list[str
 
 
 def _squares(tensor: torch.Tensor, other: torch.Tensor | None = None) -> float:
-    """Sum of squares, of the difference where there is another tensor, in float64 and in blocks."""
+    """Returns the sum of squares of ``tensor``, or of its difference to ``other``, computed in float64 block by block."""
     parts: Iterable[torch.Tensor] = tensor.flatten().split(BLOCK)
     if other is None:
         return math.fsum(float(part.double().square().sum()) for part in parts)

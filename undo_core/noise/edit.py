@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint on disk, a few tensors at a time, as the model in memory would have them; read, or changed in a copy."""
+"""Reads a checkpoint's parameters a few at a time, as the model in memory would have them, or edits them in a copy."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from undo_core.io.progress import StageProgress
 from undo_core.noise.parameters import Parts, select
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx")
-NOT_COPIED = ("manifest.json", "log.jsonl")  # they tell how the source was made
+NOT_COPIED = ("manifest.json", "log.jsonl")  # they describe how the source was made, not the copy
 
 
 class CheckpointParameters:
-    """The parameters of the checkpoint folder ``source``: names on disk are mapped to names in memory through a model on the meta
-    device, also where transformers renames or stacks tensors on load.
+    """The parameters of a checkpoint folder, read or edited without loading the model.
+
+    A model on the meta device maps names on disk to names in memory, also where transformers renames or stacks tensors on load.
 
     Args:
         source: a Hugging Face checkpoint folder.
-        parts: of a model of text and other modalities: text, or all.
-        rules: of the noise, where there are some.
+        parts: for models of several modalities: "text" or "all".
+        rules: rules of the noise, if any.
 
     Attributes:
-        model: on the meta device.
-        chosen: what :func:`undo_core.noise.parameters.select` says of it. What is left is copied as it is.
-        parameters: what decides the damage of each parameter, by canonical name; tied ones once.
+        model: the checkpoint's model on the meta device.
+        chosen: result of :func:`undo_core.noise.parameters.select`. Parameters that it leaves are copied unchanged.
+        parameters: description of each parameter to damage, by canonical name; a tied parameter appears once.
 
     Memory: the largest tensor; three times the largest parameter that transformers puts together from several tensors.
 
     Raises:
-        ValueError: a tensor that is no float or has no place in the model.
-        FileNotFoundError: no safetensors file.
+        ValueError: a tensor to damage is not floating-point, or the model has no place for a tensor.
+        FileNotFoundError: the folder has no safetensors file.
     """
 
     def __init__(self, source: Path, parts: Parts = "text", rules: Sequence[NoiseRule] = ()) -> None:
@@ -61,23 +62,23 @@ class CheckpointParameters:
             for name, path in group.files.items():
                 if self._files[path][name].dtype is None and any(parameter in self._names for parameter in group.parameters):
                     raise ValueError(
-                        f"model: got {name}, which is no float tensor; wanted float32, bfloat16, float16 or float64"
+                        f"model: got {name}, which is not a floating-point tensor; wanted float32, bfloat16, float16 or float64"
                     )
 
     def read(self, title: str, progress: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """A few parameters at a time by canonical name; what is written to them is lost."""
+        """Yields a few parameters at a time, by canonical name; changes to them are lost."""
         mapped = {path: MappedFile(path, read_only=True) for path in self._files}
         yield from self._each(mapped, False, title, progress)
 
     def edit(self, output: Path, title: str, progress: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """A few parameters of a copy at a time; what is written to them before the next are asked for is written to the copy.
+        """Yields a few parameters of a copy at a time; in-place changes made before the next ones are drawn go to the copy.
 
-        Each file is copied to the existing, empty folder ``output`` and its tensors are changed where they lie, so everything else in it
-        stays as it is; weights in other formats are left out.
+        Every file is copied to the existing, empty folder ``output``, and the tensors are changed inside the copied files, so
+        that everything else in them stays as it is. Weights in other formats, manifest and log are not copied.
         """
         unread = {path.name for path in self._files} == {SINGLE}
         for path in sorted(self.source.iterdir()):
-            # Undamaged weights must not come along, nor an index that transformers does not read.
+            # The copy must not contain undamaged weights, nor an index that transformers does not read.
             other_weights = (path.suffix in WEIGHTS or (path.name == INDEX and unread)) and path not in self._files
             if path.is_file() and path.name not in NOT_COPIED and not other_weights:
                 shutil.copyfile(path, output / path.name)

@@ -1,12 +1,14 @@
-"""Where each parameter of a Hugging Face model starts: its initial value element by element, or that it is a random matrix.
+"""Initial values of the parameters of a Hugging Face model: element by element, or the fact that one is a random matrix.
 
-The model is built once more from its configuration and initialised by its own code, constructors and ``_init_weights`` alike, in a
+The model is built once more from its configuration and initialised by its own code (constructors and ``_init_weights``), in a
 dispatch mode that changes two things:
 
-- Every random draw gives the median of its law instead: the mean of a normal law, the middle of a uniform one. Medians commute with
-  rising functions, so what is computed from a draw is the median of its own law: ``A_log = log(U(1, 16))`` becomes ``log(8.5)``.
-- Tensors of two and more dimensions are on the meta device, where they take no memory. Those that turn out not to be drawn in place
-  get memory, and the initialisation runs again. So the memory needed is that of the vectors, whatever the size of the model.
+- Every random draw returns the median of its law: the mean of a normal law, the middle of a uniform one. Medians commute with
+  increasing functions, so a value computed from a draw is the median of its own law: ``A_log = log(U(1, 16))`` becomes
+  ``log(8.5)``.
+- Tensors of two or more dimensions are on the meta device, where they take no memory. Those that turn out not to be drawn in
+  place get memory, and the initialisation runs again. The peak memory is therefore that of the vectors, whatever the size of
+  the model.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _FACTORIES |= {_ATEN.arange, _ATEN.linspace, _ATEN.eye, _ATEN.scalar_tensor}
 _MIDDLE = {_ATEN.rand: 0.5, _ATEN.rand_like: 0.5, _ATEN.randn: 0.0, _ATEN.randn_like: 0.0}
 _CONSTANT = {_ATEN.zeros: 0.0, _ATEN.ones: 1.0}
 
-# Modules whose matrix of a product holds it in another shape than [..., out, in]: the matrix's shape from the module and the parameter.
+# Parameters that hold the matrix of a product in a shape other than [..., out, in]. By class and parameter name: a function
+# that gives the matrix's shape from the module and the parameter's shape.
 _MATRICES = {
     ("DbrxExpertGLU", name): lambda module, shape: (shape[0] // module.moe_num_experts, shape[1]) for name in ("w1", "v1", "w2")
 } | {("XLNetRelativeAttention", name): lambda _, shape: (shape[0], math.prod(shape[1:])) for name in ("q", "k", "v", "o", "r")}
@@ -40,14 +43,14 @@ _MATRICES = {
 
 @dataclass(frozen=True)
 class Initialisation:
-    """What a model is before it is trained.
+    """State of a model before training.
 
     Attributes:
-        values: the value that each parameter which is neither a matrix of a product nor an embedding starts from, by canonical name: a
-            number where all elements start alike, else a float32 tensor of the parameter's shape; where the value is drawn at random,
-            the median of its law; None where the model's code sets none.
-        frozen: canonical names of the parameters that the model's constructor makes without a gradient. transformers forgets that when
-            it loads a checkpoint.
+        values: initial value of each parameter that is neither a matrix of a product nor an embedding, by canonical name. It is
+            a number if all elements start equal, else a float32 tensor of the parameter's shape; for a random value, the median
+            of its law; None if the model's code sets no value.
+        frozen: canonical names of the parameters that the model's constructor makes without a gradient. transformers loses this
+            when it loads a checkpoint.
     """
 
     values: dict[str, float | torch.Tensor | None]
@@ -55,10 +58,10 @@ class Initialisation:
 
 
 def initialisation(model: PreTrainedModel) -> Initialisation:
-    """How a model of this class and configuration starts; ``model`` may be on the meta device or sharded.
+    """Finds the initial values of a model of this class and configuration; ``model`` may be on the meta device or sharded.
 
-    A matrix of a product is the weight of a linear layer or a convolution, or any other parameter of two or more dimensions that is
-    drawn in place around 0 (experts, routers) and is no bias.
+    A matrix of a product is the weight of a linear layer or convolution, or any other parameter of two or more dimensions that
+    is drawn in place around 0 (experts, routers) and is not a bias.
 
     Memory: that of the values; no matrix is held.
 
@@ -88,8 +91,10 @@ def initialisation(model: PreTrainedModel) -> Initialisation:
 
 
 def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Shape of the matrix that a parameter holds, by the parameter's ``id``, where its own shape does not tell: experts below each
-    other in one matrix (DBRX), heads as dimensions of their own (XLNet)."""
+    """Returns, by the parameter's ``id``, the shape of the matrix that it holds, for parameters of another shape.
+
+    Examples are experts concatenated into one matrix (DBRX), and heads as separate dimensions (XLNet).
+    """
     return {
         id(parameter): _MATRICES[type(module).__name__, name](module, tuple(parameter.shape))
         for module in model.modules()
@@ -100,13 +105,11 @@ def matrix_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
 
 def _new(model: PreTrainedModel) -> PreTrainedModel:
     try:
-        return type(model)(
-            copy.deepcopy(model.config)
-        )  # of a class that FSDP2 made, this gives the class that it was made from
+        return type(model)(copy.deepcopy(model.config))  # if FSDP2 made the class, calling it gives the original class
     except TypeError as error:
         raise ValueError(
-            f"model: got {type(model).__name__}, which cannot be built from its configuration to see where its parameters start "
-            f"({error}); wanted a class that can, or undo_kernels.ops.noise_, which takes matrices by their shape, with toward"
+            f"model: got {type(model).__name__}, which cannot be built from its configuration to find its initial values "
+            f"({error}); wanted a class that can; or call undo_kernels.ops.noise_ with toward: it tells matrices by their shape"
         ) from error
 
 
@@ -137,7 +140,7 @@ def _value(parameter: nn.Parameter) -> float | torch.Tensor | None:
 
 @contextmanager
 def _float32_on_cpu() -> Iterator[None]:
-    """The caller's default dtype and device must not decide initial values."""
+    """Makes float32 and the CPU torch's defaults, so that the caller's defaults do not change the initial values."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -148,19 +151,21 @@ def _float32_on_cpu() -> Iterator[None]:
 
 
 class _Medians(TorchDispatchMode):
-    """The mode that the module's docstring describes. It also remembers what wrote each meta tensor last, by storage."""
+    """The dispatch mode of this module's docstring. It also records, by storage, what last wrote each meta tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide = "meta"  # where new tensors of two and more dimensions are
-        self._written: dict[int, tuple[Any, bool, float]] = {}  # storage, which so stays alive: drawn at random, median
+        self.wide = "meta"  # device of new tensors of two or more dimensions
+        # By address of a storage: the storage (kept alive, so that its address is not reused), whether it was drawn, its
+        # median.
+        self._written: dict[int, tuple[Any, bool, float]] = {}
 
     def drawn_around_zero(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor was filled by a draw from a law with the median 0."""
+        """Whether the last write to the tensor was a random draw with the median 0."""
         return self._written.get(_storage(tensor), (None, False, 0.0))[1:] == (True, 0.0)
 
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A parameter in memory in place of one on the meta device; NaN where its constant is not known."""
+        """Returns a parameter in memory for one on the meta device, filled with its known constant, else with NaN."""
         _, drawn, value = self._written.get(_storage(parameter), (None, True, 0.0))
         start = torch.full(parameter.shape, torch.nan if drawn else value)
         return nn.Parameter(start, requires_grad=parameter.requires_grad)
@@ -185,14 +190,14 @@ class _Medians(TorchDispatchMode):
             return self._copied(*args[:2])
         if packet in (_ATEN.zero_, _ATEN.fill_) and args[0].is_meta:
             value = 0.0 if packet is _ATEN.zero_ else float(args[1]) if not _is_meta(args[1]) else math.nan
-            if args[0].numel() == args[0].untyped_storage().nbytes() // args[0].element_size():  # all of it
+            if args[0].numel() == args[0].untyped_storage().nbytes() // args[0].element_size():  # the whole storage, not a part
                 self._wrote(args[0], False, value)
         elif any(leaf.is_meta for leaf in leaves) and any(not leaf.is_meta and leaf.ndim for leaf in leaves):
             args, kwargs = tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
 
     def _made(self, func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """A new tensor; one with two dimensions is where ``wide`` says."""
+        """Creates a new tensor: on the device ``wide`` if two or more dimensions exceed 1, else on the CPU."""
         size = args[0] if args and isinstance(args[0], (list, tuple)) else ()
         wide = packet is _ATEN.eye or sum(extent > 1 for extent in size) >= 2
         made = func(*args, **{**kwargs, "device": torch.device(self.wide if wide else "cpu")})

@@ -1,4 +1,4 @@
-"""Noise on a whole model: the op, with the shrink targets that the model's own initialisation gives, and a report."""
+"""UNDO's noise on a whole model, with shrink targets from the model's own initialisation, and a report of what it did."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class TensorNoise:
     """What the noise did to a tensor.
 
     Attributes:
-        before: Frobenius norm.
-        after: Frobenius norm.
-        change: norm of the change: root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, shrinkage and noise, which are as good
-            as orthogonal.
-        shrink: share of ``change**2`` that is shrinkage, in [0, 1].
-        noise: share that is noise; 0 for a vector, which moves toward a number.
+        before: Frobenius norm before.
+        after: Frobenius norm after.
+        change: norm of the change. With noise it is the root of ``(alpha * before)**2 + (alpha * beta * |N|)**2``, taking
+            shrinkage and noise as orthogonal, which they nearly are.
+        shrink: share of ``change**2`` that comes from shrinkage, in [0, 1].
+        noise: share of ``change**2`` that comes from noise; 0 for a vector, which only shrinks toward its target.
     """
 
     before: float
@@ -40,7 +40,7 @@ class NoiseReport(dict[str, TensorNoise]):
     """What the noise did to each parameter, by canonical name.
 
     Attributes:
-        left: the parameters that it left as they are, by canonical name, and why.
+        left: the parameters that were left unchanged, by canonical name, and why.
     """
 
     def __init__(self, tensors: Mapping[str, TensorNoise], left: Mapping[str, Left]) -> None:
@@ -51,34 +51,37 @@ class NoiseReport(dict[str, TensorNoise]):
 def noise_(
     model: nn.Module, *, alpha: float, beta: float = 0.1, seed: int, parts: Parts = "text", **options: Any
 ) -> NoiseReport:
-    """Damage ``model`` in place: :func:`undo_kernels.ops.noise_` with a policy for every parameter of a Hugging Face model.
+    """Applies UNDO's noise to ``model`` in place: :func:`undo_kernels.ops.noise_` with a policy for each kind of parameter.
 
-    - **Matrices of products** get noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``: weights of linear layers and of
-      convolutions, and other parameters of two or more dimensions that the model draws at random around 0 (routers, stacked experts,
-      each with the fans of one expert).
-    - **Embeddings** (``nn.Embedding``, tables of learned positions included) get noise too.
-    - **Everything else** gets none and shrinks toward its own initial value, element by element, ``theta <- (1 - alpha) * theta + alpha
-      * theta_init``: norms, biases, scalars, ``A_log``, ``D``, ``dt_bias``, ``sinks``, gates. The initial value is what the model's own
-      code sets; where it is drawn at random, the median of its law (0 for attention sinks; log(8.5) for ``A_log = log(U(1, 16))``).
-    - **Left as they are**: parameters that require no gradient, now or in a new model of the class; those of other modalities than text (``parts="all"`` takes them too),
-      and those for which the model's code sets no initial value. Buffers are no parameters.
+    - **Matrices of products** get noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``. These are the weights of linear
+      layers and convolutions, and other parameters of two or more dimensions that the model draws at random around 0 (routers,
+      stacked experts; each expert has its own fans).
+    - **Embeddings** (``nn.Embedding``, including tables of learned positions) get noise too.
+    - **Everything else** gets no noise and shrinks, element by element, toward its own initial value:
+      ``theta <- (1 - alpha) * theta + alpha * theta_init``. These are norms, biases, scalars, ``A_log``, ``D``, ``dt_bias``,
+      ``sinks`` and gates. The initial value is the one that the model's own code sets. Where that code draws it at random, the
+      median of its law is taken (0 for attention sinks; log(8.5) for ``A_log = log(U(1, 16))``).
+    - **Unchanged** are parameters that require no gradient, now or in a new model of the class; parameters of modalities other
+      than text (unless ``parts="all"``); parameters without noise for which the model's code sets no initial value; and
+      buffers.
 
-    The published code shrinks norms toward 0, which is the initial value of Gemma's (they multiply by ``1 + w``). Llama-type norms
-    start at 1, and shrinking them to 0 would silence the layer. ``docs/noise.md`` has the details.
+    The published code shrinks norms toward 0, which is the initial value of Gemma's norms (they multiply by ``1 + w``).
+    Llama-type norms start at 1, and shrinking them to 0 would silence the layer. ``docs/noise.md`` has the details.
 
     Args:
         model: a Hugging Face model, or any module together with ``toward``.
         alpha: strength, in [0, 1].
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
-        parts: of a model of text and other modalities: "text", its decoder, embeddings and head; or "all".
+        parts: for models of several modalities: "text" changes the text decoder, embeddings and head; "all" changes everything.
         options: ``law``, ``std``, ``toward``, ``rules``, ``stochastic_rounding`` of :func:`undo_kernels.ops.noise_`.
 
     Returns:
-        For every tensor, by canonical name, its norms and the shares of shrinkage and noise; and what was left.
+        For every changed tensor, by canonical name, its norms and the shares of shrinkage and noise; ``left`` lists the
+        unchanged ones.
 
     Raises:
-        ValueError: a bad argument; nothing is changed.
+        ValueError: an argument is invalid; nothing is changed.
     """
     chosen = select(model, parts, options.pop("rules", ()), own_values="toward" not in options)
     if chosen.toward is not None:
@@ -88,12 +91,15 @@ def noise_(
 
 
 def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, TensorNoise]:
-    """Norms and shares of what :func:`undo_kernels.ops.noise.apply` did."""
+    """Turns the sums that :func:`undo_kernels.ops.noise.apply` returns into norms and shares, by canonical name."""
     result = {}
     for name, (setting, sums) in applied.items():
         before, noise, after = sums.tolist()
         alpha = 1.0 - setting.keep
-        if setting.law in ("constant", "elements"):  # the cross term of the change follows from the norm after
+        if setting.law in (
+            "constant",
+            "elements",
+        ):  # target and theta are not orthogonal; the norm after gives their cross term
             cross = (after - setting.keep**2 * before - noise) / setting.keep if setting.keep else 0.0
             change, shares = max(0.0, alpha**2 * before + noise - alpha * cross), (1.0, 0.0)
         else:
@@ -105,7 +111,11 @@ def report(applied: Mapping[str, tuple[Setting, torch.Tensor]]) -> dict[str, Ten
 
 
 def by_kind(tensors: Mapping[str, TensorNoise]) -> dict[str, tuple[int, TensorNoise]]:
-    """The report summed over tensors whose names differ in numbers alone (``model.layers.*.mlp.up_proj.weight``), with their number."""
+    """Sums the report over tensors whose names differ only in numbers (``model.layers.*.mlp.up_proj.weight``).
+
+    Returns:
+        By name pattern, how many tensors match it, and their sum.
+    """
     kinds: dict[str, list[TensorNoise]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(tensor)

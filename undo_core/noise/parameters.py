@@ -1,6 +1,6 @@
-"""Which parameters of a model the damage is about, which are left as they are, and what each of them shrinks toward.
+"""Selects the parameters of a model that noise or other damage changes, and the value that each shrinks toward.
 
-:func:`undo_core.noise_` states the policy. Model and checkpoint, noise and other damage, all ask :func:`select`.
+:func:`undo_core.noise_` states the policy. Noise and other damage, in memory and on disk, all use :func:`select`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Parts = Literal["text", "all"]
 PARTS = ("text", "all")
 Reason = Literal["frozen", "not text", "no initial value"]
 
-# In the names of configurations and modules of other modalities.
+# A configuration or module with one of these in its name belongs to a modality other than text.
 _OTHER = ("vision", "visual", "image", "img", "video", "audio", "speech", "codec", "vq_", "vqmodel", "vqvae")
 
 
 @dataclass(frozen=True)
 class Left:
-    """A parameter that is left as it is.
+    """A parameter that is left unchanged.
 
     Attributes:
-        reason: frozen (it requires no gradient, now or in a new model of the class), not text (it belongs to images or sound), or no initial value (it is no matrix, and the
-            model's initialisation does not set it).
-        elements: how many it has.
-        share: of the model's elements.
+        reason: "frozen" (it requires no gradient, now or in a new model of the class), "not text" (it belongs to images or
+            sound), or "no initial value" (it is not a matrix, and the model's initialisation does not set it).
+        elements: its number of elements.
+        share: ``elements`` as a share of all elements of the model, in [0, 1].
     """
 
     reason: Reason
@@ -44,13 +44,14 @@ class Left:
 
 @dataclass(frozen=True)
 class Selection:
-    """What :func:`select` chose.
+    """Result of :func:`select`.
 
     Attributes:
-        found: tensor and description of each parameter to damage, by canonical name; tied ones once.
-        toward: what those without noise shrink toward; None for a module whose initialisation is not known.
-        left: the others.
-        rules: those that are about ``found``.
+        found: tensor and description of each parameter to damage, by canonical name; a tied parameter appears once.
+        toward: the target of each parameter without noise, by canonical name; None for a module that is not a Hugging Face
+            model.
+        left: the parameters that stay unchanged.
+        rules: the given rules, without those that only spare parameters which stay unchanged anyway.
     """
 
     found: dict[str, tuple[torch.Tensor, Parameter]]
@@ -60,27 +61,28 @@ class Selection:
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """The descriptions in ``found``."""
+        """The descriptions in ``found``, by canonical name."""
         return {name: parameter for name, (_, parameter) in self.found.items()}
 
 
 def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] = (), own_values: bool = True) -> Selection:
-    """The parameters of ``model`` (a Hugging Face model, wrapped or not, or any module) that the damage is about.
+    """Selects the parameters of ``model`` to damage.
 
     Args:
-        model: may be on the meta device.
-        parts: text, or all.
-        rules: one that gives a parameter without an initial value another target, or a law, keeps it in.
-        own_values: whether parameters without noise shrink toward their initial values, so that those without one are left.
+        model: a Hugging Face model, wrapped or not, or any module; it may be on the meta device.
+        parts: "text" or "all".
+        rules: rules of the noise. A parameter without an initial value is selected if a rule gives it a target or a law.
+        own_values: whether parameters without noise shrink toward their initial values. If so, those without one stay
+            unchanged.
 
     Raises:
-        ValueError: as :func:`undo_kernels.ops.noise_rules.describe`; adapters of peft in the model; or a rule is about parameters alone
-            that are left.
+        ValueError: as :func:`undo_kernels.ops.noise_rules.describe`; the model contains adapters of peft; no parameter is left
+            to damage; or a rule matches only parameters that stay unchanged.
     """
     if has_adapters(model):
         checks.fail(
             "model",
-            f"{type(model).__name__} with adapters, whose weights are what the base and the adapters make together",
+            f"{type(model).__name__} with adapters, whose effective weights combine base and adapters",
             "them merged (model.merge_and_unload().requires_grad_()), or the base before it gets adapters",
         )
     checks.choice("parts", parts, PARTS)
@@ -130,10 +132,11 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
 
 
 def text_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """The parameters of the text decoder, its embeddings and its head; every parameter of a model that knows nothing but text.
+    """Yields the parameters of the text decoder, its embeddings and its head; of a model of text alone, every parameter.
 
-    Where the configuration has one of its own for text, those are the decoder (``get_decoder``) and the embeddings of input and output.
-    Whatever lies in a model whose configuration is that of another modality, or has the name of one in its path, is no text.
+    If the configuration has a part of its own for text, only the decoder (``get_decoder``) and the input and output embeddings
+    are text. A parameter is not text if it lies inside a model with another modality's configuration, or if a multimodal
+    model's name for it contains such a modality.
     """
     config = model.config
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
@@ -154,7 +157,7 @@ def text_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def summary(left: Mapping[str, Left]) -> str:
-    """``12 parameters (3,456 elements, 7.8% of the model): not text`` for each reason; nothing where nothing is left."""
+    """Returns ``12 parameters (3,456 elements, 7.8% of the model): not text`` for each reason, joined by ``; ``."""
     reasons: dict[str, list[Left]] = {}
     for one in left.values():
         reasons.setdefault(one.reason, []).append(one)
@@ -165,7 +168,7 @@ def summary(left: Mapping[str, Left]) -> str:
 
 
 def _hugging_face(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
-    """The outermost Hugging Face model in ``model``, which compilation, data parallelism or adapters may wrap, and its names' prefix."""
+    """Returns the name prefix of the outermost Hugging Face model in ``model``, and that model; ``model`` may be a wrapper."""
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             return f"{name}." if name else "", module
@@ -183,7 +186,11 @@ def _sets_target(rule: NoiseRule) -> bool:
 def _about(
     rules: Sequence[NoiseRule], found: Mapping[str, tuple[torch.Tensor, Parameter]], left: Mapping[str, Left]
 ) -> tuple[NoiseRule, ...]:
-    """The rules without those that spare what is left anyway."""
+    """Returns the rules without those that only spare parameters which stay unchanged anyway (``alpha=0``).
+
+    Raises:
+        ValueError: another rule matches only parameters that stay unchanged.
+    """
     kept = []
     for i, rule in enumerate(rules):
         if not any(matches(rule.match, name, p) for name, (_, p) in found.items()):
