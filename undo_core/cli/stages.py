@@ -225,8 +225,8 @@ def distill(
         cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then kept in memory.
         hidden_weight: factor on the relative squared error of the student's hidden states, added to the KL of the logits; not
             with cache.
-        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the final
-            norm; null for every layer.
+        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
+            final norm; null for every layer.
         vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
             all rows, or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for the rows of the
             smaller one.
@@ -258,7 +258,8 @@ def distill(
 
 
 def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
-    """Attack the checkpoint MODEL at every learning rate; write a folder for each rate to OUTPUT, with all curves in curves.json.
+    """Attack the checkpoint MODEL at every learning rate; write a folder for each rate to OUTPUT, with all curves in
+    curves.json.
 
     --kind=lora trains adapters and merges them. --kind=fewshot and --kind=quantise train nothing and write one folder for each
     value of --shots or --bits.
