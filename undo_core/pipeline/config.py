@@ -270,8 +270,8 @@ class DistillConfig:
         teacher: where the teacher's outputs come from. A cache is made once for all students of the run and of its sweeps.
         hidden_weight: factor on the relative squared error of the student's hidden states, added to the KL of the logits; needs
             a resident or streamed teacher. 0, as published, leaves it out.
-        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the final
-            norm; null for every layer.
+        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
+            final norm; null for every layer.
         vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
             all rows.
     """

@@ -170,9 +170,8 @@ class Meta:
         with storages:
             micro = train.micro_batch_size or train.batch_size
             rows = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
-            batches = {
-                name: self.batch(min(size, 2 * micro)) for name, size in rows.items()
-            }  # a third micro-batch does not raise the peak
+            # Two micro-batches are enough: a third does not raise the peak.
+            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}
 
             def loss(*arguments: Any) -> torch.Tensor:
                 storages.moment = "forward"
