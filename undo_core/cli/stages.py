@@ -258,8 +258,7 @@ def distill(
 
 
 def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
-    """Attack the checkpoint MODEL at every learning rate; write a folder for each rate to OUTPUT, with all curves in
-    curves.json.
+    """Attack the checkpoint MODEL at every learning rate; write a folder for each rate and curves.json to OUTPUT.
 
     --kind=lora trains adapters and merges them. --kind=fewshot and --kind=quantise train nothing and write one folder for each
     value of --shots or --bits.

@@ -113,7 +113,7 @@ def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]
         alone = all(agree(possible[index], other) for other in chosen)
         if alone and least(chosen, possible[:index]).memory_bytes > limit:
             chosen = (possible[index], *chosen)
-    # Throughout the loop, chosen fits together with cheaper changes that have not been examined yet. None are left, so chosen fits.
+    # The loop keeps true that chosen fits together with the changes not examined yet; none are left, so chosen fits.
     found = fit(chosen)
     for change in chosen:
         found = _first_that_fits(found, change, limit, need)
