@@ -179,8 +179,8 @@ def cache(
 ) -> int:
     """Run the checkpoint TEACHER once over DATA and store in OUTPUT the outputs that `undo distill --cache=OUTPUT` needs.
 
-    Students can then learn from the cache, in any number, data order and with any seed, without the teacher's layers in memory.
-    With float32 the student is the same as without a cache; the errors of bfloat16 and topk are measured and printed.
+    Any number of students, with any data order and seed, can then learn from it without the teacher's layers in memory. With
+    float32 the student is the same as without a cache; the errors of bfloat16 and topk are measured and printed.
 
     Args:
         teacher: Hugging Face checkpoint folder of the suppressed model.
