@@ -232,8 +232,8 @@ def _check_shots(config: RunConfig) -> None:
         return
     model = config.model
     positions = positions_of(configuration(vars(model)))
-    # Shortest example without the separator that it shares with the next: a packed sequence, 1*1=1, 1 * 1 = 1, or two tokens of
-    # another tokenizer.
+    # Length of the shortest example, without the separator that it shares with the next: a packed sequence; "1*1=1"; "1 * 1 = 1";
+    # or, with a tokenizer whose tokens can be longer, two tokens.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
     for name, attack in attacks.items():

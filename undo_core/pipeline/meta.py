@@ -218,7 +218,7 @@ class _Steps:
         self.storages, self.parameters, self.settings = storages, parameters, settings
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
-        self.masters: dict[int, torch.Tensor] = {}  # gradients of masters
+        self.masters: dict[int, torch.Tensor] = {}  # float32 gradients of the masters, by the parameter's id
         self.temporaries = {}  # bytes of an update by number of elements; computed here, outside any other count
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype

@@ -49,7 +49,7 @@ class ModelStage(Stage):
 
     def expected(self, work: Work) -> dict[str, Any]:
         """The peak memory that ``undo plan`` predicts; None if the prediction fails, which must not stop the stage."""
-        from undo_core.pipeline.predictor import Predictor  # imports all that training does
+        from undo_core.pipeline.predictor import Predictor  # imports the whole training code
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")

@@ -108,7 +108,9 @@ class OneFolder(Store):
         description, manifest = self.description(stage), self.root / MANIFEST
         if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
             return True
-        raise FileExistsError(f"output: got {self.root}, which exists and was made otherwise; wanted a new folder")
+        raise FileExistsError(
+            f"output: got {self.root}, which exists and was made otherwise, from other inputs or settings; wanted a new folder"
+        )
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries that identify the stage, with the content of each input folder: folders can be moved and renamed."""

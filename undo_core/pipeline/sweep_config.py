@@ -1,4 +1,4 @@
-"""The settings of a sweep: a base configuration and what is varied, and the runs that follow from them."""
+"""Settings of a sweep (a base configuration and what varies in it), and their expansion to the configurations of the runs."""
 
 from __future__ import annotations
 

@@ -19,10 +19,9 @@ def predictor(config: RunConfig) -> Predict:
 
     @functools.cache
     def of_length(length: int) -> Predictor:
-        data = (
-            0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
-        )  # retain, forget, and their union
-        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}  # as most have
+        # The token ids of retain and forget, once apart and once joined. Most questions have four choices.
+        data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
+        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
         return Predictor(model_config(config), length, **scored, data_bytes=data)
 
     return lambda stage: of_length(row_length(config, stage))(stage)

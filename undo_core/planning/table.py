@@ -51,7 +51,8 @@ class Row:
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
-    plan, model = plan_run(config), meta_model(config)  # a missing folder is not looked for on the hub
+    # plan_run comes first: it raises for a missing folder, which transformers would look up on the hub.
+    plan, model = plan_run(config), meta_model(config)
     measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
     lines = [(stage.title, [stage]) for stage in plan.stages()]
     for models in attacked_models(config, plan).values():

@@ -53,9 +53,8 @@ class Cache(ModelStage):
         cached = cache_teacher(model, text, scratch, self.config, check=heldout_rows(data, "retain"), title=work.title)
         for path in sorted(scratch.iterdir()):
             try:
-                os.link(
-                    path, work.output / path.name
-                )  # a hard link: if killed before publication, the cache in scratch remains
+                # A hard link keeps the cache in scratch, in case the process is killed before the folder is published.
+                os.link(path, work.output / path.name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, work.output / path.name)
         flops = forward_flops(model, text.length) * text.input_ids.numel()
