@@ -3,6 +3,7 @@
 import pytest
 import torch
 import undo_kernels
+from undo_kernels.cpu.instruction_set import vectors
 from undo_kernels.triton import vocab_loss as triton_loss
 from vocab_losses import draw
 

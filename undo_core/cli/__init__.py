@@ -1,4 +1,4 @@
-"""The command line: ``undo run | sweep | plan | doctor | report`` and every stage alone, on Hugging Face checkpoint folders."""
+"""The command line: ``undo run | sweep | plan | doctor | report``, and each stage by itself on checkpoint folders."""
 
 from __future__ import annotations
 
@@ -33,43 +33,49 @@ COMMANDS: dict[str, Callable[..., int]] = {
     )
 }
 
-_RUN = """Run everything that CONFIG describes and is not there yet, then report.
+_RUN = """Run every stage of CONFIG that is not finished yet, then write the report.
 
   undo run configs/arithmetic-cpu.yaml
   undo run configs/arithmetic-cpu.yaml --seed=1 --noise.alphas='[0.3,0.6]' --output=runs/mine
 
-Any key of the configuration can be overridden with --key=value, nested keys with dots. Killed at any moment, the same
-command continues where it was. Finished stages are kept in OUTPUT/stages and shared by every run with the same OUTPUT.
+Override any key of the configuration with --key=value; nested keys are written with dots. After an interruption, even kill -9,
+the same command continues where it stopped. Finished stages are kept in OUTPUT/stages, where all runs with the same OUTPUT
+share them.
 """
 
-_PLAN = """Print the stages of CONFIG with steps, time, disk and memory by part; run nothing.
+_PLAN = """Print the stages of CONFIG with their steps, time, disk and peak memory, without running anything.
 
   undo plan configs/arithmetic-cpu.yaml
   undo plan configs/arithmetic-cpu.yaml --memory 8GB
 
-With --memory, name the cheapest flags with which every stage fits: activation checkpointing, smaller micro-batches, a cached
-teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments on the host, in this order. Where none are enough the
-last line says which stage needs how much at least, and the exit code is 2.
+With --memory, also print the cheapest flags with which every stage fits. From cheapest to most expensive: activation
+checkpointing, smaller micro-batches, a cached teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments in
+host memory. If no flags suffice, the last line names the stages and the least memory that they need, and the exit code is 2.
 """
 
 
-_SWEEP = """Run every combination that FILE describes over one folder of stages, then report on each run and on all of them.
+_SWEEP = """Run every combination of settings in FILE, then write a report on each run and one on all of them.
 
   undo sweep configs/sweep-beta.yaml
   undo sweep configs/sweep-beta.yaml --dry-run
 
-FILE names a base configuration and what is varied: grid, a mapping of dotted keys to lists, and runs, a list of named variants.
-Stages that runs have in common are computed once; all runs share one pool of workers, one on each GPU. Killed at any moment, the
-same command continues. A run that fails is reported at the end, stops no other, and makes the exit code 1. The results are in
-OUTPUT/runs/NAME/results-seedN.json, the report over all runs in OUTPUT/report/comparison.html.
+FILE names a base configuration and what varies: grid maps dotted keys to lists of values, runs lists named variants. Stages
+that runs have in common are computed once. All runs share one pool of workers, one on each GPU. After an interruption, even
+kill -9, the same command continues where it stopped. A run that fails does not stop the others; it is reported at the end, and
+the exit code is 1. Results are written to OUTPUT/runs/NAME/results-seedN.json, the report on all runs to
+OUTPUT/report/comparison.html.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``undo``; returns the exit code: 0, 1 for a failure at work, 2 for a mistake in what was asked."""
+    """Entry point of ``undo``.
+
+    Returns:
+        The exit code: 0; 1 if a stage or a run failed; 2 for an error in the arguments or settings; 130 if interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()  # transformers' own bars for loading and saving; the stages have theirs
+    disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
     try:
         if not arguments:
             print(hints.FIRST_STEPS)
@@ -91,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
-        print("undo: failed: a worker was killed from outside, perhaps for memory; the same command continues", file=sys.stderr)
+        print("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("undo: interrupted; the same command continues", file=sys.stderr)
@@ -99,8 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(only: str | None = None) -> ArgumentParser:
-    """Returns the parser of every command, or of the command ``only``: the others are then names without arguments, which takes a
-    fraction of the time."""
+    """Returns the parser of all commands. With ``only``, the others are names without arguments, which is faster."""
     parser = ArgumentParser(
         prog="undo",
         description="UNDO: robust unlearning for language models.",
@@ -129,9 +134,9 @@ def _subparser(name: str) -> ArgumentParser:
             formatter_class=hints.HelpFormatter,
             usage=f"undo {name} CONFIG [--key=value ...]",
         )
-        sub.add_argument("--config", action="config", help="YAML file; a further one is laid over the first")
+        sub.add_argument("--config", action="config", help="YAML file; further files override the first")
         if name == "plan":
-            sub.add_argument("--memory", type=str | None, default=None, help="what a stage may take: 24GB, 24GiB, 500MB")
+            sub.add_argument("--memory", type=str | None, default=None, help="memory available to a stage: 24GB, 24GiB, 500MB")
         sub.add_class_arguments(RunConfig)
     elif name == "sweep":
         sub = ArgumentParser(
@@ -141,7 +146,11 @@ def _subparser(name: str) -> ArgumentParser:
             usage="undo sweep FILE [--dry-run] [--key=value ...]",
         )
         sub.add_argument("--config", action="config", help="YAML file of the sweep")
-        sub.add_argument("--dry_run", action="store_true", help="print the runs and their stages, shared, there and missing")
+        sub.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="print the runs and how many of their stages are shared, finished and missing",
+        )
         sub.add_class_arguments(SweepConfig)
     else:
         function = COMMANDS[name]
@@ -154,21 +163,21 @@ def _subparser(name: str) -> ArgumentParser:
 
 
 def _description(function: Callable[..., int]) -> str:
-    """A command's docstring without its arguments, which the help lists by themselves."""
+    """A command's docstring without its arguments, which the help lists separately."""
     return inspect.cleandoc(function.__doc__ or "").split("\n\nArgs:")[0]
 
 
 def _dashes(argument: str) -> str:
-    """``--a-flag=value`` as ``--a_flag=value``."""
+    """Replaces the dashes in a flag's name by underscores: ``--a-flag=value`` becomes ``--a_flag=value``."""
     name, *value = argument.split("=", 1)
     return "=".join([name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name, *value])
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """``run FILE ...`` as ``run --config FILE ...``: the configuration must be read before what overrides it.
+    """Rewrites the arguments for the parser: ``run FILE ...`` becomes ``run --config FILE ...``; flags then override the file.
 
-    ``plan`` of a sweep's file is the sweep's dry run; the paths of ``report`` become a list. What may be left out is a flag to the
-    parser: ``evaluate MODEL DATA`` has ``--data DATA``.
+    ``plan`` with a sweep's file becomes the sweep's dry run. The paths of ``report`` become one JSON list. Positional arguments
+    that may be omitted become flags: ``evaluate MODEL DATA`` becomes ``evaluate MODEL --data DATA``.
     """
     if arguments[:1] in (["run"], ["plan"], ["sweep"]):
         for name, following in itertools.pairwise([*arguments, ""]):
@@ -208,7 +217,7 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
 
 
 def _settings_class(function: Callable[..., int]) -> type | None:
-    """The dataclass of the command's ``config`` argument, whose fields are flags of the command."""
+    """The dataclass of the command's ``config`` argument, whose fields become flags; None if there is no such argument."""
     hint = typing.get_type_hints(function).get("config")
     return hint if dataclasses.is_dataclass(hint) else None
 

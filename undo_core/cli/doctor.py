@@ -1,7 +1,7 @@
 """``undo doctor``: versions, devices and backends, and whether each op works on this machine.
 
-An op is right where its loss and gradients agree with float64, and where its kernels themselves say that they ran: a small problem,
-or a backend that is missing, would be left to plain PyTorch otherwise.
+An op passes if its loss and gradients agree with float64 and the recorded calls show that the requested backend ran. Without
+the second condition, plain PyTorch could pass unnoticed in place of a kernel that is missing or that skips small problems.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "nu
 
 
 def run_doctor() -> int:
-    """Print the examination; 0 when the pipeline can run here, 1 otherwise, with a line per problem."""
+    """Prints the findings, with a line for each problem; returns 0 if the pipeline can run on this machine, else 1."""
     console = Console(highlight=False, soft_wrap=True)
     problems: list[str] = []
     console.print(_facts())
@@ -87,7 +87,7 @@ def _version(name: str) -> str:
 
 
 def _verdict(op: str, name: str, check: Check) -> str:
-    """ok and which kernels ran, or what is wrong."""
+    """Result of an op on a backend: "ok" and the kernels that ran, "-" or "not here", or what is wrong."""
     fused = op in _FUSED
     if name not in undo_kernels.backends_of("vocab_loss" if fused else op) and not (fused and name == "reference"):
         return "-"
@@ -97,12 +97,12 @@ def _verdict(op: str, name: str, check: Check) -> str:
     ran = []
     for dtype, limit in _LIMITS.items() if fused else [(torch.float32, _LIMITS[torch.float32])]:
         try:
-            # A vocabulary this small would take the direct plan on its own.
+            # "chunk" forces the kernels; with so small a vocabulary the direct plan would be chosen.
             run, wanted = check(device, dtype, "direct" if name == "reference" else "chunk")
             with undo_kernels.backend(name), undo_kernels.recorded() as calls:
                 got = run()
             error = float((got.double() - wanted).norm() / wanted.norm())
-        except Exception as error:  # whatever an op raises here is the finding
+        except Exception as error:  # any exception is reported as the op's result
             return f"{type(error).__name__}: {error}"
         backends = {call.backend for call in calls}
         if backends != {name}:
@@ -114,7 +114,7 @@ def _verdict(op: str, name: str, check: Check) -> str:
 
 
 def _draw(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Student's hidden states, weight and the teacher's hidden states; the width is one that AMX tiles take."""
+    """Draws the student's hidden states, the head's weight and the teacher's hidden states; the width of 32 suits AMX tiles."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((5, 32), (11, 32), (5, 32))
     return [
@@ -128,7 +128,7 @@ Wanted = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # student's and t
 
 
 def _loss(op: Loss, definition: Wanted) -> Check:
-    """Loss and both gradients of an op, beside those that float64 gives by the definition."""
+    """Returns the check of an op: its loss and both gradients, and those of ``definition`` in float64."""
 
     def check(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
         hidden, weight, teacher = _draw(device, dtype)
@@ -141,7 +141,7 @@ def _loss(op: Loss, definition: Wanted) -> Check:
 
 
 def _with_gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
-    """In one vector."""
+    """The loss and its gradients with respect to ``leaves``, concatenated as one float64 vector."""
     gradients = torch.autograd.grad(loss.sum(), leaves)
     return torch.cat([part.detach().flatten().double() for part in (loss, *gradients)])
 
@@ -186,7 +186,7 @@ def _noise(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], tor
 
 
 def _rmu(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """Loss and gradient."""
+    """Loss and gradient of ``rmu_loss``, and the values expected by its definition in float64."""
     hidden, _, teacher = _draw(device, dtype)
     mask = torch.tensor([True, False, True, True, True], device=device)
     difference = (hidden.detach().double() - 2 * teacher.double()) * mask[:, None]
@@ -199,8 +199,8 @@ def _rmu(device: str, dtype: torch.dtype, plan: str) -> tuple[Callable[[], torch
     return run, wanted
 
 
-# Float32 keeps 24 bits, and sums of 32 products lose few of them. In bfloat16 a gradient may be rounded twice before the product that
-# makes it and once after, half a unit of 2**-7 each.
+# Float32 has 24 significant bits, of which sums of 32 products lose few. In bfloat16 a gradient may be rounded twice before the
+# product that makes it and once after it, each time by at most half a unit of 2**-7.
 _LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3 * 2.0**-8}
 _FUSED: dict[str, Check] = {
     "linear_kl_div": _loss(_kl, _kl_of),

@@ -1,4 +1,4 @@
-"""What the commands for a single stage share: folders that exist, and the one that is made."""
+"""Helpers of the commands that run a single stage: they check the input folders and build the output folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from undo_core.pipeline.store import OneFolder
 
 
 def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, Any]:
-    """Make the folder ``output`` by a stage whose inputs are folders; returns its manifest. One that was made alike is kept.
+    """Builds the folder ``output`` by running ``stage``, whose inputs are folders, and returns its manifest.
+
+    An ``output`` that was made from the same inputs and settings is kept.
 
     Raises:
-        FileNotFoundError: an input folder that holds no checkpoint, or no prepared data.
-        FileExistsError: ``output`` exists and was made otherwise.
+        FileNotFoundError: an input folder holds no checkpoint, or no prepared data.
+        FileExistsError: ``output`` exists and was made from other inputs or settings.
     """
     for name, folder in stage.inputs.items():
         if name == "prepared":
@@ -37,19 +39,19 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
 
 
 def check_checkpoint(name: str, folder: Path) -> None:
-    """Raise a FileNotFoundError unless ``folder`` holds a checkpoint."""
+    """Raises a FileNotFoundError unless ``folder`` holds a checkpoint."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: got {folder}, which has no config.json; wanted a Hugging Face checkpoint folder")
 
 
 def check_prepared(folder: Path) -> None:
-    """Raise a FileNotFoundError unless ``folder`` holds prepared data."""
+    """Raises a FileNotFoundError unless ``folder`` holds prepared data."""
     if not (folder / "data").is_dir():
         raise FileNotFoundError(f"data: got {folder}, which has no data/; wanted a folder made by `undo prepare`")
 
 
 def print_noise(facts: Mapping[str, Any]) -> None:
-    """What the noise did, a line for the tensors whose names differ in numbers alone; the manifest has each."""
+    """Prints what the noise did, a line for all tensors whose names differ only in numbers; the manifest lists each tensor."""
     tensors = {name: TensorNoise(**norms) for name, norms in facts["tensors"].items()}
     table = Table(box=None, pad_edge=False)
     for heading in ("parameters", "n", "before", "after", "shrink", "noise"):
@@ -63,6 +65,6 @@ def print_noise(facts: Mapping[str, Any]) -> None:
 
 
 def print_left(facts: Mapping[str, Any]) -> None:
-    """What the damage left as it was; the manifest has each name."""
+    """Prints which parameters the damage did not change; the manifest lists each name."""
     if facts["left"]:
         console.print(f"left as they were: {summary({name: Left(**one) for name, one in facts['left'].items()})}")

@@ -1,4 +1,4 @@
-"""What the command line says to those who mistype, to those who ask for nothing, and to their shells."""
+"""Help beyond ``--help``: first steps for a call without arguments, suggestions for misspelt names, and shell completion."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
 
   undo doctor                                  what works on this machine
-  undo plan configs/arithmetic-cpu.yaml        what the demo would do and take, without running it
+  undo plan configs/arithmetic-cpu.yaml        what the demo would do and cost, without running it
   undo run configs/arithmetic-cpu.yaml         the demo; then open runs/arithmetic-cpu/report/report.html
   undo run FILE --noise.alphas='[0.6]'         any key of a configuration can be given as a flag
   undo plan configs/hf-template.yaml           your own checkpoint and text, once the file names them
-  undo noise CHECKPOINT OUTPUT --alpha=0.6     any stage alone, from checkpoint folder to checkpoint folder
+  undo noise CHECKPOINT OUTPUT --alpha=0.6     any stage by itself, on checkpoint folders
   undo completion bash                         a script with which the shell completes commands and keys
   undo --help; undo run --help                 all commands; all keys of a configuration"""
 
 SHELLS = ("bash", "zsh", "tcsh")
 
-_UNKNOWN = (  # how the parser's library names what it does not know
+_UNKNOWN = (  # jsonargparse's messages about unknown names
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
     re.compile(r"does not accept option '(?P<key>[^']+)'"),
     re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
@@ -34,7 +34,7 @@ _UNKNOWN = (  # how the parser's library names what it does not know
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Wraps the paragraphs of a description and keeps its examples, which are indented, as they are."""
+    """Help formatter that wraps the paragraphs of a description and leaves its indented examples unchanged."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = re.split(r"\n\s*\n", text.strip("\n"))
@@ -44,7 +44,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
-    """``message``, with the nearest known name where it is about a name that ``command`` does not know."""
+    """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name."""
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
             given = match.groupdict()
@@ -59,12 +59,17 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The known key that differs from ``key`` by misspelt parts; else up to three whose last part is close to the last part of ``key``."""
+    """Finds the known keys that a misspelt ``key`` may mean.
+
+    Returns: The known key whose parts are closest to those of ``key``, one by one; if some part has no close match, up to three
+    keys whose
+        last part is close to the last part of ``key``.
+    """
     paths = [name.split(".") for name in known]
     parts, path = key.split("."), []
     for depth, part in enumerate(parts):
         siblings = sorted({other[depth] for other in paths if len(other) > depth and other[:depth] == path})
-        if not siblings and path:  # a mapping, whose keys are anybody's
+        if not siblings and path:  # a mapping whose keys the user chooses
             named = ".".join([*path, *parts[depth:]])
             return [named] if named != key else []
         path += difflib.get_close_matches(part, siblings, n=1)
@@ -77,7 +82,7 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
 
 def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:
-    """The keys that ``command`` takes; of a sweep those of its runs too."""
+    """The keys that ``command`` takes; for ``sweep`` also the keys of its runs."""
     found: dict[str, None] = {}
     for name in (command, "run") if command == "sweep" else (command,):
         parser = parser_of(name)._subcommands_action._name_parser_map.get(name)
@@ -87,10 +92,10 @@ def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:
 
 
 def completion(parser: ArgumentParser, shell: str) -> str:
-    """A script that lets ``shell`` complete commands and keys: ``eval "$(undo completion bash)"``.
+    """Returns the script with which ``shell`` completes commands and keys: ``eval "$(undo completion bash)"``.
 
     Raises:
-        ValueError: an unknown shell.
+        ValueError: ``shell`` is unknown.
         ModuleNotFoundError: shtab is not installed.
     """
     if shell not in SHELLS:

@@ -1,4 +1,4 @@
-"""Commands about results: the metrics of a checkpoint, and reports of runs."""
+"""Commands for results: the metrics of a checkpoint, and reports on runs."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ def evaluate(
     limit: float = 1.0,
     special_tokens: Literal["text", "parse"] = "text",
 ) -> int:
-    """Print the checkpoint MODEL's metrics as JSON, with 95 % intervals.
+    """Print metrics of the checkpoint MODEL as JSON, with 95 % intervals.
 
-    On the test rows of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as lm-eval's WMDP and MMLU tasks do it:
-    undo evaluate MODEL --multiple-choice wmdp.jsonl; 5-shot MMLU: --multiple-choice mmlu.parquet --examples dev.parquet --shots 5
+    On the test rows of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as in lm-eval's WMDP and MMLU
+    tasks: undo evaluate MODEL --multiple-choice wmdp.jsonl; 5-shot MMLU: --multiple-choice mmlu.parquet --examples dev.parquet
+    --shots 5
 
     Args:
         model: Hugging Face checkpoint folder.
         data: folder made by ``undo prepare``.
-        multiple_choice: JSONL or Parquet files, or hf://name[:config[:split]] (cais/mmlu:all), with question, choices, answer (an index)
-            and subject.
-        examples: sources of the same form with answered questions, of which the first ``shots`` of the subject are shown.
-        shots: how many.
-        description: text before everything; {subject} in it becomes the question's subject.
-        limit: share of each subject's questions, the first ones; published for MMLU: 0.4.
-        special_tokens: text: a control token that is written out in a question is text; parse: it becomes that token.
+        multiple_choice: JSONL or Parquet files, or hf://name[:config[:split]] (cais/mmlu:all), with the columns question,
+            choices, answer (an index) and subject.
+        examples: sources of answered questions in the same form; the first ``shots`` of the question's subject are shown before
+            it.
+        shots: number of examples before each question.
+        description: text at the start of the prompt; {subject} in it is replaced by the question's subject.
+        limit: share of the questions of each subject to use, from the first on; published for MMLU: 0.4.
+        special_tokens: how to read a control token that is written out in a question. text: as ordinary characters; parse: as
+            that token.
     """
     from undo_core.evaluation.multiple_choice import MultipleChoiceConfig
     from undo_core.evaluation.multiple_choice import multiple_choice as score
@@ -60,13 +63,13 @@ def evaluate(
 def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> int:
     """Write figures, tables and pages from the results of one run, of its seeds, or of many runs.
 
-    Runs that differ in nothing but their seed get report.html; any runs get comparison.html, points.csv (every plotted value with the
-    folder that it is from) and methods.md, .tex and .csv.
+    All runs get comparison.html, points.csv (every plotted value with the folder that it comes from) and methods.md, .tex and
+    .csv. Runs that differ only in their seed get report.html as well.
 
     Args:
         paths: results-seedN.json files, folders of runs, or folders of sweeps.
-        output: folder to make; None for the folder ``report`` in the one folder that is given.
-        title: of the pages.
+        output: folder to make; None for the folder ``report`` inside PATHS, if that is a single folder.
+        title: title of the pages.
     """
     from undo_core.report import terminal_table, write_report
     from undo_core.report.compare import comparison_table, load, write_comparison
@@ -75,7 +78,7 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
     if output is None:
         if len(paths) > 1 or not Path(paths[0]).is_dir():
             raise ValueError(
-                f"output: got none with {', '.join(paths)}, wanted a folder, as there is not one folder of results"
+                f"output: got none with {', '.join(paths)}, wanted an output folder, because the paths are not a single folder"
             )
         output = str(Path(paths[0]) / "report")
     if len({folder for folder, _ in loaded}) == 1:

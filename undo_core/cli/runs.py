@@ -1,4 +1,4 @@
-"""Commands about whole runs and this machine: run, sweep, plan and doctor."""
+"""Commands for whole runs and for this machine: run, sweep, plan and doctor."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
 
 
 def plan(config: RunConfig, memory: str | None = None) -> int:
-    """Print what a configuration would do, and what to change for it to fit in ``memory``.
+    """Print what a configuration would do and, with ``memory``, the settings with which every stage fits in it.
 
     Raises:
-        ValueError: no change of settings makes it fit.
+        ValueError: no change of settings is enough.
     """
     from undo_core.planning.fit import bytes_of, fit_notes
     from undo_core.planning.table import plan_table

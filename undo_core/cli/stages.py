@@ -1,4 +1,4 @@
-"""Commands for the stages of the method alone, on Hugging Face checkpoint folders."""
+"""Commands that run one stage of the method by itself, on Hugging Face checkpoint folders."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from undo_core.unlearning.config import UnlearnConfig
 
 
 def prepare(output: str, data: DataConfig, model: ModelConfig, seed: int = 0) -> int:
-    """Tokenise and split the data into OUTPUT, beside the model that it is for.
+    """Tokenise and split the data and write them to OUTPUT, together with the model that will read them.
 
     Args:
         output: folder to make; the other commands take it as DATA.
         data: what is retained and what is forgotten.
-        model: an architecture to initialise, or the folder of a checkpoint, whose tokenizer is then used.
-        seed: of everything that is drawn.
+        model: an architecture to initialise, or a checkpoint folder, whose tokenizer is then used.
+        seed: seed from which the others derive.
     """
     build(output, prepare_stage(data, model, seed))
     return 0
 
 
 def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnConfig()) -> int:
-    """Suppress the forget rows' capability in the checkpoint MODEL and write the result to OUTPUT.
+    """Suppress the capability shown by the forget data in the checkpoint MODEL and write the result to OUTPUT.
 
     Args:
         model: Hugging Face checkpoint folder.
@@ -69,25 +69,25 @@ def noise(
 ) -> int:
     """Damage the checkpoint MODEL and write the result to OUTPUT: theta <- (1 - alpha) * theta + alpha * beta * N.
 
-    From disk to disk, a tensor at a time, in the checkpoint's own dtype; a model of any size fits. Matrices of products and embeddings
-    get noise; norms, biases and all other parameters shrink toward their initial values. For some parameters otherwise:
-    --rules='[{match: embeddings, alpha: 0.2}, {match: "model.layers.0.*", alpha: 0}]'
+    Works from disk to disk, one tensor at a time and in the checkpoint's dtype, so that a model of any size fits in memory.
+    Weight matrices and embeddings get noise; norms, biases and all other parameters shrink toward their initial values. Rules
+    change this for some parameters: --rules='[{match: embeddings, alpha: 0.2}, {match: "model.layers.0.*", alpha: 0}]'
 
     Args:
         model: Hugging Face checkpoint folder.
-        output: folder to make; with --replay, - prints.
+        output: folder to make; with --replay, - prints instead.
         alpha: strength, in [0, 1].
         beta: scale of the noise.
-        seed: of N.
-        law: of N.
-        std: of the normal law.
-        rules: other settings for some parameters; match is a glob over names, or matrices, vectors, embeddings or layers:0-3,7, with
-            "not " before it for the others; later rules win.
-        layers: only these layers are noised, such as 0-3,7.
-        parts: what is noised of a model that knows images or sound too: text (its decoder, embeddings and head) or all.
-        stochastic_rounding: of 16-bit parameters; false rounds to nearest.
-        replay: write N itself of the parameters that match this glob ('*' for all) to OUTPUT/noise.safetensors, for audit; the model
-            is left as it is. OUTPUT - prints norms, hashes and first values.
+        seed: seed of N.
+        law: distribution of N.
+        std: standard deviation of the normal law.
+        rules: other settings for some parameters. match is a glob over names, or matrices, vectors, embeddings or layers:0-3,7;
+            with "not " before it, it selects all others. Later rules win.
+        layers: noise only these layers, such as 0-3,7.
+        parts: which part of a multimodal model is noised: text (its decoder, embeddings and head) or all.
+        stochastic_rounding: round 16-bit parameters stochastically; false rounds to nearest.
+        replay: write N itself to OUTPUT/noise.safetensors, for audit, for the parameters that match this glob ('*' for all);
+            the model is not changed. With - as OUTPUT, print norms, hashes and first values.
     """
     rules = (*rules, *(() if layers is None else (outside(layers),)))
     drawn: dict[str, Any] = {"law": law, "seed": seed, "std": std, "rules": rules}
@@ -124,22 +124,23 @@ def damage(
     parts: Parts = "text",
     seed: int = 0,
 ) -> int:
-    """Damage the matrices of the checkpoint MODEL otherwise than `undo noise` does and write the result to OUTPUT.
+    """Damage the matrices of the checkpoint MODEL by another operator than `undo noise` and write the result to OUTPUT.
 
-    gaussian adds noise in proportion to each matrix's root mean square; prune zeroes the smallest entries; permute, permute-rows and
-    permute-columns move entries, rows or columns. With --alpha, as much as the published noise would: the strength is found for which
-    |theta' - theta| / |theta| over all matrices is the same. From disk to disk; norms and biases stay as they are.
+    gaussian adds noise in proportion to each matrix's root mean square; prune zeroes the smallest entries; permute,
+    permute-rows and permute-columns move entries, rows or columns. With --alpha, the damage matches that of the published
+    noise: the strength is chosen so that |theta' - theta| / |theta| over all matrices is the same. Works from disk to disk;
+    norms and biases do not change.
 
     Args:
         model: Hugging Face checkpoint folder.
         output: folder to make.
         operator: gaussian, prune, permute, permute-rows or permute-columns.
-        strength: share of what is pruned or permuted, or the factor of gaussian; or
-        alpha: of the noise whose distance is wanted.
-        beta: of that noise.
-        layers: only these layers, such as 0-3,7.
-        parts: what is damaged of a model that knows images or sound too: text (its decoder, embeddings and head) or all.
-        seed: of what is drawn.
+        strength: share that is pruned or permuted, or the factor of gaussian; give this or alpha.
+        alpha: strength of the published noise whose distance is matched.
+        beta: scale of that noise.
+        layers: damage only these layers, such as 0-3,7.
+        parts: which part of a multimodal model is damaged: text (its decoder, embeddings and head) or all.
+        seed: seed of the random draws.
     """
     if (strength is None) == (alpha is None):
         raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted one of the two")
@@ -176,20 +177,20 @@ def cache(
     streamed: bool = False,
     vocab_size: int | None = None,
 ) -> int:
-    """Run the checkpoint TEACHER once over DATA and keep in OUTPUT what `undo distill --cache=OUTPUT` needs of it.
+    """Run the checkpoint TEACHER once over DATA and store in OUTPUT the outputs that `undo distill --cache=OUTPUT` needs.
 
-    Any number of students, orders and seeds can then learn from it without its layers in memory. float32 gives the student that the
-    teacher itself gives; the errors of bfloat16 and topk are measured and printed.
+    Any number of students, with any data order and seed, can then learn from it without the teacher's layers in memory. With
+    float32 the student is the same as without a cache; the errors of bfloat16 and topk are measured and printed.
 
     Args:
         teacher: Hugging Face checkpoint folder of the suppressed model.
         output: folder to make.
         data: folder made by ``undo prepare``.
-        dtype: of the stored hidden states; bytes a position: width times 4 or 2.
-        topk: store this many most likely tokens at each position instead, 8 bytes each; approximate.
-        batch_size: rows of a forward pass; take the distillation's micro-batch size to get its bits.
-        streamed: read the teacher's layers from disk for each forward pass, for a teacher larger than the memory.
-        vocab_size: number of real tokens, where the teacher's head has more rows than that; null for all rows.
+        dtype: dtype of the stored hidden states; they take 4 or 2 bytes times the width for each token.
+        topk: store this many most likely tokens for each position instead, 8 bytes each; approximate.
+        batch_size: sequences in a forward pass; use the micro-batch size of the distillation for results equal to the bit.
+        streamed: read the teacher's layers from disk in each forward pass, for a teacher that does not fit in memory.
+        vocab_size: number of real tokens, for a teacher whose head is padded to more rows; null for all rows.
     """
     stored = {"kind": "cached", "dtype": dtype} if topk is None else {"kind": "topk", "dtype": dtype, "k": topk}
     config = TeacherConfig(**stored, batch_size=batch_size, vocab_size=vocab_size)
@@ -217,14 +218,18 @@ def distill(
         student: Hugging Face checkpoint folder of the damaged model.
         output: folder to make.
         data: folder made by ``undo prepare``.
-        train: optimizer, rates, batch sizes.
-        recover: stop within this of the teacher's retain performance (absolute accuracy, relative loss); null trains for train.steps.
-        streamed: read the teacher's layers from disk for each forward pass instead of holding them; same result.
-        cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then held.
-        hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; not with cache.
-        hidden_layers: after how many layers, the last after the final norm; null for every layer.
-        vocab_size: number of real tokens, where a head has more rows than that, which are then left out; null for all rows, or the smaller
-            number of rows of TEACHER and STUDENT where their tokenizers agree.
+        train: optimizer, learning rates, batch sizes.
+        recover: stop within this distance of the teacher's retain performance (absolute for accuracy, relative for loss); null
+            trains for train.steps.
+        streamed: read the teacher's layers from disk in each forward pass instead of keeping them in memory; same result.
+        cache: folder made from TEACHER and DATA by ``undo cache``; only the teacher's head is then kept in memory.
+        hidden_weight: factor on the relative squared error of the student's hidden states, added to the KL of the logits; not
+            with cache.
+        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
+            final norm; null for every layer.
+        vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
+            all rows, or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for the rows of the
+            smaller one.
     """
     config, source = TeacherConfig("streamed" if streamed else "resident"), None
     if cache is not None:
@@ -234,7 +239,8 @@ def distill(
             raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
         made = read_json(Path(cache) / FACTS)["identity"]
         config = TeacherConfig(**{name: made[name] for name in ("kind", "dtype", "k", "vocab_size") if name in made})
-        source = Folder(Path(cache), (FACTS,))  # its facts hold the hashes of what it was made from; its bytes can be many
+        # Its facts, which hold the hashes of its inputs, are enough for the key; the cache itself can be large.
+        source = Folder(Path(cache), (FACTS,))
     stage = Distill(
         train=train,
         recover=recover,
@@ -252,10 +258,10 @@ def distill(
 
 
 def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
-    """Attack the checkpoint MODEL at every learning rate; one folder a rate under OUTPUT, and the curves in OUTPUT/curves.json.
+    """Attack the checkpoint MODEL at every learning rate; write a folder for each rate and curves.json to OUTPUT.
 
-    With --kind=lora by adapters, which are merged; --kind=fewshot and --kind=quantise train nothing and have one folder for each of
-    --shots or --bits.
+    --kind=lora trains adapters and merges them. --kind=fewshot and --kind=quantise train nothing and write one folder for each
+    value of --shots or --bits.
 
     Args:
         model: Hugging Face checkpoint folder.

@@ -1,1 +1,1 @@
-"""The whole method as stages: what they are, in which order, where their results are kept, and how they run side by side."""
+"""The method as a pipeline of stages: their definitions, their order, the folders of their results, and parallel execution."""

@@ -1,4 +1,4 @@
-"""A model under an attack: the stages of the attack's grid as far as it has grown, and its entry in the results."""
+"""A model under an attack: the stages of the attack's grid, including its extensions, and the entry in the results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Attacked:
     """A model under an attack.
 
     Attributes:
-        config: of the attack, its seed set.
-        prepared: the data.
-        model: the stage whose folder holds the attacked model.
-        title: for people: the attack and the model.
-        higher_is_better: True for an accuracy, False for a loss.
+        config: settings of the attack, with a seed.
+        prepared: stage of the prepared data.
+        model: stage whose folder holds the attacked model.
+        title: title shown to the user: the attack and the model.
+        higher_is_better: True if performance is an accuracy, False if it is a loss.
     """
 
     config: AttackConfig
@@ -31,23 +31,23 @@ class Attacked:
     higher_is_better: bool = True
 
     def stage(self, trial: Trial) -> Stage:
-        """The stage that makes one trial."""
+        """The stage that runs one trial."""
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
         return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}")
 
     def stages(self) -> list[Stage]:
-        """The configured grid."""
+        """The stages of the configured grid."""
         return [self.stage(trial) for trial in self.config.trials()]
 
     def extension(self, store: Store) -> list[Stage]:
-        """The missing stages of the next rate, where the worst rate is an end of the grid."""
+        """The missing stages of the next learning rate, if the worst rate is an end of the grid and the grid may still grow."""
         curves, beyond = self._grown(store)
         if beyond is None or not may_grow(self.config, curves):
             return []
         return [stage for stage in map(self.stage, self.config.trials([beyond])) if not store.done(stage)]
 
     def entry(self, store: Store) -> dict[str, Any]:
-        """The entry of the headline attack in the results: its curves."""
+        """The entry of the headline attack in the results: its grid and curves."""
         curves, beyond = self._grown(store)
         ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.shots or 0, -(trial.bits or 0), trial.order))
         rates = sorted({trial.rate for trial in curves if trial.rate is not None})
@@ -60,7 +60,7 @@ class Attacked:
         }
 
     def named_entry(self, store: Store) -> dict[str, Any]:
-        """The entry of a further attack: as :meth:`entry`, with its kind, its headline step and the name of each curve's setting."""
+        """The entry of a further attack: as :meth:`entry`, with the kind, the headline step and the setting of each curve."""
         entry = self.entry(store)
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
@@ -73,7 +73,7 @@ class Attacked:
         return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
 
     def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
-        """The finished curves of the grid and its extensions, and the next rate where the worst rate is an end of the grid."""
+        """The finished curves of the grid and its extensions, and the next rate, or None if the worst rate lies inside."""
         curves: dict[Trial, Curve] = {}
         trials = self.config.trials()
         while True:
@@ -87,7 +87,7 @@ class Attacked:
 
 
 def trial_stage(config: AttackConfig, trial: Trial, prepared: Stage | Folder, model: Stage | Folder, title: str) -> Stage:
-    """The stage that makes one trial of an attack, whose seed is set."""
+    """Returns the stage that runs one trial of an attack; ``config`` must have a seed."""
     at, inputs = config.at(trial), {"prepared": prepared, "model": model, "title": title}
     if config.trains:
         return Relearn(config=at, **inputs)

@@ -1,4 +1,4 @@
-"""Settings of a run: dataclasses, read from YAML once, at the edge."""
+"""Settings of a run: dataclasses that the command line fills from YAML files and flags."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Sources = list[str] | dict[str, float]
 
 @dataclass(frozen=True)
 class DistillDataConfig:
-    """Text that the students are distilled on, where it is not what is retained and forgotten.
+    """Text to distill on, if it is not the training text of retain and forget.
 
     Attributes:
-        sources: files or hf://..., as in data.retain; empty takes the training rows of retain and forget.
-        tokens: at most, or, where the sources have shares, in all; None takes everything.
-        length: tokens in a row; None for data.length.
+        sources: files or hf://..., as in data.retain; empty uses the training sequences of retain and forget.
+        tokens: maximum number of tokens, or, if the sources have shares, the total that they share; None takes everything.
+        length: tokens in a packed sequence; None for data.length.
     """
 
     sources: Sources = field(default_factory=list)
@@ -46,16 +46,16 @@ class DistillDataConfig:
 
 @dataclass(frozen=True)
 class QuestionsConfig:
-    """Multiple-choice questions by which a run on text is scored, instead of the cross-entropy of held-out text: WMDP and MMLU.
+    """Multiple-choice questions, such as WMDP and MMLU, that score a run on text instead of the cross-entropy of held-out text.
 
-    Of each entry both or neither. Validation and test rows are then questions, retain and forget performance is the share answered right,
-    and stop rules take it as they take any accuracy. What a run trains on stays the same.
+    Give both forget and retain, or neither. With questions, the validation and test rows are questions, and performance on
+    retain and forget is the share answered correctly; stop rules treat it as an accuracy. The training data stay the same.
 
     Attributes:
         forget: questions whose answers are to be forgotten.
         retain: questions whose answers are to be kept.
-        valid_fraction: share of the questions, by a hash of the seed and the question, that stop rules and training curves are of; the
-            results are of the others.
+        valid_fraction: share of the questions used for validation (stop rules and training curves), chosen by a hash of the
+            seed and the question; the results use the others.
     """
 
     forget: MultipleChoiceConfig | None = None
@@ -70,38 +70,39 @@ class QuestionsConfig:
             raise ValueError(f"data.questions.valid_fraction: got {self.valid_fraction}, wanted a number in (0, 1)")
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any questions."""
         return self.forget is not None
 
     def chosen(self) -> dict[str, MultipleChoiceConfig]:
-        """By name, retain and forget; empty where there are none."""
+        """The questions of retain and forget by name; empty if there are none."""
         return {"retain": self.retain, "forget": self.forget} if self else {}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is retained and what is forgotten.
+    """The data: what is retained and what is forgotten.
 
     Attributes:
-        kind: arithmetic-compact (17 characters, one problem a row), arithmetic (the published generator), text (files).
-        seed: of the draws and of the held-out choice; None derives it from the run's seed.
-        train_rows: problems drawn for each of retain and forget (arithmetic).
-        eval_prompts: prompts of each group in each evaluation split (arithmetic).
+        kind: arithmetic-compact (17 characters, one problem in each sequence), arithmetic (the published generator) or text
+            (files).
+        seed: seed of the draws and of the choice of held-out problems; None derives it from the run's seed.
+        train_rows: number of problems drawn for each of retain and forget (arithmetic).
+        eval_prompts: number of prompts of each group in each evaluation split (arithmetic).
         held_out: share of operand pairs that no stage ever sees (arithmetic-compact).
-        length: tokens in a packed row (arithmetic, text).
-        documents: shared: a token attends to all that stands before it in its packed row, other documents included, as published;
-            isolated: to its own document alone, whose positions begin with 0 (arithmetic, text).
-        retain: files (.txt, .jsonl, .parquet) or hf://name[:config[:split]][#field] of what is retained (text); a mapping gives each
-            its share of ``tokens``, and a source with too few is read again.
-        forget: the same, of what is forgotten (text).
-        tokens: taken of each of retain and forget, in all three splits together; None takes everything (text).
+        length: tokens in a packed sequence (arithmetic, text).
+        documents: shared: a token attends to everything before it in its packed sequence, other documents included, as
+            published; isolated: a token attends only to its own document, whose positions start at 0 (arithmetic, text).
+        retain: text to retain: files (.txt, .jsonl, .parquet) or hf://name[:config[:split]][#field]. A mapping gives each
+            source its share of ``tokens``; a source with fewer tokens than that is repeated (text).
+        forget: text to forget, in the same form (text).
+        tokens: number of tokens taken from each of retain and forget, all three splits together; None takes everything (text).
         distill: other text to distill on (text).
-        questions: multiple-choice questions to score by, instead of held-out text (text).
-        valid_fraction: share of the documents in each of the validation and the test split (text).
-        special_tokens: text: a control token that is written out in a document (``<|endoftext|>``) is text like any other; parse: it becomes
-            that token, as in files that were made for it (text).
-        tokenizer: folder of a tokenizer; None builds one: characters for arithmetic, byte-level BPE for text.
-        vocab_size: of the BPE tokenizer (text).
+        questions: multiple-choice questions that score the models instead of held-out text (text).
+        valid_fraction: share of the documents that goes to the validation split, and to the test split (text).
+        special_tokens: how to read a control token, such as ``<|endoftext|>``, that is written out in a document. text: as
+            ordinary characters; parse: as that token, for files that were made for it (text).
+        tokenizer: folder of a tokenizer; None builds one, of characters for arithmetic and a byte-level BPE for text.
+        vocab_size: size of the BPE tokenizer (text).
     """
 
     kind: Literal["arithmetic-compact", "arithmetic", "text"] = "arithmetic-compact"
@@ -145,17 +146,17 @@ class DataConfig:
         for name in ("retain", "forget"):
             _check_sources(f"data.{name}", getattr(self, name), "data.tokens", self.tokens)
         if self.distill.sources and self.kind != "text":
-            raise ValueError(f"data.distill.sources: got some with kind {self.kind}, wanted none: they are of kind text")
+            raise ValueError(f"data.distill.sources: got some with kind {self.kind}, wanted none: they need kind text")
         if self.questions and self.kind != "text":
-            raise ValueError(f"data.questions: got some with kind {self.kind}, wanted none: they are of kind text")
+            raise ValueError(f"data.questions: got some with kind {self.kind}, wanted none: they need kind text")
 
     @property
     def metric(self) -> Literal["accuracy", "loss"]:
-        """What performance is: the share of answers that are right, or the cross-entropy of text that has none."""
+        """Measure of performance: accuracy of the answers, or, for text without answers, cross-entropy (loss)."""
         return "loss" if self.kind == "text" and not self.questions else "accuracy"
 
     def sources(self) -> list[str]:
-        """Every file and hub data set that is read."""
+        """Every file and Hugging Face Hub data set that is read."""
         asked = [path for questions in self.questions.chosen().values() for path in (*questions.files, *questions.examples)]
         return [*self.retain, *self.forget, *self.distill.sources, *asked]
 
@@ -169,7 +170,7 @@ def _check_sources(name: str, sources: Sources, budget: str, tokens: int | None)
         if not 0 < share < float("inf"):
             raise ValueError(f"{name}: got the share {share} for {source}, wanted a finite number > 0")
     if sources and tokens is None:
-        raise ValueError(f"{budget}: got null with shares in {name}, wanted the number of tokens that they are shares of")
+        raise ValueError(f"{budget}: got null with shares in {name}, wanted the total number of tokens")
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,9 @@ class ModelConfig:
     """The model: an architecture to train from scratch, or a checkpoint to start from.
 
     Attributes:
-        config: keyword arguments of the Hugging Face configuration, ``model_type`` among them.
-        path: folder of a pretrained checkpoint; pretraining is then left out.
-        seed: of the initialisation; None derives it from the run's seed.
+        config: keyword arguments of the Hugging Face configuration, including ``model_type``.
+        path: folder of a pretrained checkpoint; the run then skips pretraining.
+        seed: seed of the initialisation; None derives it from the run's seed.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -198,10 +199,12 @@ class PretrainConfig:
     """Pretraining of the original model and of the data-filtering control.
 
     Attributes:
-        train: optimizer, rates, batch sizes; ``steps`` is the limit.
-        stop_retain: stop at the first evaluation with at least this retain accuracy, and stop_forget met too; None trains for ``steps``.
-        stop_forget: the forget accuracy that stop_retain asks for besides; None asks for none.
-        tokens: that a checkpoint (model.path) was pretrained on elsewhere, for the share of them that is labelled; None: unknown.
+        train: optimizer, learning rates, batch sizes; ``steps`` is the limit.
+        stop_retain: stop at the first evaluation with at least this retain accuracy and at least ``stop_forget``; None trains
+            for ``steps``.
+        stop_forget: forget accuracy that the stop rule requires as well; None requires none.
+        tokens: number of tokens on which a checkpoint (model.path) was pretrained elsewhere, used to report the labelled share;
+            None if unknown.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -219,15 +222,16 @@ class NoiseConfig:
     """The damage: ``theta <- (1 - alpha) * theta + alpha * beta * N``.
 
     Attributes:
-        alphas: strengths, one student each.
+        alphas: strengths in [0, 1], one student for each.
         beta: scale of the noise.
-        law: of N.
-        std: of the normal law.
-        rules: other settings for some parameters, by glob or by class (matrices, vectors, embeddings, layers:0-3,7); later rules win.
-        layers: only these layers are noised, such as 0-3,7; null for everything.
-        parts: what is damaged of a model that knows images or sound too: text (its decoder, embeddings and head) or all. Holds for
+        law: distribution of N.
+        std: standard deviation of the normal law.
+        rules: other settings for some parameters, matched by glob or by class (matrices, vectors, embeddings, layers:0-3,7);
+            later rules win.
+        layers: noise only these layers, such as 0-3,7; null for all parameters.
+        parts: which part of a multimodal model is damaged: text (its decoder, embeddings and head) or all. Applies to
             ``damage`` too.
-        seed: of N; None derives it from the run's seed.
+        seed: seed of N; None derives it from the run's seed.
     """
 
     alphas: list[float] = field(default_factory=lambda: [0.6])
@@ -240,7 +244,7 @@ class NoiseConfig:
     seed: int | None = None
 
     def all_rules(self) -> list[NoiseRule]:
-        """``rules``, and what ``layers`` says as one."""
+        """``rules``, with ``layers`` added as a last rule."""
         return list(self.rules) if self.layers is None else [*self.rules, outside(self.layers)]
 
     def __post_init__(self) -> None:
@@ -259,15 +263,17 @@ class DistillConfig:
     """Distillation of the suppressed model into a damaged copy or a random student.
 
     Attributes:
-        train: optimizer, rates, batch sizes; ``steps`` is the limit.
-        recover: the student (and the data-filtering control) stops at the first evaluation within this of the teacher's retain
-            performance: absolute, of an accuracy (arithmetic, questions), or relative, of a cross-entropy (the published rule). None
-            trains for ``steps``.
-        teacher: where the teacher is meanwhile. A cache is made once, for every student of the run and of its sweeps.
-        hidden_weight: factor on the relative squared error of the student's hidden states, beside the logits' KL; needs a resident or
-            streamed teacher. 0, as published, leaves it out.
-        hidden_layers: after how many layers, the last after the final norm; null for every layer.
-        vocab_size: number of real tokens, where a head has more rows than that, which are then left out; null for all rows.
+        train: optimizer, learning rates, batch sizes; ``steps`` is the limit.
+        recover: the student (and the data-filtering control) stops at the first evaluation within this distance of the
+            teacher's retain performance (the published rule): an absolute difference of accuracy (arithmetic, questions) or a
+            relative one of cross-entropy. None trains for ``steps``.
+        teacher: where the teacher's outputs come from. A cache is made once for all students of the run and of its sweeps.
+        hidden_weight: factor on the relative squared error of the student's hidden states, added to the KL of the logits; needs
+            a resident or streamed teacher. 0, as published, leaves it out.
+        hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
+            final norm; null for every layer.
+        vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
+            all rows.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -284,26 +290,27 @@ class DistillConfig:
             raise ValueError(f"distill.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
         if self.teacher.vocab_size not in (None, self.vocab_size):
             raise ValueError(
-                f"distill.teacher.vocab_size: got {self.teacher.vocab_size}, wanted null: distill.vocab_size, {self.vocab_size}, is the "
-                f"cache's too"
+                f"distill.teacher.vocab_size: got {self.teacher.vocab_size}, wanted null: distill.vocab_size, {self.vocab_size}, "
+                f"holds for the cache too"
             )
         if self.hidden_weight and self.teacher.kind in ("cached", "topk"):
             raise ValueError(
-                f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which knows no layers; "
-                f"wanted a resident or streamed teacher"
+                f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which stores no "
+                f"hidden states of the layers; wanted a resident or streamed teacher"
             )
 
 
 @dataclass(frozen=True)
 class ControlsConfig:
-    """The models that make the result mean something; the original and unlearn-only are always there.
+    """The models to compare with; the original and the one that is only unlearned are always included.
 
     Attributes:
-        filter: data filtering: trained from scratch without the forget set.
+        filter: data filtering: a model trained from scratch without the forget set.
         random: the teacher distilled into a fresh initialisation from another seed.
-        oracle_steps: steps of distilling the data-filtered model into the original one (the paper's oracle matching); 0 leaves it out.
-        oracle_random_steps: steps of distilling it into a model of random weights; 0 leaves it out.
-        gate: filter-then-distill: no unlearning, but distillation data without the rows that a cheap classifier drops.
+        oracle_steps: steps of distilling the data-filtered model into the original one (the paper's oracle matching); 0 leaves
+            it out.
+        oracle_random_steps: steps of distilling the data-filtered model into random weights; 0 leaves it out.
+        gate: filter-then-distill: no unlearning, but distillation on data from which a cheap classifier has dropped sequences.
     """
 
     filter: bool = True
@@ -318,20 +325,20 @@ class RunConfig:
     """A whole run.
 
     Attributes:
-        name: of the run, and of its report.
+        name: name of the run and of its report.
         output: folder of the stages, results and report.
-        model: what is trained.
-        seed: everything that is drawn derives from it, unless a stage names its own.
-        workers: stages that run side by side, each with its share of the processor's threads; a run must be continued with the
-            number that it was begun with, since a sum's order, and so its last bit, can depend on the threads.
+        model: the model that is trained.
+        seed: seed from which all other seeds derive, unless a stage sets its own.
+        workers: number of stages that run in parallel, each with its share of the CPU threads. Continue a run with the number
+            that it was started with: the order of a sum, and so its last bit, can depend on the number of threads.
         data: what is retained and what is forgotten.
-        pretrain: of the original and of the data-filtering control.
+        pretrain: pretraining of the original and of the data-filtering control.
         unlearn: how the capability is suppressed.
-        noise: how the copies are damaged.
-        distill: how they are repaired.
-        relearn: how they are attacked.
-        controls: what is compared with.
-        damage: copies damaged otherwise than by the noise, as much.
+        noise: how the students are damaged.
+        distill: how the students are repaired.
+        relearn: how the models are attacked.
+        controls: the models to compare with.
+        damage: students damaged as much as by the noise, by other means.
         attacks: further attacks, by name.
     """
 
@@ -359,14 +366,16 @@ class RunConfig:
             )
         for name in ("oracle_steps", "oracle_random_steps"):
             if getattr(self.controls, name) and not self.controls.filter:
-                raise ValueError(f"controls.{name}: wanted 0 without controls.filter, whose model is the oracle")
+                raise ValueError(
+                    f"controls.{name}: wanted 0 without controls.filter, because the data-filtered model is the oracle"
+                )
         if self.data.metric == "loss" and self.pretrain.stop_retain is not None:
             raise ValueError(
                 f"pretrain.stop_retain: got {self.pretrain.stop_retain} with text that is scored by its cross-entropy, wanted null: it is "
-                f"an accuracy, of arithmetic or of data.questions"
+                f"an accuracy, for arithmetic or data.questions"
             )
         if not self.relearn.trains:
-            raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; others go under attacks")
+            raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; put other kinds under attacks")
         for name in self.attacks:
             if name == HEADLINE or not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(
@@ -375,10 +384,10 @@ class RunConfig:
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """A stage's seed from the run's: 31 bits of a hash, so that stages and runs draw independently."""
+    """Derives a stage's seed from the run's seed: 31 bits of a hash, so that stages and runs draw independently."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little") >> 1
 
 
 def seeded(settings: Any, seed: int, name: str) -> Any:
-    """Settings with their seed set: derived from the run's and from the stage's name where they leave it open."""
+    """Returns the settings with a seed: their own, or one derived from the run's seed and the stage's name."""
     return settings if settings.seed is not None else dataclasses.replace(settings, seed=derive_seed(seed, name))

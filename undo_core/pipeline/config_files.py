@@ -1,4 +1,4 @@
-"""YAML files of settings, checked when they are read: an error is one line that names the file."""
+"""Reads YAML files of settings; an error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from undo_core.io.text_files import checked_text, read_text
 
 
 def read_settings(path: str | Path, argument: str = "config") -> dict[str, Any]:
-    """The settings in a YAML file, by the rules of :func:`undo_core.io.text_files.checked_text`.
+    """Reads the settings in a YAML file, whose text must pass :func:`undo_core.io.text_files.checked_text`.
 
     Raises:
-        FileNotFoundError: there is no such file; names ``argument``.
-        ValueError: no YAML, no mapping, or what is no text; names the file.
+        FileNotFoundError: there is no such file; the message names ``argument``.
+        ValueError: the file is not text, not valid YAML, or not a mapping; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -26,9 +26,9 @@ def read_settings(path: str | Path, argument: str = "config") -> dict[str, Any]:
     text = read_text(path)
     try:
         settings = yaml.safe_load(text)
-        written = json.dumps(settings, default=str, ensure_ascii=False)  # refuses a mapping that contains itself
+        written = json.dumps(settings, default=str, ensure_ascii=False)  # raises for a mapping that contains itself
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: no YAML of settings: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
     checked_text(written, f"{path}")
     if not isinstance(settings, dict):
         got = "nothing" if settings is None else type(settings).__name__

@@ -1,4 +1,4 @@
-"""The cost of each model in a run's results: its labels relative to pretraining, its training relative to data filtering."""
+"""Costs of the models in a run's results: labels relative to pretraining, and training relative to data filtering."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
 
 
 def with_costs(models: list[dict[str, Any]], pretraining_tokens: int | None = None) -> list[dict[str, Any]]:
-    """Returns the entries with ``costs`` added to those of students:
+    """Returns the entries, with ``costs`` added to each trained model except the original and data filtering.
 
-    - ``pretraining_tokens``: of the original; None where that is unknown.
-    - ``labelled_tokens``: forget and retain, each token of the data once.
-    - ``labelled_share``: of the pretraining tokens, both together.
-    - ``of_filter``: steps, tokens and FLOPs, the unlearning's included, as shares of data filtering's; where both stop at the retain
-      target, up to there, and None where one of them never reached it.
+    - ``pretraining_tokens``: tokens that the original was pretrained on; None if unknown.
+    - ``labelled_tokens``: labelled tokens of forget and of retain, each token of the data counted once.
+    - ``labelled_share``: both together as a share of the pretraining tokens.
+    - ``of_filter``: steps, tokens and FLOPs, unlearning included, as shares of those of data filtering. If both stop at the
+      retain target, they are counted up to there; None if one of them never reached it.
 
     Args:
         models: entries with ``name``, ``kind`` and ``training``.
-        pretraining_tokens: of an original that was not pretrained here.
+        pretraining_tokens: tokens of an original that was not pretrained in this run.
     """
     trainings = {entry["kind"]: entry["training"] for entry in models if entry["kind"] in ("original", "filter")}
     if trainings.get("original"):
@@ -45,7 +45,10 @@ def _labelled(training: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _ratio(training: dict[str, Any], control: dict[str, Any], unit: str) -> float | None:
-    """Ratio up to the retain target where both train to one, else of the whole runs: an oracle has no target."""
+    """Ratio of a cost to that of data filtering: up to the retain target if both train to one, else of the whole training.
+
+    Oracles have no target.
+    """
     ruled = [run["limit_reached"] or run["stop_step"] is not None for run in (training, control)]
     name = STOP[unit] if all(ruled) else unit
     spent, base = training[name], control[name]

@@ -1,4 +1,4 @@
-"""The graph of a run: its models and the stages that make them, from the configuration alone; nothing is computed here."""
+"""The graph of a run: its models and the stages that make them, built from the configuration without computing anything."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Model:
     Attributes:
         name: unique within the run.
         kind: original, unlearn, undo, random, filter, oracle, oracle-random, gated or damaged.
-        stage: whose folder holds it.
-        alpha: strength of the noise, for undo and gated; for damaged, of the noise that changes as much.
+        stage: stage whose folder holds the model.
+        alpha: strength of the noise, for undo and gated; for damaged, strength of the noise that changes the weights as much.
     """
 
     name: str
@@ -35,20 +35,20 @@ class Model:
 
     @property
     def attacked(self) -> bool:
-        """The original has the capability; there is nothing to relearn."""
+        """Whether the model is attacked: all but the original, which still has the capability."""
         return self.kind != "original"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The models of a run, the data that they share, and the teacher of most of them."""
+    """The models of a run, the prepared data that they share, and the unlearned model that teaches most of them."""
 
     prepared: Prepare
     teacher: Unlearn
     models: list[Model]
 
     def stages(self) -> list[Stage]:
-        """Every stage but the attacks, each once, inputs first."""
+        """Every stage except the attacks, each once, inputs before the stages that read them."""
         found: dict[str, Stage] = {}
 
         def visit(stage: Stage) -> None:
@@ -62,11 +62,11 @@ class Plan:
 
 
 def plan_run(config: RunConfig) -> Plan:
-    """The stages of a run, from its configuration alone; nothing is computed.
+    """Builds the models and stages of a run from its configuration; nothing is computed.
 
     Raises:
         FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
-        ValueError: examples of a few-shot attack that cannot fit the model's positions.
+        ValueError: the examples of a few-shot attack cannot fit in the model's positions.
     """
     prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
@@ -75,7 +75,7 @@ def plan_run(config: RunConfig) -> Plan:
 
 
 class _Run:
-    """Composes the stages of one configuration."""
+    """Builds the stages of one configuration."""
 
     def __init__(self, config: RunConfig, prepared: Prepare) -> None:
         self.config, self.prepared = config, prepared
@@ -146,7 +146,7 @@ class _Run:
             name, student = "gated", self.fresh
             if alpha is not None:
                 name, student = f"gated-{alpha:g}", self._noise(alpha, self.original, f"noise original {alpha:g}")
-            # The target is every student's: what the unlearned teacher retains.
+            # All students stop at the same target: the retain performance of the unlearned teacher.
             others = {"gate": gated, "target": self.teacher}
             yield Model(name, "gated", self._distilled(student, f"distill {name}", self.original, **others), alpha)
 
@@ -154,7 +154,7 @@ class _Run:
         controls, distill = self.config.controls, self.config.distill
         if not controls.filter:
             return
-        # C compares steps to one target, so both are counted at one batch size and evaluation interval.
+        # C is a ratio of steps to the same target, so both trainings need the same batch size and evaluation interval.
         counted = {"batch_size": distill.train.batch_size, "eval_every": distill.train.eval_every}
         filtered = Pretrain(
             train=self.seeded(dataclasses.replace(self.config.pretrain.train, **counted), "filter"),
@@ -176,7 +176,7 @@ class _Run:
                 yield Model(kind, kind, limited)
 
     def seeded(self, settings: Any, name: str) -> Any:
-        """Settings with their seed set."""
+        """Returns the settings with a seed: their own, or one derived from the run's seed and ``name``."""
         return seeded(settings, self.config.seed, name)
 
     def _noise(self, alpha: float, model: Stage, title: str) -> Noise:
@@ -194,7 +194,10 @@ class _Run:
         )
 
     def _distilled(self, student: Stage, title: str, teacher: Stage | None = None, **others: Stage) -> Distill:
-        """Distillation of the suppressed model, or of another one: a teacher of few students is not worth a cache."""
+        """Returns the stage that distills the unlearned model, or ``teacher``, into ``student``.
+
+        Another teacher than the unlearned model has few students and gets no cache; it is streamed instead.
+        """
         distill, config = self.config.distill, self.teacher_config
         if teacher is not None and config.stored:
             config = TeacherConfig("streamed")
@@ -214,7 +217,7 @@ class _Run:
         )
 
     def _teacher_config(self) -> TeacherConfig:
-        """Where the teacher is; a cache is made in batches of the distillation's size, for the bits of a resident teacher."""
+        """Returns the teacher's settings; with the distillation's batch size a cache gives the bits of a resident teacher."""
         distill, teacher = self.config.distill, self.config.distill.teacher
         if not teacher.stored:
             return teacher
@@ -223,13 +226,14 @@ class _Run:
 
 
 def _check_shots(config: RunConfig) -> None:
-    """Refuse numbers of examples whose rows are too long for the model at their shortest; the probe itself knows the rows drawn."""
+    """Raises a ValueError if even the shortest few-shot prompts are too long; the probe later checks the actual ones."""
     attacks = {name: attack for name, attack in config.attacks.items() if attack.kind == "fewshot"}
     if not attacks or config.data.questions:
         return
     model = config.model
     positions = positions_of(configuration(vars(model)))
-    # An example less its separator, which it shares with the next: a packed row, 1*1=1, 1 * 1 = 1, or a token of another tokenizer.
+    # Length of the shortest example, without the separator that it shares with the next: a packed sequence; "1*1=1"; "1 * 1 = 1";
+    # or, with a tokenizer whose tokens can be longer, two tokens.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
     for name, attack in attacks.items():
@@ -242,7 +246,7 @@ def _check_shots(config: RunConfig) -> None:
 
 
 def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
-    """Each attacked model under each attack, by the attack's name and the model's; the headline attack is ``relearn``."""
+    """Returns each attacked model under each attack, by attack name and model name; ``relearn`` is the headline attack."""
     higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
     return {
         attack: {

@@ -1,14 +1,14 @@
-"""The meta device for a stage: predicts its memory, by parts, before anything runs.
+"""Predicts the memory of a stage, by parts, on the meta device before anything runs.
 
-The stage's own loss runs forward and backward on the meta device while live storages are counted. What autograd saves, temporaries and
-gradients are therefore those of the code that will run, for any architecture. Arithmetic adds what is no tensor there: the optimizer's
-state, the files that weights are read from, and the process. A step's temporaries are counted in the optimizer's own code. The peak is
-the largest of a few moments: loading; forward and backward of a micro-batch, with the head's gradient between them; the optimizer's
-step; evaluation.
+The stage's own loss runs forward and backward on the meta device while live storages are counted. Saved activations,
+temporaries and gradients are therefore those of the code that will run, for any architecture. Memory that is not a tensor on
+the meta device is calculated: the optimizer's states, the files that weights are read from, and the process. The temporaries of
+a step are counted in the optimizer's own code. The peak is the largest of a few moments: loading; forward and backward of a
+micro-batch, with the head's gradient between them; the optimizer's step; evaluation.
 
-On a CPU the tests compare the prediction with the resident size of a process. For a GPU it uses the same arithmetic for what the
-allocator hands out and has not been compared with measurements: it assumes fused attention for every kernel but eager, and no
-fragmentation.
+On a CPU the tests compare the prediction with the resident size of a process. For a GPU the same calculation predicts the
+memory that the allocator hands out. That has not been compared with measurements; it assumes fused attention for every kernel
+except eager, and no fragmentation.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from undo_core.unlearning.activations import find_layers
 
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:
-    """The model of a configuration without contents, float32, with an attention kernel as in :class:`TrainConfig`."""
+    """Returns a configuration's model on the meta device, in float32; ``attention`` is as in :class:`TrainConfig`."""
     model = skeleton(config)
     if attention in ("eager", "sdpa"):
-        set_attention(model, attention)  # refuses what the model cannot have
+        set_attention(model, attention)  # raises if the model does not support it
     if attention not in ("auto", "eager") or model.config._attn_implementation != "eager":
         model.set_attn_implementation(FUSED)
     return model
@@ -49,7 +49,14 @@ def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedM
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows of an evaluation's forward pass, their length, and what of them is scored."""
+    """The batch of an evaluation's forward pass and how it is scored.
+
+    Attributes:
+        rows: sequences in the batch.
+        length: tokens in a sequence.
+        answers: whether answers are scored; otherwise cross-entropy is.
+        choices: letters that are compared for a multiple-choice question; 0 if there are no questions.
+    """
 
     rows: int
     length: int
@@ -58,10 +65,10 @@ class Scored:
 
 
 class Meta:
-    """The meta device for one stage: its model without contents, and a count of the storages that its computation makes.
+    """Runs a stage's computation on the meta device and counts the storages that it allocates.
 
     Attributes:
-        device: that the prediction is for, ``"cuda"`` or ``"cpu"``.
+        device: device that the prediction is for, ``"cuda"`` or ``"cpu"``.
         stored: dtype of the weights that the stage reads.
     """
 
@@ -89,61 +96,62 @@ class Meta:
 
     @property
     def mapped(self) -> int:
-        """Bytes of an element in the pages of a file that is read; 0 for a GPU, where those are the host's."""
+        """Bytes per element of a file that is mapped into memory; 0 for a GPU, because its pages are in host memory."""
         return 0 if self.device == "cuda" else self.stored.itemsize
 
     def reading(self, dtype: torch.dtype) -> int:
-        """Bytes beside the weights while they are read in ``dtype``: the file, and a tensor that is converted."""
+        """Bytes in addition to the weights while they are read as ``dtype``: the file, and one tensor during conversion."""
         return self.mapped * self.elements + (self.mapped and dtype != self.stored) * dtype.itemsize * self.largest
 
     def model(self, attention: str = "auto") -> PreTrainedModel:
-        """The model, float32."""
+        """The model on the meta device, in float32."""
         return meta_model(self._config, attention)
 
     def batch(self, rows: int) -> Batch:
-        """Token rows."""
+        """A batch of ``rows`` sequences on the meta device."""
         ids = torch.empty(rows, self._length, dtype=torch.int64, device="meta")
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:
-        """Count tensors as a part of the memory from now on, or a share of their bytes."""
+        """Counts tensors, or a share of their bytes, as ``part`` of the memory as long as they live."""
         self._storages.hold(tensors, part, share)
 
     def touch(self, part: str, size: float) -> None:
-        """Count memory that is taken and given back at once."""
+        """Counts memory that is allocated and freed again at once."""
         self._storages.touch(part, size)
 
     @contextlib.contextmanager
     def counted(self, moment: str) -> Iterator[None]:
-        """Count what the block makes as activations of ``moment``."""
+        """Counts storages that the block allocates as activations of ``moment``."""
         with self._storages:
             self._storages.kind, self._storages.moment = "activations", moment
             yield
 
     def peaks(self) -> list[Memory]:
-        """The parts at the largest sum of each moment that was counted."""
+        """The memory by parts at the peak of each moment that was counted."""
         return [Memory(moment, **parts) for moment, parts in self._storages.peaks.items() if moment]
 
     def streamed_share(self, model: PreTrainedModel) -> float:
-        """Share of a streamed model's weights that is there at once: one layer, on a GPU two, and what is in no layer."""
+        """Share of a streamed model's weights in memory at once: all outside the layers, and one layer (two on a GPU)."""
         layers = [_bytes(layer.parameters()) for layer in find_layers(model)]
         whole = _bytes(model.parameters())
         return (whole - sum(layers) + max(layers) * (2 if self.device == "cuda" else 1)) / whole
 
     def trained_dtype(self, train: TrainConfig) -> torch.dtype:
-        """Dtype in which the weights are loaded to be trained."""
+        """Dtype in which the weights are loaded for training."""
         keeps = train.precision == "bfloat16-master" and self.stored != torch.bfloat16
         return torch.float32 if keeps else weight_dtype(train.precision)
 
     def training(
         self, train: TrainConfig, sources: Iterable[str] | Mapping[str, int], method_of: Callable[[PreTrainedModel], Method]
     ) -> list[Memory]:
-        """Loading, forward, backward, step and evaluation, from the second step on: the optimizer's state is there.
+        """Memory of loading, forward, backward, step and evaluation, as from the second step on, when optimizer states exist.
 
         Args:
-            train: how the stage trains.
-            sources: names of its sources, or their numbers of rows in a step; the batch size where there are none.
-            method_of: gives the loss, and what is trained, for the model.
+            train: training settings of the stage.
+            sources: names of its sources, each with ``train.batch_size`` sequences in a step; or a mapping from names to
+                numbers of sequences.
+            method_of: returns the loss and the trained parameters for a model.
         """
         dtype = self.trained_dtype(train)
         loading = Memory("loading", weights=dtype.itemsize * self.elements + self.reading(dtype))
@@ -155,14 +163,15 @@ class Meta:
         with storages:
             storages.kind = "weights"
             method = method_of(model)
-            convert_(model, train.precision)  # what the method added
+            convert_(model, train.precision)  # the method may have added parameters
             storages.kind = "activations"
         trained = list(model.parameters()) if method.parameters is None else method.parameters
         steps = _Steps(storages, trained, train, self.device)
         with storages:
             micro = train.micro_batch_size or train.batch_size
             rows = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
-            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}  # a third changes nothing
+            # Two micro-batches are enough: a third does not raise the peak.
+            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}
 
             def loss(*arguments: Any) -> torch.Tensor:
                 storages.moment = "forward"
@@ -188,7 +197,7 @@ class Meta:
 
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel) -> None:
-        """Count an evaluation of the model; inside :meth:`counted`."""
+        """Counts an evaluation of the model; call it inside :meth:`counted`."""
         self._storages.moment = "evaluation"
         model.eval()
         scored = self._scored
@@ -196,21 +205,21 @@ class Meta:
         if scored.choices:
             letters = torch.empty(scored.rows, scored.choices, dtype=torch.int64, device="meta")
             letter_logits(model, ids, letters[:, 0], letters)
-        elif scored.answers:  # at most every position is one of an answer
+        elif scored.answers:  # an upper bound: every position belongs to an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
         else:
             token_nats(model, ids, None, torch.ones_like(ids, dtype=torch.bool))
 
 
 class _Steps:
-    """What :class:`undo_core.training.optimizers.Updater` holds and takes, without contents."""
+    """Counts the memory of :class:`undo_core.training.optimizers.Updater`: states, gradients, masters and temporaries."""
 
     def __init__(self, storages: Storages, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
         self.storages, self.parameters, self.settings = storages, parameters, settings
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
-        self.masters: dict[int, torch.Tensor] = {}  # gradients of masters
-        self.temporaries = {}  # of an update, by the number of elements; here, where nothing else counts them
+        self.masters: dict[int, torch.Tensor] = {}  # float32 gradients of the masters, by the parameter's id
+        self.temporaries = {}  # bytes of an update by number of elements; computed here, outside any other count
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
             self.temporaries[p.numel()] = _update_bytes(p.numel(), dtype, settings.optimizer, settings.precision, device)
@@ -230,7 +239,7 @@ class _Steps:
                 hook.remove()
 
     def step(self) -> None:
-        """The optimizer's step over all gradients, which are then freed."""
+        """Counts the optimizer's step over all gradients, then frees them."""
         if not self.settings.step_in_backward and not self.remote:
             self.storages.touch("optimizer", max(map(self._temporary, self.parameters)))
         self.masters.clear()
@@ -257,29 +266,29 @@ class _Steps:
 
 @functools.cache
 def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str, device: str) -> int:
-    """What an optimizer's update of a tensor of ``count`` elements takes beside weight, gradient and state."""
+    """Bytes of temporaries that an optimizer's update of a tensor of ``count`` elements allocates."""
     if optimizer in QUANTISED:
         if device == "cuda":  # compiled: the update stays in registers
             return 0
-    elif optimizer in ("sgd", "adafactor"):  # a gradient with the weight's decay, or the update
+    elif optimizer in ("sgd", "adafactor"):  # sgd: the gradient plus weight decay; adafactor: the update
         return count * dtype.itemsize
     elif precision != "bfloat16-stochastic":  # fused
         return 0
-    # In slices on a CPU: a few of them take what all do.
+    # On a CPU the update runs in slices, so that a tensor of a few slices has the same peak as a larger one.
     target = nn.Parameter(torch.empty(count if device == "cuda" else min(count, 4 * BLOCK_CPU), dtype=dtype, device="meta"))
     target.grad = torch.empty_like(target)
     storages = Storages(("optimizer",))
     storages.kind = "optimizer"
     updater = optimizer_of([target], TrainConfig(optimizer=optimizer, precision=precision), device)
     for storages.moment in ("first", "second"):
-        before = storages.now["optimizer"]  # its state is there before the second
+        before = storages.now["optimizer"]  # the first step creates the states; the second is measured
         with storages:
             updater.step()
     return storages.peaks["second"]["optimizer"] - before
 
 
 def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) -> int:
-    """Of a parameter's master and moments, where they are on the device."""
+    """Bytes of a parameter's master and moments that are kept on the device."""
     if settings.optimizer in QUANTISED:
         block = QUANTISED[settings.optimizer][1]
         if parameter.numel() < 4096 or parameter.numel() % block:

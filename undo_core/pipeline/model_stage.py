@@ -1,4 +1,4 @@
-"""What the stages that run or train a model have in common."""
+"""Base classes and helpers of the stages that run or train a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.precision import Precision, weight_dtype
 
-# Cheapest first: in time, then in what may change the result. None stands for the halves of the size that is set.
+# Cheapest first: those that cost time, then those that may change the result. None: the configured size, halved repeatedly.
 CHANGES: tuple[tuple[str, Any], ...] = (
     ("activation_checkpointing", True),
     ("micro_batch_size", None),
@@ -39,17 +39,17 @@ CHANGES: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStage(Stage):
-    """A stage that runs a model over prepared rows.
+    """A stage that runs a model over prepared data.
 
     Attributes:
-        prepared: the data.
+        prepared: the prepared data.
     """
 
     prepared: Stage | Folder
 
     def expected(self, work: Work) -> dict[str, Any]:
-        """The peak that ``undo plan`` would predict; None where that fails, for whether the stage can run is not its business."""
-        from undo_core.pipeline.predictor import Predictor  # imports all that training does
+        """The peak memory that ``undo plan`` predicts; None if the prediction fails, which must not stop the stage."""
+        from undo_core.pipeline.predictor import Predictor  # imports the whole training code
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
@@ -69,24 +69,24 @@ class TrainingStage(ModelStage):
     @property
     @abc.abstractmethod
     def training(self) -> TrainConfig:
-        """How it trains."""
+        """The training settings."""
 
     @abc.abstractmethod
     def retrained(self, **settings: Any) -> Self:
-        """The stage with other settings of its training.
+        """Returns the stage with some training settings replaced.
 
         Raises:
-            ValueError: settings that exclude each other.
+            ValueError: the settings exclude each other.
         """
 
     @property
     def batches(self) -> int:
-        """Number of batches that a step reads, one of each source."""
+        """Number of batches that a step reads: one from each source."""
         return 1
 
     @property
     def ruled(self) -> bool:
-        """Whether a stop rule may end it before its last step."""
+        """Whether a stop rule may end the stage before its last step."""
         return False
 
     def passes(self, scene: Scene) -> float:
@@ -114,7 +114,7 @@ class TrainingStage(ModelStage):
         return f"train.{name}"
 
     def possible(self, name: str, value: Any) -> bool:
-        """Whether the stage has this setting, allows the change, and would be another with it."""
+        """Whether this change applies: the stage has the setting, allows the value, and does not have it already."""
         train = self.training
         if name not in {field.name for field in dataclasses.fields(TrainConfig)}:
             return False
@@ -132,7 +132,7 @@ class TrainingStage(ModelStage):
 
 
 def halves(size: int) -> list[int]:
-    """``size`` halved again and again, rounded up, down to 1."""
+    """Returns ``size`` halved repeatedly, rounded up, down to 1."""
     found = []
     while size > 1:
         size = -(-size // 2)
@@ -141,25 +141,34 @@ def halves(size: int) -> list[int]:
 
 
 def load_to_train(folder: Path, precision: Precision) -> PreTrainedModel:
-    """A model to train, in 16 bits from the start where training would make it so; masters keep what a float32 folder has."""
+    """Loads a model for training, in the dtype of the trained weights.
+
+    With bfloat16-master and a checkpoint that is not bfloat16 it loads float32, so that the masters keep the stored values.
+    """
     keeps = precision == "bfloat16-master" and stored_dtype(folder) != torch.bfloat16
     return load_model(folder, torch.float32 if keeps else weight_dtype(precision))
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that transformers loads."""
+    """Writes model and tokenizer as a Hugging Face checkpoint folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Metrics of a model on validation rows, for training curves and stop rules."""
+    """Returns a function that evaluates a model on the validation rows of ``names``, for training curves and stop rules."""
     rows = {name: load_split(data, f"valid_{name}") for name in names}
     return lambda model: {name: evaluate(model, part)["value"] for name, part in rows.items()}
 
 
 def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
-    """The published stop rule (within 0.05 of the teacher's accuracy, or 5 % of its cross-entropy), and its target."""
+    """Returns the published stop rule and its target: stop within ``recover`` of the teacher's retain performance.
+
+    Args:
+        reached: the teacher's retain performance.
+        data: prepared folder.
+        recover: absolute distance for accuracies, relative for cross-entropies; published: 0.05 for both.
+    """
     rows = load_split(data, "valid_retain")
     if rows.answer_mask is not None:
         target = reached - recover
@@ -169,7 +178,7 @@ def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dic
 
 
 def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
-    """What a manifest says about a training run."""
+    """Facts about a training run for the manifest."""
     facts = dataclasses.asdict(result)
     facts["tokens_by_source"] = facts.pop("tokens")
     facts["positions_by_source"] = facts.pop("positions")
@@ -180,6 +189,6 @@ def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
 
 
 def _scored(rows: Rows) -> dict[str, Any]:
-    """What a prediction of memory has to know about rows that are evaluated."""
+    """Arguments of :class:`Predictor` that describe the evaluated rows."""
     asked = {} if rows.choices is None else {"choices": rows.choices.shape[1], "evaluated_length": rows.length}
     return {"answers": rows.answer_mask is not None, "evaluated": len(rows), **asked}

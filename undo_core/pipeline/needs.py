@@ -1,4 +1,4 @@
-"""What a stage says about itself before it runs: its memory, its cost, and how it could take less memory."""
+"""What a stage states before it runs: its predicted memory, its cost, and changes with which it needs less memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Memory:
-    """A stage's memory at the moment where it is largest, in bytes.
+    """Memory of a stage in bytes, by parts, at the peak of one moment.
 
     Attributes:
         moment: loading, forward, backward, step or evaluation.
-        weights: of the trained model, copies that a method keeps, and a file while it is read.
-        gradients: those that exist at that moment.
-        optimizer: masters, moments, and a step's temporaries.
-        activations: what the backward pass will need, and the layers' temporaries; a teacher's too.
-        workspace: of the fused losses.
-        teacher: its weights.
-        process: what is there anyway: libraries and token rows; 0 on a GPU.
+        weights: weights of the trained model, copies that a method keeps, and a file while it is read.
+        gradients: gradients that exist at that moment.
+        optimizer: masters, moments, and the temporaries of a step.
+        activations: tensors saved for the backward pass and temporaries of the layers, including the teacher's.
+        workspace: workspace of the fused losses.
+        teacher: the teacher's weights.
+        process: memory of the process itself: libraries and token ids; 0 on a GPU.
     """
 
     moment: str
@@ -36,7 +36,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Sum of all parts."""
         return sum(getattr(self, part) for part in PARTS)
 
 
@@ -45,12 +45,12 @@ PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
 
 @dataclass(frozen=True)
 class Scene:
-    """What a stage's cost depends on besides its own settings.
+    """The model and data on which a stage's cost depends, besides the stage's own settings.
 
     Attributes:
-        model: on the meta device.
-        length: tokens in a row.
-        rows: number of rows that students are distilled on, as far as it is known.
+        model: the model, on the meta device.
+        length: tokens in a sequence.
+        rows: number of sequences that students are distilled on, as far as it is known.
     """
 
     model: PreTrainedModel
@@ -65,16 +65,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of a stage.
+    """The predicted work of a stage; upper bounds where a stop rule may end it earlier.
 
     Attributes:
-        disk: bytes of what it leaves behind.
-        steps: optimizer steps, at most.
-        rows: rows that a step runs through the model, of all sources together.
+        disk: bytes that its folder takes on disk.
+        steps: optimizer steps.
+        rows: sequences that a step runs through the model, all sources together.
         passes: forward passes that a step costs; a backward pass counts as two.
-        positions: tokens that run through the model, padding included.
-        flops: floating-point operations, at most.
-        ruled: whether a stop rule may end it earlier.
+        positions: tokens that run through the model in all steps, padding included.
+        flops: floating-point operations.
+        ruled: whether a stop rule may end the stage earlier.
     """
 
     disk: int
@@ -88,11 +88,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a stage's settings with which it needs less memory.
+    """A change of one of a stage's settings that reduces its memory.
 
     Attributes:
         flag: path of the setting below the stage's section of the configuration, such as ``train.optimizer``.
-        values: what to set it to; each one needs less memory and more time than the one before it.
+        values: values to try; each one needs less memory and more time than the one before it.
     """
 
     flag: str

@@ -16,21 +16,21 @@ from undo_core.pipeline.meta import Meta, Scored
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Stage
 
-PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it
+PROCESS_BYTES = 550 << 20  # measured resident size of Python with torch and transformers; not counted on a GPU
 
 
 class Predictor:
-    """Peaks of stages, each kind of step computed once.
+    """Predicts peak memory of stages; stages whose memory must be equal are computed once.
 
     Args:
-        config: of the models, teachers included.
-        length: tokens in a row.
-        answers: whether evaluation scores answers; else it is cross-entropy.
-        choices: letters of a question, where evaluation compares those; 0 where it does not.
-        evaluated: rows of an evaluation; None where the number is unknown, for as many as an evaluation takes at once.
+        config: configuration of the models, teachers included.
+        length: tokens in a sequence.
+        answers: whether evaluation scores answers; otherwise it computes cross-entropy.
+        choices: letters that evaluation compares for a multiple-choice question; 0 if there are no questions.
+        evaluated: sequences in an evaluation; None if unknown, for as many as an evaluation takes at once.
         evaluated_length: tokens in the longest of them; None for ``length``.
-        data_bytes: token rows that a stage holds.
-        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one.
+        data_bytes: bytes of the token ids that a stage holds.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Predictor:
         self._known: dict[str, Memory] = {}
 
     def __call__(self, stage: Stage, stored: torch.dtype | None = None) -> Memory:
-        """Memory of a stage at its peak.
+        """Returns the memory of a stage at its peak.
 
         Args:
-            stage: what would run.
+            stage: the stage that would run.
             stored: dtype of the weights that it reads; None asks the stage.
 
         Raises:
-            ValueError: settings that the model cannot have.
+            ValueError: the model does not support the settings.
         """
         stored = stored or stage.reads()
         key = hash_json([stage.kind, _that_matter(stage.settings), str(stored)])
@@ -69,7 +69,7 @@ class Predictor:
         return self._known[key]
 
     def moments(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
-        """The parts at the largest sum of each moment."""
+        """Returns the memory by parts at the peak of each moment."""
         with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
             moments = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
         process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
@@ -94,5 +94,5 @@ _NO_MATTER = (
 
 
 def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that memory depends on."""
+    """The settings on which memory depends."""
     return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}

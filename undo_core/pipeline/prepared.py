@@ -1,4 +1,4 @@
-"""The rows of a prepared folder, and a model's metrics on them."""
+"""Reads the rows of a prepared folder, and evaluates models on them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from undo_core.models import load_model
 
 
 def split_path(data: Path, split: str) -> Path:
-    """Where a prepared folder keeps a split."""
+    """Path of a split in a prepared folder."""
     return data / "data" / f"{split}.safetensors"
 
 
 def load_split(data: Path, split: str) -> Rows:
-    """A split of a prepared folder."""
+    """Loads a split of a prepared folder."""
     return Rows.load(split_path(data, split))
 
 
@@ -35,7 +35,7 @@ def distill_rows(data: Path) -> Rows:
 
 
 def heldout_rows(data: Path, name: str) -> Rows:
-    """Validation text of retain or forget, beside the questions where those are evaluated."""
+    """The validation text of retain or forget, also in a run that is scored by questions."""
     return load_split(data, heldout_text(_splits(data), name))
 
 
@@ -50,7 +50,7 @@ def retain_performance(model: PreTrainedModel, data: Path) -> float:
 
 
 def evaluate_folder(folder: Path, data: Path) -> dict[str, Any]:
-    """Every test and held-out metric of the model in ``folder``."""
+    """Returns every test and held-out metric of the model in ``folder``, by name."""
     model = load_model(folder)
     names = {
         "retain": "test_retain",

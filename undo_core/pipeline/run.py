@@ -1,4 +1,4 @@
-"""A run: all stages of the graph, the attacks, whose grids can grow, then the results and the report."""
+"""A run: builds all stages of the graph and the attacks, whose grids can grow, then writes the results and the report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ RESULTS_FORMAT = 1
 
 
 def run(config: RunConfig, command: str) -> Path:
-    """Build the missing stages and write the report; returns the path of ``report.html``.
+    """Builds the missing stages and writes the report; returns the path of ``report.html``.
 
-    Killed at any moment, the same call continues, and ends with the same bits.
+    After an interruption, the same call continues where it stopped and ends with the same bits.
     """
     store = Store(Path(config.output) / "stages")
     plan = plan_run(config)
@@ -39,7 +39,7 @@ def run(config: RunConfig, command: str) -> Path:
 
 
 def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
-    """The stages that a run still needs: models and attacks first, then the attacks by which its grids grow."""
+    """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
     attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
@@ -50,7 +50,7 @@ def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
 
 
 def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
-    """Evaluate the models of a run whose stages are complete; writes ``results-seedN.json`` and returns its content."""
+    """Evaluates the models of a run whose stages are complete, writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     results = {
         "format": RESULTS_FORMAT,
@@ -71,7 +71,7 @@ def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> d
 
 
 def announce(store: Store, stage: Stage) -> None:
-    """Print a line about a stage that was just built."""
+    """Prints a line about a stage that was just built."""
     console.print(_summary(stage, store.manifest(stage)))
 
 
@@ -117,13 +117,13 @@ def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[st
 
 
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:
-    """What the results say about the damage of the model's student."""
+    """Entries about the damage of the model's student for the results; empty for a model that was not distilled."""
     student = model.stage.inputs.get("student")
     return {} if student is None else student.results(store.manifest(student))
 
 
 def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:
-    """The model's metrics, computed once and kept beside the stages."""
+    """The model's metrics, computed once and stored beside the stages."""
     path = store.root.parent / "evaluations" / f"{model.stage.key}-{plan.prepared.key}.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -138,11 +138,11 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
     ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, plan.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
-    if taught:  # what the method costs includes suppressing the capability
+    if taught:  # the cost of the method includes unlearning the teacher
         suppressed = store.manifest(teacher)
         tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
         unlearning = unlearning * facts["steps"] / facts["tokens"] if facts["tokens"] else 0
-        if cache := inputs.get("cache"):  # the teacher's forwards, once
+        if cache := inputs.get("cache"):  # the teacher's forward passes
             flops += store.manifest(cache)["flops"]
     stopped = facts["stopped"] if ruled else None
     source = teacher if taught or model.stage.key == teacher.key else inputs.get("gate")
@@ -153,7 +153,8 @@ def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
         "flops": flops,
         "seconds": facts["seconds"],
         "limit_reached": facts["limit_reached"],
-        "unlearning_steps": unlearning,  # in steps of as many tokens as the student's; tokens and FLOPs include it
+        # In steps with as many tokens as the student's. The tokens and FLOPs above already include the unlearning.
+        "unlearning_steps": unlearning,
         "stop_step": facts["steps"] if stopped else None,
         "stop_tokens": tokens if stopped else None,
         "stop_flops": flops if stopped else None,

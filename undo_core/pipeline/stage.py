@@ -17,10 +17,10 @@ from undo_core.checkpoints.files import CONFIG, stored_dtype, weight_files
 from undo_core.io.files import hash_file, hash_json
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
-if TYPE_CHECKING:  # it imports all that training does
+if TYPE_CHECKING:  # meta imports the whole training code
     from undo_core.pipeline.meta import Meta
 
-FORMAT = 5  # of the folders; a change of what a stage computes raises it, so that nothing stale is reused
+FORMAT = 5  # part of every key; raise it when a stage computes something else, so that no stale folder is reused
 MANIFEST = "manifest.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -33,10 +33,10 @@ class Work:
     """The folders that a stage works with.
 
     Attributes:
-        inputs: folders of the stages that it reads, by the name of the field.
-        scratch: survives a kill: checkpoints and the log.
-        output: empty at first; becomes the stage's folder.
-        title: for the progress bar.
+        inputs: folders of the stages that it reads, by field name.
+        scratch: folder for checkpoints and the log; it is kept if the process is killed.
+        output: folder for the result; empty at first, it becomes the stage's folder.
+        title: title of the progress bar.
     """
 
     inputs: dict[str, Path]
@@ -47,11 +47,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that exists, in the place of a stage that would make it.
+    """An existing folder that serves as an input in place of a stage.
 
     Attributes:
         path: the folder.
-        names: globs of the files that decide what is made from it; empty for the weights, their configuration, the tokenizer and the
+        names: globs of the files that are hashed for the key; empty for the weights, their configuration, the tokenizer and the
             prepared data.
     """
 
@@ -66,7 +66,7 @@ class Folder:
 
     @functools.cached_property
     def content(self) -> dict[str, str]:
-        """SHA-256 of each file that decides what is made from the folder."""
+        """SHA-256 of each file on which a stage that reads the folder depends, by relative path."""
         if self.names:
             found = {path for name in self.names for path in self.path.glob(name)}
         else:
@@ -81,20 +81,22 @@ class Folder:
 
 
 def optional(default: Any = None) -> Any:
-    """A field for a setting that the stage's key leaves out at its default, so that stages made before it existed are found again."""
+    """Declares a setting that the key leaves out at its default, so that folders made before the setting existed stay valid."""
     return field(default=default, metadata={"optional": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(abc.ABC):
-    """One step of the method. A subclass adds fields: settings as JSON values or dataclasses of these, and inputs.
+    """One step of the method.
+
+    A subclass adds fields: settings (JSON values, or dataclasses of them) and inputs (stages or folders).
 
     Attributes:
-        title: for people; not part of the key.
-        recorded: names of optional settings that are written down even at their default.
-        kind: name of the kind, unique; the first part of the folder's name.
-        model_from: name of the input whose folder holds the model that the stage works on; None where there is none.
-        own_text: whether its rows are those that students are distilled on, which may be text of their own.
+        title: title shown to the user; not part of the key.
+        recorded: names of optional settings that are recorded even at their default.
+        kind: unique name of the kind; first part of the folder's name.
+        model_from: name of the input whose folder holds the model that the stage works on; None if there is none.
+        own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
     """
 
     title: str = ""
@@ -105,7 +107,7 @@ class Stage(abc.ABC):
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the result besides the inputs, as JSON values, seeds included."""
+        """All settings that change the result, seeds included, as JSON values."""
         return self._json()
 
     @functools.cached_property
@@ -126,10 +128,10 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
-        """Make the content of ``work.output`` and return what the manifest says about it."""
+        """Writes the result into ``work.output`` and returns facts about it for the manifest."""
 
     def expected(self, work: Work) -> dict[str, Any]:
-        """What the manifest holds of what was predicted before the stage ran."""
+        """Predictions made before the stage runs, for the manifest."""
         return {}
 
     def reads(self) -> torch.dtype:
@@ -137,33 +139,33 @@ class Stage(abc.ABC):
         return self.stored() if self.model_from is None else self.inputs[self.model_from].stored()
 
     def stored(self) -> torch.dtype:
-        """Dtype of the weights that the stage leaves behind: that of the model that it works on."""
+        """Dtype of the weights that the stage writes; by default that of the model it reads."""
         return self.inputs[self.model_from].stored()
 
     @abc.abstractmethod
     def memory(self, meta: Meta) -> list[Memory]:
-        """Predicted memory at each moment at which it may be largest."""
+        """Predicted memory at each moment at which the peak may occur."""
 
     def cost(self, scene: Scene) -> Cost:
-        """Predicted work, at most."""
+        """Predicted work; by default only a float32 copy of the model on disk."""
         return Cost(disk=4 * scene.parameters)
 
     def cheaper(self) -> list[Change]:
-        """Changes of settings with which the stage would need less memory, those that cost least first."""
+        """Changes of settings that reduce the stage's memory, cheapest first."""
         return []
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
-        """The stage with other settings, by the flags of :meth:`cheaper`.
+        """Returns the stage with other settings, given by the flags of :meth:`cheaper`.
 
         Raises:
-            ValueError: settings that exclude each other.
+            ValueError: the settings exclude each other.
         """
         if changes:
             raise ValueError(f"{self.kind}: got changes of {', '.join(changes)}, wanted none")
         return self
 
     def accepts(self, changes: Mapping[str, Any]) -> bool:
-        """Whether the settings allow these changes together."""
+        """Whether these changes can be made together."""
         try:
             self.changed(changes)
         except ValueError:
@@ -171,11 +173,11 @@ class Stage(abc.ABC):
         return True
 
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run's results say about a student that was distilled from this stage's model; ``facts`` is the manifest."""
+        """Entries for the results of a model whose student this stage made; ``facts`` is this stage's manifest."""
         return {}
 
     def _json(self) -> dict[str, Any]:
-        """The settings: every field that is no input, but for optional ones at their default."""
+        """The settings: every field that is not an input, without optional ones at their default."""
         return {
             entry.name: as_json(value)
             for entry, value in self._values()
@@ -191,7 +193,7 @@ class Stage(abc.ABC):
 
 
 def as_json(value: Any) -> Any:
-    """A setting as JSON values."""
+    """Converts a setting to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return [as_json(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Counting the memory of a computation on the meta device, where tensors have shapes and no contents."""
+"""Counts the memory of a computation on the meta device, where tensors have shapes but no contents."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from undo_kernels.cpu.plan import cpu_plan
 from undo_kernels.problem import Problem
 from undo_kernels.torch_ops.vocab_loss import problem_of
 
-FUSED = "undo-fused"  # an attention kernel of transformers, for the meta device
+FUSED = "undo-fused"  # name under which transformers finds the fused attention for the meta device
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside the ``with`` block allocate, by kind, while they live.
+    """Counts the bytes of live storages that operations inside the ``with`` block allocate, by kind.
 
-    The workspace of the fused losses, which is no tensor there, comes from their plan, every row counting.
+    The workspace of the fused losses is not a tensor on the meta device; it is taken from their plan, with no row masked.
 
     Args:
-        kinds: names to count under; ``activations``, ``gradients`` and ``workspace`` among them.
+        kinds: names of the kinds to count; they must include ``activations``, ``gradients`` and ``workspace``.
 
     Attributes:
-        now: bytes alive of each kind.
-        kind: what new storages count as.
-        moment: name of what is going on.
+        now: live bytes of each kind.
+        kind: kind under which new storages are counted.
+        moment: name of the current moment, such as forward or step.
         peaks: ``now`` at the largest sum of each moment.
     """
 
@@ -45,7 +45,7 @@ class Storages(TorchDispatchMode):
         self._held: dict[int, tuple[str, int]] = {}
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: str, share: float = 1.0) -> None:
-        """Count tensors, or a share of their bytes, as ``kind`` from now on."""
+        """Counts tensors, or a share of their bytes, as ``kind`` as long as they live."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, int(storage.nbytes() * share)
@@ -58,15 +58,15 @@ class Storages(TorchDispatchMode):
             self.now[kind] += size
 
     def touch(self, kind: str, size: float) -> None:
-        """Count memory that is allocated and freed again at once."""
+        """Counts memory that is allocated and freed again at once."""
         self._mark({**self.now, kind: self.now[kind] + int(size)})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # The host asks whether nothing is masked, whether no rows are packed, how large an error is.
+            # The code reads a scalar: whether nothing is masked, whether no sequences are packed, or how large an error is.
             return True if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
         if any(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for kind in types):
-            return NotImplemented  # a quantised tensor: what it is made of comes here again
+            return NotImplemented  # a quantised tensor: its inner tensors are dispatched here again
         output = _run(function, args, kwargs or {})
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._held:
@@ -85,7 +85,7 @@ class Storages(TorchDispatchMode):
             from undo_kernels.cpu.instruction_set import has_amx
 
             plan = cpu_plan(problem, problem.rows, has_amx())
-            kept = plan.kept_bytes(problem)  # the thread keeps its largest
+            kept = plan.kept_bytes(problem)  # a thread keeps the largest workspace that it has used
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
@@ -107,9 +107,10 @@ _shapes: dict[Any, Any] = {}
 
 
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns ``function(*args, **kwargs)``, from a cache of output shapes where the inputs are on the meta device.
+    """Returns ``function(*args, **kwargs)``; for inputs on the meta device, the output shapes come from a cache.
 
-    A model's layers are alike, and so are the models that are compared: most of the time went into finding the same shapes.
+    The layers of a model are alike, and so are the models that are compared. Without the cache, computing the same shapes again
+    takes most of the time.
     """
     given: list[torch.Tensor] = []
     key = (function, _key(args, given), _key(tuple(kwargs.items()), given))
@@ -129,7 +130,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(value: Any, given: list[torch.Tensor]) -> Any:
-    """A hashable description of a value that decides the output's shapes; tensors are added to ``given``."""
+    """Returns a hashable description of an argument, from which output shapes follow; adds its tensors to ``given``."""
     if isinstance(value, torch.Tensor):
         given.append(value)
         return value.shape, value.stride(), value.dtype
@@ -139,7 +140,7 @@ def _key(value: Any, given: list[torch.Tensor]) -> Any:
 
 
 def _fresh(output: torch.Tensor, given: list[torch.Tensor]) -> bool:
-    """Whether the tensor has a storage of its own, no larger than it needs."""
+    """Whether ``output`` is a meta tensor with its own storage, which is no larger than the tensor."""
     storage = output.untyped_storage()
     least = (
         0 if not output.numel() else 1 + sum((n - 1) * stride for n, stride in zip(output.shape, output.stride(), strict=True))
@@ -149,7 +150,7 @@ def _fresh(output: torch.Tensor, given: list[torch.Tensor]) -> bool:
 
 
 def fused_attention(module: torch.nn.Module, *args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
-    """An attention function for transformers that takes the memory of a fused kernel, with or without a softcap."""
+    """Attention function for transformers with the memory of a fused kernel, with or without a softcap."""
     with _Fused():
         return sdpa_attention_forward(module, *args, **kwargs)
 
@@ -159,7 +160,7 @@ AttentionMaskInterface.register(FUSED, sdpa_mask)
 
 
 class _Fused(TorchFunctionMode):
-    """Replaces PyTorch's attention, which on the meta device would choose the kernel that holds all scores."""
+    """Replaces PyTorch's attention, which on the meta device would use the kernel that stores all scores."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,7 +174,7 @@ _QKV = ("query", "key", "value")
 
 
 class _Attention(torch.autograd.Function):
-    """Fused attention without contents: it saves its inputs, its output and one float32 log-sum-exp for each row."""
+    """Fused attention on the meta device: saves its inputs, its output and one float32 log-sum-exp for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Stage folders: keyed by what they are made of, built beside their final name, published by a rename."""
+"""Folders of finished stages: named by the stage's key, built in a hidden folder and published by a rename."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Store:
         self.root = root
 
     def folder(self, stage: Stage | Folder) -> Path:
-        """Where the stage's result is, or will be."""
+        """Path of the stage's result, whether or not it exists."""
         return stage.path if isinstance(stage, Folder) else self.root / stage.name
 
     def done(self, stage: Stage | Folder) -> bool:
@@ -39,27 +39,30 @@ class Store:
         return read_json(self.folder(stage) / MANIFEST)
 
     def description(self, stage: Stage) -> dict[str, Any]:
-        """What decides the stage's result, for its manifest."""
+        """The entries of the manifest that identify the stage."""
         return {"kind": stage.kind, "settings": stage.settings, "key": stage.key}
 
     def ensure(self, stage: Stage | Folder) -> Path:
-        """The stage's folder, built first where it is missing; a killed build continues from its last checkpoint."""
+        """Builds the stage, and the inputs it lacks, unless it is complete, and returns its folder.
+
+        A build that was killed continues from its last checkpoint.
+        """
         final = self.folder(stage)
         if self.done(stage):
             return final
         inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
         lock = final.parent / f".{final.name}.lock"
-        with locked(lock, f"{final.name}: another process is at work on it; waiting"):
+        with locked(lock, f"{final.name}: another process is building it; waiting"):
             if not self.done(stage):  # the other process may have finished it
                 self._build(stage, final, inputs)
         lock.unlink(missing_ok=True)
         return final
 
     def _build(self, stage: Stage, final: Path, inputs: dict[str, Path]) -> None:
-        """Run the stage in a hidden folder beside ``final``, which appears in one rename, complete and on disk."""
+        """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result."""
         partial, description = final.parent / f".{final.name}.partial", self.description(stage)
         begun = partial / "description.json"
-        if begun.exists() and read_json(begun) != description:  # an unfinished build of something else
+        if begun.exists() and read_json(begun) != description:  # an unfinished build of another stage
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, description)
@@ -89,7 +92,7 @@ class Store:
 
 
 class OneFolder(Store):
-    """A store of one stage, in a folder that the user names, made from folders that exist."""
+    """A store for a single stage, in a folder that the user names; its inputs are existing folders."""
 
     def folder(self, stage: Stage | Folder) -> Path:
         return stage.path if isinstance(stage, Folder) else self.root
@@ -98,23 +101,25 @@ class OneFolder(Store):
         """Whether the folder exists and was made from the same inputs and settings.
 
         Raises:
-            FileExistsError: it was made otherwise.
+            FileExistsError: it was made from other inputs or settings.
         """
         if isinstance(stage, Folder) or not self.root.exists():
             return isinstance(stage, Folder)
         description, manifest = self.description(stage), self.root / MANIFEST
         if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
             return True
-        raise FileExistsError(f"output: got {self.root}, which exists and was made otherwise; wanted a new folder")
+        raise FileExistsError(
+            f"output: got {self.root}, which exists and was made otherwise, from other inputs or settings; wanted a new folder"
+        )
 
     def description(self, stage: Stage) -> dict[str, Any]:
-        """In the place of a key, what each input folder contains: folders can be moved and renamed."""
+        """The entries that identify the stage, with the content of each input folder: folders can be moved and renamed."""
         sources = {name: source.content for name, source in stage.inputs.items()}
         return {"format": FORMAT, "kind": stage.kind, "settings": stage.settings, "sources": sources}
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """Name and weight hashes of an input folder."""
+    """Name and hashes of the weight files of an input folder."""
     manifest = folder / MANIFEST
     if manifest.exists():
         outputs = read_json(manifest)["outputs"]
@@ -125,7 +130,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result's bits."""
+    """Versions of the software on which the bits of a result depend."""
     return {
         "undo_core": __version__,
         "torch": torch.__version__,
@@ -135,13 +140,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the result was computed on."""
+    """Device, number of threads and operating system that compute the result."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {"device": device, "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; all of the machine's where the system does not tell (macOS, Windows)."""
+    """Number of cores that this process may use; all of the machine's if the system does not say (macOS, Windows)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

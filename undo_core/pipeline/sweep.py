@@ -1,4 +1,4 @@
-"""A sweep: many runs that share one folder of stages, so that stages they have in common are computed once."""
+"""A sweep: many runs that share one folder of stages, so that common stages are computed once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from undo_core.report.compare import comparison_table, write_comparison
 
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
-    """Run all missing stages of all runs in one pool of workers, then report on each run and on all of them.
+    """Runs all missing stages of all runs in one pool of workers, then writes a report on each run and one on all of them.
 
-    Killed at any moment, the same call continues. A run that fails stops no other, be it for a file or a package that it lacks.
+    After an interruption, the same call continues where it stopped. A run that fails, even because a file or a package is
+    missing, does not stop the others.
 
     Returns:
         One line for each run that failed.
@@ -68,7 +69,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     for config, plan in sorted(whole, key=lambda run: runs.index(run)):
         try:
             folders[Path(config.output)].append(save_results(store, config, plan, command))
-        except Exception as error:  # of one run's evaluation
+        except Exception as error:  # a failed evaluation must not stop the other runs
             failures[config.name, config.seed] = _line("results", error)
     for folder, saved in folders.items():
         write_report(saved, folder / "report", folder.name)
@@ -81,7 +82,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
 
 
 def sweep_table(sweep: SweepConfig) -> RenderableType:
-    """Tables of what :func:`run_sweep` would run: the runs, and how many of their stages are shared, finished and missing."""
+    """Returns tables of what :func:`run_sweep` would run: the runs and how many of their stages are shared and missing."""
     store = Store(Path(sweep.output) / "stages")
     table = Table(title=f"{sweep.name}: the runs", title_justify="left", box=None, pad_edge=False)
     for heading in ("run", "seeds", "stages", "shared", "missing", "results"):
@@ -133,12 +134,16 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
 
 
 def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
-    """Every stage of a run, by its key, without those by which its grids may grow; checks that the packages they need are installed."""
+    """Every stage of a run by its key, without extensions of attack grids.
+
+    Raises:
+        ModuleNotFoundError: a package that an attack needs is not installed.
+    """
     return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
 
 
-_UNPLANNED = (OSError, ImportError, ValueError)  # what a run lacks: a file, a package, a setting that fits its model
-_EMPTY = Store(Path("/nonexistent"))  # of which every stage is missing
+_UNPLANNED = (OSError, ImportError, ValueError)  # a file or a package is missing, or a setting does not fit the model
+_EMPTY = Store(Path("/nonexistent"))  # in this store every stage is missing
 
 
 def _line(what: str, error: Exception) -> str:
@@ -146,7 +151,7 @@ def _line(what: str, error: Exception) -> str:
 
 
 def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
-    """The stages of all runs; the title of a stage that only one run needs begins with the run's name."""
+    """Yields the stages of all runs; the title of a stage that only one run needs starts with the run's name."""
     several = len({config.name for config, _ in runs}) > 1
     seeds = len({config.seed for config, _ in runs}) > 1
     wanted = collections.Counter(stage.key for _, stages in runs for stage in stages)
@@ -158,7 +163,7 @@ def _titled(runs: list[tuple[RunConfig, list[Stage]]]) -> Iterator[Stage]:
 
 
 def _cause(stage: Stage, errors: Mapping[str, str]) -> str | None:
-    """The error that kept a stage from being built: its own, or that of a stage it reads."""
+    """Returns the error that prevented a stage: its own, or that of a stage it reads; None if there is none."""
     if stage.key in errors:
         return errors[stage.key]
     return next(filter(None, (_cause(source, errors) for source in stage.inputs.values())), None)

@@ -1,4 +1,4 @@
-"""The settings of a sweep: a base configuration and what is varied, and the runs that follow from them."""
+"""Settings of a sweep (a base configuration and what varies in it), and their expansion to the configurations of the runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ class SweepConfig:
     """A sweep: every entry of ``runs`` with every combination of ``grid``.
 
     Attributes:
-        name: of the sweep, and of its report.
+        name: name of the sweep and of its report.
         base: YAML file of a run.
-        output: folder of the stages, which all runs share, of the runs' results, and of the report over them.
-        overlays: further files, laid over the base one after the other.
+        output: folder of the stages, which all runs share, of the results of each run, and of the report on all runs.
+        overlays: further YAML files that override the base, one after the other.
         overrides: dotted keys of the run's configuration and their values, for every run.
-        grid: dotted keys and the values that each takes; all combinations are run. Runs that differ in ``seed`` alone share a name.
+        grid: dotted keys and the values that each takes; all combinations are run. Runs that differ only in ``seed`` share a
+            name.
         runs: named variants: ``name``, ``overlay`` (a file, or a list of files) and dotted keys with their values.
-        workers: stages that run side by side; None for one on each GPU, or without one what the base configuration says.
+        workers: number of stages that run in parallel; None for one on each GPU, or without a GPU the number in the base
+            configuration.
     """
 
     name: str
@@ -54,15 +56,17 @@ class SweepConfig:
         names = [str(run.get("name")) for run in self.runs]
         for name in names:
             if not _NAME.fullmatch(name) or names.count(name) > 1:
-                raise ValueError(f"runs: got the name {name!r}, wanted one of letters, digits and ._+=,- for each, once")
+                raise ValueError(
+                    f"runs: got the name {name!r}, wanted a unique name of letters, digits and ._+=,- for each run"
+                )
 
 
 def expand(sweep: SweepConfig) -> list[RunConfig]:
-    """The configuration of every run, in order: ``name`` is the run's, ``output`` its folder, ``OUTPUT/runs/NAME``.
+    """Returns the configuration of every run, in order, with the run's name and its folder ``OUTPUT/runs/NAME``.
 
     Raises:
         FileNotFoundError: a file that the sweep names is missing.
-        ValueError: a setting of a run is wrong, or two runs would share a name and a seed.
+        ValueError: a setting of a run is invalid, or two runs would share both name and seed.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -95,7 +99,7 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
 
 
 def _short(keys: Iterator[str]) -> dict[str, str]:
-    """Each dotted key's last part, or the whole key where that is not enough to tell them apart."""
+    """Maps each dotted key to its last part, or to the whole key if several keys share that last part."""
     keys = list(keys)
     last = collections.Counter(key.rpartition(".")[2] for key in keys)
     return {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys}

@@ -1,4 +1,4 @@
-"""Workers: processes that build stages in parallel where one does not read the other."""
+"""Worker processes that build independent stages in parallel."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ Failed = Callable[[Stage, Exception], None]
 
 
 def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Finished, failed: Failed | None = None) -> None:
-    """Build every stage that is missing, inputs first; ``finished`` is called for each one that was built.
+    """Builds every missing stage, inputs first.
 
-    With more than one worker each runs with its share of the processor's threads and, in turn, on one of the GPUs at hand. A stage's
-    bits can depend on the number of threads, so a run must be continued with the workers that it was begun with.
+    Each of several workers gets an equal share of the CPU threads and, in turn, one of the visible GPUs. The bits of a result
+    can depend on the number of threads, so a run must be continued with the number of workers that it was started with.
 
     Args:
-        store: where the stages are built.
-        stages: wanted, with their inputs.
-        workers: processes; one builds in this process.
-        finished: told of each stage that was built.
-        failed: told of each stage that was not, and why; the others go on but for those that read it. None raises at the first.
+        store: store in which the stages are built.
+        stages: stages to build, with their inputs.
+        workers: number of processes; 1 builds in this process.
+        finished: called with each stage that was built.
+        failed: called with each stage that failed and its error; stages that do not read it are still built. None raises the
+            first error.
     """
     missing: dict[str, Stage] = {}
 
@@ -70,7 +71,7 @@ def gpus() -> list[str]:
 
 
 def use_threads(workers: int) -> None:
-    """Give this process its share of the threads, and make what it computes repeatable."""
+    """Limits this process to its share of the CPU threads, and makes its results deterministic."""
     torch.set_num_threads(max(1, _cores() // workers))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -87,10 +88,10 @@ def _ready(store: Store, stage: Stage) -> bool:
 
 
 def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Finished, failed: Failed | None) -> None:
-    """Build ``missing`` in ``workers`` processes.
+    """Builds ``missing`` in ``workers`` processes.
 
-    Each worker is a pool of one process with a pipe of its own for progress, so that a worker that is killed fails only its own stage
-    and holds no lock that another one needs.
+    Each worker is a pool of one process with its own pipe for progress, so that a killed worker fails only its own stage and
+    holds no lock that another one needs.
     """
     context = multiprocessing.get_context("spawn")
     board, devices = Board(), gpus()
@@ -109,7 +110,7 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
                 if not ready and not running:
-                    break  # what is left reads a stage that failed
+                    break  # all remaining stages read one that failed
                 for stage in ready[: len(free)]:
                     worker = free.pop(0)
                     if worker not in pools:
@@ -139,7 +140,7 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
 
 @contextlib.contextmanager
 def _visible(device: str | None) -> Iterator[None]:
-    """Let processes that start inside the block see only this GPU; None changes nothing."""
+    """Makes only this GPU visible to processes that start inside the block; None changes nothing."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -153,14 +154,14 @@ def _visible(device: str | None) -> Iterator[None]:
 
 
 def _drain(pipe: Connection, board: Board) -> None:
-    """Show what a worker has sent. A worker that was killed has left an end of file, perhaps in the middle of an update."""
+    """Shows a worker's progress updates; ignores the end of file, perhaps within an update, that a killed worker leaves."""
     with contextlib.suppress(EOFError):
         while pipe.poll():
             board.show(pipe.recv())
 
 
 def _end_with(parent: int) -> None:
-    """End this process as soon as ``parent``, which started it, has ended for whatever reason."""
+    """Ends this process as soon as ``parent``, the process that started it, has ended for any reason."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -171,7 +172,7 @@ def _end_with(parent: int) -> None:
 
 
 def _begin(workers: int, updates: Connection, parent: int) -> None:
-    """Set up a worker process."""
+    """Sets up a worker process."""
     from transformers.utils.logging import disable_progress_bar
 
     _end_with(parent)

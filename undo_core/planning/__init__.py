@@ -1,1 +1,1 @@
-"""What a run would take, before it runs: steps, time, disk and memory, and the settings with which it fits."""
+"""Predicts what a run needs before it starts: steps, time, disk and memory, and settings with which it fits."""

@@ -1,4 +1,4 @@
-"""The cheapest changes of settings with which stages fit in a given memory."""
+"""Finds the cheapest changes of settings with which stages fit in a given memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from undo_core.pipeline.stage import Stage
 from undo_core.planning.memory import Predict, predictor
 from undo_core.planning.table import largest
 
-Need = Callable[[dict[str, Any]], int]  # peak bytes with these changes
+Need = Callable[[dict[str, Any]], int]  # peak memory in bytes with these changes
 Agree = Callable[[Change, Change], bool]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings to change, by their path below the stage's section of the configuration, and the peak with them.
+    """Changes of settings and the peak memory with them.
 
     Attributes:
-        changes: such as ``{"train.activation_checkpointing": True}``.
-        memory_bytes: predicted.
+        changes: new values by path below the stage's section of the configuration, such as
+            ``{"train.activation_checkpointing": True}``.
+        memory_bytes: predicted peak memory.
     """
 
     changes: dict[str, Any]
@@ -33,14 +34,19 @@ class Fit:
 
 
 def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
-    """What to do for every stage to fit in ``limit`` bytes: flags to add, and a line for each stage that no flags can help."""
+    """Finds flags with which every stage fits in ``limit`` bytes.
+
+    Returns:
+        A line with flags for each section of the configuration that needs them, and a line for each that no flags make fit.
+    """
     predict, groups = predictor(config), dict[str, list[Stage]]()
     plan = plan_run(config)
     attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
     sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
     for stage in plan.stages() + [largest(trials) for trials in attacks.values()]:
         if predict(stage).total > limit:
-            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)  # a flag is of all stages of a section
+            # Grouped, because a flag applies to all stages of a section.
+            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)
     flags, hopeless = [], []
     for name, group in groups.items():
         section = f"attacks.{name}" if name in config.attacks else group[0].kind
@@ -59,22 +65,26 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
 
 
 def peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
-    """Peak of a stage with changed settings, and of the stages that it then reads besides."""
+    """Returns the largest peak memory, in bytes, of a stage with changed settings and the stages that the changes add."""
     changed, known = stage.changed(changes), {source.key for source in stage.inputs.values()}
     added = [source for source in changed.inputs.values() if source.key not in known]
     return max(predict(each).total for each in (changed, *added))
 
 
 def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]:
-    """The cheapest changes with which stages need at most ``limit`` bytes, None where there are none; and those that need least.
+    """Finds the cheapest changes with which stages need at most ``limit`` bytes.
 
-    A change is taken to cost more than all before it in :meth:`Stage.cheaper` together. Each one is left out, the most expensive first,
-    where as many cheaper ones as agree suffice without it: a few predictions a change, instead of one for every set.
+    A change is assumed to cost more than all changes before it in :meth:`Stage.cheaper` together. From the most expensive
+    change down, each one is dropped if the cheaper changes that can be combined suffice without it. This takes a few
+    predictions for each change instead of one for every subset.
 
     Args:
-        stage: one of them, which says what can be changed.
-        limit: bytes.
-        need: peak of the largest of the stages with changes.
+        stage: one of the stages, which says what can be changed.
+        limit: memory in bytes.
+        need: peak memory of the largest stage with given changes.
+
+    Returns:
+        The cheapest changes that fit, or None; and the same changes, or, if none fit, those with the least memory.
     """
     possible = stage.cheaper()
     known: dict[tuple[Change, ...], Fit] = {}
@@ -87,7 +97,7 @@ def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]
         return known[chosen]
 
     def least(chosen: tuple[Change, ...], cheaper: list[Change]) -> Fit:
-        """With all of the cheaper changes that go together; the first of them that fits."""
+        """Adds as many ``cheaper`` changes as can be combined; returns the first combination that fits, else the smallest."""
         fits = []
         for together in _together(possible, chosen, cheaper, agree):
             fits.append(fit(together))
@@ -103,14 +113,15 @@ def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]
         alone = all(agree(possible[index], other) for other in chosen)
         if alone and least(chosen, possible[:index]).memory_bytes > limit:
             chosen = (possible[index], *chosen)
-    found = fit(chosen)  # what fitted before a change was looked at fits after it
+    # The loop keeps true that chosen fits together with the changes not examined yet; none are left, so chosen fits.
+    found = fit(chosen)
     for change in chosen:
         found = _first_that_fits(found, change, limit, need)
     return found, found
 
 
 def _first_that_fits(smallest: Fit, change: Change, limit: int, need: Need) -> Fit:
-    """With the first of the values of ``change`` that fits, found by halving; the last one fits."""
+    """Replaces the value of ``change`` by its first value that fits, found by bisection; the last one is known to fit."""
     first, last, best = 0, len(change.values) - 1, smallest
     while first < last:
         middle = (first + last) // 2
@@ -126,7 +137,11 @@ def _first_that_fits(smallest: Fit, change: Change, limit: int, need: Need) -> F
 def _together(
     possible: list[Change], chosen: tuple[Change, ...], cheaper: list[Change], agree: Agree
 ) -> Iterator[tuple[Change, ...]]:
-    """``chosen`` and as many of the cheaper changes as agree: of two that do not the more expensive one, or that of several values."""
+    """Yields ``chosen`` with as many of the cheaper changes as can be combined.
+
+    Of two changes that exclude each other, the first combination has the more expensive one, the second the one with several
+    values.
+    """
     seen = set()
     for prefer_several in (False, True):
         together = list(chosen)
@@ -145,7 +160,7 @@ def _agree(stage: Stage, one: Change, other: Change) -> bool:
 
 
 def _smallest(chosen: tuple[Change, ...]) -> dict[str, Any]:
-    """The changes, each at the value that needs least memory."""
+    """The changes, each with the value that needs the least memory."""
     return {change.flag: change.values[-1] for change in chosen}
 
 
@@ -158,7 +173,7 @@ def _flags(section: str, fit: Fit) -> str:
 
 
 def bytes_of(text: str) -> int:
-    """``24GB`` (powers of 1000), ``24GiB`` (of 1024), ``500MB`` or a number of bytes, in bytes."""
+    """Converts a size to bytes: ``24GB`` (powers of 1000), ``24GiB`` (powers of 1024), ``500MB`` or a number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise ValueError(f"memory: got {text!r}, wanted a size such as 24GB, 24GiB or 500MB")

@@ -1,4 +1,4 @@
-"""Predicted memory of the stages of a run."""
+"""Predicts the memory of the stages of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Predict = Callable[[Stage], Memory]
 
 
 def predictor(config: RunConfig) -> Predict:
-    """Memory of a stage of the run; stages read rows of different lengths."""
+    """Returns a function that predicts the memory of a stage of the run, with one predictor for each sequence length."""
 
     @functools.cache
     def of_length(length: int) -> Predictor:
-        data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length  # both splits, and their union
-        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}  # as most have
+        # The token ids of retain and forget, once apart and once joined. Most questions have four choices.
+        data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
+        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
         return Predictor(model_config(config), length, **scored, data_bytes=data)
 
     return lambda stage: of_length(row_length(config, stage))(stage)

@@ -1,4 +1,4 @@
-"""The models that a configuration describes, and the rows that they read, without weights or data."""
+"""The models that a configuration describes and the sizes of their data, without loading weights or data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from undo_core.pipeline.store import Store
 
 
 def model_config(config: RunConfig) -> Any:
-    """The Hugging Face configuration of a run's models."""
+    """Returns the Hugging Face configuration of a run's models."""
     if config.model.path:
         return settled_configuration(Path(config.model.path))
     if config.data.tokenizer:
@@ -31,10 +31,10 @@ def model_config(config: RunConfig) -> Any:
 
 
 def planned_skeleton(config: RunConfig) -> PreTrainedModel:
-    """A run's model on the meta device.
+    """Returns a run's model on the meta device.
 
     Raises:
-        ValueError: rows that are longer than the model can read.
+        ValueError: the sequences are longer than the model can read.
     """
     described = model_config(config)
     check_lengths(dataclasses.asdict(config.data), positions_of(described))
@@ -42,7 +42,7 @@ def planned_skeleton(config: RunConfig) -> PreTrainedModel:
 
 
 def row_length(config: RunConfig, stage: Stage) -> int:
-    """Tokens of the rows that a stage reads."""
+    """Returns the number of tokens in a sequence that a stage reads."""
     if config.data.kind == "arithmetic-compact":
         return arithmetic.compact_splits(seed=0, train_rows=2, eval_prompts=2)[1]["train_retain"].length
     own = config.data.distill if stage.own_text else None
@@ -50,7 +50,10 @@ def row_length(config: RunConfig, stage: Stage) -> int:
 
 
 def distilled_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
-    """Rows that students are distilled on: at most, where problems are packed and not prepared yet; unknown text counts as none."""
+    """Returns the number of sequences that students are distilled on.
+
+    Before the data are prepared it is an upper bound for arithmetic, whose problems may be packed, and 0 for text.
+    """
     if store.done(prepared):
         splits = store.manifest(prepared)["splits"]
         return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))

@@ -1,4 +1,4 @@
-"""What a run would do: stages, steps, tokens, memory, time and disk, before anything runs."""
+"""Tables of what a run would do, before anything runs: stages, steps, tokens, memory, time and disk."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Row:
     """One line of the plan.
 
     Attributes:
-        title: of the stage.
-        steps: optimizer steps, at most.
-        ruled: whether a stop rule may end it earlier.
-        positions: run through the trained model, padding included.
-        flops: at most.
-        seconds: predicted, at most.
-        memory: predicted peak, by parts.
-        measured_bytes: the peak that was measured, of a stage that is there.
-        disk_bytes: of what it leaves behind.
-        folder: of the stage.
-        done: whether it is there already.
+        title: title of the stage.
+        steps: maximum number of optimizer steps.
+        ruled: whether a stop rule may end the stage earlier.
+        positions: tokens that run through the trained model, padding included.
+        flops: maximum number of floating-point operations.
+        seconds: predicted maximum time.
+        memory: predicted peak memory, by parts.
+        measured_bytes: measured peak memory of a finished stage, else None.
+        disk_bytes: bytes that the stage's folder takes on disk.
+        folder: name of the stage's folder.
+        done: whether the stage is finished.
     """
 
     title: str
@@ -50,8 +50,9 @@ class Row:
 
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
-    """The plan's lines, attacks of a model as one, and the disk that the missing stages take."""
-    plan, model = plan_run(config), planned_skeleton(config)  # a missing folder is not looked for on the hub
+    """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
+    # plan_run comes first: it raises for a missing folder, which transformers would look up on the hub.
+    plan, model = plan_run(config), planned_skeleton(config)
     measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
     lines = [(stage.title, [stage]) for stage in plan.stages()]
     for models in attacked_models(config, plan).values():
@@ -83,7 +84,7 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
 
 
 def plan_table(config: RunConfig) -> RenderableType:
-    """``undo plan``: the lines as two tables, work and memory, with sums and what the numbers rest on."""
+    """Returns the output of ``undo plan``: a table of work, a table of memory, and notes with totals and the basis of times."""
     rows, disk = plan_rows(config, Store(Path(config.output) / "stages"))
     work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
     size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
@@ -112,7 +113,7 @@ def plan_table(config: RunConfig) -> RenderableType:
 
 
 def largest(stages: list[Stage]) -> Stage:
-    """The one whose rows are longest."""
+    """Returns the stage with the longest sequences: the one with the most few-shot examples."""
     return max(stages, key=lambda stage: stage.settings.get("shots", 0))
 
 

@@ -1,4 +1,4 @@
-"""Predicted time of a training step on this machine."""
+"""Predicts the time of a training step on this machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from undo_core.planning.models import model_config
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 
-MEASURED_PARAMETERS = 20_000_000  # models up to here are timed by two real steps
-MATRIX_EFFICIENCY = 0.5  # of a training step against bare matrix products of the same width, measured on small models
+MEASURED_PARAMETERS = 20_000_000  # models up to this size are timed by two real steps
+# FLOP rate of a training step relative to bare matrix products of the same width, measured on small models.
+MATRIX_EFFICIENCY = 0.5
 
 
 class Measure:
-    """Seconds of a training step on this machine."""
+    """Estimates the seconds of a training step on this machine: from real steps of a small model, else from matrix products."""
 
     def __init__(self, config: RunConfig, model: PreTrainedModel, parameters: int) -> None:
         self.config, self.model = config, model
@@ -28,7 +29,7 @@ class Measure:
         self.known: dict[tuple[int, int], float] = {}
 
     def seconds(self, rows: int, passes: float, length: int) -> float:
-        """Of one step on ``rows`` rows of ``length`` that costs ``passes`` forward passes."""
+        """Returns the seconds of a step on ``rows`` sequences of ``length`` tokens that costs ``passes`` forward passes."""
         if self.real is None:
             return passes * forward_flops(self.model, length) * rows * length / (self.rate * MATRIX_EFFICIENCY)
         if (rows, length) not in self.known:
@@ -47,7 +48,7 @@ class Measure:
         return (time.perf_counter() - began) / 2
 
     def _matrix_rate(self) -> float:
-        """FLOP/s of a float32 product at the model's width."""
+        """Measures the FLOP/s of a float32 matrix product at the model's width."""
         width = self.model.config.get_text_config().hidden_size
         device = "cuda" if torch.cuda.is_available() else "cpu"
         a, b = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
@@ -60,7 +61,7 @@ class Measure:
 
 
 def basis(parameters: int) -> str:
-    """What the times of a model of this size rest on."""
+    """Describes how the times of a model with this many parameters were obtained."""
     if parameters <= MEASURED_PARAMETERS:
         return "two real steps of this model, measured now"
     return f"FLOPs over {MATRIX_EFFICIENCY:.0%} of this machine's matrix-product rate, measured now"

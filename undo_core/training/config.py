@@ -18,33 +18,37 @@ class TrainConfig:
     """How one stage trains.
 
     Attributes:
-        steps: optimizer steps at most; a stage with a stop rule may end earlier.
-        batch_size: rows of each source in an optimizer step.
-        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it, but
-            for what dropout draws, and for an unlearning's ``robust: repnoise``, whose terms are of a micro-batch each.
+        steps: maximum number of optimizer steps; a stop rule may end the stage earlier.
+        batch_size: sequences of each source in an optimizer step.
+        micro_batch_size: sequences in one forward and backward pass; None for the whole batch. It does not change the gradient,
+            with two exceptions: dropout draws other masks, and unlearning with ``robust: repnoise`` computes its terms per
+            micro-batch.
         lr: peak learning rate.
-        min_lr: rate at ``steps``, for the decaying schedules; None for 0.
-        schedule: shape of the rate after the warm-up.
+        min_lr: learning rate at ``steps``, for the decaying schedules; None for 0.
+        schedule: shape of the learning rate after the warm-up.
         warmup: steps of linear warm-up from 0.
-        weight_decay: on every parameter, as published; of sgd added to the gradient, of the others to the step.
-        beta1: of AdamW; the momentum of sgd.
-        beta2: of AdamW.
-        eps: of AdamW.
+        weight_decay: applied to every parameter, as published; sgd adds it to the gradient, the other optimizers to the step.
+        beta1: decay of AdamW's first moment; the momentum of sgd.
+        beta2: decay of AdamW's second moment.
+        eps: term in the denominator of AdamW's step.
         clip: largest norm of the gradient; 0 switches clipping off.
-        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is transformers' choice, or eager for a
-            model whose attention has a softcap, which sdpa would drop.
-        activation_checkpointing: keep each layer's input alone and run the layer again in the backward pass.
-        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16 throughout,
-            updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
-            published attack). The model is left in its weights' dtype.
-        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
-            and moments in the host's memory and steps there (on a CPU it is adamw); sgd has one moment, adafactor (torch's, whose step is
-            the rate times the weights' root mean square) almost none.
-        step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
-            norm is then known too late, so ``clip`` scales each gradient by min(1, clip / norm), where the norm is the larger one of
-            the step before and of the gradients so far in this one: a spike is caught, if not in its first gradients.
-        eval_every: steps between evaluations; 0 evaluates at the start and the end only.
-        seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
+        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention. auto leaves the choice to transformers,
+            but takes eager for a model whose attention has a softcap, because sdpa ignores it.
+        activation_checkpointing: keep only the input of each layer and run the layer again in the backward pass.
+        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16
+            throughout, updates rounded stochastically); bfloat16 (updates rounded to nearest: one smaller than half the spacing
+            of bfloat16 numbers at a weight is lost, as in the published attack). The trained model keeps the dtype of its
+            weights.
+        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (extra ``lowmem``); adamw-offload keeps masters,
+            gradients and moments in host memory and steps there (the same as adamw on a CPU); sgd has one moment; adafactor
+            (torch's, whose step is the learning rate times the root mean square of the weights) has almost none.
+        step_in_backward: update each parameter during the backward pass and free its gradient at once; excludes micro-batches.
+            The norm of all gradients is known too late then, so ``clip`` scales each gradient by min(1, clip / norm) with the
+            larger of two norms: that of the previous step, and that of the gradients seen so far in this one. A spike is
+            clipped, except in the first gradients that show it.
+        eval_every: steps between evaluations; 0 evaluates at the start and at the end only.
+        seed: seed of the data order and of every other draw of the stage; None derives it from the run's seed and the stage's
+            name.
     """
 
     steps: int = 1000
@@ -88,7 +92,7 @@ class TrainConfig:
         if self.step_in_backward and self.micro_batch_size is not None:
             raise ValueError(
                 f"step_in_backward: got true with micro_batch_size {self.micro_batch_size}, wanted micro_batch_size null: a step in the "
-                "backward pass cannot wait for the gradients of further micro-batches"
+                "backward pass cannot wait for the gradients of the other micro-batches"
             )
         _at_least("warmup", self.warmup, 0)
         _at_least("eval_every", self.eval_every, 0)
@@ -106,13 +110,13 @@ class TrainConfig:
 
 
 def check_mode(precision: str, optimizer: str) -> None:
-    """Raise a ValueError unless both are known."""
+    """Raises a ValueError unless precision and optimizer are known and can be combined."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: got {optimizer!r}, wanted one of {', '.join(OPTIMIZERS)}")
     if precision == "bfloat16-stochastic" and not optimizer.startswith("adamw"):
-        raise ValueError(f"optimizer: got {optimizer} with precision bfloat16-stochastic, wanted adamw, which alone rounds so")
+        raise ValueError(f"optimizer: got {optimizer} with precision bfloat16-stochastic, wanted adamw or a variant of it")
 
 
 def _at_least(name: str, value: int, low: int) -> None:

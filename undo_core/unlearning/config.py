@@ -1,4 +1,4 @@
-"""Settings of the unlearning stage: those of every method, and one field for each method that has its own."""
+"""Settings of the unlearning stage: those that all methods share, and one field for each method with settings of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from undo_core.training.config import TrainConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Entry
 
-for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # whatever registers a method
+for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each module registers its methods when it is imported
     importlib.import_module(f"{__package__}.{found.name}")
 
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
@@ -27,12 +27,14 @@ class _Common:
     Attributes:
         method: {methods}.
         retain_weight: factor on the retain term.
-        retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept.
-        vocab_size: number of real tokens, where the head has more rows than that: MaxEnt's uniform is over these. None is all rows; a
-            run and ``undo unlearn`` take the tokenizer's. Cross-entropies are over all rows, as transformers computes them.
-        forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
-        robust: what is wrapped around the method against relearning: none, {robust}.
-        train: optimizer, rates, batch sizes.
+        retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept in
+            memory.
+        vocab_size: number of real tokens, for a head that is padded to more rows: MaxEnt's uniform distribution covers only
+            these. None means all rows of the head; a run and ``undo unlearn`` then use the tokenizer's size. Cross-entropies
+            always cover all rows, as in transformers.
+        forget_rows: use only the first this many of the labelled forget sequences; None uses all.
+        robust: protection against relearning that is added to the method: none, {robust}.
+        train: optimizer, learning rates, batch sizes.
     """
 
     method: MethodName = "maxent"
@@ -62,17 +64,20 @@ class _Common:
                 entry.check(self)
 
     def entries(self) -> list[Entry]:
-        """The method, and what is wrapped around it."""
+        """Registry entries of the method and of the protection that ``robust`` adds."""
         return [METHODS[self.method], *([] if self.robust == "none" else [ROBUST[self.robust]])]
 
     @property
     def title(self) -> str:
-        """The method in a word."""
+        """Short name, such as ``maxent`` or ``rmu+sam``."""
         return self.method if self.robust == "none" else f"{self.method}+{self.robust}"
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values, without what has no say: settings of what is not used, and what is absent by default."""
-        used = {self.method, self.robust, "rmu"}  # those of rmu have always been there
+        """Only the settings that change the result, as JSON values; they are part of the stage's key.
+
+        The settings of methods that are not used are left out, as are later additions at their default.
+        """
+        used = {self.method, self.robust, "rmu"}  # the keys of older stages always hold the settings of rmu
         unused = {name for name, entry in {**METHODS, **ROBUST}.items() if entry.settings} - used
         defaults = (("vocab_size", None), ("forget_rows", None), ("robust", "none"), ("retain_loss", "cross-entropy"))
         absent = {name for name, value in defaults if getattr(self, name) == value}
@@ -88,7 +93,7 @@ def _unlearn_config() -> type:
     text = (_Common.__doc__ or "").rstrip()
     for mark, value in names.items():
         text = text.replace(mark, value)
-    text += "".join(f"\n        {name}: settings of {entry.title} alone." for name, entry in own.items()) + "\n    "
+    text += "".join(f"\n        {name}: settings of {entry.title}." for name, entry in own.items()) + "\n    "
     fields = [(name, entry.settings, field(default_factory=entry.settings)) for name, entry in own.items()]
     namespace = {"__doc__": text, "__module__": __name__}
     return dataclasses.make_dataclass("UnlearnConfig", fields, bases=(_Common,), frozen=True, namespace=namespace)

@@ -181,10 +181,10 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
         ("plan", b"", "c.yaml: got nothing, wanted a mapping of settings"),
         ("plan", b"5", "c.yaml: got int, wanted a mapping of settings"),
         ("run", b"- data", "c.yaml: got list, wanted a mapping of settings"),
-        ("plan", b"data: &again [*again]", "c.yaml: no YAML of settings"),
-        ("run", b"output: !!python/name:os.system x", "c.yaml: no YAML of settings"),
+        ("plan", b"data: &again [*again]", "c.yaml: invalid YAML"),
+        ("run", b"output: !!python/name:os.system x", "c.yaml: invalid YAML"),
         ("sweep", b'output: "half \\ud83d"', "c.yaml: got the lone surrogate U+D83D"),
-        ("plan", b"seed: " + b"9" * 5000, "c.yaml: no YAML of settings"),
+        ("plan", b"seed: " + b"9" * 5000, "c.yaml: invalid YAML"),
     ):
         path.write_bytes(content)
         assert main([command, str(path)]) == 2
@@ -195,7 +195,7 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
     for arguments in (["run", f"--config={path}"], ["plan", str(DEMO), "--config", str(path)], ["sweep", str(sweep)]):
         assert main(arguments) == 2
         error = capsys.readouterr().err
-        assert "c.yaml: no YAML of settings" in error and error.count("\n") == 1
+        assert "c.yaml: invalid YAML" in error and error.count("\n") == 1
     path.write_bytes(b"\xef\xbb\xbfdata: {kind: other}\n")
     assert main(["plan", str(path)]) == 2 and "data.kind" in capsys.readouterr().err
     (tmp_path / "tokenizer.json").write_text(POINTER)

@@ -1,4 +1,4 @@
-"""The kinds of stages, one file each: what a stage computes, what it takes, and how it could take less."""
+"""The kinds of stages, one file each: settings, inputs, computation, predicted memory and cost, ways to need less memory."""
 
 from undo_core.pipeline.stages.cache import Cache
 from undo_core.pipeline.stages.damage import Damage

@@ -1,4 +1,4 @@
-"""Run the teacher once over the rows that every student is distilled on, and keep what the students need of it."""
+"""Runs the teacher once over the distillation data and stores the outputs that students need."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache(ModelStage):
-    """A teacher's outputs on disk.
+    """Stores a teacher's outputs on disk.
 
     Attributes:
-        config: kind (cached or topk), dtype, k, batch size, number of tokens.
-        streamed: whether the teacher's layers are read from disk for each forward pass.
-        teacher: the suppressed model.
+        config: kind (cached or topk), dtype, k, batch size, vocabulary size.
+        streamed: whether the teacher's layers are read from disk in each forward pass.
+        teacher: the unlearned model.
     """
 
     kind = "cache"
@@ -53,7 +53,8 @@ class Cache(ModelStage):
         cached = cache_teacher(model, text, scratch, self.config, check=heldout_rows(data, "retain"), title=work.title)
         for path in sorted(scratch.iterdir()):
             try:
-                os.link(path, work.output / path.name)  # a second name: a kill before the folder is published loses nothing
+                # A hard link keeps the cache in scratch, in case the process is killed before the folder is published.
+                os.link(path, work.output / path.name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, work.output / path.name)
         flops = forward_flops(model, text.length) * text.input_ids.numel()
@@ -77,7 +78,7 @@ class Cache(ModelStage):
         return [loading, *meta.peaks()]
 
     def cost(self, scene: Scene) -> Cost:
-        """A forward pass of the rows; what is stored of a position is of its hidden state, or of its most likely tokens."""
+        """A forward pass over the distillation data; on disk, the hidden state or the most likely tokens of each token."""
         batch_size, positions = self.config.batch_size, scene.rows * scene.length
         if self.config.kind == "topk":
             stored = 8 * self.config.k
@@ -95,12 +96,14 @@ class Cache(ModelStage):
 
 
 def cached_retain(cache: Path, data: Path) -> float:
-    """The teacher's retain performance, measured when the cache was made.
+    """Returns the teacher's retain performance, which was measured when the cache was made.
 
     Raises:
-        ValueError: a cache that was made with other validation rows.
+        ValueError: the cache was made with other validation rows.
     """
     facts = read_json(cache / MANIFEST)
     if facts["retain_rows"] != load_split(data, "valid_retain").digest():
-        raise ValueError(f"cache: got {cache}, made with other validation rows than {data} has; wanted those of the same data")
+        raise ValueError(
+            f"cache: got {cache}, made with other validation rows than {data} has; wanted a cache made from the same data"
+        )
     return facts["retain"]

@@ -1,4 +1,4 @@
-"""Damage a model's matrices otherwise than the noise does, from disk to disk."""
+"""Damages a model's matrices by another operator than the published noise, from disk to disk."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Damage(Stage):
-    """Gaussian noise, pruning or permutation, at a strength or as much as the published noise would change.
+    """Applies Gaussian noise, pruning or permutation, at a given strength or with the distance that the published noise has.
 
     Attributes:
         operator: see :mod:`undo_core.noise.damage`.
-        seed: of what is drawn.
-        layers: only these layers, such as 0-3,7.
-        like: settings of the noise whose distance is wanted, as JSON values.
-        parts: what is damaged of a model that knows images or sound too: text or all.
-        strength: of the operator, in the place of ``like``.
-        model: what is damaged.
+        seed: seed of the random draws.
+        layers: damage only these layers, such as 0-3,7.
+        like: settings of the noise whose distance is matched, as JSON values.
+        parts: which part of a multimodal model is damaged: text or all.
+        strength: strength of the operator, instead of ``like``.
+        model: the model to damage.
     """
 
     kind = "damage"

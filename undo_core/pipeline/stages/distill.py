@@ -1,4 +1,4 @@
-"""Train the student to match the teacher, until it recovers the teacher's retain performance."""
+"""Trains a student to match a teacher, until it recovers the teacher's retain performance."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(TrainingStage):
-    """A student that has learned from a teacher.
+    """Distills a teacher into a student.
 
     Attributes:
-        train: optimizer, rates, batch sizes; ``steps`` is the limit.
-        recover: stop within this of the retain performance of the teacher, or of ``target``; None trains for all steps.
-        config: where the teacher is meanwhile.
-        vocab_size: number of real tokens, where a head has more rows than that.
+        train: optimizer, learning rates, batch sizes; ``steps`` is the limit.
+        recover: stop within this distance of the retain performance of the teacher, or of ``target``; None trains for all
+            steps.
+        config: where the teacher's outputs come from.
+        vocab_size: number of real tokens, for a head that is padded to more rows.
         hidden_weight: factor on the relative squared error of the student's hidden states; 0 leaves it out.
-        hidden_layers: after how many layers; None for every layer.
-        teacher: what the student learns from.
-        student: what learns.
-        gate: which rows are let through; None for all.
-        target: whose retain performance counts, in the place of the teacher's.
-        cache: the teacher's outputs, where ``config`` asks for them.
+        hidden_layers: layers after which hidden states are compared; None for every layer.
+        teacher: the model that the student matches.
+        student: the model that is trained.
+        gate: gate that selects the training sequences; None keeps all.
+        target: model whose retain performance is the target, instead of the teacher.
+        cache: the teacher's stored outputs, for a cached or topk teacher.
     """
 
     kind = "distill"
@@ -83,7 +84,7 @@ class Distill(TrainingStage):
     def ruled(self) -> bool:
         return self.recover is not None
 
-    # -- what it computes --------------------------------------------------------------------------------------------------------
+    # -- computation -----------------------------------------------------------------------------------------------------------
 
     def run(self, work: Work) -> dict[str, Any]:
         data = work.inputs["prepared"]
@@ -118,11 +119,11 @@ class Distill(TrainingStage):
         return {**facts, **training_facts(result, flops)}
 
     def _teacher(self, work: Work, student: PreTrainedModel, text: Rows) -> tuple[Teacher, float | None, float]:
-        """The teacher, its retain performance where that is known, and its FLOPs for one position."""
+        """Returns the teacher, its retain performance if known, and its FLOPs per token."""
         folder = work.inputs["teacher"]
         if self.cache is not None:
             teacher = CachedTeacher.open(work.inputs["cache"], folder, self.config)
-            passes = head_flops(student) if self.config.kind == "cached" else 0.0  # its trunk's are the cache's
+            passes = head_flops(student) if self.config.kind == "cached" else 0.0  # the cache counts those of the layers
             return teacher, cached_retain(work.inputs["cache"], work.inputs["prepared"]), passes
         if self.config.kind == "streamed":
             model = stream_model(folder)
@@ -131,10 +132,10 @@ class Distill(TrainingStage):
         return ModelTeacher(model), None, forward_flops(model, text.length)
 
     def _teacher_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """As published, a student in 16 bits learns from a teacher in 16 bits, where its folder has it so."""
+        """Dtype of a resident teacher: float32 for a float32 student, else the stored dtype, as published."""
         return torch.float32 if self.train.precision == "float32" else stored
 
-    # -- what it takes -----------------------------------------------------------------------------------------------------------
+    # -- memory and cost -------------------------------------------------------------------------------------------------------
 
     def memory(self, meta: Meta) -> list[Memory]:
         moments = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
@@ -175,19 +176,22 @@ class Distill(TrainingStage):
         )
 
     def passes(self, scene: Scene) -> float:
-        """Three, and the teacher's forward pass, of which an exact cache leaves the head's product."""
+        """Forward passes that a step costs: three for the student, and the teacher's.
+
+        The teacher costs one, with cached hidden states only the head's share of one, and with topk nothing.
+        """
         if self.cache is None:
             return 4
         exact = self.config.kind == "cached"
         return 3 + (head_flops(scene.model) / forward_flops(scene.model, scene.length) if exact else 0)
 
-    # -- how it could take less --------------------------------------------------------------------------------------------------
+    # -- less memory -----------------------------------------------------------------------------------------------------------
 
     def flag(self, name: str) -> str:
         return name if name.startswith("teacher.") else super().flag(name)
 
     def possible(self, name: str, value: Any) -> bool:
-        """A cache knows no layers, so it cannot serve students whose hidden states are matched."""
+        """A cache does not hold the layers' hidden states, so it is not possible when these are matched."""
         if name == "teacher.kind":
             return not self.hidden_weight and self.config.kind == "resident"
         return super().possible(name, value)
@@ -204,24 +208,24 @@ class Distill(TrainingStage):
 
 
 def common_tokens(work: Work, teacher: int, student: int) -> int:
-    """The smaller number of rows of two heads that are padded differently, where both models have one tokenizer.
+    """Returns the smaller of two head sizes that differ only by padding.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the two models do not share one tokenizer whose tokens fit in the smaller head.
     """
     known, smaller = [_vocabulary(work.inputs[name]) for name in ("teacher", "student")], min(teacher, student)
     if known[0] is None or known[0] != known[1] or max(known[0].values()) >= smaller:
         folders = " and ".join(str(work.inputs[name]) for name in ("teacher", "student"))
         raise ValueError(
-            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or one tokenizer in both of {folders}, with at most "
-            f"{smaller} tokens; they have none, different ones, or more tokens"
+            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or the same tokenizer in both of {folders}, with "
+            f"at most {smaller} tokens; they have none, different ones, or more tokens"
         )
     console.print(f"{work.title}: the teacher's head has {teacher} rows and the student's {student}; the first {smaller} count")
     return smaller
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Ids of a folder's tokenizer by token; None where it has no tokenizer that can be loaded."""
+    """Token ids of a folder's tokenizer, by token; None if it has no tokenizer that can be loaded."""
     try:
         return load_tokenizer(folder).get_vocab()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Learn from a labelled sample which of the rows that students are distilled on are to be dropped: filter-then-distill."""
+"""Fits a classifier to a labelled sample and uses it to drop sequences of the distillation data: filter-then-distill."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KEPT = "gate.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Stage):
-    """A fitted classifier and what it keeps.
+    """Fits the classifier and stores which sequences it keeps.
 
     Attributes:
-        config: share of the rows that is labelled, and the classifier; its seed set.
-        prepared: the data.
+        config: labelled share and settings of the classifier, with a seed.
+        prepared: the prepared data.
     """
 
     kind = "gate"
@@ -40,7 +40,7 @@ class Gate(Stage):
 
     def run(self, work: Work) -> dict[str, Any]:
         data, seed = work.inputs["prepared"], self.config.seed or 0
-        # Whichever rows are labelled, forget and retain are drawn apart.
+        # Different seeds, so that forget and retain are drawn independently.
         seeds = {"forget": seed, "retain": seed + 1}
         known = {name: labelled(train_rows(data, [name]), self.config.share, seed) for name, seed in seeds.items()}
         fitted = fit_gate(known["forget"], known["retain"], self.config)
@@ -58,7 +58,7 @@ class Gate(Stage):
         }
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """The features of as many rows as are scored at once; the labelled ones are few."""
+        """The features of the sequences that are scored at once; those of the few labelled sequences are not counted."""
         return [Memory("forward", activations=8 * self.config.buckets * ROWS_AT_ONCE)]
 
     def cost(self, scene: Scene) -> Cost:
@@ -66,5 +66,5 @@ class Gate(Stage):
 
 
 def kept_rows(folder: Path) -> torch.Tensor:
-    """``[rows]`` bool, True where the gate in ``folder`` lets a row that students are distilled on through."""
+    """Returns a ``[rows]`` bool mask over the distillation data: True for the sequences that the gate in ``folder`` keeps."""
     return load_file(folder / KEPT)["kept"]

@@ -1,4 +1,4 @@
-"""A model of the same architecture at a fresh initialisation from another seed: the random student."""
+"""Initialises a model of the same architecture from another seed: the random student."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Initialise(Stage):
-    """A random model.
+    """Makes a randomly initialised model.
 
     Attributes:
-        seed: of the initialisation.
-        model: whose architecture and tokenizer it has.
+        seed: seed of the initialisation.
+        model: model whose architecture and tokenizer are used.
     """
 
     kind = "initialise"

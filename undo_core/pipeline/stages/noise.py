@@ -1,4 +1,4 @@
-"""Damage a model's parameters with the published noise, from disk to disk."""
+"""Damages a model's parameters with the published noise, from disk to disk."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Stage):
-    """``theta <- (1 - alpha) * theta + alpha * beta * N``.
+    """Applies the noise ``theta <- (1 - alpha) * theta + alpha * beta * N``.
 
     Attributes:
         alpha: strength, in [0, 1].
         beta: scale of the noise.
-        law: of N.
-        seed: of N.
+        law: distribution of N.
+        seed: seed of N.
         std: standard deviation of the normal law.
         rules: other settings for some parameters; later rules win.
-        parts: what is noised of a model that knows images or sound too: text or all.
-        stochastic_rounding: of 16-bit parameters; False rounds to nearest.
-        model: what is damaged.
+        parts: which part of a multimodal model is noised: text or all.
+        stochastic_rounding: round 16-bit parameters stochastically; False rounds to nearest.
+        model: the model to damage.
     """
 
     kind = "noise"
@@ -62,7 +62,7 @@ class Noise(Stage):
         return {"tensors": as_dicts(report), "left": as_dicts(report.left)}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """One tensor at a time, in the pages of the file."""
+        """The largest tensor: one is read at a time, from the mapped file."""
         return [Memory("loading", weights=meta.mapped * meta.largest)]
 
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,11 +70,11 @@ class Noise(Stage):
 
 
 def as_dicts(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dataclasses by name, as JSON values."""
+    """Converts a mapping of dataclasses to JSON values."""
     return {name: dataclasses.asdict(facts) for name, facts in named.items()}
 
 
 def left_entry(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What damage left as it was, in one line; nothing where that is nothing."""
+    """The results entry ``left``: a line about parameters that the damage did not change; empty if there are none."""
     left = {name: Left(**one) for name, one in facts["left"].items()}
     return {"left": summary(left)} if left else {}

@@ -1,4 +1,4 @@
-"""Draw, tokenise and split the data; build the tokenizer and the model at its initialisation, or copy a checkpoint's."""
+"""Draws, tokenises and splits the data; builds the tokenizer and initialises the model, or copies those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Stage):
-    """The prepared data and the model that they are for.
+    """Prepares the data and the model that reads them.
 
     Attributes:
-        data: what is retained and what is forgotten, its seed set.
-        model: an architecture to initialise, or a checkpoint; its seed set.
-        files: SHA-256 of every file that is read, by its path: text, a checkpoint, a tokenizer.
+        data: what is retained and what is forgotten, with a seed.
+        model: an architecture to initialise, or a checkpoint, with a seed.
+        files: SHA-256 of every file that is read, by path: text, checkpoint and tokenizer.
     """
 
     kind = "prepare"
@@ -43,7 +43,7 @@ class Prepare(Stage):
 
     def _json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self.data)
-        if not self.data.questions:  # as in the keys of runs from before there were questions
+        if not self.data.questions:  # keeps the keys of runs made before questions existed
             del data["questions"]
         return {**super()._json(), "data": data}
 
@@ -72,7 +72,7 @@ class Prepare(Stage):
         return {"parameters": sum(p.numel() for p in model.parameters()), "splits": facts}
 
     def stored(self) -> torch.dtype:
-        """The dtype of the checkpoint's weights, where they are there."""
+        """Dtype of the checkpoint's weights; float32 if there is no checkpoint or its weights are missing."""
         path = self.model.path and Path(self.model.path)
         there = path and any((path / name).is_file() for name in (INDEX, SINGLE))
         return stored_dtype(path) if there else torch.float32
@@ -84,14 +84,14 @@ class Prepare(Stage):
 
 
 def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
-    """The stage for these settings, with the seeds that they leave open derived from ``seed``.
+    """Returns the stage for these settings; missing seeds are derived from ``seed``.
 
-    The content of every file that is read is part of its key. Data that are streamed from the hub (``hf://``) cannot be hashed: only
-    their name is part of the key, and a data set that changes there is not drawn again.
+    The content of every file that is read is part of the key. Data streamed from the Hugging Face Hub (``hf://``) cannot be
+    hashed: only their name is part of the key, so a data set that changes on the hub is not read again.
 
     Raises:
-        FileNotFoundError: a data file, the checkpoint folder or the tokenizer's is missing.
-        ValueError: a pointer file of Git LFS in the place of one of these.
+        FileNotFoundError: a data file, the checkpoint folder or the tokenizer folder is missing.
+        ValueError: one of the files is only a Git LFS pointer.
     """
     data, model = seeded(data, seed, "data"), seeded(model, seed, "model")
     files = [Path(path) for path in data.sources() if "://" not in path]

@@ -1,4 +1,4 @@
-"""Train from the prepared initialisation: the original model on everything, or data filtering on the retain rows alone."""
+"""Trains the prepared initialisation: on all data (the original model), or only on the retain data (data filtering)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(TrainingStage):
-    """A model trained from scratch. With ``target`` it stops where it performs as the target does, else at fixed accuracies.
+    """Trains a model from scratch, until it performs as well as ``target`` or reaches fixed accuracies.
 
     Attributes:
-        train: optimizer, rates, batch sizes.
-        splits: what it is trained on, of retain and forget.
-        stop_retain: stop at the first evaluation with at least this retain accuracy, and ``stop_forget`` met too.
-        stop_forget: the forget accuracy that ``stop_retain`` asks for besides.
-        recover: distance to the target's retain performance at which it stops.
-        target: whose retain performance is to be reached.
+        train: optimizer, learning rates, batch sizes.
+        splits: data to train on: retain, forget or both.
+        stop_retain: stop at the first evaluation with at least this retain accuracy and at least ``stop_forget``.
+        stop_forget: forget accuracy that the stop rule requires as well.
+        recover: distance to the target's retain performance at which training stops.
+        target: model whose retain performance is the target.
     """
 
     kind = "pretrain"
@@ -91,5 +91,5 @@ class Pretrain(TrainingStage):
 
 
 def next_token_loss(model: PreTrainedModel, batches: Mapping[str, Batch], counted: Mapping[str, int]) -> Any:
-    """Mean cross-entropy of the next token; a scalar."""
+    """Returns the mean cross-entropy of the next token, a scalar."""
     return cross_entropy(model, batches["text"], counted["text"])

@@ -1,4 +1,4 @@
-"""Evaluate a model under an attack that trains nothing; the manifest, which is all there is, holds one point of a curve."""
+"""Evaluates a model under an attack that trains nothing; the only output is the manifest, with one point of a curve."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(ModelStage):
-    """A model that is prompted with examples, or whose weights are rounded.
+    """Evaluates a model that is prompted with solved examples, or whose weights are rounded.
 
     Attributes:
         attack: fewshot or quantise.
-        shots: solved examples before each row.
-        seed: of the examples.
-        bits: of a weight.
-        group_size: columns that share a scale.
-        model: what is attacked.
+        shots: number of solved examples before each prompt (fewshot).
+        seed: seed of the draw of the examples (fewshot).
+        bits: bits of a weight (quantise).
+        group_size: columns that share a scale (quantise).
+        model: the attacked model.
     """
 
     kind = "probe"
@@ -50,7 +50,7 @@ class Probe(ModelStage):
         model, tests = load_model(work.inputs["model"]), tested_rows(data)
         if self.attack == "fewshot":
             examples, how = load_split(data, "valid_forget"), {"seed": self.seed, "positions": positions_of(model.config)}
-            if examples.choices is not None:  # an answered question ends without its own end
+            if examples.choices is not None:  # an answered question has no separator at its end
                 tokenizer = load_tokenizer(data)
                 how |= {"between": encoded(tokenizer, ["\n\n"])[0], "lead": surroundings(tokenizer, "\n\n")[0]}
             prompted = {name: few_shot(rows, examples, self.shots, **how) for name, rows in tests.items()}
@@ -63,7 +63,7 @@ class Probe(ModelStage):
         return {"curve": [{"step": 0, **point}], **facts}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """An evaluation, of rows without examples."""
+        """Memory of an evaluation; the examples before the prompts are not counted."""
         loading = Memory("loading", weights=4 * meta.elements + meta.reading(torch.float32))
         model = meta.model()
         meta.hold([*model.parameters(), *model.buffers()], "weights")
@@ -72,5 +72,5 @@ class Probe(ModelStage):
         return [loading, *meta.peaks()]
 
     def cost(self, scene: Scene) -> Cost:
-        """A manifest."""
+        """No steps, and only a manifest on disk."""
         return Cost(disk=0)

@@ -1,4 +1,4 @@
-"""Attack a model by training, at one learning rate; the manifest holds the curve, on the test rows."""
+"""Attacks a model by training it at one learning rate; the manifest holds the curve on the test rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from undo_core.unlearning import Method
 if TYPE_CHECKING:
     from undo_core.pipeline.meta import Meta
 
-# Settings that are part of every attack's key; those that came later are left out at their default.
+# Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
 OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size")
 INTERVAL = {"": "value", "_low": "low", "_high": "high"}
@@ -31,11 +31,11 @@ INTERVAL = {"": "value", "_low": "low", "_high": "high"}
 
 @dataclass(frozen=True, kw_only=True)
 class Relearn(TrainingStage):
-    """A model under an attack that trains.
+    """Trains a model to bring the capability back.
 
     Attributes:
-        config: the attack, with one rate and the seed of one order of the data.
-        model: what is attacked.
+        config: the attack, with a single learning rate and the seed of one data order.
+        model: the attacked model.
     """
 
     kind = "relearn"
@@ -98,5 +98,5 @@ class Relearn(TrainingStage):
         return self._passes()
 
     def _passes(self) -> int:
-        """A frozen matrix needs no gradient of its own."""
+        """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
         return 2 if self.config.kind == "lora" else 3

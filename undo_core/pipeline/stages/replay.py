@@ -1,4 +1,4 @@
-"""N itself, in a file, for audit."""
+"""Writes the noise N to a file, for audit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay(Stage):
-    """The noise that a seed gives.
+    """Draws N for the parameters of a model.
 
     Attributes:
         pattern: glob over the names of the parameters whose noise is written.
         rules: other settings for some parameters.
-        law: of N.
-        seed: of N.
+        law: distribution of N.
+        seed: seed of N.
         std: standard deviation of the normal law.
-        model: whose parameters have the names and shapes.
+        model: model that gives the names and shapes of the parameters.
     """
 
     kind = "replay"

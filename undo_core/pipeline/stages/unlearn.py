@@ -1,4 +1,4 @@
-"""Suppress the forget rows' capability in a model."""
+"""Suppresses the capability shown by the forget data in a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Unlearn(TrainingStage):
-    """The suppressed model.
+    """Unlearns the forget data.
 
     Attributes:
-        config: method, weights, optimizer.
-        model: the original.
+        config: method, weights of its terms, optimizer.
+        model: the original model.
     """
 
     kind = "unlearn"
@@ -47,7 +47,7 @@ class Unlearn(TrainingStage):
         return 2 if self.config.retain_weight else 1
 
     def possible(self, name: str, value: Any) -> bool:
-        """Micro-batches would change what some methods compute."""
+        """Micro-batches are not possible for methods whose loss is not a sum over the batch."""
         sums = all(entry.sums for entry in self.config.entries())
         return (sums or name != "micro_batch_size") and super().possible(name, value)
 
@@ -61,7 +61,7 @@ class Unlearn(TrainingStage):
         if config.forget_rows is not None:
             if config.forget_rows > len(forget):
                 raise ValueError(
-                    f"forget_rows: got {config.forget_rows}, wanted at most the {len(forget)} rows to forget that there are"
+                    f"forget_rows: got {config.forget_rows}, wanted at most {len(forget)}, the number of forget rows"
                 )
             forget = forget.take(slice(config.forget_rows))
         metrics = validation(data, "retain", "forget")
@@ -86,6 +86,6 @@ class Unlearn(TrainingStage):
         return meta.training(self.config.train, sources, lambda model: method_of(model, self.config))
 
     def passes(self, scene: Scene) -> float:
-        """The mean over its sources."""
+        """Forward passes that a step costs, as a mean over the sources."""
         flops = unlearn_flops(scene.model, self.config, scene.length)
         return sum(flops.values()) / self.batches / forward_flops(scene.model, scene.length)
