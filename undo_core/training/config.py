@@ -15,36 +15,38 @@ OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-offload", "sgd", "adaf
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one stage trains.
+    """Settings of one training stage.
 
     Attributes:
-        steps: optimizer steps at most; a stage with a stop rule may end earlier.
+        steps: largest number of optimizer steps; a stage with a stop rule may end earlier.
         batch_size: rows of each source in an optimizer step.
-        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it, but
-            for what dropout draws, and for an unlearning's ``robust: repnoise``, whose terms are of a micro-batch each.
+        micro_batch_size: rows in one forward and backward pass; None for the whole batch. The gradient does not depend on it,
+            except through dropout, and with ``robust: repnoise`` in unlearning, whose terms are computed per micro-batch.
         lr: peak learning rate.
-        min_lr: rate at ``steps``, for the decaying schedules; None for 0.
-        schedule: shape of the rate after the warm-up.
+        min_lr: learning rate reached at ``steps`` by the decaying schedules; None for 0.
+        schedule: shape of the learning rate after the warm-up.
         warmup: steps of linear warm-up from 0.
-        weight_decay: on every parameter, as published; of sgd added to the gradient, of the others to the step.
-        beta1: of AdamW; the momentum of sgd.
-        beta2: of AdamW.
-        eps: of AdamW.
-        clip: largest norm of the gradient; 0 switches clipping off.
-        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is transformers' choice, or eager for a
-            model whose attention has a softcap, which sdpa would drop.
-        activation_checkpointing: keep each layer's input alone and run the layer again in the backward pass.
-        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16 throughout,
-            updates rounded stochastically); bfloat16 (rounded to nearest: an update under half a step of a weight is lost, as in the
-            published attack). The model is left in its weights' dtype.
-        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (the extra ``lowmem``); adamw-offload keeps masters, gradients
-            and moments in the host's memory and steps there (on a CPU it is adamw); sgd has one moment, adafactor (torch's, whose step is
-            the rate times the weights' root mean square) almost none.
-        step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches. The whole
-            norm is then known too late, so ``clip`` scales each gradient by min(1, clip / norm), where the norm is the larger one of
-            the step before and of the gradients so far in this one: a spike is caught, if not in its first gradients.
-        eval_every: steps between evaluations; 0 evaluates at the start and the end only.
-        seed: of the data order and whatever else the stage draws; None derives it from the run's seed and the stage's name.
+        weight_decay: applied to every parameter, as published; sgd adds it to the gradient, the other optimizers decouple it.
+        beta1: decay of the first moment of AdamW; the momentum of sgd.
+        beta2: decay of the second moment of AdamW.
+        eps: added to the denominator of AdamW.
+        clip: largest norm of the gradient; 0 disables clipping.
+        attention: attention kernel: eager, sdpa, flash_attention_2 or flex_attention; auto is transformers' choice, or eager
+            for a model whose attention has a softcap, which sdpa would drop.
+        activation_checkpointing: keep only each layer's input and run the layer again in the backward pass.
+        precision: float32; bfloat16-master (bfloat16 weights, float32 masters and gradients); bfloat16-stochastic (bfloat16
+            throughout, updates rounded stochastically); bfloat16 (rounded to nearest: an update below half the spacing of
+            bfloat16 at a weight is lost, as in the published attack). Training leaves the model in the dtype of its weights.
+        optimizer: adamw; adamw-8bit and adamw-4bit quantise the moments (they need the extra ``lowmem``); adamw-offload keeps
+            masters, gradients and moments in host memory and steps there (on a CPU it equals adamw); sgd has one moment;
+            adafactor (torch's, whose step is the rate times the weights' root mean square) has almost no optimizer state.
+        step_in_backward: update each parameter within the backward pass and free its gradient at once; not with micro-batches.
+            The norm of the whole gradient is then known too late, so ``clip`` scales each gradient by min(1, clip / norm),
+            where norm is the larger of the previous step's norm and the norm of this step's gradients so far. A spike is
+            clipped, except in the first gradients of its step.
+        eval_every: steps between evaluations; 0 evaluates only at the start and the end.
+        seed: seed of the data order and of all other random draws of the stage; None derives it from the run's seed and the
+            stage's name.
     """
 
     steps: int = 1000
@@ -94,7 +96,7 @@ class TrainConfig:
         _at_least("eval_every", self.eval_every, 0)
 
     def rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 0)."""
+        """Learning rate of optimizer step ``step``, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -106,13 +108,15 @@ class TrainConfig:
 
 
 def check_mode(precision: str, optimizer: str) -> None:
-    """Raise a ValueError unless both are known."""
+    """Raises a ValueError unless both are known and go together."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: got {optimizer!r}, wanted one of {', '.join(OPTIMIZERS)}")
     if precision == "bfloat16-stochastic" and not optimizer.startswith("adamw"):
-        raise ValueError(f"optimizer: got {optimizer} with precision bfloat16-stochastic, wanted adamw, which alone rounds so")
+        raise ValueError(
+            f"optimizer: got {optimizer} with precision bfloat16-stochastic, wanted an adamw optimizer: only these round stochastically"
+        )
 
 
 def _at_least(name: str, value: int, low: int) -> None:
