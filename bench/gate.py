@@ -139,7 +139,7 @@ def only(used: set[str]) -> str:
 
 def instructions() -> tuple[Numbers, str | None]:
     """For each element, by kernel; and the compiler, or None with no numbers where there is no valgrind."""
-    valgrind, library = shutil.which("valgrind"), undo_kernels.cpu.losses.kernels
+    valgrind, library = shutil.which("valgrind"), undo_kernels.cpu.vocab_loss.kernels
     if valgrind is None or library is None:
         return {}, None
     worker = Path(__file__).with_name("callgrind_worker.py")

@@ -39,11 +39,11 @@ PARTS = ("tests", "tune", "bench", "memory", "pipeline")
 FORMAT = 1
 LEAST = 20.0  # seconds left under which no row is begun
 SAID = 4000  # characters of a failed row's output that are kept
-KERNEL_TESTS = ("on_gpu", "triton_noise", "triton_rmu", "loss_plans", "loss_numerics", "loss_options")
+KERNEL_TESTS = ("on_gpu", "triton_noise", "triton_rmu", "vocab_loss_plans", "vocab_loss_numerics", "vocab_loss_options")
 SANITIZED = (
     "tests/undo_kernels/triton/test_triton_rmu.py",
     "tests/undo_kernels/triton/test_triton_noise.py::test_any_first_index",
-    "tests/undo_kernels/triton/test_loss_options.py::test_few_rows",
+    "tests/undo_kernels/triton/test_vocab_loss_options.py::test_few_rows",
 )
 
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "amx.h"
-#include "losses.h"
+#include "vocab_loss.h"
 #include "noise.h"
 
 namespace py = pybind11;

@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
 _LONG = (
     "undo_core/pipeline/test_pipeline.py",
     "bench/test_bench_small.py",
-    "undo_kernels/triton/test_loss_numerics.py",
-    "undo_kernels/triton/test_loss_options.py",
+    "undo_kernels/triton/test_vocab_loss_numerics.py",
+    "undo_kernels/triton/test_vocab_loss_options.py",
     "undo_core/planning/test_memory.py",
     "undo_core/pipeline/test_goldens.py",
     "undo_core/pipeline/test_sweep.py",

@@ -1,14 +1,13 @@
-"""Every op's backends and the choice between them.
+"""The backends of each op, and the choice between them.
 
-A backend module registers its implementation of an op under one name::
+A backend registers its implementation of an op under the op's name::
 
-    @register("linear_kl_div", "reference")
-    def linear_kl_div(...): ...
+    @register("noise_", "reference")
+    def noise_(...): ...
 
-and a face asks for it with ``implementation("linear_kl_div", device)``. The preference is Triton on GPUs, C++ on CPUs and
-the plain-PyTorch reference everywhere. ``UNDO_BACKEND=triton|cpu|reference`` or ``with backend("reference"):`` override it;
-an op that cannot follow the override, or whose preferred backend could not be built, falls back to the reference and says
-so once, loudly.
+Callers get it with ``implementation("noise_", device)``. Triton is preferred on GPUs, C++ on CPUs and plain PyTorch elsewhere.
+``UNDO_BACKEND=triton|cpu|reference`` and ``with backend("reference"):`` override the preference. An op that cannot follow the override,
+or whose preferred backend could not be built, runs on the reference and warns once.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("undo_bac
 
 
 class BackendWarning(UserWarning):
-    """An op runs on another backend than the one that was asked for or preferred."""
+    """Warns that an op runs on another backend than the requested or preferred one."""
 
 
 def register(op: str, backend: str) -> Callable[[Callable], Callable]:
-    """Register the decorated function as ``op``'s implementation on ``backend``."""
+    """Registers the decorated function as ``op``'s implementation on ``backend``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {BACKENDS}")
 
@@ -46,12 +45,12 @@ def register(op: str, backend: str) -> Callable[[Callable], Callable]:
 
 
 def mark_unavailable(backend: str, reason: str) -> None:
-    """Record why ``backend`` cannot be used in this process; fallbacks quote the reason."""
+    """Records why ``backend`` cannot be used in this process; the warning of a fallback quotes the reason."""
     _unavailable[backend] = reason
 
 
 def requested_backend() -> str | None:
-    """The backend asked for by the context manager or ``UNDO_BACKEND``; None when the preference decides."""
+    """Returns the backend that the context manager or ``UNDO_BACKEND`` requests; None if the preference decides."""
     name = _override.get() or os.environ.get("UNDO_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"UNDO_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
@@ -60,7 +59,7 @@ def requested_backend() -> str | None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on backend ``name`` ("triton", "cpu" or "reference")."""
+    """Runs the ops inside the ``with`` block on backend ``name`` ("triton", "cpu" or "reference")."""
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(BACKENDS)}")
     token = _override.set(name)
@@ -71,7 +70,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """The backends that implement ``op`` in this process, in order of preference."""
+    """Returns the backends that implement ``op`` in this process, in order of preference."""
     return tuple(name for name in BACKENDS if name in _implementations.get(op, {}))
 
 
@@ -81,21 +80,24 @@ def registered() -> tuple[str, ...]:
 
 
 def unavailable() -> dict[str, str]:
-    """Backends that cannot be used in this process, with the reason."""
+    """Returns the backends that cannot be used in this process, each with the reason."""
     return dict(_unavailable)
 
 
 def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on tensors of ``device``: the requested one, else the preferred one, else the reference.
+    """Returns the backend that runs ``op`` on tensors of ``device``: the requested one, else the preferred one, else the reference.
 
-    The reference of the vocabulary losses is not registered: it is plain PyTorch, which autograd differentiates at the face.
+    The reference of the losses over the vocabulary is not registered, because autograd differentiates it where it is called.
     """
     available = _implementations[op]
     wanted = requested_backend()
     if wanted == "reference":
         return wanted
     preferred = wanted or ("cpu" if device.type == "cpu" else "triton")
-    if preferred == "cpu" and device.type not in ("cpu", "meta"):  # it is handed addresses; on meta nothing is
+    if preferred == "cpu" and device.type not in (
+        "cpu",
+        "meta",
+    ):  # C++ gets addresses; meta tensors have none, and are only planned
         _warn_once(op, preferred, f"it works on CPU tensors, not on {device.type}")
         return "reference"
     if preferred in available and preferred not in _unavailable:
@@ -110,12 +112,12 @@ choose._dynamo_marked_constant = True
 
 
 def implementation(op: str, device: torch.device) -> Callable:
-    """The function that runs ``op`` on tensors of ``device``; see :func:`choose`."""
+    """Returns the function that runs ``op`` on tensors of ``device``; see :func:`choose`."""
     return _implementations[op][choose(op, device)]
 
 
 def implementation_on(op: str, backend: str) -> Callable:
-    """``op``'s function on ``backend``."""
+    """Returns the implementation of ``op`` on ``backend``."""
     return _implementations[op][backend]
 
 

@@ -1,14 +1,14 @@
-"""What really ran: a list of the kernels' calls, written by the implementations themselves.
+"""Records which backend and plan ran.
 
-``undo_core.ops.explain`` predicts a plan; this says which backend and plan a call took::
+``undo_kernels.ops.explain`` predicts a plan; this lists the calls that were made::
 
     with undo_kernels.recorded() as calls:
-        loss = undo_core.ops.linear_kl_div(...)
+        loss = undo_kernels.ops.linear_kl_div(...)
         loss.backward()
     print(calls[0].backend, calls[0].plan)
 
-Each implementation reports itself from inside, so a call that was redirected (a small problem, float64, a missing compiler) is
-listed under the backend that did the work. Nothing is recorded, and nothing is computed for it, outside a ``with`` block.
+The implementations report themselves, so a call that was redirected (a small problem, float64, a missing compiler) appears under the
+backend that did the work. Outside a ``with`` block nothing is recorded, and recording costs nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Call:
         rows: tokens that the implementation worked on: C++ and plain PyTorch leave masked ones out, Triton only with ``max_counted``.
             Of ``noise_`` the number of tensors, or of pieces where they are sharded.
         vocabulary: vocabulary rows that take part; of ``rmu_loss`` the width, of ``noise_`` the number of elements.
-        gradient: whether this call computed gradients. The fused backends compute the gradient of a scalar loss in the forward.
-            With ``reduction="none"``, and always in plain PyTorch, it is a call of its own, made by the backward.
+        gradient: whether this call computed gradients. The fused backends compute the gradient of a scalar loss in the forward. With
+            ``reduction="none"``, and always in plain PyTorch, the backward is a second call.
     """
 
     op: str
@@ -47,7 +47,7 @@ class Call:
     gradient: bool = False
 
 
-# One list for the process, not one for each context: the backward of GPU tensors runs in a thread of autograd's.
+# One list for the process, and not a context variable, because the backward of GPU tensors runs in a thread of autograd.
 _open: list[list[Call]] = []
 
 

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from undo_kernels.cpu import losses
 from undo_kernels.cpu import plan as plans
+from undo_kernels.cpu import vocab_loss
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-needs_kernels = pytest.mark.skipif(losses.kernels is None, reason="no C++ kernels here")
+needs_kernels = pytest.mark.skipif(vocab_loss.kernels is None, reason="no C++ kernels here")
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def test_a_larger_workspace_fails_and_is_named(gate, monkeypatch, capsys):
 @needs_kernels
 def test_a_pass_that_runs_twice_fails_and_is_named(gate, monkeypatch, capsys):
     assert gate.main(["--only", "calls"]) == 0, capsys.readouterr().out
-    once = losses._Run._statistics
+    once = vocab_loss._Run._statistics
 
     def twice(self, chunk):
         for first, rows in self.tiles():
             self._tile(chunk, first, rows)
         once(self, chunk)
 
-    monkeypatch.setattr(losses._Run, "_statistics", twice)
+    monkeypatch.setattr(vocab_loss._Run, "_statistics", twice)
     assert gate.main(["--only", "calls"]) == 1
     assert "calls: kl f32: products got worse: 8 -> 12 (+50.0 %, tolerated 0 %)" in capsys.readouterr().out
 

@@ -10,10 +10,11 @@ import torch
 from rounding import EXPONENTIAL, assert_as_exact_as, gamma, probability_error
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import loss
+from undo_kernels.triton import vocab_loss as driver
+from undo_kernels.triton.plan import gpu_plan
 from undo_kernels.triton.products import Workspace
 
-DEVICE = torch.device("cpu" if loss.INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if driver.INTERPRETED else "cuda")
 DENSE = ("forward", "reverse", "jsd")
 
 
@@ -37,7 +38,7 @@ def moved(value, device=DEVICE):
 
 def vocab_loss(p):
     """The Triton loss of a problem on the CPU."""
-    return moved(loss.vocab_loss(moved(p)), torch.device("cpu"))
+    return moved(driver.vocab_loss(moved(p)), torch.device("cpu"))
 
 
 def oracle_logits(side, hidden, weight, bias):
@@ -203,7 +204,7 @@ def check(p):
     there = moved(p)
     scratch = Workspace(DEVICE)
     hidden_before = there.student.hidden.clone() if not p.inplace else None
-    got = moved(loss.run(there, scratch), torch.device("cpu"))
+    got = moved(driver.run(there, scratch), torch.device("cpu"))
     if hidden_before is not None:
         assert torch.equal(hidden_before.nan_to_num(7.0), there.student.hidden.nan_to_num(7.0)), "inputs were written to"
     narrow = any(t.dtype != torch.float32 for t in (p.student.hidden, p.student.weight))
@@ -230,7 +231,7 @@ def check(p):
             assert (value[p.student.vocabulary :] == 0).all()
         elif p.counted is not None:
             assert (value[~p.counted] == 0).all()
-    plan = loss.gpu_plan(there)
+    plan = gpu_plan(there)
     assert scratch.peak <= plan.workspace_bytes
     if p.workspace_bytes is not None:
         assert scratch.peak <= p.workspace_bytes

@@ -4,7 +4,7 @@ import pytest
 import torch
 import undo_kernels
 from rounding import assert_as_exact_as, probability_error
-from undo_kernels.triton import loss as triton_loss
+from undo_kernels.triton import vocab_loss as triton_loss
 
 from undo_core import ops
 

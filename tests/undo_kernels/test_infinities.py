@@ -9,7 +9,7 @@ import pytest
 import torch
 import undo_kernels
 from rounding import EXPONENTIAL, assert_as_exact_as, gamma
-from undo_kernels.triton import loss as triton_loss
+from undo_kernels.triton import vocab_loss as triton_loss
 
 from undo_core import ops
 

@@ -85,3 +85,10 @@ def test_the_modules_have_no_state_and_can_be_copied():
     assert not head.state_dict() and not list(head.parameters())
     twin = copy.deepcopy(head)
     assert torch.equal(twin["loss"](h, w, LABELS), head["loss"](h, w, LABELS))
+
+
+def test_the_method_re_exports_every_op():
+    from undo_core import ops as re_exported
+
+    assert set(re_exported.__all__) == {*ops.__all__, "LinearCrossEntropyLoss", "LinearKLDivLoss"}
+    assert all(getattr(re_exported, name) is getattr(ops, name) for name in ops.__all__)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import undo_kernels
-from undo_kernels.triton import loss as triton_loss
+from undo_kernels.triton import vocab_loss as triton_loss
 from vocab_losses import draw
 
 from undo_core import ops
@@ -44,7 +44,7 @@ def test_a_fused_call_names_backend_plan_and_size(backend, plan):
     assert calls[0].rows == (int(mask.sum()) if backend == "cpu" else rows)
     assert {(c.rows, c.vocabulary) for c in calls[1:]} == {(rows, vocabulary)}
     wanted = (
-        undo_kernels.cpu.losses.kernels.instruction_set("") if backend == "cpu" else "interpreted" * triton_loss.INTERPRETED
+        undo_kernels.cpu.vocab_loss.kernels.instruction_set("") if backend == "cpu" else "interpreted" * triton_loss.INTERPRETED
     )
     assert all(c.form.split("+")[0] == wanted for c in calls)
 

@@ -15,7 +15,7 @@ from undo_core import ops
 
 NORMALIZE = ("all", "masked", "sequence")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-built = pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed")
+built = pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed")
 interpreted = pytest.mark.skipif(
     not triton.rmu.INTERPRETED, reason="CPU tensors; test_triton_rmu.py runs on the GPU that is here"
 )
@@ -33,7 +33,7 @@ def on(request, monkeypatch):
             yield request.param
         assert calls and {call.backend for call in calls} == {request.param}
         return
-    if cpu.losses.kernels is None:
+    if cpu.vocab_loss.kernels is None:
         pytest.skip("no C++ compiler was here when undo-core was installed")
     if request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
+from undo_core.pipeline.needs import PARTS, Memory
 from undo_core.pipeline.storages import FUSED, Storages
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
@@ -34,39 +35,6 @@ from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parame
 from undo_core.training.precision import convert_, weight_dtype
 from undo_core.unlearning import Method, referred
 from undo_core.unlearning.activations import find_layers
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A stage's memory at the moment where it is largest, in bytes.
-
-    Attributes:
-        moment: loading, forward, backward, step or evaluation.
-        weights: of the trained model, copies that a method keeps, and a file while it is read.
-        gradients: those that exist at that moment.
-        optimizer: masters, moments, and a step's temporaries.
-        activations: what the backward pass will need, and the layers' temporaries; a teacher's too.
-        workspace: of the fused losses.
-        teacher: its weights.
-        process: what is there anyway: libraries and token rows; 0 on a GPU.
-    """
-
-    moment: str
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    workspace: int = 0
-    teacher: int = 0
-    process: int = 0
-
-    @property
-    def total(self) -> int:
-        """The peak."""
-        return sum(getattr(self, part) for part in PARTS)
-
-
-PARTS = tuple(field.name for field in dataclasses.fields(Memory))[1:]
 
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:

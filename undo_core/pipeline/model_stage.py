@@ -18,9 +18,9 @@ from undo_core.data.splits import TRAIN_SPLITS
 from undo_core.evaluation.metrics import evaluate
 from undo_core.io.progress import console
 from undo_core.models import forward_flops, load_model
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.needs import Change, Cost, Scene
 from undo_core.pipeline.prepared import load_split
-from undo_core.pipeline.stage import Change, Cost, Folder, Scene, Stage, Work
+from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.precision import Precision, weight_dtype
 
@@ -49,6 +49,8 @@ class ModelStage(Stage):
 
     def expected(self, work: Work) -> dict[str, Any]:
         """The peak that ``undo plan`` would predict; None where that fails, for whether the stage can run is not its business."""
+        from undo_core.pipeline.predictor import Predictor  # imports all that training does
+
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
         predict = Predictor(settled_configuration(source), rows.length, **_scored(scored))

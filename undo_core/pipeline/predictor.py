@@ -12,7 +12,8 @@ from undo_kernels.library import choose
 
 from undo_core.evaluation.metrics import rows_at_once
 from undo_core.io.files import hash_json
-from undo_core.pipeline.meta import Memory, Meta, Scored
+from undo_core.pipeline.meta import Meta, Scored
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Stage
 
 PROCESS_BYTES = 550 << 20  # resident, of Python with torch and transformers, measured; a GPU's allocator knows nothing of it

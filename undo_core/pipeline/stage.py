@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from transformers import PreTrainedModel
 
 from undo_core.checkpoints.files import CONFIG, stored_dtype, weight_files
 from undo_core.io.files import hash_file, hash_json
-from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.needs import Change, Cost, Memory, Scene
+
+if TYPE_CHECKING:  # it imports all that training does
+    from undo_core.pipeline.meta import Meta
 
 FORMAT = 5  # of the folders; a change of what a stage computes raises it, so that nothing stale is reused
 MANIFEST = "manifest.json"
@@ -41,62 +43,6 @@ class Work:
     scratch: Path
     output: Path
     title: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a stage's cost depends on besides its own settings.
-
-    Attributes:
-        model: on the meta device.
-        length: tokens in a row.
-        rows: number of rows that students are distilled on, as far as it is known.
-    """
-
-    model: PreTrainedModel
-    length: int
-    rows: int
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        """Number of elements of the model's parameters."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The work of a stage.
-
-    Attributes:
-        disk: bytes of what it leaves behind.
-        steps: optimizer steps, at most.
-        rows: rows that a step runs through the model, of all sources together.
-        passes: forward passes that a step costs; a backward pass counts as two.
-        positions: tokens that run through the model, padding included.
-        flops: floating-point operations, at most.
-        ruled: whether a stop rule may end it earlier.
-    """
-
-    disk: int
-    steps: int = 0
-    rows: int = 0
-    passes: float = 0.0
-    positions: int = 0
-    flops: float = 0.0
-    ruled: bool = False
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change of a stage's settings with which it needs less memory.
-
-    Attributes:
-        flag: path of the setting below the stage's section of the configuration, such as ``train.optimizer``.
-        values: what to set it to; each one needs less memory and more time than the one before it.
-    """
-
-    flag: str
-    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)

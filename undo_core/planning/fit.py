@@ -10,7 +10,8 @@ from typing import Any
 
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import attacked_models, plan_run
-from undo_core.pipeline.stage import Change, Stage
+from undo_core.pipeline.needs import Change
+from undo_core.pipeline.stage import Stage
 from undo_core.planning.memory import Predict, predictor
 from undo_core.planning.table import largest
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.meta import Memory
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.predictor import Predictor
 from undo_core.pipeline.stage import Stage
 from undo_core.planning.models import model_config, row_length

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import attacked_models, plan_run
-from undo_core.pipeline.meta import PARTS, Memory
-from undo_core.pipeline.stage import Scene, Stage
+from undo_core.pipeline.needs import PARTS, Memory, Scene
+from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.planning.memory import predictor
 from undo_core.planning.models import distilled_rows, meta_model, row_length

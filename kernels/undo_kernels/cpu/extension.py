@@ -25,6 +25,6 @@ def _enumeration(name: str) -> Any:
     return IntEnum(name, {key: int(value) for key, value in members.items()})
 
 
-Field = _enumeration("Field")  # of a chunk's state, ``csrc/losses.h``
+Field = _enumeration("Field")  # of a chunk's state, ``csrc/vocab_loss.h``
 Target = _enumeration("Target")  # of the row kernels, likewise
 Kind = _enumeration("Kind")  # dtypes of ``csrc/rmu.h``

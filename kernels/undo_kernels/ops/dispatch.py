@@ -15,7 +15,7 @@ from undo_kernels.library import choose
 from undo_kernels.ops import checks
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.reference.losses import row_losses
+from undo_kernels.reference.vocab_loss import row_losses
 from undo_kernels.torch_ops.vocab_loss import arguments
 
 # Plain PyTorch is faster below so many (token, vocabulary row) pairs, and below so many vocabulary rows, than each backend. For

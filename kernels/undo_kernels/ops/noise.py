@@ -30,31 +30,31 @@ def noise_(
 ) -> None:
     """``theta <- (1 - alpha) * theta + alpha * beta * N`` in place (arXiv 2506.06278, its only numbered equation).
 
-    ``N`` of an element depends only on the seed, the parameter's canonical name and the element's index in it (Philox-4x32-10):
-    not on device, sharding, block size, dtype, order of the parameters or number of threads. Tensors of two and more dimensions get
-    ``N``; those of one or none (norms, biases, scales) get none and shrink toward ``toward``. Tied parameters are noised once, under
-    the first of their names. :func:`undo_core.noise_` knows for a Hugging Face model which parameters are no matrices, whatever their
-    shape, and what they shrink toward.
+    ``N`` of an element depends only on the seed, the parameter's canonical name and the element's index in it (Philox-4x32-10). It
+    does not depend on device, sharding, block size, dtype, order of the parameters or number of threads. Tensors of two and more
+    dimensions get ``N``. Those of one or none (norms, biases, scales) get no noise and shrink toward ``toward``. Tied parameters get
+    noise once, under the first of their names. :func:`undo_core.noise_` knows for a Hugging Face model which parameters are not
+    matrices of a product, and what they shrink toward.
 
     Args:
-        tensors: a module, whose parameters that require a gradient are taken (as published), or ``{name: tensor}``. A ``DTensor``'s
-            shards get the bits of the whole tensor, in any sharding.
+        tensors: a module, of which the parameters that require a gradient get noise (as published), or ``{name: tensor}``. The shards
+            of a ``DTensor`` get the bits of the whole tensor, in any sharding.
         alpha: strength, in [0, 1].
         beta: scale of the noise, >= 0.
         seed: in [0, 2**64).
-        law: of ``N``. Xavier's fans come from the full shape: of a matrix its extents; further dimensions are a receptive field
-            (convolutions; any tensor of a mapping) or count matrices ``[..., out, in]`` (a module's stacked experts).
-        std: of the normal law, >= 0; for that law alone.
+        law: distribution of ``N``. Xavier's fans come from the full shape: those of a matrix are its extents. Further dimensions are a
+            receptive field (convolutions; any tensor of a mapping), or count matrices ``[..., out, in]`` (a module's stacked experts).
+        std: standard deviation of the normal law, >= 0; only for that law.
         toward: what the parameters without noise shrink toward: a number, ``{name: target}``, or a function of name and tensor. A
-            target is a number, or a tensor of the full parameter's shape for a target of each element.
+            target is a number, or a tensor of the full parameter's shape with a target for each element.
         rules: other settings for some parameters; later rules win.
-        stochastic_rounding: of 16-bit parameters; None rounds them stochastically, which has no bias.
+        stochastic_rounding: whether 16-bit parameters are rounded stochastically, without bias; None: they are.
 
-    Memory: nothing of a tensor's size; of those that are not contiguous a copy, one at a time.
+    Memory: nothing of the size of a tensor, except a copy of a non-contiguous tensor, one at a time.
 
     Raises:
-        ValueError: an argument is wrong; a tensor is no float tensor, or some of its elements are the same memory (``expand``); two
-            tensors share a part of their memory. Nothing is changed.
+        ValueError: an argument is wrong, a tensor is not a float tensor, a tensor holds an element twice (``expand``), or two tensors
+            share memory. Nothing is changed then.
     """
     apply(
         tensors,
@@ -81,9 +81,10 @@ def apply(
     found: Mapping[str, tuple[torch.Tensor, Parameter]] | None = None,
     **options: Any,
 ) -> dict[str, tuple[Setting, torch.Tensor]]:
-    """:func:`noise_`; returns for each tensor what happened to it, and the sums of squares of theta before, of the noise as it
-    was scaled and of theta after, ``[3]`` float64; of the shards here alone unless ``whole_sums``, which all ranks must agree on.
-    ``found`` replaces what :func:`undo_kernels.ops.noise_rules.describe` says of ``tensors``.
+    """Applies :func:`noise_` and returns, for each tensor, its setting and its sums of squares, ``[3]`` float64.
+
+    The sums are of theta before, of the scaled noise, and of theta after. They cover the local shards, or with ``whole_sums``, on which
+    all ranks must agree, the whole tensors. ``found`` replaces what :func:`undo_kernels.ops.noise_rules.describe` finds in ``tensors``.
     """
     policy = Policy(**options, rules=tuple(rules))
     checks.seed(seed)
@@ -119,7 +120,7 @@ def apply(
 
 
 def segment(name: str, view: torch.Tensor, setting: Setting, first: int = 0, run: int = 0, stride: int = 0) -> Segment:
-    """What a kernel needs to know of a parameter, or of a piece of it."""
+    """Returns a parameter, or a piece of it, as the kernels take it."""
     return Segment(view, name, setting.law, setting.keep, setting.scale, first, run, stride, setting.target)
 
 
@@ -143,7 +144,7 @@ def replay(
     std: float | None = None,
     stacked: bool = False,
 ) -> torch.Tensor:
-    """``N`` of a whole parameter, for audit: ``shape``, float64, on the CPU; 8 bytes an element.
+    """Returns ``N`` of a whole parameter, for audit: ``shape``, float64, on the CPU; 8 bytes per element.
 
     Args:
         name: canonical name of the parameter.

@@ -1,4 +1,4 @@
-"""What happens to each parameter: its law, its strength, what it shrinks toward. Decided from names, shapes and roles alone."""
+"""Decides what happens to each parameter (law, strength, target of shrinking) from names, shapes and roles alone."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class NoiseRule:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What decides the noise of a parameter.
+    """The properties of a parameter that decide its noise.
 
     Attributes:
         shape: full shape.
         role: matrices, vectors or embeddings.
         stacked: further dimensions count matrices ``[..., out, in]`` (experts); else they are a receptive field (convolutions).
-        matrix: shape of the matrix whose fans count, where ``shape`` does not tell.
+        matrix: shape of the matrix whose fans count, if ``shape`` does not determine it.
     """
 
     shape: tuple[int, ...]
@@ -88,7 +88,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Policy:
-    """The arguments of a call, checked: see :func:`undo_kernels.ops.noise_`."""
+    """The checked arguments of a call of :func:`undo_kernels.ops.noise_`."""
 
     alpha: float
     beta: float
@@ -108,8 +108,9 @@ class Policy:
             checks.fail("rules", self.rules, "a sequence of NoiseRule")
 
     def settings(self, parameters: Mapping[str, Parameter], toward: Mapping[str, Target | None]) -> dict[str, Setting]:
-        """What happens to each parameter, by canonical name; ``toward`` has an entry for every vector to which
-        no rule gives one.
+        """Returns the setting of each parameter, by canonical name.
+
+        ``toward`` has an entry for each vector to which no rule gives a target.
 
         Raises:
             ValueError: a rule that matches nothing, a vector that shrinks toward nothing, or a law that a parameter cannot have.
@@ -156,11 +157,10 @@ class Policy:
 
 
 def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, Parameter]]:
-    """The tensors by canonical name and what decides their noise; each storage once, under the first of its names.
+    """Returns the tensors by canonical name, with the properties that decide their noise; each storage once, under its first name.
 
-    Of a module, the parameters that require a gradient; of more than two dimensions, a convolution's are a receptive field and
-    others count matrices. Of a mapping, further dimensions are a receptive field, as ``torch.nn.init`` has it, and nothing is
-    known to be an embedding.
+    A module yields the parameters that require a gradient. Their dimensions beyond two are a receptive field in a convolution, and count
+    matrices elsewhere. In a mapping such dimensions are a receptive field, as in ``torch.nn.init``, and no tensor is an embedding.
 
     Raises:
         ValueError: no tensors, two different ones of the same canonical name, or memory that is shared in part (see
@@ -198,13 +198,13 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
         checks.fail("tensors", "none to noise", "at least one parameter that requires a gradient, as requires_grad_() sets it")
     others = {
         name: p for name, p in _parameters(tensors).items() if _identity(p) not in seen
-    }  # frozen, and a part of one that is not
+    }  # a frozen parameter may share memory with a trained one
     check_apart("tensors", {**others, **{name: tensor for name, (tensor, _) in found.items()}}, found.keys())
     return found
 
 
 def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]]) -> dict[str, Target]:
-    """What each vector shrinks toward, as far as ``toward`` says."""
+    """Returns what each vector shrinks toward, as far as ``toward`` says."""
     result = {}
     for name, (tensor, parameter) in found.items():
         if parameter.role == "vectors" and not (isinstance(toward, Mapping) and name not in toward):
@@ -220,7 +220,7 @@ def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]])
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers (compile, data parallel, PEFT)."""
+    """Returns a parameter's name without the prefixes of wrappers (compile, data parallel, PEFT)."""
     while True:
         stripped = name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
         for prefix in _WRAPPERS:
@@ -231,7 +231,7 @@ def canonical_name(name: str) -> str:
 
 
 def matches(match: str, name: str, parameter: Parameter) -> bool:
-    """Whether a :class:`NoiseRule`'s ``match`` is about the parameter of this canonical name."""
+    """Returns whether the ``match`` of a :class:`NoiseRule` applies to the parameter with this canonical name."""
     if match.startswith(_NOT):
         return not matches(match.removeprefix(_NOT), name, parameter)
     if match in ROLES:
@@ -241,7 +241,7 @@ def matches(match: str, name: str, parameter: Parameter) -> bool:
 
 
 def layers_of(match: str) -> frozenset[int] | None:
-    """The numbers in ``layers:0-3,7``; None where ``match`` is of another form.
+    """Returns the numbers in ``layers:0-3,7``; None if ``match`` has another form.
 
     Raises:
         ValueError: no such list of numbers.
@@ -259,17 +259,17 @@ def layers_of(match: str) -> frozenset[int] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a parameter is in: the first number in its name."""
+    """Returns the number of a parameter's layer, which is the first number in its name."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def outside(layers: str) -> NoiseRule:
-    """The rule that leaves everything but the layers ``0-3,7`` as it is."""
+    """Returns the rule that leaves all parameters outside the layers ``0-3,7`` unchanged."""
     return NoiseRule(f"{_NOT}layers:{layers}", alpha=0.0)
 
 
 def check_layers(argument: str, match: str, parameters: Iterable[str]) -> None:
-    """Raise a ValueError where ``match`` names layers that the model does not have."""
+    """Raises a ``ValueError`` if ``match`` names layers that the model does not have."""
     known = {layer_of(name) for name in parameters}
     if missing := sorted((layers_of(match) or frozenset()) - known):
         last = max((number for number in known if number is not None), default="none")
@@ -281,7 +281,7 @@ def _parameters(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def _identity(tensor: torch.Tensor) -> object:
-    """Equal for tied tensors, whichever object holds them; meta tensors have no storage to compare."""
+    """Returns a key that is equal for tied tensors; meta tensors, which have no storage, are told apart as objects."""
     local = local_of(tensor)
     return (local.data_ptr(), tuple(tensor.shape)) if local.device.type != "meta" and local.numel() else id(tensor)
 

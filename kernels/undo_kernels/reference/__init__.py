@@ -1,5 +1,5 @@
 """Every op in plain PyTorch: the definition, and the oracle of the faster backends."""
 
-from undo_kernels.reference import losses, noise, plan, rmu
+from undo_kernels.reference import noise, plan, rmu, vocab_loss
 
-__all__ = ["losses", "noise", "plan", "rmu"]
+__all__ = ["noise", "plan", "rmu", "vocab_loss"]

@@ -18,8 +18,8 @@ except ImportError as error:
         "triton", f"triton cannot be imported ({error}); it comes with torch on GPU machines, or pip install triton"
     )
 else:
-    from undo_kernels.triton import loss, noise, rmu
+    from undo_kernels.triton import noise, rmu, vocab_loss
 
-    __all__ += ["loss", "noise", "rmu"]
+    __all__ += ["noise", "rmu", "vocab_loss"]
     if not triton.knobs.runtime.interpret and not torch.cuda.is_available():
         mark_unavailable("triton", "no GPU was found; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests")

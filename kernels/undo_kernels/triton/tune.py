@@ -20,8 +20,11 @@ import triton
 
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.triton import loss, recompute, tuning
+from undo_kernels.triton import recompute, tuning
+from undo_kernels.triton.passes import Recompute
 from undo_kernels.triton.products import Workspace
+from undo_kernels.triton.run import Run
+from undo_kernels.triton.vocab_loss import INTERPRETED
 
 ROWS, VOCABULARY = 4096, 65536  # a hundred waves of tiles
 WIDTHS = (320, 768, 2304)
@@ -75,15 +78,15 @@ class Watched:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
             compiled = self.kernel[grid](*arguments, **options)
-            self.spills = max(self.spills, 0 if loss.INTERPRETED else compiled.n_spills)
+            self.spills = max(self.spills, 0 if INTERPRETED else compiled.n_spills)
 
         return launch
 
 
 def launcher(p: Problem, kernel: str) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
     """A launch of the kernel with the tile of the table, and what it wrote."""
-    run = loss._Run(p, Workspace(p.student.hidden.device))
-    passes = loss._Recompute(run)
+    run = Run(p, Workspace(p.student.hidden.device))
+    passes = Recompute(run)
     passes._statistics()
     passes.at_label = run.zero
     if kernel in ("stats", "cross"):

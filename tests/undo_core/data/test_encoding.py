@@ -13,7 +13,7 @@ from undo_core.data.question_rows import question_splits
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.data.text import text_splits
 from undo_core.data.tokenizers import character_tokenizer, encode, train_bpe
-from undo_core.evaluation.metrics import multiple_choice as module
+from undo_core.evaluation import multiple_choice as module
 from undo_core.models import build_model
 
 LITERALS = "a<pad> b<bos>c <eos><|user|>"

@@ -11,9 +11,9 @@ from folders import weights as files
 
 from undo_core import distill
 from undo_core.data.rows import Rows
+from undo_core.distillation import cache as teacher_cache
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
-from undo_core.distillation.student import cache as teacher_cache
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.io.files import read_json
 from undo_core.models import build_model, head_of, load_model

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_, ops
 from undo_core.cli import main
+from undo_core.noise import checkpoint as noise_checkpoint_module
 from undo_core.noise.checkpoint import noise_checkpoint
-from undo_core.noise.model import checkpoint as noise_checkpoint_module
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_key_value_heads": 1, "moe_intermediate_size": 16}

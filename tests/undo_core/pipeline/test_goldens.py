@@ -2,7 +2,7 @@
 
 Each test makes its text again and compares it with the file in ``goldens/``. A change that is meant is recorded by
 
-    UNDO_GOLDENS=write python -m pytest tests/core/test_goldens.py
+    UNDO_GOLDENS=write python -m pytest tests/undo_core/pipeline/test_goldens.py
 
 and is then read in the diff. What depends on the machine or on versions (times, sizes of a process, digests of weights, computed
 numbers) is replaced by a word.
@@ -20,12 +20,12 @@ import undo_kernels
 import yaml
 from rich.console import Console
 from stage_kinds import KINDS as CLASSES
-from undo_core.files import hash_json, read_json
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
 from undo_core.attacks.config import AttackConfig
 from undo_core.cli import stages as commands
+from undo_core.io.files import hash_json, read_json
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.graph import plan_run
 from undo_core.pipeline.run import missing_stages, save_results

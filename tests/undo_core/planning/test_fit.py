@@ -7,7 +7,7 @@ import torch
 from stage_kinds import NOWHERE
 
 from undo_core import UnlearnConfig
-from undo_core.pipeline.meta import Memory
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
 from undo_core.planning import fit
 from undo_core.planning.fit import cheapest_fit

@@ -14,7 +14,8 @@ from undo_kernels.library import BackendWarning
 
 from undo_core.models import initialise
 from undo_core.pipeline import meta, storages
-from undo_core.pipeline.meta import PARTS, meta_model
+from undo_core.pipeline.meta import meta_model
+from undo_core.pipeline.needs import PARTS
 from undo_core.pipeline.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Noise, Pretrain
 from undo_core.pipeline.storages import Storages

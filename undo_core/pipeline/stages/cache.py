@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,10 +16,13 @@ from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json
 from undo_core.models import forward_flops, head_of, hidden_states, load_model
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import ModelStage
+from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import distill_rows, heldout_rows, load_split, retain_performance
-from undo_core.pipeline.stage import MANIFEST, Cost, Folder, Scene, Stage, Work
+from undo_core.pipeline.stage import MANIFEST, Folder, Stage, Work
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

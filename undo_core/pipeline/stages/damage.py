@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.noise.damage import ELEMENT_BYTES, Operator, damage_checkpoint
 from undo_core.noise.parameters import Parts
-from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.noise import as_dicts, left_entry
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -19,15 +19,18 @@ from undo_core.distillation.student import distill, matching
 from undo_core.distillation.teacher import ModelTeacher, Teacher, TeacherConfig
 from undo_core.io.progress import console
 from undo_core.models import forward_flops, head_flops, head_of, load_model, load_tokenizer, vocabulary_of
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.needs import Memory, Scene
 from undo_core.pipeline.prepared import distill_rows, retain_performance
-from undo_core.pipeline.stage import Folder, Scene, Stage, Work, optional
+from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.cache import Cache, cached_retain
 from undo_core.pipeline.stages.gate import kept_rows
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.losses import HiddenTargets, TopTargets, distillation
 from undo_core.unlearning import Method
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

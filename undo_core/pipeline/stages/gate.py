@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from undo_core.distillation.gate import ROWS_AT_ONCE, GateConfig, fit_gate, labelled
-from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import distill_rows, heldout_rows, train_rows
-from undo_core.pipeline.stage import Cost, Folder, Scene, Stage, Work
+from undo_core.pipeline.stage import Folder, Stage, Work
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 KEPT = "gate.safetensors"
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from undo_core.checkpoints.files import settled_configuration
 from undo_core.models import initialise, load_tokenizer
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

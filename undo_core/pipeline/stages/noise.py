@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.noise.checkpoint import noise_checkpoint
 from undo_core.noise.parameters import Left, Parts, summary
-from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +17,12 @@ from undo_core.io.progress import console
 from undo_core.io.text_files import check_is_content
 from undo_core.models import build_model, configuration, load_model, positions_of
 from undo_core.pipeline.config import DataConfig, ModelConfig, seeded
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import save
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

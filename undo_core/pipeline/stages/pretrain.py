@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
 from undo_core.models import forward_flops, load_model, load_tokenizer
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.prepared import retain_performance, train_rows
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.training import Batch, TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.unlearning import Method
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,10 +11,13 @@ from undo_core.attacks import few_shot, quantise_
 from undo_core.data.encoding import encoded, surroundings
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model, load_tokenizer, positions_of
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import ModelStage
+from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import load_split, tested_rows
-from undo_core.pipeline.stage import Cost, Folder, Scene, Stage, Work, optional
+from undo_core.pipeline.stage import Folder, Stage, Work, optional
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

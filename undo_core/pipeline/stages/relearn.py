@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
@@ -13,12 +13,15 @@ from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import forward_flops, load_tokenizer
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
+from undo_core.pipeline.needs import Memory, Scene
 from undo_core.pipeline.prepared import tested_rows, train_rows
-from undo_core.pipeline.stage import Folder, Scene, Stage, Work
+from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig
 from undo_core.unlearning import Method
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 # Settings that are part of every attack's key; those that came later are left out at their default.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.noise.checkpoint import write_replay
-from undo_core.pipeline.meta import Memory, Meta
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from undo_core.models import forward_flops, load_tokenizer, tokens_of, vocabulary_of
-from undo_core.pipeline.meta import Memory, Meta
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts, validation
+from undo_core.pipeline.needs import Memory, Scene
 from undo_core.pipeline.prepared import train_rows
-from undo_core.pipeline.stage import Folder, Scene, Stage, Work
+from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig, method_of, unlearn, unlearn_flops
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

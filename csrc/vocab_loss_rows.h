@@ -1,4 +1,4 @@
-// The row kernels of losses.h, for whatever vectors simd.h gives. In difference form: with x = log p_s - log p_t,
+// The row kernels of vocab_loss.h, for whatever vectors simd.h gives. In difference form: with x = log p_s - log p_t,
 //
 //   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
 //   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)

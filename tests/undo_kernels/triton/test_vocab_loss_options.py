@@ -8,15 +8,15 @@ import os
 import pytest
 import torch
 from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, problem, vocab_loss
-from undo_kernels.triton import loss
+from undo_kernels.triton import vocab_loss as driver
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def test_runs_on_the_gpu_or_interpreted():
-    assert (os.environ.get("TRITON_INTERPRET") == "1") == loss.INTERPRETED
-    assert torch.cuda.is_available() != loss.INTERPRETED, "set TRITON_INTERPRET=1 before pytest starts, where there is no GPU"
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == driver.INTERPRETED
+    assert torch.cuda.is_available() != driver.INTERPRETED, "set TRITON_INTERPRET=1 before pytest starts, where there is no GPU"
 
 
 OPTIONS = {
@@ -145,12 +145,12 @@ def test_given_logits(target, dtype):
     again = dataclasses.replace(
         there, student=dataclasses.replace(there.student, hidden=there.student.hidden.clone()), inplace=True
     )
-    result = loss.vocab_loss(again)
+    result = driver.vocab_loss(again)
     assert result.d_hidden.data_ptr() == again.student.hidden.data_ptr()
     assert torch.equal(again.student.hidden.cpu(), got.d_hidden)
     strided = torch.empty(p.student.hidden.shape[::-1], dtype=dtype, device=DEVICE).T.copy_(p.student.hidden)
     again = dataclasses.replace(there, student=dataclasses.replace(there.student, hidden=strided), inplace=True)
-    loss.vocab_loss(again)
+    driver.vocab_loss(again)
     assert torch.equal(strided.cpu(), got.d_hidden)
 
 

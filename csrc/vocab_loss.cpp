@@ -1,5 +1,5 @@
 // Chooses the row kernels of the best instruction set that this machine has.
-#include "losses.h"
+#include "vocab_loss.h"
 
 #include "instruction_set.h"
 

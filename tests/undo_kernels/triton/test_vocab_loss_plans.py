@@ -9,8 +9,9 @@ from rounding import gamma, probability_error, relative
 from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import loss, recompute, rows, tuning
 from undo_kernels.triton import plan as plans
+from undo_kernels.triton import recompute, rows, tuning
+from undo_kernels.triton import vocab_loss as driver
 from undo_kernels.triton.products import Workspace
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
     monkeypatch.setattr(plans, "_SUMMED_CHUNKS", 1)
     p = problem("forward", rows=33, dtype=torch.bfloat16, plan="chunk", workspace_bytes=40_000)
-    plan = loss.gpu_plan(moved(p))
+    plan = plans.gpu_plan(moved(p))
     assert plan.accumulator
     assert plan.rows_per_chunk < 33
     check(p)
@@ -34,7 +35,7 @@ def test_several_chunks_give_one_answer(target):
     for plan, small in (("chunk", plans.chunk_plan(s, 8)), ("recompute", plans.recompute_plan(s, 1))):
         budget = small.workspace_bytes
         part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
-        chosen = loss.gpu_plan(moved(part))
+        chosen = plans.gpu_plan(moved(part))
         assert chosen.rows_per_chunk < 21 if plan == "chunk" else chosen.block_v < 211
         got = check(part)
         # what the rows' products with d_hidden sum to may be formed in another order
@@ -172,7 +173,7 @@ def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
         for name in names:
             monkeypatch.setattr(module, name, _NoKernel())
     monkeypatch.setattr(tuning, "target_of", lambda device: "sm_90")
-    monkeypatch.setattr(loss, "INTERPRETED", True)  # or it would want a GPU
+    monkeypatch.setattr(driver, "INTERPRETED", True)  # or it would want a GPU
     for target, given in itertools.product((*TARGETS, *SPARSE), (False, True)):
         if plan == "recompute" and (target in SPARSE or given):
             continue
@@ -197,7 +198,7 @@ def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
                 needs=(True, not given, not given), plan=plan, statistics=True, filter_below=1e-6, max_counted=250,
             )  # fmt: skip
             for part in (p, dataclasses.replace(p, max_counted=None, workspace_bytes=4_000_000, filter_below=0.0)):
-                got = loss.run(part, Workspace(torch.device("meta")))
+                got = driver.run(part, Workspace(torch.device("meta")))
                 assert all(t.device.type == "meta" for t in got)
                 assert got.d_hidden.shape == p.student.hidden.shape
                 assert got.d_hidden.dtype == (torch.float32 if dtype == torch.float16 else dtype)

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "losses.h"
+#include "vocab_loss.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,7 +18,7 @@
 namespace undo {
 namespace avx512 {
 #include "simd.h"
-#include "losses_rows.h"
+#include "vocab_loss_rows.h"
 #include "rmu_rows.h"
 }  // namespace avx512
 const RowKernels avx512_kernels = {"avx512", avx512::shape_tile, avx512::stats_tile, avx512::loss_tile, avx512::rmu_loss};

@@ -1,4 +1,4 @@
-"""The vocabulary losses on GPUs: drivers of the two plans, see plan.py for their bytes and FLOPs.
+"""The passes of the two plans; see ``plan.py`` for their bytes and FLOPs.
 
 chunk      for each chunk of rows: library products into float32 logits; statistics; the gradient written over the student's
            logits (float32) or beside them (16-bit); library products into d_hidden and d_weight.
@@ -6,10 +6,6 @@ recompute  statistics without logits; then for each block of the vocabulary, out
            tiles, and library products. Each row of d_weight is written once; d_hidden is summed in float32.
 
 Given logits are one chunk whose products exist. Nothing here waits for the device.
-
-float16 products take their gradient times a power of two, found on the device from the rows' factors and divided out of the
-float32 results: at a KL of 1e-6 its entries are below float16's subnormals. Reverse KL's entries have no bound; they keep room
-for 128 times the factor and saturate there.
 """
 
 from __future__ import annotations
@@ -19,253 +15,17 @@ from typing import Any
 import torch
 import triton
 
-from undo_kernels.library import register
-from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
-from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.record import Call, record, recording
 from undo_kernels.sparse import sparse_terms
 from undo_kernels.triton import recompute, rows, tuning
-from undo_kernels.triton.device import current
-from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
-from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, product_dtype, widened
-from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
-
-INTERPRETED = triton.knobs.runtime.interpret
-_FUSED = {"enable_fp_fusion": True}  # said, since Triton's default changes between versions
-_OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
-_BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # what the loss kernels take of a row
-_TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
+from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, widened
+from undo_kernels.triton.run import BASES, FUSED, Head, Run, part_or
+from undo_kernels.triton.tiles import OWN
 
 
-@register("vocab_loss", "triton")
-@torch.no_grad()
-def vocab_loss(problem: Problem) -> Result:
-    """The problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
-    return run(problem, Workspace(problem.student.hidden.device))
-
-
-def run(problem: Problem, scratch: Workspace) -> Result:
-    """:func:`vocab_loss`, with the workspace in the caller's hands."""
-    hidden = problem.student.hidden
-    if hidden.device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
-    if hidden.dtype == torch.float64:
-        raise TypeError("dtype: got torch.float64, wanted float32, bfloat16 or float16 on the triton backend")
-    with current(hidden.device):
-        return _Run(problem, scratch).result()
-
-
-class _Head:
-    """One side as the kernels take it."""
-
-    def __init__(self, side: Projection) -> None:
-        self.side = side
-        self.given = isinstance(side, GivenLogits)
-        self.hidden, self.weight = side.hidden, side.weight
-        self.product = product_dtype(side.hidden, side.weight)
-        self.capped = side.softcap is not None
-        self.gain = side.scale / side.temperature
-        self.inner = side.scale / side.softcap if self.capped else self.gain
-        self.outer = side.softcap / side.temperature if self.capped else 1.0
-        self.has_bias = side.bias is not None
-        self.bias = side.bias.contiguous() if self.has_bias else side.hidden
-
-
-class _Run:
-    """One call: what its passes share."""
-
-    def __init__(self, problem: Problem, scratch: Workspace) -> None:
-        p = self.problem = problem
-        self.scratch, self.device = scratch, p.student.hidden.device
-        self.target = tuning.target_of(self.device)
-        self.shapes = s = Shapes(p, self.target)
-        self.plan: GpuPlan = gpu_plan(p, self.target)
-        self.n, self.vocabulary = s.rows, s.vocabulary
-        self.student = _Head(p.student)
-        self.teacher = _Head(p.teacher) if s.dense else None
-        self.code = _TARGETS.get(p.target, OWN.value)
-        self.uniform, self.pair = p.target == "uniform", p.target in (*DENSE, "uniform")
-        self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
-        self.filter = p.filter_below > 0 and s.gradient
-        self._select()
-        self._rows()
-        self._gradients()
-
-    def _select(self) -> None:
-        """Which rows are worked on: all, all with some skipped, or the counted ones moved together in a stable order."""
-        p, count = self.problem, self.problem.rows
-        self.index = self.place = self.live = None
-        if not self.shapes.compacted:
-            self.live = p.counted
-        else:
-            position = p.counted.long().cumsum(0) - 1
-            target = torch.where(p.counted & (position < self.n), position, self.n)
-            rows_of = torch.arange(count, device=self.device)
-            index = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device).scatter_(0, target, rows_of)[: self.n]
-            self.live = torch.arange(self.n, device=self.device) < p.counted.sum()
-            self.index = torch.where(self.live, index, 0)
-            self.place = torch.where(self.live, index, count)  # rows past the count go to a row that is cut off
-        self.masked = self.live is not None
-        self.counted = self.live.to(torch.uint8) if self.masked else torch.ones(1, dtype=torch.uint8, device=self.device)
-
-    def _take(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
-
-    def _rows(self) -> None:
-        """What each row brings and what it is given."""
-        p, n = self.problem, self.n
-        self.zero = torch.zeros(1, device=self.device)
-        self.row = {name: self.zero.new_zeros(n) for name in (*_OUTPUTS, *_BASES)}
-        self.labels = self._take(p.labels) if self.labelled else None
-        self.label_z = torch.full((n,), torch.nan, device=self.device) if self.labelled else self.zero
-        self.known_s, self.known_t = self._take(p.lse_s), self._take(p.lse_t)
-        self.indices, self.logprobs = self._take(p.indices), self._take(p.logprobs)
-        self.scale = None
-        self.factor = self.own = self.at_label = self.zero
-        self.skipped = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if not self.shapes.gradient:
-            return
-        factor = self._take(p.factor).float() * self.student.gain
-        own = self._take(p.label_factor).float() * self.student.gain if self.nll else torch.zeros_like(factor)
-        if not self.student.given and self.student.product == torch.float16:
-            bound = (factor.abs() + own.abs()) if not self.masked else torch.where(self.live, factor.abs() + own.abs(), 0.0)
-            bound = bound.amax() if n else self.zero[0]
-            room = 2.0**9 if p.target == "reverse" else 2.0**15
-            self.scale = torch.exp2(torch.floor(torch.log2(room / bound.clamp(1e-30, 1e30))) + 0 * bound)
-            factor, own = factor * self.scale, own * self.scale
-        self.factor, self.own = factor, own
-
-    def _gradients(self) -> None:
-        p, n = self.problem, self.n
-        new = self.zero.new_empty
-        needs_hidden, needs_weight, needs_bias = p.needs
-        hidden, weight = p.student.hidden, p.student.weight
-        self.d_hidden = self.d_weight = self.d_bias = new(0)
-        if self.student.given:
-            self.given = hidden if hidden.stride(1) == 1 else self.scratch.count(hidden.contiguous())
-            if needs_hidden:
-                self.d_hidden = self.given if p.inplace else new(hidden.shape, dtype=gradient_dtype(hidden.dtype))
-        elif needs_hidden:
-            dtype = gradient_dtype(hidden.dtype)
-            extra = self.index is not None
-            self.d_hidden = (self.zero.new_zeros if extra else new)((p.rows + extra, hidden.shape[1]), dtype=dtype)
-        if needs_weight:
-            self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
-            self.d_weight[self.vocabulary if n else 0 :].zero_()
-        if needs_bias:
-            self.d_bias = self.scratch.take(p.student.bias.shape[0]).zero_()
-
-    def result(self) -> Result:
-        """Runs the plan."""
-        if recording():
-            plan, form = "inplace" if self.problem.inplace else self.plan.name, "interpreted" if INTERPRETED else ""
-            record(Call("vocab_loss", "triton", plan, form, self.n, self.vocabulary, self.shapes.gradient))
-        if self.n:
-            (_Recompute if self.plan.name == "recompute" else _Chunks)(self).passes()
-        p, out = self.problem, self.row
-        if self.scale is not None:
-            for gradient in (self.d_hidden, self.d_weight, self.d_bias):
-                gradient.div_(self.scale)
-        if self.index is not None:
-            spread = self.zero.new_zeros(len(_OUTPUTS), p.rows + 1)
-            spread.index_copy_(1, self.place, torch.stack([out[name] for name in _OUTPUTS]))
-            out = {name: values[: p.rows].clone() for name, values in zip(_OUTPUTS, spread, strict=True)}
-            self.d_hidden = self.d_hidden[: p.rows]
-        if self.student.given and p.inplace and p.needs[0] and self.given is not p.student.hidden:
-            self.d_hidden = p.student.hidden.copy_(self.given)
-        none = self.zero.new_empty(0)
-        total = _weighted(p.factor, out["divergence"], p.counted)
-        if self.nll:
-            total = total + _weighted(p.label_factor, out["nll"], p.counted)
-        filtered = self.zero.new_zeros(2)
-        if self.filter:
-            count = self.live.sum().clamp_min(1) if self.masked else max(self.n, 1)
-            norm = self.skipped[1].sqrt() / (1.0 if self.scale is None else self.scale)
-            filtered = torch.stack([self.skipped[0] / (count * self.vocabulary), norm]).float()
-        return Result(
-            total=total.float(),
-            divergence=out["divergence"],
-            nll=out["nll"] if self.nll else none,
-            lse_s=out["lse_s"],
-            lse_t=out["lse_t"] if self.shapes.dense else none,
-            teacher_entropy=out["entropy"] if p.statistics else none,
-            top1_agreement=out["agreement"] if p.statistics else none,
-            filtered=filtered,
-            d_hidden=self.d_hidden,
-            d_weight=self.d_weight,
-            d_bias=self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias,
-        )
-
-    def hidden(self, head: _Head, part: slice, clear: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows of hidden states in the product's dtype; a copy, given second, where rows move, are cleared or are cast.
-
-        Cleared: the gradient of a row that does not count is 0, and 0 * NaN would reach d_weight.
-        """
-        clear = clear and self.masked
-        if self.index is not None:
-            taken = head.hidden.index_select(0, self.index[part]).to(head.product)
-            if clear:
-                taken.masked_fill_(~self.live[part, None], 0.0)
-        elif clear:
-            taken = torch.where(self.live[part, None], head.hidden[part], 0.0).to(head.product)
-        elif head.hidden.dtype != head.product:
-            taken = head.hidden[part].to(head.product)
-        else:
-            return head.hidden[part], None
-        return taken, self.scratch.count(taken)
-
-    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
-        """Log-sum-exps, their difference, reverse's offset and the nll of some rows; ``teacher``: its sums are there."""
-        s, out = self.shapes, self.row
-        count = lse_s.shape[0]
-        p = self.problem
-        rows.combine_rows[(count,)](
-            partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
-            _or(self.label_z, part, self.zero), _or(self.known_s, part, self.zero), _or(self.known_t, part, self.zero),
-            lse_s, out["lse_t"][part], *(out[name][part] for name in _BASES), out["nll"][part], out["entropy"][part],
-            out["agreement"][part], self.vocabulary, parts, partial.shape[1] * partial.shape[2],
-            STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
-            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles,
-            PAIR=self.pair, UNIFORM=self.uniform, NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
-            BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **_FUSED,
-        )  # fmt: skip
-
-    @property
-    def crossed(self) -> bool:
-        return self.problem.target == "reverse" and self.shapes.gradient
-
-    def label_gradient(self, part: slice) -> torch.Tensor:
-        """The nll's whole gradient at each row's label, before the softcap's derivative: p - 1 without cancellation."""
-        if not (self.labelled and self.shapes.gradient):
-            return self.zero
-        return (self.own[part].double() * torch.expm1(-self.row["nll"][part].double())).float()
-
-    def put_divergence(self, part: slice, value: torch.Tensor) -> None:
-        self.row["divergence"][part] = value if not self.masked else torch.where(self.live[part], value, 0.0)
-
-    def projections(self) -> dict[str, Any]:
-        """Options of the two heads that every kernel takes."""
-        t = self.teacher or self.student
-        s = self.student
-        return {
-            "inner_s": s.inner, "outer_s": s.outer, "inner_t": t.inner, "outer_t": t.outer,
-            "BIAS_S": s.has_bias, "CAPPED_S": s.capped, "BIAS_T": t.has_bias, "CAPPED_T": t.capped,
-        }  # fmt: skip
-
-    def products_of_gradient(self, dz: torch.Tensor, hidden: torch.Tensor, part: slice, sums: torch.Tensor, add: bool) -> None:
-        """``d_weight (+)= dz.T @ hidden`` and d_bias, of ``dz[rows, part of the vocabulary]``."""
-        if self.problem.needs[1]:
-            multiply(sums[part], dz.T, hidden, add, self.scratch)
-        if self.problem.needs[2]:
-            self.d_bias[part] += dz.sum(0, dtype=torch.float32)
-
-
-class _Chunks:
+class Chunks:
     """The chunk plan."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         self.run, s = run, run.shapes
         scratch, size, leading = run.scratch, run.plan.rows_per_chunk, s.leading
         self.block = tuning.row(run.target, run.vocabulary)
@@ -319,10 +79,10 @@ class _Chunks:
             self._loss(z_s, z_t, part, hidden)
         run.scratch.give(copy)
 
-    def _weight(self, head: _Head) -> torch.Tensor:
+    def _weight(self, head: Head) -> torch.Tensor:
         return head.weight[: self.run.vocabulary]
 
-    def _buffer(self, head: _Head) -> torch.Tensor | None:
+    def _buffer(self, head: Head) -> torch.Tensor | None:
         if self.upcast is None:
             return None
         width = head.weight.shape[1]
@@ -336,7 +96,7 @@ class _Chunks:
             "vocabulary": run.vocabulary, "part": self.part, "parts": self.parts,
             "stride_s": z_s.stride(0), "stride_t": z_t.stride(0), "stride_field": self.stats.shape[1] * self.parts,
             "MASKED": run.masked, "HOLES": run.shapes.sparse, "BLOCK_V": self.block.block_v, "num_warps": self.block.warps,
-            **run.projections(), **_FUSED,
+            **run.projections(), **FUSED,
         }  # fmt: skip
 
     def _pick(self, z: torch.Tensor, index: torch.Tensor, out: torch.Tensor, part: slice, take: bool) -> None:
@@ -345,7 +105,7 @@ class _Chunks:
             z, run.student.bias, index, run.counted[part] if run.masked else run.counted, out,
             run.student.inner, run.student.outer, run.vocabulary, known, z.stride(0),
             HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, MASKED=run.masked, TAKE=take,
-            BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **_FUSED,
+            BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
         )  # fmt: skip
 
     def _statistics(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice) -> None:
@@ -413,7 +173,7 @@ class _Chunks:
         columns = p.student.hidden.shape[1] if run.student.given else run.vocabulary
         arguments = {
             **self._common(z_s, z_t, part), "partial_ptr": self.losses,
-            **{f"{name}_ptr": out[name][part] for name in _BASES}, "factor_ptr": _or(run.factor, part, run.zero),
+            **{f"{name}_ptr": out[name][part] for name in BASES}, "factor_ptr": part_or(run.factor, part, run.zero),
             "own_ptr": self.own, "at_label_ptr": self.at_label, "labels_ptr": run.labels[part] if run.labelled else run.zero,
             "dz_ptr": dz, "beta_t": p.beta, "beta_s": 1.0 - p.beta, "filter_below": p.filter_below, "columns": columns,
             "stride_dz": dz.stride(0), "TARGET": run.code, "UNIFORM": run.uniform,
@@ -437,7 +197,7 @@ class _Chunks:
             known = run.indices.shape[1]
             rows.put_rows[(count,)](
                 dz, run.indices[part], self.slope, run.counted[part] if run.masked else run.counted, run.vocabulary, known,
-                dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **_FUSED,
+                dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
             )  # fmt: skip
         if hidden is not None:
             dz = dz[:, : run.vocabulary]
@@ -462,10 +222,10 @@ class _Chunks:
             scratch.give(out)
 
 
-class _Recompute:
+class Recompute:
     """The recompute plan."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         self.run, s, p = run, run.shapes, run.problem
         scratch, n = run.scratch, run.n
         self.everything = slice(0, n)
@@ -534,7 +294,7 @@ class _Recompute:
             "PRECISION": tuning.precision(run.target, run.shapes.wide),
             "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
             "num_warps": tile.warps, "num_stages": tile.stages,
-            **run.projections(), **_FUSED,
+            **run.projections(), **FUSED,
         }  # fmt: skip
 
     def _statistics(self) -> None:
@@ -552,7 +312,7 @@ class _Recompute:
             recompute.pick_labels[(run.n,)](
                 self.hidden_s, self.weight_s, run.student.bias, run.labels, run.label_z, run.student.inner, run.student.outer,
                 run.vocabulary, self.hidden_s.shape[1], self.hidden_s.stride(0), self.weight_s.stride(0),
-                HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **_FUSED,
+                HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **FUSED,
             )  # fmt: skip
         run.combine(partial, self.everything, parts, run.row["lse_s"], s.teacher_sums, True)
         run.scratch.give(partial)
@@ -564,7 +324,7 @@ class _Recompute:
         dz = self.dz if gradient else run.zero
         options = self._common(tile) | {"LABELS": run.labelled and gradient}
         recompute.loss_tiles[grid](
-            counted_ptr=run.counted, **{f"{name}_ptr": out[name] for name in _BASES}, factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
+            counted_ptr=run.counted, **{f"{name}_ptr": out[name] for name in BASES}, factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
             partial_ptr=self.losses, skipped_ptr=self.skipped, beta_t=p.beta, beta_s=1.0 - p.beta, filter_below=p.filter_below,
             begin=first, last=last, tiles=self.tiles, stride_dz=self.block, TARGET=run.code, UNIFORM=run.uniform,
             GRADIENT=gradient, NLL=run.nll and gradient, FILTER=run.filter and gradient, MASKED=run.masked, **options,
@@ -587,22 +347,12 @@ class _Recompute:
 def _multiply_widened(
     out: torch.Tensor, dz: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor, add: bool, scratch: Workspace
 ) -> None:
-    """``out (+)= dz @ weight`` in float32, a tile of the weight widened at a time."""
+    """Computes ``out (+)= dz @ weight`` in float32, widening one tile of the weight at a time."""
     for first in range(0, weight.shape[0], TILE_ROWS):
         tile = widened(weight, dz.dtype, first, TILE_ROWS, buffer)
         multiply(out, dz[:, first : first + TILE_ROWS], tile, add or first > 0, scratch)
 
 
 def _inner(tensor: torch.Tensor, scratch: Workspace) -> torch.Tensor:
-    """With neighbouring columns next to each other."""
+    """Returns ``tensor`` with contiguous rows, copied into the workspace if necessary."""
     return tensor if tensor.stride(1) == 1 else scratch.count(tensor.contiguous())
-
-
-def _or(tensor: torch.Tensor | None, part: slice, otherwise: torch.Tensor) -> torch.Tensor:
-    return otherwise if tensor is None or tensor is otherwise else tensor[part]
-
-
-def _weighted(factor: torch.Tensor, values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Sum of factor times value over counted rows, in float64; a factor of 0 silences what is not finite."""
-    terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
-    return (terms if counted is None else torch.where(counted, terms, 0.0)).sum()

@@ -14,7 +14,7 @@ from vocab_losses import ROWS, VOCABULARY, assert_as_exact_as_torch, divergence,
 from undo_core import ops
 
 pytestmark = [
-    pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
+    pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
     pytest.mark.usefixtures("small_tiles", "ran_in_cpp"),
 ]
 

@@ -16,7 +16,7 @@ from vocab_losses import VOCABULARY, divergence, draw, gradients, logits
 from undo_core import ops
 
 pytestmark = [
-    pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
+    pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
     pytest.mark.usefixtures("small_tiles"),
 ]
 
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
 def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
     if not tiles:
-        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
+        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
     h, w, th, tw = draw(rows=400, width=32, teacher_width=32, dtype=torch.bfloat16)
     exact = [t.double().requires_grad_() for t in (h, w)]
     wanted = gradients(divergence(logits(*exact), logits(th, tw), "forward").mean(), exact)
@@ -32,7 +32,7 @@ def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
     for plan, workspace in (("chunk", None), ("chunk", 4_000_000), ("chunk", 1_200_000), ("recompute", 800_000)):
         inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         p = Problem(Projection(h, w), "forward", torch.ones(400), teacher=Projection(th, tw), needs=(True, True, False), plan=plan, workspace_bytes=workspace)  # fmt: skip
-        chosen = cpu_plan(p, 400, cpu.losses.has_amx())
+        chosen = cpu_plan(p, 400, cpu.vocab_loss.has_amx())
         seen.add((chosen.accumulator, -(-400 // chosen.rows_per_chunk) > 1))
         got = gradients(ops.linear_kl_div(*inputs, th, tw, plan=plan, workspace_bytes=workspace), inputs)
         for a, b in zip(got, wanted, strict=True):
@@ -55,9 +55,9 @@ def product_that_reads_its_output(mm):
 @pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
 def test_spoilt_memory_does_not_show(tiles, workspace, monkeypatch):
     """Fresh memory may hold NaN."""
-    if tiles and not cpu.losses.has_amx():
+    if tiles and not cpu.vocab_loss.has_amx():
         pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(cpu.losses, "has_amx", lambda: tiles)
+    monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: tiles)
     monkeypatch.setattr(torch, "mm", product_that_reads_its_output(torch.mm))
     h, w, th, tw = draw(400, width=32, teacher_width=32, dtype=torch.bfloat16)
     inputs = [h.requires_grad_(), w.requires_grad_()]

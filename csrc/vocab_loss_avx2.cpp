@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "losses.h"
+#include "vocab_loss.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,7 +18,7 @@
 namespace undo {
 namespace avx2 {
 #include "simd.h"
-#include "losses_rows.h"
+#include "vocab_loss_rows.h"
 #include "rmu_rows.h"
 }  // namespace avx2
 const RowKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile, avx2::rmu_loss};

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "losses.h"
+#include "vocab_loss.h"
 
 // Four lanes: what every 64-bit machine has (SSE2, NEON).
 #define UNDO_LANES 4
@@ -12,7 +12,7 @@
 namespace undo {
 namespace plain {
 #include "simd.h"
-#include "losses_rows.h"
+#include "vocab_loss_rows.h"
 #include "rmu_rows.h"
 }  // namespace plain
 const RowKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile, plain::rmu_loss};

@@ -12,7 +12,7 @@ from vocab_losses import VOCABULARY, assert_as_exact_as_torch, divergence, draw,
 from undo_core import ops
 
 pytestmark = [
-    pytest.mark.skipif(cpu.losses.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
+    pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed"),
     pytest.mark.usefixtures("small_tiles"),
 ]
 
@@ -29,7 +29,7 @@ def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, pl
     """The property of the difference form: the gradient's relative error does not grow as KL goes from 1 to 1e-6."""
     softcap = 30.0
     if not tiles:
-        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
+        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
     if source == "trained":
         teacher, weight, step = trained
     else:
@@ -178,7 +178,7 @@ def test_nan_reaches_its_own_row_and_no_other():
 @pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
 def test_a_sixteen_bit_head_with_a_bias(tiles, monkeypatch):
     if not tiles:
-        monkeypatch.setattr(cpu.losses, "has_amx", lambda: False)
+        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
     h, w, _, _ = draw(rows=20, width=64, dtype=torch.bfloat16)
     bias, labels = torch.zeros(VOCABULARY, dtype=torch.bfloat16), torch.arange(20) * 100
     for plan in ("chunk", "recompute"):

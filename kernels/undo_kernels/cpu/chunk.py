@@ -1,0 +1,232 @@
+"""A chunk of rows of a loss over the vocabulary: what ``csrc/vocab_loss.h`` calls a ``Chunk``, and the mathematics per row."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+from undo_kernels.cpu import plan as plans
+from undo_kernels.cpu.extension import Field, Target, kernels
+from undo_kernels.problem import DENSE, SPARSE, Problem
+from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.sparse import sparse_terms
+
+_ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
+_NOWHERE = 1e30  # base of lanes past the last token: every probability is 0 there
+
+
+class Run(Protocol):
+    """The call that a chunk is part of, as far as the chunk uses it."""
+
+    problem: Problem
+    index: torch.Tensor | None
+    vocabulary: int
+    plan: plans.CpuPlan
+    amx: bool
+    leading: int
+    partial: torch.Tensor
+    per_row: dict[str, torch.Tensor]
+    d_hidden: torch.Tensor
+
+    def narrow_hidden_gradient(self, chunk: Chunk) -> torch.Tensor:
+        """Returns the gradient of the chunk's hidden states from its rounded tiles."""
+        ...
+
+
+class Chunk:
+    """Some rows of a call: their hidden states, online state and factors, padded to whole vectors."""
+
+    def __init__(self, run: Run, start: int, tokens: int) -> None:
+        p = run.problem
+        self.run, self.tokens, self.stride = run, tokens, plans.padded(tokens)
+        self.part = slice(start, start + tokens)
+        self.rows = None if run.index is None else run.index[self.part]
+        dense = p.target in DENSE
+        self.state = torch.zeros(kernels.FIELDS, self.stride, dtype=torch.float64)
+        self.state[[Field.M_S, Field.M_T]] = -math.inf
+        self.state[[Field.TOP_S, Field.TOP_T]] = -1
+        self.state[Field.LABEL] = math.nan
+        self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride, dtype=torch.float32), strict=True))
+        self.row["base_s"].fill_(_NOWHERE)
+        self.row["base_t"].fill_(_NOWHERE)
+        gain = p.student.scale / p.student.temperature
+        self.row["weight"][:tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
+        self.labels = None
+        if p.label_factor is not None:
+            self.row["own"][:tokens] = self.take(p.label_factor) * gain
+            if p.labels is not None:
+                self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
+                self.labels[:tokens] = self.take(p.labels)
+                self.row["label_weight"].copy_(self.row["own"] * (self.labels >= 0))
+        self._hidden: dict[int, torch.Tensor] | None = None
+        self._packed: dict[int, torch.Tensor] | None = None
+        self.d_hidden = None
+        c = self.c = kernels.Chunk()
+        c.tokens, c.stride, c.leading = tokens, self.stride, run.leading
+        c.target = Target["forward" if p.target == "uniform" else p.target if p.target in DENSE else "own"]
+        c.uniform, c.statistics = p.target == "uniform", p.statistics and dense
+        c.beta, c.other = p.beta, 1.0 - p.beta
+        c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
+        self.biases = [_set_shape(c.student, p.student)]
+        if dense:
+            self.biases.append(_set_shape(c.teacher, p.teacher))
+        c.state, c.partial = self.state.data_ptr(), run.partial.data_ptr()
+        for name, row in self.row.items():
+            setattr(c, name, row.data_ptr())
+        c.labels = 0 if self.labels is None else self.labels.data_ptr()
+        self.indices = self.logprobs = None
+        if p.target in SPARSE:
+            known = p.indices.shape[-1]
+            self.indices = torch.full((self.stride, known), -1, dtype=torch.int64)
+            self.indices[:tokens] = self.take(p.indices)
+            self.picked = torch.full((self.stride, known), -math.inf, dtype=torch.float32)
+            c.known, c.indices, c.picked = known, self.indices.data_ptr(), self.picked.data_ptr()
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the chunk's rows of a tensor over all rows."""
+        return tensor[self.part] if self.rows is None else tensor.index_select(0, self.rows)
+
+    def _sides(self) -> list[Projection]:
+        p = self.run.problem
+        return [p.student] + ([p.teacher] if p.target in DENSE else [])
+
+    @property
+    def hidden(self) -> dict[int, torch.Tensor]:
+        """Hidden states of student (0) and teacher (1) in float32, ``[stride, d]``, with zeros past the last token."""
+        if self._hidden is None:
+            p, self._hidden = self.run.problem, {}
+            for which, side in enumerate(self._sides()):
+                # AMX tiles take packed states, but the float32 gradient of a bfloat16 head needs the student's widened ones too.
+                used = which not in self.packed or (which == 0 and p.needs[1] and not self.run.plan.narrow)
+                if used and not isinstance(side, GivenLogits):
+                    self._hidden[which] = self._padded(side.hidden, torch.float32)
+        return self._hidden
+
+    def hidden_sum(self) -> torch.Tensor:
+        """Returns the gradient of the hidden states, summed over tiles in float32, ``[stride, d]``."""
+        if self.d_hidden is None:
+            self.d_hidden = torch.zeros(self.stride, self.run.problem.student.hidden.shape[1], dtype=torch.float32)
+        return self.d_hidden
+
+    @property
+    def packed(self) -> dict[int, torch.Tensor]:
+        """Hidden states whose products run on AMX tiles, ``[d / 2, stride]`` pairs of bfloat16."""
+        if self._packed is None:
+            self._packed = {}
+            for which, side in enumerate(self._sides()):
+                if self.run.amx and plans.tiled(side):
+                    padded = self._padded(side.hidden, torch.bfloat16).contiguous()
+                    self._packed[which] = padded.view(torch.int32).T.contiguous()
+                    if which == 0 and self.run.plan.narrow:
+                        self.narrow_hidden = padded
+        return self._packed
+
+    def _padded(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = self.take(hidden)
+        if rows.dtype == dtype and self.tokens == self.stride:
+            return rows
+        padded = torch.zeros(self.stride, rows.shape[1], dtype=dtype)
+        padded[: self.tokens] = rows
+        return padded
+
+    def finish(self) -> None:
+        """Computes the log-sum-exps, and what the gradient needs of them."""
+        run, p, n = self.run, self.run.problem, self.tokens
+        state = self.state[:, :n]
+        log_sum_s, log_sum_t = state[Field.L_S].log(), state[Field.L_T].log()
+        if run.plan.first_pass:
+            base_s, lse_s = state[Field.M_S], state[Field.M_S] + log_sum_s
+        else:
+            base_s = lse_s = self.take(p.lse_s).double()
+            log_sum_s = torch.zeros_like(lse_s)
+        if p.target in SPARSE:
+            lse_rest, lse_s = lse_s, self._sparse(lse_s)
+            base_s = torch.where(lse_rest > -math.inf, base_s, _NOWHERE)  # no entry but the known ones
+            log_sum_s = torch.where(lse_rest > -math.inf, log_sum_s, 0.0)
+        if p.target == "uniform":
+            self._set("base_t", torch.zeros_like(lse_s))
+            self._set("log_sum_t", torch.full_like(lse_s, math.log(run.vocabulary)))
+            self._set("gap", log_sum_s - math.log(run.vocabulary))
+        elif p.target in DENSE:
+            # Exact near zero; far from it, log1p would see -1 plus a rounding.
+            ratio = state[Field.DIFFERENCE] / state[Field.L_T]
+            gap = torch.where(ratio.abs() < 0.5, ratio.log1p(), log_sum_s - log_sum_t)
+            self._set("base_t", state[Field.M_T])
+            self._set("log_sum_t", log_sum_t)
+            self._set("gap", gap)
+            if p.target == "reverse":  # an infinite divergence has a gradient without a limit
+                kl = (state[Field.CROSS] / state[Field.L_S] - gap).clamp_min(0)
+                self._set("offset", torch.where(kl == math.inf, math.nan, kl))
+            self._put("lse_t", state[Field.M_T] + log_sum_t)
+        self._set("base_s", base_s)
+        self._set("log_sum_s", log_sum_s)
+        self.lse_s = lse_s
+        self._put("lse_s", lse_s)
+        if p.statistics and p.target in DENSE:
+            self._put("entropy", log_sum_t - state[Field.ENERGY] / state[Field.L_T])
+            self._put("agreement", (state[Field.TOP_S] == state[Field.TOP_T]).double())
+        if p.label_factor is not None and self.labels is None:
+            self._put("nll", lse_s)
+
+    def _set(self, name: str, values: torch.Tensor) -> None:
+        self.row[name][: self.tokens] = values
+
+    def mix(self) -> None:
+        """Takes over KL(s || m) of the JSD, which the gradient subtracts; the loss pass that follows sums again."""
+        self._set("offset", self.state[Field.MIXED, : self.tokens])
+        self.state[[Field.VALUE, Field.MIXED]] = 0
+
+    def close(self) -> None:
+        """Writes the chunk's rows to the outputs and frees its arrays."""
+        p, n = self.run.problem, self.tokens
+        if p.target in (*DENSE, "uniform"):
+            self._put("divergence", self.state[Field.VALUE, :n])
+        if self.labels is not None:
+            label = self.state[Field.LABEL, :n]
+            self._put("nll", self.lse_s - torch.where(self.labels[:n] < 0, 0.0, label))
+        if self.run.plan.narrow and p.needs[0]:
+            self.d_hidden = self.run.narrow_hidden_gradient(self)
+        elif p.needs[0] and not isinstance(p.student, GivenLogits):
+            self.hidden_sum()  # zeros where every block was skipped
+        if self.d_hidden is not None:
+            gradient = self.d_hidden[:n]
+            if self.rows is None:
+                self.run.d_hidden[self.part].copy_(gradient)
+            else:
+                self.run.d_hidden.index_copy_(0, self.rows, gradient.to(self.run.d_hidden.dtype))
+        self._hidden = self._packed = self.narrow_hidden = self.d_hidden = None
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        out = self.run.per_row[name]
+        if self.rows is None:
+            out[self.part] = values.float()
+        else:
+            out.index_copy_(0, self.rows, values.float())
+
+    def _sparse(self, lse_rest: torch.Tensor) -> torch.Tensor:
+        """Sets divergence, gradient at the known entries and the factor of the rest's gradient; returns the log-sum-exp over all entries."""
+        p, n = self.run.problem, self.tokens
+        gain = p.student.scale / p.student.temperature
+        z = self.picked[:n].double()
+        terms = sparse_terms(z, self.indices[:n], self.take(p.logprobs), lse_rest, p.target, self.run.vocabulary)
+        factor = self.take(p.factor).double() * gain
+        # The gradient of the rest is divided among its entries as the student's probability is.
+        self._set("own", factor * terms.rest)
+        chain = 1.0
+        if p.student.softcap is not None:
+            chain = 1 - torch.where(self.indices[:n] >= 0, z * p.student.temperature / p.student.softcap, 0.0) ** 2
+        self.picked[:n] = (terms.slope * chain * factor[:, None]).float()
+        self._put("divergence", terms.divergence)
+        return terms.lse
+
+
+def _set_shape(shape: object, side: Projection) -> torch.Tensor | None:
+    """Copies a head's options into ``shape`` and returns the bias in float32, which the caller keeps alive."""
+    shape.scale, shape.cap, shape.temperature = side.scale, side.softcap or 0.0, side.temperature
+    if side.bias is None:
+        return None
+    bias = side.bias.float().contiguous()
+    shape.bias = bias.data_ptr()
+    return bias

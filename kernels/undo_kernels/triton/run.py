@@ -1,0 +1,238 @@
+"""What the passes of one call share: the rows that are processed, their inputs and outputs, and the gradients.
+
+float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of the
+float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound; they keep room
+for 128 times the factor and saturate there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
+from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.triton import rows, tuning
+from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
+from undo_kernels.triton.products import Workspace, multiply, product_dtype
+from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
+
+FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
+OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
+BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # what the loss kernels take of a row
+_TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
+
+
+class Head:
+    """Student or teacher, as the kernels take it."""
+
+    def __init__(self, side: Projection) -> None:
+        self.side = side
+        self.given = isinstance(side, GivenLogits)
+        self.hidden, self.weight = side.hidden, side.weight
+        self.product = product_dtype(side.hidden, side.weight)
+        self.capped = side.softcap is not None
+        self.gain = side.scale / side.temperature
+        self.inner = side.scale / side.softcap if self.capped else self.gain
+        self.outer = side.softcap / side.temperature if self.capped else 1.0
+        self.has_bias = side.bias is not None
+        self.bias = side.bias.contiguous() if self.has_bias else side.hidden
+
+
+class Run:
+    """One call: what its passes share."""
+
+    def __init__(self, problem: Problem, scratch: Workspace) -> None:
+        p = self.problem = problem
+        self.scratch, self.device = scratch, p.student.hidden.device
+        self.target = tuning.target_of(self.device)
+        self.shapes = s = Shapes(p, self.target)
+        self.plan: GpuPlan = gpu_plan(p, self.target)
+        self.n, self.vocabulary = s.rows, s.vocabulary
+        self.student = Head(p.student)
+        self.teacher = Head(p.teacher) if s.dense else None
+        self.code = _TARGETS.get(p.target, OWN.value)
+        self.uniform, self.pair = p.target == "uniform", p.target in (*DENSE, "uniform")
+        self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
+        self.filter = p.filter_below > 0 and s.gradient
+        self._select()
+        self._rows()
+        self._gradients()
+
+    def _select(self) -> None:
+        """Chooses the rows to process: all, all with some skipped, or the counted ones, moved together in a stable order."""
+        p, count = self.problem, self.problem.rows
+        self.index = self.place = self.live = None
+        if not self.shapes.compacted:
+            self.live = p.counted
+        else:
+            position = p.counted.long().cumsum(0) - 1
+            target = torch.where(p.counted & (position < self.n), position, self.n)
+            rows_of = torch.arange(count, device=self.device)
+            index = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device).scatter_(0, target, rows_of)[: self.n]
+            self.live = torch.arange(self.n, device=self.device) < p.counted.sum()
+            self.index = torch.where(self.live, index, 0)
+            self.place = torch.where(self.live, index, count)  # rows past the count go to a row that is cut off
+        self.masked = self.live is not None
+        self.counted = self.live.to(torch.uint8) if self.masked else torch.ones(1, dtype=torch.uint8, device=self.device)
+
+    def _take(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
+
+    def _rows(self) -> None:
+        """Collects the inputs of the rows and allocates their outputs."""
+        p, n = self.problem, self.n
+        self.zero = torch.zeros(1, device=self.device)
+        self.row = {name: self.zero.new_zeros(n) for name in (*OUTPUTS, *BASES)}
+        self.labels = self._take(p.labels) if self.labelled else None
+        self.label_z = torch.full((n,), torch.nan, device=self.device) if self.labelled else self.zero
+        self.known_s, self.known_t = self._take(p.lse_s), self._take(p.lse_t)
+        self.indices, self.logprobs = self._take(p.indices), self._take(p.logprobs)
+        self.scale = None
+        self.factor = self.own = self.at_label = self.zero
+        self.skipped = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if not self.shapes.gradient:
+            return
+        factor = self._take(p.factor).float() * self.student.gain
+        own = self._take(p.label_factor).float() * self.student.gain if self.nll else torch.zeros_like(factor)
+        if not self.student.given and self.student.product == torch.float16:
+            bound = (factor.abs() + own.abs()) if not self.masked else torch.where(self.live, factor.abs() + own.abs(), 0.0)
+            bound = bound.amax() if n else self.zero[0]
+            room = 2.0**9 if p.target == "reverse" else 2.0**15
+            self.scale = torch.exp2(torch.floor(torch.log2(room / bound.clamp(1e-30, 1e30))) + 0 * bound)
+            factor, own = factor * self.scale, own * self.scale
+        self.factor, self.own = factor, own
+
+    def _gradients(self) -> None:
+        p, n = self.problem, self.n
+        new = self.zero.new_empty
+        needs_hidden, needs_weight, needs_bias = p.needs
+        hidden, weight = p.student.hidden, p.student.weight
+        self.d_hidden = self.d_weight = self.d_bias = new(0)
+        if self.student.given:
+            self.given = hidden if hidden.stride(1) == 1 else self.scratch.count(hidden.contiguous())
+            if needs_hidden:
+                self.d_hidden = self.given if p.inplace else new(hidden.shape, dtype=gradient_dtype(hidden.dtype))
+        elif needs_hidden:
+            dtype = gradient_dtype(hidden.dtype)
+            extra = self.index is not None
+            self.d_hidden = (self.zero.new_zeros if extra else new)((p.rows + extra, hidden.shape[1]), dtype=dtype)
+        if needs_weight:
+            self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
+            self.d_weight[self.vocabulary if n else 0 :].zero_()
+        if needs_bias:
+            self.d_bias = self.scratch.take(p.student.bias.shape[0]).zero_()
+
+    def result(self) -> Result:
+        """Returns what came out, after the passes of the plan."""
+        p, out = self.problem, self.row
+        if self.scale is not None:
+            for gradient in (self.d_hidden, self.d_weight, self.d_bias):
+                gradient.div_(self.scale)
+        if self.index is not None:
+            spread = self.zero.new_zeros(len(OUTPUTS), p.rows + 1)
+            spread.index_copy_(1, self.place, torch.stack([out[name] for name in OUTPUTS]))
+            out = {name: values[: p.rows].clone() for name, values in zip(OUTPUTS, spread, strict=True)}
+            self.d_hidden = self.d_hidden[: p.rows]
+        if self.student.given and p.inplace and p.needs[0] and self.given is not p.student.hidden:
+            self.d_hidden = p.student.hidden.copy_(self.given)
+        none = self.zero.new_empty(0)
+        total = _weighted(p.factor, out["divergence"], p.counted)
+        if self.nll:
+            total = total + _weighted(p.label_factor, out["nll"], p.counted)
+        filtered = self.zero.new_zeros(2)
+        if self.filter:
+            count = self.live.sum().clamp_min(1) if self.masked else max(self.n, 1)
+            norm = self.skipped[1].sqrt() / (1.0 if self.scale is None else self.scale)
+            filtered = torch.stack([self.skipped[0] / (count * self.vocabulary), norm]).float()
+        return Result(
+            total=total.float(),
+            divergence=out["divergence"],
+            nll=out["nll"] if self.nll else none,
+            lse_s=out["lse_s"],
+            lse_t=out["lse_t"] if self.shapes.dense else none,
+            teacher_entropy=out["entropy"] if p.statistics else none,
+            top1_agreement=out["agreement"] if p.statistics else none,
+            filtered=filtered,
+            d_hidden=self.d_hidden,
+            d_weight=self.d_weight,
+            d_bias=self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias,
+        )
+
+    def hidden(self, head: Head, part: slice, clear: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns rows of hidden states in the product's dtype, and the copy if rows had to be moved, cleared or cast.
+
+        Rows that do not count are cleared because their gradient is 0, and 0 * NaN would reach d_weight.
+        """
+        clear = clear and self.masked
+        if self.index is not None:
+            taken = head.hidden.index_select(0, self.index[part]).to(head.product)
+            if clear:
+                taken.masked_fill_(~self.live[part, None], 0.0)
+        elif clear:
+            taken = torch.where(self.live[part, None], head.hidden[part], 0.0).to(head.product)
+        elif head.hidden.dtype != head.product:
+            taken = head.hidden[part].to(head.product)
+        else:
+            return head.hidden[part], None
+        return taken, self.scratch.count(taken)
+
+    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
+        """Computes log-sum-exps, their difference, the offset of reverse KL and the nll of some rows; ``teacher``: its sums exist."""
+        s, out = self.shapes, self.row
+        count = lse_s.shape[0]
+        p = self.problem
+        rows.combine_rows[(count,)](
+            partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
+            part_or(self.label_z, part, self.zero), part_or(self.known_s, part, self.zero), part_or(self.known_t, part, self.zero),
+            lse_s, out["lse_t"][part], *(out[name][part] for name in BASES), out["nll"][part], out["entropy"][part],
+            out["agreement"][part], self.vocabulary, parts, partial.shape[1] * partial.shape[2],
+            STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
+            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles,
+            PAIR=self.pair, UNIFORM=self.uniform, NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
+            BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **FUSED,
+        )  # fmt: skip
+
+    @property
+    def crossed(self) -> bool:
+        return self.problem.target == "reverse" and self.shapes.gradient
+
+    def label_gradient(self, part: slice) -> torch.Tensor:
+        """Returns the gradient of the nll at the label of each row, before the softcap's derivative: p - 1 without cancellation."""
+        if not (self.labelled and self.shapes.gradient):
+            return self.zero
+        return (self.own[part].double() * torch.expm1(-self.row["nll"][part].double())).float()
+
+    def put_divergence(self, part: slice, value: torch.Tensor) -> None:
+        self.row["divergence"][part] = value if not self.masked else torch.where(self.live[part], value, 0.0)
+
+    def projections(self) -> dict[str, Any]:
+        """Returns the options of the two heads that all kernels take."""
+        t = self.teacher or self.student
+        s = self.student
+        return {
+            "inner_s": s.inner, "outer_s": s.outer, "inner_t": t.inner, "outer_t": t.outer,
+            "BIAS_S": s.has_bias, "CAPPED_S": s.capped, "BIAS_T": t.has_bias, "CAPPED_T": t.capped,
+        }  # fmt: skip
+
+    def products_of_gradient(self, dz: torch.Tensor, hidden: torch.Tensor, part: slice, sums: torch.Tensor, add: bool) -> None:
+        """Computes ``d_weight (+)= dz.T @ hidden`` and adds to d_bias, of ``dz[rows, part of the vocabulary]``."""
+        if self.problem.needs[1]:
+            multiply(sums[part], dz.T, hidden, add, self.scratch)
+        if self.problem.needs[2]:
+            self.d_bias[part] += dz.sum(0, dtype=torch.float32)
+
+
+def part_or(tensor: torch.Tensor | None, part: slice, otherwise: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a tensor, or ``otherwise`` where there is none."""
+    return otherwise if tensor is None or tensor is otherwise else tensor[part]
+
+
+def _weighted(factor: torch.Tensor, values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Returns the sum of factor times value over counted rows, in float64; a factor of 0 also removes a value that is not finite."""
+    terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
+    return (terms if counted is None else torch.where(counted, terms, 0.0)).sum()

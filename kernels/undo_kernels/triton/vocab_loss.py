@@ -1,0 +1,48 @@
+"""The losses over the vocabulary on GPUs: ``run.py`` holds what a call shares, ``passes.py`` drives the kernels of each plan.
+
+The kernels are in ``rows.py`` (on logits) and ``recompute.py`` (on tiles that are projected again), and their elements in ``tiles.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from undo_kernels.library import register
+from undo_kernels.problem import Problem, Result
+from undo_kernels.record import Call, record, recording
+from undo_kernels.triton.device import current
+from undo_kernels.triton.passes import Chunks, Recompute
+from undo_kernels.triton.products import Workspace
+from undo_kernels.triton.run import Run
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@register("vocab_loss", "triton")
+@torch.no_grad()
+def vocab_loss(problem: Problem) -> Result:
+    """Returns the problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
+    return run(problem, Workspace(problem.student.hidden.device))
+
+
+def run(problem: Problem, scratch: Workspace) -> Result:
+    """Computes :func:`vocab_loss` with a workspace that the caller holds.
+
+    Raises:
+        RuntimeError: the tensors are not on a GPU, and Triton does not interpret its kernels.
+        TypeError: float64 inputs.
+    """
+    hidden = problem.student.hidden
+    if hidden.device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
+    if hidden.dtype == torch.float64:
+        raise TypeError("dtype: got torch.float64, wanted float32, bfloat16 or float16 on the triton backend")
+    with current(hidden.device):
+        call = Run(problem, scratch)
+        if recording():
+            plan, form = "inplace" if problem.inplace else call.plan.name, "interpreted" if INTERPRETED else ""
+            record(Call("vocab_loss", "triton", plan, form, call.n, call.vocabulary, call.shapes.gradient))
+        if call.n:
+            (Recompute if call.plan.name == "recompute" else Chunks)(call).passes()
+        return call.result()
