@@ -135,7 +135,7 @@ def train(
     bfloat16(-stochastic)  adamw-4bit      2        2         1.06       5.06
     float32                sgd             4        4         4          12
     float32                adafactor       4        4         0          8
-    any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; adamw's other tensors and a copy of the weights on the host
+    any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; on the host the rest of adamw and the weights
     =====================  ==============  =======  ========  =========  =====
 
     Gradients of micro-batches are accumulated in float32 with float32 and bfloat16-master, and in bfloat16 with the other two
