@@ -1,4 +1,4 @@
-"""Settings of an attack, and the grid that it tries."""
+"""Settings of an attack and of its grid."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Literal
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
 
-HEADLINE = "relearn"  # name of the attack that reports quote; further ones have names of their own
+HEADLINE = "relearn"  # name of the main attack in reports; further attacks have names of their own
 KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
-NEEDS = {"lora": "peft", "quantise": "torchao"}  # packages of the extra "attacks"
+NEEDS = {"lora": "peft", "quantise": "torchao"}  # packages installed by the extra "attacks"
 SOURCES = ("forget", "retain")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of low rank: ``W + alpha / rank * B A``, of which A and B are trained.
+    """Low-rank adapters: ``W + alpha / rank * B A``, where A and B are trained.
 
     Attributes:
-        rank: of the product.
-        alpha: factor on it, over the rank.
-        targets: names of the adapted linear layers, such as q_proj; empty for all but the head.
+        rank: rank of the product ``B A``.
+        alpha: numerator of the factor on the product.
+        targets: names of the adapted linear layers, such as q_proj; empty for all except the head.
     """
 
     rank: int = 8
@@ -45,10 +45,10 @@ class Trial:
     """One point of an attack's grid.
 
     Attributes:
-        rate: learning rate, of an attack that trains.
-        shots: solved examples before the prompt, of fewshot.
-        bits: of a weight, of quantise.
-        order: which of the ``seeds`` orders of the data (from 0).
+        rate: learning rate; None for an attack that does not train.
+        shots: number of solved examples before the prompt, for fewshot.
+        bits: bits per weight, for quantise.
+        order: index (from 0) of the data order, or of the draw of examples, among ``seeds`` of them.
     """
 
     rate: float | None = None
@@ -58,7 +58,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Such as rate-0.001, rate-0.001-seed-1, shots-4 or int4."""
+        """Name such as rate-0.001, rate-0.001-seed-1, shots-4 or int4."""
         if self.bits is not None:
             return f"int{self.bits}"
         tried = f"rate-{self.rate:g}" if self.shots is None else f"shots-{self.shots}"
@@ -67,32 +67,36 @@ class Trial:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """An attack and its grid; the worst case over the grid counts.
+    """Settings of an attack and its grid. The result is the worst case over the grid.
 
     Attributes:
-        kind: finetune trains all weights, lora adapters (the extra ``attacks``), which are then merged; fewshot puts solved forget
-            examples before the prompt; quantise rounds the weights (the extra ``attacks``). The last two train nothing.
+        kind: finetune trains all weights; lora trains adapters, which are then merged; fewshot puts solved forget examples
+            before the prompt; quantise rounds the weights. The last two train nothing. lora and quantise need the extra
+            ``attacks``.
         rates: learning rates of the grid, constant after one step of warm-up.
-        evaluate_at: steps at which the attacked model is evaluated; the last is the attack's length.
-        headline_step: the step whose worst case is quoted; one of ``evaluate_at``.
-        extend: how often the grid may grow by a factor 2 at the end where the worst rate lies.
-        mix: shares of a step's rows from forget and retain, in whole rows; ``{retain: 1}`` is benign fine-tuning.
-        batch_size: rows in a step.
+        evaluate_at: steps at which the attacked model is evaluated; the last is the length of the attack.
+        headline_step: step whose worst case reports quote; one of ``evaluate_at``.
+        extend: how many rates may be added, each by a factor of 2 beyond the end of the grid where the worst rate lies.
+        mix: shares of the rows of a step that come from forget and from retain, rounded to whole rows; ``{retain: 1}`` is
+            benign fine-tuning.
+        batch_size: rows per step.
         micro_batch_size: as in :class:`~undo_core.training.TrainConfig`, for each source.
         clip: largest norm of the gradient.
         weight_decay: as in :class:`~undo_core.training.TrainConfig`.
-        beta1: of AdamW; the momentum of sgd.
-        precision: of the weights, as in :class:`~undo_core.training.TrainConfig`; the published attack is bfloat16, rounded to nearest.
+        beta1: decay of the first moment of AdamW; the momentum of sgd.
+        precision: as in :class:`~undo_core.training.TrainConfig`; the published attack uses bfloat16, rounded to nearest.
         optimizer: as in :class:`~undo_core.training.TrainConfig`.
         step_in_backward: as in :class:`~undo_core.training.TrainConfig`.
         activation_checkpointing: as in :class:`~undo_core.training.TrainConfig`.
         attention: as in :class:`~undo_core.training.TrainConfig`.
         lora: settings of lora alone.
-        shots: numbers of examples of the grid of fewshot.
-        bits: of a weight, the grid of quantise, from 2 to 8; 8 has one scale for each row of a matrix, fewer one for each group.
-        group_size: columns that share a scale, with fewer than 8 bits.
-        seeds: how many data orders are tried at each rate, or draws of the examples; the worst one counts, all are kept.
-        seed: of the first data order, the examples and the adapters; None derives it from the run's seed.
+        shots: grid of fewshot: numbers of examples.
+        bits: grid of quantise: bits per weight, from 2 to 8. With 8 bits each row of a matrix has a scale, with fewer each
+            group.
+        group_size: number of columns that share a scale, with fewer than 8 bits.
+        seeds: number of data orders to try at each rate, or of draws of the examples; the worst one counts, and all are
+            recorded.
+        seed: seed of the first data order, the examples and the adapters; None derives it from the run's seed.
     """
 
     kind: Literal["finetune", "lora", "fewshot", "quantise"] = "finetune"
@@ -137,14 +141,14 @@ class AttackConfig:
 
     @property
     def trains(self) -> bool:
-        """Whether it changes weights by gradient descent."""
+        """Whether the attack trains weights by gradient descent."""
         return self.kind in TRAINED
 
     def rows(self) -> dict[str, int]:
-        """Rows of a step from each source of the mix.
+        """Number of rows of a step from each source of the mix.
 
         Raises:
-            ValueError: an unknown source, a share that is no number > 0, or so small a one that it is no row.
+            ValueError: an unknown source, a share that is not a finite number > 0, or a share that rounds to no row.
         """
         if not self.mix or set(self.mix) - set(SOURCES) or not all(0 < share < math.inf for share in self.mix.values()):
             raise ValueError(
@@ -159,13 +163,13 @@ class AttackConfig:
         return {name: rows[name] for name in SOURCES if name in self.mix}
 
     def training(self, rate: float) -> TrainConfig:
-        """The training settings of one rate of the grid."""
+        """Training settings of the attack at one learning rate."""
         shared = {field.name for field in dataclasses.fields(TrainConfig)} & {field.name for field in dataclasses.fields(self)}
         settings = {name: getattr(self, name) for name in shared}
         return TrainConfig(steps=self.evaluate_at[-1], lr=rate, warmup=1, **settings)
 
     def trials(self, rates: Sequence[float] | None = None) -> list[Trial]:
-        """The grid: as configured, or with other rates."""
+        """Trials of the grid, with the configured rates or with ``rates``."""
         if self.kind == "quantise":
             return [Trial(bits=bits) for bits in self.bits]
         orders = range(self.seeds)
@@ -174,18 +178,18 @@ class AttackConfig:
         return [Trial(rate=rate, order=order) for rate in (self.rates if rates is None else rates) for order in orders]
 
     def at(self, trial: Trial) -> AttackConfig:
-        """This attack with the seed of the trial's data order, and its rate alone where it has one."""
+        """Settings of one trial: the seed of its data order and, if it has a rate, only that rate."""
         rates = self.rates if trial.rate is None else [trial.rate]
         return dataclasses.replace(self, seed=(self.seed or 0) + trial.order, rates=rates)
 
 
 def with_seed(config: AttackConfig, seed: int) -> AttackConfig:
-    """``config`` with its seed set, where it has none."""
+    """Returns ``config`` with the given seed if it has none."""
     return config if config.seed is not None else dataclasses.replace(config, seed=seed)
 
 
 def check_installed(kind: str) -> None:
-    """Raise a ModuleNotFoundError where the package that an attack needs is missing."""
+    """Raises a ModuleNotFoundError if a package that the attack needs is not installed."""
     package = NEEDS.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[attacks]', or leave it out")

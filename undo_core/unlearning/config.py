@@ -1,4 +1,4 @@
-"""Settings of the unlearning stage: those of every method, and one field for each method that has its own."""
+"""Settings of the unlearning stage: common ones, and a field for each method that has settings of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from undo_core.training.config import TrainConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Entry
 
-for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # whatever registers a method
+for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # importing a module registers its methods
     importlib.import_module(f"{__package__}.{found.name}")
 
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
@@ -27,11 +27,13 @@ class _Common:
     Attributes:
         method: {methods}.
         retain_weight: factor on the retain term.
-        retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept.
-        vocab_size: number of real tokens, where the head has more rows than that: MaxEnt's uniform is over these. None is all rows; a
-            run and ``undo unlearn`` take the tokenizer's. Cross-entropies are over all rows, as transformers computes them.
-        forget_rows: only this many of the labelled forget rows, the first, are used; None uses all.
-        robust: what is wrapped around the method against relearning: none, {robust}.
+        retain_loss: the retain term: cross-entropy, or kl, the KL divergence from the original model, which keeps a copy of it
+            in memory.
+        vocab_size: number of real tokens if the head has more rows; MaxEnt's uniform distribution is over these. None for all
+            rows; a run and ``undo unlearn`` take the tokenizer's number. Cross-entropies are over all rows, as transformers
+            computes them.
+        forget_rows: number of labelled forget rows to use, from the first; None for all.
+        robust: wrapper around the method that makes it more robust to relearning: none, {robust}.
         train: optimizer, rates, batch sizes.
     """
 
@@ -62,17 +64,20 @@ class _Common:
                 entry.check(self)
 
     def entries(self) -> list[Entry]:
-        """The method, and what is wrapped around it."""
+        """Registered entries of the method and of its wrapper, if any."""
         return [METHODS[self.method], *([] if self.robust == "none" else [ROBUST[self.robust]])]
 
     @property
     def title(self) -> str:
-        """The method in a word."""
+        """Short name of the method with its wrapper."""
         return self.method if self.robust == "none" else f"{self.method}+{self.robust}"
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values, without what has no say: settings of what is not used, and what is absent by default."""
-        used = {self.method, self.robust, "rmu"}  # those of rmu have always been there
+        """The settings that change the result, as JSON values.
+
+        Settings of other methods are left out, and some common ones that have their default.
+        """
+        used = {self.method, self.robust, "rmu"}  # rmu settings are always written, as in earlier versions
         unused = {name for name, entry in {**METHODS, **ROBUST}.items() if entry.settings} - used
         defaults = (("vocab_size", None), ("forget_rows", None), ("robust", "none"), ("retain_loss", "cross-entropy"))
         absent = {name for name, value in defaults if getattr(self, name) == value}
