@@ -42,7 +42,7 @@ def draw(settings: Sequence[Setting], points: Points) -> dict[str, bytes]:
 
 
 def overview(settings: Sequence[Setting], points: Points) -> Figure:
-    """Bars of retain and forget performance of unlearn only and UNDO, by method, before (light) and after the attack (solid)."""
+    """Bars of retain and forget performance of unlearn only and UNDO, before (light) and after the attack (solid)."""
     report = settings[0].report
     labels = [setting.label for setting in settings]
     figure, panels = new_figure(max(5.8, 1.9 + 1.05 * len(labels)), 5.6, 2, 1, sharex=True)
