@@ -48,7 +48,7 @@ BATCH_SIZE = 128
 CHECKED_ROWS = 64
 STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in units of their standard deviation
 
-Column = tuple[torch.dtype, int]  # of a stored tensor: its dtype, and its entries per position
+Column = tuple[torch.dtype, int]  # dtype of a stored tensor, and its entries per position
 
 
 def cache_teacher(

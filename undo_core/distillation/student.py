@@ -35,7 +35,7 @@ def distill(
     progress: bool = True,
     **train_options: Any,
 ) -> TrainResult:
-    """Train ``student`` in place to match ``teacher``: forward KL(teacher || student) at temperature 1 on every token.
+    """Trains ``student`` in place to match ``teacher``: forward KL(teacher || student) at temperature 1 on every token.
 
     Args:
         student: the damaged model; trained in place. Of a ``PeftModel`` only the adapters are trained.

@@ -88,7 +88,7 @@ def train(
     title: str = "training",
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place.
+    """Trains ``model`` in place.
 
     Args:
         model: already on its device. Every parameter is converted to ``config.precision`` and to contiguous memory at the
