@@ -1,4 +1,7 @@
-"""The attacks: fine-tuning with all weights or with adapters, prompting, quantisation. Training ones run in :mod:`undo_core.attacks.relearning`."""
+"""Attacks on unlearning: fine-tuning of all weights or of adapters, few-shot prompting, and quantisation.
+
+The attacks that train are in :mod:`undo_core.attacks.relearning`.
+"""
 
 from undo_core.attacks.config import AttackConfig, LoraConfig, Trial
 from undo_core.attacks.grid import worst_of

@@ -1,4 +1,4 @@
-"""From an attack's curves to its worst case, and to the next rate of its grid."""
+"""Worst case of an attack over its grid, and the extension of the grid."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
 
-Curve = list[dict[str, Any]]  # points with their ``step`` and their ``forget`` performance, a number or an evaluation
+Curve = list[dict[str, Any]]  # each point has ``step`` and ``forget``, a performance given as a number or as an evaluation
 
 
 def explore(config: AttackConfig, curve_of: Callable[[Trial], Curve], higher_is_better: bool) -> dict[Trial, Curve]:
-    """Try the grid, and extend it by rates while the worst one is its end and ``config.extend`` allows it."""
+    """Runs the grid, and adds rates while the worst rate is at an end of the grid and ``config.extend`` allows it."""
     curves: dict[Trial, Curve] = {}
     trials = config.trials()
     while trials:
@@ -23,7 +23,7 @@ def explore(config: AttackConfig, curve_of: Callable[[Trial], Curve], higher_is_
 
 
 def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better: bool) -> float | None:
-    """The rate beyond the end of the grid where the worst one lies, at the headline step; None where it is inside."""
+    """Returns the rate to add beyond the end of the grid if the worst rate at the headline step is there, else None."""
     if not config.trains:
         return None
     headline: dict[float, list[float]] = {}
@@ -35,12 +35,12 @@ def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better
 
 
 def may_grow(config: AttackConfig, curves: dict[Trial, Curve]) -> bool:
-    """Whether another rate is allowed."""
+    """Whether ``config.extend`` allows another rate."""
     return len({trial.rate for trial in curves}) < len(config.rates) + config.extend
 
 
 def extension_of(headline: dict[float, float], higher_is_better: bool) -> float | None:
-    """The rate to add when the worst of ``{rate: forget performance}`` is an end of the grid; None when it is inside."""
+    """Returns the rate to add if the worst of ``{rate: forget performance}`` is at an end of the grid, else None."""
     ordered = sorted(headline)
     harms = {rate: harm(value, higher_is_better) for rate, value in headline.items()}
     worst_rates = [rate for rate in ordered if harms[rate] == max(harms.values())]
@@ -50,23 +50,27 @@ def extension_of(headline: dict[float, float], higher_is_better: bool) -> float 
 
 
 def harm(forget: float, higher_is_better: bool) -> float:
-    """What the worst case is the largest of: the forget performance, a loss with its sign turned; a model whose evaluation is not
-    finite has recovered nothing, and harms least."""
+    """Returns the success of an attack: the forget performance, negated if it is a loss. The worst case maximises it.
+
+    A model whose evaluation is not finite has recovered nothing, so the result is ``-inf``.
+    """
     if not math.isfinite(forget):
         return -math.inf
     return forget if higher_is_better else -forget
 
 
 def worst_of(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any] | None:
-    """The worst case of a model over all its attacks, each at its own headline step: what reports show at the run's.
+    """Returns the worst case of a model over all its attacks, each at its own headline step.
+
+    Reports show this value at the run's headline step.
 
     Args:
-        entry: of the model, in the ``models`` of a results file.
-        metric: of the same file.
+        entry: entry of the model in ``models`` of a results file.
+        metric: ``metric`` of the same file.
 
     Returns:
-        ``attack`` (``relearn`` is the headline attack), ``setting``, ``step``, ``forget`` and ``retain`` of the worst case, and the
-        same of every attack under ``by_attack``; None for a model that is not attacked.
+        ``attack`` (``relearn`` is the headline attack), ``setting``, ``step``, ``forget`` and ``retain`` of the worst case, and
+        the same for every attack under ``by_attack``; None for a model that was not attacked.
     """
     attacks = dict(entry.get("attacks") or {})
     if entry.get("attack"):

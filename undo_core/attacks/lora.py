@@ -1,4 +1,4 @@
-"""Adapters of low rank, by peft: trained alone, then merged, so that a model with its own names is left."""
+"""Low-rank adapters by peft: only they are trained, then merged, so that the model keeps its parameter names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from undo_core.models.adapters import has_adapters
 
 
 def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any, list[nn.Parameter]]:
-    """Put adapters beside the linear layers of ``model`` (``Linear``, or GPT-2's ``Conv1D``), in place; it computes what it did.
+    """Inserts adapters at the linear layers of ``model`` (``Linear``, or GPT-2's ``Conv1D``) without changing its outputs.
 
     Returns:
-        peft's object, whose ``merge_and_unload`` takes them away again, and the parameters to train. All others are frozen.
+        peft's object, whose ``merge_and_unload`` merges and removes the adapters, and the parameters to train. All others are
+        frozen.
 
     Memory: ``rank * (in + out)`` elements for each adapted ``[out, in]`` matrix.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        ValueError: no linear layer has one of the names in ``settings.targets``.
+        ValueError: a name in ``settings.targets`` is not that of a linear layer, or the model has adapters already.
     """
     check_installed("lora")
     if has_adapters(model):
@@ -57,7 +58,7 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
 
 @contextlib.contextmanager
 def adapted(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Iterator[list[nn.Parameter]]:
-    """``model`` with adapters within the block, which yields what of them to train; afterwards with their products in its weights."""
+    """Context in which ``model`` has adapters; yields the parameters to train, and merges the adapters on exit."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuner, parameters = insert(model, settings, seed)
     try:

@@ -1,4 +1,4 @@
-"""Few-shot prompting: solved examples of the forgotten capability stand before each prompt; nothing is trained."""
+"""Few-shot prompting: solved examples of the forgotten capability are put before each prompt; nothing is trained."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def few_shot(
     between: Sequence[int] = (),
     lead: int | Sequence[int] | None = None,
 ) -> tuple[Rows, torch.Tensor]:
-    """Rows with ``shots`` rows of ``examples`` before each, one after the other as in a packed row.
+    """Puts ``shots`` rows of ``examples`` before each row, one after another as in a packed row.
 
-    The examples of a row are different from each other and from the row itself, whose answer would otherwise be there to copy. Where an
-    example ends with the token that the next one begins with, a separator, and nothing stands between, it is there once. The result is
-    read as one text: isolated documents would not see the examples.
+    The examples of a row differ from each other and from the row itself, whose answer could otherwise be copied. If ``between``
+    is empty and an example ends with the token that the next part begins with (a separator), that token is kept once. The
+    result is one text without document boundaries, as isolated documents would not attend to the examples.
 
     Args:
-        rows: what is scored.
-        examples: solved ones; padded on the right, like ``rows``.
-        shots: examples before each row.
-        seed: of the draw.
-        positions: that the model has; None for one without a limit.
-        between: token ids after each example.
-        lead: the token that begins a row, or the tokens, and stands once, before the first example; None for none.
+        rows: rows to score.
+        examples: solved examples; padded on the right, like ``rows``.
+        shots: number of examples before each row.
+        seed: seed of the draw.
+        positions: largest number of positions of the model; None without a limit.
+        between: token ids to insert after each example.
+        lead: token or tokens that begin every row and are kept only once, before the first example; None for none.
 
     Returns:
-        The longer rows, and ``[n, length]`` bool, True on the tokens of the row itself that are labels without the examples too: what
-        :func:`undo_core.evaluate` takes as ``counted``.
+        The longer rows, and ``[n, length]`` bool, True for the tokens of the row itself that are labels without the examples
+        too. Pass it to :func:`undo_core.evaluate` as ``counted``.
 
     Raises:
-        ValueError: too few different examples, or rows longer than the model's positions.
+        ValueError: too few different examples, or rows longer than ``positions``.
     """
     begin = [] if lead is None else [lead] if isinstance(lead, int) else list(lead)
     known = sorted(set(map(tuple, _texts(examples))))
     generator = torch.Generator().manual_seed(seed)
-    prompted: list[tuple[list[int], int]] = []  # tokens, and where the row itself begins
+    prompted: list[tuple[list[int], int]] = []  # tokens, and the index where the row itself begins
     for own in _texts(rows):
         drawn = [known[index] for index in torch.randperm(len(known), generator=generator)[: shots + 1].tolist()]
         before = [example for example in drawn if example != tuple(own)][:shots]
@@ -58,13 +58,13 @@ def few_shot(
             if tokens and not between and tokens[-1] == part[0]:
                 tokens.pop()
             begun = len(begin) if tokens and list(part[: len(begin)]) == begin else 0
-            start = len(tokens) - begun  # where the row's first token is, or would be
+            start = len(tokens) - begun  # index of the row's first token, or where it would be without the shared lead
             tokens += part[begun:]
             if part is not own:
                 tokens += between
         prompted.append((tokens, start))
     length = max(len(tokens) for tokens, _ in prompted)
-    if positions is not None and length - 1 > positions:  # the last token is a label alone
+    if positions is not None and length - 1 > positions:  # the last token is only a label
         fit = positions // -(-(length - 1) // (shots + 1)) - 1
         raise ValueError(
             f"shots: got {shots}, whose rows take {length - 1} positions of the model's {positions}; wanted about {max(fit, 0)} at most"
@@ -82,5 +82,5 @@ def few_shot(
 
 
 def _texts(rows: Rows) -> list[list[int]]:
-    """The rows without the padding on their right."""
+    """Token lists of the rows without the padding on the right."""
     return [row[: max(length, 1)] for row, length in zip(rows.input_ids.tolist(), rows.lengths.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Quantisation of the weights, by torchao; it can bring back what unlearning took away (Zhang et al. 2024, arXiv 2410.16454)."""
+"""Quantisation of the weights by torchao, which can restore an unlearned capability (Zhang et al. 2024, arXiv 2410.16454)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from undo_core.attacks.config import check_installed
 
 @torch.no_grad()
 def quantise_(model: PreTrainedModel, bits: int, group_size: int = 32) -> int:
-    """Round the matrices of ``model`` to integers with symmetric scales, in place, and compute on with the rounded values.
+    """Rounds the weight matrices of ``model`` to integers with symmetric scales, in place; they hold the dequantised values.
 
-    Every ``Linear`` and ``Conv1D`` (GPT-2) but the head, as in the libraries that load models in 8 or 4 bits; embeddings, norms and
-    routers of another kind stay. Rounded to nearest: with 8 bits with one scale for each row of a matrix ``[out, in]``, with fewer for each
-    group of ``group_size`` columns of it.
+    Covers every ``Linear`` and ``Conv1D`` (GPT-2) except the head, as the libraries that load models in 8 or 4 bits do.
+    Embeddings, norms and routers of other classes are not changed. Values are rounded to nearest. With 8 bits each row of a
+    matrix ``[out, in]`` has one scale; with fewer bits each group of ``group_size`` columns in a row has one.
 
     Args:
-        model: any Hugging Face causal language model; its dtype stays.
-        bits: of a weight, from 2 to 8.
-        group_size: columns that share a scale, with fewer than 8 bits.
+        model: any Hugging Face causal language model; keeps its dtype.
+        bits: bits per weight, from 2 to 8.
+        group_size: number of columns that share a scale, with fewer than 8 bits.
 
     Returns:
-        How many weights were rounded.
+        The number of rounded weights.
 
     Memory: one matrix at a time, as integers and scales.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: other ``bits``, a matrix whose columns are no whole number of groups, or one that is none of these layers', such as
-            stacked experts; nothing is changed.
+        ValueError: ``bits`` out of range, a matrix whose number of columns is not a multiple of ``group_size``, or a matrix of
+            another kind of layer, such as stacked experts; nothing is changed.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: got {bits}, wanted an integer from 2 to 8")
@@ -62,12 +62,12 @@ def quantise_(model: PreTrainedModel, bits: int, group_size: int = 32) -> int:
 
 
 def _rows(layer: nn.Linear | Conv1D) -> torch.Tensor:
-    """The weight as ``[out, in]``, a view."""
+    """View of the weight as ``[out, in]``."""
     return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
 
 
 def _check_all_matrices(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-    """Raise a ValueError where a matrix would silently keep all its bits."""
+    """Raises a ValueError if a matrix would silently not be rounded."""
     kept = [m for m in model.modules() if isinstance(m, nn.Embedding) or "router" in type(m).__name__.lower()]
     known = {id(parameter) for module in (*layers, *kept, model.get_output_embeddings()) for parameter in module.parameters()}
     unknown = [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and id(parameter) not in known]

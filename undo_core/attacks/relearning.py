@@ -1,4 +1,4 @@
-"""The relearning attack: fine-tune on the forget text, over a grid of learning rates; the worst case counts."""
+"""Relearning attack: fine-tune on the forget text at each learning rate of a grid; the worst case counts."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def attack(
     progress: bool = True,
     **train_options: Any,
 ) -> TrainResult:
-    """Fine-tune ``model`` in place with next-token cross-entropy at one rate; its history is the relearning curve.
+    """Fine-tunes ``model`` in place with next-token cross-entropy at one rate; the result's history is the relearning curve.
 
-    Arguments are those of :func:`relearn`, and of :func:`undo_core.training.train` where a killed attack shall resume.
+    For the arguments see :func:`relearn` and, for ``folder`` and ``train_options``, :func:`undo_core.training.train`.
     """
     _check(config, forget, retain)
-    head_of(model)  # what is refused is refused before anything is changed
+    head_of(model)  # raises before anything is changed
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
     given = {"seed": seed, "limits": limits_of(model)}
     sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.rows().items()}
     adapters = contextlib.nullcontext()
     if config.kind == "lora":
         if not has_adapters(model):
-            convert_(model, config.precision)  # with adapters inside, what is frozen would keep its dtype
+            convert_(model, config.precision)  # must precede the adapters: with them, frozen parameters would keep their dtype
         adapters = adapted(model, config.lora, seed)
     with adapters as parameters:
         return train(
@@ -88,29 +88,31 @@ def relearn(
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[Trial, TrainResult]:
-    """Attack copies of ``model`` at every rate of the grid and extend the grid where the worst rate is its end.
+    """Attacks copies of ``model`` at every rate of the grid, and extends the grid while the worst rate is at its end.
 
     Args:
-        model: left as it is; each trial works on a copy.
+        model: not changed; each trial works on a copy.
         forget: text of the forgotten capability: token rows, a function of the step, or an iterable of batches that can be
-            started again. The shares of ``config.mix`` are of token rows; other sources bring batches of their own size.
+            iterated again. The shares of ``config.mix`` apply to token rows; other sources give batches of their own size.
         config: the grid and the evaluations.
-        retain: other text, in the same forms, where ``config.mix`` has a share for it.
-        evaluate: metrics of a model; the entry ``forget`` decides which rate is worst.
+        retain: other text, in the same forms; needed if ``config.mix`` has a share for it.
+        evaluate: function that returns the metrics of a model; the entry ``forget`` decides which rate is worst.
         higher_is_better: True for an accuracy, False for a loss.
-        folder: for checkpoints and logs, one folder a trial, so that a killed attack resumes. Another model, text or ``config`` is
-            refused there by name; that costs one digest of the weights a trial, about a second for each gigabyte in float32.
-        progress: show bars.
+        folder: for checkpoints and logs, one subfolder per trial, so that a killed attack resumes. A different model, text or
+            ``config`` raises an error that names it; the comparison computes one digest of the weights per trial, about a
+            second per gigabyte in float32.
+        progress: whether to show progress bars.
 
     Returns:
-        The curve of each rate and data order, as ``{trial: result}``; ``trial.rate`` is the rate, and ``result.history`` has the
-        metrics at each evaluated step.
+        The result of each trial, ``{trial: result}``. ``trial.rate`` is the learning rate and ``trial.order`` the data order;
+        ``result.history`` has the metrics at each evaluated step.
 
     Memory: one copy of the model with its optimizer state at a time.
 
     Raises:
-        ValueError: an attack that does not train, no text for a share of the mix, or metrics without ``forget``, before any step.
-        ModuleNotFoundError: an attack with lora, and peft is not installed.
+        ValueError: an attack that does not train, a share of the mix without text, or metrics without ``forget``; before any
+            step.
+        ModuleNotFoundError: ``config.kind`` is lora and peft is not installed.
     """
     config = config or AttackConfig()
     _check(config, forget, retain)

@@ -1,1 +1,1 @@
-"""Distillation: the student's training and the teachers that it can learn from."""
+"""Distillation: training of a student, and the teachers that it can learn from."""

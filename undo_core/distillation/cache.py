@@ -1,12 +1,14 @@
-"""A teacher's outputs on disk: one pass over the rows, then any number of students, orders and seeds without its trunk.
+"""Cache of a teacher's outputs on disk.
 
-A folder of safetensors shards, read where they lie, and ``cache.json``. Stored are the positions that count (the next token is
-text), row after row; row ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]``:
+The teacher runs once over the rows; then any number of students, data orders and seeds can be distilled without its trunk.
 
-- cached: ``hidden`` ``[positions, d]`` in float32 or bfloat16, and ``lse`` ``[positions]`` float32: ``d * itemsize + 4`` bytes each.
-  The loss is exact for what is stored.
-- topk: ``indices`` ``[positions, k]`` int32 and ``logprobs`` ``[positions, k]`` float32: ``8 * k`` bytes. The rest of the vocabulary
-  counts as one outcome.
+A cache is a folder of memory-mapped safetensors shards and ``cache.json``. It stores the positions that count (those whose next
+token is text), row after row; row ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]`` (exclusive):
+
+- cached: ``hidden`` ``[positions, d]`` in float32 or bfloat16, and ``lse`` ``[positions]`` float32: ``d * itemsize + 4`` bytes
+  per position. The loss is exact for the stored hidden states.
+- topk: ``indices`` ``[positions, k]`` int32 and ``logprobs`` ``[positions, k]`` float32: ``8 * k`` bytes per position. The rest
+  of the vocabulary counts as one outcome.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ from undo_core.training.losses import HiddenTargets, TopTargets
 FORMAT = 3
 FACTS, PROGRESS = "cache.json", "progress.json"
 SHARD_BYTES = 2 * 10**9
-LOGIT_BYTES = 64 * 2**20  # of the rows whose logits are ranked at once
+LOGIT_BYTES = 64 * 2**20  # size of the logits that are ranked at once
 BATCH_SIZE = 128
 CHECKED_ROWS = 64
-STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in their standard deviations
+STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in units of their standard deviation
 
-Column = tuple[torch.dtype, int]  # of a stored tensor: dtype, and entries a position
+Column = tuple[torch.dtype, int]  # dtype of a stored tensor, and its entries per position
 
 
 def cache_teacher(
@@ -61,30 +63,31 @@ def cache_teacher(
     title: str = "cache",
     progress: bool = True,
 ) -> CachedTeacher:
-    """Run ``teacher`` once over ``rows`` and keep in ``folder`` what :func:`undo_core.distill` needs to know about them.
+    """Runs ``teacher`` once over ``rows`` and stores in ``folder`` the outputs that :func:`undo_core.distill` needs.
 
-    Killed at any moment, the same call continues; complete, it does nothing. A batch is filled up to ``batch_size``: the bits of
-    a forward pass can depend on its shape. They are those of the resident teacher where batches have the distillation's
-    micro-batch size and the matrix products of this machine do not depend on a row's place in the batch; measured on x86 they do
-    not where ``batch_size`` is a multiple of 16, and can differ in the last bit for others. On a GPU the loss takes the stored
-    log-sum-exps instead of computing them again, which can change the last bit too.
+    If the call is killed, the same call continues; on a complete cache it does nothing. Every batch is filled up to
+    ``batch_size`` rows, because the bits of a forward pass can depend on its shape. The stored bits equal those of the resident
+    teacher if ``batch_size`` is the distillation's micro-batch size and the matrix products of this machine do not depend on a
+    row's place in the batch. As measured on x86, they do not if ``batch_size`` is a multiple of 16; otherwise the last bit can
+    differ. On a GPU the loss uses the stored log-sum-exps instead of computing them again, which can change the last bit too.
 
     Args:
-        teacher: in memory, or streamed (:func:`undo_core.distillation.streaming.stream_model`); left as it is, in evaluation mode.
-        rows: all that a student will be distilled on, in this order.
-        folder: new, or of the same cache.
-        config: kind (cached or topk), dtype, k, batch_size (128 where None).
-        check: rows on which an approximate cache's error is measured; None takes the first of ``rows``.
-        shard_bytes: size of a file, about.
-        checkpoint_seconds: time between flushes to disk.
-        title: name on the progress bar.
-        progress: show it.
+        teacher: model in memory, or streamed (:func:`undo_core.distillation.streaming.stream_model`); put in evaluation mode
+            and otherwise unchanged.
+        rows: all rows that a student will be distilled on; the cache belongs to these rows in this order.
+        folder: a new folder, or one with an unfinished or complete cache of the same teacher, rows and settings.
+        config: kind (cached or topk), dtype, k, batch_size (None for 128).
+        check: rows on which the error of an approximate cache is measured; None for the first rows of ``rows``.
+        shard_bytes: approximate size of a file.
+        checkpoint_seconds: seconds between flushes to disk.
+        title: label of the progress bar.
+        progress: whether to show the progress bar.
 
-    Memory: the teacher, and the hidden states of one batch (topk: and 64 MiB of logits, and a 16-bit head in float32).
+    Memory: the teacher, and the hidden states of one batch (topk: also 64 MiB of logits, and a float32 copy of a 16-bit head).
 
     Raises:
-        ValueError: a bad argument, or a folder of something else; nothing is written.
-        OSError: too little space on the disk; before the start, or on the way, with what is done kept.
+        ValueError: an invalid argument, or a folder with other contents; nothing is written.
+        OSError: too little disk space, found before the start or on the way; finished work is kept.
     """
     config, folder = config or TeacherConfig("cached"), Path(folder)
     if config.kind not in ("cached", "topk"):
@@ -118,14 +121,14 @@ def cache_teacher(
 
 
 class CachedTeacher:
-    """The teacher of a folder made by :func:`cache_teacher`; :meth:`open` checks that it is the right one.
+    """Teacher that reads a cache made by :func:`cache_teacher`; use :meth:`open`, which checks that it is the right cache.
 
     Attributes:
-        vocabulary: number of rows of its head.
-        vocab_size: number of those that are tokens; None where it was made with all.
+        vocabulary: number of rows of the head.
+        vocab_size: number of rows that are real tokens; None if the cache was made with all rows.
         facts: contents of ``cache.json``.
 
-    Memory: the head (cached), and of the rows what one batch takes.
+    Memory: the head (cached), and the outputs of one batch.
     """
 
     def __init__(self, folder: Path, head: Head | None) -> None:
@@ -136,7 +139,7 @@ class CachedTeacher:
         self._columns, self._rows = _columns(identity), None
         self._shards = [MappedFile(folder / name, read_only=True) for name in self.facts["shards"]]
         counts = [shard.tensor("offsets", torch.int64).clone() for shard in self._shards]
-        self._first = torch.tensor([0, *(int(c[-1]) for c in counts)]).cumsum(0)  # position at which each shard begins
+        self._first = torch.tensor([0, *(int(c[-1]) for c in counts)]).cumsum(0)  # index of the first position of each shard
         starts = [offsets[:-1] + first for offsets, first in zip(counts, self._first.tolist(), strict=False)]
         self._offsets = torch.cat([*starts, self._first[-1:]])
 
@@ -144,17 +147,17 @@ class CachedTeacher:
     def open(
         cls, folder: str | Path, head: PreTrainedModel | Head | str | Path | None = None, config: TeacherConfig | None = None
     ) -> CachedTeacher:
-        """The teacher of a complete cache.
+        """Opens a complete cache.
 
         Args:
-            folder: made by :func:`cache_teacher`.
-            head: the teacher, or its checkpoint folder, of which only the head is kept and all weights are compared with those that
-                the cache was made from; or a head alone. topk needs none, and compares where there is one.
-            config: the kind, dtype and k that are expected, and the batch_size unless it is None; None takes the cache as it is.
+            folder: folder made by :func:`cache_teacher`.
+            head: the teacher or its checkpoint folder, whose weights are all compared with those that the cache was made from,
+                and of which only the head is kept; or a head alone. topk needs none, but compares it if given.
+            config: expected kind, dtype and k, and vocab_size and batch_size unless these are None; None accepts any cache.
 
         Raises:
-            FileNotFoundError: no complete cache.
-            ValueError: a cache of another teacher, kind, dtype, k or batch_size.
+            FileNotFoundError: there is no complete cache in ``folder``.
+            ValueError: the cache has another teacher, kind, dtype, k, vocab_size or batch_size than expected.
         """
         folder = Path(folder)
         if not (folder / FACTS).is_file():
@@ -181,7 +184,7 @@ class CachedTeacher:
         return cls(folder, kept)
 
     def check(self, text: Any) -> None:
-        """Raise a ValueError unless ``text`` is the rows that the cache was made from."""
+        """Raises a ValueError unless ``text`` is the rows that the cache was made from."""
         if not isinstance(text, Rows):
             raise ValueError(
                 f"text: got {type(text).__name__}, wanted the token rows (undo_core.data.rows.Rows) that the teacher was cached on; "
@@ -192,11 +195,11 @@ class CachedTeacher:
         self._rows = text
 
     def identity(self) -> dict[str, Any]:
-        """What the cache was made from."""
+        """Returns the identity of what the cache was made from: teacher, rows and settings."""
         return dict(self.facts["identity"])
 
     def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
-        """What the teacher says about a batch of the checked rows."""
+        """Returns the targets of a batch of the rows that :meth:`check` accepted."""
         if batch.rows is None or self._rows is None:
             raise ValueError("batch: got one without its rows' indices, wanted a batch of rows that `check` was called with")
         ids = self._rows.input_ids[batch.rows]
@@ -209,12 +212,12 @@ class CachedTeacher:
             indices, logprobs = self._gather("indices", positions, mask, -1), self._gather("logprobs", positions, mask, 0)
             return TopTargets(_send(indices.view(*shape, -1), device), _send(logprobs.view(*shape, -1), device))
         hidden = _send(self._gather("hidden", positions, mask, 0).view(*shape, -1), device).to(self.head.weight.dtype)
-        if device.type == "cpu":  # it would save nothing here, and change the last bit
+        if device.type == "cpu":  # on a CPU the log-sum-exps save nothing, and would change the last bit
             return HiddenTargets(hidden, self.head)
         return HiddenTargets(hidden, self.head, _send(self._gather("lse", positions, mask, 0).view(shape), device))
 
     def _gather(self, name: str, positions: torch.Tensor, mask: torch.Tensor, blank: int) -> torch.Tensor:
-        """``[mask's entries, ...]``: stored entries where the mask is set, ``blank`` elsewhere."""
+        """Returns ``[len(mask), ...]``: the stored entries of ``positions`` where ``mask`` is set, ``blank`` elsewhere."""
         dtype = self._columns[name][0]
         first = self._shards[0].tensor(name, dtype)
         packed = torch.empty(len(positions), *first.shape[1:], dtype=dtype)
@@ -263,7 +266,7 @@ class _Pass:
         with StageProgress(title, len(self.rows), start=done, enabled=progress) as bar:
             for index, name in enumerate(self.names):
                 first, last = self.bounds[index : index + 2]
-                if done >= last or (self.folder / name).exists():  # the kill came between its rename and the record
+                if done >= last or (self.folder / name).exists():  # finished, but killed before the record
                     continue
                 shard = TensorWriter(self.folder / f".{name}.partial", self._layout(first, last), keep=done > first)
                 saved = time.monotonic()
@@ -284,7 +287,7 @@ class _Pass:
                 self._save(last)
 
     def _begin(self) -> int:
-        """Rows that an earlier call has stored; refuses another's folder and a disk that is too small."""
+        """Returns the number of rows already stored; raises if the folder has other contents or the disk is too small."""
         record = self.folder / PROGRESS
         done = 0
         if record.exists():
@@ -292,13 +295,13 @@ class _Pass:
             _same(found["identity"], self.identity, f"folder: got {self.folder}, an unfinished cache", "wanted a new folder")
             if found["bounds"] == self.bounds:
                 done = found["rows"]
-            else:  # files of another size
+            else:  # shards of another size cannot be continued
                 for path in self.folder.iterdir():
                     path.unlink()
         elif self.folder.exists() and any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
             raise ValueError(f"folder: got {self.folder}, which holds something else; wanted a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(".*.tmp"):  # a kill within a write
+        for path in self.folder.glob(".*.tmp"):  # left by a kill within a write
             path.unlink()
         there = sum(_allocated(path) for path in self.folder.iterdir())
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
@@ -320,7 +323,7 @@ class _Pass:
 
     @torch.no_grad()
     def _outputs(self, start: int, end: int, size: int) -> dict[str, torch.Tensor]:
-        """What is stored of rows ``start`` to ``end``, from a batch filled up with other rows."""
+        """Returns the stored form of rows ``start`` to ``end``, from a batch filled up to ``size`` with other rows."""
         index = torch.arange(start, start + size) % len(self.rows)
         ids = self.rows.input_ids[index].long().to(self.head.weight.device)
         mask = self.rows.text_mask(index)[:, 1:].to(ids.device)
@@ -329,13 +332,13 @@ class _Pass:
 
 
 def _allocated(path: Path) -> int:
-    """Bytes of the disk that a file takes; where the system does not tell (Windows), its size, which is that without holes."""
+    """Bytes that a file takes on disk, or its size if the system does not report that (Windows)."""
     stat = path.stat()
     return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
 
 
 class _DiskFull:
-    """Says in one line what a disk that fills up on the way lacks."""
+    """Context that turns a full disk into a one-line error with the size of the cache."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
@@ -352,7 +355,7 @@ class _DiskFull:
 
 
 def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str, torch.Tensor]:
-    """The stored form of hidden states ``[positions, d]``."""
+    """Returns the stored columns for hidden states ``[positions, d]``."""
     if config.kind == "cached":
         stored = hidden.to(getattr(torch, config.dtype))
         lse = ops.linear_lse(stored.to(head.weight.dtype), head.weight, vocab_size=config.vocab_size, **head.options())
@@ -373,7 +376,7 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
 
 
 def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, dict[str, float]]:
-    """Relative errors of the KL and of its gradient, for students whose hidden states are the teacher's with noise."""
+    """Relative errors of the KL and its gradient for simulated students: the teacher's hidden states plus noise."""
     index = slice(CHECKED_ROWS)
     ids = rows.input_ids[index].long().to(head.weight.device)
     with torch.no_grad():
@@ -408,7 +411,7 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
 
 
 def describe_error(name: str, error: dict[str, float]) -> str:
-    """An entry of a cache's ``error`` in words."""
+    """Describes an entry of a cache's ``error`` in words."""
     return (
         f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
         f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
@@ -416,7 +419,7 @@ def describe_error(name: str, error: dict[str, float]) -> str:
 
 
 def _inputs(rows: Rows, index: torch.Tensor | slice, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
-    """What the teacher reads of the rows ``index``, whose ids are ``ids``; their last token is a label alone."""
+    """Inputs of the teacher for the rows ``index`` with ids ``ids``, without the last token, which is only a label."""
     positions = rows.position_ids(index)
     return ids[:, :-1], None, None if positions is None else positions[:, :-1].to(ids.device)
 
@@ -435,7 +438,7 @@ def _form(config: TeacherConfig) -> dict[str, Any]:
 
 
 def _batched(config: TeacherConfig) -> dict[str, int]:
-    """Rows of a forward pass, on which its bits depend."""
+    """The batch size, as the bits of a forward pass depend on it."""
     return {"batch_size": config.batch_size or BATCH_SIZE}
 
 
@@ -456,7 +459,7 @@ def _teacher_identity(teacher: PreTrainedModel, weights: str) -> dict[str, Any]:
 
 
 def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
-    """What decides a cache's contents."""
+    """Everything that decides the contents of a cache, as JSON values."""
     known = {"format": FORMAT, **_form(config), **_batched(config), **_head_identity(head)}
     known |= _teacher_identity(teacher, weights_digest(teacher))
     return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
@@ -469,7 +472,10 @@ def _columns(identity: dict[str, Any]) -> dict[str, Column]:
 
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> None:
-    """Raise a ValueError that names an entry of ``wanted`` that ``found`` has otherwise, the teacher's weights before what follows from them."""
+    """Raises a ValueError that names the first entry of ``wanted`` that differs in ``found``.
+
+    The teacher's weights are compared first, because a different head follows from them.
+    """
     words = {
         "teacher": "another teacher's weights",
         "rows": "other rows",

@@ -1,7 +1,8 @@
-"""The gate of filter-then-distill: a cheap classifier that drops what looks like the text to forget, from a few labelled rows.
+"""Gate of filter-then-distill: a cheap classifier, fitted on a few labelled rows, that drops rows that look like forget text.
 
-A row's features are hashed counts of its tokens and of its pairs of neighbouring tokens, ``log(1 + count)``, of norm 1. On them a
-logistic regression with an L2 penalty is fitted by LBFGS in float64; no model runs. A row is dropped where forget is the likelier.
+The features of a row are hashed counts of its tokens and of its pairs of neighbouring tokens: ``log(1 + count)``, scaled to
+norm 1. A logistic regression with an L2 penalty is fitted on them by LBFGS in float64; no language model runs. A row is dropped
+if the classifier finds forget more likely than retain.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from torch.nn import functional as F
 from undo_core.data.rows import Rows
 
 ROWS_AT_ONCE = 1024
-_MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd, of tokens and of the ones before them
+_MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd constants of the hash
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Filter-then-distill: the original model is the teacher, on rows that a classifier lets through; nothing is unlearned.
+    """Settings of filter-then-distill: the original model teaches on the rows that a classifier keeps; nothing is unlearned.
 
     Attributes:
-        share: of the training rows of retain and of forget that are labelled, in (0, 1]; 0 leaves the control out.
-        alphas: the students are copies of the original with the run's noise at these strengths; empty takes one of random weights.
-        buckets: of hashed counts, the classifier's number of weights.
-        penalty: L2, on the mean loss.
-        seed: of the labelled rows; None derives it from the run's seed.
+        share: share of the retain and of the forget training rows that are labelled, in (0, 1]; 0 leaves this control out.
+        alphas: noise strengths; each student is a copy of the original with the run's noise at this strength. Empty for one
+            student with random weights.
+        buckets: number of buckets of the hashed counts, which is the number of weights of the classifier.
+        penalty: factor of the L2 penalty that is added to the mean loss.
+        seed: seed of the choice of labelled rows; None derives it from the run's seed.
     """
 
     share: float = 0.0
@@ -50,18 +52,18 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class Gate:
-    """A fitted classifier: ``weight`` ``[buckets]`` and ``bias``, float64; a positive score says forget."""
+    """Fitted classifier: ``weight`` ``[buckets]`` and ``bias``, float64; a positive score means forget."""
 
     weight: torch.Tensor
     bias: torch.Tensor
 
     def forget(self, rows: Rows) -> torch.Tensor:
-        """``[n]`` bool, True where a row looks like one to forget."""
+        """Returns ``[n]`` bool, True for each row that is classified as forget."""
         parts = zip(rows.input_ids.split(ROWS_AT_ONCE), rows.text_mask().split(ROWS_AT_ONCE), strict=True)
         return torch.cat([features(*part, len(self.weight)) @ self.weight + self.bias > 0 for part in parts])
 
     def quality(self, forget: Rows, retain: Rows) -> dict[str, Any]:
-        """Precision and recall of the rows to forget, and the numbers they are of; None where a denominator is 0."""
+        """Precision and recall for the forget rows, and the numbers of rows; precision is None if no row is dropped."""
         hits, alarms = int(self.forget(forget).sum()), int(self.forget(retain).sum())
         return {
             "precision": hits / (hits + alarms) if hits + alarms else None,
@@ -72,9 +74,9 @@ class Gate:
 
 
 def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Gate:
-    """The classifier of labelled rows; a function of them and of ``config`` alone.
+    """Fits the classifier on labelled rows; deterministic, and a function of the rows and ``config`` alone.
 
-    Memory: ``8 * buckets`` bytes a row.
+    Memory: ``8 * buckets`` bytes per row.
     """
     config = config or GateConfig()
     parts = (forget, retain)
@@ -96,13 +98,13 @@ def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Ga
 
 
 def labelled(rows: Rows, share: float, seed: int) -> Rows:
-    """The rows of a labelled sample: at least one, drawn without repetition."""
+    """Draws the labelled rows, without replacement; at least one row."""
     index = rows.order(0, max(1, round(share * len(rows))), seed)
     return rows.take(index)
 
 
 def features(input_ids: torch.Tensor, text: torch.Tensor, buckets: int) -> torch.Tensor:
-    """``[n, buckets]`` float64 of token rows ``[n, length]``; what ``text`` ``[n, length]`` is False for counts for nothing."""
+    """Features ``[n, buckets]`` float64 of token rows ``[n, length]``; ``text`` is False for tokens to ignore."""
     ids = input_ids.long()
     tokens, pairs = _hash(ids, buckets), _hash(ids[:, 1:], buckets, ids[:, :-1])
     counts = torch.zeros(len(ids), buckets, dtype=torch.float64)
@@ -113,7 +115,7 @@ def features(input_ids: torch.Tensor, text: torch.Tensor, buckets: int) -> torch
 
 
 def _hash(ids: torch.Tensor, buckets: int, before: torch.Tensor | None = None) -> torch.Tensor:
-    """A bucket of each token, or of each token and the one before it."""
+    """Bucket of each token, or of each pair of a token and the one before it."""
     mixed = (ids + 1) * _MULTIPLIERS[0]
     if before is not None:
         mixed = mixed + (before + 1) * _MULTIPLIERS[1] * _MULTIPLIERS[0]

@@ -1,4 +1,4 @@
-"""A checkpoint whose weights stay in its files: read when needed, a layer or the head at a time."""
+"""Checkpoints whose weights stay on disk and are read when needed, one layer or the head at a time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]
 
 
 class WeightReader:
-    """The parameters of a checkpoint folder in float32, as :func:`undo_core.models.load_model` would give them.
+    """Reads the parameters of a checkpoint folder in float32, as :func:`undo_core.models.load_model` would load them.
 
     Attributes:
-        model: of the folder, its parameters on the meta device and its buffers in place.
+        model: the folder's model, with parameters on the meta device and real buffers.
 
-    Memory: address space alone; what is read is copied and the file's pages are let go.
+    Memory: only address space; what is read is copied, and the pages of the file are released.
 
     Raises:
-        FileNotFoundError: no safetensors file.
-        ValueError: a tensor without a place, or a parameter without a tensor.
+        FileNotFoundError: the folder has no safetensors file.
+        ValueError: a tensor in the files has no parameter, or a parameter has no tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,22 +37,22 @@ class WeightReader:
         self._groups = {name: group for group in groups(self.model, headers) for name in group.parameters}
         named = list(self.model.named_parameters(remove_duplicate=False))
         filled = {id(parameter): name for name, parameter in named if name in self._groups}
-        # A tied parameter may lie in the file under any of its names.
+        # The file may hold a tied parameter under any of its names.
         self._source = {name: filled[id(parameter)] for name, parameter in named}
         self._tensors = self.model.state_dict()
         self._source |= {name: name for name, _ in self.model.named_buffers() if name in self._groups}
 
     def read(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named parameters, float32 on the CPU, in memory of their own or in the tensors of ``into``.
+        """Yields the named parameters in float32 on the CPU, in new memory or in the tensors of ``into``.
 
-        What belongs together on disk is read once.
+        Parameters that are stored together are read once.
         """
         wanted: dict[int, tuple[Group, list[str]]] = {}
         for name in names:
             group = self._groups[self._source[name]]
             wanted.setdefault(id(group), (group, []))[1].append(name)
         for group, members in wanted.values():
-            own = self._tensors[group.parameters[0]].dtype  # says what integers a file holds
+            own = self._tensors[group.parameters[0]].dtype  # the dtype that the integers in a file stand for
             tensors = {
                 name: self._files[path].tensor(name, self._files[path].entries[name].dtype or own)
                 for name, path in group.files.items()
@@ -71,23 +71,24 @@ class WeightReader:
 
 
 def load_head(reader: WeightReader) -> Head:
-    """The head of a checkpoint, float32, on the GPU where there is one; nothing else is loaded."""
+    """Loads the head of a checkpoint in float32, on the GPU if there is one; loads nothing else."""
     output = reader.model.get_output_embeddings()
     names = {id(parameter): name for name, parameter in reader.model.named_parameters(remove_duplicate=False)}
     parts = [names[id(p)] for p in (output.weight, output.bias) if p is not None]
     read = dict(reader.read(parts))
-    head = head_of(reader.model)  # without contents: what the model does to the products
+    head = head_of(reader.model)  # on the meta device: gives shape, scale and softcap
     weight, *bias = (read[name].to(_device())[: len(head.weight)] for name in parts)
     return dataclasses.replace(head, weight=weight, bias=bias[0] if bias else None)
 
 
 def stream_model(folder: str | Path) -> PreTrainedModel:
-    """The model of a checkpoint folder for forward passes alone: each layer's weights are there while it computes, and no longer.
+    """Opens a checkpoint folder as a model for forward passes only; a layer's weights are in memory only while it computes.
 
-    Bits as of :func:`undo_core.models.load_model`. Embeddings, norms and head stay on the device. On a GPU the next layer is
-    copied, from pinned memory, while one computes. Every forward pass reads the file, or the system's cache of it, once.
+    Outputs have the same bits as those of :func:`undo_core.models.load_model`. Parameters outside the layers (embeddings, final
+    norm, head) stay on the device. On a GPU, the next layer is copied from pinned memory while the current one computes. Every
+    forward pass reads the files, or the system's page cache, once.
 
-    Memory: one layer on a CPU, two on a GPU, and what is in no layer.
+    Memory: one layer on a CPU, two on a GPU, and the parameters outside the layers.
 
     Raises:
         ValueError: the model has no list of layers.
@@ -99,7 +100,7 @@ def stream_model(folder: str | Path) -> PreTrainedModel:
         raise ValueError(f"teacher: got a {type(model).__name__}, which has no list of layers; wanted one to stream")
     path = max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
     layers_of, prefix = lists[path], path + "."
-    names: dict[int, list[str]] = {}  # of each parameter, several where it is tied
+    names: dict[int, list[str]] = {}  # the names of each parameter; a tied one has several
     for full, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(full)
     resident = {of[0]: of for of in names.values() if not all(full.startswith(prefix) for full in of)}
@@ -119,14 +120,14 @@ def stream_model(folder: str | Path) -> PreTrainedModel:
 
 
 class _Layers:
-    """Brings a layer's weights before its forward and lets them go after it."""
+    """Hooks that load a layer's weights before its forward pass and release them after it."""
 
     def __init__(self, reader: WeightReader, layers: nn.ModuleList, prefix: str, device: torch.device) -> None:
         self.reader, self.layers, self.prefix, self.device = reader, layers, prefix, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.names = [[name for name, _ in layer.named_parameters()] for layer in layers]
         self.ahead: dict[int, dict[str, torch.Tensor]] = {}
-        self.room = torch.empty(0)  # one for every layer: a heap that gets and frees them would only grow
+        self.room = torch.empty(0)  # one buffer for all layers: with repeated allocation the heap would only grow
         if self.stream is None:
             self.room = torch.empty(max(sum(map(_padded, layer.parameters())) for layer in layers))
         for index, layer in enumerate(layers):
@@ -147,7 +148,7 @@ class _Layers:
         layer = self.layers[index]
         for name in self.names[index]:
             _place(layer, name, nn.Parameter(torch.empty_like(layer.get_parameter(name), device="meta"), requires_grad=False))
-        if self.stream is not None and index + 1 < len(self.layers):  # its kernels are queued: the host is free
+        if self.stream is not None and index + 1 < len(self.layers):  # this layer's kernels are queued: the host is free
             self.ahead = {index + 1: self.read(index + 1)}
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
@@ -171,7 +172,10 @@ class _Layers:
 
 
 def _padded(parameter: torch.Tensor) -> int:
-    """Entries up to the next 64 bytes: memory of its own would begin there too, and sums' order can depend on it."""
+    """Number of entries, rounded up to 64 bytes.
+
+    Tensors with memory of their own are aligned to 64 bytes too, and the order of a sum can depend on the alignment.
+    """
     return -(-parameter.numel() // 16) * 16
 
 

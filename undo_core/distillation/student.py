@@ -1,4 +1,4 @@
-"""Distillation: match the suppressed model's logits from the damaged one, on unlabeled text."""
+"""Distillation: train the damaged model to match the logits of the suppressed model on unlabeled text."""
 
 from __future__ import annotations
 
@@ -35,38 +35,41 @@ def distill(
     progress: bool = True,
     **train_options: Any,
 ) -> TrainResult:
-    """Train ``student`` in place to match ``teacher``: forward KL(teacher || student) at temperature 1 on every token.
+    """Trains ``student`` in place to match ``teacher``: forward KL(teacher || student) at temperature 1 on every token.
 
     Args:
-        student: the damaged model; trained in place. Of a ``PeftModel`` the adapters are trained.
-        teacher: the suppressed model; left as it is, in evaluation mode. Or a teacher that takes less memory: streamed from disk
-            (:class:`undo_core.distillation.teacher.ModelTeacher`), or cached (:class:`undo_core.distillation.cache.CachedTeacher`).
-        text: the whole mix, unlabeled, forget text included (arXiv 2506.06278): token rows, a function of the step, or an iterable;
-            a cached teacher knows the rows that it was made from.
+        student: the damaged model; trained in place. Of a ``PeftModel`` only the adapters are trained.
+        teacher: the suppressed model; its weights are not changed, and it is put in evaluation mode. Or a teacher that takes
+            less memory: streamed from disk (:class:`undo_core.distillation.teacher.ModelTeacher`), or cached
+            (:class:`undo_core.distillation.cache.CachedTeacher`).
+        text: all unlabeled text, forget text included (arXiv 2506.06278): token rows, a function of the step, or an iterable of
+            batches. A cached teacher needs the rows that it was made from.
         config: optimizer, rates, batch sizes.
-        hidden_weight: factor on a second term, the squared error of the student's hidden states relative to the teacher's own, token by
-            token, a mean over ``hidden_layers``; needs a teacher that is a model. 0 leaves it out.
-        hidden_layers: after how many layers; the last is after the final norm, 0 the embeddings. None for every layer.
-        vocab_size: number of real tokens, where a head has more rows than that: the rest is padding, without probability or gradient.
-            None takes all rows, a cache's own number, or, where the two heads differ, the smaller number of rows, with a warning:
-            models of one tokenizer are often padded differently.
-        folder: for checkpoints and the log, so that a killed run resumes. Another student, teacher, text, ``config`` or
-            ``hidden_weight`` is refused there by name; that costs one digest of both models' weights, about a second for each
-            gigabyte in float32.
-        title: name on the progress bar.
-        progress: show it.
+        hidden_weight: factor on a second term: the squared error of the student's hidden states relative to the teacher's, per
+            token, averaged over ``hidden_layers``. Needs a teacher that is a model. 0 disables the term.
+        hidden_layers: the matched hidden states, each given as a number of layers: 0 is the embeddings, the largest number is
+            after the final norm. None for every layer.
+        vocab_size: number of real tokens if a head has more rows; the other rows are padding, without probability or gradient.
+            None takes a cache's own number, or else all rows; if the two heads differ, it takes the smaller number of rows and
+            warns, since models with the same tokenizer are often padded differently.
+        folder: for checkpoints and the log, so that a killed run resumes. A different student, teacher, text, ``config`` or
+            ``hidden_weight`` raises an error that names it; the comparison computes one digest of both models' weights, about a
+            second per gigabyte in float32.
+        title: label of the progress bar.
+        progress: whether to show the progress bar.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
 
     Memory: with ``hidden_weight``, three times the hidden states of the matched layers.
 
     Raises:
-        UnsupportedHead: a student whose head is not a linear layer with bias, scale and softcap.
-        ValueError: a ``vocab_size`` above the rows of a head, different widths and layers where these are matched, data of no known form, or data that a cached teacher does not know.
+        UnsupportedHead: the student's head is not a linear layer with optional bias, scale and softcap.
+        ValueError: a ``vocab_size`` above the rows of a head, models of different width or depth with ``hidden_weight``, data
+            of an unknown form, or data that a cached teacher was not made from.
     """
     config = config or TrainConfig(steps=1000, batch_size=128, lr=7e-4, warmup=50)
     known = as_teacher(teacher)
     _check_apart(student, known)
-    head_of(student)  # what is refused is refused before anything is changed
+    head_of(student)  # raises before anything is changed
     vocab_size = common_vocabulary(student, known, vocab_size)
     known.check(text)
     limits = limits_of(student, *([known.model] if isinstance(known, ModelTeacher) else []))
@@ -75,7 +78,7 @@ def distill(
         match = matching(student, known, hidden_weight, hidden_layers)
         known = ModelTeacher(known.model, match.layers)
 
-    own_sums = getattr(known, "vocab_size", None) == vocab_size  # a cache's log-sum-exps are of its own number of tokens
+    own_sums = getattr(known, "vocab_size", None) == vocab_size  # a cache's log-sum-exps hold only for its own vocab_size
 
     def loss(student: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         targets = known.targets(batches["text"])
@@ -105,7 +108,7 @@ def distill(
 
 
 def _check_apart(student: nn.Module, teacher: Teacher) -> None:
-    """Raise a ValueError where the teacher would move with the student; peft puts adapters into the model that it is given."""
+    """Raises a ValueError if the teacher shares trained parameters; peft inserts adapters into the model that it is given."""
     trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     shared = [n for n, p in teacher.model.named_parameters() if id(p) in trained] if isinstance(teacher, ModelTeacher) else []
     if shared:
@@ -115,10 +118,10 @@ def _check_apart(student: nn.Module, teacher: Teacher) -> None:
 
 
 def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: int | None) -> int | None:
-    """The ``vocab_size`` that both heads are compared over; None for all rows of both.
+    """Returns the ``vocab_size`` over which both heads are compared; None for all rows of both.
 
     Raises:
-        ValueError: more than a head has rows, or another number than a cache was made with.
+        ValueError: ``vocab_size`` exceeds the rows of a head, or differs from that of a cache.
     """
     rows, cached = {"student": vocabulary_of(student), "teacher": teacher.vocabulary}, getattr(teacher, "vocab_size", None)
     check_vocab_size(vocab_size, **rows)
@@ -144,16 +147,16 @@ def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: in
 
 
 def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: Sequence[int] | None) -> Match:
-    """What of the hidden states is matched.
+    """Returns the :class:`Match` of student and teacher hidden states; ``layers`` None matches every layer.
 
     Raises:
-        ValueError: a bad weight or layer, a teacher that is no model, or models of different widths or numbers of layers.
+        ValueError: an invalid weight or layer, a teacher that is not a model, or models of different width or depth.
     """
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"hidden_weight: got {weight}, wanted a finite number >= 0")
     if not isinstance(teacher, ModelTeacher):
         raise ValueError(
-            f"hidden_weight: got {weight} with {type(teacher).__name__}, which knows no layers; wanted a resident or streamed teacher"
+            f"hidden_weight: got {weight} with {type(teacher).__name__}, which has no layers; wanted a resident or streamed teacher"
         )
     shapes = [(c.num_hidden_layers, c.hidden_size) for c in (m.config.get_text_config() for m in (student, teacher.model))]
     if shapes[0] != shapes[1]:

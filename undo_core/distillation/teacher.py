@@ -1,4 +1,4 @@
-"""Teachers: what the distillation loss needs to know about a batch, from a model in memory, a model on disk, or a cache."""
+"""Teachers: sources of the targets of the distillation loss. A teacher is a model in memory, a model on disk, or a cache."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Kind = Literal["resident", "streamed", "cached", "topk"]
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Where the teacher is while a student learns from it.
+    """Where the teacher is kept while a student learns from it.
 
     Attributes:
-        kind: resident: a second model in memory; a run's, in 16 bits where its folder and the student's training are. streamed: its
-            layers are read from disk for each forward pass, in float32; same bits as a resident float32 one. cached: its final hidden
-            states are computed once and stored, from which the loss is exact; only its head stays. topk: only its most likely tokens
-            are stored; small, and approximate.
-        dtype: of the stored hidden states (cached): float32 for the resident teacher's bits, bfloat16 for half the disk.
-        k: tokens stored at each position (topk).
-        vocab_size: number of real tokens, where the head has more rows than that (cached, topk): the most likely tokens are chosen
-            among these, and the rest has no probability. None is all rows.
-        batch_size: rows of a forward pass while the cache is made (cached, topk); None for the distillation's own, with which the bits
-            are the resident teacher's.
+        kind: resident: a second model in memory; within a run it is in 16 bits if both its checkpoint and the student's
+            training are. streamed: layers are read from disk for each forward pass, in float32; same bits as a resident float32
+            teacher. cached: the final hidden states are computed once and stored, the loss is exact, and only the head stays in
+            memory. topk: only the most likely tokens are stored; small, but approximate.
+        dtype: dtype of the stored hidden states (cached): float32 for the bits of the resident teacher, bfloat16 for half the
+            disk space.
+        k: number of tokens stored at each position (topk).
+        vocab_size: number of real tokens if the head has more rows (cached, topk); the other rows are never among the most
+            likely tokens and have no probability. None for all rows.
+        batch_size: rows per forward pass while the cache is made (cached, topk). None for the distillation's own, which gives
+            the same bits as the resident teacher.
     """
 
     kind: Kind = "resident"
@@ -51,7 +52,7 @@ class TeacherConfig:
             raise ValueError(f"teacher.dtype: got {self.dtype!r}, wanted float32 or bfloat16")
         if self.dtype != "float32" and self.kind != "cached":
             raise ValueError(
-                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: it is of cached hidden states"
+                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: only cached hidden states have a dtype"
             )
         if self.k < 1:
             raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
@@ -62,34 +63,34 @@ class TeacherConfig:
 
     @property
     def stored(self) -> bool:
-        """Whether its outputs are on disk, and the model is needed to make them alone."""
+        """Whether the outputs are stored on disk, so that the model is needed only to make them."""
         return self.kind in ("cached", "topk")
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide a student, as JSON values; none for a resident teacher."""
+        """Settings that change the student, as JSON values; none for a resident teacher."""
         cached = ("batch_size", "vocab_size")
         used = {"resident": (), "streamed": ("kind",), "cached": ("kind", "dtype", *cached), "topk": ("kind", "k", *cached)}
         return {name: getattr(self, name) for name in used[self.kind] if getattr(self, name) is not None}
 
 
 class Teacher(Protocol):
-    """What :func:`undo_core.distill` learns from.
+    """Protocol of the teachers of :func:`undo_core.distill`.
 
     Attributes:
-        vocabulary: number of rows of its head.
+        vocabulary: number of rows of the head.
     """
 
     vocabulary: int
 
     def check(self, text: Any) -> None:
-        """Raise a ValueError where the teacher knows nothing about this data; called once, before training."""
+        """Raises a ValueError if the teacher has no targets for this data; called once, before training."""
 
     def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
-        """What it says about a batch, on the batch's device."""
+        """Returns the targets of a batch, on the batch's device."""
 
 
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
-    """What decides a teacher's targets, as JSON values, where it tells that (``identity()``); else its type alone."""
+    """What decides a teacher's targets, as JSON values: its ``identity()`` if it has that method, otherwise its type."""
     own = getattr(teacher, "identity", None)
     return {"kind": f"{type(teacher).__module__}.{type(teacher).__qualname__}"} if own is None else own()
 
@@ -98,8 +99,8 @@ class ModelTeacher:
     """A teacher that is a model: resident, or streamed by :func:`undo_core.distillation.streaming.stream_model`.
 
     Args:
-        model: left as it is, in evaluation mode.
-        inner: after which layers it tells its hidden states too.
+        model: put in evaluation mode and otherwise unchanged.
+        inner: hidden states to return as well, each given as a number of layers.
     """
 
     def __init__(self, model: PreTrainedModel, inner: Sequence[int] = ()) -> None:
@@ -107,14 +108,14 @@ class ModelTeacher:
 
     @classmethod
     def streamed(cls, folder: str | Path) -> ModelTeacher:
-        """The teacher of a checkpoint folder, whose layers stay on disk between forward passes."""
+        """Opens a checkpoint folder as a teacher whose layers stay on disk between forward passes."""
         return cls(stream_model(folder))
 
     def check(self, text: Any) -> None:
-        """A model can read anything."""
+        """Accepts any data, as a model can compute targets for every batch."""
 
     def identity(self) -> dict[str, Any]:
-        """Digests of its weights and configuration, and its dtype; the cost is one pass over the weights."""
+        """Digests of the weights and the configuration, and the dtype; takes one pass over the weights."""
         return {"kind": "model", **model_identity(self.model), "dtype": str(self.model.get_output_embeddings().weight.dtype)}
 
     @torch.no_grad()
@@ -127,5 +128,5 @@ class ModelTeacher:
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:
-    """A model as a teacher; a teacher as it is."""
+    """Wraps a model as a teacher; returns a teacher unchanged."""
     return ModelTeacher(teacher) if isinstance(bare(teacher), PreTrainedModel) else teacher

@@ -1,4 +1,4 @@
-"""The report of one run, or of several seeds: a page, its figures, the numbers, and a table for the terminal."""
+"""Report of one run, or of several seeds of it: an HTML page, its figures, the numbers, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from undo_core.report.table import attack_table, cost_table, markdown, order_sen
 
 
 def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Path:
-    """Write ``report.html`` with everything inlined, the figures as PNG, ``report.json`` and ``table.md``.
+    """Writes ``report.html`` with everything inlined, the figures as PNG, ``report.json`` and ``table.md``.
 
     Args:
-        results: contents of ``results.json``, one per seed, of runs that differ in their seed alone.
-        folder: made where missing; files of an earlier report are replaced, each atomically, and a report of the same results is left
-            as it is.
+        results: contents of ``results.json``, one per seed, of runs that differ only in their seed.
+        folder: output folder, created if missing. Files of an earlier report are replaced, each atomically; a report of the
+            same results is not written again.
         title: heading of the page.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        ValueError: no results, an unknown format, a seed twice, or runs that do not belong together.
+        ValueError: no results, an unknown format, a repeated seed, or runs whose settings differ.
     """
     report = derive(results, title)
     known, done = folder / "report.json", folder / "report.html"
@@ -41,17 +41,17 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("relearning", "compute", "tradeoff", "training", "rates"):
         if name not in drawn:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it would not belong to this one
+            (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report of other results
     for name, png in drawn.items():
         write_bytes(folder / f"{name}.png", png)
     write_text(folder / "table.md", _tables(report))
     write_text(done, html)
-    write_json(known, {**report.to_json(), "sources": sources})  # last: all else is there
+    write_json(known, {**report.to_json(), "sources": sources})  # written last, so that it marks a complete report
     return done
 
 
 def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
-    """The table of results for ``rich``; the same arguments and errors as :func:`write_report`."""
+    """Returns the table of results for ``rich``; ``results`` and errors as in :func:`write_report`."""
     return terminal(derive(results, str(results[0].get("name", "results")) if results else ""))
 
 

@@ -1,4 +1,4 @@
-"""The attacks of one model in one seed's results: their curves, and the worst case over them at every step."""
+"""Attacks on one model in the results of one seed: their curves, and the worst case over them at every step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from undo_core.attacks.grid import harm
 
 @dataclass(frozen=True)
 class Point:
-    """One seed's value.
+    """Value of one seed.
 
     Attributes:
-        seed: of the run.
+        seed: seed of the run.
         value: accuracy in [0, 1], nats per token, or a ratio.
-        low, high: 95 % interval of the evaluation, where the value is one evaluation.
-        n: rows evaluated.
+        low, high: 95 % interval of the evaluation, if the value is a single evaluation.
+        n: number of rows evaluated.
         rate: learning rate of the attack that gave the value.
         retain: retain performance of the same attacked model.
-        attack: name of that attack; None for the headline attack.
+        attack: name of the attack that gave the value; None for the headline attack.
         stage: folder of the model that was evaluated.
     """
 
@@ -36,12 +36,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One attack on one model at one learning rate.
+    """Curve of one trial of an attack on one model, for example at one learning rate.
 
     Attributes:
-        steps: at which the attack evaluates.
-        points: what was evaluated there.
-        headline: step whose worst case is quoted, of a further attack; None for the headline attack, whose is the run's.
+        steps: steps at which the attack evaluates.
+        points: the evaluated values, by step.
+        headline: headline step of a further attack; None for the headline attack, which uses the run's.
     """
 
     steps: list[int]
@@ -49,7 +49,11 @@ class Curve:
     headline: int | None = None
 
     def counted(self, step: int, headline: int) -> Point | None:
-        """What counts of it at a step of the headline attack: the last evaluation until then; at the run's headline step its own."""
+        """Returns the point of this curve to compare at a step of the headline attack.
+
+        It is the last evaluation up to that step; but at the run's headline step it is the one at the attack's own headline
+        step.
+        """
         at = max((s for s in self.steps if s <= step), default=None)
         if step == headline and self.headline is not None:
             at = self.headline
@@ -57,7 +61,7 @@ class Curve:
 
 
 def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
-    """Every attack's curves on a model, those of the headline attack first."""
+    """Curves of every attack on a model, those of the headline attack first."""
     attacks = {None: entry.get("attack"), **(entry.get("attacks") or {})}
     curves = []
     for name, attack in attacks.items():
@@ -72,7 +76,7 @@ def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
 
 
 def worst_by_attack(entry: dict[str, Any], seed: int, higher: bool, headline: int) -> dict[tuple[str | None, int], Point]:
-    """A model's worst case under each attack, over its grid, by the attack's name and its own headline step."""
+    """Worst case of a model under each attack, over its grid, by the attack's name and its own headline step."""
     found: dict[tuple[str | None, int], Point] = {}
     for curve in attack_curves(entry, seed):
         step = headline if curve.headline is None else curve.headline
@@ -84,11 +88,11 @@ def worst_by_attack(entry: dict[str, Any], seed: int, higher: bool, headline: in
 
 
 def envelope(entry: dict[str, Any], seed: int, higher: bool, headline: int, least: bool = False) -> dict[int, Point]:
-    """A model's worst case at every step of its headline attack, over that attack's rates and all further attacks.
+    """Worst case of a model at every step of its headline attack, over that attack's rates and all further attacks.
 
-    Of an attack that evaluates at other steps the last evaluation before counts, so that one without training, which has step 0
-    alone, counts at every step. At ``headline``, the run's headline step, every attack counts at its own headline step, as in
-    :func:`undo_core.worst_of`. ``least`` gives the other side of the envelope: the weakest attack at every step.
+    For an attack that evaluates at other steps, the last earlier evaluation counts; an attack without training, which has only
+    step 0, counts at every step. At ``headline``, the run's headline step, every attack counts at its own headline step, as in
+    :func:`undo_core.worst_of`. With ``least``, returns the weakest attack at every step instead.
     """
     curves, found = attack_curves(entry, seed), {}
     pick = min if least else max

@@ -1,4 +1,4 @@
-"""What the results say to the two claims of the abstract of arXiv 2506.06278, beside what was published."""
+"""Comparison of the results with the two claims in the abstract of arXiv 2506.06278."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PUBLISHED = "Published: labels for 0.01 % of the pretraining data, and the robus
 
 
 def claims(report: Report) -> list[str]:
-    """A sentence on the labels and one on the compute, of what the results hold, to stand under :data:`PUBLISHED`; means over seeds."""
+    """Sentences on labels and on compute to print below :data:`PUBLISHED`, if the results allow them; means over seeds."""
     return [sentence for sentence in (_labels(report), _compute(report)) if sentence]
 
 
 def label_shares(report: Report) -> dict[int, tuple[int, int]]:
-    """Labelled tokens of the unlearning, forget and retain, and tokens of the pretraining, by seed, where both are known."""
+    """Labelled (forget and retain) tokens of unlearning, and tokens of pretraining, by seed where both are known."""
     pretrained = {seed: run.get("tokens") for model in report.of("original") for seed, run in model.trainings.items()}
     shares = {}
     for model in report.of("unlearn"):
@@ -30,7 +30,10 @@ def label_shares(report: Report) -> dict[int, tuple[int, int]]:
 
 
 def labelled_tokens(entry: dict[str, Any]) -> dict[str, int]:
-    """Labelled tokens that a model's unlearning used, forget and retain; older results count a token as often as it was read."""
+    """Number of labelled forget and retain tokens that the unlearning of a model used.
+
+    Older results count a token every time it was read.
+    """
     named = (entry.get("costs") or {}).get("labelled_tokens")
     if named:
         return dict(named)
@@ -62,5 +65,5 @@ def _compute(report: Report) -> str:
 
 
 def _percent(share: float) -> str:
-    """Two significant digits below one per cent, whole numbers from ten on."""
+    """Formats a share in per cent: two significant digits below 10 %, whole numbers from there on."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"

@@ -1,4 +1,4 @@
-"""The report over several runs: their results grouped by setting, the paper's figures, and a table of the methods."""
+"""Comparison report over several runs: results grouped by setting, the paper's figures, and a table of the methods."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from undo_core.report.words import method_name
 from undo_core.version import __version__
 
 FORMAT = 1
-Loaded = tuple[str, dict[str, Any]]  # a run's folder and the contents of its results
+Loaded = tuple[str, dict[str, Any]]  # folder of a run, and the contents of its results file
 
 
 def load(paths: Sequence[Path]) -> list[Loaded]:
-    """The results in files, in folders of runs, and in folders of sweeps, each file once.
+    """Reads results from files, run folders and sweep folders; each file is read once.
 
     Raises:
-        FileNotFoundError: a path with no results.
+        FileNotFoundError: a path has no results.
     """
     files: dict[Path, Path] = {}
     for path in paths:
@@ -43,18 +43,18 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
 
 
 def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path:
-    """Write ``comparison.html``, its figures as PNG, ``points.csv`` behind them, and ``methods.md``, ``.tex`` and ``.csv``.
+    """Writes ``comparison.html``, its figures as PNG, their values in ``points.csv``, and ``methods`` as md, tex and csv.
 
     Args:
         loaded: run folders and their results.
-        folder: made where missing; a report of the same results is left as it is.
+        folder: output folder, created if missing; a report of the same results is not written again.
         title: heading of the page.
 
     Returns:
         The path of ``comparison.html``.
 
     Raises:
-        ValueError: as :func:`~undo_core.report.derive`; or runs whose metrics or headline steps differ.
+        ValueError: as in :func:`~undo_core.report.derive`, or settings whose metrics or headline steps differ.
     """
     sources = [{"folder": run, "seed": values["seed"], "sha256": hash_json(values)} for run, values in loaded]
     known, page = folder / "comparison.json", folder / "comparison.html"
@@ -76,27 +76,27 @@ def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path
         if name in drawn:
             write_bytes(folder / f"{name}.png", drawn[name])
         else:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+            (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report
     write_text(folder / "points.csv", csv_text([point for point in points if point.figure in drawn]))
     write_text(folder / "methods.md", compare_table.methods_markdown(title, table, said))
     write_text(folder / "methods.tex", compare_table.latex(table))
     write_text(folder / "methods.csv", compare_table.methods_csv(settings))
     write_text(page, html)
     files = [*(f"{name}.png" for name in drawn), "points.csv", "methods.md", "methods.tex", "methods.csv"]
-    write_json(known, {**made_of, "files": files, "settings": numbers})  # last: all else is there
+    write_json(known, {**made_of, "files": files, "settings": numbers})  # written last, so that it marks a complete report
     return page
 
 
 def comparison_table(loaded: Sequence[Loaded]) -> RenderableType:
-    """The table of the methods for ``rich``; the same arguments and errors as :func:`write_comparison`."""
+    """Returns the table of the methods for ``rich``; ``loaded`` and errors as in :func:`write_comparison`."""
     return compare_table.terminal(compare_table.methods_table(compare(loaded, "")))
 
 
 def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
-    """The results by setting: runs that differ in their seed, or in which alphas they have, are one setting."""
+    """Groups results by setting; runs that differ only in their seed and in their list of alphas are one setting."""
     groups: dict[str, list[Loaded]] = {}
     for run, values in loaded:
-        derive([values], title)  # refuses what is not a run's results
+        derive([values], title)  # raises if these are not the results of a run
         groups.setdefault(hash_json(sorted(_varied(values).items())), []).append((run, values))
     labels = _labels(list(groups.values()))
     merged = [_merge(group) for group in groups.values()]
@@ -122,18 +122,18 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
 
 
 def _by_number(path: Path) -> list[list[tuple[str, int]]]:
-    """So that rows=300 comes before rows=1000."""
+    """Sort key that compares numbers in paths by value: rows=300 comes before rows=1000."""
     parts = [re.findall(r"(\D+|^)(\d*)", part) for part in path.parts]
     return [[(text, int(number or 0)) for text, number in part] for part in parts]
 
 
 def _varied(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that tell runs apart, flat."""
+    """Settings that distinguish runs, as a flat dictionary with dotted keys."""
     return {key: value for key, value in settings_of(values).items() if key != "noise.alphas"}
 
 
 def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
-    """One results value for each seed, with the models of all its runs."""
+    """Merges runs of one setting into one results value per seed, with the models of all runs."""
     merged: dict[int, dict[str, Any]] = {}
     alphas: set[float] = set()
     for run, values in group:
@@ -156,8 +156,10 @@ def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
 def _lender(
     results: Sequence[dict[str, Any]], merged: Sequence[list[dict[str, Any]]]
 ) -> tuple[int | None, dict[int, list[dict[str, Any]]]]:
-    """Data filtering by seed for a setting that trained none at all: that of the first setting with the same data, model, pretraining
-    and attacks; and that setting's index."""
+    """Finds data filtering for a setting that trained none: that of the first setting for which ``_controlled`` gives the same.
+
+    Returns the index of that setting, or None, and the entries of data filtering by seed.
+    """
     if not any(_filter_of(values) for values in results):
         for index, others in enumerate(merged):
             lent = {
@@ -176,7 +178,7 @@ def _filter_of(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _to_target(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
-    """Data filtering as if it had stopped at this run's retain target: its training counts up to the evaluation that first met it."""
+    """Entry of data filtering with its training counted only up to the evaluation that first met this run's retain target."""
     training, target = entry.get("training"), metric.get("retain_target")
     if training is None or target is None or not training.get("stop_step"):
         return entry
@@ -191,7 +193,7 @@ def _to_target(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
 
 
 def _controlled(values: dict[str, Any]) -> list[Any]:
-    """The settings on which data filtering and the attack on it depend, but for the retain accuracy at which it stops."""
+    """Settings that data filtering and the attack on it depend on, except the retain target at which it stops."""
     config = values.get("config") or {}
     distill = config.get("distill") or {}
     train = distill.get("train") or {}
@@ -206,7 +208,7 @@ def _controlled(values: dict[str, Any]) -> list[Any]:
 
 
 def _origins(group: Iterable[Loaded]) -> dict[tuple[str, int], str]:
-    """The folder that each model of each seed is from."""
+    """Run folder of each model and seed."""
     origins: dict[tuple[str, int], str] = {}
     for run, values in group:
         for entry in values["models"]:
@@ -215,7 +217,10 @@ def _origins(group: Iterable[Loaded]) -> dict[tuple[str, int], str]:
 
 
 def _labels(groups: list[list[Loaded]]) -> list[str]:
-    """A name for each setting: the runs' own name, or what its runs' names have in common; with settings where names are alike."""
+    """Returns a distinct label for each setting.
+
+    A label comes from the runs' names or their common part, or from the method; settings are added where labels are equal.
+    """
     labels = []
     for group in groups:
         names = [str(values.get("name") or "") for _, values in group]
@@ -228,7 +233,7 @@ def _labels(groups: list[list[Loaded]]) -> list[str]:
 
 
 def _told_apart(index: int, labels: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
-    """A label with the settings in which it differs from others that have the same name."""
+    """Returns a label, with the settings in which it differs from others that have the same label."""
     own, alike = settings[index], [other for label, other in zip(labels, settings, strict=True) if label == labels[index]]
     differing = sorted(key for key in set().union(*alike) if any(other.get(key) != own.get(key) for other in alike))
     if not differing:

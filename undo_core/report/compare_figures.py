@@ -1,4 +1,4 @@
-"""The figures over several runs, as PNG bytes; they draw the points of ``points.csv`` and nothing else."""
+"""Figures of the comparison report; they draw the points of ``points.csv`` and nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from undo_core.report.table import count
 UNDO = "#08519c"
 KIND_COLOURS = {**COLOURS, "undo": UNDO}
 KIND_NAMES = {**LABELS, "undo": "UNDO", "damaged": "other damage"}
-# Methods: Okabe and Ito's colours again; more methods take longer lists, or a ramp.
+# Colours of the methods: Okabe and Ito's; for more methods a longer list, or a ramp.
 METHODS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d00")
 HALO = [withStroke(linewidth=3, foreground="white")]
 GREY = "#bbbbbb"
@@ -31,7 +31,7 @@ Points = Sequence[PlotPoint]
 
 
 def draw(settings: Sequence[Setting], points: Points) -> dict[str, bytes]:
-    """Every figure that has points, ``{name: PNG}``, in the order of the page."""
+    """Draws every figure that has points; returns ``{name: PNG}`` in the order of the page."""
     drawn: dict[str, bytes] = {}
     with matplotlib.rc_context(STYLE):
         for name in FIGURES:
@@ -42,7 +42,7 @@ def draw(settings: Sequence[Setting], points: Points) -> dict[str, bytes]:
 
 
 def overview(settings: Sequence[Setting], points: Points) -> Figure:
-    """Bars of retain and forget performance by method: unlearn only and UNDO, before (light) and after the attack (solid)."""
+    """Bars of retain and forget performance of unlearn only and UNDO, before (light) and after the attack (solid)."""
     report = settings[0].report
     labels = [setting.label for setting in settings]
     figure, panels = new_figure(max(5.8, 1.9 + 1.05 * len(labels)), 5.6, 2, 1, sharex=True)
@@ -93,7 +93,7 @@ def overview(settings: Sequence[Setting], points: Points) -> Figure:
 
 
 def curves(settings: Sequence[Setting], points: Points) -> Figure:
-    """Relearning curves, a panel per method: the worst case as a line, down to the weakest attack as a band; means over seeds."""
+    """Relearning curves, one panel per method: the worst case as a line, and a band to the weakest attack; means over seeds."""
     report = settings[0].report
     labels = list(dict.fromkeys(point.panel for point in points))
     columns = min(len(labels), 4 if len(labels) > 6 else 3)
@@ -142,7 +142,7 @@ def curves(settings: Sequence[Setting], points: Points) -> Figure:
 
 
 def methods(settings: Sequence[Setting], points: Points) -> Figure:
-    """Forget against retain performance, before and after the attack; a line leads from unlearning alone to UNDO."""
+    """Forget against retain performance, before and after the attack; a line connects unlearning alone with UNDO."""
     report = settings[0].report
     figure, panels = new_figure(8.4, 4.6, 1, 2)
     colours = _method_colours([setting.label for setting in settings])
@@ -171,7 +171,7 @@ def methods(settings: Sequence[Setting], points: Points) -> Figure:
         scale(axes.yaxis, axes, report)
         scale(axes.xaxis, axes, report)
         axes.set_title("better ↘" if report.higher else "better ↖", loc="right", fontsize=9, color="#777777")
-    if report.higher:  # as near as the points allow: before the attack all are in one corner
+    if report.higher:  # zoom to the points: before the attack all are in one corner
         for axes, panel in zip(panels, ("before", "after"), strict=True):
             own = [p for p in points if p.panel == panel]
             axes.set_xlim(max(-0.025, min((float(p.x) for p in own), default=0.0) - 0.06), 1.025)
@@ -194,7 +194,7 @@ def methods(settings: Sequence[Setting], points: Points) -> Figure:
 
 
 def robustness(settings: Sequence[Setting], points: Points) -> Figure:
-    """R against C, by alpha: medians, and bars from the smallest to the largest seed."""
+    """R against C by alpha: medians, with bars from the smallest to the largest seed."""
     units = [unit for unit in ("steps", "flops") if any(point.panel == unit for point in points)]
     figure, panels = new_figure(4.1 * len(units) + (1.2 if len(units) == 1 else 0), 4.5, 1, len(units), sharey=True)
     colours = _method_colours([setting.label for setting in settings])
@@ -231,7 +231,7 @@ def robustness(settings: Sequence[Setting], points: Points) -> Figure:
                 if model.kind == "undo":
                     line.append((x, y))
                     place = {"textcoords": "offset points", "ha": "right", "fontsize": 8.5, "path_effects": HALO, "zorder": 5}
-                    if all(abs(x - x0) > 0.07 or abs(y - y0) > 0.05 for x0, y0 in written):  # where there is room
+                    if all(abs(x - x0) > 0.07 or abs(y - y0) > 0.05 for x0, y0 in written):  # skip labels that would overlap
                         axes.annotate(f"{model.alpha:g}", (x, y), (-6, 5), color=colour, **place)
                         written.append((x, y))
             if len(line) > 1:
@@ -301,13 +301,13 @@ _DRAW: dict[str, Callable[[Sequence[Setting], Points], Figure]] = {
 
 
 def _values(points: Points, panel: str, series: str, x: str) -> list[float]:
-    """The finite values at one place."""
+    """Finite values of one series at one x."""
     found = [finite(p.y) for p in points if p.panel == panel and p.series == series and p.x == x]
     return [value for value in found if value == value]
 
 
 def _by_x(points: Iterable[PlotPoint]) -> dict[Any, list[float]]:
-    """The values of the seeds at each x, in order of x."""
+    """Values of the seeds at each x, in order of x."""
     found: dict[Any, list[float]] = {}
     for point in sorted(points, key=lambda point: point.x):
         found.setdefault(point.x, []).append(finite(point.y))
@@ -315,7 +315,7 @@ def _by_x(points: Iterable[PlotPoint]) -> dict[Any, list[float]]:
 
 
 def _line(points: Iterable[PlotPoint]) -> dict[Any, float]:
-    """The mean over seeds at each x."""
+    """Mean over seeds at each x."""
     return {x: statistics.fmean(values) for x, values in _by_x(points).items()}
 
 
@@ -329,7 +329,7 @@ def _method_colours(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _wrap(label: str, width: int = 12) -> str:
-    """Broken at blanks, for narrow places."""
+    """Breaks a label at spaces into lines of at most ``width`` characters."""
     lines = [""]
     for word in label.split(" "):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:

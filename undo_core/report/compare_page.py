@@ -1,4 +1,4 @@
-"""The page over several runs: one HTML file, figures inlined, no script, no network."""
+"""The comparison page: one HTML file with inlined figures, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TITLES = {
 
 
 def render(title: str, settings: Sequence[Setting], figures: Mapping[str, bytes], said: Mapping[str, Sequence[str]]) -> str:
-    """The page as one string; ``figures`` are PNGs by name, ``said`` the sentences on the published claims by setting."""
+    """Renders the page as one HTML string; ``figures`` are PNGs by name, ``said`` are sentences on the claims by setting."""
     explained = captions(settings)
     several = len(settings) > 1
     sentences = [f"{label}: {text}" if several else text for label, texts in said.items() for text in texts]
@@ -43,7 +43,7 @@ def render(title: str, settings: Sequence[Setting], figures: Mapping[str, bytes]
 
 
 def captions(settings: Sequence[Setting]) -> dict[str, str]:
-    """A caption for each figure."""
+    """Returns a caption for each figure."""
     report = settings[0].report
     alphas = sorted({s.report.strongest.alpha or 0.0 for s in settings if s.report.strongest})
     stands = f"UNDO stands with the largest α that no seed's step limit censored ({', '.join(f'{a:g}' for a in alphas)})."

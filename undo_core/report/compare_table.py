@@ -1,4 +1,4 @@
-"""The table of the methods before and after UNDO, as Markdown, LaTeX, CSV and for the terminal."""
+"""Table of the methods before and after UNDO, as Markdown, LaTeX, CSV and for the terminal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _TEX |= {"<": "$<$", ">": "$>$", "|": "$|$", "\u00a0": "~"}
 
 
 def methods_table(settings: Sequence[Setting]) -> Table:
-    """A method's rows: before UNDO, after UNDO, data filtering; performance, worst case after relearning, R and C. Of one method alone
-    every model has a row."""
+    """Table of performance, worst case after relearning, R and C.
+
+    Each method has three rows: before UNDO, after UNDO, and data filtering. If there is only one method, every model except the
+    original has a row.
+    """
     report, notes = settings[0].report, Notes()
     unit = "%" if report.higher else "nats/token"
     headers = [("method", ""), ("model", ""), ("retain", unit), ("forget", unit)]
@@ -37,7 +40,7 @@ def methods_table(settings: Sequence[Setting]) -> Table:
         )
         for model in models:
             if model.kind == "filter" and setting.lender:
-                continue  # a row of the lender's
+                continue  # it is already a row of the lending setting
             name = "before UNDO" if model.kind == "unlearn" else model.label
             row = [Cell(setting.label), Cell(name, marks=model_marks(model, setting.report, notes))]
             row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
@@ -54,7 +57,7 @@ def methods_table(settings: Sequence[Setting]) -> Table:
 
 
 def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]) -> str:
-    """The table, and what it says to the published claims."""
+    """Renders the table and the sentences on the published claims as Markdown."""
     parts = [f"# {title}", markdown(table, names=2).rstrip()]
     if any(said.values()):
         parts.append("## Beside the published claims")
@@ -65,7 +68,7 @@ def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]
 
 
 def latex(table: Table) -> str:
-    """A ``tabular`` that needs no package, ranges in parentheses, footnotes below."""
+    """Renders a LaTeX ``tabular`` that needs no package, with ranges in parentheses and footnotes below."""
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(table.headers) - 2)}}}", r"\hline"]
     lines.append(" & ".join(_tex(name) for name, _ in table.headers) + r" \\")
     lines.append(" & ".join(_tex(unit) for _, unit in table.headers) + r" \\")
@@ -83,7 +86,7 @@ def latex(table: Table) -> str:
 
 
 def methods_csv(settings: Sequence[Setting]) -> str:
-    """Every model of every method with bare numbers: means, smallest and largest seed; empty where there is none."""
+    """CSV of every model of every method: mean, smallest and largest seed; empty where there is no value."""
     stats = ("retain", "forget", "forget_attacked", "R", "C_steps", "C_tokens", "C_flops")
     names = ["method", "model", "kind", "alpha", "seeds", "censored_seeds"]
     names += [f"{stat}{part}" for stat in stats for part in ("", "_min", "_max")]
@@ -113,8 +116,10 @@ def methods_csv(settings: Sequence[Setting]) -> str:
 
 
 def terminal(table: Table) -> Group:
-    """For a terminal of 80 columns: the means; ranges, worst attacks and C in FLOPs are left to the page, and the
-    name of a method that is alone."""
+    """Renders the means for a terminal of 80 columns.
+
+    Ranges, worst attacks, C in FLOPs and, if there is only one method, its name are only on the page.
+    """
     rich = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     left_out = [("worst attack", ""), ("C", "FLOPs")]
     if len({row[0].main for row in table.rows}) == 1:
@@ -135,7 +140,7 @@ def terminal(table: Table) -> Group:
 
 
 def _attack(stat: Stat) -> str:
-    """The attacks and rates that the worst cases are from."""
+    """Names of the attacks, with their rates, that gave the worst cases."""
     rates: dict[str, set[float]] = {}
     for point in stat.points:
         rates.setdefault(point.attack or "fine-tuning", set()).update([] if point.rate is None else [point.rate])

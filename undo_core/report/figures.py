@@ -1,4 +1,4 @@
-"""The figures, as PNG bytes. Each function returns None where there is nothing to draw."""
+"""Figures of the report. Each drawing function returns None if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from undo_core.report.table import rate
 
 
 def draw(report: Report) -> dict[str, bytes]:
-    """Every figure that the results allow, ``{name: PNG}``, in the order of the page."""
+    """Draws every figure that the results allow; returns ``{name: PNG}`` in the order of the page."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
         for function in (relearning, compute, tradeoff, training, rates):
@@ -72,7 +72,7 @@ def relearning(report: Report) -> Figure | None:
 
 
 def compute(report: Report) -> Figure | None:
-    """R against C, in steps and in FLOPs, a point per alpha, between unlearn only and data filtering."""
+    """R against C in steps and in FLOPs, with a point per alpha, and unlearn only and data filtering for comparison."""
     students = [m for m in report.models if m.kind in STUDENTS and m.robustness]
     panels = [unit for unit in ("steps", "flops") if any(_pairs(m, unit) for m in students)]
     if not panels:
@@ -133,7 +133,7 @@ def compute(report: Report) -> Figure | None:
 
 
 def tradeoff(report: Report) -> Figure | None:
-    """Retain against forget performance, before the attack and after the headline number of its steps."""
+    """Retain against forget performance, before the attack and after its headline number of steps."""
     drawn = [m for m in report.models if m.metrics.get("retain") and m.metrics.get("forget")]
     if not drawn:
         return None
@@ -236,7 +236,7 @@ def training(report: Report) -> Figure | None:
 
 
 def rates(report: Report) -> Figure | None:
-    """Forget performance against attack step at every learning rate, a panel per model."""
+    """Forget performance against attack step at every learning rate, with one panel per model."""
     models = [model for model in report.models if model.attacks]
     if not models:
         return None
@@ -287,7 +287,7 @@ def _dagger(model: ModelReport) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Names right of the lines, moved apart where they would overlap."""
+    """Writes the names of the lines to the right of their ends, moved apart where they would overlap."""
     ends = sorted((e for e in ends if e[0] == e[0]), key=lambda end: end[0])
     bottom, top = axes.get_ylim()
     places = spread_apart([end[0] for end in ends], 0.062 * (top - bottom), bottom, top)
@@ -316,9 +316,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
 
 
 def spread_apart(values: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
-    """Ascending ``values`` moved as little as possible (least squares) so that neighbours are ``gap`` apart, within the range.
+    """Moves ascending ``values`` as little as possible (least squares) so that neighbours are ``gap`` apart within the range.
 
-    With ``gap * index`` taken off, that is isotonic regression: neighbours in the wrong order are pooled at their mean.
+    After subtracting ``gap * index`` this is isotonic regression: neighbours in the wrong order are pooled at their mean.
     """
     pools: list[list[float]] = []
     for index, value in enumerate(values):
@@ -335,13 +335,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _pairs(model: ModelReport, unit: str) -> list[tuple[float, float]]:
-    """C and R of the seeds that have both."""
+    """Pairs ``(C, R)`` of the seeds that have both."""
     c: dict[int, float] = {p.seed: p.value for p in model.compute[unit].points}
     return [(c[p.seed], p.value) for p in model.robustness.points if p.seed in c]
 
 
 def _unlearning_share(report: Report) -> float:
-    """FLOPs of unlearning over those of data filtering, mean over seeds."""
+    """Ratio of the FLOPs of unlearning to those of data filtering, as a mean over seeds."""
     shares = []
     for unlearn, control in ((u, f) for u in report.of("unlearn") for f in report.of("filter")):
         for seed, run in unlearn.trainings.items():
@@ -352,7 +352,7 @@ def _unlearning_share(report: Report) -> float:
 
 
 def _after(model: ModelReport, report: Report) -> tuple[float, float] | None:
-    """Retain and worst-case forget performance after the headline number of steps, where both are finite."""
+    """Retain and worst-case forget performance after the headline number of steps; None unless both are finite."""
     points = [p for p in model.worst.get(report.headline, Stat()).points if p.retain is not None]
     if not points:
         return None

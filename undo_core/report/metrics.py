@@ -1,13 +1,13 @@
-"""What follows from the results of one or several seeds: worst cases, robustness, compute, order over alpha.
+"""Quantities derived from the results of one or several seeds: worst cases, robustness, compute, order over alpha.
 
-In the notation of arXiv 2506.06278, with P the worst-case forget performance after the headline number of attack steps and S
-the training spent until the retain target was first reached:
+In the notation of arXiv 2506.06278, with P the worst-case forget performance after the headline number of attack steps, and S
+the training until the retain target is first reached:
 
     R = (P_undo - P_unlearn) / (P_filter - P_unlearn)        C = S_undo / S_filter
 
-S_undo has the unlearning in it: its tokens and FLOPs, and its steps as steps of as many tokens as the student's.
+S_undo includes the unlearning: its tokens, its FLOPs, and its steps, converted to steps of as many tokens as the student's.
 
-A worst case is the attacker's best attack and learning rate: the largest forget accuracy, or the smallest forget loss.
+The worst case is the attack and learning rate with the largest forget accuracy or the smallest forget loss.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 from undo_core.report.attacks import Point, envelope
 
 FORMAT = 1
-MIN_DENOMINATOR = 0.1  # of R; below it, R is mostly evaluation noise
-DIVERGED = 1e30  # a loss from here on is the stand-in for a model that diverged
+MIN_DENOMINATOR = 0.1  # smallest denominator of R; below it, R is mostly evaluation noise
+DIVERGED = 1e30  # a loss of at least this stands for a model that diverged
 KINDS = ("original", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
-STUDENTS = ("undo", "damaged", "gated", "random")  # which train to the retain target
+STUDENTS = ("undo", "damaged", "gated", "random")  # models that are trained to the retain target
 LABELS = {
     "original": "original",
     "unlearn": "unlearn only",
@@ -43,7 +43,7 @@ _STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
 
 @dataclass(frozen=True)
 class Stat:
-    """One quantity over the seeds: the points there are, and why the others are missing."""
+    """One quantity over the seeds: the points of seeds that have it, and the reasons why others lack it, by seed."""
 
     points: tuple[Point, ...] = ()
     missing: dict[int, str] = field(default_factory=dict)
@@ -53,12 +53,12 @@ class Stat:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds that have a value; there must be one."""
+        """Mean over the seeds that have a value; there must be at least one."""
         return math.fsum(p.value for p in self.points) / len(self.points)
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """Smallest and largest seed; of a single seed the 95 % interval of its evaluation, None if it has none."""
+        """Smallest and largest value over seeds; for one seed the 95 % interval of its evaluation, or None without one."""
         if len(self.points) > 1:
             values = [p.value for p in self.points]
             return min(values), max(values)
@@ -68,11 +68,11 @@ class Stat:
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates behind the points, each once."""
+        """Distinct learning rates of the points, sorted."""
         return sorted({p.rate for p in self.points if p.rate is not None})
 
     def to_json(self) -> dict[str, Any]:
-        """Mean, range over seeds and every seed's point; absent parts are None or empty."""
+        """Mean, range over seeds and all points, as JSON values; absent parts are None or empty."""
         values = [p.value for p in self.points]
         points = [{key: value for key, value in vars(p).items() if value is not None} for p in self.points]
         return {
@@ -86,7 +86,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What is known of one model over the seeds.
+    """Derived quantities of one model over the seeds.
 
     Attributes:
         name, kind, alpha: as in the results.
@@ -95,7 +95,7 @@ class ModelReport:
         worst: worst-case forget performance, ``{attack step: ...}``.
         robustness: R.
         compute: C in steps, tokens and FLOPs.
-        censored: seeds in which the step limit came before the retain target.
+        censored: seeds in which training reached its step limit before the retain target.
         entries: the model's entry in each seed's results.
     """
 
@@ -112,7 +112,7 @@ class ModelReport:
 
     @property
     def label(self) -> str:
-        """The model's name for readers."""
+        """Display name of the model."""
         if self.kind == "undo" and self.alpha is not None:
             return f"UNDO α={self.alpha:g}"
         if self.kind == "gated" and self.alpha is not None:
@@ -121,24 +121,25 @@ class ModelReport:
 
     @property
     def attacks(self) -> dict[int, dict[str, Any]]:
-        """The attack of each seed that has one."""
+        """Attack results by seed, for seeds that have one."""
         return {seed: entry["attack"] for seed, entry in self.entries.items() if entry.get("attack")}
 
     @property
     def trainings(self) -> dict[int, dict[str, Any]]:
-        """The training of each seed that has one."""
+        """Training results by seed, for seeds that have one."""
         return {seed: entry["training"] for seed, entry in self.entries.items() if entry.get("training")}
 
 
 @dataclass(frozen=True)
 class Order:
-    """Does the worst case fall from alpha to alpha, down to the random student?
+    """Check of whether the attack gets harder with every alpha, up to the random student.
 
     Attributes:
-        seed: None for the mean over seeds.
-        chain: model and worst-case forget performance at the headline step, in order of alpha, the random student last.
-        rises: neighbours at which the attack got easier, with the size of the step and whether the intervals of both overlap.
-        left_out: censored models, which stopped elsewhere.
+        seed: seed of the run; None for the mean over seeds.
+        chain: pairs of model and worst-case forget performance at the headline step, in order of alpha, the random student
+            last.
+        rises: pairs of neighbours at which the attack got easier, with the difference and whether their intervals overlap.
+        left_out: censored models, which did not stop at the retain target and cannot be compared.
     """
 
     seed: int | None
@@ -148,13 +149,13 @@ class Order:
 
     @property
     def holds(self) -> bool | None:
-        """True where no step rises; None where there is nothing to compare."""
+        """True if no step of the chain rises; None if there are fewer than two models to compare."""
         return None if len(self.chain) < 2 else not self.rises
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the report shows, derived from ``results``."""
+    """Everything that the report shows, derived from ``results``."""
 
     title: str
     kind: str
@@ -166,12 +167,12 @@ class Report:
 
     @property
     def higher(self) -> bool:
-        """True where more is better: accuracy. False for a loss."""
+        """True for an accuracy, where higher is better; False for a loss."""
         return self.kind == "accuracy"
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of the runs, in order."""
+        """Seeds of the runs, in ascending order."""
         return [result["seed"] for result in self.results]
 
     @property
@@ -181,16 +182,16 @@ class Report:
 
     @property
     def strongest(self) -> ModelReport | None:
-        """The UNDO model that stands for the method: of the largest alpha at which no seed is censored, or else of the largest."""
+        """UNDO model with the largest alpha at which no seed is censored, or with the largest alpha if there is none."""
         models = self.of("undo")
         return next((model for model in reversed(models) if not model.censored), models[-1] if models else None)
 
     def of(self, kind: str) -> list[ModelReport]:
-        """The models of a kind."""
+        """Models of one kind."""
         return [model for model in self.models if model.kind == kind]
 
     def to_json(self) -> dict[str, Any]:
-        """The derived numbers, for ``report.json``."""
+        """The derived numbers as JSON values, for ``report.json``."""
         return {
             "format": FORMAT,
             "title": self.title,
@@ -203,14 +204,14 @@ class Report:
 
 
 def derive(results: list[dict[str, Any]], title: str) -> Report:
-    """Everything that the report shows.
+    """Derives everything that the report shows.
 
     Args:
-        results: contents of ``results.json``, one per seed, of runs that differ in their seed alone.
-        title: of the report.
+        results: contents of ``results.json``, one per seed, of runs that differ only in their seed.
+        title: title of the report.
 
     Raises:
-        ValueError: no results, an unknown format, a seed twice, or runs that do not belong together.
+        ValueError: no results, an unknown format, a repeated seed, or runs whose settings differ.
     """
     _check(results)
     results = sorted(results, key=lambda result: result["seed"])
@@ -290,17 +291,17 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
 
 
 def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | str:
-    """R, or the reason why it is not given."""
+    """Returns R, or the reason why it is not defined."""
     if max(undo, unlearn, filter) >= DIVERGED:
         return "diverged under the attack at every learning rate, or a control did"
     denominator = filter - unlearn
-    if abs(denominator) < MIN_DENOMINATOR - 1e-9:  # 0.9 - 0.8 is 0.1 to the reader
+    if abs(denominator) < MIN_DENOMINATOR - 1e-9:  # the tolerance lets 0.9 - 0.8 count as 0.1
         return f"P_filter - P_unlearn is {denominator:.3f}, under {MIN_DENOMINATOR:g} in size"
     return (undo - unlearn) / denominator
 
 
 def is_censored(entry: dict[str, Any], has_target: bool) -> bool:
-    """True where training to a retain target ended at its step limit."""
+    """Whether training to a retain target ended at its step limit instead."""
     training = entry.get("training")
     return has_target and entry["kind"] in (*STUDENTS, "filter") and training is not None and training.get("stop_step") is None
 
@@ -400,7 +401,7 @@ def _check(results: list[dict[str, Any]]) -> None:
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What must agree between seeds, flat: dotted keys and their values."""
+    """Settings that must agree between seeds, as a flat dictionary with dotted keys."""
     config = {k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers")}
     metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step")}
     return dict(_flat({**config, "metric": metric}, ""))

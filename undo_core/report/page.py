@@ -1,4 +1,4 @@
-"""The page: one HTML file, figures inlined, no script, no network."""
+"""The report page: one HTML file with inlined figures, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _TITLES = {
 
 
 def render(report: Report, figures: dict[str, bytes]) -> str:
-    """The page as one string; ``figures`` are PNGs by name."""
+    """Renders the page as one HTML string; ``figures`` are PNGs by name."""
     first = report.results[0]
     seeds = f"seed {report.seeds[0]}" if len(report.seeds) == 1 else f"seeds {', '.join(map(str, report.seeds))}"
     device = (first.get("machine") or {}).get("device")
@@ -116,25 +116,25 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page around its parts."""
+    """Wraps the parts of a page in an HTML document."""
     return _PAGE.format(title=escape(title), css=_CSS, body="\n".join(parts))
 
 
 def figure_html(title: str, png: bytes, caption: str) -> str:
-    """A figure under its heading, the image inlined."""
+    """Renders a figure with its heading and caption; the image is inlined."""
     source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
     image = f'<div><img alt="{escape(caption)}" src="{source}"></div>'
     return f"<h2>{escape(title)}</h2><figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def claims_html(sentences: Iterable[str]) -> str:
-    """What the results say to the published claims; empty where they say nothing."""
+    """Renders the sentences on the published claims; empty without sentences."""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f'<p>{escape(PUBLISHED)}</p><ul class="notes">{items}</ul>' if items else ""
 
 
 def table_html(table: Table) -> str:
-    """The table with its footnotes."""
+    """Renders the table with its footnotes."""
     heads = "".join(
         f"<th>{escape(name)}{f'<small>{escape(unit)}</small>' if unit else ''}</th>" for name, unit in table.headers
     )

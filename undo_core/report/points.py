@@ -1,4 +1,4 @@
-"""Every plotted value of the report over several runs, with the run folder and the stage that it is from."""
+"""Every plotted value of the comparison report, with the run folder and the stage that it comes from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COMPARED = ("unlearn", "undo", "filter")  # a method before and after UNDO, and 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed, or in which alphas they have: one method of the comparison.
+    """One method of the comparison: runs that differ only in their seed and in their list of alphas.
 
     Attributes:
-        label: for readers.
-        report: what follows from its results.
-        origins: the run folder of each ``(model name, seed)``.
-        runs: its run folders.
-        lender: label of the setting whose data filtering stands for this one's, which trained none.
+        label: display name.
+        report: quantities derived from the results.
+        origins: run folder of each ``(model name, seed)``.
+        runs: the run folders.
+        lender: label of the setting whose data filtering is used here, if this setting trained none.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Setting:
     lender: str | None = None
 
     def compared(self, *kinds: str) -> Iterator[ModelReport]:
-        """The models of these kinds, of UNDO the strongest alone."""
+        """Yields the models of these kinds; for UNDO only the strongest."""
         for kind in kinds:
             models = self.report.of(kind) if kind != "undo" else [self.report.strongest] if self.report.strongest else []
             yield from models
@@ -44,16 +44,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """One seed's value in a figure.
+    """Value of one seed in a figure.
 
     Attributes:
         figure: name of the figure.
-        panel: of the figure.
-        series: what is drawn as one line, bar or marker.
-        x, y: coordinates; x is a name where the axis has names. A y of 1e30 and more stands for a model that diverged.
-        seed: of the run.
+        panel: panel of the figure.
+        series: name of the line, bar or marker.
+        x, y: coordinates; x is a name on an axis of names. A y of at least 1e30 stands for a model that diverged.
+        seed: seed of the run.
         run: folder of the run.
-        stage: folder of the model that was evaluated, under the run's, or its sweep's, ``stages``; several for a ratio.
+        stage: folder of the evaluated model, under ``stages`` of the run or of its sweep; for a ratio (R, C) the model's own.
     """
 
     figure: str
@@ -67,13 +67,13 @@ class PlotPoint:
 
 
 def plot_points(settings: Sequence[Setting]) -> list[PlotPoint]:
-    """The points of every figure."""
+    """Returns the points of every figure."""
     makers = (_overview, _oracle, _methods, _envelopes, _robustness, _labels)
     return [point for make in makers for point in make(settings)]
 
 
 def csv_text(points: Sequence[PlotPoint]) -> str:
-    """The points as CSV with a header."""
+    """Formats the points as CSV with a header."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(PlotPoint)])
@@ -104,14 +104,14 @@ def _methods(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
 
 
 def _oracle(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
-    """Worst-case relearning curves of oracle matching and of what it is compared with, where there is oracle matching."""
+    """Worst-case relearning curves of oracle matching and its controls, for settings with oracle matching."""
     for setting in settings:
         if setting.report.of("oracle") or setting.report.of("oracle-random"):
             yield from _curves("oracle", setting, ("unlearn", "oracle", "oracle-random", "filter"))
 
 
 def _envelopes(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
-    """Relearning curves: the worst case over attacks and rates at every step, and the weakest attack beside it."""
+    """Relearning curves: at every step the worst case over attacks and rates, and the weakest attack."""
     for setting in settings:
         yield from _curves("envelopes", setting, ("unlearn", "undo", "damaged", "gated", "random", "filter"))
 
@@ -128,7 +128,10 @@ def _robustness(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
 
 
 def _labels(settings: Sequence[Setting]) -> Iterator[PlotPoint]:
-    """Robustness over the label budget, for methods that were run with several: seeds' budgets differ a little, rows in length."""
+    """Robustness over the label budget, for methods that were run with several budgets.
+
+    The budgets of seeds differ slightly because rows differ in length, so their mean is plotted.
+    """
     budgets: dict[tuple[str, int], set[int]] = {}
     for setting in settings:
         for seed, tokens in _labelled(setting).items():
@@ -151,7 +154,7 @@ def _method(setting: Setting) -> str:
 
 
 def _labelled(setting: Setting) -> dict[int, int]:
-    """Labelled forget tokens of each seed's unlearning."""
+    """Number of labelled forget tokens of the unlearning, by seed."""
     entries = [item for model in setting.report.of("unlearn") for item in model.entries.items()]
     labelled = {seed: labelled_tokens(entry).get("forget") for seed, entry in entries}
     return {seed: tokens for seed, tokens in labelled.items() if tokens}
@@ -162,7 +165,7 @@ def _before(model: ModelReport, key: str) -> Sequence[Point]:
 
 
 def _after(setting: Setting, model: ModelReport, key: str) -> Sequence[Point]:
-    """Of the attack that is worst for the forget set at the headline step: its forget or its retain performance."""
+    """Forget or retain performance under the attack that is worst for the forget set at the headline step."""
     worst = model.worst.get(setting.report.headline)
     points = worst.points if worst else ()
     if key == "forget":
@@ -191,7 +194,7 @@ def _at(
 def _pairs(
     figure: str, panel: str, series: str, setting: Setting, model: ModelReport, xs: Sequence[Point], ys: Sequence[Point]
 ) -> Iterator[PlotPoint]:
-    """Points of seeds that have both coordinates."""
+    """Yields points of seeds that have both coordinates."""
     across = {point.seed: point.value for point in xs}
     for point in ys:
         if point.seed in across:
@@ -199,5 +202,5 @@ def _pairs(
 
 
 def _stage(model: ModelReport, point: Point) -> str:
-    """The folder behind a value; of R and C, which are computed from several, the model's own."""
+    """Folder of the evaluated model; for R and C, which combine several models, the model's own."""
     return point.stage or model.entries[point.seed].get("stage") or ""

@@ -1,4 +1,4 @@
-"""What the figures share: colours, marks, axes."""
+"""Colours, markers, lines and axes that the figures share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from undo_core.report.metrics import DIVERGED, Report
 
-# Okabe and Ito's colours (safe for colour-blind readers); the students share a ramp of one blue, darker with alpha.
+# Okabe and Ito's colours, safe for colour-blind readers; UNDO students use a ramp of blues, darker with alpha.
 COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
 COLOURS |= {"damaged": "#56B4E9", "gated": "#7b3294", "oracle-random": "#b8860b"}
 MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
@@ -41,30 +41,30 @@ DPI = 180
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure gives the same bytes."""
+    """Renders the figure as PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, row by row; sizes in inches."""
+    """Returns a figure and its panels, row by row; sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
 def unit_name(report: Report) -> str:
-    """Of a performance, on an axis."""
+    """Axis label of a performance, with its unit."""
     return "accuracy, %" if report.higher else "loss, nats/token"
 
 
 def finite(value: float) -> float:
-    """NaN, which leaves a gap, for a model that diverged."""
+    """Replaces the value of a model that diverged with NaN, which leaves a gap in a plot."""
     return value if value < DIVERGED else float("nan")
 
 
 def scale(axis: Any, axes: Axes, report: Report) -> None:
-    """Per cent from 0 to 100 for accuracy."""
+    """Scales an accuracy axis from 0 to 100 per cent; leaves a loss axis unchanged."""
     if report.higher:
         vertical = axis is axes.yaxis
         (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)

@@ -1,4 +1,4 @@
-"""The table of results, once, as cells; rendered as Markdown, for the terminal, and (in ``page``) as HTML."""
+"""Tables of the report as cells, and their rendering as Markdown and for the terminal; ``page`` renders them as HTML."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.metrics import DIVERGED, ModelReport, Order, Report, Stat
 
 NONE = "–"
-MAX_STEPS = 4  # columns of attack steps; the curves show them all
+MAX_STEPS = 4  # columns of attack steps; the figures show all steps
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as shown, its range, the learning rates behind it or another remark, and its footnote marks."""
+    """Cell of a table: the formatted value, its range, a remark such as its learning rates, and footnote marks."""
 
     main: str = NONE
     spread: str = ""
@@ -27,13 +27,13 @@ class Cell:
 
     @property
     def small(self) -> str:
-        """What stands small beside the value."""
+        """Text in small print next to the value: range and remark."""
         return ", ".join(part for part in (self.spread, self.remark) if part)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headers with their units, rows of cells, and footnotes ``{mark: text}``."""
+    """Table: headers as ``(name, unit)``, rows of cells, and footnotes ``{mark: text}``."""
 
     headers: list[tuple[str, str]]
     rows: list[list[Cell]]
@@ -41,7 +41,7 @@ class Table:
 
 
 def results_table(report: Report) -> Table:
-    """Performance before and after the attack, R and C: one row per model."""
+    """Table of performance before and after the attack, R and C, with one row per model."""
     notes = Notes()
     unit = "%" if report.higher else "nats/token"
     steps = _columns(report)
@@ -65,7 +65,10 @@ def results_table(report: Report) -> Table:
 
 
 def attack_table(report: Report) -> Table:
-    """Worst-case forget performance under each attack at its own headline step, a line an attack; no rows where there is one attack."""
+    """Table of worst-case forget performance, one row per attack, each at its own headline step.
+
+    It has no rows if there is only one attack.
+    """
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
     attacked = [model for model in report.models if model.attacks]
     for model in attacked:
@@ -86,7 +89,7 @@ def attack_table(report: Report) -> Table:
 
 
 def cost_table(report: Report) -> Table:
-    """What each model's training took, means over seeds."""
+    """Table of the training costs of each model, as means over seeds."""
     keys = ("steps", "tokens", "flops", "seconds", "peak_bytes", "labelled_forget_tokens", "labelled_retain_tokens")
     headers = [
         ("model", ""),
@@ -112,8 +115,10 @@ def cost_table(report: Report) -> Table:
 
 
 def group_table(report: Report) -> Table:
-    """Performance before the attack for each group of rows, a line a model or, of many groups, a line a group; no rows where there are
-    none."""
+    """Table of performance before the attack for each group of rows.
+
+    It has one row per model, or with more than 20 groups one row per group; no rows if there are no groups.
+    """
     unit = "%" if report.higher else "nats/token"
     labels = sorted({label for model in report.models for label in model.groups}, key=_group_order)
     headers = [("model", ""), *((label.replace("heldout_", "held-out "), unit) for label in labels)]
@@ -128,7 +133,7 @@ def group_table(report: Report) -> Table:
 
 
 def markdown(table: Table, names: int = 1) -> str:
-    """GitHub Markdown, footnotes below; the first ``names`` columns are aligned to the left."""
+    """Renders a table as GitHub Markdown with footnotes below; the first ``names`` columns are left-aligned."""
     lines = ["| " + " | ".join(f"{name} ({unit})" if unit else name for name, unit in table.headers) + " |"]
     lines.append("|" + "|".join(["---"] * names + ["---:"] * (len(table.headers) - names)) + "|")
     for row in table.rows:
@@ -138,9 +143,10 @@ def markdown(table: Table, names: int = 1) -> str:
 
 
 def terminal(report: Report) -> Group:
-    """The table for a terminal of 80 columns: below a value its range over seeds or, of one seed, the worst learning rate.
+    """Renders the table of results for a terminal of 80 columns.
 
-    Held-out performance, C in tokens and, of several seeds, all attack steps but the headline are left to the page.
+    Below each value is its range over seeds or, with one seed, the worst learning rate. Held-out performance, C in tokens and,
+    with several seeds, all attack steps except the headline step are only on the page.
     """
     table = results_table(report)
     several = len(report.seeds) > 1
@@ -173,7 +179,7 @@ def terminal(report: Report) -> Group:
 
 
 def order_sentence(order: Order, report: Report) -> str:
-    """What the check of the order over alpha found, as a sentence."""
+    """Describes the result of the order check in a sentence."""
     labels = {model.name: model.label for model in report.models}
     who = "Mean over seeds" if order.seed is None else f"Seed {order.seed}"
     chain = " → ".join(f"{labels[name]} {number(value, report.higher)}" for name, value in order.chain)
@@ -190,7 +196,7 @@ def order_sentence(order: Order, report: Report) -> str:
 
 
 def performance(stat: Stat, higher: bool) -> Cell:
-    """Mean, range and learning rates of a performance."""
+    """Cell with the mean, range and learning rates of a performance."""
     if not stat:
         return Cell()
     spread = stat.spread
@@ -199,25 +205,25 @@ def performance(stat: Stat, higher: bool) -> Cell:
 
 
 def number(value: float, higher: bool) -> str:
-    """An accuracy in per cent, or nats per token."""
+    """Formats an accuracy in per cent, or a loss in nats per token."""
     if higher:
         return f"{100 * value:.1f}"
     return "diverged" if value >= DIVERGED else f"{value:.3f}"
 
 
 def ratio(value: float) -> str:
-    """A ratio with two decimals."""
+    """Formats a ratio with two decimals."""
     return f"{value + 0.0:.2f}" if abs(value) >= 0.005 else "0.00"
 
 
 def rate(value: float) -> str:
-    """A learning rate, short: 5e-4."""
+    """Formats a learning rate briefly, such as 5e-4."""
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def count(value: float) -> str:
-    """A count with a suffix: 620, 8.05k, 1.21M."""
+    """Formats a count with a suffix, such as 620, 8.05k, 1.21M."""
     for power, suffix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g}{suffix}" if value < 999.5 * 10**power else f"{value / 10**power:.0f}{suffix}"
@@ -238,13 +244,13 @@ _AMOUNT = {"flops": lambda value: f"{value:.2e}", "seconds": _duration, "peak_by
 
 
 class Notes:
-    """Footnotes in the order of their first use."""
+    """Collects footnotes in the order of their first use."""
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
 
     def mark(self, text: str) -> str:
-        """The mark of a footnote with this text."""
+        """Returns the mark of the footnote with this text; adds the footnote if it is new."""
         for mark, known in self.texts.items():
             if known == text:
                 return mark
@@ -254,7 +260,7 @@ class Notes:
 
 
 def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
-    """Footnotes on a model: where it is censored, and where a stronger attack may exist."""
+    """Marks of the footnotes on a model: in which seeds it is censored, and whether a stronger attack may exist."""
     marks = ""
     if model.censored:
         where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
@@ -265,7 +271,7 @@ def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
 
 
 def ratio_cell(stat: Stat, notes: Notes) -> Cell:
-    """R or C: mean, range, and why it is missing."""
+    """Cell of R or C: mean, range, and footnotes on why values are missing."""
     marks = "".join(dict.fromkeys(notes.mark(f"n/a: {reason}") for reason in stat.missing.values()))
     if not stat:
         return Cell("n/a" if stat.missing else NONE, marks=marks)
@@ -276,7 +282,7 @@ def ratio_cell(stat: Stat, notes: Notes) -> Cell:
 
 
 def _columns(report: Report) -> list[int]:
-    """The attack steps that get a column: the headline, the last, and some spread between."""
+    """Attack steps that get a column: the headline step, the last, and some spread between."""
     steps = [step for step in report.steps if step > 0]
     if len(steps) <= MAX_STEPS:
         return steps

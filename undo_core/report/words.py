@@ -1,4 +1,4 @@
-"""The report's prose: generated from the numbers, claiming no more than they carry."""
+"""The report's prose, generated from the numbers; it claims no more than they support."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SYMBOLS = {"alphas": "α", "beta": "β"}
 
 
 def method_name(name: str) -> str:
-    """``maxent+sam`` as MaxEnt + SAM, ``beta=0.1`` as β=0.1; other names as they are."""
+    """Display form of a name: ``maxent+sam`` as MaxEnt + SAM, ``beta=0.1`` as β=0.1; other names unchanged."""
     parts = re.split(r"[-+_]", name)
     if all(part in METHODS for part in parts):
         return " + ".join(METHODS[part] for part in parts)
@@ -26,14 +26,14 @@ def method_name(name: str) -> str:
 
 
 def opening(report: Report) -> str:
-    """What was done and what came out, in one paragraph."""
+    """Describes what was done and the main results in one paragraph."""
     parts = (_done(report), _before(report), _attacked(report), _ratios(report), _limits(report))
     text = " ".join(part for part in parts if part)
     return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
 
 
 def captions(report: Report) -> dict[str, str]:
-    """A caption for each figure, ``{name: text}``."""
+    """Returns a caption for each figure, ``{name: text}``."""
     band = (
         "Bands: smallest and largest seed." if len(report.seeds) > 1 else "Bands: 95 % intervals of the evaluation (one seed)."
     )
@@ -54,7 +54,7 @@ def captions(report: Report) -> dict[str, str]:
 
 
 def definitions(report: Report) -> list[tuple[str, str]]:
-    """Each term in one line."""
+    """Returns the terms of the report, each with a one-line definition."""
     value, rows = "mean cross-entropy in nats per token", "rows"
     if report.higher:
         value = "share of prompts whose greedy answer matches exactly"
@@ -102,13 +102,13 @@ def definitions(report: Report) -> list[tuple[str, str]]:
 
 
 def _asked(report: Report) -> bool:
-    """Whether performance is that on multiple-choice questions."""
+    """Whether performance is measured on multiple-choice questions."""
     data: dict[str, Any] = (report.results[0].get("config") or {}).get("data") or {}
     return bool((data.get("questions") or {}).get("forget"))
 
 
 def _over(report: Report) -> str:
-    """What a worst case is chosen from."""
+    """Describes the set that a worst case is chosen from."""
     further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
     if not further:
         return "the attack's learning rates"
@@ -119,7 +119,7 @@ def _over(report: Report) -> str:
 
 
 def unit(report: Report) -> str:
-    """What follows a number in a sentence."""
+    """Unit that follows a number in a sentence."""
     return " %" if report.higher else " nats/token"
 
 
@@ -146,7 +146,7 @@ def _done(report: Report) -> str:
 
 
 def _or_further(report: Report) -> str:
-    """What the worst case at the headline step is of besides, where there are further attacks."""
+    """Phrase for further attacks, if any, that enter the worst case at the headline step."""
     further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
     return ", or as many as a further attack has," if further else ""
 

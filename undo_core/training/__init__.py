@@ -1,4 +1,4 @@
-"""One training loop and what it needs: settings, batches, losses, checkpoints, progress."""
+"""The training loop, with its settings, batches, losses, optimizers and checkpoints."""
 
 from undo_core.training.batches import Batch, Source, as_source, rows_source
 from undo_core.training.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Batches: what one training step reads from each of its sources."""
+"""Batches, and the sources that give one batch per training step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from undo_core.io.files import hash_json
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and which of them count as labels.
+    """A batch of sequences: token ids, and which of them count as labels.
 
     Attributes:
         input_ids: ``[batch, length]`` int64.
-        mask: ``[batch, length]`` bool, True where the label counts; the first column has no prediction, so it is no label.
-        attention_mask: ``[batch, length]`` or None. Rows padded on the right need none in a causal model.
-        position_ids: ``[batch, length]`` int64 or None; where they start again, a document begins that does not attend to what stands
-            before it. Not within the text of an attention mask, beside which transformers would let it attend.
-        reference: ``[batch, length - 1]`` float, what a loss needs to know of another model; of an unlearning method's forget batches.
-        labels: ``[batch, length]`` int64, the tokens to be predicted, at the places of ``input_ids`` that they are compared with; None for
-            the ids themselves. What ``mask`` does not count may be anything.
-        whole: of a micro-batch, the batch that it is a part of.
-        rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None of other data.
+        mask: ``[batch, length]`` bool, True where the token counts as a label. The first column is ignored: nothing predicts
+            it.
+        attention_mask: ``[batch, length]``, or None. A causal model needs none for sequences padded on the right.
+        position_ids: ``[batch, length]`` int64, or None. Where they restart, a new document begins, which does not attend to
+            earlier ones. They must not restart within the text of an attention mask: transformers would let such documents
+            attend to each other.
+        reference: ``[batch, length - 1]`` float values of another model that the loss needs; only in forget batches of
+            unlearning.
+        labels: ``[batch, length]`` int64 tokens to be predicted, aligned with ``input_ids`` (not shifted); None for the ids
+            themselves. Values where ``mask`` is False are ignored.
+        whole: for a micro-batch, the batch that it is part of.
+        rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None for other data.
     """
 
     input_ids: torch.Tensor
@@ -60,8 +63,8 @@ class Batch:
             again = self.position_ids[:, 1:] <= self.position_ids[:, :-1]
             if bool((again & text[:, 1:] & text[:, :-1]).any()):
                 raise ValueError(
-                    "position_ids: got them with an attention_mask and starting again within its text, wanted one of the two; rows padded on "
-                    "the right need no mask"
+                    "position_ids: got them with an attention_mask and starting again within its text, wanted only one of them; "
+                    "rows padded on the right need no attention_mask"
                 )
 
     def digest(self) -> str:
@@ -72,7 +75,7 @@ class Batch:
         return hash_json(parts)
 
     def check(self, limits: Limits, name: str) -> None:
-        """Raise a ValueError where a model cannot read the ids, labels or positions; ``name`` is the argument that they came by."""
+        """Raises a ValueError if ids, labels or positions exceed ``limits``; ``name`` is the argument named in the error."""
         columns = [self.input_ids] if self.labels is None else [self.input_ids, self.labels[self.mask]]
         ends = [column.aminmax() for column in columns if column.numel()]
         limits.check(self.input_ids.shape[1], min(int(end.min) for end in ends), max(int(end.max) for end in ends), name)
@@ -82,7 +85,7 @@ class Batch:
 
     @property
     def counted(self) -> int:
-        """Number of labels."""
+        """Number of labels in the batch."""
         return int(self.mask[:, 1:].sum())
 
     def to(self, device: torch.device) -> Batch:
@@ -90,33 +93,33 @@ class Batch:
         return Batch(**columns, rows=self.rows)
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows."""
+        """Splits the batch into micro-batches of at most ``size`` sequences."""
         columns = {name: column.split(size) for name, column in self._columns().items()}
         return [Batch(**dict(zip(columns, part, strict=True)), whole=self) for part in zip(*columns.values(), strict=True)]
 
     def _columns(self) -> dict[str, torch.Tensor]:
-        """Every tensor that there is."""
+        """Every tensor of the batch that is not None, by name."""
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "whole"}
         return {name: column for name, column in columns.items() if column is not None}
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What a model reads, ``[batch, length]`` each: the ids, the attention mask and the positions."""
+        """Inputs of a model, each ``[batch, length]`` or None: token ids, attention mask and position ids."""
         return self.input_ids, self.attention_mask, self.position_ids
 
     def shifted(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor, torch.Tensor]:
-        """Inputs, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
+        """Returns inputs, labels and label mask, each ``[batch, length - 1]``: position t predicts token t + 1."""
         ids, *rest = (None if column is None else column[:, :-1] for column in self.inputs)
         labels = self.input_ids if self.labels is None else self.labels
         return (ids, *rest), labels[:, 1:], self.mask[:, 1:]
 
 
-Source = Callable[[int], Batch]  # the batch of a step; a pure function where a run must be resumable
+Source = Callable[[int], Batch]  # from the step to its batch; must be a pure function for a run to be resumable
 
 
 @dataclass(frozen=True)
 class RowsSource:
-    """Batches of ``size`` rows in the order that ``seed`` gives; a pure function of the step."""
+    """Batches of ``size`` rows, shuffled by ``seed``; a pure function of the step."""
 
     rows: Rows
     size: int
@@ -128,13 +131,13 @@ class RowsSource:
         return Batch(ids, rows.text_mask(index), rows=index, position_ids=rows.position_ids(index))
 
     def identity(self) -> dict[str, Any]:
-        """What decides every batch, as JSON values."""
+        """Everything that decides the batches, as JSON values."""
         return {"rows": self.rows.digest(), "size": self.size, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class ReadSource:
-    """The batches of all steps of ``source``, read already; what it says of itself is said of them."""
+    """The batches of all steps of ``source``, read in advance; it has the identity of ``source``."""
 
     source: Source
     batches: list[Batch]
@@ -143,13 +146,13 @@ class ReadSource:
         return self.batches[step]
 
     def identity(self) -> dict[str, Any] | None:
-        """As of ``source``."""
+        """Identity of ``source``."""
         return identity_of(self.source)
 
 
 @dataclass(frozen=True)
 class BatchesSource:
-    """The batches of a sequence in turn, again from the first after the last; a pure function of the step."""
+    """The batches of a sequence in order, repeated from the start after the last; a pure function of the step."""
 
     batches: Sequence[Any]
     name: str
@@ -164,7 +167,7 @@ class BatchesSource:
 
 @dataclass
 class StreamSource:
-    """The batches of an iterable, which is started again when it ends; a resumed run reads past those that were used before."""
+    """The batches of an iterable, which is restarted when it ends; a resumed run skips the batches that were used before."""
 
     data: Iterable[Any]
     name: str
@@ -180,12 +183,12 @@ class StreamSource:
         return as_batch(next(self._stream), self.name)
 
     def identity(self) -> None:
-        """Unknown: what an iterable yields is known only once it is read."""
+        """None: the contents of an iterable are unknown until it is read."""
 
 
 @dataclass(frozen=True)
 class CheckedSource:
-    """The batches of ``source``, each compared with ``limits``, where given, before a model reads it."""
+    """The batches of ``source``, each checked against ``limits``, if given, before a model reads it."""
 
     source: Source
     name: str
@@ -198,14 +201,14 @@ class CheckedSource:
         return batch
 
     def identity(self) -> dict[str, Any] | None:
-        """As of ``source``."""
+        """Identity of ``source``."""
         return identity_of(self.source)
 
 
 def identity_of(source: Source) -> dict[str, Any] | None:
-    """What decides a source's batches, as JSON values: of rows and sequences all of them, of a function the batch of step 0.
+    """Returns what identifies a source's batches, as JSON values; None for an iterable other than a sequence.
 
-    None for an iterable, which cannot tell.
+    For rows and sequences it covers all batches; for a function, only the batch of step 0.
     """
     if hasattr(source, "identity"):
         return source.identity()
@@ -213,25 +216,26 @@ def identity_of(source: Source) -> dict[str, Any] | None:
 
 
 def rows_source(rows: Rows, size: int, seed: int) -> Source:
-    """The :class:`RowsSource` of ``rows``."""
+    """Returns the :class:`RowsSource` of ``rows``."""
     return RowsSource(rows, size, seed)
 
 
 def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str, limits: Limits | None = None) -> Source:
-    """A source from token rows, from a function of the step, or from any iterable of batches.
+    """Makes a source from token rows, from a function of the step, or from any iterable of batches.
 
-    A sequence of batches is read by index, so that a killed run resumes bit for bit; another iterable is read past what was used, and
-    started again when it ends. Batches are ``[batch, length]`` token ids or mappings, see :func:`as_batch`.
+    A sequence of batches is read by index, so that a killed run resumes bit for bit. Any other iterable is restarted when it
+    ends, and a resumed run skips the batches that were used before. Batches are ``[batch, length]`` token ids or mappings, see
+    :func:`as_batch`.
 
     Args:
-        data: what is read.
-        size: rows of a batch of token rows.
-        seed: of the order of token rows.
-        name: the argument that ``data`` came by, in errors.
-        limits: of the models that read it; rows are compared with them here, batches one by one as they are read.
+        data: token rows, function or iterable.
+        size: rows per batch, for token rows.
+        seed: seed of the order, for token rows.
+        name: name of the argument that held ``data``, for errors.
+        limits: limits of the models that read the data. Token rows are checked here, other batches as they are read.
 
     Raises:
-        ValueError: ``data`` is none of these, the iterable is empty, or a model cannot read it.
+        ValueError: ``data`` is none of these, the iterable is empty, or the data exceeds ``limits``.
     """
     if isinstance(data, Rows):
         data = rows_source(data, size, seed)
@@ -252,15 +256,15 @@ def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name
 
 
 def as_batch(item: Any, name: str = "batch") -> Batch:
-    """A :class:`Batch` from token ids ``[batch, length]`` or from a mapping in transformers' convention.
+    """Makes a :class:`Batch` from token ids ``[batch, length]``, or from a mapping in the convention of transformers.
 
-    A mapping has ``input_ids`` and, where it likes, ``attention_mask`` (1 for text, 0 for padding), ``labels`` (at the places of the ids,
-    -100 where there is none; they are shifted here, and what the attention mask says does not touch them, as in transformers' own loss)
-    and ``position_ids`` (of packed documents). Columns are tensors, arrays or lists of integers or truth values, all of one shape. Without
-    labels, a token is one where it and the token before it are text.
+    A mapping has ``input_ids`` and optionally ``attention_mask`` (1 for text, 0 for padding), ``labels`` and ``position_ids``
+    (for packed documents). Labels are aligned with the ids, with -100 for no label; they are shifted in the loss, and the
+    attention mask does not affect them, as in transformers' own loss. Without labels, a token is a label if it and the token
+    before it are text. Columns are tensors, arrays or lists of integers, all of one shape; an attention mask may be boolean.
 
     Raises:
-        ValueError: a column of another shape or type, or with a value that it cannot have; names it and what it has.
+        ValueError: a column has a wrong shape or type, or an invalid value; the message names the column and what it has.
     """
     if isinstance(item, Batch):
         return item
@@ -296,8 +300,8 @@ def as_batch(item: Any, name: str = "batch") -> Batch:
     return Batch(ids, mask, attention, position_ids=positions, labels=labels)
 
 
-IGNORED = -100  # in the place of a label, as in transformers
-COLUMNS: dict[str, tuple[int, int | None, str]] = {  # of a mapping: least and largest value, and both in words
+IGNORED = -100  # marks a position without a label, as in transformers
+COLUMNS: dict[str, tuple[int, int | None, str]] = {  # columns of a mapping: smallest value, largest value, and both in words
     "input_ids": (0, None, "token ids, from 0"),
     "attention_mask": (0, 1, "1 for text and 0 for padding"),
     "labels": (0, None, "token ids, from 0, or -100 for none"),
@@ -306,7 +310,7 @@ COLUMNS: dict[str, tuple[int, int | None, str]] = {  # of a mapping: least and l
 
 
 def _column(values: Any, key: str, name: str) -> torch.Tensor:
-    """``values`` as an int64 tensor."""
+    """Converts ``values`` to an int64 tensor."""
     try:
         if isinstance(values, (list, tuple)) and values and isinstance(values[0], torch.Tensor):
             values = torch.stack(tuple(values))
@@ -330,5 +334,5 @@ def _endless(data: Iterable[Any], name: str) -> Iterator[Any]:
             yield item
         if empty:
             raise ValueError(
-                f"{name}: got an iterable with no batches left; wanted one that can be started again (a list, a DataLoader)"
+                f"{name}: got an iterable with no batches left; wanted one that can be iterated again (a list, a DataLoader)"
             )

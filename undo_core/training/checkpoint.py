@@ -1,4 +1,4 @@
-"""Checkpoints inside a stage: model, optimizer and counters, in safetensors and JSON."""
+"""Checkpoints within a stage: model and optimizer as safetensors, counters as JSON."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from undo_kernels.ops.layout import overlaps
 from undo_core.io.files import fresh, publish, read_json, write_json
 from undo_core.training.optimizers import Updater
 
-FORMAT = 1  # raised when what a step computes or a checkpoint holds changes, so that nothing stale is resumed
+FORMAT = (
+    1  # increase it when the computation of a step or the contents of a checkpoint change, so that no old checkpoint is resumed
+)
 _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
-    """Write checkpoint ``step`` under ``folder`` and remove the older ones once it is on disk."""
+    """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = fresh(folder / "writing")
     save_file(_apart(_unique(model)), temporary / "model.safetensors")
     save_file(updater.tensors(), temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", {"step": step, **state})
     final = folder / f"step-{step}"
-    if final.exists():  # the same step again after a resume
+    if final.exists():  # a resumed run saves the same step again
         shutil.rmtree(final)
     publish(temporary, final)
     for path in folder.iterdir():
@@ -37,10 +39,10 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater,
 
 
 def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint under ``folder`` and its state; None where there is none.
+    """Returns the newest complete checkpoint under ``folder`` and its state, or None if there is none.
 
     Raises:
-        ValueError: its state's ``made_by`` is another.
+        ValueError: the checkpoint was made with a different ``made_by``; the message names what differs.
     """
     steps = [int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     if not steps:
@@ -57,12 +59,12 @@ def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[s
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
-    """Restore model and optimizer."""
+    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``."""
     saved, own = load_file(checkpoint / "model.safetensors"), _unique(model)
     expanded = {name for name, other in overlaps(own) if name == other}
     with torch.no_grad():
         for name, tensor in own.items():
-            if name in expanded:  # a buffer: nothing can be copied into it, and training has refused such a parameter
+            if name in expanded:  # an expanded buffer cannot be written to; `check_trained` refuses such parameters
                 owner, _, last = name.rpartition(".")
                 setattr(model.get_submodule(owner), last, saved[name].to(tensor.device))
             else:
@@ -71,7 +73,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, updater: Updater) -> Non
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
+    """Flattens nested dictionaries to dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -79,19 +81,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """A digest by its first digits."""
+    """Shortens a digest to its first digits."""
     return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
 
 
 def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, tied ones once."""
+    """Parameters and saved buffers by name; tied parameters appear once."""
     named = {name: tensor for name, tensor in model.named_parameters()}
     named.update({name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()})
     return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As safetensors wants them: contiguous, and copied where they share memory with another."""
+    """Prepares tensors for safetensors: contiguous, and copied where they share memory with another tensor."""
     shared = {second for _, second in overlaps(tensors)}
     return {
         name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor.contiguous()

@@ -1,8 +1,8 @@
-"""The input embedding's gradient, added to the head's where the two share a weight.
+"""In-place gradient of an input embedding that shares its weight with the head.
 
-A tied weight gets two gradients: the head's, ``[V, d]`` and dense, and the embedding's, which has as many rows as there are tokens
-but which ``torch.nn.functional.embedding`` returns as ``[V, d]`` too. For a vocabulary of 256,000 the second one is the largest
-tensor of the backward pass. Here its rows are added into ``weight.grad`` in place.
+A tied weight gets two gradients. The head's is dense, ``[V, d]``. The embedding's has at most one non-zero row per token, but
+``torch.nn.functional.embedding`` returns it as ``[V, d]`` too. For a vocabulary of 256,000 this second gradient is the largest
+tensor of the backward pass. Here its rows are added to ``weight.grad`` in place.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-LEAST_BYTES = 4 << 20  # of the weight, below which a second gradient costs less than avoiding it
+LEAST_BYTES = 4 << 20  # size of the weight below which a second gradient costs less than avoiding it
 
 
 class TiedEmbedding:
-    """The tied weight of a model whose embedding adds its gradient in place; see :func:`tied_gradient_in_place`."""
+    """Tied weight whose embedding gradient is added in place; see :func:`tied_gradient_in_place`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
         self._complete: Callable[[torch.Tensor], None] | None = None
-        self._lookups = 0  # whose backward is still to come
-        self._accumulated = False  # whether the head's gradient has come
+        self._lookups = 0  # embedding lookups whose backward pass has not run yet
+        self._accumulated = False  # whether the head's gradient is in weight.grad
 
     def on_gradient(self, complete: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-        """Call ``complete(weight)`` in each backward pass once the head's and the embedding's gradients are both in ``weight.grad``.
+        """Registers ``complete(weight)``, called in each backward pass once ``weight.grad`` holds both gradients.
 
-        What ``weight.register_post_accumulate_grad_hook`` would do, which knows of the head's alone.
+        It replaces ``weight.register_post_accumulate_grad_hook``, which would fire after the head's gradient alone.
         """
         self._complete = complete
         return self.weight.register_post_accumulate_grad_hook(self._head_came)
 
     def reset(self) -> None:
-        """Before a step: a forward pass whose backward never came, somebody's evaluation, is not waited for."""
+        """Forgets pending lookups before a step: a forward pass may have run with gradients but without a backward pass."""
         self._lookups, self._accumulated = 0, False
 
     def _head_came(self, weight: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ class TiedEmbedding:
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of the weight; the backward adds to them in ``weight.grad``."""
+    """Embedding lookup whose backward pass adds to rows of ``weight.grad`` in place."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, ids: torch.Tensor, tied: TiedEmbedding, padding: int | None) -> torch.Tensor:
@@ -68,7 +68,7 @@ class _Lookup(torch.autograd.Function):
             gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        # A token's rows are summed in their order, in float32, and added once: repeatable, and right in bfloat16.
+        # The rows of a token are summed in float32 in a fixed order and added once: deterministic, and accurate in bfloat16.
         tokens, place = _distinct(ids.flatten())
         rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
         sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
@@ -79,17 +79,17 @@ class _Lookup(torch.autograd.Function):
 
 
 def _distinct(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The different ids, and the place of each id among them; on the meta device, where nobody knows, as if all were different."""
+    """Returns the distinct ids and the index of each id among them; on the meta device, all ids are assumed distinct."""
     return (ids, torch.empty_like(ids)) if ids.is_meta else ids.unique(return_inverse=True)
 
 
 @contextlib.contextmanager
 def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | None]:
-    """Within the block, training ``model`` adds its input embedding's gradient into the head's; None where the two are not tied
-    or the weight is small.
+    """Context in which the backward pass adds the input embedding's gradient to the head's in place.
 
-    The gradient is the same up to the order of a sum. Its memory: ``[tokens, d]`` instead of ``[V, d]``. Only ``backward`` sees the
-    embedding's part: ``torch.autograd.grad`` with respect to the weight gives the head's alone.
+    Yields the tied weight, or None where the two are not tied, the weight is small, or the embedding has options that are not
+    supported. The gradient is the same up to the order of a sum. Memory: ``[tokens, d]`` instead of ``[V, d]``. The embedding's
+    part arrives only through ``backward``: ``torch.autograd.grad`` with respect to the weight returns the head's part alone.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
@@ -105,7 +105,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
         if not torch.is_grad_enabled():
             return forward(ids)
         rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
-        # The module's own forward, which may scale, on the few rows as if they were its weight.
+        # Run the module's own forward, which may scale its output, with these rows as its weight.
         order = torch.arange(len(rows), device=ids.device).view(ids.shape)
         embedding.padding_idx = None
         del embedding.forward

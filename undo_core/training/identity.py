@@ -1,4 +1,7 @@
-"""What decides the result of a training run, as JSON values: contents, never names, so that a folder is not resumed by another run."""
+"""Identity of a training run: everything that decides its result, as JSON values.
+
+It is made of contents, never of file names, so that a checkpoint folder is resumed only by the run that made it.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,26 @@ from transformers import PreTrainedConfig
 from undo_core.io.files import hash_json
 from undo_core.models.adapters import adapter_settings
 
-# Entries of a model's configuration that differ between a model in memory and the same one saved and loaded.
+# Entries of a model's configuration that may change when the model is saved and loaded.
 _NOT_CONTENT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter's name and float32 values: of one model in memory, streamed or on disk it is the same.
+    """SHA-256 over the names and float32 values of all parameters; the same for a model in memory, streamed or on disk.
 
-    Cost: about a second for each gigabyte of float32 values.
+    Time: about a second per gigabyte of float32 values.
     """
     reader = getattr(model, "_undo_reader", None)
     return reader.digest() if reader is not None else digest_of((n, p.detach().float()) for n, p in model.named_parameters())
 
 
 def digest_of(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names and values."""
+    """SHA-256 over the names and values of ``(name, tensor)`` pairs."""
     return hash_json({name: hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for name, t in named})
 
 
 def model_identity(model: nn.Module, trained: Iterable[nn.Parameter] | None = None) -> dict[str, str]:
-    """Digests of a model's weights, of the buffers that it saves, of its configuration, of its adapters' settings, and of which
-    parameters are trained."""
+    """Digests of a model's weights, saved buffers, configuration, adapter settings and names of trained parameters."""
     saved = model.state_dict().keys() if not hasattr(model, "_undo_reader") else ()
     buffers = {name: buffer.detach().double() for name, buffer in model.named_buffers() if name in saved}
     found = {"weights": weights_digest(model)}
@@ -55,14 +57,15 @@ def model_identity(model: nn.Module, trained: Iterable[nn.Parameter] | None = No
 
 
 def config_digest(config: PreTrainedConfig) -> str:
-    """SHA-256 over what a configuration says of a model's computation; the same before and after it is saved."""
+    """SHA-256 over the entries of a configuration that affect the computation; the same before and after saving."""
     return hash_json(_content(json.loads(config.to_json_string(use_diff=True))))
 
 
 def function_identity(function: Callable[..., Any], values: bool = True) -> str:
-    """A digest of a Python function: its code, defaults and, with ``values``, the numbers and strings that it closes over.
+    """Digest of a Python function: its code, its defaults and, with ``values``, what it closes over.
 
-    Other objects that it closes over do not count, nor do values that it changes itself.
+    Of the latter, only numbers, strings and functions count; other objects are ignored, as are variables that it assigns
+    itself.
     """
     return hash_json(_function(function, values, set()))
 
@@ -89,7 +92,7 @@ def _function(function: Any, values: bool, seen: set[int]) -> Any:
     for name, cell in cells.items() if values else ():
         try:
             kept[name] = "changed" if name in changed else _value(cell.cell_contents, values, seen)
-        except ValueError:  # not set yet
+        except ValueError:  # the cell is not set yet
             kept[name] = "empty"
     defaults = [_value(value, values, seen) for value in function.__defaults__ or ()]
     return [function.__module__, function.__qualname__, _code(function.__code__), defaults, kept]

@@ -1,4 +1,4 @@
-"""What training spends less memory with: attention kernels, activation checkpointing, a tied embedding's gradient in place."""
+"""Memory savers of training: the attention kernel, activation checkpointing, and the in-place gradient of a tied embedding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from undo_core.training.embedding import TiedEmbedding, tied_gradient_in_place
 
 
 def keeps_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` leaves its first argument, a model, with the attention kernel that it came with, also where it raises."""
+    """Decorator that restores the attention kernel of the first argument, a model, on exit, even after an exception."""
 
     @functools.wraps(function)
     def keeping(model: nn.Module, *arguments: Any, **options: Any) -> Any:
@@ -35,10 +35,10 @@ def keeps_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choose_kernels(model: nn.Module, config: TrainConfig) -> None:
-    """Give ``model`` the attention kernel of ``config``, for training and evaluation; before anything else is changed.
+    """Sets the attention kernel of ``config`` for training and evaluation; call it before any other change of the model.
 
     Raises:
-        ValueError: an attention kernel that the model cannot have, or activation checkpointing that it does not support.
+        ValueError: the model does not support the attention kernel, or activation checkpointing.
     """
     if not isinstance(model, PreTrainedModel):
         return
@@ -52,11 +52,11 @@ def choose_kernels(model: nn.Module, config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None]:
-    """Within the block ``model`` trains as ``config`` says; yields the tied weight whose gradient is completed in place, if any.
+    """Context in which ``model`` trains with the memory savers of ``config``.
 
-    Activation checkpointing keeps the layers' inputs and runs each layer again in the backward pass: one forward pass of the trunk
-    more. The head is outside, so the fused losses are not run again. A model that is no Hugging Face model is left as it is.
-
+    Yields the tied weight whose gradient is completed in place, or None. Activation checkpointing keeps only the layers' inputs
+    and runs each layer again in the backward pass, which costs one more forward pass of the trunk. It does not cover the head,
+    so the fused losses are not run again. A model that is not a Hugging Face model is left unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         yield None
@@ -68,8 +68,11 @@ def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None
 
 @contextlib.contextmanager
 def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Activation checkpointing within the block, then the caller's own again; transformers' switch would turn that off, and leave
-    behind the hooks that make the embeddings' outputs require a gradient."""
+    """Context with activation checkpointing; restores the caller's own setting on exit.
+
+    The switch of transformers would disable the caller's checkpointing, and leave behind the hooks that make the outputs of the
+    embeddings require a gradient.
+    """
     before = [(module, _held(module, _FLAGS)) for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     hooks = _held(model, _HOOKS)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed in 5.24

@@ -1,4 +1,4 @@
-"""The one training loop: every stage that changes weights by gradient descent runs in it."""
+"""The training loop shared by every stage that changes weights by gradient descent."""
 
 from __future__ import annotations
 
@@ -26,26 +26,30 @@ from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
-"""``loss(model, micro_batches, counted)``: each term summed over its micro-batch's labels and divided by ``counted[source]``,
-the labels of the whole batch, so that the gradient is the same for any split into micro-batches."""
+"""``loss(model, micro_batches, counted)``: a scalar.
+
+Each term is summed over the labels of its micro-batch and divided by ``counted[source]``, the number of labels in the whole
+batch. The gradient is then the same for any split into micro-batches."""
 
 Gradient = Callable[[nn.Module, Loss, dict[str, Batch], dict[str, int], int | None], torch.Tensor]
-"""``gradient(model, loss, batches, counted, micro_batch_size)``: leaves a step's gradient in the parameters and returns its loss."""
+"""``gradient(model, loss, batches, counted, micro_batch_size)``: computes the gradient of one optimizer step.
+
+It adds the gradient to the parameters' ``grad`` and returns the detached loss."""
 
 Metrics = dict[str, float]
 
 
 @dataclass
 class TrainResult:
-    """What a training stage did.
+    """Result of a training stage.
 
     Attributes:
         steps: optimizer steps taken.
-        tokens: labels read from each source.
-        positions: positions run through the model for each source, padding included.
-        history: metrics of each evaluation, with its ``step`` and the mean training ``loss`` since the last one.
-        stopped: whether the stop rule ended the stage; None where there is no rule.
-        seconds: time spent, over all interrupted parts.
+        tokens: number of labels read from each source.
+        positions: number of positions run through the model for each source, padding included.
+        history: metrics of each evaluation, with its ``step`` and the mean training ``loss`` since the previous evaluation.
+        stopped: whether the stop rule ended the stage; None without a stop rule.
+        seconds: time spent, summed over interrupted and resumed runs.
     """
 
     steps: int = 0
@@ -57,12 +61,12 @@ class TrainResult:
 
     @property
     def limit_reached(self) -> bool:
-        """Whether a stage with a stop rule used up its steps without satisfying it."""
+        """Whether the stage has a stop rule and used all its steps without satisfying it."""
         return self.stopped is False
 
 
 class DivergedError(RuntimeError):
-    """The loss or a weight is not finite."""
+    """Raised when the loss or a weight is NaN or infinite."""
 
 
 @keeps_kernels
@@ -84,36 +88,38 @@ def train(
     title: str = "training",
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``model`` in place.
+    """Trains ``model`` in place.
 
     Args:
-        model: moved by the caller; every parameter is converted to ``config.precision`` at the start and left so, in contiguous memory
-            and in evaluation mode; bfloat16-master drops the masters at the end. Its attention kernel and activation checkpointing are the caller's
-            again then, also after an error.
-            Of a ``PeftModel`` what requires a gradient is trained, its adapters; the frozen parameters keep their bits and dtype.
-        loss: see :data:`Loss`; of a ``PeftModel`` it is given the model inside.
-        sources: the batch of each step, by name.
+        model: already on its device. Every parameter is converted to ``config.precision`` and to contiguous memory at the
+            start; the model is returned in that dtype and in evaluation mode (bfloat16-master drops its float32 masters). The
+            attention kernel and activation checkpointing are restored on exit, even after an exception. In a ``PeftModel``,
+            only the parameters that require a gradient (the adapters) are trained; frozen parameters keep their dtype and bits.
+        loss: see :data:`Loss`. For a ``PeftModel`` it receives the wrapped model.
+        sources: for each source name, a function from the step to its batch.
         config: steps, rates, batch sizes.
-        parameters: what is trained; None for every parameter that requires a gradient.
+        parameters: parameters to train; None for every parameter that requires a gradient.
         gradient: see :data:`Gradient`; None for :func:`accumulate`.
-        evaluate: called before the first step and then as ``config.eval_every`` or ``evaluate_at`` say, and at the end.
+        evaluate: called before the first step, after the last, and in between as ``config.eval_every`` or ``evaluate_at`` say.
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
-        stop: ends the stage at the first evaluation whose metrics satisfy it.
-        must_stay_finite: False lets an attack at an excessive rate run to its end with its weights as they are.
-        folder: where ``checkpoint/`` and ``log.jsonl`` are kept; the stage then resumes where it was killed, if it is the same. Compared
-            are ``config``, ``settings``, the contents of the model as it is given (weights, configuration, what is trained) and of the
-            sources (rows, order and seed; a sequence's batches; a function's first batch), and the code of ``loss``, ``gradient`` and
-            ``stop`` (not the values that ``stop`` closes over). Another one is refused, by the name of what differs. What an iterable
-            other than a sequence yields cannot be compared; a warning says so. This costs one digest of the weights, about a second
-            for each gigabyte in float32. What a model with dropout draws in a step, from the device's global generator, is a function
-            of ``config.seed`` and the step.
-        settings: what else decides the result, as JSON values.
-        checkpoint_seconds: time between checkpoints.
-        title: name on the progress bar.
-        progress: show it.
+        stop: predicate on the metrics; the stage ends at the first evaluation that satisfies it.
+        must_stay_finite: whether a loss or weight that is not finite raises an error. False lets an attack with too high a
+            learning rate finish with the weights it has.
+        folder: where ``checkpoint/`` and ``log.jsonl`` are kept, so that a killed stage resumes. A checkpoint is resumed only
+            by the same stage; otherwise an error names what differs. The comparison covers ``config``, ``settings``, the model
+            as passed in (weights, configuration, trained parameters), the sources (rows, order and seed; every batch of a
+            sequence; the first batch of a function), and the code of ``loss``, ``gradient`` and ``stop`` (not the values that
+            ``stop`` closes over). An iterable other than a sequence cannot be compared; a warning says so. The comparison
+            computes one digest of the weights, about a second per gigabyte in float32. Dropout draws from the device's global
+            generator, which is seeded in each step from ``config.seed`` and the step, so a resumed run draws the same.
+        settings: further values that decide the result, as JSON values.
+        checkpoint_seconds: seconds between checkpoints.
+        title: label of the progress bar.
+        progress: whether to show the progress bar.
 
-    Memory: the activations of one micro-batch, and for each trained parameter these bytes (``bytes_per_parameter``); a parameter that
-    is not trained takes its weight alone, and ``step_in_backward`` makes every gradient 0 (one at a time exists):
+    Memory: the activations of one micro-batch, and the following bytes for each trained parameter (see
+    ``bytes_per_parameter``). A frozen parameter takes only its weight. With ``step_in_backward`` the gradient column is 0, as
+    only one gradient exists at a time:
 
     =====================  ==============  =======  ========  =========  =====
     precision              optimizer       weights  gradient  optimizer  total
@@ -129,15 +135,16 @@ def train(
     bfloat16(-stochastic)  adamw-4bit      2        2         1.06       5.06
     float32                sgd             4        4         4          12
     float32                adafactor       4        4         0          8
-    any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; the rest of adamw, and a copy of the weights, on the host
+    any, on a GPU          adamw-offload   2 or 4   0         0          2 or 4; on the host the rest of adamw and the weights
     =====================  ==============  =======  ========  =========  =====
 
-    Gradients of micro-batches are added in float32 with float32 and bfloat16-master, and in bfloat16 with the other two.
+    Gradients of micro-batches are accumulated in float32 with float32 and bfloat16-master, and in bfloat16 with the other two
+    precisions.
 
     Raises:
-        DivergedError: the loss, or a weight in the last step, became NaN or infinite.
-        ValueError: nothing to train, parameters that share memory, or a checkpoint in ``folder`` that was made otherwise.
-        ModuleNotFoundError: the optimizer needs torchao.
+        DivergedError: the loss, or a weight after the last step, is NaN or infinite.
+        ValueError: no parameter to train, parameters that share memory, or a checkpoint in ``folder`` from a different stage.
+        ModuleNotFoundError: the optimizer needs torchao, which is not installed.
     """
     outer, model = model, bare(model)
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
@@ -221,7 +228,7 @@ def train(
             due = result.steps in at if at is not None else config.eval_every and result.steps % config.eval_every == 0
             due = due or result.steps == config.steps
             loss_now = float(value) if _is_read(device, step) else None
-            seen = float(total) if due else loss_now  # the sum has the steps whose losses were not read
+            seen = float(total) if due else loss_now  # the sum includes the losses that were not read in their own step
             if must_stay_finite and seen is not None and not abs(seen) < float("inf"):
                 raise DivergedError(f"{title}: the loss is {seen} by step {result.steps} (lr {config.rate(step):g}); lower lr")
             bar.update(result.steps, sum(counted.values()), loss_now, shown)
@@ -232,14 +239,14 @@ def train(
                 save()
                 last_save = time.monotonic()
     outer.eval()
-    # No later loss would tell what the last step did.
+    # No later loss would reveal that the last step made a weight non-finite.
     if must_stay_finite and not all(bool(end.isfinite()) for weight in trained for end in weight.detach().aminmax()):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
     return result
 
 
 def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
-    """The identities of the sources; a warning for those that have none."""
+    """Returns the identities of the sources; warns about each source without one."""
     identities = {name: identity_of(source) for name, source in sources.items()}
     for name, identity in identities.items():
         if identity is None:
@@ -254,7 +261,7 @@ def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
 def accumulate(
     model: nn.Module, loss: Loss, batches: dict[str, Batch], counted: dict[str, int], micro_batch_size: int | None
 ) -> torch.Tensor:
-    """Backward over the micro-batches; the detached loss of the whole batch."""
+    """Runs the backward pass of every micro-batch; returns the detached loss of the whole batch."""
     size = micro_batch_size or max(len(batch.input_ids) for batch in batches.values())
     parts = {name: batch.split(size) for name, batch in batches.items()}
     value = None
@@ -267,12 +274,12 @@ def accumulate(
 
 
 def _is_read(device: torch.device, step: int) -> bool:
-    """Whether a step's loss is read at once; a GPU's would be waited for."""
+    """Whether the loss of this step is read on the host; on a GPU that waits for the device, so only every tenth is."""
     return device.type == "cpu" or step % 10 == 0
 
 
 class _Log:
-    """The record of a stage as JSON lines; what a killed run wrote after its last checkpoint is dropped."""
+    """Log of a stage as JSON lines. Entries that a killed run wrote after its last checkpoint are dropped."""
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.path = None if folder is None else folder / "log.jsonl"

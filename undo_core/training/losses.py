@@ -1,4 +1,4 @@
-"""The token losses of the stages, from a model and a micro-batch; every one goes through the fused ops."""
+"""Token losses of the stages, computed from a model and a micro-batch with the fused ops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cross_entropy(model: PreTrainedModel, batch: Batch, counted: int) -> torch.T
 
 
 def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of each next token, ``[batch, length - 1]`` float32, 0 where it is no label; the logits are made twice."""
+    """Cross-entropy of each next token, ``[batch, length - 1]`` float32, 0 without a label; computes the logits twice."""
     inputs, labels, mask = batch.shifted()
     head = head_of(model)
     return ops.linear_cross_entropy(
@@ -38,7 +38,8 @@ def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int, vocab_size: int | None = None) -> torch.Tensor:
     """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar.
 
-    With ``vocab_size``, rows of the head from there on are padding: the uniform law and ``p`` are over the tokens before them.
+    With ``vocab_size``, the rows of the head from that index on are padding: ``uniform`` and ``p`` are distributions over the
+    rows before.
     """
     inputs, _, mask = batch.shifted()
     head = head_of(model)
@@ -54,13 +55,14 @@ def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int, vocab_size: i
 
 @dataclass(frozen=True)
 class HiddenTargets:
-    """What a teacher says about a batch, exactly: its final hidden states and its head.
+    """Exact targets of a teacher for a batch: its final hidden states and its head.
 
     Attributes:
-        hidden: ``[batch, length - 1, d]``; what the batch's mask leaves out may hold anything.
-        head: of the teacher.
-        lse: ``[batch, length - 1]`` float32 log-sum-exps of its logits, where known; they save a GPU work.
-        inner: ``[batch, length - 1, d]`` each, its hidden states after each of the matched layers.
+        hidden: ``[batch, length - 1, d]``; positions outside the batch's mask are ignored.
+        head: the teacher's head.
+        lse: ``[batch, length - 1]`` float32 log-sum-exps of the teacher's logits, or None; with them a GPU need not compute
+            them again.
+        inner: the teacher's hidden states after each matched layer, each ``[batch, length - 1, d]``.
     """
 
     hidden: torch.Tensor
@@ -71,11 +73,12 @@ class HiddenTargets:
 
 @dataclass(frozen=True)
 class TopTargets:
-    """What a teacher says about a batch, in part: its most likely tokens.
+    """Approximate targets of a teacher for a batch: its most likely tokens.
 
     Attributes:
-        indices: ``[batch, length - 1, k]`` integers, -1 where the batch's mask leaves a position out.
-        logprobs: ``[batch, length - 1, k]`` float32, of the whole vocabulary, padding rows aside.
+        indices: ``[batch, length - 1, k]`` integer token ids, -1 at positions outside the batch's mask.
+        logprobs: ``[batch, length - 1, k]`` float32 log-probabilities, normalised over the whole vocabulary without padding
+            rows.
     """
 
     indices: torch.Tensor
@@ -84,11 +87,11 @@ class TopTargets:
 
 @dataclass(frozen=True)
 class Match:
-    """Hidden states to be matched besides the logits.
+    """Hidden states that the student matches in addition to the logits.
 
     Attributes:
         weight: factor on the term.
-        layers: after how many layers, as :func:`undo_core.models.hidden_states_at` has it.
+        layers: the matched hidden states, each given as a number of layers as in :func:`undo_core.models.hidden_states_at`.
     """
 
     weight: float
@@ -105,9 +108,9 @@ def distillation(
 ) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar.
 
-    With ``vocab_size``, rows of either head from there on are padding: no probability and no gradient; the two heads may then differ in
-    their number of rows.
-    With ``match``, plus its weight times the mean over layers of :func:`relative_error`, summed and divided alike.
+    With ``vocab_size``, the rows of both heads from that index on are padding, without probability or gradient; the two heads
+    may then differ in their number of rows. With ``match``, its weight times the mean of :func:`relative_error` over the layers
+    is added.
     """
     inputs, _, mask = batch.shifted()
     if match is None:
@@ -119,10 +122,11 @@ def distillation(
 
 
 def relative_error(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, counted: int) -> torch.Tensor:
-    """``|hidden - target|**2 / |target|**2`` of each token that ``mask`` counts, summed and divided by ``counted``; a scalar.
+    """``|hidden - target|**2 / |target|**2``, summed over the tokens in ``mask`` and divided by ``counted``; a scalar.
 
-    Relative to the target's own length, since activations grow over layers and a few tokens' are a thousand times the others'; and
-    token by token, so that micro-batches give the whole batch's gradient. Memory: both once more, in float32 at least.
+    The error is relative to the target's norm because activations grow over the layers, and those of a few tokens are a
+    thousand times larger than the others. It is normalised per token, so that the gradients of micro-batches add up to that of
+    the whole batch. Memory: a copy of both tensors, in float32 or wider.
     """
     wide = target.to(torch.promote_types(target.dtype, torch.float32))
     scale = wide.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt().masked_fill(~mask.unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""From gradients to steps: optimizer, precision, clipping, and what of them a checkpoint holds."""
+"""Optimizer steps: the optimizers, master weights, gradient clipping, and the optimizer state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.precision import convert_, round_stochastically_, seeded, weight_dtype
 
-BLOCK_CPU, BLOCK_GPU = 1 << 16, 1 << 22  # elements in float32 at a time: within a core's cache; enough for every SM
-QUANTISED = {"adamw-8bit": (8, 256), "adamw-4bit": (4, 128)}  # bits of a moment, elements that share a float32 scale
+BLOCK_CPU, BLOCK_GPU = (
+    1 << 16,
+    1 << 22,
+)  # elements converted to float32 at a time: a CPU block fits a core's cache, a GPU block occupies every SM
+QUANTISED = {"adamw-8bit": (8, 256), "adamw-4bit": (4, 128)}  # bits per entry of a moment, entries that share a float32 scale
 
 
 def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[str, float]:
-    """What training holds for each trained parameter, in bytes; the table of :func:`undo_core.training.train` in numbers.
+    """Returns the bytes that training holds per trained parameter: the table of :func:`undo_core.training.train` as numbers.
 
     Args:
-        config: precision, optimizer and step_in_backward count.
-        device: ``"cuda"`` or ``"cpu"``; None for the GPU where there is one. It matters to adamw-offload alone.
+        config: only precision, optimizer, beta1 (for sgd) and step_in_backward matter.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one. It matters only to adamw-offload.
 
     Returns:
-        ``weights``, ``gradient`` and ``optimizer`` on the device, and ``host``: what adamw-offload moves to the host. Tensors under 4096
-        elements, which are not quantised, a step's counter and adafactor's sums over rows and columns are left out.
+        Bytes of ``weights``, ``gradient`` and ``optimizer`` on the device, and of ``host``, what adamw-offload keeps in host
+        memory. Not counted are the step counters, adafactor's sums over rows and columns, and that tensors under 4096 elements
+        are not quantised.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = float(weight_dtype(config.precision).itemsize)
@@ -48,15 +52,18 @@ def bytes_per_parameter(config: TrainConfig, device: str | None = None) -> dict[
 
 
 class Updater:
-    """Owns the optimizer of a stage. ``begin``, one or more backward passes under ``attached``, ``step``.
+    """Optimizer of a stage, with master weights, host offload and clipping.
 
-    The optimizer steps *targets*: the parameters themselves; float32 masters of them (bfloat16-master); or copies on the host
-    (adamw-offload on a GPU). A hook moves each gradient to its target as soon as the backward pass has it, so that no second set
-    of gradients exists; with ``step_in_backward`` it also makes the step and frees the gradient.
+    For each step call :meth:`begin`, then run one or more backward passes inside :meth:`attached`, then call :meth:`step`.
+
+    The optimizer updates *targets*: the parameters themselves, their float32 masters (bfloat16-master), or their copies on the
+    host (adamw-offload on a GPU). A hook moves each gradient to its target as soon as the backward pass has computed it, so
+    that no second set of gradients exists. With ``step_in_backward`` the hook also updates the parameter and frees the
+    gradient.
 
     Args:
         model: converted in place to ``config.precision``.
-        parameters: what is trained.
+        parameters: the parameters to train.
         config: precision, optimizer, clipping, seed.
 
     Raises:
@@ -70,19 +77,21 @@ class Updater:
             )
         self.config, self.parameters = config, parameters
         mastered = config.precision == "bfloat16-master"
-        originals = [parameter.data for parameter in parameters] if mastered else None  # the bits that conversion rounds away
+        originals = (
+            [parameter.data for parameter in parameters] if mastered else None
+        )  # the float32 bits, which the conversion rounds away
         convert_(model, config.precision)
         originals = originals or [parameter.data for parameter in parameters]
         self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
         groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
         self.parts = [optimizer_of(group, config) for group in groups]
-        self._index = 0  # of the step
+        self._index = 0  # index of the current step
         self._tied: TiedEmbedding | None = None
-        self._norm: torch.Tensor | None = None  # of the last whole gradient, with step_in_backward
+        self._norm: torch.Tensor | None = None  # norm of the previous step's gradient, with step_in_backward
         self._square = torch.zeros((), device=self.targets[0].device)
 
     def begin(self, index: int, rate: float) -> None:
-        """Before the backward passes of step ``index`` (from 0), at learning rate ``rate``."""
+        """Starts step ``index`` (from 0) at learning rate ``rate``; call it before the backward passes."""
         self._index = index
         if self._tied is not None:
             self._tied.reset()
@@ -95,7 +104,7 @@ class Updater:
 
     @contextlib.contextmanager
     def attached(self, tied: TiedEmbedding | None = None) -> Iterator[None]:
-        """The hooks are on the parameters inside this context; ``tied`` knows when its weight's gradient is complete."""
+        """Context with active gradient hooks; ``tied`` is the tied weight whose gradient comes in two parts, if any."""
         hooks, self._tied = [], tied
         for index, (parameter, target) in enumerate(zip(self.parameters, self.targets, strict=True)):
             if target is not parameter or self.config.step_in_backward:
@@ -110,7 +119,7 @@ class Updater:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After the backward passes: clip, update, free the gradients."""
+        """Clips and applies the gradients, then frees them; call it after the backward passes."""
         if self.config.step_in_backward:
             if self.config.clip:
                 self._norm, self._square = self._square.sqrt(), torch.zeros_like(self._square)
@@ -152,7 +161,7 @@ class Updater:
             target.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a resumed run needs, as plain tensors by name."""
+        """Returns the state that a resumed run needs, as plain tensors by name."""
         found = {} if self._norm is None else {"norm": self._norm}
         for index, target in enumerate(self.targets):
             for key, value in self._part(index).state.get(target, {}).items():
@@ -164,7 +173,7 @@ class Updater:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what :meth:`tensors` gave."""
+        """Restores the state that :meth:`tensors` returned."""
         for name, tensor in tensors.items():
             if name == "norm":
                 self._norm = tensor.clone().to(self._square.device)
@@ -174,7 +183,7 @@ class Updater:
             state = part.state[target]
             if key == "target":
                 target.copy_(tensor)
-            elif inner:  # a part of a quantised moment
+            elif inner:  # codes or scales of a quantised moment
                 if key not in state:
                     state[key] = part._new_buffer(target, key == "exp_avg")
                 getattr(state[key], inner[0]).copy_(tensor)
@@ -193,7 +202,7 @@ def _target(parameter: nn.Parameter, original: torch.Tensor, config: TrainConfig
         return nn.Parameter(host.copy_(original))
     if dtype == parameter.dtype:
         return parameter
-    # The caller's float32 storage becomes the master.
+    # A float32 tensor of the caller becomes the master without a copy.
     return nn.Parameter(original.to(dtype).contiguous())
 
 
@@ -202,7 +211,10 @@ def _is_remote(parameter: nn.Parameter) -> bool:
 
 
 def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Their norms, float32: a bfloat16 norm would be 0.4 % off. On a CPU torch would convert a whole tensor first, so it gets parts."""
+    """Norm of each gradient in float32, because a bfloat16 norm would be off by 0.4 %.
+
+    On a CPU, torch would convert a whole bfloat16 tensor to float32 first, so such a tensor is split into parts.
+    """
     whole = [g for g in gradients if g.device.type != "cpu" or g.dtype == torch.float32]
     found = dict(zip(map(id, whole), torch._foreach_norm(whole, 2, dtype=torch.float32) if whole else (), strict=True))
     for gradient in gradients:
@@ -213,7 +225,7 @@ def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _add_(total: torch.Tensor, gradient: torch.Tensor) -> None:
-    """``total += gradient`` of another dtype, which on a CPU torch would convert as a whole first."""
+    """Adds ``gradient`` to ``total``; on a CPU with other dtypes in parts, as torch would convert the whole gradient first."""
     if total.device.type != "cpu" or total.dtype == gradient.dtype:
         total.add_(gradient)
         return
@@ -222,9 +234,9 @@ def _add_(total: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str | None = None) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` names; ``device`` is where targets on the meta device would be."""
+    """Returns the optimizer that ``config`` names; ``device`` is the device type to assume for targets on the meta device."""
     plain = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":  # not fused: on a CPU, torch 2.13's misses most of an update in bfloat16
+    if config.optimizer == "sgd":  # not fused: on a CPU, torch 2.13's fused kernel loses most of an update in bfloat16
         return torch.optim.SGD(targets, momentum=config.beta1, foreach=False, **plain)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(targets, foreach=False, **plain)
@@ -251,7 +263,11 @@ def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
     class Quantised(base):
         @torch.no_grad()
         def step(self) -> None:
-            """On a GPU one compiled kernel a shape; elsewhere in slices, whose temporaries, some 60 bytes an element, stay in the cache."""
+            """Updates every parameter that has a gradient.
+
+            On a GPU, torchao compiles one kernel per shape. Elsewhere the update runs in slices, so that its temporaries, some
+            60 bytes per element, stay in the cache.
+            """
             if any(target.is_cuda for group in self.param_groups for target in group["params"]):
                 super().step()
                 return
@@ -280,7 +296,7 @@ def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 @contextlib.contextmanager
 def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The elements of ``tensor`` in one dimension, to be written to: a view, or a copy that is written back at the end."""
+    """Context that yields ``tensor`` flattened: a writable view or, if not contiguous, a copy that is written back on exit."""
     whole = tensor.detach().contiguous()
     yield whole.view(-1)
     if not tensor.is_contiguous():
@@ -288,22 +304,25 @@ def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _moment_part(moment: Any, part: slice) -> torch.Tensor:
-    """A view of some elements of a moment; of a quantised one, whole blocks with their scales."""
+    """View of a slice of a moment; of a quantised moment, the slice must consist of whole blocks."""
     if type(moment) is torch.Tensor:
         return moment.view(-1)[part]
     codes, scale = (
         tensor.view(-1)[part.start * tensor.numel() // moment.numel() : part.stop * tensor.numel() // moment.numel()]
         for tensor in (moment.codes, moment.scale)
     )
-    packed = () if moment.codes.numel() == moment.numel() else ((part.stop - part.start,),)  # 4 bits: the shape besides
+    packed = (
+        () if moment.codes.numel() == moment.numel() else ((part.stop - part.start,),)
+    )  # the 4-bit class packs two entries per byte and takes the shape as well
     return type(moment)(codes, scale, moment.qmap, moment.signed, *packed, dtype=moment.dtype)
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 weights and moments, computed in float32, all three rounded stochastically.
 
-    With moments rounded to nearest the second one would stick: ``1 - beta2 = 0.001`` of it is below half a bfloat16 step. Draws from
-    the global generator. Temporaries: about 30 bytes for each of 2**16 elements at a time on a CPU, 2**22 elsewhere.
+    With rounding to nearest the second moment would stop changing: a step changes it by ``1 - beta2 = 0.001`` of its value,
+    which is below half the spacing of bfloat16. Draws from the global generator of the device. Temporaries: about 30 bytes per
+    element of one block, which has 2**16 elements on a CPU and 2**22 elsewhere.
     """
 
     def __init__(
@@ -358,7 +377,7 @@ def _block(device: str) -> int:
 
 
 def _plain(value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor's own parts by suffix; one, unless it is a quantised subclass."""
+    """Plain tensors that make up ``value``, by name suffix: itself, or the parts of a quantised subclass."""
     if type(value) is torch.Tensor:
         return {"": value}
     names, _ = value.__tensor_flatten__()

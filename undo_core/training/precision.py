@@ -18,20 +18,22 @@ PRECISIONS = ("float32", "bfloat16-master", "bfloat16-stochastic", "bfloat16")
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of the weights in the model."""
+    """Dtype of the model's weights in training."""
     return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 @torch.no_grad()
 def convert_(model: nn.Module, precision: Precision) -> None:
-    """Put every floating-point parameter in the precision's dtype, in place, frozen and one-dimensional ones too.
+    """Converts every floating-point parameter, also frozen and one-dimensional ones, to the dtype of the precision, in place.
 
-    In a model with adapters of peft, which convert between their own dtype and the model's, the frozen parameters keep their bits.
+    In a model with peft adapters, which convert between their own dtype and the model's, frozen parameters keep their dtype and
+    bits.
 
-    A parameter that is not contiguous (a transposed or sliced view) gets contiguous memory of its own: optimizers and checkpoints
-    then treat it exactly as they would its contiguous copy, and the tensor that it was a view of no longer follows it.
-    A norm kept in float32 would promote the hidden states behind it (Llama multiplies in the weight's dtype), which a bfloat16
-    ``Linear`` then refuses. Buffers keep their dtype: rotary frequencies lose positions in bfloat16. Tied weights stay tied.
+    A parameter that is not contiguous (a transposed or sliced view) gets contiguous memory of its own, so that optimizers and
+    checkpoints treat it exactly as its contiguous copy; it then no longer shares memory with the tensor that it was a view of.
+    Norms are converted too: a norm in float32 would promote the hidden states after it (Llama multiplies in the weight's
+    dtype), and the next bfloat16 ``Linear`` would raise an error. Buffers keep their dtype, because rotary frequencies in
+    bfloat16 cannot tell distant positions apart. Tied weights stay tied.
     """
     dtype, keeps = weight_dtype(precision), has_adapters(model)
     for parameter in model.parameters():
@@ -39,12 +41,15 @@ def convert_(model: nn.Module, precision: Precision) -> None:
             parameter.grad = None
             parameter.data = parameter.data.to(
                 dtype
-            ).contiguous()  # `to` with a memory format leaves a view of this dtype as it is
+            ).contiguous()  # `to` with a memory format does not copy a view that has the dtype already
 
 
 @contextlib.contextmanager
 def converted(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """:func:`convert_` inside the ``with`` block, the same tensors as before afterwards; both exist meanwhile where the dtype differs."""
+    """Context in which ``model`` is converted by :func:`convert_`; restores the original tensors on exit.
+
+    Memory: where the dtype changes, the original and the converted parameter both exist inside the block.
+    """
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     convert_(model, precision)
     try:
@@ -56,24 +61,26 @@ def converted(model: nn.Module, precision: Precision) -> Iterator[None]:
 
 @torch.no_grad()
 def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Write float32 ``value`` into bfloat16 ``target``, away from zero with the probability of the part that is lost.
+    """Writes float32 ``value`` into bfloat16 ``target`` with stochastic rounding.
 
-    Without bias, exact on the grid; NaN and infinity are kept, and beyond the largest bfloat16 the result is infinite. Draws from the
-    global generator of the device; ``value`` is overwritten. Temporaries: 6 bytes an element, 11 on a GPU or where a value is no number.
+    A value is rounded away from zero with a probability equal to the fraction of the bfloat16 spacing that truncation would
+    lose. The rounding is unbiased, and exact for values that bfloat16 can represent; NaN and infinity are kept, and a value
+    beyond the largest bfloat16 becomes infinite. Draws from the global generator of the device; overwrites ``value``.
+    Temporaries: 6 bytes per element, 11 on a GPU or if a value is not finite.
     """
-    # A generator's time goes by the draw: one of 64 bits serves four values.
+    # The generator's time depends on the number of draws, so one draw of 64 bits serves four values.
     drawn = torch.empty(-(-value.numel() // 4), dtype=torch.int64, device=value.device).random_(-(2**63), None)
     drawn = drawn.view(torch.int16)[: value.numel()].view(value.shape).to(torch.int32).bitwise_and_(0xFFFF)
-    # A GPU's answer would have to be waited for; on a CPU a sum is cheaper than a mask.
+    # On a GPU, `isfinite` would wait for the device; on a CPU a sum is cheaper than a mask.
     nan = None if value.device.type == "cpu" and math.isfinite(value.sum()) else value.isnan()
-    # Sign and magnitude: 16 random bits added below the last kept one carry into it with the wanted probability.
+    # Floats are sign and magnitude: random bits added to the dropped half carry into the kept half with the wanted probability.
     value.view(torch.int32).add_(drawn).bitwise_and_(-(1 << 16))
-    target.copy_(value if nan is None else value.masked_fill_(nan, math.nan))  # the sum of a NaN's bits may wrap
+    target.copy_(value if nan is None else value.masked_fill_(nan, math.nan))  # adding to the bits of a NaN may overflow
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """The device's global generator in a state that ``key`` alone gives, and afterwards as it was."""
+    """Context in which the device's global generator is seeded from ``key`` alone; restores its state on exit."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
     with rewound(device) as generator:
         generator.manual_seed(seed)
@@ -82,7 +89,7 @@ def seeded(device: torch.device, *key: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rewound(device: torch.device) -> Iterator[torch.Generator]:
-    """The device's global generator, after the ``with`` block as it was before: what comes next draws the same again."""
+    """Context that yields the device's global generator and restores its state on exit, so that later code draws the same."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     before = generator.get_state()
     try:

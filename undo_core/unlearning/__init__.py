@@ -1,4 +1,4 @@
-"""Unlearning: suppress a capability. One file per method; a method is a loss and the parameters it trains."""
+"""Unlearning: suppress a capability of a model. One file per method; a method is a loss and the parameters that it trains."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def unlearn(
     progress: bool = True,
     **train_options: Any,
 ) -> TrainResult:
-    """Suppress what ``forget`` shows and keep what ``retain`` shows, by training ``model`` in place.
+    """Trains ``model`` in place to suppress the capability shown in ``forget`` and to keep what ``retain`` shows.
 
     Args:
-        model: any Hugging Face causal language model; trained in place, of a ``PeftModel`` the adapters. A method that trains some parameters leaves the others without
-            gradients meanwhile.
+        model: any Hugging Face causal language model; trained in place. Of a ``PeftModel`` only the adapters are trained. While
+            a method that trains only some parameters runs, the others do not require gradients.
         forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
-        retain: text to keep, in the same forms; not read where ``config.retain_weight`` is 0.
+        retain: text to keep, in the same forms; not read if ``config.retain_weight`` is 0.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
-        folder: for checkpoints and the log, so that a killed run resumes. Another model, text or ``config`` is refused there by name;
-            that costs one digest of the weights, about a second for each gigabyte in float32.
-        title: name on the progress bar.
-        progress: show it.
+        folder: for checkpoints and the log, so that a killed run resumes. A different model, text or ``config`` raises an error
+            that names it; the comparison computes one digest of the weights, about a second per gigabyte in float32.
+        title: label of the progress bar.
+        progress: whether to show the progress bar.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
 
     Returns:
         Steps, tokens and history.
 
     Raises:
-        ValueError: an unknown method, or data of no known form.
+        ValueError: invalid settings for this model, or data of an unknown form.
     """
     config = config or UnlearnConfig()
-    if config.vocab_size is not None:  # RMU needs no head
+    if config.vocab_size is not None:  # checked only if given, as RMU also works without a head
         check_vocab_size(config.vocab_size, model=vocabulary_of(model))
     size, seed = config.train.batch_size, config.train.seed or 0
     limits = limits_of(model, whole=METHODS[config.method].whole_rows)
@@ -87,13 +87,13 @@ def unlearn(
 
 
 def method_of(model: PreTrainedModel, config: UnlearnConfig) -> Method:
-    """The method of ``config`` for a model that is still the original, with what is wrapped around it."""
+    """Returns the method of ``config`` with its wrapper, if any; ``model`` must still be the original model."""
     method = METHODS[config.method](model, config)
     return method if config.robust == "none" else ROBUST[config.robust](method, model, config)
 
 
 def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
-    """FLOPs of a training step for one position of each source, in rows of ``length`` tokens."""
+    """FLOPs of a training step per position of each source, for rows of ``length`` tokens."""
     entry = METHODS[config.method]
     passes = 3 * forward_flops(model, length)
     costs = {"forget": passes, "retain": passes if config.retain_weight else 0.0}
@@ -111,8 +111,11 @@ def _sum(*costs: dict[str, float]) -> dict[str, float]:
 
 @keeps_kernels
 def _with_reference(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> Source:
-    """The batches of all steps, which are read once, each with its reference: of the original in the precision and with the attention
-    kernel that it will be trained in, so that at the first step the two differ by nothing."""
+    """Reads the batches of all steps once and adds the reference values of the original model to each.
+
+    The original runs in the precision and with the attention kernel of the training, so that at the first step the trained
+    model equals the reference exactly.
+    """
     choose_kernels(model, config)
     device, batches = next(model.parameters()).device, []
     with converted(model, config.precision):
@@ -126,7 +129,7 @@ def _with_reference(model: PreTrainedModel, source: Source, method: Method, conf
 
 @torch.no_grad()
 def referred(model: PreTrainedModel, batch: Batch, method: Method) -> Batch:
-    """The batch with its reference; ``model`` is the original."""
+    """Returns the batch with its reference values; ``model`` is the original model."""
     with evaluating(model):
         return dataclasses.replace(batch, reference=method.reference(model, batch))  # pyrefly: ignore[not-callable]
 

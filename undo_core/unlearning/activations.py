@@ -1,4 +1,7 @@
-"""Activations in the middle of a model, and nothing above them: layers run one by one, with what their model would give them."""
+"""Activations in the middle of a model, without running the layers above.
+
+Layers are run one by one, with the arguments that their model would pass to them.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from transformers import PreTrainedModel
 from undo_core.models import check_isolation, evaluating, hidden_states
 
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
-"""Tensors that stand in for a layer's parameters: by the layer's number, then by the parameter's name within it."""
+"""Tensors to use instead of a layer's parameters: by the layer's index, then by the parameter's name within the layer."""
 
 
 class Trunk:
-    """A decoder's list of layers, to be run in parts.
+    """The list of layers of a decoder, which can be run in parts.
 
-    The base model runs once a batch with its layers taken out: it embeds, makes masks and position embeddings of whatever kind, and
-    what each layer would have been called with is kept. Hidden states after ``k`` layers are ``output_hidden_states``'s entry ``k``,
-    except that after the last layer they are those before the final norm.
+    For each batch the base model runs once with stand-ins for its layers: it embeds the tokens and makes masks and position
+    embeddings, and the stand-ins record the arguments of each layer. Hidden states after ``k`` layers equal entry ``k`` of
+    ``output_hidden_states``, except that after the last layer they are those before the final norm.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises a ValueError where ``model`` has no list of its layers, or does more between them than call them in turn."""
+        """Raises a ValueError if ``model`` has no list of layers, or does more than call its layers one after another."""
         self.model = model
         self.owner, self.name = _owner(model)
         self.layers: nn.ModuleList = getattr(self.owner, self.name)
@@ -37,9 +40,9 @@ class Trunk:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> Entered:
-        """A batch before its first layer: ``[batch, length]`` ids, no gradient, evaluation behaviour; no layer runs."""
+        """Prepares a batch of ``[batch, length]`` ids up to the first layer, in evaluation mode and without gradients."""
         if position_ids is not None:
-            check_isolation(self.model)  # while the layers are there
+            check_isolation(self.model)  # needs the real layers
         calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
         stand_ins = nn.ModuleList(_StandIn(layer, calls) for layer in self.layers)
         with torch.no_grad(), evaluating(self.model):
@@ -56,14 +59,14 @@ class Trunk:
 
     @torch.no_grad()
     def _verify(self) -> None:
-        """On a few tokens, once: silently other activations would be worse than none."""
+        """Compares the activations with the model's own on a few tokens, so that wrong ones are never used silently."""
         embedding = self.model.get_input_embeddings().weight
         ids = torch.arange(8, device=embedding.device).mul(7919).remainder(embedding.shape[0]).view(1, 8)
         with evaluating(self.model):
             wanted = self.model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
             entered = self.enter(ids)
             hidden = entered.hidden
-            for k in range(len(self.layers)):  # after the last one the final norm stands between
+            for k in range(len(self.layers)):  # not after the last layer: the model returns that one after the final norm
                 error = float((hidden - wanted[k]).norm() / wanted[k].norm().clamp_min(1e-6))
                 if not error <= (1e-4 if hidden.dtype == torch.float32 else 3e-2):
                     raise ValueError(
@@ -74,13 +77,13 @@ class Trunk:
 
 
 class Entered:
-    """A batch that waits before the first layer; ``hidden`` is ``[batch, length, d]``."""
+    """A batch prepared up to the first layer; ``hidden`` ``[batch, length, d]`` is the input of that layer."""
 
     def __init__(self, trunk: Trunk, calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]) -> None:
         self.trunk, self.calls, self.hidden = trunk, calls, calls[0][0]
 
     def run(self, hidden: torch.Tensor, first: int, last: int, frozen: Frozen | None = None) -> torch.Tensor:
-        """``hidden`` through the layers ``[first, last)``, as they are or with parameters of ``frozen`` in the place of their own."""
+        """Runs ``hidden`` through the layers ``[first, last)``; tensors in ``frozen`` replace the layers' own parameters."""
         for k in range(first, last):
             _, args, kwargs = self.calls[k]
             layer, others = self.trunk.layers[k], {} if frozen is None else frozen.get(k, {})
@@ -90,11 +93,11 @@ class Entered:
 
 
 class _StandIn(nn.Module):
-    """Keeps what a layer was called with and hands its hidden states on; its attributes are the layer's."""
+    """Records the arguments of a layer and returns its input hidden states; has the attributes of the layer."""
 
     def __init__(self, layer: nn.Module, calls: list[Any]) -> None:
         super().__init__()
-        object.__setattr__(self, "_of", (layer, calls))  # a tuple: no submodule
+        object.__setattr__(self, "_of", (layer, calls))  # in a tuple, so that it is not registered as a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_of"][0], name)
@@ -109,12 +112,12 @@ class _StandIn(nn.Module):
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's list of layers; a ValueError where there is none."""
+    """Returns the decoder's list of layers; raises a ValueError if there is none."""
     return getattr(*_owner(model))
 
 
 def _owner(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The module that owns the list of decoder layers, and the list's name there."""
+    """Returns the module that owns the list of decoder layers, and the name of the list in it."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.base_model.modules():
         for name, child in module.named_children():

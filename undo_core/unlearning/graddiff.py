@@ -1,4 +1,4 @@
-"""GradDiff: ascend on the forget text. ``-CE(forget) + retain_weight * CE(retain)``."""
+"""GradDiff: gradient ascent on the forget text. ``-CE(forget) + retain_weight * CE(retain)``."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from undo_core.unlearning.method import Method, Settings, forget_and_retain, reg
 
 @register("graddiff", "GradDiff")
 def graddiff(model: PreTrainedModel, config: Settings) -> Method:
-    """The published language (weight 1) and arithmetic (weight 15) setting; every parameter is trained."""
+    """GradDiff; trains every parameter. Published with retain weight 1 for language and 15 for arithmetic."""
     return Method(forget_and_retain(lambda *arguments: -cross_entropy(*arguments), model, config))

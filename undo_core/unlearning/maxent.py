@@ -12,5 +12,5 @@ from undo_core.unlearning.method import Method, Settings, forget_and_retain, reg
 
 @register("maxent", "MaxEnt")
 def maxent(model: PreTrainedModel, config: Settings) -> Method:
-    """The published language and arithmetic setting (arXiv 2506.06278, code); every parameter is trained."""
+    """MaxEnt; trains every parameter. The published method for language and arithmetic (arXiv 2506.06278, code)."""
     return Method(forget_and_retain(functools.partial(uniform_kl, vocab_size=config.vocab_size), model, config))

@@ -1,4 +1,4 @@
-"""What an unlearning method is, what may be wrapped around it, and the registers of both."""
+"""Unlearning methods and wrappers around them: their interface, and the registries of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from undo_core.training.precision import convert_
 
 
 class Settings(Protocol):
-    """What a method knows of :class:`undo_core.unlearning.UnlearnConfig`: what all have in common, and its own settings by its name."""
+    """View of :class:`undo_core.unlearning.UnlearnConfig` for methods: the common settings, and a method's own by its name."""
 
     method: str
     retain_weight: float
@@ -38,14 +38,14 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is made to forget.
+    """An unlearning method for one model.
 
     Attributes:
-        loss: over the sources ``forget`` and ``retain``.
-        parameters: what it trains; None for all.
-        reference: what is kept of each forget batch, ``[batch, length - 1]``, from the original model; computed before the first step and
-            given to ``loss`` as the batch's ``reference``.
-        gradient: how a step's gradient is made of the loss.
+        loss: loss of a step over the sources ``forget`` and ``retain``.
+        parameters: the parameters to train; None for all.
+        reference: function that computes values ``[batch, length - 1]`` of the original model for a forget batch. It runs
+            before the first step; ``loss`` receives the values as the batch's ``reference``.
+        gradient: function that computes the gradient of a step from the loss.
     """
 
     loss: Loss
@@ -55,7 +55,7 @@ class Method:
 
     @contextlib.contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
-        """Only what the method trains requires a gradient inside the ``with`` block; everything as it was afterwards."""
+        """Context in which only the trained parameters require a gradient; restored on exit."""
         if self.parameters is None:
             yield
             return
@@ -71,15 +71,16 @@ class Method:
 
 
 Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
-"""``term(model, micro_batch, counted)``: as a :data:`Loss`, of one source."""
+"""``term(model, micro_batch, counted)``: like a :data:`Loss`, but for one source."""
 
 
 def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) -> Loss:
-    """``forget(forget text) + retain_weight * CE(retain text)``; with ``config.retain_loss`` kl ``KL(p_original || p)`` in the place of CE.
+    """Returns the loss ``forget(forget text) + retain_weight * CE(retain text)``.
 
-    ``model`` is still the original. retain is not run at weight 0.
+    With ``config.retain_loss`` kl, ``KL(p_original || p)`` replaces CE. ``model`` must still be the original model. At
+    ``retain_weight`` 0 the retain text is not run.
     """
-    head_of(model)  # what is refused is refused before anything is changed
+    head_of(model)  # raises before anything is changed
     retain = kept(model, config) if config.retain_loss == "kl" else cross_entropy
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
@@ -94,17 +95,20 @@ def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) ->
 
 
 def kept(model: PreTrainedModel, config: Settings) -> Term:
-    """``KL(p_original || p)``, of the model as it is now. Memory: :func:`original_of`."""
+    """Returns the term ``KL(p_original || p)`` with the model as it is now as the original. Memory: :func:`original_of`."""
     original = original_of(model, config)
-    choose_kernels(original, config.train)  # the model's: at the first step the two differ by nothing
+    choose_kernels(original, config.train)  # the kernel of the training, so that the KL is exactly 0 at the first step
     teacher = ModelTeacher(original)
     return lambda model, batch, counted: distillation(model, teacher.targets(batch), batch, counted)
 
 
 def original_of(model: PreTrainedModel, config: Settings) -> PreTrainedModel:
-    """A copy of the model as it is now, its weights as those in training, without gradients, in evaluation mode."""
+    """Returns a copy of the model as it is now: in the dtype of the training, without gradients, in evaluation mode.
+
+    Memory: one more model.
+    """
     original = copy.deepcopy(model).eval()
-    convert_(original, config.train.precision)  # while it is known what is frozen
+    convert_(original, config.train.precision)  # before requires_grad_, as it depends on which parameters are frozen
     return original.requires_grad_(False)
 
 
@@ -114,18 +118,19 @@ Flops = Callable[[PreTrainedModel, Settings, int], Costs]
 
 @dataclass(frozen=True)
 class Entry:
-    """What is registered under a name; called, it makes the :class:`Method`.
+    """Registry entry of a method or wrapper; calling it makes the :class:`Method`.
 
     Attributes:
-        make: of a method, ``(model, config) -> Method``; of a wrapper, ``(method, model, config) -> Method``.
-        title: for people.
-        settings: dataclass of what is its alone: the field of :class:`UnlearnConfig` that has its name.
-        flops: ``(model, config, length)`` to FLOPs of a step for one position of each source; None for a forward and a backward pass.
-            Of a wrapper: those that it adds to ``costs``, ``(costs, model, config, length)``.
-        reference_flops: the same, of what is computed once; a wrapper adds nothing to it.
-        check: raises a ValueError where the other settings cannot go with it.
-        sums: whether its gradient is the same for any split into micro-batches.
-        whole_rows: whether the model reads a row's last token too, which is a label alone elsewhere.
+        make: ``(model, config) -> Method`` for a method; ``(method, model, config) -> Method`` for a wrapper.
+        title: display name.
+        settings: dataclass of the settings of this method alone, which become the field of :class:`UnlearnConfig` with its
+            name.
+        flops: ``(model, config, length)`` to the FLOPs of a step per position of each source; None for a forward and a backward
+            pass. For a wrapper: ``(costs, model, config, length)`` to the FLOPs that it adds to ``costs``.
+        reference_flops: like ``flops``, for what is computed once before the first step; a wrapper adds nothing to it.
+        check: raises a ValueError if the other settings are not compatible with it.
+        sums: whether the gradient is the same for any split into micro-batches.
+        whole_rows: whether the model also reads the last token of a row; for other methods that token is only a label.
     """
 
     make: Callable[..., Method]
@@ -146,16 +151,16 @@ ROBUST: dict[str, Entry] = {}
 
 
 def register(name: str, title: str, **more: Any) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """Decorator: the function becomes the method ``name`` of :class:`UnlearnConfig`; ``more`` are fields of :class:`Entry`.
+    """Decorator that registers a function as method ``name`` of :class:`UnlearnConfig`; ``more`` are fields of :class:`Entry`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
     return _register(METHODS, name, title, more)
 
 
 def register_robust(name: str, title: str, **more: Any) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """:func:`register` for what wraps a method."""
+    """Decorator like :func:`register`, for a function that wraps a method."""
     return _register(ROBUST, name, title, more)
 
 

@@ -1,7 +1,7 @@
 """NPO: ``2/beta * mean(-log sigmoid(-beta * (log p - log p_original)(forget))) + retain_weight * CE(retain)``.
 
-Zhang et al., "Negative Preference Optimization", 2024 (arXiv 2404.05868): gradient ascent whose weight fades on what the model has
-become less sure of than the original was.
+Zhang et al., "Negative Preference Optimization", 2024 (arXiv 2404.05868): gradient ascent whose weight decays as the model's
+probability of the text falls below the original model's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class NPOConfig:
     """Settings of NPO alone.
 
     Attributes:
-        beta: how fast the ascent fades; near 0 it is GradDiff. As published 0.1.
-        unit: whose log-probabilities are compared: row (summed over a row's labels, as published, where a row is one answer) or token
-            (each by itself, for packed rows, whose sums are so large that a row counts for all or nothing).
+        beta: how fast the ascent decays; near 0 the method is GradDiff. The published value is 0.1.
+        unit: unit whose log-probabilities are compared: row (summed over a row's labels, as published, where a row is one
+            answer) or token (each label by itself, for packed rows: their sums are so large that the weight of a row would be
+            all or nothing).
     """
 
     beta: float = 0.1
@@ -46,9 +47,11 @@ def _reference_flops(model: PreTrainedModel, config: Settings, length: int) -> d
 
 @register("npo", "NPO", settings=NPOConfig, reference_flops=_reference_flops)
 def npo(model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: no second model. The original's log-probabilities of the forget labels are computed before the first step, 4 bytes each, and
-    kept on the host with the batches that they are of: 13 bytes for each position of all steps' forget text. A resumed run computes
-    them again."""
+    """NPO. The original model's log-probabilities of the forget labels are computed before the first step.
+
+    Memory: no second model. The log-probabilities, 4 bytes per label, are kept on the host together with their batches: 13
+    bytes per position of the forget text of all steps. A resumed run computes them again.
+    """
     beta, unit = config.npo.beta, config.npo.unit
 
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
@@ -62,6 +65,6 @@ def npo(model: PreTrainedModel, config: Settings) -> Method:
 
 
 def labelled_rows(batch: Batch) -> torch.Tensor:
-    """Rows of the whole batch that have a label, at least 1; a 0-d tensor."""
+    """Number of rows of the whole batch that have a label, at least 1; a 0-d tensor."""
     whole = batch if batch.whole is None else batch.whole
     return whole.mask[:, 1:].any(-1).sum().clamp_min(1)

@@ -1,16 +1,19 @@
-"""RepNoise around a method: on the forget text, every layer's MLP is pushed toward noise and every layer's prediction away from the text.
+"""RepNoise, a wrapper: on the forget text, push each layer's MLP outputs toward noise and its predictions away from the text.
 
-``method's loss + beta * mean_l MMD(MLP_l(forget), N(0, I)) - alpha * log(1 + mean_l CE(head(norm(h_l)), forget))``; Rosati et al.,
-"Representation Noising", 2024 (arXiv 2405.14577), as UNDO's baselines add it to MaxEnt and RMU. What of it is computed how:
+``method's loss + beta * mean_l MMD(MLP_l(forget), N(0, I)) - alpha * log(1 + mean_l CE(head(norm(h_l)), forget))``; Rosati et
+al., "Representation Noising", 2024 (arXiv 2405.14577), as UNDO's baselines add it to MaxEnt and RMU. Details, and differences
+from the published method:
 
-- ``h_l``: hidden states after some evenly spaced layers, the last one among them; published: after every layer and the embedding, the
-  last one twice. Each cross-entropy is a fused one, without logits.
-- MMD: squared, biased, over tokens, with the published five Gaussian kernels, whose widths are the mean squared distance times 1/4 to 4.
-  Expectations over the noise are computed in closed form, so that nothing is drawn and a resumed run needs no state; published:
-  as many draws as there are activations, whose rows are whole sequences. At most ``samples`` evenly spaced labels of a micro-batch.
-- Cross-entropy on harmless text, a term of the published sum, is the method's retain term: with MaxEnt, ``retain_weight`` 2 is that sum.
-- Published, a token counts where harmful and harmless text differ, which are pairs there; here, where it is a label.
-- Neither term is a sum over tokens: each is of a micro-batch, weighted by its share of the labels.
+- ``h_l`` are the hidden states after some evenly spaced layers, including the last. Published: after every layer and the
+  embedding, with the last layer counted twice. Each cross-entropy is computed by the fused op, without logits.
+- MMD is the squared, biased estimate over tokens, with the five published Gaussian kernels, whose widths are the mean squared
+  distance times 1/4 to 4. It uses at most ``samples`` evenly spaced labels of a micro-batch. Expectations over the noise are in
+  closed form, so that nothing is drawn and a resumed run needs no state. Published: as many draws as activations, and each row
+  is a whole sequence.
+- The cross-entropy on harmless text, a term of the published sum, is the method's retain term; with MaxEnt, ``retain_weight`` 2
+  gives that sum.
+- Here every label counts. Published: harmful and harmless texts come in pairs, and a token counts where the two differ.
+- Neither term is a sum over tokens: each is computed per micro-batch and weighted by the micro-batch's share of the labels.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from undo_core.training.batches import Batch
 from undo_core.unlearning.activations import find_layers
 from undo_core.unlearning.method import Costs, Method, Settings, register_robust
 
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names of the final norm in transformers
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names that transformers gives to the final norm
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -41,10 +44,10 @@ class RepNoiseConfig:
     """Settings of RepNoise alone.
 
     Attributes:
-        alpha: factor on the ascent of the layers' cross-entropies; published for UNDO 0.1 to 4, for WMDP 1.
-        beta: factor on the distance from noise; published for UNDO 1e-4 to 4, for WMDP 1.
-        layers: how many layers, evenly spaced, the last one among them; None for all.
-        samples: labels of a micro-batch that the distance is computed on at most; it costs their square.
+        alpha: factor on the ascent of the layers' cross-entropies; published: 0.1 to 4 for UNDO, 1 for WMDP.
+        beta: factor on the distance from noise; published: 1e-4 to 4 for UNDO, 1 for WMDP.
+        layers: number of layers to use, evenly spaced and including the last; None for all.
+        samples: largest number of labels of a micro-batch in the distance; time and memory grow with its square.
     """
 
     alpha: float = 1.0
@@ -57,14 +60,14 @@ class RepNoiseConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted a finite number >= 0")
         if self.alpha == self.beta == 0:
-            raise ValueError("alpha: got 0 with beta 0, wanted one of them > 0; robust none is that")
+            raise ValueError("alpha: got 0 with beta 0, wanted one of them > 0; without both terms use robust none")
         for name in ("layers", "samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= 1")
 
 
 def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) -> Costs:
-    """A forward and a backward pass of the trunk, and of the head at each layer."""
+    """Added FLOPs: a forward and a backward pass of the trunk, and of the head at each layer."""
     heads = len(_spaced(len(find_layers(model)), config.repnoise.layers)) if config.repnoise.alpha else 0
     head = head_flops(model)
     return {"forget": 3 * (forward_flops(model, length) - head + heads * head), "retain": 0.0}
@@ -72,10 +75,12 @@ def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) 
 
 @register_robust("repnoise", "RepNoise", settings=RepNoiseConfig, flops=_flops, sums=False)
 def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: the activations of a second forward pass of the forget micro-batch, and ``[samples, samples]`` distances a layer.
+    """Adds RepNoise to ``method``.
+
+    Memory: the activations of a second forward pass of the forget micro-batch, and ``[samples, samples]`` distances per layer.
 
     Raises:
-        ValueError: a model whose layers have no ``mlp`` or whose final norm has no known name.
+        ValueError: the model's layers have no ``mlp``, or its final norm has an unknown name.
     """
     settings = config.repnoise
     layers, norm = find_layers(model), _final_norm(model)
@@ -110,15 +115,16 @@ def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method
 
 
 def noise_distance(hidden: torch.Tensor, mask: torch.Tensor, samples: int) -> torch.Tensor:
-    """``MMD**2`` between the counted rows of ``hidden`` and the standard normal law; a scalar, 0 where nothing counts.
+    """``MMD**2`` between the rows of ``hidden`` in ``mask`` and the standard normal distribution; 0 if the mask is empty.
 
     Args:
-        hidden: ``[rows, d]``; gradient.
-        mask: ``[rows]`` bool, True counts.
-        samples: at most so many of the counted rows, evenly spaced, are looked at.
+        hidden: ``[rows, d]``; differentiable.
+        mask: ``[rows]`` bool, True for rows that count.
+        samples: largest number of counted rows to use; they are evenly spaced.
 
-    With ``k(x, y) = exp(-|x - y|**2 / h)``, ``E k(x, N) = (1 + 2/h)**(-d/2) exp(-|x|**2 / (h + 2))`` and ``E k(N, N') = (1 + 4/h)**(-d/2)``.
-    ``h`` is a width times the mean squared distance within the rows and as many draws, expected over these; no gradient.
+    With ``k(x, y) = exp(-|x - y|**2 / h)``, ``E k(x, N) = (1 + 2/h)**(-d/2) exp(-|x|**2 / (h + 2))`` and
+    ``E k(N, N') = (1 + 4/h)**(-d/2)``. ``h`` is a width times the expected mean squared distance within the set of the rows and
+    as many draws of noise; it has no gradient.
     """
     if len(hidden) > samples:
         counted_first = torch.argsort(~mask, stable=True)
@@ -146,7 +152,7 @@ def noise_distance(hidden: torch.Tensor, mask: torch.Tensor, samples: int) -> to
 
 @contextlib.contextmanager
 def outputs_of(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """What the modules return inside the ``with`` block, in the order of their calls; no hook is left behind."""
+    """Context that yields a list of what the modules return, in the order of their calls; removes its hooks on exit."""
     found: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -161,7 +167,7 @@ def outputs_of(modules: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def _spaced(count: int, wanted: int | None) -> list[int]:
-    """At most ``wanted`` of ``count`` layers, the last one among them."""
+    """Indices of at most ``wanted`` of ``count`` layers, evenly spaced and including the last."""
     wanted = count if wanted is None else min(wanted, count)
     return [(k + 1) * count // wanted - 1 for k in range(wanted)]
 

@@ -1,12 +1,14 @@
-"""RMU: misdirect the forget text's activations. ``mean((h_l(forget) - c u)**2) + retain_weight * mean((h_l - h_l^frozen)(retain)**2)``.
+"""RMU: misdirect the activations on the forget text.
 
-``u`` is a fixed unit vector; ``h_l`` are the hidden states after ``target_layer`` layers, before the final norm; only the matrices
-that a pattern names in the layers below are trained (Li et al., "The WMDP Benchmark", 2024, in the form of the UNDO code).
+``mean((h_l(forget) - c u)**2) + retain_weight * mean((h_l - h_l^frozen)(retain)**2)``.
 
-A step's cost: the layers below the first trained one run once, without gradients; those from there to the target layer run
-forward and backward, and once more for the retain text, with the original copies of the trained matrices; nothing above runs. The
-shared and the frozen part behave as in evaluation, the trained part in the model's own mode: dropout, where a model has any, would
-add its own noise to what the frozen activations are.
+``u`` is a fixed unit vector. ``h_l`` are the hidden states after ``target_layer`` layers, before the final norm. Trained are
+only the matrices in the layers below that match a pattern (Li et al., "The WMDP Benchmark", 2024, as in the UNDO code).
+
+Cost of a step: the layers below the first trained one run forward once, without gradients. The layers from there to the target
+layer run forward and backward; for the retain text they also run forward with the original copies of the trained matrices. No
+layer above runs. The frozen activations, and the layers below the first trained one, are computed in evaluation mode, because
+dropout would add noise to the targets. The trained layers run in the model's own mode.
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ from undo_core.unlearning.method import Method, Settings, register
 class RMUConfig:
     """Settings of RMU alone.
 
-    As published for UNDO: arithmetic and language train layers 5 to 10 of 14 (``first_layer: 5, target_layer: 11``; their list names 11
-    too, which the activations before it do not reach), coefficients 6 and 6.5, no retain term (``retain_weight: 0``), ``normalize: all``,
-    ``direction: gaussian``; WMDP with Gemma 2 2B ``first_layer: 10, target_layer: 15``, coefficient 80. The original RMU draws a uniform
-    direction.
+    As published for UNDO: arithmetic and language train layers 5 to 10 of 14 (``first_layer: 5, target_layer: 11``; their list
+    names 11 too, which comes after the activations that are used), coefficients 6 and 6.5, no retain term
+    (``retain_weight: 0``), ``normalize: all``, ``direction: gaussian``; WMDP with Gemma 2 2B
+    ``first_layer: 10, target_layer: 15``, coefficient 80. The original RMU draws a uniform direction.
 
     Attributes:
         first_layer: first layer whose matrices are trained (from 0).
-        target_layer: the activations after this many layers are misdirected, before the final norm where these are all layers; layers
-            below it, from ``first_layer``, are trained.
-        coefficient: length of the misdirection; the published arithmetic setting is 6.
-        trained: pattern of the trained parameters' names within a layer; GPT-NeoX calls them ``mlp.dense_4h_to_h.weight``. In a model
-            with adapters, of the weights whose adapters are trained.
-        normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are labels)
-            or sequence (each row's labels, then the rows that have any).
-        direction: law of the misdirection's entries: gaussian or uniform on (0, 1).
+        target_layer: number of layers after which the activations are misdirected (before the final norm); layers from
+            ``first_layer`` to below it are trained.
+        coefficient: norm of the misdirection vector; the published arithmetic setting is 6.
+        trained: pattern of the names of trained parameters within a layer; for GPT-NeoX it is ``mlp.dense_4h_to_h.weight``. In
+            a model with adapters, the pattern of the weights whose adapters are trained.
+        normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are
+            labels) or sequence (first over each row's labels, then over the rows that have any).
+        direction: distribution of the entries of the misdirection vector: gaussian, or uniform on (0, 1).
     """
 
     first_layer: int = 0
@@ -71,20 +73,23 @@ class RMUConfig:
 
 def _check(config: Settings) -> None:
     if config.retain_loss == "kl":
-        raise ValueError("retain_loss: got kl with method rmu, whose retain term is of activations; wanted it left out")
+        raise ValueError(
+            "retain_loss: got kl, which method rmu does not support: its retain term compares activations; remove it"
+        )
 
 
 @register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check, whole_rows=True)
 def rmu(model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
+    """RMU. Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 
     Raises:
-        ValueError: the target layer is beyond the model, no parameter matches the pattern, or the layers cannot be run in parts.
+        ValueError: the model has fewer layers than the target layer, no parameter matches the pattern, or the layers cannot be
+            run in parts.
     """
     settings, trunk = config.rmu, Trunk(model)
     trained = trained_parameters(trunk.layers, settings)
     first, last = min(trained), settings.target_layer
-    # Before the training loop loads a checkpoint: the frozen activations are the original model's, also of a resumed run.
+    # Copied before the training loop loads a checkpoint, so that a resumed run has the original model's frozen activations.
     dtype = weight_dtype(config.train.precision)
     frozen = {k: {name: p.detach().to(dtype, copy=True) for name, p in named.items()} for k, named in trained.items()}
     parameters = [p for named in trained.values() for p in named.values()]
@@ -119,10 +124,10 @@ def rmu(model: PreTrainedModel, config: Settings) -> Method:
 
 
 def trained_parameters(layers: torch.nn.ModuleList, settings: RMUConfig) -> dict[int, dict[str, torch.nn.Parameter]]:
-    """What RMU trains: by the layer's number, then by name within it.
+    """Returns the parameters that RMU trains: by the layer's index, then by name within the layer.
 
     Raises:
-        ValueError: the target layer is beyond the model, or no parameter matches the pattern.
+        ValueError: the model has fewer layers than the target layer, or no parameter matches the pattern.
     """
     if settings.target_layer > len(layers):
         raise ValueError(f"rmu.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
@@ -136,7 +141,7 @@ def trained_parameters(layers: torch.nn.ModuleList, settings: RMUConfig) -> dict
 
 
 def _chosen(layer: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Parameter]:
-    """The layer's parameters that match; in a layer with adapters, the adapters of the weights that match."""
+    """Parameters of the layer that match the pattern; in a layer with adapters, the adapters of the weights that match."""
     named = dict(layer.named_parameters())
     if not has_adapters(layer):
         return {name: p for name, p in named.items() if fnmatch(name, pattern)}
@@ -145,10 +150,11 @@ def _chosen(layer: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Paramete
 
 
 def rmu_flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
-    """FLOPs of a step for one position of each source.
+    """FLOPs of a step per position of each source.
 
-    Forward below and in the trained layers, there a second time for the retain text; backward as much again in the trained layers
-    (twice for the scores of attention), and to the trained matrices.
+    They count the forward pass of the layers up to the target layer; the backward pass through the trained layers, which costs
+    as much as their forward pass (attention scores twice as much); the gradients of the trained matrices; and, for the retain
+    text, a second forward pass of the trained layers.
     """
     settings = config.rmu
     layers = find_layers(model)
@@ -162,14 +168,14 @@ def rmu_flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str
 
 
 def _labels(batch: Batch) -> torch.Tensor:
-    """The tokens that are labels, as in the other methods."""
+    """Mask of the tokens that are labels, as in the other methods."""
     mask = batch.mask.clone()
     mask[:, 0] = False
     return mask
 
 
 def _share(batch: Batch, mask: torch.Tensor, counted: int, normalize: str) -> torch.Tensor | float:
-    """The micro-batch's part of what the whole batch's mean is over."""
+    """Share of the micro-batch in the elements that the mean of the whole batch is over."""
     whole = batch if batch.whole is None else batch.whole
     if normalize == "all":
         return len(batch.input_ids) / len(whole.input_ids)

@@ -1,7 +1,8 @@
-"""SAM around a method: its gradient is taken where ``rho * g / |g|`` leads, ``g`` the gradient here, and applied here.
+"""SAM, a wrapper: with ``g`` the gradient at the weights ``w``, apply to ``w`` the gradient at ``w + rho * g / |g|``.
 
 Foret et al., "Sharpness-Aware Minimization", 2021 (arXiv 2010.01412); against relearning, Fan et al., 2025 (arXiv 2502.05374).
-Forget and retain gradients are both taken there, as in UNDO's code; Fan et al., as far as known, move the weights for the forget loss alone.
+Both the forget and the retain gradient are taken at the moved weights, as in UNDO's code; Fan et al., as far as known, move the
+weights only for the forget loss.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SAMConfig:
     """Settings of SAM alone.
 
     Attributes:
-        rho: length of the step to where the gradient is taken, over all trained weights together; published for UNDO 0.01.
+        rho: norm of the move, over all trained weights together; published for UNDO: 0.01.
     """
 
     rho: float = 0.01
@@ -38,7 +39,11 @@ class SAMConfig:
 
 
 def _check(config: Settings) -> None:
-    """A step in the backward pass has no whole gradient; an entry of ``rho * g / |g|`` is lost in 16 bits; the host has no weights to move."""
+    """Raises a ValueError for training settings that SAM does not support.
+
+    With ``step_in_backward`` the whole gradient never exists. In 16 bits, adding ``rho * g / |g|`` to a weight is lost to
+    rounding. With adamw-offload the gradients are on the host, not beside the weights.
+    """
     train = config.train
     for name, value, wanted in (
         ("precision", train.precision, "float32"),
@@ -53,21 +58,24 @@ def _check(config: Settings) -> None:
 
 
 def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) -> Costs:
-    """Everything twice."""
+    """Added FLOPs: everything is computed twice."""
     return costs
 
 
 @register_robust("sam", "SAM", settings=SAMConfig, flops=_flops, check=_check)
 def sam(method: Method, model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: a second gradient of what is trained. The first one's storage keeps the weights while they are moved.
+    """Adds SAM to ``method``.
 
-    Both gradients are of the whole batch, over all its micro-batches; the loss reported is the first one's.
+    Both gradients are of the whole batch, over all its micro-batches. The reported loss is the one at the weights before the
+    move.
+
+    Memory: a second gradient of the trained parameters. The first gradient's memory holds the old weights during the move.
     """
 
     def gradient(
         model: nn.Module, loss: Loss, batches: dict[str, Batch], counted: dict[str, int], micro_batch_size: int | None
     ) -> torch.Tensor:
-        with rewound(next(model.parameters()).device):  # both passes draw the same dropout
+        with rewound(next(model.parameters()).device):  # both passes must draw the same dropout
             value = method.gradient(model, loss, batches, counted, micro_batch_size)
         with moved([p for p in model.parameters() if p.grad is not None], config.sam.rho):
             method.gradient(model, loss, batches, counted, micro_batch_size)
@@ -78,7 +86,7 @@ def sam(method: Method, model: PreTrainedModel, config: Settings) -> Method:
 
 @contextlib.contextmanager
 def moved(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
-    """The parameters ``rho * g / |g|`` further inside the ``with`` block, without gradients; with their old bits afterwards."""
+    """Context with the parameters moved by ``rho * g / |g|`` and without gradients; restores their exact bits on exit."""
     with torch.no_grad():
         norms = torch._foreach_norm([p.grad for p in parameters], 2)
         scale = rho / torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1e-12)

@@ -1,7 +1,7 @@
 """SimNPO: ``2/beta * mean(-log sigmoid(beta * CE_row(forget) - gamma)) + retain_weight * CE(retain)``, ``CE_row`` a row's mean.
 
-Fan et al., "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning", 2024 (arXiv 2410.07163): NPO without
-a reference, its log-probability divided by the length.
+Fan et al., "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning", 2024 (arXiv 2410.07163): NPO
+without a reference model, with log-probabilities divided by the length.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class SimNPOConfig:
     """Settings of SimNPO alone.
 
     Attributes:
-        beta: how fast the ascent fades with the row's cross-entropy; the authors' code has 0.1 for WMDP.
-        gamma: margin: the ascent is at half its weight where ``beta * CE`` is gamma; 0 in the authors' TOFU setting.
+        beta: how fast the ascent decays as the row's cross-entropy grows; the authors' code has 0.1 for WMDP.
+        gamma: margin; the ascent has half its weight where ``beta * CE`` equals gamma; 0 in the authors' TOFU setting.
     """
 
     beta: float = 0.1
@@ -40,7 +40,7 @@ class SimNPOConfig:
 
 @register("simnpo", "SimNPO", settings=SimNPOConfig)
 def simnpo(model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: that of cross-entropy."""
+    """SimNPO. Memory: that of the cross-entropy."""
     beta, gamma = config.simnpo.beta, config.simnpo.gamma
 
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:

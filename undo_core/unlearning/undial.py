@@ -1,15 +1,15 @@
-"""UNDIAL: distil the original model, its logit of the label lowered by ``gamma``, on the forget text.
+"""UNDIAL: on the forget text, distill the original model with the logit of the label lowered by ``gamma``.
 
 ``KL(q || p)(forget) + retain_weight * CE(retain)`` with ``q = softmax(z_original - gamma * onehot(y))`` (Dong et al., "UNDIAL:
 Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models", 2024, arXiv 2402.10052).
 
-No ``[tokens, V]`` array is needed for ``q``. With ``t = softmax(z_original)``, ``d = 1 - exp(-gamma)`` and ``Z = 1 - d t_y``, ``q`` is
-``t / Z`` but for ``q_y = exp(-gamma) t_y / Z``, so that
+No ``[tokens, V]`` array is needed for ``q``. With ``t = softmax(z_original)``, ``d = 1 - exp(-gamma)`` and ``Z = 1 - d t_y``,
+``q`` is ``t / Z`` except for ``q_y = exp(-gamma) t_y / Z``, so that
 
     KL(q || p) = (KL(t || p) - d t_y (CE_p(y) - CE_t(y))) / Z - gamma q_y - log Z
 
-is the plain distillation loss and a cross-entropy, each with a weight a token. Where the original is certain of the label, ``1 / Z`` is up
-to ``exp(gamma)`` and so is what it makes of rounding; hence the limit on ``gamma``.
+is the plain distillation loss and a cross-entropy, each with a weight per token. Where the original is certain of the label,
+``1 / Z`` approaches ``exp(gamma)`` and amplifies rounding errors as much; hence the limit on ``gamma``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class UNDIALConfig:
     """Settings of UNDIAL alone.
 
     Attributes:
-        gamma: by how much the label's logit is lowered, at most 10, the default of OpenUnlearning.
+        gamma: amount by which the label's logit is lowered; at most 10, which is also OpenUnlearning's default.
     """
 
     gamma: float = 10.0
@@ -44,15 +44,18 @@ class UNDIALConfig:
 
 
 def _flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
-    """The original's forward pass, the student's forward and backward, and its head once more for the cross-entropy."""
+    """FLOPs: the original's forward pass, the student's forward and backward pass, and its head again for the cross-entropy."""
     own = forward_flops(model, length)
     return {"forget": 4 * own + 3 * head_flops(model), "retain": 3 * own if config.retain_weight else 0.0}
 
 
 @register("undial", "UNDIAL", settings=UNDIALConfig, flops=_flops)
 def undial(model: PreTrainedModel, config: Settings) -> Method:
-    """Memory: a copy of the model in the dtype of the weights, without gradients, and a second gradient of the head while the two terms
-    are added."""
+    """UNDIAL.
+
+    Memory: a copy of the model in the dtype of the weights, without gradients, and a second gradient of the head while the two
+        terms are added.
+    """
     gamma, lowered = config.undial.gamma, -math.expm1(-config.undial.gamma)
     original = original_of(model, config)
 
