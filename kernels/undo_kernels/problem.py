@@ -140,6 +140,6 @@ class Result(NamedTuple):
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of a gradient before ``grad_output`` multiplies it.
 
-    float16 inputs get float32 gradients, because float16 could underflow before a loss scale is applied.
+    float16 inputs get float32 gradients: a loss scale could take float16 out of its range.
     """
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,7 +1,8 @@
 """RMU's activation loss on GPUs: ``sum_i factor_i mean_j (h_ij - c t_ij)**2`` and its gradient.
 
-One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16 bits
-against one target, 6 against frozen activations; 3 FLOPs. The rows' losses are summed by a second, tiny reduction: no atomics.
+One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16
+bits against one target, 6 against frozen activations; 3 FLOPs. The rows' losses are summed by a second, tiny reduction: no
+atomics.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the passes of one call share: the rows that are processed, their inputs and outputs, and the gradients.
 
-float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of the
-float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound; they keep room
-for 128 times the factor and saturate there.
+float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of
+the float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound;
+they keep room for 128 times the factor and saturate there.
 """
 
 from __future__ import annotations
