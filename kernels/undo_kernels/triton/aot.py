@@ -1,7 +1,7 @@
 """Every kernel's variants, and their compilation for a target without having one.
 
-``python -m undo_kernels.triton.aot sm_90 [all]`` compiles each kernel with every option on (or in every form that is launched) and
-prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
+``python -m undo_kernels.triton.aot sm_90 [all]`` compiles each kernel with every option on (or in every form that is launched)
+and prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
 TRITON_INTERPRET unset or 0.
 """
 

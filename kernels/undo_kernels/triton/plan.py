@@ -5,10 +5,10 @@ Bytes of device memory for each (token, vocabulary row) pair, dense target and 1
     chunk       products write 8, statistics read 8, the gradient reads 8 and writes 2, its two products read 2 each     30
     recompute   the gradient writes 2, its two products read 2 each                                                       6
 
-and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. Were all products equally
-fast, these bytes alone would make the two cost the same at a width of 1100, or of 2205 with the log-sum-exps known. Every chunk
-reads the heads and the weight's gradient again, which moves that up; slower products of one's own move it down. Times are sums,
-not overlaps. Imports without triton.
+and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. Were all products
+equally fast, these bytes alone would make the two cost the same at a width of 1100, or of 2205 with the log-sum-exps known.
+Every chunk reads the heads and the weight's gradient again, which moves that up; slower products of one's own move it down.
+Times are sums, not overlaps. Imports without triton.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Shapes:
 
     @property
     def teacher_sums(self) -> bool:
-        """Whether the recompute plan computes the teacher's sums; the chunk plan, which holds the logits, always does for a dense target.
+        """Whether the recompute plan computes the teacher's sums; the chunk plan, which holds the logits, always does for a
+        dense target.
 
         The difference of two log-sum-exps that were rounded to float32 is not exact; that of one is, to 1e-7.
         """

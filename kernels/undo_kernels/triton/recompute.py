@@ -160,7 +160,7 @@ def stats_tiles(
     """Computes maxima and sums of exponentials, minus 1, of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows.
 
     It omits the sum of the differences, which would need both products at once and so smaller tiles. Without the largest term,
-    1, the rounding error of a sum is 1e-7 of the other terms, no more than that of the products.
+    1, the rounding error of a sum is 1e-7 of the other terms, like that of the products.
     """
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     blocks = tl.cdiv(rows, BLOCK_T)

@@ -380,7 +380,7 @@ def pick_rows(
     TAKE: tl.constexpr,  # replace the logits by -inf
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gathers shaped logits of one row at ``index[known]``; NaN for an index outside the vocabulary, -inf for a negative one."""
+    """Gathers shaped logits of one row at ``index[known]``; -inf for a negative index, NaN for one past the vocabulary."""
     i_row = tl.program_id(0).to(tl.int64)
     if MASKED:  # noqa: SIM102
         if tl.load(counted_ptr + i_row) == 0:

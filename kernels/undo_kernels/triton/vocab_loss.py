@@ -1,6 +1,7 @@
 """The losses over the vocabulary on GPUs: ``run.py`` holds what a call shares, ``passes.py`` drives the kernels of each plan.
 
-The kernels are in ``rows.py`` (on logits) and ``recompute.py`` (on tiles that are projected again), and their elements in ``tiles.py``.
+The kernels are in ``rows.py`` (on logits) and ``recompute.py`` (on tiles that are projected again), and their elements in
+``tiles.py``.
 """
 
 from __future__ import annotations
