@@ -36,8 +36,9 @@ def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 
 def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scratch: Workspace) -> None:
-    """``out (+)= a @ b``; ``a`` and ``b`` of one dtype, sums in float32, ``out`` of that dtype, or float32, or 16-bit from
-    float32.
+    """Computes ``out (+)= a @ b``; sums in float32.
+
+    ``a`` and ``b`` have the same dtype; ``out`` has that dtype or float32, or is 16-bit with float32 operands.
 
     float32 products follow torch.backends.cuda.matmul.allow_tf32, which is off unless the caller opted in.
     """

@@ -41,7 +41,7 @@ LARGE = tl.constexpr(1.0e30)
 
 @triton.jit
 def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """``outer * tanh(inner * (z + bias))``: inner = scale / c, outer = c / temperature. Uncapped: inner = scale / temperature."""
+    """``outer * tanh(inner * (z + bias))``: inner = scale / c, outer = c / temperature; uncapped, scale / temperature."""
     if HAS_BIAS:
         z += bias
     z *= inner
