@@ -1,7 +1,8 @@
 """Problems made of the hidden states of trained models: what a distillation's loss meets, where Gaussians are only its shape.
 
-A trained head has a few large logits and a long tail, and a student that was distilled agrees with its teacher almost everywhere.
-The models are a distill stage's student and teacher on the run's own text, or small ones that are trained here in seconds.
+A trained head has a few large logits and a long tail, and a student that was distilled agrees with its teacher almost
+everywhere. The models are a distill stage's student and teacher on the run's own text, or small ones that are trained here in
+seconds.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ QUICK = {  # as small as it gets while the kernels run: dispatch leaves less to 
 def error_section(device: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Relative gradient errors as the true KL falls: undo-core in float32 and bfloat16, everybody else in bfloat16.
 
-    The problems have the shape of a default row of each dtype, but for fewer tokens; undo-core runs the plan that it takes for the
-    whole row, which is called once to see.
+    The problems have the shape of a default row of each dtype, but for fewer tokens; undo-core runs the plan that it takes for
+    the whole row, which is called once to see.
     """
     rows = QUICK[device] if options.quick else ROWS[device]
     names = [name for name in dict.fromkeys(n for row in rows for n in row.contenders) if CONTENDERS[name].is_loss]

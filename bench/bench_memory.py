@@ -1,8 +1,9 @@
-"""The peak memory that ``undo plan`` predicts, beside the one that the kernel counts, of whole stages in every mode of training.
+"""Compares the peak memory that ``undo plan`` predicts with what the kernel measures, for whole stages in every training mode.
 
 A stage is the pipeline's own, from folders to a folder: loading, training, evaluation and saving included. Each runs in a
-fork of one process that has imported everything, after the same stage of a small model, so that what is compared is the stage and not
-the libraries: the high-water mark of the resident size less what was resident before, and the prediction less its process part.
+fork of one process that has imported everything, after the same stage of a small model, so that what is compared is the stage
+and not the libraries: the high-water mark of the resident size less what was resident before, and the prediction less its
+process part.
 
 Prints a table; ``--json`` prints records.
 """

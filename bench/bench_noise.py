@@ -1,7 +1,8 @@
 """In-place noise on the published 0.1B model's tensors, beside torch's usual way: draw a tensor of noise, shrink, add.
 
-Interleaved rounds in one process; peak extra memory in a fresh process each on a CPU. M values/s are of the median round and of the
-best one. What undo-core ran, as its kernels say themselves, stands beside both; a difference is an error.
+Interleaved rounds in one process; peak extra memory in a fresh process each on a CPU. M values/s are of the median round and of
+the best one. Both are reported with the backend and plan that undo-core's kernels say they ran; a difference between the two is
+an error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A whole distillation step, optimizer included, in every mode of training, beside the plain transformers and torch loop.
 
-Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then each
-mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark over all
-steps less what was resident when its models were loaded; beside it stands what ``undo plan`` would have predicted. The student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the
-rows are random tokens, the same for all; the loss is the mean over the steps.
+Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then
+each mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark
+over all steps less what was resident when its models were loaded; beside it stands what ``undo plan`` would have predicted. The
+student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the rows are random tokens, the same for all; the loss is the
+mean over the steps.
 
 The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
 results go to bench/results/step-cpu/MACHINE-VERSION.json.

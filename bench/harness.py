@@ -1,13 +1,15 @@
 """What every benchmark here shares: interleaved timing, peak memory, the machine, the record on disk, and its summary.
 
 Times: every contender is warmed up, then all of them run once a round (A B C, A B C, ...), so that a slow minute of the machine
-falls on all of them. The samples are kept; what is reported is a median over rounds, and ratios are medians of per-round ratios.
+falls on all of them. The samples are kept; what is reported is a median over rounds, and ratios are medians of per-round
+ratios.
 
-Memory on a CPU: a fresh process per contender makes the same inputs (writing them touches every page), warms up on a small problem,
-returns free pages to the system, notes its resident size, resets the kernel's high-water mark (``5`` to ``/proc/self/clear_refs``),
-takes one step and reads the mark: peak minus resident size before minus the outputs. A contender that compiles warms up at full size,
-for the compiler's own memory not to count. glibc's settings are the same for all (``MALLOC``): one arena, and every block of 256 KiB
-or more mapped by itself, so that what is freed leaves the resident size at once. Memory on a GPU: the caching allocator's peak.
+Memory on a CPU: a fresh process per contender makes the same inputs (writing them touches every page), warms up on a small
+problem, returns free pages to the system, notes its resident size, resets the kernel's high-water mark (``5`` to
+``/proc/self/clear_refs``), takes one step and reads the mark: peak minus resident size before minus the outputs. A contender
+that compiles warms up at full size, for the compiler's own memory not to count. glibc's settings are the same for all
+(``MALLOC``): one arena, and every block of 256 KiB or more mapped by itself, so that what is freed leaves the resident size at
+once. Memory on a GPU: the caching allocator's peak.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A row of the vocabulary benchmarks, measured: memory, ceilings, verification, and interleaved rounds of time in both modes.
 
-What is verified is what is timed: the very step, compiled or not, on the row's own inputs, against a float64 oracle. One that computes
-something else is not timed. Beside the errors and beside the times stands what undo-core ran (backend, plan and form of its kernels,
-noted by the kernels themselves); where the two differ, nothing is recorded but that.
-Before it: what the machine can do, and peak extra memory (a fresh process each on a CPU). After it: interleaved rounds of time, of the
-forward pass alone and with the gradients.
+What is verified is what is timed: the very step, compiled or not, on the row's own inputs, against a float64 oracle. One that
+computes something else is not timed. Errors and times are each recorded with what undo-core ran (backend, plan and
+form, as reported by its kernels); if the two differ, only that difference is recorded.
+Before it: what the machine can do, and peak extra memory (a fresh process each on a CPU). After it: interleaved rounds of time,
+of the forward pass alone and with the gradients.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Suite:
 
 
 def verify(contender: Contender, steps: Mapping[str, Callable[[], Outputs]], wanted: Outputs, dtype: str) -> dict[str, Any]:
-    """Run a contender's steps of both modes: its errors against the oracle, what ran, and a verdict, same, rounded or different.
+    """Runs a contender's steps of both modes; returns errors against the oracle, what ran, and same, rounded or different.
 
     Raises:
         RuntimeError: undo-core ran another backend than the contender is named after.

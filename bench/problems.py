@@ -119,8 +119,8 @@ def draw(row: Row, device: str, teacher: bool = True, seed: int = 0) -> Inputs:
 class Approaching:
     """A student that comes as near to its teacher as one likes, in a row's shape and dtype, on at most ``tokens`` tokens.
 
-    Both heads hold the same weights. The student's hidden states are the teacher's and, in columns of their own where the teacher
-    has zeros, so much of eight further directions: a difference of any size survives the rounding of the inputs.
+    Both heads hold the same weights. The student's hidden states are the teacher's and, in columns of their own where the
+    teacher has zeros, so much of eight further directions: a difference of any size survives the rounding of the inputs.
     """
 
     def __init__(self, row: Row, tokens: int, device: str, seed: int, spread: float = 3.0) -> None:

@@ -1,7 +1,7 @@
 """The command around the vocabulary benchmarks: which rows, what is kept of the file that is there, what is shown.
 
-The file is replaced, whole or not at all, after every row; rows that it has already are not measured again unless they are named
-with --only or --fresh is given. --accuracy measures errors again, and nothing else, in the rows that the file has.
+The file is replaced, whole or not at all, after every row; rows that it has already are not measured again unless they are
+named with --only or --fresh is given. --accuracy measures errors again, and nothing else, in the rows that the file has.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python bench/study_bfloat16_attack.py
 
-The demo's model at its initialisation (0.45 M parameters, normal with standard deviation 0.02), 20 steps on compact multiplication and
-division, 15 rows each. Prints the share of weights that differ from where they began, and the median change over the rate.
+The demo's model at its initialisation (0.45 M parameters, normal with standard deviation 0.02), 20 steps on compact
+multiplication and division, 15 rows each. Prints the share of weights that differ from where they began, and the median change
+over the rate.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python bench/study_filter.py
 
-A block is skipped where its largest entry is below the bound; how large a block is depends on the backend. Prints for each bound the
-share of the gradient's entries in skipped blocks. On the CPU the op itself reports it: a skipped block costs none of the gradient's
-products (with AMX, not the weight's). Triton's kernels work on one token (chunk) or a tile of tokens (recompute) at a time: their
-shares are counted here from float64 gradients, with the tile that the table has for an H100, so that no GPU is needed. They write a
-skipped block as zeros, which the products then take like any other: it saves nothing.
+A block is skipped where its largest entry is below the bound; how large a block is depends on the backend. Prints for each
+bound the share of the gradient's entries in skipped blocks. On the CPU the op itself reports it: a skipped block costs none of
+the gradient's products (with AMX, not the weight's). Triton's kernels work on one token (chunk) or a tile of tokens (recompute)
+at a time: their shares are counted here from float64 gradients, with the tile that the table has for an H100, so that no GPU is
+needed. They write a skipped block as zeros, which the products then take like any other: it saves nothing.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python bench/study_probes.py
 
-A one-layer model that knows the products and the sums of two digits below five, and the same after MaxEnt unlearning of the products.
-Prints the accuracy on products and sums, all of which were trained on. ``packed`` is a model pretrained on rows of three problems, which
-so has seen several in a row; ``single`` saw one problem a row, as in the demo.
+A one-layer model that knows the products and the sums of two digits below five, and the same after MaxEnt unlearning of the
+products. Prints the accuracy on products and sums, all of which were trained on. ``packed`` is a model pretrained on rows of
+three problems each; ``single`` was pretrained on one problem per row, as in the demo.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tables of the benchmarks, written between markers into Markdown files from the recorded results.
 
-``<!-- bench:kl-cpu -->`` ... ``<!-- /bench:kl-cpu -->`` holds the summary, ``<!-- bench:kl-cpu:full -->`` ... every number of every
-row. The text between names the file it comes from, so that a check needs no other argument.
+``<!-- bench:kl-cpu -->`` ... ``<!-- /bench:kl-cpu -->`` holds the summary, ``<!-- bench:kl-cpu:full -->`` ... every number of
+every row. The text between names the file it comes from, so that a check needs no other argument.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of measured tiles in code, kernels/undo_kernels/triton/measured.py, from bench/results/tiles/*.json.
 
-Of each kernel, dtype and width the fastest candidate that compiles for its target with every option on and spills nothing; where
-several GPUs of one target were measured, the one with the least geometric mean of time over the fastest's. Needs no GPU.
+For each kernel, dtype and width: the fastest candidate that compiles with every option on and spills no registers. If several
+GPUs of one target were measured: the one with the smallest geometric mean of time over the fastest time. Needs no GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-// Products of bfloat16 hidden states and weights with float32 results, on AMX tiles: torch has none with a float32 output on CPUs,
-// and rounding logits to bfloat16 before student and teacher are subtracted would ruin the gradient.
+// AMX products of bfloat16 hidden states and weights with float32 results. torch has none with a float32 output on CPUs, and
+// rounding logits to bfloat16 before subtracting teacher from student would make the gradient useless.
 //
-// 32 x 32 results stay in four tiles while k runs; the weight is read as it lies, once a call. 2 * rows * tokens * width FLOPs;
-// reads 2 * rows * width bytes and the packed hidden states once per 32 rows (from the second-level cache), writes 4 * rows * tokens.
+// 32 x 32 results stay in four AMX tiles during the loop over k; the weight is read in its own layout, once per call. 2 * rows * tokens * width FLOPs;
+// reads 2 * rows * width bytes and the packed hidden states once per 32 rows (from the L2 cache), writes 4 * rows * tokens.
 #include "amx.h"
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// All segments in one parallel region, in chunks of a fixed size: neither the results nor the sums depend on the number of threads.
+// Processes all segments in one parallel region, in chunks of a fixed size, so results do not depend on the number of threads.
 #include "noise.h"
 
 #include <algorithm>

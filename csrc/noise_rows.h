@@ -1,8 +1,9 @@
-// The noise of a range of elements, for whatever vectors simd.h and philox.h give. Of a tile, first N into a buffer that stays in
-// the first-level cache, whatever the dtype and the law; then theta' = rn(rn(keep * theta) + rn(scale * N)).
+// Adds noise to a range of elements, with the vectors of simd.h and philox.h. For each tile it first writes N into a buffer that
+// stays in the L1 cache, for any dtype and law; then theta' = rn(rn(keep * theta) + rn(scale * N)).
 //
-// Philox takes 60 vector operations for 2 * LANES words, about as long as the rest together; a stochastic rounding draws once more. 8 bytes an element move (float32). Every step is one rounding, in
-// the order of reference/noise.py: no fused multiply-add, but for the sums of squares, whose products are exact.
+// Philox takes 60 vector operations for 2 * LANES words, about as long as everything else; stochastic rounding needs a second draw.
+// 8 bytes per float32 element are read and written. Each step is one rounding, in the order of reference/noise.py, so there are no
+// fused multiply-adds except in the sums of squares, whose products are exact.
 
 constexpr int64_t TILE = 1024;
 constexpr int64_t GROUP = 2 * LANES;  // elements of one call of philox()

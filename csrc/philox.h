@@ -1,7 +1,7 @@
 // Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), LANES / 2 blocks at a time.
 //
-// A counter's word lies in the low half of 64 bits, where the processor's 32 x 32 -> 64 bit multiply takes it; what the high half
-// holds is ignored. So a round is two products, two swaps of halves and two three-way exclusive ors, with nothing to rearrange.
+// Each word is in the low half of 64 bits, where the processor's 32 x 32 -> 64 bit multiply reads it; the high half is ignored.
+// A round is therefore two products, two swaps of halves and two three-way exclusive ors, without any shuffling.
 // Include after simd.h, inside the namespace of the instruction set.
 
 typedef uint64_t W __attribute__((vector_size(4 * UNDO_LANES)));
@@ -21,8 +21,8 @@ struct Key {
   }
 };
 
-// Of the blocks first + 0 .. LANES / 2: words 0 and 2 in `even`, 1 and 3 in `odd`, so ordered that interleave() puts the blocks in
-// order. The counter's layout is in reference/philox.py.
+// Computes LANES / 2 blocks from `first` on: words 0 and 2 into `even`, 1 and 3 into `odd`, in the order that interleave() expects.
+// reference/philox.py describes the layout of the counter.
 UNDO_INLINE void philox(const Key& key, uint64_t stream, uint64_t first, I& even, I& odd) {
   W block;
   for (int q = 0; q < LANES / 4; ++q) {

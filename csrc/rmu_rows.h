@@ -1,6 +1,6 @@
-// The kernel of rmu.h, for whatever vectors simd.h gives. An element costs its reads (hidden; the target too where every row has its
-// own) and the gradient's write; there is nothing else to save. Rows are summed in blocks of float32, blocks and rows in double and in
-// order: the bits do not depend on the number of threads.
+// The kernel of rmu.h, with the vectors of simd.h. Its memory traffic is minimal: per element it reads hidden (and the target, if
+// each row has its own) and writes the gradient. Elements are summed in float32 blocks; blocks and rows in double, in a fixed
+// order, so results do not depend on the number of threads.
 
 typedef uint16_t Halves __attribute__((vector_size(2 * UNDO_LANES), aligned(2), may_alias));
 typedef uint16_t HalvesV __attribute__((vector_size(2 * UNDO_LANES)));

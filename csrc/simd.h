@@ -1,4 +1,4 @@
-// Vectors of floats for the instruction set that the including file is compiled for: UNDO_LANES, and fused multiply-add where it has one.
+// Vectors of UNDO_LANES floats for the instruction set that the including file is compiled for, with its fused multiply-add if any.
 //
 // Plain GCC/Clang vector types: arithmetic, comparison and ?: work lane by lane. Include after every standard header and after
 // the target pragma, inside the namespace of the instruction set, so that no function is shared between two of them.

@@ -1,7 +1,7 @@
-// Row work of the vocabulary losses between two matrix products, on tiles z[v][token] of float32 logits.
+// Row kernels of the vocabulary losses, between two matrix products, on tiles z[v][token] of float32 logits.
 //
-// Tokens lie along the vector lanes, so that no step needs a sum across lanes, and a tile is read while it is still in the cache
-// that the product left it in. Every sum has a fixed order: the bits do not depend on the number of threads.
+// Vector lanes are tokens, so that no step needs a sum across lanes; a tile is read while the product's output is still in the
+// cache. Every sum has a fixed order, so results do not depend on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -28,7 +28,7 @@ struct Chunk {
   int target = OWN;
   bool uniform = false;       // the teacher is uniform: its logits are 0 and never read
   bool statistics = false;
-  bool full = true;           // false: `own` is 0 everywhere and nobody asks for the Peak
+  bool full = true;           // false: `own` is 0 everywhere and the Peak is not used
   float beta = 0.5f, other = 0.5f;  // of jsd; other = 1 - beta, which float32 cannot form when beta is near 1
   Shape student, teacher;
   double* state = nullptr;    // [FIELDS][stride]
@@ -38,9 +38,9 @@ struct Chunk {
   const float *weight = nullptr, *own = nullptr;  // [stride] factors of the divergence's gradient and of p_s
   const int64_t* labels = nullptr;                // [stride], -1 for none
   const float* label_weight = nullptr;            // [stride]
-  int64_t known = 0;                              // entries a token of a sparse teacher
+  int64_t known = 0;                              // entries per token of a sparse teacher
   const int64_t* indices = nullptr;               // [stride][known], -1 for none
-  float* picked = nullptr;                        // [stride][known]: logits out while `picking`, then gradients in
+  float* picked = nullptr;                        // [stride][known]: output (logits) while `picking`, then input (gradients)
   bool picking = false;
 };
 
@@ -48,17 +48,17 @@ constexpr int64_t WIDEST = 16;  // lanes of the widest vector; strides over toke
 constexpr int64_t BLOCK = 128;  // vocabulary rows whose sums are float32: two logits of 16 tokens fill half of a 32 KB cache
 
 struct Peak {
-  float largest;   // of |dloss/dz| before the tokens' weights
-  double squares;  // sum of the squares of what was written
+  float largest;   // largest |dloss/dz| before the tokens' weights
+  double squares;  // sum of the squares of the gradient written
 };
 
 struct RowKernels {
   const char* name;
-  // Bias, scale, softcap and temperature in place; takes a sparse teacher's entries out.
+  // Applies bias, scale, softcap and temperature in place; removes a sparse teacher's entries.
   void (*shape)(const Chunk&, float* z, const Shape&, bool student, int64_t first, int64_t rows);
-  // Maxima and sums of exponentials into the state; shapes first unless told that it was done.
+  // Adds maxima and sums of exponentials to the state; shapes the logits first unless `shaped`.
   void (*stats)(const Chunk&, float* z_s, float* z_t, int64_t first, int64_t rows, bool shaped);
-  // Loss into the state; with `gradient`, d total / d product over z_s.
+  // Adds the loss to the state; with `gradient`, overwrites z_s by d total / d product.
   Peak (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient);
   double (*rmu)(const Rmu&);
 };

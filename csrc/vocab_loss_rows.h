@@ -1,4 +1,4 @@
-// The row kernels of vocab_loss.h, for whatever vectors simd.h gives. In difference form: with x = log p_s - log p_t,
+// The row kernels of vocab_loss.h, with the vectors of simd.h. In a form that does not cancel, with x = log p_s - log p_t:
 //
 //   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
 //   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
@@ -6,11 +6,11 @@
 //              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 //
 // All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
-// x = (z_s - m_s) - (z_t - m_t) - gap, where the gap of the two logarithms comes from the sum of the differences (DIFFERENCE), not from
-// the difference of the sums: float32 sums are right to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
-// Infinite logits follow the limits of these formulas (reference/divergence.py says what they are): a logarithm of a ratio is cut at
-// LEAST only where it meets a probability that is 0, since 0 * inf would be NaN.
-// An element costs two exponentials in the statistics, two in the loss (JSD: two logarithms more), 8 bytes read twice and 4 written.
+// x = (z_s - m_s) - (z_t - m_t) - gap. The gap of the two logarithms comes from the sum of the differences (DIFFERENCE), not from the
+// difference of the sums: float32 sums are accurate to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
+// Infinite logits follow the limits of these formulas (see reference/divergence.py): a logarithm of a ratio is clamped at LEAST only
+// where it multiplies a probability of 0, because 0 * inf would be NaN.
+// Per element: two exponentials in the statistics, two in the loss (JSD: two more logarithms); 8 bytes read twice and 4 written.
 
 UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
   z = (z + bias) * shape.scale;

@@ -2,13 +2,15 @@
 
 >>> from undo_kernels.ops import linear_kl_div, linear_cross_entropy, noise_
 
-``undo_kernels.ops`` holds the public functions, and ``LinearKLDivLoss`` and ``LinearCrossEntropyLoss`` are their module forms. Importing this package needs torch and numpy, and triton where there is one. The
-package knows tensors, and no model, configuration or dataset.
+``undo_kernels.ops`` holds the public functions; ``LinearKLDivLoss`` and ``LinearCrossEntropyLoss`` are their module forms. The
+package needs torch and numpy, and uses triton if it is installed. It handles tensors only: it knows no models, configurations
+or datasets.
 
-- ``backend("reference")`` is a context manager that chooses the backend of the calls inside; so does ``UNDO_BACKEND``.
-- ``recorded()`` lists the backend and the plan of the calls inside.
+- ``backend("reference")`` is a context manager that sets the backend of the calls inside it; the variable ``UNDO_BACKEND`` sets
+  it globally.
+- ``recorded()`` is a context manager that lists the backend and the plan of each call inside it.
 - ``release_workspace()`` frees the memory that this thread keeps for its next call.
-- ``backends_of(op)`` and ``unavailable()`` say what can run here, and why something cannot.
+- ``backends_of(op)`` and ``unavailable()`` list what can run here, and why the rest cannot.
 """
 
 from undo_kernels import cpu, ops, reference, torch_ops, triton

@@ -41,8 +41,8 @@ class _Loss(nn.Module):
 class LinearKLDivLoss(_Loss):
     """Divergence between a teacher's and a student's next-token distributions, from hidden states and heads.
 
-    The module form of :func:`undo_kernels.ops.linear_kl_div`, which describes the arithmetic, memory and infinities. The forward
-    divergence is the distillation loss of arXiv 2506.06278.
+    The module form of :func:`undo_kernels.ops.linear_kl_div`, which describes the arithmetic, memory and infinities. The
+    forward divergence is the distillation loss of arXiv 2506.06278.
 
     Args:
         divergence: ``forward`` KL(t || s), ``reverse`` KL(s || t), or ``jsd``.
@@ -61,8 +61,8 @@ class LinearKLDivLoss(_Loss):
         filter_below: sets blocks of the gradient below it to zero; 0 keeps all.
 
     Shapes:
-        ``student_hidden`` ``[..., d_s]``, ``student_weight`` ``[V, d_s]``, ``teacher_hidden`` ``[..., d_t]``, ``teacher_weight``
-        ``[V, d_t]``, ``mask`` ``[...]``. The loss is a scalar, or ``[...]`` with ``reduction="none"``.
+        ``student_hidden`` ``[..., d_s]``, ``student_weight`` ``[V, d_s]``, ``teacher_hidden`` ``[..., d_t]``,
+        ``teacher_weight`` ``[V, d_t]``, ``mask`` ``[...]``. The loss is a scalar, or ``[...]`` with ``reduction="none"``.
 
     Dtypes: float32, bfloat16, float16 or float64, which may differ; the loss is float32, or float64 where an input is.
 
@@ -151,8 +151,8 @@ class LinearKLDivLoss(_Loss):
 class LinearCrossEntropyLoss(_Loss):
     """Cross-entropy of labels, from hidden states and a head, in the place of a projection and ``nn.CrossEntropyLoss``.
 
-    The module form of :func:`undo_kernels.ops.linear_cross_entropy`, which describes the arithmetic, memory and infinities. The caller
-    shifts the labels.
+    The module form of :func:`undo_kernels.ops.linear_cross_entropy`, which describes the arithmetic, memory and infinities. The
+    caller shifts the labels.
 
     Args:
         ignore_index: label that does not count.
@@ -165,8 +165,8 @@ class LinearCrossEntropyLoss(_Loss):
         workspace_bytes: bound on the memory for logits; None follows from shapes and dtypes.
 
     Shapes:
-        ``hidden`` ``[..., d]``, ``weight`` ``[V, d]``, ``labels`` ``[...]`` integers, ``mask`` ``[...]``. The loss is a scalar, or
-        ``[...]`` with ``reduction="none"``.
+        ``hidden`` ``[..., d]``, ``weight`` ``[V, d]``, ``labels`` ``[...]`` integers, ``mask`` ``[...]``. The loss is a scalar,
+        or ``[...]`` with ``reduction="none"``.
 
     Dtypes: float32, bfloat16, float16 or float64, which may differ; the loss is float32, or float64 where an input is.
 

@@ -11,8 +11,8 @@ class Plan:
 
     Attributes:
         op: name of the op.
-        name: name of the plan. ``direct`` is plain PyTorch, ``chunk`` keeps the logits of a chunk between two passes, ``recompute``
-            and ``one pass`` keep none.
+        name: name of the plan. ``direct`` is plain PyTorch, ``chunk`` keeps the logits of a chunk between two passes,
+            ``recompute`` and ``one pass`` keep none.
         rows_per_chunk: number of tokens whose logits are held at once.
         buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per token.
         traffic_bytes: bytes read and written, forward and backward.

@@ -1,16 +1,16 @@
-"""One call of the vocabulary-loss family, as every backend receives it, and what it gives back.
+"""Inputs (:class:`Problem`) and outputs (:class:`Result`) of one call of the vocabulary losses, the same for every backend.
 
-Rows are tokens, flattened. The members of the family differ in the target distribution alone::
+Rows are tokens, flattened over the batch. The losses differ only in the target distribution::
 
     own          no teacher: the divergence is 0
     uniform      KL(U || s), U uniform over the vocabulary
     forward      KL(t || s)
     reverse      KL(s || t)
     jsd          beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
-    bucket       KL(t || s), t known at k entries and in the sum of the rest
+    bucket       KL(t || s), t known at k entries, and the sum of its other probabilities
     renormalize  KL(t || s), both as distributions over the k known entries
 
-and every one of them may carry the student's negative log-likelihood on the same products::
+Each of them can also return the student's negative log-likelihood, computed from the same matrix products::
 
     nll = lse_s - z_s[label]            (lse_s alone where a row has no label)
     total = sum_i factor_i divergence_i + label_factor_i nll_i
@@ -33,28 +33,29 @@ TARGETS = ("own", "uniform", *DENSE, *SPARSE)
 
 @dataclass(frozen=True)
 class Problem:
-    """What to compute.
+    """Inputs and options of one call.
 
     Attributes:
-        student: hidden states ``[rows, d_s]`` and their head, or given logits ``[rows, V]``.
+        student: hidden states ``[rows, d_s]`` and their head, or precomputed logits ``[rows, V]``.
         target: one of ``TARGETS``.
         factor: ``[rows]`` float, ``d total / d divergence``.
-        label_factor: ``[rows]`` float, ``d total / d nll``; None: no nll is wanted.
-        labels: ``[rows]`` int64, negative for none; a label outside the vocabulary makes its nll NaN. None: no row has one.
+        label_factor: ``[rows]`` float, ``d total / d nll``; None: no nll is computed.
+        labels: ``[rows]`` int64, negative for no label; a label outside the vocabulary makes the row's nll NaN. None: no row
+            has one.
         counted: ``[rows]`` bool; other rows are not read, and their outputs and gradients are 0. None: every row.
-        teacher: of the dense targets.
-        indices: ``[rows, k]`` int64 of the sparse targets, -1 for padding.
-        logprobs: ``[rows, k]`` float of the sparse targets.
-        beta: of jsd.
-        lse_s: ``[rows]`` where known from an earlier call.
-        lse_t: ``[rows]`` where known.
-        needs: which gradients of ``total`` are wanted: hidden (or logits), weight, bias.
-        statistics: whether teacher entropy and top-1 agreement are wanted.
-        max_counted: bound on the counted rows that the caller vouches for.
-        plan: ``auto`` or the name of a plan of the backend.
-        workspace_bytes: bound on everything beyond inputs, outputs and O(rows) floats; None: the plan's own default.
-        filter_below: blocks of the gradient whose largest entry (before the rows' factors) is below it are skipped; 0: none.
-        inplace: whether the gradient may overwrite given logits.
+        teacher: hidden states and head, or logits, for the dense targets; None for the others.
+        indices: ``[rows, k]`` int64, the known vocabulary entries for the sparse targets; -1 for padding.
+        logprobs: ``[rows, k]`` float, the teacher's log-probabilities at ``indices``.
+        beta: the teacher's weight in the mixture of jsd.
+        lse_s: ``[rows]``, the student's log-sum-exps if an earlier call computed them.
+        lse_t: ``[rows]``, the teacher's, likewise.
+        needs: which gradients of ``total`` to compute: hidden states (or logits), weight, bias.
+        statistics: whether to compute teacher entropy and top-1 agreement.
+        max_counted: upper bound on the number of counted rows, guaranteed by the caller.
+        plan: ``auto`` or the name of one of the backend's plans.
+        workspace_bytes: bound on memory beyond inputs, outputs and O(rows) floats; None: the plan's default.
+        filter_below: gradient blocks whose largest entry (before the rows' factors) is below this are skipped; 0: none.
+        inplace: whether the gradient may overwrite precomputed logits.
     """
 
     student: Projection
@@ -82,14 +83,14 @@ class Problem:
         return self.student.rows
 
     def taken(self) -> tuple[Problem, torch.Tensor | slice]:
-        """The counted rows alone, and their indices; the host waits for their number."""
+        """Returns the problem restricted to the counted rows, and their indices; waits for the GPU to count them."""
         if self.counted is None or bool(self.counted.all()):
             return replace(self, counted=None), slice(None)
         rows = self.counted.nonzero().squeeze(-1)
         return self._with_rows(lambda hidden: hidden[rows], lambda tensor: tensor[rows]), rows
 
     def cleared(self) -> Problem:
-        """Every row, with zeros for the hidden states of those that are not counted, so that their values cannot spread."""
+        """Returns the problem on all rows, with uncounted rows' hidden states set to 0 so that a NaN there cannot spread."""
         if self.counted is None:
             return self
         keep = self.counted[:, None]
@@ -106,7 +107,7 @@ class Problem:
 
 
 class Result(NamedTuple):
-    """What came out; rows that were not counted are 0.
+    """Outputs of one call; rows that are not counted are 0.
 
     Attributes:
         total: 0-d float32.
@@ -114,9 +115,10 @@ class Result(NamedTuple):
         nll: ``[rows]`` float32; empty unless ``label_factor`` was given.
         lse_s: ``[rows]`` float32.
         lse_t: ``[rows]`` float32; empty unless the target is dense.
-        teacher_entropy: ``[rows]`` float32; empty unless statistics were wanted.
-        top1_agreement: ``[rows]`` float32; empty unless statistics were wanted.
-        filtered: ``[2]`` float32: share of the gradient's entries in skipped blocks, Frobenius norm of what they held.
+        teacher_entropy: ``[rows]`` float32; empty unless ``statistics``.
+        top1_agreement: ``[rows]`` float32; empty unless ``statistics``.
+        filtered: ``[2]`` float32: fraction of the gradient's entries in skipped blocks, and the Frobenius norm of those
+            entries.
         d_hidden: like the student's hidden states, in the gradient's dtype; empty unless needed.
         d_weight: like the student's weight, in the gradient's dtype; empty unless needed.
         d_bias: ``[V]``; empty unless needed.
@@ -136,5 +138,8 @@ class Result(NamedTuple):
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a gradient until ``grad_output`` is applied: float16 keeps float32, whose range a loss scale does not leave."""
+    """Returns the dtype of a gradient before ``grad_output`` multiplies it.
+
+    float16 inputs get float32 gradients: a loss scale could take float16 out of its range.
+    """
     return torch.float32 if dtype == torch.float16 else dtype

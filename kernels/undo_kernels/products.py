@@ -1,7 +1,7 @@
-"""Matrix products whose dtype is what the operands say, also inside ``torch.autocast``.
+"""Matrix products in the dtype of their operands, even inside ``torch.autocast``.
 
-Autocast would run them in 16 bits: the logits of student and teacher would be rounded before they are subtracted, and what is left
-of a small divergence is noise. It does so in the backward as well, where that runs inside the block.
+Autocast would compute them in 16 bits. It would round the logits of student and teacher before they are subtracted, and a small
+divergence would be lost in the rounding. The same holds for a backward that runs inside the autocast block.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast is off for ``device``; a device without autocast, as meta is, needs none."""
+    """Returns a context manager that turns autocast off for ``device``, and does nothing where there is none (meta)."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 class Product(torch.autograd.Function):
-    """``a @ b.T``, differentiable any number of times, each product in full precision."""
+    """Computes ``a @ b.T`` with autocast off in the forward and in every backward; differentiable any number of times."""
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Projection to logits: ``z = softcap(scale * (h @ W.T + b)) / temperature``, in float32 at least.
+"""Projection to logits: ``z = softcap(scale * (h @ W.T + b)) / temperature``, in float32 or float64.
 
-The reference holds ``[rows, V]``; that is what the fused backends exist to avoid.
+``logits()`` allocates all ``[rows, V]`` of them. The reference backend calls it; the fused backends avoid that memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Projection:
         scale: factor on ``h @ W.T + b``.
         softcap: ``c`` of ``c * tanh(z / c)``, or None.
         temperature: divides the capped logits.
-        vocab_size: rows of the weight from here on are padding and take no part; None for all.
+        vocab_size: number of vocabulary entries; later rows of the weight are padding and ignored. None: every row is an entry.
     """
 
     hidden: torch.Tensor
@@ -43,16 +43,16 @@ class Projection:
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
     def take(self, rows: torch.Tensor | slice) -> Projection:
-        """The same head on some of the rows."""
+        """Returns the same head on a subset of the rows."""
         return Projection(
             self.hidden[rows], self.weight, self.bias, self.scale, self.softcap, self.temperature, self.vocab_size
         )
 
     def logits(self) -> torch.Tensor:
-        """``[rows, vocabulary]`` in float32, or float64 where an operand is."""
+        """Returns ``[rows, vocabulary]`` in float32, or in float64 if an operand is float64."""
         dtype = compute_dtype(self.hidden, self.weight)
         hidden, weight = self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype)
-        # Reductions over the vocabulary are several times faster where the longer of the two extents is contiguous.
+        # Reductions over the vocabulary are several times faster if the longer of the two dimensions is contiguous.
         z = Product.apply(hidden, weight) if self.rows <= self.vocabulary else Product.apply(weight, hidden).T
         if self.bias is not None:
             z = z + self.bias[: self.vocabulary].to(dtype)
@@ -60,7 +60,7 @@ class Projection:
 
 
 class GivenLogits(Projection):
-    """Logits that exist already, in the place of hidden states."""
+    """Precomputed logits, stored in ``hidden``; there is no head, scale or softcap."""
 
     @property
     def vocabulary(self) -> int:
@@ -76,7 +76,7 @@ class GivenLogits(Projection):
 
 
 def shape_logits(z: torch.Tensor, scale: float, softcap: float | None, temperature: float) -> torch.Tensor:
-    """Scale, softcap and temperature of raw products."""
+    """Applies scale, softcap and temperature to the matrix product."""
     if scale != 1.0:
         z = z * scale
     if softcap is not None:
@@ -85,5 +85,5 @@ def shape_logits(z: torch.Tensor, scale: float, softcap: float | None, temperatu
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 where an operand is, else float32: no logit is ever rounded to 16 bits."""
+    """Returns float64 if an operand is float64, else float32: logits are never rounded to 16 bits."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

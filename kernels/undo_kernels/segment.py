@@ -1,7 +1,7 @@
-"""What the noise works on: pieces of memory, and the elements of a parameter that each of them holds.
+"""Segments: tensors that the noise is added to, with the position of their elements in the full parameter.
 
-A whole parameter is one segment. A shard, or a checkpoint's part of a stacked parameter, is one whose elements are found in the
-full parameter by ``index``; so the noise of an element, which depends on that index, is the same in any cut.
+A whole parameter is one segment; so is a shard, or one slice of a stacked parameter in a checkpoint. An element's noise depends
+on its flat index in the full parameter, so it is the same however the parameter is split.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 
 @dataclass(frozen=True)
 class Segment:
-    """``theta <- keep * theta + scale * N`` on one tensor.
+    """One tensor to be updated by ``theta <- keep * theta + scale * N``.
 
     Attributes:
         tensor: contiguous; float32, bfloat16, float16 or float64.
-        name: the parameter's canonical name, which with the seed and the flat index decides ``N``.
-        law: what ``N`` is, in units of ``scale``: ``uniform``, an odd integer in (-2**24, 2**24); ``normal``, a standard normal;
-            ``constant``, 1; ``elements``, the element of ``target``.
+        name: the parameter's canonical name; ``N`` is a function of the seed, this name and the flat index.
+        law: what ``N`` is, in units of ``scale``: ``uniform``, an odd integer in (-2**24, 2**24); ``normal``, a standard
+            normal; ``constant``, 1; ``elements``, the matching element of ``target``.
         keep: ``1 - alpha``.
         scale: ``alpha * beta * limit / 2**24``, ``alpha * beta * std``, ``alpha * value`` (constant) or ``alpha`` (elements).
         first: flat index, in the full parameter, of the tensor's first element.
-        run: elements that follow each other in the full parameter as they do here; 0 for all of them.
-        stride: flat distance, in the full parameter, between the starts of two runs.
-        target: of the law ``elements``: a float tensor of the full parameter's elements, on any device.
+        run: number of elements that are contiguous both in the tensor and in the full parameter; 0: all of them.
+        stride: distance, in elements of the full parameter, between the starts of successive runs.
+        target: for the law ``elements``: a float tensor with the full parameter's elements, on any device.
     """
 
     tensor: torch.Tensor
@@ -44,11 +44,11 @@ class Segment:
 
     @property
     def hashed(self) -> int:
-        """64-bit hash of the name."""
+        """Returns :func:`name_hash` of the name."""
         return name_hash(self.name)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """``(offset here, flat index there, elements)`` of each run."""
+        """Returns ``(offset in the tensor, flat index in the full parameter, number of elements)`` of each run."""
         count = self.tensor.numel()
         length = self.run or count
         return [
@@ -57,16 +57,17 @@ class Segment:
 
 
 def elements(segments: Sequence[Segment]) -> int:
-    """Number of elements of all segments."""
+    """Returns the total number of elements of the segments."""
     return sum(segment.tensor.numel() for segment in segments)
 
 
 def amplitude(law: str, shape: Sequence[int], std: float | None = None, *, stacked: bool = False) -> float:
-    """Scale of ``N`` in double: what multiplies the odd integer (xavier_uniform) or the standard normal (the other laws).
+    """Returns the factor, in float64, of the odd integer (xavier_uniform) or of the standard normal (the other laws).
 
-    Xavier's ``limit = sqrt(6 / (fan_in + fan_out))`` and ``std = sqrt(2 / (fan_in + fan_out))``. Of a matrix ``[out, in]`` the fans
-    are its extents. Further extents are a receptive field, as ``torch.nn.init`` has it: ``fan_in = shape[1] * r``,
-    ``fan_out = shape[0] * r``; or, ``stacked``, the last two are a matrix and those before count matrices of their own (experts).
+    Xavier: ``limit = sqrt(6 / (fan_in + fan_out))`` and ``std = sqrt(2 / (fan_in + fan_out))``. The fans of a matrix
+    ``[out, in]`` are its dimensions. Further dimensions are a receptive field of ``r`` elements, as in ``torch.nn.init``:
+    ``fan_in = shape[1] * r``, ``fan_out = shape[0] * r``. With ``stacked``, the last two dimensions are a matrix and the
+    leading ones count matrices (experts).
     """
     if law == "normal":
         return float(std)
@@ -75,5 +76,5 @@ def amplitude(law: str, shape: Sequence[int], std: float | None = None, *, stack
 
 
 def name_hash(name: str) -> int:
-    """64-bit hash of a canonical parameter name: the first 8 bytes, little-endian, of its SHA-256."""
+    """Returns the 64-bit hash of a canonical parameter name: the first 8 bytes of its SHA-256, little-endian."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

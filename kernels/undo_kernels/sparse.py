@@ -1,10 +1,15 @@
-"""Forward KL against a teacher known at k entries, from the student's logits there and the log-sum-exp of the rest.
+"""Forward KL against a teacher known at k vocabulary entries, from the student's logits there and the log-sum-exp of its
+other logits.
 
-    bucket       outcomes are the k entries and the rest: dKL/dz_v = p_s(v) - p_t(v) at an entry,
+The rest are the vocabulary entries other than the k known ones. The two targets::
+
+    bucket       outcomes are the k entries and the rest as one: dKL/dz_v = p_s(v) - p_t(v) at a known entry,
                  (P_s(rest) - P_t(rest)) softmax over the rest(v) elsewhere;  log P_t(rest) = log1p(-sum p_t)
-    renormalize  outcomes are the k entries: dKL/dz_v = p_s(v) - p_t(v) at an entry with both normalised over them, 0 elsewhere
+    renormalize  outcomes are the k entries: dKL/dz_v = p_s(v) - p_t(v) at a known entry, both normalised over the k entries;
+                 0 elsewhere
 
-Every backend calls this; it is [rows, k] mathematics on the device, in the dtype of ``picked``. The fused backends give float64.
+Every backend calls this. It computes ``[rows, k]`` tensors on the device, in the dtype of ``picked``; the fused backends pass
+float64.
 """
 
 from __future__ import annotations
@@ -18,11 +23,14 @@ from undo_kernels.pairs import bregman, difference, log_ratio
 
 
 class Sparse(NamedTuple):
-    """Attributes:
-    divergence: ``[rows]``.
-    lse: ``[rows]``, over every entry.
-    rest: ``[rows]``, d divergence / d z at a vocabulary row v of the rest, over e**(z_v - lse_rest).
-    slope: ``[rows, k]``, d divergence / d z at the entries.
+    """Divergence against a sparse teacher, and its gradient with respect to the student's logits.
+
+    Attributes:
+        divergence: ``[rows]``.
+        lse: ``[rows]``, the student's log-sum-exp over the whole vocabulary.
+        rest: ``[rows]``, the gradient of the rest as one outcome: d divergence / d z_v is ``rest * e**(z_v - lse_rest)`` for
+            each entry v of the rest.
+        slope: ``[rows, k]``, d divergence / d z at the known entries.
     """
 
     divergence: torch.Tensor
@@ -34,23 +42,23 @@ class Sparse(NamedTuple):
 def sparse_terms(
     picked: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, lse_rest: torch.Tensor, target: str, vocabulary: int
 ) -> Sparse:
-    """Everything that the loss and the gradient of some rows need.
+    """Computes the divergence of each row and its gradient with respect to the student's logits.
 
     Args:
-        picked: ``[rows, k]`` shaped logits, anything where ``indices`` is negative.
+        picked: ``[rows, k]`` student logits after scale, softcap and temperature; ignored where ``indices`` is negative.
         indices: ``[rows, k]``; negative for padding.
-        logprobs: ``[rows, k]`` of the teacher.
-        lse_rest: ``[rows]``, log-sum-exp of the student's other logits; -inf where each of them is, or there is none. In that case
-            the rest's gradient cannot be divided among its entries, and the caller takes it as 0.
+        logprobs: ``[rows, k]``, the teacher's log-probabilities.
+        lse_rest: ``[rows]``, log-sum-exp of the student's other logits; -inf if all of them are -inf or there are none. The
+            rest's gradient then cannot be divided among its entries, and the caller takes it as 0.
         target: bucket or renormalize.
-        vocabulary: number of entries, known or not.
+        vocabulary: number of vocabulary entries.
     """
     known = indices >= 0
     nothing = torch.full((), -math.inf, dtype=picked.dtype, device=picked.device)
     z = torch.where(known, picked, nothing)
     log_t = torch.where(known, logprobs.to(picked.dtype), nothing)
     lse_known = torch.logsumexp(z, -1)
-    lse_known = torch.where(lse_known == math.inf, math.nan, lse_known)  # no distribution
+    lse_known = torch.where(lse_known == math.inf, math.nan, lse_known)  # +inf among the logits: not a distribution
     lse = torch.logaddexp(lse_rest, lse_known)
     if target == "renormalize":
         log_t = torch.where(known, log_t - torch.logsumexp(log_t, -1, keepdim=True), nothing)
@@ -68,7 +76,7 @@ def sparse_terms(
         p_left, p_rest, x = log_left.exp(), log_rest.exp(), log_ratio(log_rest, log_left)
         value = value + bregman(p_left, p_rest, x)
         rest = difference(p_left, p_rest, x)
-    else:  # the rest takes no part, but it says whether the row is a distribution
+    else:  # the rest does not enter the loss, but +inf or NaN there still makes the row invalid
         spoilt = ~(lse_rest < math.inf) | (known.any(-1) & ~lse_known.isfinite())
         value, rest = value.masked_fill(spoilt, math.nan), rest.masked_fill(spoilt, math.nan)
         slope = slope.masked_fill(spoilt[:, None], math.nan)

@@ -1,4 +1,4 @@
-"""A chunk of rows of a loss over the vocabulary: what ``csrc/vocab_loss.h`` calls a ``Chunk``, and the mathematics per row."""
+"""A chunk of rows of a vocabulary loss: fills the ``Chunk`` of ``csrc/vocab_loss.h`` and does the arithmetic per row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.sparse import sparse_terms
 
 _ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
-_NOWHERE = 1e30  # base of lanes past the last token: every probability is 0 there
+_NOWHERE = 1e30  # base of the padding lanes past the last token, which makes every probability there 0
 
 
 class Run(Protocol):
-    """The call that a chunk is part of, as far as the chunk uses it."""
+    """The attributes of a call that its chunks use."""
 
     problem: Problem
     index: torch.Tensor | None
@@ -31,12 +31,12 @@ class Run(Protocol):
     d_hidden: torch.Tensor
 
     def narrow_hidden_gradient(self, chunk: Chunk) -> torch.Tensor:
-        """Returns the gradient of the chunk's hidden states from its rounded tiles."""
+        """Returns the gradient of the chunk's hidden states, computed from its gradient tiles in bfloat16."""
         ...
 
 
 class Chunk:
-    """Some rows of a call: their hidden states, online state and factors, padded to whole vectors."""
+    """Some rows of a call: hidden states, running log-sum-exp statistics and factors, padded to whole vectors."""
 
     def __init__(self, run: Run, start: int, tokens: int) -> None:
         p = run.problem
@@ -98,7 +98,7 @@ class Chunk:
         if self._hidden is None:
             p, self._hidden = self.run.problem, {}
             for which, side in enumerate(self._sides()):
-                # AMX tiles take packed states, but the float32 gradient of a bfloat16 head needs the student's widened ones too.
+                # AMX takes packed hidden states, but a weight gradient in float32 also needs the student's in float32.
                 used = which not in self.packed or (which == 0 and p.needs[1] and not self.run.plan.narrow)
                 if used and not isinstance(side, GivenLogits):
                     self._hidden[which] = self._padded(side.hidden, torch.float32)
@@ -112,7 +112,7 @@ class Chunk:
 
     @property
     def packed(self) -> dict[int, torch.Tensor]:
-        """Hidden states whose products run on AMX tiles, ``[d / 2, stride]`` pairs of bfloat16."""
+        """Hidden states packed for AMX, ``[d / 2, stride]`` pairs of bfloat16; only the sides whose products use AMX."""
         if self._packed is None:
             self._packed = {}
             for which, side in enumerate(self._sides()):
@@ -132,7 +132,7 @@ class Chunk:
         return padded
 
     def finish(self) -> None:
-        """Computes the log-sum-exps, and what the gradient needs of them."""
+        """Computes the log-sum-exps and the row values that the gradient derives from them."""
         run, p, n = self.run, self.run.problem, self.tokens
         state = self.state[:, :n]
         log_sum_s, log_sum_t = state[Field.L_S].log(), state[Field.L_T].log()
@@ -143,20 +143,21 @@ class Chunk:
             log_sum_s = torch.zeros_like(lse_s)
         if p.target in SPARSE:
             lse_rest, lse_s = lse_s, self._sparse(lse_s)
-            base_s = torch.where(lse_rest > -math.inf, base_s, _NOWHERE)  # no entry but the known ones
+            base_s = torch.where(lse_rest > -math.inf, base_s, _NOWHERE)  # -inf: every entry is a known one
             log_sum_s = torch.where(lse_rest > -math.inf, log_sum_s, 0.0)
         if p.target == "uniform":
             self._set("base_t", torch.zeros_like(lse_s))
             self._set("log_sum_t", torch.full_like(lse_s, math.log(run.vocabulary)))
             self._set("gap", log_sum_s - math.log(run.vocabulary))
         elif p.target in DENSE:
-            # Exact near zero; far from it, log1p would see -1 plus a rounding.
+            # log1p is exact near zero. Far from it, the ratio may be -1 plus a rounding error, and log1p would amplify the
+            # error.
             ratio = state[Field.DIFFERENCE] / state[Field.L_T]
             gap = torch.where(ratio.abs() < 0.5, ratio.log1p(), log_sum_s - log_sum_t)
             self._set("base_t", state[Field.M_T])
             self._set("log_sum_t", log_sum_t)
             self._set("gap", gap)
-            if p.target == "reverse":  # an infinite divergence has a gradient without a limit
+            if p.target == "reverse":  # where KL is infinite its gradient is undefined: NaN
                 kl = (state[Field.CROSS] / state[Field.L_S] - gap).clamp_min(0)
                 self._set("offset", torch.where(kl == math.inf, math.nan, kl))
             self._put("lse_t", state[Field.M_T] + log_sum_t)
@@ -174,7 +175,7 @@ class Chunk:
         self.row[name][: self.tokens] = values
 
     def mix(self) -> None:
-        """Takes over KL(s || m) of the JSD, which the gradient subtracts; the loss pass that follows sums again."""
+        """Stores KL(s || m), which the gradient of the JSD subtracts, and resets the sums for the pass that follows."""
         self._set("offset", self.state[Field.MIXED, : self.tokens])
         self.state[[Field.VALUE, Field.MIXED]] = 0
 
@@ -189,7 +190,7 @@ class Chunk:
         if self.run.plan.narrow and p.needs[0]:
             self.d_hidden = self.run.narrow_hidden_gradient(self)
         elif p.needs[0] and not isinstance(p.student, GivenLogits):
-            self.hidden_sum()  # zeros where every block was skipped
+            self.hidden_sum()  # allocates zeros if every block was skipped
         if self.d_hidden is not None:
             gradient = self.d_hidden[:n]
             if self.rows is None:
@@ -206,13 +207,13 @@ class Chunk:
             out.index_copy_(0, self.rows, values.float())
 
     def _sparse(self, lse_rest: torch.Tensor) -> torch.Tensor:
-        """Sets divergence, gradient at the known entries and the factor of the rest's gradient; returns the log-sum-exp over all entries."""
+        """Computes divergence and gradient against a sparse teacher; returns the log-sum-exp over all entries."""
         p, n = self.run.problem, self.tokens
         gain = p.student.scale / p.student.temperature
         z = self.picked[:n].double()
         terms = sparse_terms(z, self.indices[:n], self.take(p.logprobs), lse_rest, p.target, self.run.vocabulary)
         factor = self.take(p.factor).double() * gain
-        # The gradient of the rest is divided among its entries as the student's probability is.
+        # The gradient of the rest is divided among its entries in proportion to the student's probabilities.
         self._set("own", factor * terms.rest)
         chain = 1.0
         if p.student.softcap is not None:
@@ -223,7 +224,7 @@ class Chunk:
 
 
 def _set_shape(shape: object, side: Projection) -> torch.Tensor | None:
-    """Copies a head's options into ``shape`` and returns the bias in float32, which the caller keeps alive."""
+    """Copies a head's options into ``shape``; returns the bias in float32, whose address ``shape`` holds: keep it alive."""
     shape.scale, shape.cap, shape.temperature = side.scale, side.softcap or 0.0, side.temperature
     if side.bias is None:
         return None

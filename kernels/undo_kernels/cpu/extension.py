@@ -1,7 +1,7 @@
 """The compiled extension, and the constants of its headers as Python enumerations.
 
-Every module takes both from here, so that no number of ``csrc/`` is written twice. Without the extension ``kernels`` is None and the
-backend is marked unavailable.
+Every module takes both from here, so that no number of ``csrc/`` is written twice. Without the extension ``kernels`` is None
+and the backend is marked unavailable.
 """
 
 from __future__ import annotations

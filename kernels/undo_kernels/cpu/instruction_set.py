@@ -1,6 +1,6 @@
-"""Which instruction set the C++ kernels use: the best of this processor, or the one that ``UNDO_CPU_ISA`` names.
+"""Instruction set of the C++ kernels: the best that this processor has, or the one named by ``UNDO_CPU_ISA``.
 
-``amx`` means the row kernels of ``avx512`` and AMX tiles for bfloat16 products; the other names use no tiles.
+``amx`` means the row kernels of ``avx512``, and AMX for bfloat16 products; the other names do not use AMX.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _VECTORS = ("avx512", "avx2", "plain")
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
-    """The names that this processor can be asked for, best first; none without the C++ extension."""
+    """Returns the names that this processor supports, best first; empty without the C++ extension."""
     if kernels is None:
         return ()
     best = kernels.instruction_set("")
@@ -24,10 +24,10 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def forced() -> str:
-    """What ``UNDO_CPU_ISA`` says, empty for the best of this processor.
+    """Returns the value of ``UNDO_CPU_ISA``; empty if unset, which means the best of this processor.
 
     Raises:
-        ValueError: this processor lacks it.
+        ValueError: this processor does not support it.
     """
     name = os.environ.get(VARIABLE, "")
     if name and name not in instruction_sets():
@@ -36,10 +36,10 @@ def forced() -> str:
 
 
 def vectors() -> str:
-    """Name of the row kernels that run: avx512, avx2 or plain."""
+    """Returns the name of the row kernels in use: avx512, avx2 or plain."""
     return kernels.instruction_set({"amx": "avx512"}.get(name := forced(), name))
 
 
 def has_amx() -> bool:
-    """Whether bfloat16 products run on AMX tiles here."""
+    """Returns whether bfloat16 products use AMX."""
     return (forced() or instruction_sets()[0]) == "amx"

@@ -19,7 +19,7 @@ from undo_kernels.segment import Segment, elements
 @torch.no_grad()
 @elements_in_torch
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
-    """:func:`undo_kernels.reference.noise.noise_`, bit for bit; 24 bytes of memory for each 2**16 elements."""
+    """Computes :func:`undo_kernels.reference.noise.noise_` bit for bit; uses 24 bytes of memory per 2**16 elements."""
     form = vectors()
     if recording():
         record(Call("noise_", "cpu", "inplace", form, len(segments), elements(segments)))

@@ -30,13 +30,13 @@ class CpuPlan:
         name: chunk, recompute or one pass.
         rows_per_chunk: tokens of a chunk, a multiple of the widest vector's lanes unless the chunk holds every token.
         block_v: vocabulary rows of a tile.
-        stored: whether a chunk's logits stay between the passes.
-        outer: which loop is outside in the last pass, rows or vocabulary.
-        first_pass: whether the log-sum-exps must be found.
+        stored: whether a chunk's logits are kept between the passes.
+        outer: the outer loop of the last pass: rows or vocabulary.
+        first_pass: whether the log-sum-exps must be computed.
         second_pass: whether the logits are needed again after them.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
-        upcast_width: columns of the buffer that 16-bit weights are widened into.
-        narrow: whether the gradient's products are bfloat16's own, of a gradient rounded to it.
+        upcast_width: columns of the float32 buffer that 16-bit weights are converted into.
+        narrow: whether the gradient is rounded to bfloat16 and multiplied in bfloat16.
         buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per token.
         products: matrix products over ``[tokens, V, d]``, counted at the mean width.
     """
@@ -76,7 +76,7 @@ def padded(rows: int) -> int:
 
 
 def leading(stride: int) -> int:
-    """Returns the floats from one vocabulary row of a tile to the next, an odd number of cache lines: else rows share few cache sets."""
+    """Returns a tile's row stride in floats: an odd number of cache lines, so that rows do not share a few cache sets."""
     return kernels.WIDEST * (stride // kernels.WIDEST | 1)
 
 

@@ -1,4 +1,4 @@
-"""RMU's activation loss on CPUs: one pass of ``csrc/rmu_rows.h``; float32 arithmetic, sums that no number of threads changes."""
+"""RMU's activation loss on CPUs: one pass of ``csrc/rmu_rows.h`` in float32; the number of threads changes no sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from undo_kernels.record import Call, record, recording
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss, and the gradient where it is needed; see ``undo_kernels.torch_ops.rmu``."""
+    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.torch_ops.rmu``."""
     rows, width = hidden.shape
     form = vectors()
     if recording():

@@ -1,17 +1,18 @@
 """The losses over the vocabulary on CPUs: torch's matrix products on tiles, with the C++ row kernels of ``csrc/`` between them.
 
 A tile is ``[BLOCK_V vocabulary rows, tokens]`` of float32 logits, ``W @ H.T``: tokens lie along the vector lanes, and the row
-kernel reads a tile while it is still in the cache that the product left it in. Two plans:
+kernel reads a tile while it is still in the cache. Two plans:
 
-* ``chunk``: as many tokens as the workspace holds the logits of. Their tiles stay between the pass that finds the
-  log-sum-exps and the pass that turns them into the gradient. Four products, 8 bytes of workspace a (token, vocabulary row).
-* ``recompute``: no logits stay. The second pass projects again, vocabulary outermost, so that each row of the weight's gradient
-  is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
+* ``chunk``: processes as many tokens at a time as the workspace has room for logits. The first pass computes the log-sum-exps
+  and keeps the logits; the second turns them into the gradient. Four products, 8 bytes of workspace per (token, vocabulary
+  row).
+* ``recompute``: keeps no logits. The second pass computes them again, with the loop over the vocabulary outermost, so that each
+  row of the weight's gradient is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
 
-bfloat16 heads use AMX tiles where the processor has them: logits through ``csrc/amx.cpp``, which keeps them in float32, and in the
-``chunk`` plan the gradient's products through torch's own, of a gradient rounded to bfloat16. Elsewhere weight tiles are widened.
+bfloat16 heads use AMX if the processor has it: ``csrc/amx.cpp`` computes the logits in float32, and in the ``chunk`` plan
+torch's bfloat16 product multiplies the gradient, rounded to bfloat16. Otherwise weight tiles are converted to float32.
 
-One pass suffices, and no logits stay in either plan, where the log-sum-exps are known or where nothing but them is wanted.
+If the log-sum-exps are known, or nothing else is needed, one pass suffices and neither plan keeps logits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from undo_kernels.record import Call, record, recording
 @register("vocab_loss", "cpu")
 @torch.no_grad()
 def vocab_loss(problem: Problem) -> Result:
-    """Returns the problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
+    """Computes a problem's total, its rows' losses and the gradients in ``needs``; float32, bfloat16 and float16 inputs."""
     run = _Run(problem)
     try:
         return run.result()
@@ -50,7 +51,7 @@ def _new(*shape: int | torch.Size, dtype: torch.dtype = torch.float32) -> torch.
 
 
 class _Run:
-    """One call: the buffers that its chunks share, and the order of its passes."""
+    """One call: the buffers shared by its chunks, and the order of its passes."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -100,7 +101,7 @@ class _Run:
         self.d_bias = zeros(weight.shape[0]) if needs_bias else new(0)
         if needs_weight:
             self.d_weight[self.vocabulary if self.count else 0 :].zero_()
-        self.direct = dtype == torch.float32  # products go straight into the gradient
+        self.direct = dtype == torch.float32  # products are written straight into the gradient
         self.sum_weight = None if not needs_weight or self.direct else self.d_weight
         if self.plan.accumulator:
             self.sum_weight = new(self.vocabulary, weight.shape[1])
@@ -114,14 +115,15 @@ class _Run:
             yield first, min(self.block_v, self.vocabulary - first)
 
     def result(self) -> Result:
-        """Runs the passes and returns what came out."""
+        """Runs the passes and returns the result."""
         if recording():
             self._record()
         if self.plan.outer == "rows":
             for number, chunk in enumerate(self.chunks):
                 self._statistics(chunk)
                 self._losses(chunk)
-                # Last tile first, because it is still in a cache; rounded gradients keep the order of the tiles.
+                # Last tile first, because it is still in the cache. Rounded gradients need ascending order: they overwrite
+                # earlier tiles.
                 tiles = list(self.tiles()) if self.plan.second_pass else []
                 for first, rows in tiles if self.plan.narrow else reversed(tiles):
                     self._gradient(chunk, number, first, rows)
@@ -201,7 +203,7 @@ class _Run:
         chunk.finish()
 
     def _losses(self, chunk: Chunk) -> None:
-        """Computes what the gradient of the JSD needs beyond the log-sum-exps: KL(s || m)."""
+        """Computes KL(s || m), which the gradient of the JSD needs in addition to the log-sum-exps."""
         if self.problem.target != "jsd" or not self.gradient:
             return
         for first, rows in self.tiles():
@@ -210,7 +212,7 @@ class _Run:
         chunk.mix()
 
     def _second(self, chunk: Chunk, first: int, rows: int) -> list[torch.Tensor]:
-        """Returns a tile of shaped logits after the first pass."""
+        """Returns a tile's logits, after scale, softcap and temperature, for the second pass."""
         if self.plan.stored:
             return [z[first : first + rows] for z in self.logits]
         z = self._tile(chunk, first, rows)
@@ -219,7 +221,7 @@ class _Run:
         return z
 
     def _gradient(self, chunk: Chunk, number: int, first: int, rows: int) -> None:
-        """Adds the loss of a tile, and its share of each gradient."""
+        """Adds a tile's contribution to the loss and to each gradient."""
         p = self.problem
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, rows)
@@ -234,7 +236,7 @@ class _Run:
             self.dropped += squares
         if chunk.tokens < chunk.stride:
             dz[:, chunk.tokens :].zero_()
-        if needs_bias and not skip:  # before the rounded gradient takes the place of this one
+        if needs_bias and not skip:  # before the rounded gradient overwrites this one
             self.d_bias[first : first + rows] += dz.sum(1)
         if needs_hidden and isinstance(p.student, GivenLogits):
             part = dz[:, : chunk.tokens].T
@@ -259,10 +261,10 @@ class _Run:
             self._weight_gradient(dz, chunk, number, first, rows, skip)
 
     def _narrow(self, dz: torch.Tensor, chunk: Chunk, first: int, rows: int, skip: bool) -> torch.Tensor:
-        """Returns the tile's gradient in bfloat16, and keeps it in the first half of the logits' memory for the hidden states' product."""
+        """Returns the tile's gradient in bfloat16 and keeps a copy, in the logits' memory, for the hidden states' gradient."""
         narrow = self.narrow[:rows, : chunk.stride]
         narrow.zero_() if skip else narrow.copy_(dz)
-        if self.problem.needs[0]:  # safe: two rounded tiles take the place of one tile that has been read
+        if self.problem.needs[0]:  # safe: two rounded tiles fit in the memory of one tile that has been read
             self._kept(chunk)[first : first + rows].copy_(narrow)
         return narrow
 
@@ -270,12 +272,13 @@ class _Run:
         return self.logits[0].view(-1).view(torch.bfloat16)[: self.vocabulary * chunk.stride].view(self.vocabulary, -1)
 
     def narrow_hidden_gradient(self, chunk: Chunk) -> torch.Tensor:
-        """Returns ``[stride, d]`` bfloat16, from one product over the whole vocabulary, rounded once."""
+        """Returns the hidden states' gradient, ``[stride, d]`` bfloat16: one product over the vocabulary, rounded once."""
         return torch.mm(self._kept(chunk).T, self.problem.student.weight[: self.vocabulary])
 
     def _narrow_weight_gradient(self, narrow: torch.Tensor, chunk: Chunk, number: int, first: int, rows: int) -> None:
         target = self.d_weight[first : first + rows]
-        # For some shapes torch's 16-bit product multiplies the old content of `out` by 0, which keeps a NaN of fresh memory.
+        # For some shapes torch's 16-bit product multiplies the old content of `out` by 0, so a NaN in uninitialised memory
+        # would stay.
         if number == 0 and not self.plan.accumulator:
             torch.mm(narrow, chunk.narrow_hidden, out=target.zero_())
             return
@@ -290,7 +293,7 @@ class _Run:
             out = (self.d_weight if self.direct else self.sum_weight)[first : first + rows]
         else:
             out = self.product[:rows]
-        fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the chunks before
+        fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the earlier chunks' sum
         if skip:
             out.zero_() if fresh else None
         elif fresh:
@@ -304,6 +307,6 @@ class _Run:
 
 
 def _weighted(factor: torch.Tensor, values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of factor times value over the counted rows, in float64; a factor of 0 also removes a value that is not finite."""
+    """Returns the sum of factor times value over the counted rows, in float64; rows of factor 0 are ignored, even if NaN."""
     terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
     return (terms if index is None else terms[index]).sum()

@@ -1,7 +1,7 @@
-"""The memory of the logits' tiles, kept from one call to the next.
+"""Scratch memory for tiles of logits, kept from one call to the next.
 
-Fresh memory costs a page fault for every 4 KiB that is first written: a large part of a call where the vocabulary is
-large (docs/findings/cpu-losses.md). Each thread keeps the largest workspace that it has used; ``release`` gives it back.
+Newly allocated memory costs a page fault for every 4 KiB first written, a large part of the time of a call with a large
+vocabulary (docs/findings/cpu-losses.md). Each thread keeps the largest workspace that it has used; ``release`` frees it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _kept = _Kept()
 
 
 def workspace(count: int) -> torch.Tensor:
-    """``[count]`` float32 with arbitrary contents, the calling thread's until its next call."""
+    """Returns ``[count]`` float32 with arbitrary contents; the calling thread's next call reuses the memory."""
     if _kept.buffer is None or _kept.buffer.numel() < count:
-        _kept.buffer = None  # before the larger one is there
+        _kept.buffer = None  # frees the old buffer before the larger one is allocated
         _kept.buffer = torch.empty(count, dtype=torch.float32, device="cpu")
     return _kept.buffer[:count]
 
 
 def release() -> None:
-    """Give the calling thread's workspace back."""
+    """Frees the calling thread's workspace."""
     _kept.buffer = None

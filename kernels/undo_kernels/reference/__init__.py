@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the definition, and the oracle of the faster backends."""
+"""Every op in plain PyTorch: its definition, and what the tests compare the other backends with."""
 
 from undo_kernels.reference import noise, plan, rmu, vocab_loss
 

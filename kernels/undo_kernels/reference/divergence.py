@@ -1,4 +1,4 @@
-"""Divergences of rows of logits and their gradients, in difference form.
+"""Divergences between rows of logits and their gradients, in a form that does not cancel.
 
 With ``u = z_s - max z_s``, ``v = z_t - max z_t``, ``S = sum e**u``, ``T = sum e**v`` and ``x = log p_s - log p_t``::
 
@@ -7,20 +7,20 @@ With ``u = z_s - max z_s``, ``v = z_t - max z_t``, ``S = sum e**u``, ``T = sum e
     JSD        = beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
                                                  dJSD/dz_s = (1 - beta) p_s (log(s / m) - KL(s || m))
 
-Every term is >= 0, and nothing cancels as the two distributions approach each other. All of it follows from one ``expm1`` an
-entry, that of ``d = e**u - e**v``, computed from ``u - v``. With ``D = sum d = S - T``::
+Every term is >= 0, and nothing cancels as the two distributions approach each other. All of it needs only one ``expm1`` per
+entry, for ``d = e**u - e**v``, computed from ``u - v``. With ``D = sum d = S - T``::
 
     x         = (u - v) - sign(D) log1p(|D| / min(S, T))
     p_s - p_t = (d - e**v D / T) / S  where D >= 0,  (d - e**u D / S) / T  elsewhere
 
-Taking the maxima away first keeps float32 exact where the probability is: ``z - lse`` has the rounding of the logits' size, 2e-6 at
-30, in every probability.
+The maxima are subtracted first, so that probable entries have small u and v with small rounding errors. ``z - lse`` would give
+every probability a rounding error in proportion to the size of the logits: 2e-6 at logits of 30.
 
 Infinite logits follow the limits of these formulas. A logit of -inf has probability 0, and ``0 log 0 = 0``. Forward KL is +inf
 where p_s = 0 < p_t, and so is the uniform loss where p_s = 0; their gradients stay p_s - p_t. Reverse KL is +inf where
-p_t = 0 < p_s; its gradient has no limit, and the row's gradient is NaN. JSD is always finite. A row that holds +inf or NaN, or
-nothing but -inf, is no distribution: its loss and its gradient are NaN (its log-sum-exp is -inf in the last case).
-For ``renormalize``, nothing but -inf means the known entries; +inf or NaN in any entry spoils the row.
+p_t = 0 < p_s; its gradient is undefined there, and the row's gradient is NaN. JSD is always finite. A row that contains +inf or
+NaN, or only -inf, is not a distribution: its loss and its gradient are NaN (its log-sum-exp is -inf in the last case). For
+``renormalize``, "only -inf" is about the known entries; +inf or NaN in any entry makes the row NaN.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ from undo_kernels.pairs import bregman, expm1, expm1_
 from undo_kernels.problem import SPARSE
 from undo_kernels.sparse import sparse_terms
 
-_LEAST = -200.0  # p * x is 0 in any dtype before log p gets here; 0 * -inf would be NaN
+_LEAST = -200.0  # lower bound of log p in p * x, which is already 0 there in every dtype; 0 * -inf would be NaN
 _MOST = 1e30  # finite in float32, so that its product with a probability of 0 is 0
 
 
 class RowDivergence(torch.autograd.Function):
-    """Divergence of each row, ``[rows]``: ``(z_s, z_t, indices, logprobs, target, beta)``, differentiable in ``z_s``.
+    """Divergence of each row, ``[rows]``, from ``(z_s, z_t, indices, logprobs, target, beta)``; differentiable in ``z_s``.
 
-    The forward computes the gradient beside the value, which shares its work, and the backward multiplies it. A backward that is
-    to be differentiated again (``create_graph=True``) adds the derivative of the plain formula.
+    The forward computes the gradient together with the value, since they share most of the work; the backward multiplies it by
+    ``grad``. With ``create_graph=True``, the backward adds the derivative of the plain formula, so it can be differentiated
+    again.
     """
 
     @staticmethod
-    def forward(  # with ctx: for a separate setup_context torch inspects the signature in every call, which costs more than the math
+    def forward(  # takes ctx: with a setup_context torch inspects the signature in every call, which is slow
         ctx: Any,
         z_s: torch.Tensor,
         z_t: torch.Tensor | None,
@@ -79,7 +80,7 @@ class RowDivergence(torch.autograd.Function):
 
 
 class LogSumExp(torch.autograd.Function):
-    """Log-sum-exp of each row, ``[rows]``; NaN, with its gradient, for a row that holds +inf."""
+    """Log-sum-exp of each row, ``[rows]``; value and gradient are NaN for a row that contains +inf."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
@@ -95,9 +96,9 @@ class LogSumExp(torch.autograd.Function):
 def _dense(
     z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The divergence, ``[rows]``, and its gradient by ``z_s`` where wanted, ``[rows, V]``. Autograd does not look inside."""
+    """Returns the divergence, ``[rows]``, and, if ``gradient``, its gradient by ``z_s``, ``[rows, V]``; not differentiable."""
     u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
-    # Two logits of -inf do not differ. A row that is no distribution has sums of NaN.
+    # Two logits of -inf count as equal (-inf - -inf is NaN). A row that is not a distribution still gets NaN from its sums.
     x = torch.sub(u, v).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     e_s, e_t = u.exp_(), v.exp_()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
@@ -125,7 +126,7 @@ def _dense(
 
 
 def _differentiable_gradient(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> torch.Tensor:
-    """The gradient as autograd can differentiate it, less exact where the two distributions nearly agree."""
+    """Returns the gradient in a form that autograd can differentiate; less exact where the distributions nearly agree."""
     log_s, log_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
     p_s = log_s.exp()
     if target in ("forward", "uniform"):
@@ -136,13 +137,13 @@ def _differentiable_gradient(z_s: torch.Tensor, z_t: torch.Tensor, target: str, 
 
 
 def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """``p * (x - mean)``, where ``mean`` is ``sum p x`` up to its rounding, which the second step takes away."""
+    """Returns ``p * (x - mean)``; ``mean`` is ``sum p x``, and the second subtraction corrects its rounding error."""
     y = x.clamp_min(_LEAST) - mean
     return p * (y - (p * y).sum(-1, keepdim=True))
 
 
 def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
-    """``log((1 - other) + other * e**x)`` without cancellation near ``x = 0`` and without overflow; ``log_own = log(1 - other)``."""
+    """Returns ``log(1 - other + other * e**x)`` without cancellation or overflow; ``log_own`` is ``log(1 - other)``."""
     small = torch.where(x.abs() <= 1, x, 0.0)
     far = torch.logaddexp(torch.full_like(x, log_own), x + math.log(other))
     return torch.where(x.abs() <= 1, torch.log1p(other * expm1(small)), far)
@@ -151,9 +152,12 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
 def _sparse(
     z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Only differences of logits matter, so the largest that counts is taken away first, which keeps the log-sum-exps small."""
+    """Returns the divergence from a sparse teacher, ``[rows]``, and if ``gradient`` its gradient, ``[rows, V]``.
+
+    The largest logit that counts is subtracted first. That changes neither result, and keeps the log-sum-exps small and exact.
+    """
     safe = indices.clamp_min(0)
-    column = torch.where(indices >= 0, indices, z.shape[-1])  # padding marks a column of its own
+    column = torch.where(indices >= 0, indices, z.shape[-1])  # padding gets an extra last column, which is dropped
     taken = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device).scatter(-1, column, True)[:, :-1]
     largest = (z.masked_fill(~taken, -math.inf) if target == "renormalize" else z).amax(-1, keepdim=True)
     z = z - torch.where(largest == -math.inf, 0.0, largest)

@@ -1,20 +1,21 @@
-"""In-place noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``, in the roundings that every backend repeats bit for bit.
+"""In-place noise, ``theta <- (1 - alpha) * theta + alpha * beta * N``; every backend reproduces these roundings bit for bit.
 
-float32, 16-bit types in float32, with the 32-bit Philox word ``w`` of an element (``rn`` is one rounding to float32, never
-contracted into a fused multiply-add)::
+The arithmetic is in float32, also for 16-bit parameters. ``w`` is the element's 32-bit Philox word, and ``rn`` is one rounding
+to float32, never contracted into a fused multiply-add::
 
     uniform   theta' = rn(rn(k * theta) + rn(c * n)),  n = 2 * (w >> 8) + 1 - 2**24, an odd integer, exact, mean zero
     normal    theta' = rn(rn(k * theta) + rn(c * g))
     constant  theta' = rn(rn(k * theta) + c)
-    elements  theta' = rn(rn(k * theta) + c_i),  c_i = alpha * target_i, as a constant's c
+    elements  theta' = rn(rn(k * theta) + c_i),  c_i = alpha * target_i, rounded like c
 
-with ``k`` and ``c``, a segment's ``keep`` and ``scale``, computed in double and rounded once. ``g`` is Box-Muller on the lanes (0, 1) and (2, 3) of a block:
-``u = (2 * (w_even >> 9) + 1) * 2**-24``, ``v = n_odd * 2**-24``, ``r = sqrt(-2 * log(u))``, even lanes ``rn(r * cos(pi * v))``, odd
-lanes ``rn(r * sin(pi * v))``. Logarithm, sine and cosine are the polynomials below in Horner form, each product and sum rounded;
-the square root is correctly rounded.
+``k`` and ``c`` are a segment's ``keep`` and ``scale``, computed in float64 and rounded once. ``g`` is Box-Muller on the lanes
+(0, 1) and (2, 3) of a Philox block:
+``u = (2 * (w_even >> 9) + 1) * 2**-24``, ``v = n_odd * 2**-24``, ``r = sqrt(-2 * log(u))``, even lanes ``rn(r * cos(pi * v))``,
+odd lanes ``rn(r * sin(pi * v))``. Logarithm, sine and cosine are the polynomials below in Horner form, each product and sum
+rounded; the square root is correctly rounded.
 
-16-bit results are rounded stochastically with the word of stream 1: up with the probability that the lost part has.
-Temporaries: about 100 bytes for each of 2**16 elements at a time; nothing of the tensor's size.
+Stochastic rounding to 16 bits uses the word of stream 1: it rounds up with a probability equal to the discarded fraction.
+Temporaries: about 100 bytes per element for 2**16 elements at a time; nothing of the tensor's size.
 """
 
 from __future__ import annotations
@@ -37,16 +38,14 @@ _LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.166684
 _LOG += (-0.12411050498485565, 0.11661511659622192, -0.115712009370327, 0.07149753719568253)
 _SIN = (3.1415927410125732, -5.167712688446045, 2.5501625537872314, -0.5992020964622498, 0.08100174367427826)
 _COS = (1.0, -4.934802055358887, 4.058707237243652, -1.335044503211975, 0.23132924735546112)
-_LN2_HIGH, _LN2_LOW = (
-    0.693145751953125,
-    1.42860682030941723212e-6,
-)  # the first has 15 bits: its multiples by an exponent are exact
+# _LN2_HIGH has 15 significant bits, so that its product with an exponent is exact in float32.
+_LN2_HIGH, _LN2_LOW = (0.693145751953125, 1.42860682030941723212e-6)
 
 
 @register("noise_", "reference")
 @torch.no_grad()
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
-    """Noise every segment in place.
+    """Adds noise to every segment in place.
 
     Returns:
         ``[segments, 3]`` float64: sums of squares of theta before, of ``scale * N``, and of theta after.
@@ -64,7 +63,7 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
 
 
 def elements_in_torch(noise: Noise) -> Noise:
-    """A backend's ``noise_`` for every law: segments of the law ``elements``, which are few and small, are left to this file."""
+    """Makes a backend's ``noise_`` run segments of the law ``elements``, which are few and small, on the reference."""
 
     @functools.wraps(noise)
     def both(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
@@ -85,7 +84,7 @@ def elements_in_torch(noise: Noise) -> Noise:
 
 def _noise_part(part: torch.Tensor, segment: Segment, start: int, seed: int, stochastic: bool) -> torch.Tensor:
     before = part.double().square().sum()
-    if segment.law == "elements":  # c_i in double, which is rounded once, as a constant's c is
+    if segment.law == "elements":  # c_i is computed in float64 and rounded once, like c of a constant
         target = segment.target.detach().reshape(-1)[start : start + part.numel()]
         drawn, scale = target.to(part.device, torch.float64) * segment.scale, 1.0
     else:
@@ -105,7 +104,7 @@ def _noise_part(part: torch.Tensor, segment: Segment, start: int, seed: int, sto
 
 
 def standard(law: str, seed: int, hashed: int, start: int, count: int, device: torch.device | str) -> torch.Tensor:
-    """``n`` (uniform), ``g`` (normal) or 1 (constant) of the flat indices ``start .. start + count``, ``[count]`` float32."""
+    """Returns ``n`` (uniform), ``g`` (normal) or 1 (constant) for the flat indices from ``start``, ``[count]`` float32."""
     if law == "constant":
         return torch.ones(count, dtype=torch.float32, device=device)
     if law == "uniform":
@@ -118,10 +117,10 @@ def standard(law: str, seed: int, hashed: int, start: int, count: int, device: t
 
 
 def round_stochastically(value: torch.Tensor, dtype: torch.dtype, word: torch.Tensor) -> torch.Tensor:
-    """float32 values on the grid of a 16-bit ``dtype``, up in magnitude with the probability of the part that is lost.
+    """Rounds float32 values to a 16-bit ``dtype``, away from zero with a probability equal to the discarded fraction.
 
-    Exact on the grid; subnormals have their own spacing. What round-to-nearest would make infinite stays infinite, and what it
-    would keep finite stays finite.
+    Returns float32. Representable values, including subnormals, do not change. A result is infinite if and only if
+    round-to-nearest would make it infinite.
     """
     info = torch.finfo(dtype)
     fraction_bits = -round(math.log2(info.eps))
@@ -156,7 +155,7 @@ def _horner(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:
 
 
 def _log(u: torch.Tensor) -> torch.Tensor:
-    """Logarithm of float32 ``u`` in (0, 1): ``u = m * 2**e`` with ``m`` in [sqrt(1/2), sqrt(2)), then a polynomial in ``m - 1``."""
+    """Returns log of float32 ``u`` in (0, 1): ``u = m * 2**e``, ``m`` in [sqrt(1/2), sqrt(2)), and a polynomial in ``m - 1``."""
     bits = u.view(torch.int32)
     exponent = ((bits - 0x3F3504F3) >> 23).to(torch.int32)
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -170,8 +169,11 @@ def _log(u: torch.Tensor) -> torch.Tensor:
 
 
 def _sqrt(x: torch.Tensor) -> torch.Tensor:
-    """Correctly rounded, which torch's own of float32 is not where MKL computes it; in float64 no square root of a float32 lies
-    near enough to the middle of two float32 for its last bit to matter."""
+    """Returns the correctly rounded square root; torch's float32 one is not when MKL computes it.
+
+    The float64 root can be rounded again safely: no root of a float32 is so near the middle of two float32 that the last bit
+    matters.
+    """
     return x.double().sqrt().float()
 
 

@@ -1,12 +1,12 @@
 """Philox-4x32-10: a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-A word depends on its key and counter alone, so a tensor's noise is the same on any device, in any sharding and order::
+A word depends only on its key and counter, so a tensor's noise is the same on any device, in any sharding and order::
 
     key      seed, low word; seed, high word
     counter  block, low word; block, high 24 bits | stream << 24; name hash, low word; name hash, high word
     block = flat index // 4, lane = flat index % 4, name hash = first 8 bytes, little-endian, of SHA-256 of the name
 
-Stream 0 draws; stream 1 rounds stochastically.
+Stream 0 gives the noise, stream 1 the stochastic rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DRAW, ROUND = 0, 1
 
 
 def philox_4x32_10(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Four words for every counter; words are held in int64 tensors, values in [0, 2**32)."""
+    """Returns four words for every counter, as int64 tensors with values in [0, 2**32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -32,7 +32,7 @@ def philox_4x32_10(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> t
 
 
 def words(seed: int, hashed: int, stream: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The words of the flat indices ``start .. start + count``, ``[count]`` int64; 32 bytes of temporaries for each."""
+    """Returns the words of the flat indices from ``start``, ``[count]`` int64; uses 32 bytes of temporaries per word."""
     first, last = start // 4, (start + count + 3) // 4
     block = torch.arange(first, last, dtype=torch.int64, device=device)
     counter = (

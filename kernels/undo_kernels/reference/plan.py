@@ -10,7 +10,7 @@ from undo_kernels.plan import Plan
 from undo_kernels.problem import Problem
 
 CHUNKED = "direct, recomputed in chunks"  # the plan's name where the logits exceed the workspace
-# [rows, V] arrays alive at once, in forward and backward: measured peak memory over that of one array, rounded up.
+# Number of [rows, V] arrays alive at once in forward and backward: measured peak memory over that of one array, rounded up.
 COPIES = {"own": 3, "uniform": 5, "forward": 7, "reverse": 9, "jsd": 15, "bucket": 7, "renormalize": 6}
 
 

@@ -14,7 +14,7 @@ _STREAM = name_hash("rmu direction")
 
 
 def row_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """What each token's mean square is multiplied by, like ``mask`` ``[..., tokens]``; 0 where masked. None: 1 / tokens each."""
+    """Returns the factor of each token's mean square, shaped like ``mask``; 0 where masked. None: 1 / tokens each."""
     if mask is None or normalize == "all":
         return None
     if normalize == "masked":
@@ -25,7 +25,7 @@ def row_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) ->
 
 @register("rmu_loss", "reference")
 def rmu_loss(hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float) -> torch.Tensor:
-    """``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` of rows ``[rows, d]``; rows of factor 0 are left out."""
+    """Returns ``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` of ``[rows, d]``; rows of factor 0 are ignored."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     difference = hidden.to(dtype) - coefficient * target.detach().to(dtype)
     if factor is None:
@@ -39,7 +39,7 @@ def rmu_loss(hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | 
 
 
 def misdirection(width: int, seed: int, law: str) -> torch.Tensor:
-    """Unit vector ``[width]`` float32 that depends on the seed alone: gaussian entries, or uniform ones in (0, 1)."""
+    """Returns a unit vector ``[width]`` float32, a function of the seed: gaussian entries, or uniform ones in (0, 1)."""
     if law == "gaussian":
         direction = standard("normal", seed, _STREAM, 0, width, "cpu").double()
     else:

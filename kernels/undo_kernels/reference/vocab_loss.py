@@ -1,7 +1,7 @@
 """The vocabulary losses in plain PyTorch: their definition, differentiable in any float dtype.
 
-The caller removes masked rows, so every row counts. If the logits exceed ``workspace_bytes``, the rows run in chunks that the backward
-pass recomputes.
+The caller removes masked rows, so every row counts. If the logits exceed ``workspace_bytes``, the rows run in chunks that the
+backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from undo_kernels.reference.plan import CHUNKED, COPIES, rows_within
 
 
 def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns divergence and nll, ``[rows]`` each, and where wanted the detached statistics ``lse_s``, ``lse_t``, entropy and agreement."""
+    """Returns divergence and nll, ``[rows]`` each, and, with ``statistics``, detached lse_s, lse_t, entropy and agreement."""
     p = problem
     tensors = (p.labels, p.indices, p.logprobs)
     size = rows_within(p.workspace_bytes, p.rows, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])

@@ -1,7 +1,7 @@
 """In-place noise as a ``torch.library`` op: ``undo::noise_`` changes all tensors of a device in one call.
 
-The arguments are the fields of :class:`~undo_kernels.segment.Segment`, one list each. The op returns ``[segments, 3]`` float64: the sums
-of squares of theta before, of the scaled noise, and of theta after. It has no gradient.
+The arguments are the fields of :class:`~undo_kernels.segment.Segment`, one list each. The op returns ``[segments, 3]`` float64:
+the sums of squares of theta before, of the scaled noise, and of theta after. It has no gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _fake(tensors: list[torch.Tensor], targets: list[torch.Tensor | None], **opt
 
 
 def noise_segments(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
-    """Adds noise to segments of one device in place, on the backend that is chosen for it, and returns their sums of squares."""
+    """Adds noise to segments of one device in place, on the device's backend; returns their sums of squares."""
     return torch.ops.undo.noise_(
         [s.tensor for s in segments],
         [s.target for s in segments],

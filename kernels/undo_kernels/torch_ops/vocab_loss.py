@@ -1,12 +1,12 @@
 """The losses over the vocabulary as ``torch.library`` ops.
 
-``undo::vocab_loss`` computes a total and, in the same call, its gradients, which the backward scales in place. ``undo::vocab_loss_rows``
-returns the losses of the rows; its backward calls ``vocab_loss`` with the factors that arrived. ``undo::vocab_loss_logits_`` overwrites
-given logits with their gradient.
+``undo::vocab_loss`` computes a total and, in the same call, its gradients, which the backward scales in place.
+``undo::vocab_loss_rows`` returns the losses of the rows; its backward calls ``vocab_loss`` with the incoming gradients as factors.
+``undo::vocab_loss_logits_`` overwrites precomputed logits with their gradient.
 
-The arguments of all three are the fields of a :class:`~undo_kernels.problem.Problem` and the backend. The backend is among them so that
-a backward in another thread runs where the forward ran. Tensors are positional, because autograd requires that, and options are
-keywords.
+The arguments of all three are the fields of a :class:`~undo_kernels.problem.Problem` and the backend. The backend is an argument so
+that a backward in another thread uses the same one as the forward. Tensors are positional, because autograd requires that; options
+are keywords.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every kernel's variants, and their compilation for a target without having one.
+"""Ahead-of-time compilation of every kernel variant, for targets that this machine need not have.
 
-``python -m undo_kernels.triton.aot sm_90 [all]`` compiles each kernel with every option on (or in every form that is launched) and
-prints one JSON object a line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
+``python -m undo_kernels.triton.aot sm_90 [all]`` compiles each kernel with every option on (or in every form that is launched)
+and prints one JSON object per line: registers, spills and shared memory as ptxas or LLVM report them. It needs the variable
 TRITON_INTERPRET unset or 0.
 """
 
@@ -36,11 +36,11 @@ _GPU = {
 }
 _CODES = {"own": OWN.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
-# Types of arguments by name; what is not named here is a pointer to float32 (_ptr), an int32, or a float32 of _FLOATS.
+# Types of arguments by name. The others are pointers to float32 (_ptr), float32 (in _FLOATS) or int32.
 _FLOATS = {"inner", "outer", "inner_s", "outer_s", "inner_t", "outer_t", "beta_t", "beta_s", "filter_below"}
 _FLOATS |= {"coefficient", "even_factor"}
 _POINTERS = {"counted_ptr": "*u8", "labels_ptr": "*i64", "index_ptr": "*i64", "table_ptr": "*i64", "sums_ptr": "*fp64"}
-# Multiples of 16 in practice, which Triton compiles for: strides and lengths of buffers that the driver pads.
+# Arguments that are multiples of 16 in practice, for which Triton specialises: strides and lengths of padded buffers.
 _ALIGNED = re.compile(r"stride_(s|t|z|dz|hidden.*|weight.*)$|part$|vocabulary$|columns$|last$|begin$|width.*$")
 
 
@@ -49,12 +49,12 @@ class Variant:
     """One compilation of one kernel.
 
     Attributes:
-        name: for people.
+        name: description in the report.
         kernel: the jitted function.
-        types: of pointers that are not float32.
+        types: types of pointers that are not to float32.
         constants: constexpr arguments.
-        warps: of the launch.
-        stages: of the launch.
+        warps: num_warps of the launch.
+        stages: num_stages of the launch.
         matrix_16: whether it multiplies 16-bit matrices.
         aligned: whether pointers, strides and lengths are multiples of 16.
         ones: whether every integer argument is 1, which Triton makes a constant.
@@ -78,7 +78,7 @@ _FULL = {"BIAS_S": True, "CAPPED_S": True, "BIAS_T": True, "CAPPED_T": True, "MA
 
 
 def variants(target: str, every: bool) -> Iterator[Variant]:
-    """What is compiled for a target: each kernel with every option on; ``every``: each target function, and the plain ones too."""
+    """Yields a target's variants: each kernel with every option on; ``every``: each divergence, and options off too."""
     for variant in _row_variants(target, every):
         yield variant
         if every:
@@ -235,7 +235,7 @@ def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, ever
     for name, code in _CODES.items():
         if kernel == "loss" and name == "jsd":  # jsd has the filter's tile with and without one
             continue
-        if not every and name != ("reverse" if kernel == "loss" else "jsd"):  # the heaviest of each
+        if not every and name != ("reverse" if kernel == "loss" else "jsd"):  # the one that needs the most registers
             continue
         flags = {"TARGET": code, "UNIFORM": False, "GRADIENT": True, "NLL": True, "LABELS": True, "FILTER": kernel == "filter"}
         yield Variant(f"loss_tiles {kernel} {name} {label}", recompute.loss_tiles, types, common | flags | _FULL, *options)
@@ -296,14 +296,14 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
 
 
 def _layouts(module: str, variant: Variant) -> list[str]:
-    """Layouts in which the logits are read and the gradient written: of a block, a thread must overwrite what it read itself."""
+    """Returns the layouts of the logits read and the gradient written: a thread may overwrite only what it read itself."""
     kind = variant.types["dz_ptr"].replace("*fp", "f").replace("*", "")
     pattern = rf"tt\.(?:load|store) .*?tensor<{variant.constants['BLOCK_V']}x!tt\.ptr<{kind}>, (#\w+)>"
     return sorted(set(re.findall(pattern, module)))
 
 
 def _roundings(ptx: str) -> dict[str, int]:
-    """Fused multiply-adds, those of them that add a square, and accesses to memory of 16 bytes."""
+    """Counts fused multiply-adds, those that add a square, and 16-byte memory accesses."""
     fused = re.findall(r"\bfma\.\S+\s+[^,]+, ([^,]+), ([^,]+),", ptx)
     wide = {way: len(re.findall(rf"\b{way}\.global\.(?:v4\.[bf]32|v2\.[bf]64)\b", ptx)) for way in ("ld", "st")}
     return {
@@ -315,7 +315,7 @@ def _roundings(ptx: str) -> dict[str, int]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and local memory: spills and arrays that did not fit registers."""
+    """Returns registers and local memory, which holds spills and arrays that did not fit registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,4 +1,4 @@
-"""Where a kernel is launched: Triton takes the current device, whatever its pointers' is."""
+"""Selection of the GPU for a launch: Triton uses the current device, not that of the tensors."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes a GPU the current one for a while; nothing for the interpreter's tensors."""
+    """Makes ``device`` the current GPU inside the block; does nothing for CPU tensors (the interpreter)."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

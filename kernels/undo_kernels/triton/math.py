@@ -1,7 +1,7 @@
-"""Elementary functions of the kernels, without libdevice: the interpreter and AMD's targets have none.
+"""Elementary functions for the kernels, without libdevice, which the interpreter and AMD targets lack.
 
-``tl.exp`` is within a few units in the last place; what it cannot give is ``e**u - 1`` and what follows from it near zero, so
-those are polynomials there. Coefficients are Taylor's; the first term left out is below 1e-8 of the result.
+``tl.exp`` is accurate to a few units in the last place, but ``e**u - 1`` and functions of it lose precision near zero, so those
+use polynomials there. Coefficients are Taylor's; the first omitted term is below 1e-8 of the result.
 """
 
 import triton
@@ -26,7 +26,7 @@ def expm1(u):
 
 @triton.jit
 def tanh(x):
-    """From ``expm1(-2 |x|)``, which keeps small arguments."""
+    """Returns tanh from ``expm1(-2 |x|)``, which is accurate for small arguments."""
     _, w, _ = expm1(-2.0 * tl.abs(x))
     y = w / (w + 2.0)  # -tanh |x|
     return tl.where(x < 0.0, y, -y)
@@ -49,7 +49,7 @@ def log1p_near(a):
 
 @triton.jit
 def log1p(a, b):
-    """``l = log(1 + a)`` and ``h = a - l >= 0`` for ``a > -1``; ``b`` is ``1 + a``, which may be known better than by adding."""
+    """``l = log(1 + a)`` and ``h = a - l >= 0`` for ``a > -1``; ``b`` is ``1 + a``, if possible more exact than the sum."""
     l, h, near = log1p_near(a)
     far = tl.log(tl.where(near, 1.0, b))
     return tl.where(near, l, far), tl.where(near, h, a - far)

@@ -1,18 +1,18 @@
-"""In-place noise on GPUs: one launch for all parameters of a device and dtype, bit for bit the reference's roundings.
+"""In-place noise on GPUs: one launch for all parameters of a device and dtype, equal to the reference bit for bit.
 
     theta <- rn(rn(k * theta) + rn(c * N))
 
-A program takes ``BLOCKS`` times ``BLOCK`` elements of one segment, which it finds by bisection in a table of 120 bytes a segment.
-It walks over the segment's Philox blocks: each is computed once and gives all four lanes. Where segment, runs and memory begin at
-a whole Philox block, memory is read and written 16 bytes at a time; other cuts, and ends, take the same walk with masks.
+A program processes ``BLOCKS`` times ``BLOCK`` elements of one segment, which it finds by bisection in a table with 120 bytes
+per segment. It iterates over the segment's Philox blocks; each is computed once and gives all four lanes. If segment, runs and
+memory are aligned to Philox blocks, memory is accessed 16 bytes at a time; other segments, and ends, use masks.
 
-Nothing may be contracted into fused multiply-adds, so the launch says ``enable_fp_fusion=False``; the sums of squares ask for
-theirs. bfloat16 is widened and rounded as integers.
+Fused multiply-adds would change the rounding, so launches set ``enable_fp_fusion=False``; the sums of squares use explicit
+ones. bfloat16 is converted to and from float32 with integer operations.
 
-Bytes an element: 8 of float32, 4 of bfloat16. Philox costs a block of four elements 20 wide products and 20 three-input logical
-operations; ``python -m undo_kernels.triton.aot sm_90`` prints each form's registers and 16-byte accesses. Rejected: words joined
-into the elements' order before they are used, and one Philox block where 16 bytes hold two; both convert layouts through shared
-memory.
+Bytes per element: 8 for float32, 4 for bfloat16. Philox takes 20 wide products and 20 three-input logical operations per block
+of four elements; ``python -m undo_kernels.triton.aot sm_90`` prints each form's registers and 16-byte accesses. Rejected:
+joining words into element order before use, and one Philox block per 16 bytes of 16-bit elements; both convert layouts through
+shared memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from undo_kernels.triton import tuning
 from undo_kernels.triton.device import current
 
 INTERPRETED = triton.knobs.runtime.interpret
-BLOCK, BLOCKS, BLOCK_P, THREADS = 1024, 8, 256, 128  # a thread has 16 bytes of a block, 32 of 32-bit types
+BLOCK, BLOCKS, BLOCK_P, THREADS = 1024, 8, 256, 128  # a thread processes 16 bytes of a block, 32 for 32-bit types
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 # Columns of the table: int64, or the bits of a float64.
@@ -56,13 +56,13 @@ _LN2_HIGH, _LN2_LOW = tl.constexpr(reference._LN2_HIGH), tl.constexpr(reference.
 @torch.no_grad()
 @reference.elements_in_torch
 def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
-    """Noise every segment in place.
+    """Adds noise to every segment in place.
 
     Returns:
         ``[segments, 3]`` float64: sums of squares of theta before, of ``scale * N``, and of theta after. Squares are taken in
-        float32 (float64 of float64 parameters): they hold for magnitudes from 1e-19 to 1e19.
+        float32 (float64 for float64 parameters), which is valid for magnitudes from 1e-19 to 1e19.
 
-    Memory: 120 bytes a segment, and 12 (24) for each 8192 elements.
+    Memory: 120 bytes per segment, and 12 (float64: 24) per 8192 elements.
     """
     first = segments[0].tensor.device
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -88,7 +88,7 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
 
 
 def warps(target: str) -> int:
-    """Of a program; AMD's have 64 threads."""
+    """Returns the warps of a program; an AMD warp has 64 threads."""
     return THREADS // (64 if target.startswith("gfx") else 32)
 
 
@@ -110,7 +110,7 @@ def _launch(
 
 
 def _table(chosen: list[tuple[int, Segment]], seed: int) -> tuple[torch.Tensor, int]:
-    """What the programs know of each segment, ``[segments, columns]`` int64 on the CPU, and the number of programs."""
+    """Returns the table of segments, ``[segments, columns]`` int64 on the CPU, and the number of programs."""
     lines, programs = [], 0
     for row, segment in chosen:
         count, first, stride = segment.tensor.numel(), segment.first, segment.stride
@@ -144,7 +144,7 @@ def _bits(value: float) -> int:
 
 @triton.jit
 def philox(block, hashed, seed, STREAM: tl.constexpr):
-    """Philox-4x32-10: the four words, uint32, of int64 ``block``; the high halves come from 64-bit products."""
+    """Returns the four Philox-4x32-10 words, uint32, of int64 ``block``; 64-bit products give the high halves."""
     c0, c1 = block.to(tl.uint32), ((block >> 32) & 0xFFFFFF | (STREAM << 24)).to(tl.uint32)
     c2, c3 = hashed.to(tl.uint32), (hashed >> 32).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -201,7 +201,7 @@ def sincospi(n):
 
 @triton.jit
 def box_muller(even, odd):
-    """The reference's two standard normals of two words."""
+    """Computes two standard normals from two words, like the reference."""
     u = ((even >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
     radius = tl.sqrt_rn(log(u) * -2.0)
     sine, cosine = sincospi(odd_integer(odd))
@@ -210,7 +210,7 @@ def box_muller(even, odd):
 
 @triton.jit
 def standard(block, law, hashed, seed):
-    """``n``, ``g`` or 1 of the four lanes of Philox blocks, float32."""
+    """Returns ``n``, ``g`` or 1 for the four lanes of Philox blocks, float32."""
     n0 = tl.full(block.shape, 1.0, tl.float32)
     n1, n2, n3 = n0, n0, n0
     if law <= _NORMAL:
@@ -226,10 +226,10 @@ def standard(block, law, hashed, seed):
 
 @triton.jit
 def narrow_bfloat16(value, word, STOCHASTIC: tl.constexpr):
-    """Bits of float32 results as bfloat16, uint16: half to even, or up in magnitude where the 16 lost bits exceed the word's high 16.
+    """Rounds float32 to the bits of bfloat16, uint16: to nearest even, or up if the 16 lost bits exceed the word's high 16.
 
-    From the largest finite number on only halves count, so that what half to even keeps finite stays so, and no more. NaNs of
-    arithmetic are quiet; the smallest stands for all of them.
+    From the largest finite bfloat16 on it always rounds to nearest, so a result is infinite exactly if round-to-nearest makes
+    it so. NaNs become the smallest quiet NaN; arithmetic yields no other kind.
     """
     bits = value.to(tl.uint32, bitcast=True)
     size = tl.minimum(bits & 0x7FFFFFFF, 0x7FC00000)
@@ -240,9 +240,10 @@ def narrow_bfloat16(value, word, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def narrow_float16(value, word):
-    """Bits of float32 values as float16, uint16, stochastically: the 13 lost bits against the word's high 13.
+    """Rounds float32 to the bits of float16, uint16, stochastically: compares the 13 lost bits with the word's high 13.
 
-    Below 2**-14 the grid is 2**-24, and more bits are lost: there the fraction is compared in float32, which holds it exactly.
+    Below 2**-14 the spacing is 2**-24 and more bits are lost; the fraction is compared in float32 there, which represents it
+    exactly.
     """
     bits = value.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
@@ -258,7 +259,7 @@ def narrow_float16(value, word):
 
 @triton.jit
 def noised(held, drawn, word, keep, scale, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Elements as they are stored, before and after, and both as numbers."""
+    """Returns the new elements in their storage format, and the old and the new ones as numbers."""
     if DTYPE == "bfloat16":
         theta = (held.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         stored = narrow_bfloat16(theta * keep + drawn * scale, word, STOCHASTIC)
@@ -275,7 +276,7 @@ def noised(held, drawn, word, keep, scale, DTYPE: tl.constexpr, STOCHASTIC: tl.c
 
 @triton.jit
 def squares(a, b, c, d):
-    """Sum of squares; the only place for fused multiply-adds, since sums' bits are free."""
+    """Returns a sum of squares, with fused multiply-adds: these sums need not equal the reference bit for bit."""
     return tl.fma(d, d, tl.fma(c, c, tl.fma(b, b, a * a)))
 
 
@@ -284,12 +285,12 @@ def noised_four(
     t0, t1, t2, t3, in_0, in_1, in_2, in_3, block, law, hashed, seed, keep, scale,
     MASKED: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """The four lanes of Philox blocks as they are stored, and the blocks' sums of squares."""
+    """Returns the four lanes of Philox blocks in their storage format, and the blocks' sums of squares."""
     n0, n1, n2, n3 = standard(block, law, hashed, seed)
     if MASKED:
         n0, n1 = tl.where(in_0, n0, 0.0), tl.where(in_1, n1, 0.0)
         n2, n3 = tl.where(in_2, n2, 0.0), tl.where(in_3, n3, 0.0)
-    w0, w1, w2, w3 = block, block, block, block  # not looked at
+    w0, w1, w2, w3 = block, block, block, block  # not used
     if STOCHASTIC:
         w0, w1, w2, w3 = philox(block, hashed, seed, STREAM=1)
     t0, a0, b0 = noised(t0, n0, w0, keep, scale, DTYPE, STOCHASTIC)
@@ -301,7 +302,7 @@ def noised_four(
 
 @triton.jit
 def noised_even(x, block, law, hashed, seed, keep, scale, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Whole Philox blocks, ``[4 * blocks]``, in registers."""
+    """Adds noise to whole Philox blocks, ``[4 * blocks]``, in registers."""
     BLOCKS: tl.constexpr = block.shape[0]
     even, odd = tl.split(tl.reshape(x, [2 * BLOCKS, 2]))
     t0, t2 = tl.split(tl.reshape(even, [BLOCKS, 2]))
@@ -316,7 +317,7 @@ def noised_even(x, block, law, hashed, seed, keep, scale, DTYPE: tl.constexpr, S
 def noised_cut(
     theta_ptr, offset, o_b, run, count, block, law, hashed, seed, keep, scale, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
-    """Philox blocks of which some lanes are out of their run or the tensor; lane 0 is ``offset`` in its run, ``o_b`` in memory."""
+    """Adds noise to Philox blocks that a run or the tensor cuts; lane 0 is at ``offset`` in its run, ``o_b`` in memory."""
     theta_ptr += o_b
     in_0 = (offset >= 0) & (offset < run) & (o_b < count)
     in_1 = (offset >= -1) & (offset < run - 1) & (o_b < count - 1)
@@ -336,7 +337,7 @@ def noised_cut(
 
 @triton.jit
 def place(i_b, first, run, stride, width, run_0, block_0, left, period):
-    """Of Philox blocks of a program: index, position of lane 0 in its run, and in memory."""
+    """Returns the index of a program's Philox blocks, and lane 0's position in its run and in memory."""
     crossed = ((i_b + (period - left)) // period).to(tl.int64)
     i_r = run_0 + crossed
     start = first + i_r * stride
@@ -417,7 +418,7 @@ def noise_blocks(
                 x, a, b, c = noised_even(x, block, law, hashed, seed, keep, scale, DTYPE, STOCHASTIC)
             tl.store(here_ptr, x)
         else:
-            base_ptr = address.to(POINTER)  # one that does not claim to be aligned
+            base_ptr = address.to(POINTER)  # without the alignment hint
             block, offset, o_b = place(i_b, first, run, stride, width, run_0, block_0, left, period)
             a, b, c = noised_cut(base_ptr, offset, o_b, run, count, block, law, hashed, seed, keep, scale, DTYPE, STOCHASTIC)
             if PAIR == 2:
@@ -443,7 +444,7 @@ def noise_sums(
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program adds the partial sums of one segment, in order."""
+    """Adds the partial sums of one segment, in order; one program per segment."""
     i_s = tl.program_id(0)
     at_ptr = table_ptr + i_s * _FIELDS
     begin = tl.load(at_ptr + _BEGIN)

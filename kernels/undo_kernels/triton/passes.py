@@ -1,11 +1,12 @@
 """The passes of the two plans; see ``plan.py`` for their bytes and FLOPs.
 
-chunk      for each chunk of rows: library products into float32 logits; statistics; the gradient written over the student's
-           logits (float32) or beside them (16-bit); library products into d_hidden and d_weight.
+chunk      for each chunk of rows: library products into float32 logits; statistics; the gradient, which overwrites the
+student's
+           logits (float32) or has a buffer (16-bit); library products into d_hidden and d_weight.
 recompute  statistics without logits; then for each block of the vocabulary, outermost: the gradient of all rows from recomputed
            tiles, and library products. Each row of d_weight is written once; d_hidden is summed in float32.
 
-Given logits are one chunk whose products exist. Nothing here waits for the device.
+Precomputed logits are one chunk without products. Nothing here makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Chunks:
             self.sums = scratch.take(run.vocabulary, run.student.weight.shape[1])
 
     def passes(self) -> None:
-        """Every chunk, then what was summed separately."""
+        """Processes every chunk, then writes the separately summed weight gradient."""
         run, size = self.run, self.run.plan.rows_per_chunk
         for first in range(0, run.n, size):
             self._chunk(slice(first, min(first + size, run.n)))
@@ -128,7 +129,7 @@ class Chunks:
             self._sparse(part, lse)
 
     def _sparse(self, part: slice, lse_rest: torch.Tensor) -> None:
-        """Losses, the rest's factor and the known entries' gradients from k numbers a row."""
+        """Computes losses, gradients at the known entries and the factor of the rest's gradient, in ``[rows, k]`` tensors."""
         run, s = self.run, self.run.shapes
         terms = sparse_terms(
             self.picked.double(), run.indices[part], run.logprobs[part], lse_rest, run.problem.target, run.vocabulary
@@ -144,7 +145,7 @@ class Chunks:
         if not s.gradient:
             return
         empty = lse_rest == -torch.inf
-        for name in ("base_s", "log_sum_s"):  # every logit is -inf where nothing is left beside the known ones
+        for name in ("base_s", "log_sum_s"):  # if all entries are known, every remaining logit is -inf
             run.row[name][part] = torch.where(empty, 0.0, run.row[name][part])
         factor, own = run.factor[part].double(), run.own[part].double()
         rest = factor * terms.rest
@@ -251,7 +252,7 @@ class Recompute:
             self.upcast = scratch.take(min(TILE_ROWS, run.vocabulary), run.student.weight.shape[1])
 
     def passes(self) -> None:
-        """Statistics, then the vocabulary block by block."""
+        """Computes the statistics, then the loss and gradient block by block of the vocabulary."""
         run, s, out = self.run, self.run.shapes, self.run.row
         self._statistics()
         if not s.loss_pass:

@@ -1,14 +1,14 @@
-"""The plans ``chunk`` and ``recompute`` on a GPU, from shapes and dtypes alone: bytes, FLOPs, predicted time and workspace.
+"""The plans ``chunk`` and ``recompute`` on a GPU: bytes, FLOPs, predicted time and workspace, from shapes and dtypes alone.
 
 Bytes of device memory for each (token, vocabulary row) pair, dense target and 16-bit inputs, full gradient::
 
     chunk       products write 8, statistics read 8, the gradient reads 8 and writes 2, its two products read 2 each     30
     recompute   the gradient writes 2, its two products read 2 each                                                       6
 
-and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. Were all products equally
-fast, these bytes alone would make the two cost the same at a width of 1100, or of 2205 with the log-sum-exps known. Every chunk
-reads the heads and the weight's gradient again, which moves that up; slower products of one's own move it down. Times are sums,
-not overlaps. Imports without triton.
+and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. If all products were
+equally fast, these bytes alone would make both plans take the same time at a width of 1100, or of 2205 with the log-sum-exps
+known. Every chunk reads the heads and the weight's gradient again, which raises that width; the slower products of
+``recompute.py`` lower it. Predicted times are sums: no overlap is assumed. This module can be imported without triton.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from undo_kernels.triton.products import product_dtype, separate_bytes
 BANDWIDTH = 4.3e12  # bytes/s, H200, measured by a copy
 MATRIX_16 = 790e12  # FLOP/s, H200, measured, 16-bit library products
 MATRIX_32 = 67e12  # FLOP/s, H200's data sheet, float32 without tensor cores
-TILES_16 = 510e12  # the recompute plan's own products: the best reported for Triton products with an epilogue on Hopper
+TILES_16 = 510e12  # products inside the recompute plan's kernels: the best reported for Triton with an epilogue on Hopper
 TILES_32 = MATRIX_32
 
-ALIGNED = 64  # columns that a row of the buffers is padded to: 16-byte loads, whole tiles
+ALIGNED = 64  # rows of the buffers are padded to a multiple of this, for 16-byte loads and whole tiles
 _CHUNK_ELEMENTS = 1 << 28  # (token, vocabulary row) pairs of a chunk by default: 2.7 GB at 10 bytes
-_CHUNK_ROWS = 1024  # at least, where the vocabulary is large: fewer re-read the heads too often
+_CHUNK_ROWS = 1024  # minimum for a large vocabulary: fewer rows would read the heads too often
 _MAX_CHUNK_ROWS = 2048
-_SUMMED_CHUNKS = 8  # that a 16-bit weight gradient is added up over in its own dtype
+_SUMMED_CHUNKS = 8  # most chunks over which a 16-bit weight gradient is summed in its own dtype
 _BLOCK_ELEMENTS = 1 << 26  # pairs of a vocabulary block of the recompute plan: 134 MB of 16-bit gradient
 
 
@@ -47,9 +47,9 @@ class GpuPlan:
         block_v: vocabulary rows whose gradient is held at once; all of them in chunk.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
         buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per row.
-        flops: of the matrix products.
-        traffic_bytes: of device memory.
-        seconds: predicted for an H200.
+        flops: FLOPs of the matrix products.
+        traffic_bytes: bytes of device memory read and written.
+        seconds: predicted time on an H200.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Shapes:
     """A problem's sizes and properties, as the plans use them."""
 
     problem: Problem
-    target: str  # of the tile table
+    target: str  # name of the device in the tile table
 
     @property
     def given(self) -> bool:
@@ -126,7 +126,7 @@ class Shapes:
 
     @property
     def crossed(self) -> bool:
-        """Whether the statistics must see both sides together."""
+        """Whether the statistics need the logits of both sides at the same time."""
         return self.dense and (self.problem.statistics or (self.problem.target == "reverse" and self.gradient))
 
     @property
@@ -135,8 +135,9 @@ class Shapes:
 
     @property
     def teacher_sums(self) -> bool:
-        """Whether the recompute plan computes the teacher's sums; the chunk plan, which holds the logits, always does for a dense target.
+        """Whether the recompute plan computes the teacher's sums.
 
+        The chunk plan, which holds the logits, always does for a dense target.
         The difference of two log-sum-exps that were rounded to float32 is not exact; that of one is, to 1e-7.
         """
         return self.dense and (self.crossed or self.problem.lse_t is None or self.problem.lse_s is not None)
@@ -159,7 +160,7 @@ class Shapes:
         return tuning.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
 
     def copies(self, side: Projection) -> bool:
-        """Whether a side's hidden states are copied before they are multiplied."""
+        """Returns whether a side's hidden states are copied before the product."""
         masked = side is self.problem.student and self.problem.counted is not None
         return self.compacted or masked or side.hidden.dtype != product_dtype(side.hidden, side.weight)
 
@@ -244,7 +245,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
     chunks = -(-n // chunk)
     if even:
-        chunk = min(chunk, -(-n // chunks // 16) * 16)  # each chunk's rows start where 16-byte loads may
+        chunk = min(chunk, -(-n // chunks // 16) * 16)  # each chunk starts at an address that allows 16-byte loads
     needs_hidden, needs_weight, _ = p.needs
     gradient_bytes = s.product.itemsize
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]

@@ -1,21 +1,21 @@
-"""The library's matrix products with the dtypes that the plans need, and the buffers that count against the workspace."""
+"""Library matrix products in the dtypes that the plans need, and the count of scratch memory."""
 
 from __future__ import annotations
 
 import torch
 
-TILE_ROWS = 4096  # rows of an output that are formed apart before they are added or rounded
+TILE_ROWS = 4096  # output rows computed in a separate buffer before they are added or rounded
 
 
 class Workspace:
-    """Hands out scratch tensors and remembers how many bytes were alive at once."""
+    """Allocates scratch tensors and records the peak of the bytes held at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = self.peak = 0
 
     def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """An uninitialised tensor that stays until the call ends."""
+        """Returns an uninitialised tensor, counted until it is given back."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         self.count(tensor)
         return tensor
@@ -26,17 +26,19 @@ class Workspace:
         return tensor
 
     def give(self, *tensors: torch.Tensor | None) -> None:
-        """Says that scratch is no longer held."""
+        """Stops counting tensors that are no longer held."""
         self.bytes -= sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Dtype that a head's operands are multiplied in: their own, or float32 where they differ."""
+    """Returns the dtype of a head's product: that of its operands, or float32 if they differ."""
     return hidden.dtype if hidden.dtype == weight.dtype else torch.float32
 
 
 def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scratch: Workspace) -> None:
-    """``out (+)= a @ b``; ``a`` and ``b`` of one dtype, sums in float32, ``out`` of that dtype, or float32, or 16-bit from float32.
+    """Computes ``out (+)= a @ b``; sums in float32.
+
+    ``a`` and ``b`` have the same dtype; ``out`` has that dtype or float32, or is 16-bit with float32 operands.
 
     float32 products follow torch.backends.cuda.matmul.allow_tf32, which is off unless the caller opted in.
     """
@@ -68,14 +70,14 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
 
 
 def separate_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
-    """Bytes of the tile that :func:`multiply` forms apart on a GPU."""
+    """Returns the bytes of the separate buffer that :func:`multiply` uses on a GPU."""
     if out == operand or (out == torch.float32 and not add):
         return 0
     return 4 * min(TILE_ROWS, rows) * columns
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype, first: int, rows: int, buffer: torch.Tensor | None) -> torch.Tensor:
-    """Rows of a weight in the dtype of the product, through ``buffer`` where they have another."""
+    """Returns rows of a weight in the product's dtype, converted into ``buffer`` if it differs."""
     tile = weight[first : first + rows]
     return tile if weight.dtype == dtype else buffer[: tile.shape[0]].copy_(tile)
 
@@ -83,7 +85,7 @@ def widened(weight: torch.Tensor, dtype: torch.dtype, first: int, rows: int, buf
 def logits(
     out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor | None, scratch: Workspace
 ) -> None:
-    """``out[rows, V] = hidden @ weight.T`` in float32."""
+    """Computes ``out[rows, V] = hidden @ weight.T`` in float32."""
     if weight.dtype == hidden.dtype:
         multiply(out, hidden, weight[: out.shape[1]].T, False, scratch)
         return

@@ -1,12 +1,12 @@
 """Matrix-tile kernels of the recompute plan: logits of a [BLOCK_T, BLOCK_V] tile live in registers and are never stored.
 
-    stats_tiles  2 rows V (d_s + d_t) FLOPs; writes a few floats for each row and part of the vocabulary
-    loss_tiles   the same FLOPs; writes the gradient, 2 or 4 bytes a (token, vocabulary row) pair, where it is wanted
+    stats_tiles  2 rows V (d_s + d_t) FLOPs; writes a few floats per row and part of the vocabulary
+    loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary row) pair
 
-Student and teacher products run one after the other in one program. Tokens of one vocabulary tile are neighbours in the grid, so
-that a tile of the weight is read from memory once and then from the second-level cache.
+Student and teacher products run one after the other in one program. Programs of the same vocabulary tile are neighbours in the
+grid, so that a tile of the weight is read from memory once and then from the L2 cache.
 
-Rows and vocabulary rows past the end are clamped to the last one: computed and not stored, so that the inner loop has no mask.
+Indices past the last row or vocabulary row are clamped to it; the results are not stored. The inner loop then needs no mask.
 """
 
 import triton
@@ -35,7 +35,7 @@ def project(
     hidden_ptr, weight_ptr, o_t, o_v, width, stride_hidden, stride_weight,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Products of one tile in float32, before bias, scale and softcap."""
+    """Returns the products of one tile in float32, before bias, scale and softcap."""
     o_d = tl.arange(0, BLOCK_D)
     hidden_ptrs = hidden_ptr + o_t[:, None] * stride_hidden + o_d[None, :]
     weight_ptrs = weight_ptr + o_v[None, :] * stride_weight + o_d[:, None]
@@ -47,7 +47,7 @@ def project(
         else:
             b_h = tl.load(hidden_ptrs, mask=o_d[None, :] < width - first, other=0.0)
             b_w = tl.load(weight_ptrs, mask=o_d[:, None] < width - first, other=0.0)
-        if PRECISION == "interpreted":  # the interpreter multiplies bfloat16 as the integers that hold it
+        if PRECISION == "interpreted":  # the interpreter would multiply the integer bits of bfloat16
             b_z = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
         else:
             b_z = tl.dot(b_h, b_w.to(b_h.dtype), b_z, input_precision=PRECISION)
@@ -65,9 +65,9 @@ def half(b_z, right: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr):
-    """Columns ``i * BLOCK_V / PIECES`` and on of a tile: a choice of registers.
+    """Returns the ``i``-th of PIECES groups of columns of a tile; it only selects registers.
 
-    What follows the products runs on one piece after the other, which holds the temporaries of one piece at a time.
+    The code after the products processes one piece at a time, so that only one piece's temporaries occupy registers.
     """
     tl.static_assert(PIECES <= 8)
     out = b_z
@@ -90,7 +90,7 @@ def shape_piece(b_z, bias_ptr, o_v, last, inner, outer, HAS_BIAS: tl.constexpr, 
 
 @triton.jit
 def add_piece(l_rest, m, m_new, rescale, b_e):
-    """A sum of exponentials less its largest term, 1, with one more piece: float32 would lose what a peaked row has besides."""
+    """Adds a piece to a sum of exponentials without its largest term, 1, beside which float32 would lose small ones."""
     b_at = b_e == 1.0
     small = tl.sum(tl.where(b_at, 0.0, b_e), 1)
     ones = tl.floor(tl.sum(b_e, 1) - small + 0.5)
@@ -103,7 +103,7 @@ def student_piece(
     b_z, m, l_rest, top, label, label_z, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, LABELS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials with one more piece; the piece shaped, its exponentials, and the factor that rescales the old sums."""
+    """Adds a piece to the student's maximum and sums; also returns it shaped, its exponentials and the old sums' rescaling."""
     o_v = first + tl.arange(0, WIDTH)
     b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
     b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
@@ -124,7 +124,7 @@ def teacher_piece(
     b_z, m, l_rest, energy, top, first, end, bias_ptr, inner, outer,
     STATISTICS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The teacher's sums with one more piece, and the piece shaped."""
+    """Adds a piece to the teacher's maximum and sums; also returns it shaped."""
     o_v = first + tl.arange(0, WIDTH)
     b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
     b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
@@ -137,7 +137,7 @@ def teacher_piece(
     b_low = b_z - m_new[:, None]
     b_g = tl.exp(b_low)
     if STATISTICS:
-        # Relative to the maximum: moving that by some shift takes shift * sum away.
+        # Logits are relative to the maximum, so when it rises by a shift, shift * sum is subtracted.
         energy = (energy - (l_rest + 1.0) * (m_new - m)) * rescale
         energy += tl.sum(b_g * cut(b_low), 1)
     return b_z, m_new, add_piece(l_rest, m, m_new, rescale, b_g), energy, top
@@ -157,10 +157,10 @@ def stats_tiles(
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials, less 1, of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows.
+    """Computes maxima and sums of exponentials, minus 1, of BLOCK_T rows over one part of the vocabulary; see rows.stats_rows.
 
-    The sum of the differences would need both sides' products at once, and smaller tiles for it. What the sums lose without the 1
-    is 1e-7 of a row's lesser terms, as the products do.
+    It omits the sum of the differences, which would need both products at once and so smaller tiles. Without the largest term,
+    1, the rounding error of a sum is 1e-7 of the other terms, like that of the products.
     """
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     blocks = tl.cdiv(rows, BLOCK_T)
@@ -177,7 +177,7 @@ def stats_tiles(
 
     m_s = tl.full([BLOCK_T], LOWEST, tl.float32)
     m_t = tl.full([BLOCK_T], LOWEST, tl.float32)
-    l_rest_s = tl.full([BLOCK_T], -1, tl.float32)  # of no term
+    l_rest_s = tl.full([BLOCK_T], -1, tl.float32)  # an empty sum, minus 1
     l_rest_t = tl.full([BLOCK_T], -1, tl.float32)
     cross = tl.zeros([BLOCK_T], tl.float32)
     energy = tl.zeros([BLOCK_T], tl.float32)
@@ -252,7 +252,7 @@ def loss_tiles(
     EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Divergence and d total / d product of one tile of the vocabulary rows from ``begin`` to ``last``; see rows.loss_rows."""
+    """Computes divergence and d total / d product of one tile of vocabulary rows ``begin`` to ``last``; see rows.loss_rows."""
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     TWO: tl.constexpr = TARGET != OWN and not UNIFORM
     blocks = tl.cdiv(rows, BLOCK_T)
@@ -322,7 +322,7 @@ def loss_tiles(
         if GRADIENT:
             if FILTER:
                 b_test = b_p if TARGET == OWN else b_g
-                loud = tl.max(tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 1), 0)  # NaN is loud
+                loud = tl.max(tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 1), 0)  # NaN counts as large
             b_out = b_g
             if TARGET != OWN:
                 b_out = b_g * factor
@@ -345,7 +345,7 @@ def loss_tiles(
                 b_out = tl.where(quiet, 0.0, b_out)
             dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
-    # Added to what the blocks of the vocabulary before this one left: launches follow each other, the order is fixed.
+    # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
     if TARGET != OWN:
         partial_ptrs = partial_ptr + i_v.to(tl.int64) * rows + o_t
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
@@ -364,7 +364,7 @@ def pick_labels(
     hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr, inner, outer, vocabulary, width, stride_hidden, stride_weight,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The label's logit of one row, where no pass has met it; NaN outside the vocabulary."""
+    """Computes the logit of one row's label, for calls without a statistics pass; NaN for a label outside the vocabulary."""
     i_row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + i_row)
     at = tl.minimum(tl.maximum(label, 0), vocabulary - 1)

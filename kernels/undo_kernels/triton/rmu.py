@@ -1,7 +1,8 @@
 """RMU's activation loss on GPUs: ``sum_i factor_i mean_j (h_ij - c t_ij)**2`` and its gradient.
 
-One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16 bits
-against one target, 6 against frozen activations; 3 FLOPs. The rows' losses are summed by a second, tiny reduction: no atomics.
+One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16
+bits against one target, 6 against frozen activations; 3 FLOPs per element. The rows' losses are summed by a second, tiny
+reduction: no atomics.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def rmu_rows(
     hidden_ptr, target_ptr, factor_ptr, gradient_ptr, partial_ptr,
     width, stride_hidden, stride_target,
     coefficient, even_factor,
-    FACTOR: tl.constexpr,  # rows have factors of their own; those of factor 0 are not read
-    OWN_TARGET: tl.constexpr,  # every row has one
+    FACTOR: tl.constexpr,  # each row has a factor; rows of factor 0 are not read
+    OWN_TARGET: tl.constexpr,  # each row has its own target
     GRADIENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's loss and gradient."""
+    """Computes one row's loss and gradient."""
     i_row = tl.program_id(0).to(tl.int64)
     hidden_ptr += i_row * stride_hidden
     gradient_ptr += i_row * width
@@ -56,7 +57,7 @@ def rmu_rows(
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient where it is needed; see ``undo_kernels.torch_ops.rmu``."""
+    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.torch_ops.rmu``."""
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
     rows, width = hidden.shape

@@ -1,14 +1,14 @@
-"""Row kernels over logits that exist: the chunk plan's float32 products, or logits that the caller gave.
+"""Row kernels over stored logits: the chunk plan's float32 products, or logits given by the caller.
 
-One program takes one part of one row; parts are combined in a fixed order. A (token, vocabulary row) pair costs
+One program processes one part of one row; parts are combined in a fixed order. Cost of each (token, vocabulary row) pair::
 
-    stats_rows   reads 8 bytes (4 where one side is wanted), two exponentials
+    stats_rows   reads 8 bytes (4 without a teacher), two exponentials
     loss_rows    reads 8 bytes, writes the gradient (2 or 4), two exponentials; jsd two logarithms more
     softcaps     two exponentials more in either
 
-A constexpr ``if`` around a tensor's is decided while compiling; joined by ``and`` both would be read.
+Nest an ``if`` on a tensor inside the ``if`` on a constexpr: with ``and``, Triton evaluates both operands.
 
-The gradient may have the address of the logits where it has their dtype: an element is read and written by one program.
+The gradient may overwrite logits of the same dtype, because each element is read and written by a single program.
 """
 
 import triton
@@ -39,7 +39,7 @@ from undo_kernels.triton.tiles import (
 
 @triton.jit
 def load_logits(z_ptr, bias_ptr, o_v, keep, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, HOLES: tl.constexpr):
-    """A block of shaped logits; -inf past the end, and in HOLES where an entry was taken out."""
+    """Loads a block of logits and shapes them; -inf past the end and, with HOLES, where an entry was removed."""
     raw = tl.load(z_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
     bias = 0.0
     if HAS_BIAS:
@@ -58,15 +58,15 @@ def stats_rows(
     partial_ptr,
     inner_s, outer_s, inner_t, outer_t,
     vocabulary, part, parts, stride_s, stride_t, stride_field,
-    TEACHER: tl.constexpr,  # the teacher's sums are wanted too
-    CROSS: tl.constexpr,  # E_s[z_s - z_t] is wanted: reverse's gradient; needs TEACHER, like STATISTICS
+    TEACHER: tl.constexpr,  # compute the teacher's sums too
+    CROSS: tl.constexpr,  # compute E_s[z_s - z_t], for reverse's gradient; needs TEACHER, like STATISTICS
     STATISTICS: tl.constexpr,  # teacher entropy and both top-1
     BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
     MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials of one part of one row; with a teacher, the sum of their differences too.
+    """Computes maximum and sum of exponentials of one part of one row; with a teacher, also the sum of their differences.
 
-    That gives the gap of two log-sum-exps which agree: the difference of two float32 sums is only right to 1e-7.
+    The latter gives the difference of two nearly equal log-sum-exps; subtracting two float32 sums is only accurate to 1e-7.
     """
     i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
@@ -83,7 +83,7 @@ def stats_rows(
     m_t = tl.full([], LOWEST, tl.float32)
     top_s = tl.full([], -1, tl.int32)
     top_t = tl.full([], -1, tl.int32)
-    # Lane by lane: BLOCK_V short sums added as a tree round less than one long one.
+    # One sum per lane: BLOCK_V short sums, added as a tree, have smaller rounding errors than one long sum.
     b_l_s = tl.zeros([BLOCK_V], tl.float32)
     b_l_t = tl.zeros([BLOCK_V], tl.float32)
     b_difference = tl.zeros([BLOCK_V], tl.float32)
@@ -131,7 +131,7 @@ def stats_rows(
         m_s = m_new_s
         if TEACHER:
             if STATISTICS:
-                # Relative to the maximum: moving that by some shift takes shift * sum away.
+                # Logits are relative to the maximum, so when it rises by a shift, shift * sum is subtracted.
                 b_energy = (b_energy - b_l_t * (m_new_t - m_t)) * rescale_t
                 b_energy += b_g * cut(b_v)
             b_l_t = b_l_t * rescale_t + b_g
@@ -157,14 +157,14 @@ def combine_rows(
     nll_ptr, entropy_ptr, agreement_ptr,
     vocabulary, parts, stride_field,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr,
-    DIFFERENCES: tl.constexpr,  # the parts hold DIFFERENCE
-    LESS_ONE: tl.constexpr,  # their sums are less the largest term
+    DIFFERENCES: tl.constexpr,  # the parts contain DIFFERENCE
+    LESS_ONE: tl.constexpr,  # their sums leave out the largest term, 1
     PAIR: tl.constexpr,  # there is a teacher, given by sums, by known_t, or UNIFORM
     UNIFORM: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Parts of one row into its log-sum-exps and what follows from them, in float64; 0 for a row that does not count.
+    """Combines the parts of one row into log-sum-exps and values derived from them, in float64; 0 for an uncounted row.
 
-    A log-sum-exp goes out as base and logarithm of a sum too, and the gap of those logarithms by itself: the difference of two
+    It also stores base and logarithm of the sum separately, and the difference of the two logarithms: the difference of two
     rounded log-sum-exps of 20 would be wrong by 2e-6.
     """
     i_row = tl.program_id(0).to(tl.int64)
@@ -232,7 +232,7 @@ def combine_rows(
         if DIFFERENCES:
             b_difference = tl.load(partial_ptr + DIFFERENCE * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             ratio = tl.sum(b_rescale * b_difference + (b_rescale_s - b_rescale) * b_l_s, 0) / l_t
-            # Near zero from the differences; far from it that would be log1p(-1 + rounding).
+            # From the differences only near zero; far from it, log1p would amplify the rounding error of a ratio near -1.
             near = tl.abs(ratio) < 0.5
             small = tl.where(near, ratio, 0.0)
             sum_ = 1.0 + small
@@ -242,7 +242,7 @@ def combine_rows(
             b_cross = tl.load(partial_ptr + CROSS_S * stride_field + o_p, mask=keep, other=0.0).to(tl.float64)
             offset = tl.sum(b_rescale_s * (b_cross + (b_shift_s - b_shift) * b_l_s), 0) / l_s - gap
             offset = tl.where(offset < 0.0, 0.0, offset)
-            offset = tl.where(offset == float("inf"), float("nan"), offset)  # the gradient has no limit there
+            offset = tl.where(offset == float("inf"), float("nan"), offset)  # the gradient is undefined where KL is infinite
         if NLL:
             nll = lse_s
             if LABELS:
@@ -283,7 +283,7 @@ def loss_rows(
     BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
     MASKED: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Divergence of one part of one row and d total / d product; columns from ``vocabulary`` to ``columns`` are written 0."""
+    """Computes the divergence of one part of one row and d total / d product; zeros columns ``vocabulary`` to ``columns``."""
     i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     z_s_ptr += i_row * stride_s
@@ -338,7 +338,7 @@ def loss_rows(
             if GRADIENT:
                 b_test = b_p if TARGET == OWN else b_g
                 b_out = b_g * factor
-                loud = tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 0)  # NaN is loud
+                loud = tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 0)  # NaN counts as large
                 if NLL:
                     b_own = own * b_p
                     if LABELS:
@@ -377,10 +377,10 @@ def pick_rows(
     z_ptr, bias_ptr, index_ptr, counted_ptr, out_ptr,
     inner, outer, vocabulary, known, stride_z,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
-    TAKE: tl.constexpr,  # leave -inf behind
+    TAKE: tl.constexpr,  # replace the logits by -inf
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Shaped logits of one row at ``index[known]``: NaN where it is outside the vocabulary, -inf where it is negative."""
+    """Gathers shaped logits of one row at ``index[known]``; -inf for a negative index, NaN for one past the vocabulary."""
     i_row = tl.program_id(0).to(tl.int64)
     if MASKED:  # noqa: SIM102
         if tl.load(counted_ptr + i_row) == 0:
@@ -405,7 +405,7 @@ def pick_rows(
 def put_rows(
     dz_ptr, index_ptr, value_ptr, counted_ptr, vocabulary, known, stride_dz, MASKED: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Gradients of a sparse teacher's entries into one row."""
+    """Writes the gradients at a sparse teacher's entries into one row."""
     i_row = tl.program_id(0).to(tl.int64)
     if MASKED:  # noqa: SIM102
         if tl.load(counted_ptr + i_row) == 0:

@@ -1,8 +1,8 @@
-"""What the passes of one call share: the rows that are processed, their inputs and outputs, and the gradients.
+"""State shared by the passes of one call: the rows processed, their inputs and outputs, and the gradients.
 
-float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of the
-float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound; they keep room
-for 128 times the factor and saturate there.
+float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of
+the float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound;
+they keep room for 128 times the factor and saturate there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
-BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # what the loss kernels take of a row
+BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per row
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
 class Head:
-    """Student or teacher, as the kernels take it."""
+    """Student or teacher: its tensors and options in the form that the kernels take."""
 
     def __init__(self, side: Projection) -> None:
         self.side = side
@@ -42,7 +42,7 @@ class Head:
 
 
 class Run:
-    """One call: what its passes share."""
+    """One call: the inputs, outputs and options shared by its passes."""
 
     def __init__(self, problem: Problem, scratch: Workspace) -> None:
         p = self.problem = problem
@@ -62,7 +62,7 @@ class Run:
         self._gradients()
 
     def _select(self) -> None:
-        """Chooses the rows to process: all, all with some skipped, or the counted ones, moved together in a stable order."""
+        """Chooses the rows to process: all, all but the masked ones, or the counted ones gathered in their order."""
         p, count = self.problem, self.problem.rows
         self.index = self.place = self.live = None
         if not self.shapes.compacted:
@@ -74,7 +74,7 @@ class Run:
             index = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device).scatter_(0, target, rows_of)[: self.n]
             self.live = torch.arange(self.n, device=self.device) < p.counted.sum()
             self.index = torch.where(self.live, index, 0)
-            self.place = torch.where(self.live, index, count)  # rows past the count go to a row that is cut off
+            self.place = torch.where(self.live, index, count)  # unused places point to an extra row, which is dropped
         self.masked = self.live is not None
         self.counted = self.live.to(torch.uint8) if self.masked else torch.ones(1, dtype=torch.uint8, device=self.device)
 
@@ -128,7 +128,7 @@ class Run:
             self.d_bias = self.scratch.take(p.student.bias.shape[0]).zero_()
 
     def result(self) -> Result:
-        """Returns what came out, after the passes of the plan."""
+        """Returns the result, after the passes of the plan."""
         p, out = self.problem, self.row
         if self.scale is not None:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
@@ -182,7 +182,7 @@ class Run:
         return taken, self.scratch.count(taken)
 
     def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
-        """Computes log-sum-exps, their difference, the offset of reverse KL and the nll of some rows; ``teacher``: its sums exist."""
+        """Computes log-sum-exps, their difference, reverse KL's offset and the nll; ``teacher``: there are sums of it."""
         s, out = self.shapes, self.row
         count = lse_s.shape[0]
         p = self.problem
@@ -202,7 +202,7 @@ class Run:
         return self.problem.target == "reverse" and self.shapes.gradient
 
     def label_gradient(self, part: slice) -> torch.Tensor:
-        """Returns the gradient of the nll at the label of each row, before the softcap's derivative: p - 1 without cancellation."""
+        """Returns the nll's gradient at each row's label, before the softcap's derivative: p - 1, without cancellation."""
         if not (self.labelled and self.shapes.gradient):
             return self.zero
         return (self.own[part].double() * torch.expm1(-self.row["nll"][part].double())).float()
@@ -233,6 +233,6 @@ def part_or(tensor: torch.Tensor | None, part: slice, otherwise: torch.Tensor) -
 
 
 def _weighted(factor: torch.Tensor, values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of factor times value over counted rows, in float64; a factor of 0 also removes a value that is not finite."""
+    """Returns the sum of factor times value over counted rows, in float64; rows of factor 0 are ignored, even if NaN."""
     terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
     return (terms if counted is None else torch.where(counted, terms, 0.0)).sum()

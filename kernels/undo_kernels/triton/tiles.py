@@ -1,17 +1,17 @@
-"""Pieces that the kernels share: logits from products, and the loss and gradient of one (token, vocabulary row) pair.
+"""Device functions shared by the kernels: logits from products, and loss and gradient of one (token, vocabulary row) pair.
 
-In difference form, with ``x = log p_s - log p_t``::
+In a form that does not cancel, with ``x = log p_s - log p_t``::
 
     forward   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
     reverse   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
     jsd       sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
               dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 
-All from the larger of the two probabilities and ``u = -|x|``: nothing overflows, nothing cancels, and every term is >= 0.
-``offset`` is the KL inside reverse's and jsd's gradients. Infinite logits follow the limits of these formulas, which
+All are computed from the larger of the two probabilities and ``u = -|x|``: nothing overflows or cancels, and every term is >=
+0. ``offset`` is the KL inside reverse's and jsd's gradients. Infinite logits follow the limits of these formulas, which
 ``reference/divergence.py`` states.
 
-Clamps are ``tl.where``, not ``tl.maximum``: that drops NaN, which must reach the row's loss.
+Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the row's loss.
 """
 
 import triton
@@ -41,7 +41,7 @@ LARGE = tl.constexpr(1.0e30)
 
 @triton.jit
 def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """``c tanh(scale (z + bias) / c) / temperature``: inner is scale / c, outer c / temperature; uncapped, inner is the whole gain."""
+    """``outer * tanh(inner * (z + bias))``: inner = scale / c, outer = c / temperature; uncapped, scale / temperature."""
     if HAS_BIAS:
         z += bias
     z *= inner
@@ -52,21 +52,21 @@ def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.const
 
 @triton.jit
 def cut(x):
-    """``x``, but -200 where it is less: it meets a probability that is 0 there, and 0 * inf would be NaN."""
+    """Returns ``x``, at least -200: it multiplies a probability that is 0 there, and 0 * inf would be NaN."""
     return tl.where(x < -200.0, -200.0, x)
 
 
 @triton.jit
 def log_difference(u, v, x):
-    """``x``, a difference of the logarithms ``u`` and ``v``, but 0 where the exponentials of both underflow. A NaN in either stays."""
+    """Returns ``x``, the difference of logarithms ``u`` and ``v``, but 0 where both exponentials underflow; keeps NaN."""
     return tl.where((u < -87.0) & (v < -87.0), 0.0, x)
 
 
 @triton.jit
 def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
-    """Term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
+    """Returns the term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
 
-    ``base`` is in practice the row's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
+    ``base`` is usually the row's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
     """
     u_s = s - base_s
     log_s = u_s - log_sum_s
@@ -78,14 +78,14 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
     else:
         u_t = t - base_t
         log_t = u_t - log_sum_t
-        # Logits that agree have exact differences; of others, what is probable is near its base.
+        # Subtract what is exact: s - t if the logits nearly agree; else u_s - u_t, small for probable entries.
         shift = base_s - base_t
         x = tl.where(tl.abs(shift) < 1.0, (s - t) - shift, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
         if TARGET == FORWARD:  # noqa: SIM108
             x = log_difference(log_s, log_t, x)
-        else:  # a register less; the row's offset carries a NaN
+        else:  # saves a register; a NaN still reaches the result through the row's offset
             x = tl.where(log_big < -87.0, 0.0, x)
         big = tl.exp(log_big)
         u = -tl.abs(x)
@@ -108,7 +108,8 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
             mixed = big * tl.where(up, h, phi)
             slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
         else:
-            # KL's term is big q from the larger side; from the smaller one it is big (e u - w), computed separately where that cancels.
+            # KL's term is big * q if the larger side is the first argument, else big * (e * u - w), rewritten where that
+            # cancels.
             u = cut(u)
             other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
             if TARGET == FORWARD:
@@ -123,14 +124,14 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
 
 @triton.jit
 def rescale_difference(rescale_s, rescale_t, shift):
-    """``rescale_s - rescale_t`` where their logarithms differ by ``shift``, without cancellation."""
+    """Returns ``rescale_s - rescale_t`` without cancellation; ``shift`` is the difference of their logarithms."""
     _, w, _ = expm1(-tl.abs(shift))
     return tl.where(shift < 0.0, rescale_t * w, -rescale_s * w)
 
 
 @triton.jit
 def narrow(x, ptr):
-    """``x`` in the dtype that ``ptr`` points to; float16 saturates rather than becoming infinite."""
+    """Casts ``x`` to the dtype that ``ptr`` points to; float16 saturates instead of overflowing to infinity."""
     if ptr.dtype.element_ty == tl.float16:
         x = tl.where(x > 65504.0, 65504.0, x)
         x = tl.where(x < -65504.0, -65504.0, x)

@@ -1,8 +1,8 @@
 """The fastest tile of a matrix kernel on this GPU, as a JSON object: ``python -m undo_kernels.triton.tune loss float32 2304``.
 
 Not used at run time: ``bench/gpu_suite.sh --part tune`` runs it, and the winners become the table in measured.py. A candidate
-counts if its numbers are those of the default tile and nothing of it is spilled. ``--first`` runs each candidate once, which
-leaves its compilation in Triton's cache: several such processes at a time, then the timings one by one.
+is valid if its results agree with the default tile's and it spills no registers. ``--first`` runs each candidate once, which
+fills Triton's compilation cache: run several such processes in parallel, then the timings one by one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Seconds = Callable[[Callable[[], Any]], float]
 
 
 def candidates(target: str, wide: bool) -> Iterator[tuning.Tile]:
-    """Tiles whose operands fit shared memory and whose sums fit registers."""
+    """Yields the tiles whose operands fit shared memory and whose sums fit registers."""
     if target == tuning.INTERPRETER:
         yield from (tuning.Tile(16, 64, 16, 4, 1, 2), tuning.Tile(16, 32, 16, 4, 1, 2))
         return
@@ -56,7 +56,7 @@ def candidates(target: str, wide: bool) -> Iterator[tuning.Tile]:
 
 
 def problem(kernel: str, wide: bool, width: int, rows: int, vocabulary: int, device: torch.device) -> Problem:
-    """Logits of standard deviation 2, full gradient where the kernel writes one."""
+    """Returns a problem with logits of standard deviation 2 that needs the gradients of hidden states and weight."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if wide else torch.bfloat16
 
@@ -70,7 +70,7 @@ def problem(kernel: str, wide: bool, width: int, rows: int, vocabulary: int, dev
 
 
 class Watched:
-    """A kernel that remembers what it was compiled to."""
+    """A kernel that records the largest number of register spills of its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.spills = kernel, 0
@@ -84,7 +84,7 @@ class Watched:
 
 
 def launcher(p: Problem, kernel: str) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
-    """A launch of the kernel with the tile of the table, and what it wrote."""
+    """Returns a function that launches the kernel with the table's tile, and one that returns its output."""
     run = Run(p, Workspace(p.student.hidden.device))
     passes = Recompute(run)
     passes._statistics()
@@ -106,10 +106,11 @@ def tune(
     first: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
-    """Every candidate's time; ``first``: of one launch each, of every ``share[1]``-th candidate from ``share[0]`` on.
+    """Times every candidate; ``first``: only launches once every ``share[1]``-th candidate, from ``share[0]`` on.
 
     Returns:
-        ``tried``, a list of tiles with their seconds or why they do not count, and ``best``, the fields of the fastest.
+        ``tried``, a list of tiles with their seconds or the reason why they are invalid, and ``best``, the fields of the
+        fastest.
     """
     target = tuning.target_of(device)
     p = problem(kernel, wide, width, rows, vocabulary, device)
@@ -157,7 +158,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def median_of_events(step: Callable[[], Any]) -> float:
-    """Median seconds between two events around a launch."""
+    """Returns the median seconds between two events around a launch."""
     taken = []
     for _ in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -179,7 +180,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("got no GPU, wanted one")
     arguments = (options.kernel, options.dtype == "float32", options.width, torch.device("cuda", 0), median_of_events)
-    if options.first:  # the sizes enter no compilation, only their being multiples of 16
+    if options.first:  # sizes do not affect the compilation, except that they are multiples of 16
         found = tune(*arguments, rows=256, vocabulary=8192, first=True, share=tuple(options.first))
     else:
         found = tune(*arguments)

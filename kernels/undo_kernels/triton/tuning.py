@@ -1,7 +1,9 @@
-"""Tile sizes by target, kernel, dtype and width: a table in code. Nothing is timed at run time, so that a run repeats bit for bit.
+"""Tile sizes of the Triton kernels: a table by target, kernel, dtype and width.
 
-Every entry is compiled ahead of time by tests/undo_kernels/triton/test_aot.py, which fails on spills and on too much shared memory.
-Imports without triton.
+Nothing is timed at run time, so that a run is reproducible bit for bit.
+
+tests/undo_kernels/triton/test_aot.py compiles every entry ahead of time, and fails if registers spill or shared memory exceeds
+the target's. This module can be imported without triton.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from undo_kernels.triton.measured import MEASURED
 
 @dataclass(frozen=True)
 class Tile:
-    """One way to launch a matrix kernel."""
+    """Tile sizes and launch options of a matrix kernel."""
 
     block_t: int
     block_v: int
     block_d: int
     warps: int
     stages: int
-    pieces: int  # that the columns are worked on in after the products: one's temporaries in registers at a time
+    pieces: int  # column groups processed one at a time after the product, so that temporaries fit registers
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to launch a row kernel."""
+    """Block size and launch options of a row kernel."""
 
     block_v: int
     warps: int
@@ -37,10 +39,10 @@ class Row:
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
-FIELDS = 9  # partial sums of a part of a row, see tiles.py
+FIELDS = 9  # number of partial sums per part of a row, see tiles.py
 
-# By target, kernel and whether operands are float32. "cross" are the statistics with reverse's offset or the top-1, "filter" the
-# loss with the block filter or jsd: more lives in registers there.
+# Keyed by target, kernel and whether operands are float32. "cross" is the statistics kernel with the offset of reverse KL or
+# the top-1; "filter" is the loss kernel with the block filter or jsd. Both need more registers than "stats" and "loss".
 KERNELS = ("stats", "cross", "loss", "filter")
 _TILES: dict[tuple[str, str, bool], Tile] = {
     **{(target, kernel, False): Tile(64, 128, 64, 8, 3, 4) for target in TARGETS for kernel in KERNELS},
@@ -67,7 +69,7 @@ _ROWS = {
 
 
 def target_of(device: torch.device) -> str:
-    """The table's name of a device."""
+    """Returns the table's name for a device."""
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip is not None:
@@ -79,7 +81,10 @@ def target_of(device: torch.device) -> str:
 
 
 def tile(target: str, kernel: str, wide: bool, width: int) -> Tile:
-    """Of a matrix kernel; ``wide`` for float32 operands. Measured at the next larger width, or the largest, where one was."""
+    """Returns the tile of a matrix kernel; ``wide``: float32 operands.
+
+    Takes the one measured at the next larger width (else at the largest), if the kernel was measured.
+    """
     widths = sorted(key[3] for key in MEASURED if key[:3] == (target, kernel, wide))
     if not widths:
         return _TILES[target, kernel, wide]
@@ -87,14 +92,14 @@ def tile(target: str, kernel: str, wide: bool, width: int) -> Tile:
 
 
 def tiles(target: str, kernel: str, wide: bool) -> list[Tile]:
-    """Every tile that :func:`tile` may give, whatever the width."""
+    """Returns every tile that :func:`tile` can return, over all widths."""
     measured = [Tile(*fields) for key, fields in MEASURED.items() if key[:3] == (target, kernel, wide)]
     return list(dict.fromkeys(measured)) or [_TILES[target, kernel, wide]]
 
 
 @contextlib.contextmanager
 def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
-    """Has :func:`tile` give this one for a while."""
+    """Makes :func:`tile` return this tile inside the block."""
     before = dict(MEASURED)
     MEASURED[key] = (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.stages, tile.pieces)
     try:
@@ -105,26 +110,26 @@ def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
 
 
 def row(target: str, vocabulary: int) -> Row:
-    """Block of the row kernels."""
-    if target == INTERPRETER and vocabulary >= 256:  # its time is by the operation, not by the element
+    """Returns the block size and warps of the row kernels."""
+    if target == INTERPRETER and vocabulary >= 256:  # its time depends on the number of operations, not of elements
         return Row(256 if vocabulary < 4096 else 4096, 4)
     return _ROWS[target]
 
 
 def precision(target: str, wide: bool) -> str:
-    """Of float32 products: three TF32 products where the target has them, IEEE otherwise; never plain TF32."""
+    """Returns the precision of float32 products: 3xTF32 if the target has it, else IEEE; never plain TF32."""
     if target == INTERPRETER:
         return "interpreted"
     return "tf32x3" if wide and target.startswith("sm_") else "ieee"
 
 
 def row_parts(rows: int, vocabulary: int, block_v: int) -> tuple[int, int]:
-    """Parts that a row is split into and their length: enough programs for a GPU where the rows are few."""
+    """Returns how many parts a row is split into, and their length; few rows get more parts, to occupy the GPU."""
     return _split(vocabulary, block_v, min(-(-2048 // max(rows, 1)), 64))
 
 
 def tile_parts(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
-    """Parts that the vocabulary is split into in the recompute plan's statistics, and their length."""
+    """Returns how many parts the recompute plan's statistics split the vocabulary into, and their length."""
     blocks = -(-max(rows, 1) // tile.block_t)
     return _split(vocabulary, tile.block_v, min(-(-1056 // blocks), 256))  # 1056: eight waves of 132 multiprocessors
 

@@ -1,6 +1,8 @@
-"""The losses over the vocabulary on GPUs: ``run.py`` holds what a call shares, ``passes.py`` drives the kernels of each plan.
+"""The losses over the vocabulary on GPUs: ``run.py`` holds the state of a call, ``passes.py`` launches the kernels of each
+plan.
 
-The kernels are in ``rows.py`` (on logits) and ``recompute.py`` (on tiles that are projected again), and their elements in ``tiles.py``.
+The kernels are in ``rows.py`` (stored logits) and ``recompute.py`` (recomputed tiles of logits); ``tiles.py`` has the functions
+that they share.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 @register("vocab_loss", "triton")
 @torch.no_grad()
 def vocab_loss(problem: Problem) -> Result:
-    """Returns the problem's total, its rows' losses and the gradients that it needs; float32, bfloat16 and float16 inputs."""
+    """Computes a problem's total, its rows' losses and the gradients in ``needs``; float32, bfloat16 and float16 inputs."""
     return run(problem, Workspace(problem.student.hidden.device))
 
 
