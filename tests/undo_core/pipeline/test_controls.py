@@ -184,7 +184,7 @@ def test_an_oracle_needs_data_filtering(name):
 
 def test_too_many_labelled_rows_are_refused(tmp_path):
     few = config(tmp_path, unlearn=UnlearnConfig(forget_rows=301), controls=ControlsConfig(filter=False, random=False))
-    with pytest.raises(ValueError, match=r"^forget_rows: got 301, wanted at most the 300 rows"):
+    with pytest.raises(ValueError, match=r"^forget_rows: got 301, wanted at most 300, the number of forget rows"):
         run(few, "test")
 
 

@@ -140,29 +140,26 @@ def session(leader):
     return found
 
 
-@pytest.mark.parametrize(("workers", "times"), [(1, 2), (2, 1)])  # with two, four processes import everything each time
-def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, workers, times):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, workers):
     reference, config = finished
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}", f"--workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
-    kills = 0
-    for _ in range(times):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
-        started = output / "stages"
-        while not started.exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0.0, 2.0))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        deadline = time.monotonic() + 20
-        while session(process.pid):
-            assert time.monotonic() < deadline, "a process that it started outlives it"
-            time.sleep(0.1)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    started = output / "stages"
+    while not started.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(generator.uniform(0.0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while session(process.pid):
+        assert time.monotonic() < deadline, "a process that it started outlives it"
+        time.sleep(0.1)
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert kills
     assert weights(output / "stages") == weights(reference / "stages")
     got, wanted = (read_json(folder / "results-seed0.json") for folder in (output, reference))
     assert [m["metrics"] for m in got["models"]] == [m["metrics"] for m in wanted["models"]]
