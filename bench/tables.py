@@ -92,7 +92,7 @@ def _summary(results: dict[str, Any]) -> str:
     if any("ceilings" in row for row in rows):
         said += (
             " The share before the memory: the least time that the owed products or bytes take at the rates measured in the same run, "
-            "over the contender's. It passes 100 % where products of these shapes run faster than the square ones by which the rate is measured."
+            "over the contender's. Above 100 %, the square product that gives the rate was slower in that run than the owed ones."
         )
     if any("captured_loss" in row for row in rows):
         said += " On the hidden states of trained models: last, the larger error of the two gradients on them."

@@ -91,7 +91,7 @@ def test_rows_that_are_padding_take_no_workspace():
 
 
 # Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an hour).
-QUICK = ["llama: bfloat16-master", "llama: step in backward", "gemma2: distill, cached"]
+QUICK = ["llama: bfloat16-master", "llama: 8-bit", "gemma2: distill, cached"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count peaks")
