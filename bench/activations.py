@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core import noise_, ops
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import head_of, hidden_states, initialise, load_model
 
 TOKENS = 1024

@@ -114,7 +114,7 @@ def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
     """A prepared folder: rows of random tokens, and a model at random weights."""
     import torch
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Rows
     from undo_core.data.splits import TRAIN_SPLITS
     from undo_core.data.tokenizers import character_tokenizer
     from undo_core.models import build_model
@@ -208,7 +208,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     from transformers import AutoConfig
     from undo_kernels.cpu.workspace import release
 
-    from undo_core.pipeline.predictor import Predictor
+    from undo_core.pipeline.memory.predictor import Predictor
 
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
@@ -222,7 +222,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     run_stage(case, folder, shape)
     measured, predicted = harness.status("VmHWM") - before, memory.total - memory.process
-    return {"case": name, "moment": memory.moment, "process": before, "measured": measured, "predicted": predicted}
+    return {"case": name, "moment": memory.phase, "process": before, "measured": measured, "predicted": predicted}
 
 
 def forked(name: str, root: Path) -> dict[str, Any]:

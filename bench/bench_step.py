@@ -91,7 +91,7 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     import torch
     from contenders import observed
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Rows
     from undo_core.distillation.cache import CachedTeacher
     from undo_core.distillation.student import distill
     from undo_core.distillation.teacher import ModelTeacher
@@ -162,7 +162,7 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
     import torch
     from transformers import AutoConfig
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Rows
     from undo_core.distillation.cache import cache_teacher
     from undo_core.models import initialise, load_model
     from undo_core.noise.checkpoint import noise_checkpoint
@@ -187,7 +187,7 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
     from transformers import AutoConfig
 
     from undo_core.distillation.teacher import TeacherConfig
-    from undo_core.pipeline.predictor import Predictor
+    from undo_core.pipeline.memory.predictor import Predictor
     from undo_core.pipeline.stage import Folder
     from undo_core.pipeline.stages import Distill
     from undo_core.training import TrainConfig
@@ -203,8 +203,8 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
         **dict.fromkeys(("prepared", "teacher", "student"), model),
     )
     predict = Predictor(AutoConfig.from_pretrained(folder / "teacher"), shape.length, evaluated=1, device="cpu")
-    moments = [memory for memory in predict.moments(stage) if memory.moment in ("forward", "backward", "step")]
-    return max(memory.total - memory.process for memory in moments)  # the workers evaluate nothing
+    phases = [memory for memory in predict.phases(stage) if memory.phase in ("forward", "backward", "step")]
+    return max(memory.total - memory.process for memory in phases)  # the workers evaluate nothing
 
 
 class Worker:

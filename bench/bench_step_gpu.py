@@ -25,7 +25,7 @@ from contenders import observed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from undo_core import CachedTeacher, TrainConfig, cache_teacher, distill, noise_
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import attention_of, head_of
 
 GEMMA_2B = Shape(layers=26, width=2304, inner=9216, heads=8, key_value_heads=4, head_dim=256, rows=10, length=1025)

@@ -15,7 +15,7 @@ import itertools
 import torch
 
 from undo_core.attacks import few_shot, quantise_
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model

@@ -26,7 +26,7 @@ _LONG = (
     "bench/test_bench_small.py",
     "undo_kernels/triton/test_vocab_loss_numerics.py",
     "undo_kernels/triton/test_vocab_loss_options.py",
-    "undo_core/planning/test_memory.py",
+    "undo_core/pipeline/test_memory.py",
     "undo_core/pipeline/test_goldens.py",
     "undo_core/pipeline/test_sweep.py",
     "bench/test_bench.py",

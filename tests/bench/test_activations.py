@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import assert_same_function
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import load_model
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import build_model
 
 TINY = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 
 
 def few_shot(

@@ -16,7 +16,7 @@ from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, explore
 from undo_core.attacks.lora import adapted
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import head_of
 from undo_core.models.adapters import has_adapters
 from undo_core.training import Batch, Source, TrainResult, as_source, train

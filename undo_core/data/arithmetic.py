@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from undo_core.data import templates
 from undo_core.data.encoding import fill_of, separator_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.text import pack
 from undo_core.data.tokenizers import character_tokenizer, encode
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from undo_core.data.encoding import encoded_with_beginning, fill_of
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, Question, posed
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 
 
 def question_splits(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from undo_core.data import arithmetic, text, tokenizers
 from undo_core.data.question_rows import question_splits
 from undo_core.data.questions import MultipleChoiceConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import load_tokenizer
 
 TRAIN_SPLITS = {"retain": "train_retain", "forget": "train_forget", "distill": "train_distill"}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from undo_core.data.encoding import encoded, fill_of, separator_of
 from undo_core.data.reading import read_documents
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 
 
 def pack(

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.checkpoints.files import MappedFile, TensorWriter
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.streaming import WeightReader, load_head, weights_digest
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import hash_json, read_json, sync_folder, write_json
@@ -187,7 +187,7 @@ class CachedTeacher:
         """Raises a ValueError unless ``text`` is the rows that the cache was made from."""
         if not isinstance(text, Rows):
             raise ValueError(
-                f"text: got {type(text).__name__}, wanted the token rows (undo_core.data.rows.Rows) that the teacher was cached on; "
+                f"text: got {type(text).__name__}, wanted the token rows (undo_core.data.sequences.Rows) that the teacher was cached on; "
                 f"other data needs a resident or streamed teacher"
             )
         _same(self.facts["identity"], _rows_identity(text), "text: got rows that are not those of the cache, which was made",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 
 ROWS_AT_ONCE = 1024
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd constants of the hash

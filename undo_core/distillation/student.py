@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.models import check_vocab_size, head_of, vocabulary_of
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from undo_core import ops
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution

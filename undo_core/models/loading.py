@@ -30,41 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from undo_core.io.text_files import check_is_content
-from undo_core.models.heads import (
-    Head,
-    UnsupportedHead,
-    check_isolation,
-    evaluating,
-    head_of,
-    hidden_states,
-    hidden_states_at,
-)
-
-__all__ = [
-    "Head",
-    "UnsupportedHead",
-    "architecture",
-    "attention_of",
-    "build_model",
-    "check_isolation",
-    "check_vocab_size",
-    "configuration",
-    "evaluating",
-    "forward_flops",
-    "head_flops",
-    "head_of",
-    "hidden_states",
-    "hidden_states_at",
-    "initialise",
-    "load_model",
-    "load_tokenizer",
-    "make",
-    "positions_of",
-    "set_attention",
-    "skeleton",
-    "tokens_of",
-    "vocabulary_of",
-]
+from undo_core.models.heads import head_of
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

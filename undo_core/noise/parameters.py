@@ -60,6 +60,11 @@ class Selection:
     rules: tuple[NoiseRule, ...]
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors in ``found``, by canonical name."""
+        return {name: tensor for name, (tensor, _) in self.found.items()}
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
         """The descriptions in ``found``, by canonical name."""
         return {name: parameter for name, (_, parameter) in self.found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from undo_core.attacks.config import HEADLINE, with_seed
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.models import configuration, positions_of
-from undo_core.pipeline.attacked import Attacked
+from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig, derive_seed, seeded
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Noise, Prepare, Pretrain, Unlearn

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undo_core.checkpoints.files import settled_configuration, stored_dtype
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.splits import TRAIN_SPLITS
 from undo_core.evaluation.metrics import evaluate
 from undo_core.io.progress import console
@@ -49,7 +49,7 @@ class ModelStage(Stage):
 
     def expected(self, work: Work) -> dict[str, Any]:
         """The peak memory that ``undo plan`` predicts; None if the prediction fails, which must not stop the stage."""
-        from undo_core.pipeline.predictor import Predictor  # imports the whole training code
+        from undo_core.pipeline.memory.predictor import Predictor  # imports the whole training code
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")

@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a stage in bytes, by parts, at the peak of one moment.
+    """Memory of a stage in bytes, by parts, at the peak of one phase.
 
     Attributes:
-        moment: loading, forward, backward, step or evaluation.
+        phase: loading, forward, backward, step or evaluation.
         weights: weights of the trained model, copies that a method keeps, and a file while it is read.
-        gradients: gradients that exist at that moment.
-        optimizer: masters, moments, and the temporaries of a step.
+        gradients: gradients that exist in that phase.
+        optimizer: masters, moments of the gradients, and the temporaries of a step.
         activations: tensors saved for the backward pass and temporaries of the layers, including the teacher's.
         workspace: workspace of the fused losses.
         teacher: the teacher's weights.
         process: memory of the process itself: libraries and token ids; 0 on a GPU.
     """
 
-    moment: str
+    phase: str
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model

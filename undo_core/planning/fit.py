@@ -12,7 +12,7 @@ from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import attacked_models, plan_run
 from undo_core.pipeline.needs import Change
 from undo_core.pipeline.stage import Stage
-from undo_core.planning.memory import Predict, predictor
+from undo_core.planning.models import Predict, predictor
 from undo_core.planning.table import largest
 
 Need = Callable[[dict[str, Any]], int]  # peak memory in bytes with these changes

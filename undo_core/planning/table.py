@@ -13,8 +13,7 @@ from undo_core.pipeline.graph import attacked_models, plan_run
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
-from undo_core.planning.memory import predictor
-from undo_core.planning.models import distilled_rows, planned_skeleton, row_length
+from undo_core.planning.models import distilled_rows, planned_skeleton, predictor, row_length
 from undo_core.planning.timing import Measure, basis
 
 
@@ -98,7 +97,7 @@ def plan_table(config: RunConfig) -> RenderableType:
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
         measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
         parts = [shown(getattr(row.memory, part)) for part in PARTS]
-        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.moment, *parts)
+        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.phase, *parts)
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [

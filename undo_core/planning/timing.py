@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import forward_flops, initialise
 from undo_core.pipeline.config import RunConfig
 from undo_core.planning.models import model_config

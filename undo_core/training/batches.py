@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from undo_core.data.limits import Limits
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.io.files import hash_json
 
 

@@ -21,7 +21,7 @@ from undo_core.training.batches import Batch, Source, identity_of
 from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
-from undo_core.training.lean import choose_kernels, keeps_kernels, lean
+from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
 

@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import check_vocab_size, evaluating, forward_flops, vocabulary_of
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.batches import Batch, ReadSource
-from undo_core.training.lean import choose_kernels, keeps_kernels
+from undo_core.training.memory_savers import choose_kernels, keeps_kernels
 from undo_core.training.precision import converted, weight_dtype
 from undo_core.unlearning.config import UnlearnConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Method, register, register_robust

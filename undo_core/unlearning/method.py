@@ -16,9 +16,9 @@ from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import head_of
 from undo_core.training.batches import Batch
 from undo_core.training.config import TrainConfig
-from undo_core.training.lean import choose_kernels
 from undo_core.training.loop import Gradient, Loss, accumulate
 from undo_core.training.losses import cross_entropy, distillation
+from undo_core.training.memory_savers import choose_kernels
 from undo_core.training.precision import convert_
 
 

@@ -19,14 +19,14 @@ from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantis
 from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
 from undo_core.attacks.relearning import attack, mixed_cross_entropy, relearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
-from undo_core.pipeline.attacked import trial_stage
+from undo_core.pipeline.attacked_model import trial_stage
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.graph import plan_run
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Probe
 from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
 from undo_core.training.batches import RowsSource

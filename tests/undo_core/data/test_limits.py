@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from undo_core import TrainConfig, UnlearnConfig, cache_teacher, distill, evaluate, relearn, unlearn
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.evaluation.multiple_choice import log_likelihoods
 from undo_core.models import build_model, positions_of
 from undo_core.unlearning import RMUConfig

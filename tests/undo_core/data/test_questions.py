@@ -16,7 +16,7 @@ from undo_core import few_shot
 from undo_core.cli import main
 from undo_core.data.question_rows import question_splits
 from undo_core.data.questions import MultipleChoiceConfig, read_questions
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.multiple_choice import multiple_choice
 from undo_core.io.files import read_json

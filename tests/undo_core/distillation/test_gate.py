@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.gate import Gate, GateConfig, features, fit_gate, labelled
 
 PAD = 0

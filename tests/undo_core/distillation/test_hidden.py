@@ -8,7 +8,7 @@ from rounding import assert_rounded, assert_same_function
 from stage_kinds import NOWHERE
 
 from undo_core import TrainConfig, distill
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.cache import cache_teacher
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.student import matching

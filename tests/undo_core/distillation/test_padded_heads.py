@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rounding import assert_same_function
 
 from undo_core import TeacherConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, unlearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model, tokens_of
 from undo_core.pipeline.stage import Work

@@ -10,7 +10,7 @@ import torch
 from folders import weights as files
 
 from undo_core import distill
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation import cache as teacher_cache
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from rounding import PATH, gamma
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.evaluation.metrics import evaluate
 from undo_core.training import TrainConfig, rows_source, train
 from undo_core.training.losses import cross_entropy

@@ -22,7 +22,7 @@ from undo_core import (
     relearn,
     unlearn,
 )
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.cache import CachedTeacher
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary_of

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from undo_core.attacks.relearning import AttackConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json

@@ -24,7 +24,7 @@ from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
 from undo_core.attacks.config import AttackConfig
-from undo_core.cli import stages as commands
+from undo_core.cli import single_stages as commands
 from undo_core.io.files import hash_json, read_json
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.graph import plan_run

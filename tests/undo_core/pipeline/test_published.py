@@ -13,7 +13,7 @@ from asked import bytewise_tokenizer, questions, write
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
 from undo_core.models import architecture, build_model

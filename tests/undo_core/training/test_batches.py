@@ -10,7 +10,7 @@ from rounding import PATH, assert_same_function, gamma
 
 from undo_core import TrainConfig, UnlearnConfig, distill, relearn, unlearn
 from undo_core.attacks.relearning import AttackConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model
 from undo_core.training.batches import as_batch, as_source, rows_source

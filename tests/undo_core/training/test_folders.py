@@ -5,7 +5,7 @@ import torch
 
 from undo_core import AttackConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, relearn, unlearn
 from undo_core.attacks.relearning import attack
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import load_model
 from undo_core.training import as_source, train
 from undo_core.training.batches import as_batch

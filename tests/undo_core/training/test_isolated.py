@@ -8,7 +8,7 @@ import torch
 from rounding import assert_same_function
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.text import pack
 from undo_core.distillation.cache import cache_teacher
 from undo_core.distillation.student import distill

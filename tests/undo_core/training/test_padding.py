@@ -9,7 +9,7 @@ from rounding import PATH, assert_same_training, gamma
 from safetensors.torch import load_file, save_file
 
 from undo_core import TeacherConfig, TrainConfig, cache_teacher, distill, evaluate, few_shot
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.data.text import pack, text_splits
 from undo_core.distillation.gate import GateConfig, fit_gate
 from undo_core.models import build_model, load_model

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rounding import assert_same_function
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import build_model
 from undo_core.training import DivergedError, TrainConfig, as_source, loop, rows_source, train
 from undo_core.training.batches import RowsSource

@@ -11,7 +11,7 @@ from stage_kinds import NOWHERE
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Unlearn
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate

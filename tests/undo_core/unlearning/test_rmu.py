@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import TrainConfig, UnlearnConfig, ops, unlearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
 from undo_core.training.checkpoint import save_checkpoint

@@ -63,7 +63,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, rows, settings):
 
 
 def test_it_forgets_and_keeps(tiny, rows):
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Rows
     from undo_core.evaluation.metrics import evaluate
 
     low = rows.input_ids[:, 1] < 7

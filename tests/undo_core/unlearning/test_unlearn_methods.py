@@ -20,10 +20,10 @@ from stage_kinds import NOWHERE
 import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.cli import _parser
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Unlearn
 from undo_core.training import rows_source
 from undo_core.training.loop import accumulate

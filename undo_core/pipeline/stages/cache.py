@@ -22,7 +22,7 @@ from undo_core.pipeline.prepared import distill_rows, heldout_rows, load_split, 
 from undo_core.pipeline.stage import MANIFEST, Folder, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

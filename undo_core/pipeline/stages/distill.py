@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.checkpoints.files import stored_dtype
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 from undo_core.distillation.cache import CachedTeacher
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.student import distill, matching
@@ -30,7 +30,7 @@ from undo_core.training.losses import HiddenTargets, TopTargets, distillation
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +138,12 @@ class Distill(TrainingStage):
     # -- memory and cost -------------------------------------------------------------------------------------------------------
 
     def memory(self, meta: Meta) -> list[Memory]:
-        moments = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
+        phases = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
         if self.config.kind != "resident":
-            return moments
+            return phases
         dtype, own = self._teacher_dtype(meta.stored), meta.trained_dtype(self.train).itemsize * meta.elements
         weights, teacher = own + meta.reading(dtype), dtype.itemsize * meta.elements
-        return [moments[0], Memory("loading", weights=weights, teacher=teacher), *moments[1:]]
+        return [phases[0], Memory("loading", weights=weights, teacher=teacher), *phases[1:]]
 
     def _method(self, meta: Meta, student: PreTrainedModel) -> Method:
         config, model = self.config, meta.model().eval()

@@ -16,7 +16,7 @@ from undo_core.pipeline.prepared import distill_rows, heldout_rows, train_rows
 from undo_core.pipeline.stage import Folder, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 KEPT = "gate.safetensors"
 

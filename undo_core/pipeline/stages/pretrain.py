@@ -19,7 +19,7 @@ from undo_core.training.losses import cross_entropy
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from undo_core.pipeline.prepared import load_split, tested_rows
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from undo_core.training import TrainConfig
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 # Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")

@@ -15,7 +15,7 @@ from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig, method_of, unlearn, unlearn_flops
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

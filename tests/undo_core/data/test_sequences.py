@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Rows
 
 
 def test_every_epoch_reads_every_row_once():

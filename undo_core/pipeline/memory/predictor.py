@@ -12,7 +12,7 @@ from undo_kernels.library import choose
 
 from undo_core.evaluation.metrics import rows_at_once
 from undo_core.io.files import hash_json
-from undo_core.pipeline.meta import Meta, Scored
+from undo_core.pipeline.memory.meta import Meta, Scored
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Stage
 
@@ -65,15 +65,15 @@ class Predictor:
         stored = stored or stage.reads()
         key = hash_json([stage.kind, _that_matter(stage.settings), str(stored)])
         if key not in self._known:
-            self._known[key] = max(self.moments(stage, stored), key=lambda memory: memory.total)
+            self._known[key] = max(self.phases(stage, stored), key=lambda memory: memory.total)
         return self._known[key]
 
-    def moments(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
-        """Returns the memory by parts at the peak of each moment."""
+    def phases(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
+        """Returns the memory by parts at the peak of each phase."""
         with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
-            moments = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
+            phases = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
         process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
-        return [dataclasses.replace(memory, process=process) for memory in moments]
+        return [dataclasses.replace(memory, process=process) for memory in phases]
 
 
 _NO_MATTER = (
