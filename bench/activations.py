@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core import noise_, ops
-from undo_core.data.sequences import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import head_of, hidden_states, initialise, load_model
 
 TOKENS = 1024
@@ -37,8 +37,8 @@ def capture(folder: Path, tokens: int = TOKENS) -> Inputs:
         ValueError: something that the benchmarks' contenders do not take, or a folder that :func:`check` refuses.
     """
     prepared, teacher = check(folder)
-    rows = Rows.load(prepared)
-    some = rows.take(slice(-(-2 * tokens // rows.length)))
+    sequences = Sequences.load(prepared)
+    some = sequences.take(slice(-(-2 * tokens // sequences.length)))
     return _inputs(load_model(folder), load_model(teacher), some.input_ids.long(), some.text_mask(), tokens)
 
 
@@ -92,13 +92,13 @@ def load(file: Path) -> Inputs:
 # -- models trained here -------------------------------------------------------------------------------------------------------
 
 
-def text(rows: int, seed: int) -> torch.Tensor:
-    """``[rows, LENGTH]`` of a made-up language: a word is followed by its own successor or by one of Zipf's law."""
+def text(sequences: int, seed: int) -> torch.Tensor:
+    """``[sequences, LENGTH]`` of a made-up language: a word is followed by its own successor or by one of Zipf's law."""
     generator = torch.Generator().manual_seed(seed)
     successor = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))
     zipf = 1.0 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
-    drawn = torch.multinomial(zipf, rows * LENGTH, replacement=True, generator=generator).view(rows, LENGTH)
-    follows = torch.rand(rows, LENGTH, generator=generator) < 0.6
+    drawn = torch.multinomial(zipf, sequences * LENGTH, replacement=True, generator=generator).view(sequences, LENGTH)
+    follows = torch.rand(sequences, LENGTH, generator=generator) < 0.6
     ids = drawn.clone()
     for at in range(1, LENGTH):
         ids[:, at] = torch.where(follows[:, at], successor[ids[:, at - 1]], drawn[:, at])

@@ -27,7 +27,7 @@ import harness
 
 # One arena, and big blocks go back at once: a peak is then of what lives.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-LENGTH, ROWS = 129, 8
+LENGTH, SEQUENCES = 129, 8
 
 SHAPES: dict[str, dict[str, Any]] = {
     # weights and states: no batch to speak of
@@ -111,10 +111,10 @@ CASES = _cases()
 
 
 def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
-    """A prepared folder: rows of random tokens, and a model at random weights."""
+    """A prepared folder: sequences of random tokens, and a model at random weights."""
     import torch
 
-    from undo_core.data.sequences import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.data.splits import TRAIN_SPLITS
     from undo_core.data.tokenizers import character_tokenizer
     from undo_core.models import build_model
@@ -130,9 +130,9 @@ def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
     generator = torch.Generator().manual_seed(1)
     names = [*TRAIN_SPLITS.values(), *(f"{part}_{name}" for part in ("valid", "test") for name in ("retain", "forget"))]
     for name in names:
-        rows = ROWS if name in (*TRAIN_SPLITS.values(), "valid_retain") else 1  # a peak is that of the largest
-        ids = torch.randint(3, settings["vocab_size"], (rows, LENGTH), generator=generator)
-        Rows(ids.to(torch.int32), pad_id=0).save(folder / "data" / f"{name}.safetensors")
+        sequences = SEQUENCES if name in (*TRAIN_SPLITS.values(), "valid_retain") else 1  # a peak is that of the largest
+        ids = torch.randint(3, settings["vocab_size"], (sequences, LENGTH), generator=generator)
+        Sequences(ids.to(torch.int32), pad_id=0).save(folder / "data" / f"{name}.safetensors")
     return folder
 
 
@@ -213,7 +213,7 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
     run_stage(case, root / f"{shape['model_type']}-small", {**shape, **SMALL})  # what is loaded or compiled once
-    predict = Predictor(AutoConfig.from_pretrained(folder / case.stored), LENGTH, evaluated=ROWS, device="cpu")
+    predict = Predictor(AutoConfig.from_pretrained(folder / case.stored), LENGTH, evaluated=SEQUENCES, device="cpu")
     memory = predict(stage_of(case, folder / case.stored), getattr(torch, case.stored))
     release()
     gc.collect()

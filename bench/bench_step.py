@@ -3,8 +3,8 @@
 Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then
 each mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark
 over all steps less what was resident when its models were loaded; beside it stands what ``undo plan`` would have predicted. The
-student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the rows are random tokens, the same for all; the loss is the
-mean over the steps.
+student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the sequences are random tokens, the same for all; the loss is
+the mean over the steps.
 
 The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
 results go to bench/results/step-cpu/MACHINE-VERSION.json.
@@ -91,14 +91,14 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     import torch
     from contenders import observed
 
-    from undo_core.data.sequences import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.distillation.cache import CachedTeacher
     from undo_core.distillation.student import distill
     from undo_core.distillation.teacher import ModelTeacher
     from undo_core.models import load_model
     from undo_core.training import TrainConfig
 
-    class Gated(Rows):
+    class Paced(Sequences):
         def order(self, step: int, size: int, seed: int) -> torch.Tensor:
             wait(step)
             return super().order(step, size, seed)
@@ -109,8 +109,8 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
 
     mode = MODES[name]
     process = harness.status("VmRSS")
-    rows = Rows.load(folder / "rows.safetensors")
-    gated = Gated(rows.input_ids, rows.pad_id, lengths=rows.lengths)
+    sequences = Sequences.load(folder / "sequences.safetensors")
+    paced = Paced(sequences.input_ids, sequences.pad_id, lengths=sequences.lengths)
     student = load_model(folder / "student")
     cached = mode.teacher == "cached"
     teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")
@@ -120,14 +120,14 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     before = harness.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if name == "plain":
-        loss, ran = observed(lambda: plain_loop(student, teacher, gated, config))
+        loss, ran = observed(lambda: plain_loop(student, teacher, paced, config))
     else:
         known = teacher if cached else ModelTeacher(teacher)
-        loss, ran = observed(lambda: distill(student, known, gated, config, progress=False).history[-1]["loss"])
+        loss, ran = observed(lambda: distill(student, known, paced, config, progress=False).history[-1]["loss"])
     say(loss=loss, process=process, resident=before, peak=harness.status("VmHWM"), ran=ran)
 
 
-def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
+def plain_loop(student: Any, teacher: Any, sequences: Any, config: Any) -> float:
     """What one would write with transformers and torch alone."""
     import torch
     import torch.nn.functional as F
@@ -135,7 +135,7 @@ def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
     total = 0.0
     for step in range(config.steps):
-        ids = rows.batch(step, config.batch_size, config.seed)
+        ids = sequences.batch(step, config.batch_size, config.seed)
         student.train()
         with torch.no_grad():
             wanted = teacher(input_ids=ids[:, :-1], use_cache=False).logits
@@ -158,11 +158,11 @@ def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
 
 
 def prepare(shape: Shape, folder: Path, steps: int) -> None:
-    """Teacher, damaged student, rows and the teacher's cache on disk."""
+    """Teacher, damaged student, sequences and the teacher's cache on disk."""
     import torch
     from transformers import AutoConfig
 
-    from undo_core.data.sequences import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.distillation.cache import cache_teacher
     from undo_core.models import initialise, load_model
     from undo_core.noise.checkpoint import noise_checkpoint
@@ -177,9 +177,9 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
     noise_checkpoint(folder / "teacher", folder / "student", alpha=0.6, beta=0.1, seed=0, progress=False)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, shape.vocabulary, (shape.rows * steps, shape.length), generator=generator)
-    rows = Rows(ids.to(torch.int32), pad_id=0)
-    rows.save(folder / "rows.safetensors")
-    cache_teacher(load_model(folder / "teacher"), rows, folder / "cache", progress=False)
+    sequences = Sequences(ids.to(torch.int32), pad_id=0)
+    sequences.save(folder / "sequences.safetensors")
+    cache_teacher(load_model(folder / "teacher"), sequences, folder / "cache", progress=False)
 
 
 def predicted(name: str, shape: Shape, folder: Path) -> int | None:
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = Shape(**small) if options.quick else Shape()
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
         folder = Path(name)
-        console.print("models, rows and the teacher's cache ...")
+        console.print("models, sequences and the teacher's cache ...")
         prepare(shape, folder, options.steps)
         modes = ["plain", *(mode for mode in options.modes if mode != "plain")]
         records = measure(modes, shape, options.steps, folder, console.print)

@@ -30,12 +30,12 @@ _LONG = (
     "undo_core/pipeline/test_goldens.py",
     "undo_core/pipeline/test_sweep.py",
     "bench/test_bench.py",
-    "undo_core/planning/test_plan.py",
+    "undo_core/planning/test_table.py",
     "undo_core/unlearning/test_rmu.py",
     "undo_core/pipeline/test_published.py",
     "undo_core/pipeline/test_configs.py",
     "bench/test_activations.py",
-    "bench/test_gate.py",
+    "bench/test_regressions.py",
     "undo_core/noise/test_noise_sharding.py",
 )
 assert all((_TESTS / name).is_file() for name in _LONG)

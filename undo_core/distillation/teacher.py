@@ -77,7 +77,7 @@ class Teacher(Protocol):
     """Protocol of the teachers of :func:`undo_core.distill`.
 
     Attributes:
-        vocabulary: number of rows of the head.
+        vocabulary: number of vocabulary entries of the head.
     """
 
     vocabulary: int

@@ -58,8 +58,8 @@ def noise_checkpoint(
     noise = implementation("noise_", torch.device("cpu"))
     applied: dict[str, tuple[Setting, torch.Tensor]] = {}
     for parameters in checkpoint.edit(output, title, progress):
-        rows = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
-        applied |= {name: (settings[name], row) for name, row in zip(parameters, rows, strict=True)}
+        sums = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
+        applied |= {name: (settings[name], values) for name, values in zip(parameters, sums, strict=True)}
     return NoiseReport(report(applied), chosen.left)
 
 

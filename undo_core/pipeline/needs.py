@@ -50,12 +50,12 @@ class Scene:
     Attributes:
         model: the model, on the meta device.
         length: tokens in a sequence.
-        rows: number of sequences that students are distilled on, as far as it is known.
+        sequences: number of sequences that students are distilled on, as far as it is known.
     """
 
     model: PreTrainedModel
     length: int
-    rows: int
+    sequences: int
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -70,7 +70,7 @@ class Cost:
     Attributes:
         disk: bytes that its folder takes on disk.
         steps: optimizer steps.
-        rows: sequences that a step runs through the model, all sources together.
+        sequences: sequences that a step runs through the model, all sources together.
         passes: forward passes that a step costs; a backward pass counts as two.
         positions: tokens that run through the model in all steps, padding included.
         flops: floating-point operations.
@@ -79,7 +79,7 @@ class Cost:
 
     disk: int
     steps: int = 0
-    rows: int = 0
+    sequences: int = 0
     passes: float = 0.0
     positions: int = 0
     flops: float = 0.0

@@ -47,7 +47,7 @@ def planned_skeleton(config: RunConfig) -> PreTrainedModel:
     return skeleton(described)
 
 
-def row_length(config: RunConfig, stage: Stage) -> int:
+def sequence_length(config: RunConfig, stage: Stage) -> int:
     """Returns the number of tokens in a sequence that a stage reads."""
     if config.data.kind == "arithmetic-compact":
         return arithmetic.compact_splits(seed=0, train_rows=2, eval_prompts=2)[1]["train_retain"].length
@@ -55,7 +55,7 @@ def row_length(config: RunConfig, stage: Stage) -> int:
     return (own.length if own is not None and own.sources else None) or config.data.length
 
 
-def distilled_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
+def distilled_sequences(config: RunConfig, store: Store, prepared: Stage) -> int:
     """Returns the number of sequences that students are distilled on.
 
     Before the data are prepared it is an upper bound for arithmetic, whose problems may be packed, and 0 for text.
@@ -76,4 +76,4 @@ def predictor(config: RunConfig) -> Predict:
         scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
         return Predictor(model_config(config), length, **scored, data_bytes=data)
 
-    return lambda stage: of_length(row_length(config, stage))(stage)
+    return lambda stage: of_length(sequence_length(config, stage))(stage)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from causal_models import build
-from kinds import tokenizer_of
 from safetensors.torch import load_file, save_file
+from tokenizer_kinds import tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_
@@ -165,8 +165,8 @@ def test_the_random_student_and_the_plan_have_the_head_of_the_files(tmp_path, ch
     config = RunConfig(
         "planned", str(tmp_path), ModelConfig(path=str(source)), data=data, controls=ControlsConfig(filter=False)
     )
-    rows, _ = plan_rows(config, Store(tmp_path / "stages"))
-    assert rows[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
+    lines, _ = plan_rows(config, Store(tmp_path / "stages"))
+    assert lines[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
 
 
 @pytest.mark.parametrize("folder", LLAMAS, indirect=True)

@@ -1,43 +1,43 @@
 import pytest
 import torch
 
-from undo_core.data.sequences import Rows
+from undo_core.data.sequences import Sequences
 
 
-def test_every_epoch_reads_every_row_once():
-    rows = Rows(torch.arange(20).view(10, 2), pad_id=-1)
+def test_every_epoch_reads_every_sequence_once():
+    sequences = Sequences(torch.arange(20).view(10, 2), pad_id=-1)
     for size in (1, 3, 10, 25):
-        read = torch.cat([rows.batch(step, size, seed=3) for step in range(-(-40 // size))])[:40, 0].view(4, 10) // 2
+        read = torch.cat([sequences.batch(step, size, seed=3) for step in range(-(-40 // size))])[:40, 0].view(4, 10) // 2
         for epoch in read:
             assert sorted(epoch.tolist()) == list(range(10))
         assert read[0].tolist() != read[1].tolist()
 
 
 def test_order_is_a_function_of_seed_and_step():
-    rows = Rows(torch.arange(200).view(100, 2), pad_id=-1)
-    forward = [rows.batch(step, 7, seed=1) for step in range(30)]
-    backward = [rows.batch(step, 7, seed=1) for step in reversed(range(30))][::-1]
+    sequences = Sequences(torch.arange(200).view(100, 2), pad_id=-1)
+    forward = [sequences.batch(step, 7, seed=1) for step in range(30)]
+    backward = [sequences.batch(step, 7, seed=1) for step in reversed(range(30))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
-    assert not torch.equal(forward[0], rows.batch(0, 7, seed=2))
+    assert not torch.equal(forward[0], sequences.batch(0, 7, seed=2))
 
 
-def test_saved_rows_come_back(tmp_path):
-    rows = Rows(
+def test_saved_sequences_come_back(tmp_path):
+    sequences = Sequences(
         torch.tensor([[1, 2, 0], [1, 3, 4]]), 0, torch.tensor([[0, 1, 0], [0, 1, 1]]).bool(), torch.tensor([0, 1]), ("+", "-")
     )
-    rows.save(tmp_path / "rows.safetensors")
-    back = Rows.load(tmp_path / "rows.safetensors")
-    assert torch.equal(back.input_ids, rows.input_ids.int()) and torch.equal(back.answer_mask, rows.answer_mask)
+    sequences.save(tmp_path / "sequences.safetensors")
+    back = Sequences.load(tmp_path / "sequences.safetensors")
+    assert torch.equal(back.input_ids, sequences.input_ids.int()) and torch.equal(back.answer_mask, sequences.answer_mask)
     assert back.group.tolist() == [0, 1] and back.group_names == ("+", "-") and back.pad_id == 0 and back.tokens() == 5
 
 
-def test_what_is_no_rows_file_is_named(tmp_path):
+def test_what_is_no_sequences_file_is_named(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors: not a file of token rows"):
-        Rows.load(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors: not a file of token sequences"):
+        Sequences.load(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="input_ids: got shape"):
-        Rows(torch.zeros(0, 3), 0)
+        Sequences(torch.zeros(0, 3), 0)
     with pytest.raises(ValueError, match="answer_mask: got shape"):
-        Rows(torch.zeros(2, 3), 0, torch.zeros(2, 2))
+        Sequences(torch.zeros(2, 3), 0, torch.zeros(2, 2))

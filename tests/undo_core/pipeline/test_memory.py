@@ -86,7 +86,7 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
     assert peak.total - peak.process < 2 * logits  # student's and teacher's
 
 
-def test_rows_that_are_padding_take_no_workspace():
+def test_vocabulary_entries_that_are_padding_take_no_workspace():
     config = AutoConfig.for_model("llama", vocab_size=20_000, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE)
     stages = [dataclasses.replace(distilled(batch_size=4), vocab_size=size) for size in (None, 5000)]
     phases = [Predictor(config, 65, device="cpu").phases(stage, torch.float32) for stage in stages]
@@ -94,7 +94,8 @@ def test_rows_that_are_padding_take_no_workspace():
     assert 0 < part < whole
 
 
-# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an hour).
+# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an
+# hour).
 QUICK = ["llama: bfloat16-master", "llama: 8-bit", "gemma2: distill, cached"]
 
 

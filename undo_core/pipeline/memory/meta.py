@@ -52,13 +52,13 @@ class Scored:
     """The batch of an evaluation's forward pass and how it is scored.
 
     Attributes:
-        rows: sequences in the batch.
+        sequences: sequences in the batch.
         length: tokens in a sequence.
         answers: whether answers are scored; otherwise cross-entropy is.
         choices: letters that are compared for a multiple-choice question; 0 if there are no questions.
     """
 
-    rows: int
+    sequences: int
     length: int
     answers: bool
     choices: int
@@ -107,9 +107,9 @@ class Meta:
         """The model on the meta device, in float32."""
         return meta_model(self._config, attention)
 
-    def batch(self, rows: int) -> Batch:
-        """A batch of ``rows`` sequences on the meta device."""
-        ids = torch.empty(rows, self._length, dtype=torch.int64, device="meta")
+    def batch(self, sequences: int) -> Batch:
+        """A batch of ``sequences`` sequences on the meta device."""
+        ids = torch.empty(sequences, self._length, dtype=torch.int64, device="meta")
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:
@@ -169,9 +169,9 @@ class Meta:
         steps = _Steps(live, trained, train, self.device)
         with live:
             micro = train.micro_batch_size or train.batch_size
-            rows = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
+            sequences = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
             # Two micro-batches are enough: a third does not raise the peak.
-            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}
+            batches = {name: self.batch(min(size, 2 * micro)) for name, size in sequences.items()}
 
             def loss(*arguments: Any) -> torch.Tensor:
                 live.phase = "forward"
@@ -188,7 +188,7 @@ class Meta:
                 lean(model, dataclasses.replace(train, attention="auto")) as tied,
                 steps.attached(tied),
             ):
-                method.gradient(model, loss, batches, dict.fromkeys(rows, 1), train.micro_batch_size)
+                method.gradient(model, loss, batches, dict.fromkeys(sequences, 1), train.micro_batch_size)
             batches.clear()
             live.phase = "step"
             steps.step()
@@ -201,9 +201,9 @@ class Meta:
         self._live.phase = "evaluation"
         model.eval()
         scored = self._scored
-        ids = torch.empty(scored.rows, scored.length, dtype=torch.int64, device="meta")
+        ids = torch.empty(scored.sequences, scored.length, dtype=torch.int64, device="meta")
         if scored.choices:
-            letters = torch.empty(scored.rows, scored.choices, dtype=torch.int64, device="meta")
+            letters = torch.empty(scored.sequences, scored.choices, dtype=torch.int64, device="meta")
             letter_logits(model, ids, letters[:, 0], letters)
         elif scored.answers:  # an upper bound: every position belongs to an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))

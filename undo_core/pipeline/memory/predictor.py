@@ -10,7 +10,7 @@ import undo_kernels
 from transformers import PreTrainedConfig
 from undo_kernels.library import choose
 
-from undo_core.evaluation.metrics import rows_at_once
+from undo_core.evaluation.metrics import sequences_at_once
 from undo_core.io.files import hash_json
 from undo_core.pipeline.memory.meta import Meta, Scored
 from undo_core.pipeline.needs import Memory
@@ -47,7 +47,7 @@ class Predictor:
     ) -> None:
         self.config, self.length, self.data_bytes = config, length, data_bytes
         columns = evaluated_length or length
-        most = rows_at_once(columns)
+        most = sequences_at_once(columns)
         self.scored = Scored(min(most, evaluated or most), columns, answers, choices)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._known: dict[str, Memory] = {}

@@ -52,17 +52,20 @@ class Prepare(Stage):
         path, expected = self.model.path, configuration(settings)
         tokenizer, splits, cut = make_splits(self.settings["data"], positions_of(expected))
         limits = Limits(expected.get_text_config().vocab_size if path else len(tokenizer), positions_of(expected))
-        for name, rows in splits.items():
-            limits.check_rows(rows, f"data ({name})")
+        for name, sequences in splits.items():
+            limits.check_sequences(sequences, f"data ({name})")
         if path:
             model = load_model(path, stored_dtype(Path(path)))
         else:
             model = build_model(self.model.config, tokenizer, self.model.seed)
         (work.output / "data").mkdir()
-        for name, rows in splits.items():
-            rows.save(work.output / "data" / f"{name}.safetensors")
+        for name, sequences in splits.items():
+            sequences.save(work.output / "data" / f"{name}.safetensors")
         save(model, tokenizer, work.output)
-        facts = {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()}
+        facts = {
+            name: {"rows": len(sequences), "length": sequences.length, "tokens": sequences.tokens()}
+            for name, sequences in splits.items()
+        }
         for name, count in cut.items():
             facts[name]["truncated"] = count
             if count:

@@ -48,14 +48,14 @@ BASELINE = harness.ROOT / "bench" / "baseline.json"
 TOLERANCE = {"plan": 0.0, "calls": 0.0, "instructions": 0.02, "ratio": 0.25}
 SUITES = {"kl": peers.CONTENDERS, "cross-entropy": peers_cross_entropy.CONTENDERS}
 STEPS = {
-    "kl f32": ("kl", Row("gate", 300, 12000, 64, "float32", None, ())),
-    "kl f32, workspace 1 MB": ("kl", Row("gate", 300, 12000, 64, "float32", None, ())),
-    "cross-entropy f32": ("cross-entropy", Row("gate", 300, 12000, 64, "float32", None, ())),
+    "kl f32": ("kl", Row("regressions", 300, 12000, 64, "float32", None, ())),
+    "kl f32, workspace 1 MB": ("kl", Row("regressions", 300, 12000, 64, "float32", None, ())),
+    "cross-entropy f32": ("cross-entropy", Row("regressions", 300, 12000, 64, "float32", None, ())),
 }
 SMALL_WORKSPACE = 1 << 20
 RATIOS = {
-    "kl f32": ("kl", Row("gate", 256, 16000, 320, "float32", None, ())),
-    "cross-entropy f32": ("cross-entropy", Row("gate", 256, 16000, 320, "float32", None, ())),
+    "kl f32": ("kl", Row("regressions", 256, 16000, 320, "float32", None, ())),
+    "cross-entropy f32": ("cross-entropy", Row("regressions", 256, 16000, 320, "float32", None, ())),
 }
 ROUNDS, TRIES = 7, 3
 PLANS = [
@@ -143,7 +143,7 @@ def instructions() -> tuple[Numbers, str | None]:
     if valgrind is None or library is None:
         return {}, None
     worker = Path(__file__).with_name("callgrind_worker.py")
-    with tempfile.TemporaryDirectory(prefix="bench-gate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-regressions-") as folder:
         out = Path(folder) / "callgrind.out"
         command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable, str(worker), library.__file__]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
