@@ -1,10 +1,10 @@
-"""What attacks that train nothing find in a small unlearned model: solved examples before the prompt, and rounded weights.
+"""Measures attacks without training on a small unlearned model: solved examples before the prompt, and rounded weights.
 
     python bench/study_probes.py
 
-A one-layer model that knows the products and the sums of two digits below five, and the same after MaxEnt unlearning of the
-products. Prints the accuracy on products and sums, all of which were trained on. ``packed`` is a model pretrained on sequences
-of three problems each; ``single`` was pretrained on one problem per sequence, as in the demo.
+The models are a one-layer model that knows the products and sums of two digits below five, and the same model after MaxEnt
+unlearning of the products. Prints the accuracy on products and sums, all of which were trained on. ``packed`` is a model
+pretrained on sequences of three problems each; ``single`` was pretrained on one problem per sequence, as in the demo.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LENGTH = 8
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     torch.set_num_threads(1)
     tokenizer = character_tokenizer("0123456789+-*/=")
     tests = {operation: _problems(tokenizer, operation) for operation in "*+"}

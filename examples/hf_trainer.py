@@ -1,4 +1,4 @@
-"""Distillation in Hugging Face's Trainer: a subclass that computes another loss. Everything else of the Trainer works as before."""
+"""Distillation in Hugging Face's Trainer: a subclass that computes another loss. All else of the Trainer works as before."""
 
 import sys
 import tempfile

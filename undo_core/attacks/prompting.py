@@ -67,7 +67,8 @@ def few_shot(
     if positions is not None and length - 1 > positions:  # the last token is only a label
         fit = positions // -(-(length - 1) // (shots + 1)) - 1
         raise ValueError(
-            f"shots: got {shots}, whose sequences take {length - 1} positions of the model's {positions}; wanted about {max(fit, 0)} at most"
+            f"shots: got {shots}, whose sequences take {length - 1} positions of the model's {positions}; wanted about "
+            f"{max(fit, 0)} at most"
         )
     ids = torch.full((len(sequences), length), sequences.pad_id, dtype=torch.int32)
     counted = torch.zeros(len(sequences), length, dtype=torch.bool)

@@ -63,7 +63,7 @@ class CheckpointParameters:
         yield from self._each(mapped, False, title, progress)
 
     def edit(self, output: Path, title: str, progress: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields a few chosen parameters of a copy at a time; in-place changes made before the next ones are drawn go to the copy.
+        """Yields a few chosen parameters of a copy at a time; in-place changes made before the next step go to the copy.
 
         Every file is copied to the existing, empty folder ``output``, and the tensors are changed inside the copied files, so
         that everything else in them stays as it is. Weights in other formats, manifest and log are not copied.

@@ -30,19 +30,20 @@ class Limits:
         self.check(sequences.length, int(sequences.input_ids.min()), sequences.largest_id(), name)
 
     def check(self, length: int, smallest: int, largest: int, name: str) -> None:
-        """Raises a ValueError if a model cannot read sequences of ``length`` tokens with ids from ``smallest`` to ``largest``."""
+        """Raises a ValueError if a model cannot read ``length`` tokens with ids from ``smallest`` to ``largest``."""
         if smallest < 0:
             raise ValueError(f"{name}: got token id {smallest}, wanted ids from 0")
         if largest >= self.vocabulary:
             raise ValueError(
-                f"{name}: got token id {largest}, wanted ids below the model's vocabulary of {self.vocabulary}; prepare the data for "
-                f"this model"
+                f"{name}: got token id {largest}, wanted ids below the model's vocabulary of {self.vocabulary}; prepare the "
+                "data for this model"
             )
         taken = length if self.whole else length - 1
         if self.positions is not None and taken > self.positions:
             alone = "" if self.whole else ", of which the last is a label alone"
             raise ValueError(
-                f"{name}: got sequences of {length} tokens{alone}, wanted sequences that take at most the model's {self.positions} positions"
+                f"{name}: got sequences of {length} tokens{alone}, wanted sequences that take at most the model's "
+                f"{self.positions} positions"
             )
 
 

@@ -89,8 +89,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: 
     joined = next((ids for ids in whole if ids[: len(given)] != given), None)
     if joined is not None:
         raise ValueError(
-            f"data.tokenizer: got the tokens {joined[-3:]} at the end of a prompt with its letter and {given[-2:]} at the end of the prompt "
-            f"alone, wanted a tokenizer that keeps a letter apart from what stands before it"
+            f"data.tokenizer: got the tokens {joined[-3:]} at the end of a prompt with its letter and {given[-2:]} at the end "
+            "of the prompt alone, wanted a tokenizer that keeps a letter apart from what stands before it"
         )
     if any(len(tokens) != 1 for tokens in added) or len({tokens[0] for tokens in added}) < count:
         letter, tokens = next(
@@ -98,8 +98,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: 
             (LETTERS[0], added[0]),
         )
         raise ValueError(
-            f"data.tokenizer: got the tokens {tokens} for {f' {letter}'!r} after a prompt, wanted a tokenizer with one token of its own "
-            f"for each letter, as data.questions compares them; `undo evaluate --multiple-choice` takes any"
+            f"data.tokenizer: got the tokens {tokens} for {f' {letter}'!r} after a prompt, wanted a tokenizer with one token "
+            "of its own for each letter, as data.questions compares them; `undo evaluate --multiple-choice` takes any"
         )
     return given, [tokens[0] for tokens in added]
 

@@ -71,8 +71,8 @@ class Sequences:
         lengths = _derived_lengths(self.input_ids, self.pad_id) if self.lengths is None else self.lengths
         if lengths.shape != (len(self),) or not ((lengths >= 0) & (lengths <= self.length)).all():
             raise ValueError(
-                f"lengths: got {tuple(lengths.shape)} numbers from {lengths.min()} to {lengths.max()}, wanted one from 0 to {self.length} "
-                f"for each of the {len(self)} sequences"
+                f"lengths: got {tuple(lengths.shape)} numbers from {lengths.min()} to {lengths.max()}, wanted one from 0 to "
+                f"{self.length} for each of the {len(self)} sequences"
             )
         object.__setattr__(self, "lengths", lengths.to(torch.int32))
         if self.input_ids.is_floating_point():
@@ -192,8 +192,8 @@ class Sequences:
                 )
             if "lengths" not in keys:
                 raise ValueError(
-                    f"{path}: got token sequences without 'lengths', written by an older version; wanted sequences of this version; "
-                    f"prepare the data again"
+                    f"{path}: got token sequences without 'lengths', written by an older version; wanted sequences of this "
+                    "version; prepare the data again"
                 )
             facts = json.loads(metadata["rows"])
             tensors = {name: file.get_tensor(name) for name in _DTYPES if name in keys}
@@ -213,8 +213,8 @@ def _derived_lengths(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
     if within.any():
         sequence = int(within.int().argmax())
         raise ValueError(
-            f"lengths: got none and a sequence {sequence} with the padding token {pad_id} within its text, wanted the number of tokens of each sequence "
-            f"that are text"
+            f"lengths: got none and a sequence {sequence} with the padding token {pad_id} within its text, wanted the number "
+            "of tokens of each sequence that are text"
         )
     return lengths
 
@@ -223,7 +223,7 @@ _cache: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """Returns the permutation of ``n`` sequences for ``(seed, epoch)``; caches the last few, since consecutive batches share one."""
+    """Returns the permutation of ``n`` sequences for ``(seed, epoch)``; caches the last few, which consecutive batches share."""
     key = (n, seed, epoch)
     if key not in _cache:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

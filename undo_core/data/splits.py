@@ -70,8 +70,8 @@ def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
     for name, length in (("length", settings["length"]), ("distill.length", settings["distill"]["length"])):
         if length is not None and length - 1 > positions:  # the last token is only a label
             raise ValueError(
-                f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a sequence's last token "
-                f"is a label alone"
+                f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a "
+                "sequence's last token is a label alone"
             )
 
 

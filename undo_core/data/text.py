@@ -133,7 +133,8 @@ def text_splits(
             if not chosen:
                 total = sum(map(len, documents.values()))
                 raise ValueError(
-                    f"data.valid_fraction: got {valid_fraction}, with which none of {group}'s {total} documents fell into {split}"
+                    f"data.valid_fraction: got {valid_fraction}, with which none of {group}'s {total} documents fell into "
+                    f"{split}"
                 )
             splits[f"{split}_{group}"] = packed(chosen, length)
     if distill and distill["sources"]:

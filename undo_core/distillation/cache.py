@@ -188,11 +188,11 @@ class CachedTeacher:
         """Raises a ValueError unless ``text`` is the sequences that the cache was made from."""
         if not isinstance(text, Sequences):
             raise ValueError(
-                f"text: got {type(text).__name__}, wanted the token sequences (undo_core.data.sequences.Sequences) that the teacher was cached on; "
-                f"other data needs a resident or streamed teacher"
+                f"text: got {type(text).__name__}, wanted the token sequences (undo_core.data.sequences.Sequences) that the "
+                "teacher was cached on; other data needs a resident or streamed teacher"
             )
-        _same(self.facts["identity"], _sequences_identity(text), "text: got sequences that are not those of the cache, which was made",
-              "wanted the sequences that it was made from")  # fmt: skip
+        got = "text: got sequences that are not those of the cache, which was made"
+        _same(self.facts["identity"], _sequences_identity(text), got, "wanted the sequences that it was made from")
         self._sequences = text
 
     def identity(self) -> dict[str, Any]:
@@ -310,8 +310,8 @@ class _Pass:
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"{self.folder}: the teacher's cache needs {needed:,} bytes ({self.total:,} positions of {self.position_bytes:,}) and "
-                f"the disk has {free:,} free"
+                f"{self.folder}: the teacher's cache needs {needed:,} bytes ({self.total:,} positions of "
+                f"{self.position_bytes:,}) and the disk has {free:,} free"
             )
         self._save(done)
         return done
@@ -326,7 +326,7 @@ class _Pass:
 
     @torch.no_grad()
     def _outputs(self, start: int, end: int, size: int) -> dict[str, torch.Tensor]:
-        """Returns the stored form of sequences ``start`` to ``end``, from a batch filled up to ``size`` with other sequences."""
+        """Returns the stored form of sequences ``start`` to ``end``, from a batch filled up with others to ``size``."""
         index = torch.arange(start, start + size) % len(self.sequences)
         ids = self.sequences.input_ids[index].long().to(self.head.weight.device)
         mask = self.sequences.text_mask(index)[:, 1:].to(ids.device)
@@ -352,8 +352,8 @@ class _DiskFull:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
-                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from what "
-                f"is there"
+                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from "
+                "what is there"
             ) from None
 
 
@@ -416,8 +416,8 @@ def _errors(teacher: PreTrainedModel, head: Head, sequences: Sequences, config: 
 def describe_error(name: str, error: dict[str, float]) -> str:
     """Describes an entry of a cache's ``error`` in words."""
     return (
-        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
-        f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
+        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its "
+        f"gradient by {error['gradient_error']:.2g} (relative, {error['positions']} positions)"
     )
 
 

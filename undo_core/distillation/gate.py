@@ -65,7 +65,7 @@ class Classifier:
         return torch.cat([features(*part, len(self.weight)) @ self.weight + self.bias > 0 for part in parts])
 
     def quality(self, forget: Sequences, retain: Sequences) -> dict[str, Any]:
-        """Precision and recall for the forget sequences, and the numbers of sequences; precision is None if no sequence is dropped."""
+        """Precision and recall for the forget sequences, and the numbers of sequences; precision is None if none is dropped."""
         hits, alarms = int(self.forget(forget).sum()), int(self.forget(retain).sum())
         return {
             "precision": hits / (hits + alarms) if hits + alarms else None,

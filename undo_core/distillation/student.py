@@ -131,8 +131,9 @@ def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: in
     smaller = min(sizes.values())
     if chosen is None and len(set(sizes.values())) > 1:
         warnings.warn(
-            f"vocab_size: got None for a student of {sizes['student']} vocabulary entries and a teacher of {sizes['teacher']}; taking {smaller}, as for two "
-            "models of one tokenizer whose heads are padded differently. With different tokenizers the result means nothing.",
+            f"vocab_size: got None for a student of {sizes['student']} vocabulary entries and a teacher of {sizes['teacher']}; "
+            f"taking {smaller}, as for two models of one tokenizer whose heads are padded differently. With different "
+            "tokenizers the result means nothing.",
             stacklevel=3,
         )
         chosen = smaller
@@ -142,8 +143,8 @@ def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: in
         )
     if getattr(teacher, "kind", None) == "topk" and (cached or teacher.vocabulary) != (chosen or teacher.vocabulary):
         raise ValueError(
-            f"teacher: got a topk cache over {cached or teacher.vocabulary} tokens for a vocab_size of {chosen}, wanted one made with "
-            f"TeacherConfig(vocab_size={chosen})"
+            f"teacher: got a topk cache over {cached or teacher.vocabulary} tokens for a vocab_size of {chosen}, wanted one "
+            f"made with TeacherConfig(vocab_size={chosen})"
         )
     return chosen
 
@@ -158,13 +159,14 @@ def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: 
         raise ValueError(f"hidden_weight: got {weight}, wanted a finite number >= 0")
     if not isinstance(teacher, ModelTeacher):
         raise ValueError(
-            f"hidden_weight: got {weight} with {type(teacher).__name__}, which has no layers; wanted a resident or streamed teacher"
+            f"hidden_weight: got {weight} with {type(teacher).__name__}, which has no layers; wanted a resident or streamed "
+            "teacher"
         )
     shapes = [(c.num_hidden_layers, c.hidden_size) for c in (m.config.get_text_config() for m in (student, teacher.model))]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"student: got {shapes[0][0]} layers of width {shapes[0][1]}, wanted the teacher's {shapes[1][0]} of {shapes[1][1]}, to match "
-            f"hidden states"
+            f"student: got {shapes[0][0]} layers of width {shapes[0][1]}, wanted the teacher's {shapes[1][0]} of "
+            f"{shapes[1][1]}, to match hidden states"
         )
     count = shapes[0][0]
     chosen = tuple(range(1, count + 1) if layers is None else layers)

@@ -1,4 +1,4 @@
-"""Scores a model on sequences, with 95 % intervals: exact match of greedy answers, multiple choice, or cross-entropy on text."""
+"""Scores a model on sequences, with 95 % intervals: exact match of greedy answers, multiple choice, or cross-entropy."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torc
 
 
 def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over each sequence's labels, and the number of labels."""
+    """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over a sequence's labels, and the number of labels."""
     labels, mask = ids[:, 1:], mask[:, 1:]
     head = head_of(model)
     summed = ops.linear_cross_entropy(

@@ -51,7 +51,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a model does to its output layer's result; ``entries`` is the number of logits, at most that of the weight's vocabulary entries."""
+    """What a model does to its output layer's result; ``entries`` is the number of logits."""
 
     scale: float
     softcap: float | None
@@ -117,8 +117,8 @@ def measure_head(model: PreTrainedModel) -> Constants:
         raise UnsupportedHead(f"model: got a {type(model).__name__}, whose forward pass does not call its output layer")
     if seen["products"].shape[:-1] != (1, TOKENS) or logits.shape[:-1] != (1, TOKENS):
         raise UnsupportedHead(
-            f"model: got a {type(model).__name__}, whose output layer gives {list(seen['products'].shape)} for {TOKENS} tokens, "
-            f"which become logits {list(logits.shape)}; wanted one vector of each for each token"
+            f"model: got a {type(model).__name__}, whose output layer gives {list(seen['products'].shape)} for {TOKENS} "
+            f"tokens, which become logits {list(logits.shape)}; wanted one vector of each for each token"
         )
     if not meta:
         _compare_products(model, output, seen["hidden"][0], seen["products"][0])
@@ -212,8 +212,9 @@ def check_isolation(model: PreTrainedModel) -> None:
         works = False
     if not works:
         raise ValueError(
-            f"position_ids: got sequences of isolated documents for {type(model).__name__} with attention {kernel}, which lets them attend "
-            f"to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, flex_attention)"
+            f"position_ids: got sequences of isolated documents for {type(model).__name__} with attention {kernel}, which lets "
+            "them attend to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, "
+            "flex_attention)"
         )
     model._undo_isolation_verified = kernel
 
@@ -271,8 +272,8 @@ def _linear(model: PreTrainedModel) -> Products:
         return found
     if type(output).__module__.startswith("peft."):
         raise UnsupportedHead(
-            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted it merged "
-            f"(merge_and_unload), or the output layer left out of target_modules"
+            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted "
+            "it merged (merge_and_unload), or the output layer left out of target_modules"
         )
     if not isinstance(output, nn.Linear):
         raise UnsupportedHead(f"model: got a {name} whose output layer is {type(output).__name__}, wanted a Linear head")
@@ -324,8 +325,8 @@ def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor
     if bool(wrong.any()):
         share = float(wrong.double().mean())
         raise UnsupportedHead(
-            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) with scale {scale:g} and softcap "
-            f"{softcap} in {share:.1%} of all entries; what it does after its output layer is not supported"
+            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) with scale {scale:g} and "
+            f"softcap {softcap} in {share:.1%} of all entries; what it does after its output layer is not supported"
         )
     return Constants(scale, softcap, entries)
 

@@ -199,7 +199,8 @@ def check_vocab_size(vocab_size: int | None, **sizes: int) -> None:
     for name, count in sizes.items():
         if vocab_size is not None and not 1 <= vocab_size <= count:
             raise ValueError(
-                f"vocab_size: got {vocab_size}, wanted at most the {count} vocabulary entries of the {name}'s head, and at least 1"
+                f"vocab_size: got {vocab_size}, wanted at most the {count} vocabulary entries of the {name}'s head, and at "
+                "least 1"
             )
 
 

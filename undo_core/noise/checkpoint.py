@@ -131,4 +131,5 @@ def describe_replay(drawn: torch.Tensor) -> str:
     """Returns a line with the shape, norm, start of the SHA-256 of the float32 bytes, and first values of ``N``."""
     digest = hashlib.sha256(drawn.numpy().data).hexdigest()
     first = " ".join(f"{value:.9g}" for value in drawn.flatten()[:4].tolist())
-    return f"{tuple(drawn.shape)}  |N| {float(torch.linalg.vector_norm(drawn, dtype=torch.float64)):.6g}  sha256 {digest[:16]}  {first} ..."
+    norm = float(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+    return f"{tuple(drawn.shape)}  |N| {norm:.6g}  sha256 {digest[:16]}  {first} ..."

@@ -167,7 +167,8 @@ def summary(left: Mapping[str, Left]) -> str:
     for one in left.values():
         reasons.setdefault(one.reason, []).append(one)
     return "; ".join(
-        f"{len(parts)} parameters ({sum(p.elements for p in parts):,} elements, {sum(p.share for p in parts):.1%} of the model): {reason}"
+        f"{len(parts)} parameters ({sum(p.elements for p in parts):,} elements, {sum(p.share for p in parts):.1%} of the "
+        f"model): {reason}"
         for reason, parts in reasons.items()
     )
 

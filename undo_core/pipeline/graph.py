@@ -240,8 +240,8 @@ def _check_shots(config: RunConfig) -> None:
         shots = max(attack.shots)
         if positions is not None and (shots + 1) * part > positions:
             raise ValueError(
-                f"attacks.{name}.shots: got {shots}, whose sequences take at least {(shots + 1) * part} positions of the model's {positions}; "
-                f"wanted {max(positions // part - 1, 0)} at most"
+                f"attacks.{name}.shots: got {shots}, whose sequences take at least {(shots + 1) * part} positions of the "
+                f"model's {positions}; wanted {max(positions // part - 1, 0)} at most"
             )
 
 

@@ -156,7 +156,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Returns a function that evaluates a model on the validation sequences of ``names``, for training curves and stop rules."""
+    """Returns a function that evaluates a model on the validation data of ``names``, for training curves and stop rules."""
     sequences = {name: load_split(data, f"valid_{name}") for name in names}
     return lambda model: {name: evaluate(model, part)["value"] for name, part in sequences.items()}
 

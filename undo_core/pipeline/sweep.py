@@ -117,8 +117,8 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
         kinds.add_row(kind, str(asked[kind]), str(count), str(there[kind]), str(count - there[kind]))
     shared = sum(times > 1 for times in wanted.values())
     notes = [
-        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
-        f"{len(every) - there.total()} to do with {configs[0].workers} worker(s).",
+        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several "
+        f"runs; {len(every) - there.total()} to do with {configs[0].workers} worker(s).",
         "Attacks by which a grid of rates grows come on top. For steps, memory and time of one run: undo plan.",
     ]
     for reason, left_out in refused.items():

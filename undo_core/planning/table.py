@@ -101,7 +101,8 @@ def plan_table(config: RunConfig) -> RenderableType:
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), {disk / 2**20:,.0f} MiB of disk.",
+        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), "
+        f"{disk / 2**20:,.0f} MiB of disk.",
         "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
         f"Memory is of one stage; {config.workers} run side by side."

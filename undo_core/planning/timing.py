@@ -29,7 +29,7 @@ class Measure:
         self.known: dict[tuple[int, int], float] = {}
 
     def seconds(self, sequences: int, passes: float, length: int) -> float:
-        """Returns the seconds of a step on ``sequences`` sequences of ``length`` tokens that costs ``passes`` forward passes."""
+        """Returns the seconds of a step of ``passes`` forward passes on ``sequences`` sequences of ``length`` tokens."""
         if self.real is None:
             return passes * forward_flops(self.model, length) * sequences * length / (self.rate * MATRIX_EFFICIENCY)
         if (sequences, length) not in self.known:

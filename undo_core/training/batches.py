@@ -56,16 +56,16 @@ class Batch:
             return
         if self.position_ids.shape != self.input_ids.shape or self.position_ids.is_floating_point():
             raise ValueError(
-                f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of the shape "
-                f"of input_ids, {tuple(self.input_ids.shape)}"
+                f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of "
+                f"the shape of input_ids, {tuple(self.input_ids.shape)}"
             )
         if self.attention_mask is not None:
             text = self.attention_mask.bool()
             again = self.position_ids[:, 1:] <= self.position_ids[:, :-1]
             if bool((again & text[:, 1:] & text[:, :-1]).any()):
                 raise ValueError(
-                    "position_ids: got them with an attention_mask and starting again within its text, wanted only one of them; "
-                    "sequences padded on the right need no attention_mask"
+                    "position_ids: got them with an attention_mask and starting again within its text, wanted only one of "
+                    "them; sequences padded on the right need no attention_mask"
                 )
 
     def digest(self) -> str:

@@ -150,7 +150,8 @@ def train(
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError(
-            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until requires_grad_()"
+            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until "
+            "requires_grad_()"
         )
     check_trained(model, trained)
     if isinstance(model, PreTrainedModel):
@@ -251,8 +252,8 @@ def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
     for name, identity in identities.items():
         if identity is None:
             warnings.warn(
-                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list of batches or "
-                "token sequences can",
+                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list "
+                "of batches or token sequences can",
                 stacklevel=3,
             )
     return {"sources": identities}

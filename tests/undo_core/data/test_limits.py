@@ -54,7 +54,8 @@ def test_every_face_names_what_the_model_cannot_read(kind, tmp_path):
     for data, message in (
         (
             sequences(14),
-            "got sequences of 14 tokens, of which the last is a label alone, wanted sequences that take at most the model's 12 positions",
+            "got sequences of 14 tokens, of which the last is a label alone, wanted sequences that take at most the model's "
+            "12 positions",
         ),
         (sequences(5, 300), "got token id 300, wanted ids below the model's vocabulary of 300"),
         (sequences(5, -1), "got token id -1, wanted ids from 0"),

@@ -1,4 +1,4 @@
-"""Heads with sequences beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
+"""Heads with vocabulary entries beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
 
 import copy
 import math

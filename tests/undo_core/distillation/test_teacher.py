@@ -116,7 +116,7 @@ def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, sequences, monkeyp
     model = tiny(1).bfloat16()
     hidden = torch.randn(12, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     whole = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
-    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two sequences at a time
+    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two tokens at a time
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         casts, products = 0, 0

@@ -217,11 +217,12 @@ def common_tokens(work: Work, teacher: int, student: int) -> int:
     if known[0] is None or known[0] != known[1] or max(known[0].values()) >= smaller:
         folders = " and ".join(str(work.inputs[name]) for name in ("teacher", "student"))
         raise ValueError(
-            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or the same tokenizer in both of {folders}, with "
-            f"at most {smaller} tokens; they have none, different ones, or more tokens"
+            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or the same tokenizer in both of "
+            f"{folders}, with at most {smaller} tokens; they have none, different ones, or more tokens"
         )
     console.print(
-        f"{work.title}: the teacher's head has {teacher} vocabulary entries and the student's {student}; the first {smaller} count"
+        f"{work.title}: the teacher's head has {teacher} vocabulary entries and the student's {student}; the first {smaller} "
+        "count"
     )
     return smaller
 

@@ -68,5 +68,5 @@ class Gate(Stage):
 
 
 def kept_sequences(folder: Path) -> torch.Tensor:
-    """Returns a ``[sequences]`` bool mask over the distillation data: True for the sequences that the gate in ``folder`` keeps."""
+    """Returns a ``[sequences]`` bool mask over the distillation data: True for those that the gate in ``folder`` keeps."""
     return load_file(folder / KEPT)["kept"]

@@ -70,7 +70,8 @@ class Prepare(Stage):
             facts[name]["truncated"] = count
             if count:
                 console.print(
-                    f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the model"
+                    f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the "
+                    "model"
                 )
         return {"parameters": sum(p.numel() for p in model.parameters()), "splits": facts}
 
@@ -101,7 +102,8 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and data.questions"
+                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and "
+                "data.questions"
             )
     if model.path:
         checkpoint = Path(model.path)
