@@ -323,7 +323,7 @@ def test_what_cannot_be_is_refused_by_name(text):
     ):
         refused(
             peft.get_peft_model(base(), config),
-            r"output layer has an adapter, a \w+, that is no plain LoRA; wanted it merged",
+            r"output layer has an adapter, a \w+, that is not plain LoRA; wanted a merged adapter",
             UnsupportedHead,
         )
     refused(adapted("lora on the head", lora_dropout=0.2), "lora_dropout 0.2 in the adapter default of the output layer")

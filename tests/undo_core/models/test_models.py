@@ -127,7 +127,7 @@ class Scaled(nn.Linear):
 def test_a_head_with_a_forward_of_its_own_is_refused_however_near_it_is():
     model = build("llama")
     model.lm_head = Scaled(16, 40, bias=False)
-    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM whose output layer, a Scaled, has a forward of its own"):
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM whose output layer, a Scaled, overrides forward"):
         head_of(model)
 
 

@@ -247,7 +247,7 @@ def test_the_command(tmp_path, capsys):
     assert facts["distance"] == pytest.approx(facts["wanted"], rel=1e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "d").config.model_type == "gemma2"
     assert main(["damage", str(source), str(tmp_path / "e"), "prune"]) == 2
-    assert "strength: got None with alpha None, wanted one of the two" in capsys.readouterr().err
+    assert "strength: got None with alpha None, wanted exactly one of the two" in capsys.readouterr().err
 
     assert main(["noise", str(source), str(tmp_path / "n"), "--alpha=0.5", "--layers=0"]) == 0
     before, after = (values(AutoModelForCausalLM.from_pretrained(folder)) for folder in (source, tmp_path / "n"))

@@ -168,7 +168,7 @@ def test_the_plan_has_a_line_for_each_attack(finished, capsys):
     table = capsys.readouterr().out
     lines = {"same undo-0.5, 1 rates", "mixed unlearn, 2 trials", "adapters unlearn, 1 rates", "prompted unlearn, 2 trials"}
     for line in lines | {"relearn unlearn, 1 rates", "rounded undo-0.5, 2 trials"}:
-        (row,) = [row for row in table.splitlines() if row.startswith(line) and "there" in row]
+        (row,) = [row for row in table.splitlines() if row.startswith(line) and "done" in row]
         assert ("probe" in row) == ("prompted" in line or "rounded" in line)
 
 

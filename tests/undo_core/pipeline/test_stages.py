@@ -73,7 +73,7 @@ def test_one_folder_is_made_once_and_never_over_something_else(tmp_path):
     assert store.ensure(Ending(how="work")) == tmp_path / "out" and store.manifest(Ending(how="work"))["sources"] == {}
     before = hash_file(tmp_path / "out" / "manifest.json")
     store.ensure(Ending(how="work", title="again"))
-    with pytest.raises(FileExistsError, match=r"^output: got .*out, which exists and was made otherwise"):
+    with pytest.raises(FileExistsError, match=r"^output: got .*out, which exists and was made from other inputs"):
         store.ensure(Ending(how="work", number=1))
     assert hash_file(tmp_path / "out" / "manifest.json") == before and [path.name for path in Path(tmp_path).iterdir()] == [
         "out"

@@ -105,7 +105,7 @@ def test_the_dry_run_names_the_runs_that_cannot_begin(tmp_path, capsys):
     path = write(tmp_path, runs=[{"name": "plain"}, {"name": "lost", **lost}, {"name": "gone", **lost}])
     assert main(["sweep", path, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 runs ask for" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data: got no.txt" in said
+    assert "1 runs need" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data: got no.txt" in said
 
 
 def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
@@ -117,7 +117,10 @@ def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
     for command in (["sweep", path, "--dry-run"], ["plan", path]):
         assert main(command) == 0 and not (tmp_path / "out").exists()
         text = " ".join(capsys.readouterr().out.split())
-        assert "2 runs ask for 18 stages, 12 of them distinct, 6 shared by several runs; 12 to do with 1 worker(s)." in text
+        assert (
+            "2 runs need 18 stages: 12 distinct ones, 6 of them shared by several runs; 12 are missing, to run with 1 worker(s)."
+            in text
+        )
         assert "beta=0.1 0 9 6 9 0 of 1" in text and "relearn 6 4 0 4" in text and "pretrain 4 2 0 2" in text
 
 

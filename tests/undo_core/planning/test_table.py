@@ -71,7 +71,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
 
     run(settings, "test")
     by_folder = {row.folder: row for row in plan_rows(settings, store)[0]}
-    assert all(row.done for row in by_folder.values()) and show(settings).count("there") == len(by_folder)
+    assert all(row.done for row in by_folder.values()) and show(settings).count("done") == len(by_folder)
     for stage in graph_of(settings).stages():
         facts, row = store.manifest(stage), by_folder[stage.name]
         assert 0.5 < row.memory.total / facts["peak_bytes"] < 2

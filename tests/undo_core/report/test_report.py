@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import json
+import os
 from html.parser import HTMLParser
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from undo_core.report import derive, terminal_table, write_report
+from undo_core.report import backend, derive, terminal_table, write_report
 from undo_core.report.figures import spread_apart
 from undo_core.report.metrics import ratio_of_robustness
 from undo_core.report.table import group_table
@@ -366,3 +368,13 @@ def test_labels_stay_apart_in_order_and_in_range(values: list[float]) -> None:
 
 def test_labels_with_room_stay_where_they_are() -> None:
     assert spread_apart([0.2, 0.5, 0.9], 0.05, 0.0, 1.0) == pytest.approx([0.2, 0.5, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("module://nowhere_to_be_found.backend", False), ("module://json", True), ("agg", True)]
+)
+def test_a_notebooks_backend_that_is_not_installed_is_dropped(monkeypatch, name, kept):
+    """Matplotlib refuses to be imported with one, and a notebook passes its own to the commands that it starts."""
+    monkeypatch.setenv("MPLBACKEND", name)
+    importlib.reload(backend)
+    assert ("MPLBACKEND" in os.environ) == kept
