@@ -77,7 +77,8 @@ def encode_each(
     for text, whole in zip(continuations, wholes, strict=True):
         if len(whole) <= len(given):
             raise ValueError(
-                f"tokenizer: got no token for {text!r} after the prompt, wanted a tokenizer that gives it tokens apart from the prompt"
+                f"tokenizer: got no token for {text!r} after the prompt, wanted a tokenizer that gives it tokens apart from "
+                "the prompt"
             )
     return [(given, whole[len(given) :]) for whole in wholes]
 

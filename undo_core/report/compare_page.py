@@ -53,15 +53,16 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
         "overview": f"Each method alone and after UNDO, before and after {report.headline} attack steps; {worst[4:].lower()}, "
         f"each attack at its own headline step. {stands} "
         "Means; lines from the smallest to the largest seed.",
-        "oracle": "A model that behaves like data filtering is not always as robust: the data-filtered model was distilled into the "
-        "original one and, if configured, into random weights. Lines show the worst case at every step, as means over seeds.",
-        "methods": f"Each method from unlearning alone (square) to UNDO (circle), before the attack and after {report.headline} "
-        f"attack steps. {stands} Means; bars from the smallest to the largest seed.",
-        "envelopes": f"{worst}, separately at every step (line); the edge of the band is the weakest attack at that step. After "
-        f"{report.headline} steps each attack counts at its own headline step. Means over seeds. {stands}",
+        "oracle": "A model that behaves like data filtering is not always as robust: the data-filtered model was distilled into "
+        "the original one and, if configured, into random weights. Lines show the worst case at every step, as means over seeds.",
+        "methods": f"Each method from unlearning alone (square) to UNDO (circle), before the attack and after "
+        f"{report.headline} attack steps. {stands} Means; bars from the smallest to the largest seed.",
+        "envelopes": f"{worst}, separately at every step (line); the edge of the band is the weakest attack at that step. "
+        f"After {report.headline} steps each attack counts at its own headline step. Means over seeds. {stands}",
         "robustness": "Robustness R on the scale from unlearn only (0) to data filtering (1), against compute C, the training "
         "over data filtering's, with a point for each α: medians, bars from the smallest to the largest seed. C includes the "
-        "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither R "
-        "nor C.",
-        "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest seed.",
+        "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither "
+        "R nor C.",
+        "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest "
+        "seed.",
     }

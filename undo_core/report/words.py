@@ -43,8 +43,8 @@ def captions(report: Report) -> dict[str, str]:
         "relearning": "Forget performance during the attack; at every step the learning rate that recovers most of it counts. "
         f"The dashed line is the original model. {better} {band}",
         "compute": "Robustness R against compute C, with a point per α; models without R or C are left out (see the table). C "
-        "includes the unlearning, whose steps are converted to steps of as many tokens as the student's; FLOPs also include the "
-        f"teacher's forward passes. The diagonal is drawn for orientation.{seeds}",
+        "includes the unlearning, whose steps are converted to steps of as many tokens as the student's; FLOPs also include "
+        f"the teacher's forward passes. The diagonal is drawn for orientation.{seeds}",
         "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} attack steps "
         "(filled) at the learning rate that is worst for the forget set; means over seeds.",
         "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
@@ -69,8 +69,8 @@ def definitions(report: Report) -> list[tuple[str, str]]:
     terms = {
         "retain, forget": f"{value}, on the test {scored} of what is to be kept and of what is to be forgotten",
         "held-out": "the same on problems that neither training nor an attack has seen",
-        "values": f"{several}; an interval covers only the sampling of the evaluated {scored}, neither training nor the choice of "
-        "the worst rate",
+        "values": f"{several}; an interval covers only the sampling of the evaluated {scored}, neither training nor the choice "
+        "of the worst rate",
         "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
         "separately at each step",
         "unlearn only": "the suppressed model, which is also the teacher",
@@ -138,7 +138,10 @@ def _done(report: Report) -> str:
         text += f"; every model but the original was then fine-tuned on the forget set at {rates}, of which the worst counts"
         further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
         if further:
-            text += f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst counts too"
+            text += (
+                f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst "
+            )
+            text += "counts too"
     left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
     return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
 

@@ -1,4 +1,4 @@
-"""The attacks beside full fine-tuning: adapters, mixes, other optimizers, prompting, quantisation."""
+"""Attacks other than full fine-tuning: adapters, mixes, other optimizers, prompting, quantisation."""
 
 import copy
 import dataclasses
@@ -50,12 +50,12 @@ GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positi
 
 
 def stage_of(config, trial):
-    """The stage that makes a trial."""
+    """Returns the stage that makes a trial."""
     return trial_stage(config, trial, NOWHERE, NOWHERE, "")
 
 
 def problems(tokenizer, operation):
-    """All problems of two digits below five, one a sequence, with their answers."""
+    """Returns all problems of two digits below five, one per sequence, with their answers."""
     texts = [f"{a}{operation}{b}={a * b if operation == '*' else a + b}" for a, b in itertools.product(range(5), repeat=2)]
     ids = torch.zeros(len(texts), 8, dtype=torch.int32)
     answers = torch.zeros(len(texts), 8, dtype=torch.bool)
@@ -68,7 +68,7 @@ def problems(tokenizer, operation):
 
 @pytest.fixture(scope="module")
 def world():
-    """A tokenizer, forget and retain sequences, the model that knows both, and unlearn-only."""
+    """Returns a tokenizer, forget and retain sequences, the model that knows both, and the unlearned model."""
     torch.set_num_threads(1)
     tokenizer = character_tokenizer("0123456789+-*/=")
     forget, retain = problems(tokenizer, "*"), problems(tokenizer, "+")
@@ -410,7 +410,7 @@ def test_a_matrix_that_has_no_whole_groups_is_refused_before_any_change(world):
 def test_a_model_with_matrices_that_cannot_be_rounded_is_refused_before_any_change(world):
     model = build_model({**SHAPE, "model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}, world[0], 0)
     before = weights(model).clone()
-    wanted = r"^model: got MixtralForCausalLM, whose model\.layers\.0\.mlp\.experts\.gate_up_proj \(of 2 such\) is not the weight of a"
+    wanted = r"^model: got MixtralForCausalLM, whose model\.layers\.0\.mlp\.experts\.gate_up_proj \(of 2 such\) is not the"
     with pytest.raises(ValueError, match=wanted):
         quantise_(model, 8)
     assert torch.equal(weights(model), before)

@@ -1,4 +1,4 @@
-"""Every stage alone, on Hugging Face checkpoint folders in and out."""
+"""Every single-stage command reads and writes Hugging Face checkpoint folders."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from undo_core.io.files import hash_file, read_json
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Somebody's own model and two text files."""
+    """Writes a user's model and two text files."""
     for name, words in (("retain", "one two three"), ("forget", "uno dos tres")):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{words} {i} {words} {i + 1}" for i in range(60)))
     tokenizer = train_bpe([str(tmp_path / "retain.txt"), str(tmp_path / "forget.txt")], 280)

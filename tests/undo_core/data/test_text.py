@@ -142,7 +142,7 @@ def test_documents_fall_into_splits_by_hash(tmp_path):
 
 @pytest.fixture
 def mix(tmp_path):
-    """A tokenizer of one token a character, and settings of three files of 200 documents of ten characters."""
+    """Returns a tokenizer with one token per character, and settings for three files of 200 documents of ten characters."""
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i:09}" for i in range(200)))
     tokenizer = character_tokenizer("abc0123456789")

@@ -1,4 +1,4 @@
-"""Heads with vocabulary entries beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
+"""Heads with more entries than the tokenizer: the padding of either head gets no probability and no gradient."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ LLAMA = {
 
 @pytest.fixture
 def padded(tokenizer):
-    """Makes a model whose head has so many vocabulary entries more than there are tokens."""
+    """Makes a model whose head has the given number of entries more than there are tokens."""
     return lambda extra, seed=0: build_model({**LLAMA, "vocab_size": tokens_of(tokenizer) + extra}, tokenizer, seed)
 
 

@@ -1,4 +1,4 @@
-"""Where the teacher is must not change the student: streamed and cached against resident, and what a cache refuses."""
+"""The place of the teacher does not change the student: streamed and cached against resident; and what a cache refuses."""
 
 import copy
 import shutil
@@ -32,7 +32,7 @@ CACHED = TeacherConfig("cached", batch_size=16)
 
 @pytest.fixture(params=["gemma2", "llama"])
 def pair(request, tiny, tokenizer, tmp_path):
-    """A teacher with weights of some size, its folder, and a student."""
+    """Returns a teacher with weights that are not small, its folder, and a student."""
     make = tiny if request.param == "gemma2" else lambda seed=0: build_model(LLAMA, tokenizer, seed)
     with torch.no_grad():
         made = make(1)

@@ -1,4 +1,4 @@
-"""Heads are what the model's own logits say, or refused."""
+"""A head gives the model's own logits, or it is refused."""
 
 import copy
 
@@ -85,7 +85,7 @@ def test_initialisation_is_a_function_of_the_seed():
 
 
 def counted_flops(model, length):
-    """Of a token in a sequence of ``length``, as torch counts them."""
+    """Returns the FLOPs of a token in a sequence of ``length``, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Damage by other operators, against their definitions, and as much of it as the published noise does."""
+"""Damage by other operators, against their definitions, and matched to the damage of the published noise."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def values(model):
 
 
 def distance(before, after):
-    """Over all matrices, by hand."""
+    """Returns the distance over all matrices, computed by hand."""
     matrices = [name for name in before if before[name].ndim > 1]
     change = sum(float(np.square(after[name] - before[name]).sum()) for name in matrices)
     return math.sqrt(change / sum(float(np.square(before[name]).sum()) for name in matrices))

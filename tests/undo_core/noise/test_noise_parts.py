@@ -1,4 +1,4 @@
-"""What of a model the damage is about: text by default, everything on request; the report, the commands and the run say what was left."""
+"""The damage affects the text part of a model by default, and all of it on request; reports and commands list the rest."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The controls beside the published ones, and what a run's results say that each student cost."""
+"""Controls beyond the published ones, and the costs of each student in a run's results."""
 
 from dataclasses import replace
 
@@ -118,7 +118,7 @@ def test_a_retain_text_that_is_not_read_is_not_counted(finished):
 
 
 def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeypatch):
-    """What the unlearned model retains, not what the original does, its teacher."""
+    """The target is the unlearned model's retain performance, not that of the original, which is the teacher."""
     settings, folder = finished
     stages = {model.name: model.stage for model in graph_of(settings).models}
     store = Store(folder / "stages")
@@ -146,7 +146,7 @@ def test_the_plan_knows_them(finished):
 
 
 def test_what_is_left_at_its_default_is_in_no_key():
-    """So that stages made before these settings were there are found again."""
+    """Stages made before these settings existed are therefore found again."""
     base = config(unlearn=UnlearnConfig(), distill=DistillConfig(), controls=ControlsConfig(oracle_steps=3))
     stages = {stage.title: stage for stage in graph_of(base).stages()}
     assert "forget_rows" not in stages["unlearn maxent"].settings

@@ -1,4 +1,4 @@
-"""A sweep: what it expands to, what it shares, and that neither a failure nor a kill loses what the others have."""
+"""A sweep: the runs that it expands to, the stages that they share, and that no failure or kill loses other runs' work."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ relearn: {{rates: [1.0e-3], evaluate_at: [0, 1], headline_step: 1, extend: 1, ba
 
 
 def write(folder: Path, workers: int = 1, **sweep) -> str:
-    """The files of a sweep in ``folder``; returns the sweep's."""
+    """Writes the files of a sweep to ``folder`` and returns the path of the sweep's."""
     (folder / "base.yaml").write_text(BASE.format(workers=workers))
     (folder / "strong.yaml").write_text("unlearn: {method: graddiff}\n")
     path = folder / "sweep.yaml"
@@ -118,8 +118,8 @@ def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
         assert main(command) == 0 and not (tmp_path / "out").exists()
         text = " ".join(capsys.readouterr().out.split())
         assert (
-            "2 runs need 18 stages: 12 distinct ones, 6 of them shared by several runs; 12 are missing, to run with 1 worker(s)."
-            in text
+            "2 runs need 18 stages: 12 distinct ones, 6 of them shared by several runs; 12 are missing, to run with 1 "
+            "worker(s)." in text
         )
         assert "beta=0.1 0 9 6 9 0 of 1" in text and "relearn 6 4 0 4" in text and "pretrain 4 2 0 2" in text
 

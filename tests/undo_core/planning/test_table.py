@@ -1,4 +1,4 @@
-"""What ``undo plan`` says is what then runs, and its flags make every stage fit."""
+"""The stages run as ``undo plan`` says, and its flags make every stage fit."""
 
 import json
 from dataclasses import replace
@@ -103,7 +103,7 @@ def test_a_size_that_is_none_is_refused(text):
 
 
 def test_what_makes_every_stage_fit(tmp_path, capsys, monkeypatch):
-    """A vocabulary whose logits' workspace and gradient matter, so that there is something to save."""
+    """The vocabulary is so large that the workspace and the gradient of the logits matter, so that changes save memory."""
     monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # memory is asked here, not time
     Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
     sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]

@@ -1,4 +1,4 @@
-"""The report: R, C and worst cases against sums done by hand, what is left out and why, and the files it writes."""
+"""The report: R, C and worst cases against values computed by hand, what is omitted and why, and the files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score(value: float) -> dict[str, Any]:
 
 
 def attack(*curves: list[float]) -> dict[str, Any]:
-    """An attack with one forget curve per rate; its retain performance is 0.9, 0.8, 0.7 in that order of rates."""
+    """Returns an attack with one forget curve per rate, and retain performance 0.9, 0.8, 0.7 in the order of the rates."""
     return {
         "rates": RATES,
         "steps": STEPS,
@@ -251,7 +251,7 @@ def test_order_over_alpha(kind: str) -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a page would load."""
+    """Collects the resources that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()

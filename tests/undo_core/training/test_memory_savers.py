@@ -1,4 +1,4 @@
-"""Training on less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
+"""Training with less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_many_tokens_of_a_bfloat16_weight_are_summed_before_they_are_rounded():
 
 
 def test_training_repeats_bit_for_bit_on_many_tokens():
-    """Sums over repeated tokens have an order, whatever the threads do."""
+    """Sums over repeated tokens have a fixed order for any number of threads."""
 
     def gradient():
         model = model_of("gemma2", hidden_size=256, head_dim=128)

@@ -173,7 +173,7 @@ def test_a_diverged_run_says_so(tiny, sequences):
 
 
 def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
-    """As on a GPU, where a step's loss is not waited for: a published stage has no NaN in any."""
+    """On a GPU a step does not wait for its loss; still, a NaN in any loss is found before the stage is published."""
     monkeypatch.setattr(loop, "_is_read", lambda device, step: step % 10 == 0)
     seen = []
 
@@ -189,7 +189,7 @@ def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, sequences, finite):
-    """The loss of that step is fine, and no later one would show what its update did."""
+    """The loss of that step is finite, and no later loss would show the effect of its update."""
 
     def gradient(model, *arguments):
         value = loop.accumulate(model, *arguments)
