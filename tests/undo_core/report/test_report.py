@@ -327,7 +327,7 @@ def test_the_opening_quotes_the_numbers() -> None:
     result = run()
     text = opening(derive([result], "title")).replace("\u00a0", " ")
     assert "the unlearn-only model is at 90.0 %, UNDO between 50.0 (α = 0.6) and 70.0 % (α = 0.2)" in text
-    assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "One seed" in text
+    assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "one seed" in text
     censor(result, "undo-0.6")
     text = opening(derive([result], "title")).replace("\u00a0", " ")
     assert "UNDO at 70.0 % (α = 0.2)" in text and "Censored" in text and "R = 0.67" not in text
