@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from undo_kernels.products import Product
+from undo_kernels.matmul import Product
 
 
 @dataclass(frozen=True)

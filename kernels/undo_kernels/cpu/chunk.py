@@ -11,7 +11,7 @@ from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu.extension import Field, Target, kernels
 from undo_kernels.problem import DENSE, SPARSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 
 _ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
 _NOWHERE = 1e30  # base of the padding lanes past the last token, which makes every probability there 0

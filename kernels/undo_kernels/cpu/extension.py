@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
-from undo_kernels.library import mark_unavailable
+from undo_kernels.library.backends import mark_unavailable
 
 kernels: Any = None
 try:

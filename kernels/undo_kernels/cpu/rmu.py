@@ -6,7 +6,7 @@ import torch
 
 from undo_kernels.cpu.extension import Kind, kernels
 from undo_kernels.cpu.instruction_set import vectors
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import gradient_dtype
 from undo_kernels.record import Call, record, recording
 
@@ -15,7 +15,7 @@ from undo_kernels.record import Call, record, recording
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.torch_ops.rmu``."""
+    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.library.rmu``."""
     rows, width = hidden.shape
     form = vectors()
     if recording():

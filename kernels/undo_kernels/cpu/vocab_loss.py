@@ -28,7 +28,7 @@ from undo_kernels.cpu.chunk import Chunk
 from undo_kernels.cpu.extension import kernels
 from undo_kernels.cpu.instruction_set import has_amx, vectors
 from undo_kernels.cpu.workspace import workspace
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.record import Call, record, recording

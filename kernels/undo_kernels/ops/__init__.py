@@ -1,6 +1,6 @@
 """The public ops: losses over the vocabulary that hold no logits, in-place noise, and RMU's activation loss.
 
-Each function checks its arguments once and hands them to the backend that ``undo_kernels.library`` chooses: Triton on GPUs, C++ on
+Each function checks its arguments once and hands them to the backend that ``undo_kernels.library.backends`` chooses: Triton on GPUs, C++ on
 CPUs, plain PyTorch elsewhere. The losses go from hidden states and the weight of a head to a number::
 
     z = softcap(scale * (h @ W.T + b)) / temperature        softcap(z) = c * tanh(z / c)

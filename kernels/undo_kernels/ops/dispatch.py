@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import choose
+from undo_kernels.library.backends import choose
+from undo_kernels.library.vocab_loss import arguments
 from undo_kernels.ops import checks
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.reference.vocab_loss import row_losses
-from undo_kernels.torch_ops.vocab_loss import arguments
 
 # Plain PyTorch is faster below so many (token, vocabulary row) pairs, and below so many vocabulary rows, than each backend. For
 # C++ measured on one core with AVX-512: 128 tokens by 1000 rows are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
@@ -179,7 +179,7 @@ def prefers_direct(rows: int, vocabulary: int, backend: str) -> bool:
 def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     problem = dataclasses.replace(problem, plan="inplace") if inplace and problem.needs[0] else problem
     tensors, options = arguments(problem, backend)
-    results = torch.ops.undo.vocab_loss_rows(*tensors, **options)
+    results = torch.ops.undo.vocab_loss_tokens(*tensors, **options)
     loss = torch.where(problem.factor == 0, 0.0, problem.factor * results[1])
     if problem.label_factor is not None:
         loss = loss + torch.where(problem.label_factor == 0, 0.0, problem.label_factor * results[2])

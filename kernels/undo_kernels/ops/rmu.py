@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from undo_kernels import reference
-from undo_kernels.library import choose, implementation_on
+from undo_kernels.library.backends import choose, implementation_on
 from undo_kernels.ops import checks
 from undo_kernels.reference.rmu import row_factor
 

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
-from undo_kernels.pairs import bregman, expm1, expm1_
+from undo_kernels.kl_terms import bregman, expm1, expm1_
 from undo_kernels.problem import SPARSE
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 
 _LEAST = -200.0  # lower bound of log p in p * x, which is already 0 there in every dtype; 0 * -inf would be NaN
 _MOST = 1e30  # finite in float32, so that its product with a probability of 0 is 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import name_hash
 from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.noise import standard
 from undo_kernels.reference.philox import DRAW, words
-from undo_kernels.segment import name_hash
 
 _STREAM = name_hash("rmu direction")
 

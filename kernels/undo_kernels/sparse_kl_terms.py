@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from undo_kernels.pairs import bregman, difference, log_ratio
+from undo_kernels.kl_terms import bregman, difference, log_ratio
 
 
 class Sparse(NamedTuple):

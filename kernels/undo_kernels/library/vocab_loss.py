@@ -1,7 +1,7 @@
 """The losses over the vocabulary as ``torch.library`` ops.
 
 ``undo::vocab_loss`` computes a total and, in the same call, its gradients, which the backward scales in place.
-``undo::vocab_loss_rows`` returns the losses of the rows; its backward calls ``vocab_loss`` with the incoming gradients as factors.
+``undo::vocab_loss_tokens`` returns the losses of the rows; its backward calls ``vocab_loss`` with the incoming gradients as factors.
 ``undo::vocab_loss_logits_`` overwrites precomputed logits with their gradient.
 
 The arguments of all three are the fields of a :class:`~undo_kernels.problem.Problem` and the backend. The backend is an argument so
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import implementation_on
+from undo_kernels.library.backends import implementation_on
+from undo_kernels.library.scale import is_eager, refuse_double_backward, scaled
+from undo_kernels.matmul import full_precision
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
-from undo_kernels.products import full_precision
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.torch_ops.scale import is_eager, refuse_double_backward, scaled
 
 # -- the schema ------------------------------------------------------------------------------------------------------------------
 
@@ -174,9 +174,9 @@ def _vocab_loss_backward(ctx: Any, grad_total: torch.Tensor | None, *others: Any
 
 torch.library.register_autograd("undo::vocab_loss", _vocab_loss_backward, setup_context=_vocab_loss_save)
 
-# -- undo::vocab_loss_rows -------------------------------------------------------------------------------------------------------
+# -- undo::vocab_loss_tokens -------------------------------------------------------------------------------------------------------
 
-torch.library.define("undo::vocab_loss_rows", _schema())
+torch.library.define("undo::vocab_loss_tokens", _schema())
 
 
 def _without_gradients(problem: Problem) -> Problem:
@@ -184,13 +184,13 @@ def _without_gradients(problem: Problem) -> Problem:
     return dataclasses.replace(problem, needs=(False, False, False), plan=plan)
 
 
-@torch.library.impl("undo::vocab_loss_rows", ("cpu", "cuda"))
+@torch.library.impl("undo::vocab_loss_tokens", ("cpu", "cuda"))
 def _rows(*tensors: Any, **options: Any) -> Result:
     problem, backend = problem_of(*tensors, **options)
     return _implementation(_without_gradients(problem), backend)
 
 
-@torch.library.register_fake("undo::vocab_loss_rows")
+@torch.library.register_fake("undo::vocab_loss_tokens")
 def _rows_fake(*tensors: Any, **options: Any) -> Result:
     return _shapes(_without_gradients(problem_of(*tensors, **options)[0]))
 
@@ -204,7 +204,7 @@ def _rows_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str,
 
 
 def _rows_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[torch.Tensor | None, ...]:
-    refuse_double_backward("vocab_loss_rows")
+    refuse_double_backward("vocab_loss_tokens")
     *tensors, lse_s, lse_t = ctx.saved_tensors
     problem, backend = problem_of(*tensors, **ctx.options)
     zero = torch.zeros_like(problem.factor)
@@ -231,7 +231,7 @@ def _rows_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *other
     return (*gradients, *[None] * (len(TENSORS) - len(_HEAD)))
 
 
-torch.library.register_autograd("undo::vocab_loss_rows", _rows_backward, setup_context=_rows_save)
+torch.library.register_autograd("undo::vocab_loss_tokens", _rows_backward, setup_context=_rows_save)
 
 # -- undo::vocab_loss_logits_ ----------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import implementation_on
+from undo_kernels.library.backends import implementation_on
+from undo_kernels.library.scale import refuse_double_backward, scaled
 from undo_kernels.problem import gradient_dtype
-from undo_kernels.torch_ops.scale import refuse_double_backward, scaled
 
 torch.library.define(
     "undo::rmu_loss",
