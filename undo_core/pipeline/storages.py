@@ -84,7 +84,7 @@ class Storages(TorchDispatchMode):
         if backend == "cpu":
             from undo_kernels.cpu.instruction_set import has_amx
 
-            plan = cpu_plan(problem, problem.rows, has_amx())
+            plan = cpu_plan(problem, problem.tokens, has_amx())
             kept = plan.kept_bytes(problem)  # a thread keeps the largest workspace that it has used
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)

@@ -26,5 +26,5 @@ def _enumeration(name: str) -> Any:
 
 
 Field = _enumeration("Field")  # of a chunk's state, ``csrc/vocab_loss.h``
-Target = _enumeration("Target")  # of the row kernels, likewise
+Target = _enumeration("Target")  # of the losses' kernels, likewise
 Kind = _enumeration("Kind")  # dtypes of ``csrc/rmu.h``

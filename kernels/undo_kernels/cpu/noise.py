@@ -1,4 +1,4 @@
-"""In-place noise on CPUs: ``csrc/noise_rows.h`` over all segments in one parallel region."""
+"""In-place noise on CPUs: ``csrc/noise_kernels.h`` over all segments in one parallel region."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """RMU's activation loss as a ``torch.library`` op, whose forward computes the gradient and whose backward scales it in place.
 
-``undo::rmu_loss(hidden [rows, d], target [d] or [rows, d], factor [rows] float32 or None, coefficient, needs, backend)``
+``undo::rmu_loss(hidden [tokens, d], target [d] or [tokens, d], factor [tokens] float32 or None, coefficient, needs, backend)``
 returns ``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` and its gradient, which is empty unless needed. A
-factor of None means 1 / rows for each row. Rows of factor 0 are not read. The last dimension is contiguous; float32, bfloat16
+factor of None means 1 / tokens for each. Tokens of factor 0 are not read. The last dimension is contiguous; float32, bfloat16
 and float16.
 """
 

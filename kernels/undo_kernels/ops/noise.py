@@ -95,8 +95,8 @@ def apply(
     sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
 
     def noise(segments: list[Segment]) -> None:
-        for piece, row in zip(segments, add_noise_(segments, seed, rounding), strict=True):
-            sums[piece.name] += row
+        for piece, sums_of_piece in zip(segments, add_noise_(segments, seed, rounding), strict=True):
+            sums[piece.name] += sums_of_piece
 
     devices: dict[torch.device, list[Segment]] = {}
     scattered = [name for name, (tensor, _) in found.items() if not local_of(tensor).is_contiguous()]

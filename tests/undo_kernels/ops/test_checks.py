@@ -74,7 +74,7 @@ def test_logits_in_the_place_of_log_probabilities_are_refused(dtype):
     right = z.log_softmax(-1).to(dtype)
     assert ops.linear_sparse_kl_div(hidden, weight, indices, right).isfinite()  # sums to 1 up to the dtype's rounding
     for wrong in (z.to(dtype), right.index_fill(1, torch.tensor([3]), 0.5), right + 0.7):
-        with pytest.raises(ValueError, match=r"^teacher_logprobs: got a row whose exponentials sum to .*, wanted log-prob"):
+        with pytest.raises(ValueError, match=r"^teacher_logprobs: got a token whose exponentials sum to .*, wanted log-prob"):
             ops.linear_sparse_kl_div(hidden, weight, indices, wrong)
     unread = right.clone()
     unread[0] = 5.0

@@ -15,7 +15,7 @@ def test_explain_prints_a_table():
         bounded = ops.explain(
             "linear_lse", {"hidden": (64, 8), "weight": (1000, 8)}, torch.float32, "cpu", workspace_bytes=120_000
         )
-    assert bounded.rows_per_chunk == 10 and bounded.workspace_bytes <= 120_000
+    assert bounded.tokens_per_chunk == 10 and bounded.workspace_bytes <= 120_000
     with pytest.raises(ValueError, match=r"^op: got"):
         ops.explain("linear_magic", {}, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):
