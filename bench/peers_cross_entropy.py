@@ -59,7 +59,7 @@ def _liger(inputs: Inputs) -> Loss:
 
 def _trl(inputs: Inputs) -> Loss:
     function = loader(_TRL)().ChunkedLogProbFunction
-    # no bias; temperature, vocabulary rows of a tile, softcap, scale, no further outputs
+    # no bias; temperature, vocabulary entries of a tile, softcap, scale, no further outputs
     options = (1.0, TRL_TILE, inputs.softcap, 1.0, ())
     return lambda: -function.apply(*inputs.heads[:2], None, inputs.labels, *options)[0].mean()
 

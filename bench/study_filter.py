@@ -34,7 +34,7 @@ def gradient(inputs: Inputs) -> torch.Tensor:
 
 
 def skipped(largest: torch.Tensor, tokens: int, rows: int, bound: float) -> float:
-    """The share of entries in blocks of so many tokens and vocabulary rows of which none reaches the bound."""
+    """The share of entries in blocks of so many tokens and vocabulary entries of which none reaches the bound."""
     pooled = torch.nn.functional.max_pool2d(largest[None], (tokens, rows), ceil_mode=True)[0]
     quiet = torch.nn.functional.interpolate((pooled < bound)[None, None].float(), scale_factor=(tokens, rows))[0, 0]
     return float(quiet[: largest.shape[0], : largest.shape[1]].mean())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from undo_kernels.cpu.sources import digest
-from undo_kernels.library import mark_unavailable
+from undo_kernels.library.backends import mark_unavailable
 
 _SOURCES = Path(__file__).resolve().parents[3] / "csrc"  # in a checkout; an installed wheel has none
 
@@ -39,5 +39,5 @@ def _enumeration(name: str) -> Any:
 
 
 Field = _enumeration("Field")  # of a chunk's state, ``csrc/vocab_loss.h``
-Target = _enumeration("Target")  # of the row kernels, likewise
+Target = _enumeration("Target")  # of the losses' kernels, likewise
 Kind = _enumeration("Kind")  # dtypes of ``csrc/rmu.h``

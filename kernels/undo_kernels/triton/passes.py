@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 from undo_kernels.triton import recompute, rows, tuning
 from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, widened
 from undo_kernels.triton.run import BASES, FUSED, Head, Run, part_or
