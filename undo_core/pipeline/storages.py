@@ -90,9 +90,9 @@ class Storages(TorchDispatchMode):
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
             from undo_kernels.triton import plan as costs
-            from undo_kernels.triton import tuning
+            from undo_kernels.triton import tile_table
 
-            self.touch("workspace", costs.gpu_plan(problem, tuning.target_of(torch.device("cuda"))).workspace_bytes)
+            self.touch("workspace", costs.gpu_plan(problem, tile_table.target_of(torch.device("cuda"))).workspace_bytes)
 
     def _mark(self, now: dict[str, int]) -> None:
         if self.moment not in self.peaks or sum(now.values()) > sum(self.peaks[self.moment].values()):
