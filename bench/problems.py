@@ -14,8 +14,8 @@ TOLERANCE = {"float32": ((1e-5, 1e-4), (1e-4, 1e-3)), "bfloat16": ((1e-3, 1e-2),
 
 Outputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 DEFAULT, ALL = "default", "all"  # groups of rows: those measured by default, and those measured with --all
-ORACLE_PAIRS = 1 << 25  # logits that the oracle holds at a time, in several arrays of float64
-ERROR_PAIRS = {"cpu": 4_000_000, "cuda": 1 << 28}  # tokens of the problems in which the student approaches the teacher
+ORACLE_PAIRS = 1 << 25  # (token, vocabulary entry) pairs that the oracle holds at a time, in several arrays of float64
+ERROR_PAIRS = {"cpu": 4_000_000, "cuda": 1 << 28}  # pairs in the problems in which the student approaches the teacher
 _FURTHER = 8  # number of directions in which that student differs from its teacher
 
 

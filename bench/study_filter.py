@@ -17,7 +17,7 @@ from activations import generated
 from contenders import observed
 from harness import path
 from problems import Inputs, Row, draw
-from undo_kernels.triton import tuning
+from undo_kernels.triton import tile_table
 
 from undo_core import ops
 
@@ -52,12 +52,12 @@ def main() -> None:
     """Prints the tables."""
     random = draw(Row("random", 512, 16000, 96, "float32", None, ()), "cpu")
     trained = generated().to(torch.float32, "cpu")
-    tile = tuning.tile("sm_90", "filter", True, 2304)
+    tile = tile_table.tile("sm_90", "filter", True, 2304)
     print("| hidden states | bound | CPU | Triton, chunk | Triton, recompute |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, inputs in (("random", random), ("trained", trained)):
         largest = gradient(inputs).abs()
-        row = tuning.row("sm_90", largest.shape[1])
+        row = tile_table.row_block("sm_90", largest.shape[1])
         for bound in BOUNDS:
             (*_, share), ran = observed(lambda inputs=inputs, bound=bound: step(inputs, bound))
             # The recompute plan tests a tile's pieces one by one.

@@ -1,4 +1,4 @@
-"""Writes the measured tiles in bench/results/tiles/*.json to the table in kernels/undo_kernels/triton/measured.py.
+"""Writes the measured tiles in bench/results/tiles/*.json to the table in kernels/undo_kernels/triton/measured_tiles.py.
 
 For each kernel, dtype and width, it takes the fastest candidate that compiles with every option on and spills no registers. If
 several GPUs of a target were measured, it takes the candidate with the smallest geometric mean of time over the fastest time.
@@ -18,16 +18,16 @@ from pathlib import Path
 
 import harness
 
-TABLE = harness.ROOT / "kernels" / "undo_kernels" / "triton" / "measured.py"
+TABLE = harness.ROOT / "kernels" / "undo_kernels" / "triton" / "measured_tiles.py"
 RESULTS = harness.ROOT / "bench" / "results" / "tiles"
 
 Key = tuple[str, str, bool, int]
 Fields = tuple[int, ...]
 CHECK = """
 import sys, json
-from undo_kernels.triton import aot, tuning
+from undo_kernels.triton import aot, tile_table
 target, kernel, wide, *fields = json.loads(sys.argv[1])
-reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tuning.Tile(*fields), False)]
+reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tile_table.Tile(*fields), False)]
 print(json.dumps([max(r["spills"] for r in reports), max(r["shared"] for r in reports), aot.SHARED_LIMIT[target]]))
 """
 
@@ -70,7 +70,7 @@ def table(found: dict[Key, list[dict[Fields, float]]], usable: Callable[[Key, Fi
 
 
 def source(winners: dict[Key, Fields]) -> str:
-    """Returns the text of measured.py."""
+    """Returns the text of measured_tiles.py."""
     head = TABLE.read_text().split("MEASURED:")[0]
     declared = "MEASURED: dict[tuple[str, str, bool, int], tuple[int, int, int, int, int, int]] = {"
     lines = [

@@ -25,7 +25,7 @@ def test_plans_are_as_good_as_the_baseline(regressions, capsys):
 
 
 def test_a_larger_workspace_fails_and_is_named(regressions, monkeypatch, capsys):
-    monkeypatch.setattr(plans, "_ROWS", 2 * plans._ROWS)
+    monkeypatch.setattr(plans, "_CHUNK", 2 * plans._CHUNK)
     assert regressions.main(["--only", "plan"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(

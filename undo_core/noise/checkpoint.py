@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from undo_kernels.library import implementation
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
-from undo_kernels.segment import Segment
 
 from undo_core.checkpoints.files import TensorWriter, checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters

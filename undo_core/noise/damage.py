@@ -27,13 +27,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from undo_kernels.library import implementation
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
 from undo_kernels.ops.sharding import is_sharded
 from undo_kernels.reference.philox import words
-from undo_kernels.segment import Segment, name_hash
 
 from undo_core.checkpoints.files import checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters

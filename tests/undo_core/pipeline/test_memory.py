@@ -10,7 +10,7 @@ import pytest
 import torch
 from stage_kinds import NOWHERE
 from transformers import AutoConfig
-from undo_kernels.library import BackendWarning
+from undo_kernels.library.backends import BackendWarning
 
 from undo_core.models import initialise
 from undo_core.pipeline.memory import live_tensors, meta

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from undo_kernels.cpu.plan import cpu_plan
+from undo_kernels.library.vocab_loss import problem_of
 from undo_kernels.problem import Problem
-from undo_kernels.torch_ops.vocab_loss import problem_of
 
 FUSED = "undo-fused"  # name under which transformers finds the fused attention for the meta device
 
@@ -74,7 +74,7 @@ class LiveTensors(TorchDispatchMode):
         if function is torch.ops.undo.vocab_loss.default:
             self.hold([output[-2]], "gradients")  # of the head's weight
             self._workspace(*problem_of(*args, **kwargs))
-        elif function is torch.ops.undo.vocab_loss_rows.default:
+        elif function is torch.ops.undo.vocab_loss_tokens.default:
             problem, backend = problem_of(*args, **kwargs)
             self._workspace(dataclasses.replace(problem, needs=(False, False, False)), backend)
         self._mark(self.now)
@@ -84,15 +84,15 @@ class LiveTensors(TorchDispatchMode):
         if backend == "cpu":
             from undo_kernels.cpu.instruction_set import has_amx
 
-            plan = cpu_plan(problem, problem.rows, has_amx())
+            plan = cpu_plan(problem, problem.tokens, has_amx())
             kept = plan.kept_bytes(problem)  # a thread keeps the largest workspace that it has used
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
             from undo_kernels.triton import plan as costs
-            from undo_kernels.triton import tuning
+            from undo_kernels.triton import tile_table
 
-            self.touch("workspace", costs.gpu_plan(problem, tuning.target_of(torch.device("cuda"))).workspace_bytes)
+            self.touch("workspace", costs.gpu_plan(problem, tile_table.target_of(torch.device("cuda"))).workspace_bytes)
 
     def _mark(self, now: dict[str, int]) -> None:
         if self.phase not in self.peaks or sum(now.values()) > sum(self.peaks[self.phase].values()):

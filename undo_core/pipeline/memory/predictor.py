@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import undo_kernels
 from transformers import PreTrainedConfig
-from undo_kernels.library import choose
+from undo_kernels.library.backends import choose
 
 from undo_core.evaluation.metrics import sequences_at_once
 from undo_core.io.files import hash_json

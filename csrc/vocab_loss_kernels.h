@@ -1,16 +1,16 @@
-// The row kernels of vocab_loss.h, with the vectors of simd.h. In a form that does not cancel, with x = log p_s - log p_t:
+// The kernels of vocab_loss.h, with the vectors of simd.h. In a form that does not cancel, with x = log p_s - log p_t:
 //
 //   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
 //   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
 //   JSD      = sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
 //              dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 //
-// All from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
+// Everything is computed from the larger probability and u = -|x|, so that nothing overflows and nothing cancels: p_t expm1(x) = -p_s expm1(-x).
 // x = (z_s - m_s) - (z_t - m_t) - gap. The gap of the two logarithms comes from the sum of the differences (DIFFERENCE), not from the
 // difference of the sums: float32 sums are accurate to 1e-7, and a student that agrees with a peaked teacher has smaller gradients.
 // Infinite logits follow the limits of these formulas (see reference/divergence.py): a logarithm of a ratio is clamped at LEAST only
 // where it multiplies a probability of 0, because 0 * inf would be NaN.
-// Per element: two exponentials in the statistics, two in the loss (JSD: two more logarithms); 8 bytes read twice and 4 written.
+// Cost per element: two exponentials in the statistics, two in the loss (JSD: two more logarithms); 8 bytes read twice and 4 written.
 
 UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
   z = (z + bias) * shape.scale;
@@ -22,10 +22,10 @@ constexpr float LEAST = -200.0f;  // far below LOWEST
 
 UNDO_INLINE float bias_of(const Shape& shape, int64_t v) { return shape.bias ? shape.bias[v] : 0.0f; }
 
-void shape_tile(const Chunk& c, float* z, const Shape& shape, bool student, int64_t first, int64_t rows) {
+void shape_tile(const Chunk& c, float* z, const Shape& shape, bool student, int64_t first, int64_t entries) {
   if (!shape.identity()) {
 #pragma omp parallel for schedule(static)
-    for (int64_t v = 0; v < rows; ++v) {
+    for (int64_t v = 0; v < entries; ++v) {
       const float bias = bias_of(shape, first + v);
       for (int64_t i = 0; i < c.stride; i += LANES) {
         float* at = z + v * c.leading + i;
@@ -37,7 +37,7 @@ void shape_tile(const Chunk& c, float* z, const Shape& shape, bool student, int6
   for (int64_t i = 0; i < c.tokens; ++i) {
     for (int64_t j = 0; j < c.known; ++j) {
       const int64_t v = c.indices[i * c.known + j] - first;
-      if (v < 0 || v >= rows) continue;
+      if (v < 0 || v >= entries) continue;
       if (c.picking) c.picked[i * c.known + j] = z[v * c.leading + i];
       z[v * c.leading + i] = -INFINITY;
     }
@@ -48,17 +48,17 @@ UNDO_INLINE void put(double* field, int64_t i, V x) {
   for (int lane = 0; lane < LANES; ++lane) field[i + lane] = x[lane];
 }
 
-// Asks for the lines that the next group of tokens reads: rows lie too far apart for the processor to guess them.
+// Prefetches the cache lines of the next group of tokens: entries lie too far apart for the processor's own prefetching.
 template <bool TEACHER>
 UNDO_INLINE void next_lines(const Chunk& c, const float* z_s, const float* z_t, int64_t v) {
   __builtin_prefetch(z_s + v * c.leading + LANES);
   if (TEACHER && z_t) __builtin_prefetch(z_t + v * c.leading + LANES);
 }
 
-// Sums of one block of vocabulary rows for LANES tokens, relative to their maximum. Once a tile has been merged its maximum serves
+// Sums of one block of vocabulary entries for LANES tokens, relative to their maximum. Once a tile has been merged its maximum serves
 // the next ones too, so that they are read once; a block that rises far above it finds its own.
 template <bool TEACHER>
-UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done, double* out,
+UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t entries, bool done, double* out,
                              int64_t i) {
   const bool shape_s = !done && !c.student.identity(), shape_t = !done && !c.teacher.identity();
   const bool cross = TEACHER && c.target == REVERSE;
@@ -92,7 +92,7 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     if (cross) crossed += (up ? big : small) * max(all(LEAST), y);  // +inf where the teacher alone has probability 0
     if (c.statistics) energy += (up ? small : big) * max(all(LEAST), v);
   };
-  for (int64_t v = 0; v < rows; ++v) {
+  for (int64_t v = 0; v < entries; ++v) {
     next_lines<TEACHER>(c, z_s, z_t, v);
     V s = load(z_s + v * c.leading);
     if (shape_s) store(z_s + v * c.leading, s = shaped(s, c.student, bias_of(c.student, first + v)));
@@ -110,7 +110,7 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
     from_s = m_s == lowest ? V{} : m_s;
     from_t = m_t == lowest ? V{} : m_t;
     l_s = l_t = difference = energy = crossed = V{};
-    for (int64_t v = 0; v < rows; ++v) add(load(z_s + v * c.leading), v);
+    for (int64_t v = 0; v < entries; ++v) add(load(z_s + v * c.leading), v);
   } else {
     m_s = from_s;
     m_t = from_t;
@@ -125,7 +125,7 @@ UNDO_INLINE void block_stats(const Chunk& c, float* z_s, float* z_t, int64_t fir
   if (!c.statistics) return;
   put(out + ENERGY * c.stride, i, energy);
   V top_s = all(-1), top_t = all(-1);
-  for (int64_t v = 0; v < rows; ++v) {
+  for (int64_t v = 0; v < entries; ++v) {
     const V at = all(float(first + v));
     top_s = top_s < 0.0f && load(z_s + v * c.leading) == m_s ? at : top_s;
     top_t = top_t < 0.0f && load(z_t + v * c.leading) == m_t ? at : top_t;
@@ -170,27 +170,27 @@ inline void merge(const Chunk& c, double* state, const double* part, bool teache
   for (const int field : {int(L_T), int(DIFFERENCE), int(CROSS), int(ENERGY)}) state[field * n] = total[field];
 }
 
-// The labels' own logits, before the gradient replaces them.
-inline void take_labels(const Chunk& c, const float* z_s, int64_t first, int64_t rows) {
+// Keeps the logits of the labels before the gradient overwrites them.
+inline void take_labels(const Chunk& c, const float* z_s, int64_t first, int64_t entries) {
   if (!c.labels) return;
   for (int64_t i = 0; i < c.tokens; ++i) {
     const int64_t v = c.labels[i] - first;
-    if (v >= 0 && v < rows) c.state[LABEL * c.stride + i] = z_s[v * c.leading + i];
+    if (v >= 0 && v < entries) c.state[LABEL * c.stride + i] = z_s[v * c.leading + i];
   }
 }
 
-void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t rows, bool done) {
+void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t entries, bool done) {
   if (c.known && !done) {
-    shape_tile(c, z_s, c.student, true, first, rows);
+    shape_tile(c, z_s, c.student, true, first, entries);
     done = true;
   }
-  const int64_t groups = c.stride / LANES, blocks = (rows + BLOCK - 1) / BLOCK;
+  const int64_t groups = c.stride / LANES, blocks = (entries + BLOCK - 1) / BLOCK;
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < groups * blocks; ++item) {
       const int64_t b = item / groups, i = item % groups * LANES, start = b * BLOCK;
-      const int64_t count = rows - start < BLOCK ? rows - start : BLOCK;
+      const int64_t count = entries - start < BLOCK ? entries - start : BLOCK;
       float *s = z_s + start * c.leading + i, *t = z_t ? z_t + start * c.leading + i : nullptr;
       double* out = c.partial + b * FIELDS * c.stride;
       if (t) block_stats<true>(c, s, t, first + start, count, done, out, i);
@@ -210,12 +210,12 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t r
       }
     }
   }
-  take_labels(c, z_s, first, rows);
+  take_labels(c, z_s, first, entries);
 }
 
-// FULL: with the student's own term (labels, lse) and the figures of the block filter; the plain case has neither.
+// FULL adds the student's own term (labels, log-sum-exp) and the figures of the block filter; most calls need neither.
 template <int TARGET, bool FULL>
-UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t rows, bool gradient, double* out, int64_t i) {
+UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t entries, bool gradient, double* out, int64_t i) {
   const V base_s = load(c.base_s + i), log_l_s = load(c.log_sum_s + i), weight = load(c.weight + i), own = load(c.own + i);
   const V base_t = TARGET == OWN ? V{} : load(c.base_t + i), log_l_t = TARGET == OWN ? V{} : load(c.log_sum_t + i);
   const V gap = TARGET == OWN ? V{} : load(c.gap + i);
@@ -224,7 +224,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
   const bool capped = c.student.cap != 0;
   const float uncap = capped ? c.student.temperature / c.student.cap : 0;
   V value = {}, mixed = {}, highest = {}, squares = {};
-  for (int64_t v = 0; v < rows; ++v) {
+  for (int64_t v = 0; v < entries; ++v) {
     next_lines<TARGET != OWN>(c, z_s, z_t, v);
     const V s = load(z_s + v * c.leading);
     const V from_s = s - base_s, log_s = from_s - log_l_s;
@@ -281,20 +281,20 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
 }
 
 template <bool FULL>
-UNDO_INLINE void block_loss_of(const Chunk& c, float* s, const float* t, int64_t rows, bool gradient, double* out, int64_t i) {
-  if (c.target == OWN) block_loss<OWN, FULL>(c, s, t, rows, gradient, out, i);
-  else if (c.target == FORWARD) block_loss<FORWARD, FULL>(c, s, t, rows, gradient, out, i);
-  else if (c.target == REVERSE) block_loss<REVERSE, FULL>(c, s, t, rows, gradient, out, i);
-  else block_loss<JSD, FULL>(c, s, t, rows, gradient, out, i);
+UNDO_INLINE void block_loss_of(const Chunk& c, float* s, const float* t, int64_t entries, bool gradient, double* out, int64_t i) {
+  if (c.target == OWN) block_loss<OWN, FULL>(c, s, t, entries, gradient, out, i);
+  else if (c.target == FORWARD) block_loss<FORWARD, FULL>(c, s, t, entries, gradient, out, i);
+  else if (c.target == REVERSE) block_loss<REVERSE, FULL>(c, s, t, entries, gradient, out, i);
+  else block_loss<JSD, FULL>(c, s, t, entries, gradient, out, i);
 }
 
-Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient) {
-  const int64_t groups = c.stride / LANES, blocks = (rows + BLOCK - 1) / BLOCK;
-  take_labels(c, z_s, first, rows);
+Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient) {
+  const int64_t groups = c.stride / LANES, blocks = (entries + BLOCK - 1) / BLOCK;
+  take_labels(c, z_s, first, entries);
 #pragma omp parallel for schedule(static)
   for (int64_t item = 0; item < groups * blocks; ++item) {
     const int64_t b = item / groups, i = item % groups * LANES, start = b * BLOCK;
-    const int64_t count = rows - start < BLOCK ? rows - start : BLOCK;
+    const int64_t count = entries - start < BLOCK ? entries - start : BLOCK;
     float* s = z_s + start * c.leading + i;
     const float* t = z_t ? z_t + start * c.leading + i : nullptr;
     double* out = c.partial + b * FIELDS * c.stride;
@@ -318,7 +318,7 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
       const float t = c.student.cap != 0 ? z * c.student.temperature / c.student.cap : 0;
       return 1 - t * t;
     };
-    if (c.labels && c.labels[i] >= first && c.labels[i] < first + rows) {
+    if (c.labels && c.labels[i] >= first && c.labels[i] < first + entries) {
       const float z = float(c.state[LABEL * c.stride + i]);
       float& g = z_s[(c.labels[i] - first) * c.leading + i];
       const double log_p = double(z) - double(c.base_s[i]) - double(c.log_sum_s[i]);
@@ -329,7 +329,7 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
     }
     for (int64_t j = 0; j < c.known; ++j) {
       const int64_t v = c.indices[i * c.known + j] - first;
-      if (v < 0 || v >= rows) continue;
+      if (v < 0 || v >= entries) continue;
       z_s[v * c.leading + i] = c.picked[i * c.known + j];
       peak.largest = 1;
     }

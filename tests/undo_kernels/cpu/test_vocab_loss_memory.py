@@ -33,7 +33,7 @@ def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
         inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         p = Problem(Projection(h, w), "forward", torch.ones(400), teacher=Projection(th, tw), needs=(True, True, False), plan=plan, workspace_bytes=workspace)  # fmt: skip
         chosen = cpu_plan(p, 400, cpu.vocab_loss.has_amx())
-        seen.add((chosen.accumulator, -(-400 // chosen.rows_per_chunk) > 1))
+        seen.add((chosen.accumulator, -(-400 // chosen.tokens_per_chunk) > 1))
         got = gradients(ops.linear_kl_div(*inputs, th, tw, plan=plan, workspace_bytes=workspace), inputs)
         for a, b in zip(got, wanted, strict=True):
             assert a.dtype == torch.bfloat16 and relative(a, b) < 0.01  # the contract for 16 bits

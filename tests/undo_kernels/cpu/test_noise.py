@@ -6,7 +6,7 @@ import pytest
 import torch
 from rounding import gamma
 from undo_kernels import cpu, reference
-from undo_kernels.segment import Segment
+from undo_kernels.noise_segments import Segment
 
 pytestmark = pytest.mark.skipif(cpu.noise.kernels is None, reason="no C++ compiler was here when undo-core was installed")
 

@@ -8,7 +8,7 @@ The rest are the vocabulary entries other than the k known ones. The two targets
     renormalize  outcomes are the k entries: dKL/dz_v = p_s(v) - p_t(v) at a known entry, both normalised over the k entries;
                  0 elsewhere
 
-Every backend calls this. It computes ``[rows, k]`` tensors on the device, in the dtype of ``picked``; the fused backends pass
+Every backend calls this. It computes ``[tokens, k]`` tensors on the device, in the dtype of ``picked``; the fused backends pass
 float64.
 """
 
@@ -19,18 +19,18 @@ from typing import NamedTuple
 
 import torch
 
-from undo_kernels.pairs import bregman, difference, log_ratio
+from undo_kernels.kl_terms import bregman, difference, log_ratio
 
 
 class Sparse(NamedTuple):
     """Divergence against a sparse teacher, and its gradient with respect to the student's logits.
 
     Attributes:
-        divergence: ``[rows]``.
-        lse: ``[rows]``, the student's log-sum-exp over the whole vocabulary.
-        rest: ``[rows]``, the gradient of the rest as one outcome: d divergence / d z_v is ``rest * e**(z_v - lse_rest)`` for
+        divergence: ``[tokens]``.
+        lse: ``[tokens]``, the student's log-sum-exp over the whole vocabulary.
+        rest: ``[tokens]``, the gradient of the rest as one outcome: d divergence / d z_v is ``rest * e**(z_v - lse_rest)`` for
             each entry v of the rest.
-        slope: ``[rows, k]``, d divergence / d z at the known entries.
+        slope: ``[tokens, k]``, d divergence / d z at the known entries.
     """
 
     divergence: torch.Tensor
@@ -42,13 +42,13 @@ class Sparse(NamedTuple):
 def sparse_terms(
     picked: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, lse_rest: torch.Tensor, target: str, vocabulary: int
 ) -> Sparse:
-    """Computes the divergence of each row and its gradient with respect to the student's logits.
+    """Computes the divergence of each token and its gradient with respect to the student's logits.
 
     Args:
-        picked: ``[rows, k]`` student logits after scale, softcap and temperature; ignored where ``indices`` is negative.
-        indices: ``[rows, k]``; negative for padding.
-        logprobs: ``[rows, k]``, the teacher's log-probabilities.
-        lse_rest: ``[rows]``, log-sum-exp of the student's other logits; -inf if all of them are -inf or there are none. The
+        picked: ``[tokens, k]`` student logits after scale, softcap and temperature; ignored where ``indices`` is negative.
+        indices: ``[tokens, k]``; negative for padding.
+        logprobs: ``[tokens, k]``, the teacher's log-probabilities.
+        lse_rest: ``[tokens]``, log-sum-exp of the student's other logits; -inf if all of them are -inf or there are none. The
             rest's gradient then cannot be divided among its entries, and the caller takes it as 0.
         target: bucket or renormalize.
         vocabulary: number of vocabulary entries.
@@ -76,7 +76,7 @@ def sparse_terms(
         p_left, p_rest, x = log_left.exp(), log_rest.exp(), log_ratio(log_rest, log_left)
         value = value + bregman(p_left, p_rest, x)
         rest = difference(p_left, p_rest, x)
-    else:  # the rest does not enter the loss, but +inf or NaN there still makes the row invalid
+    else:  # the rest does not enter the loss, but +inf or NaN there still makes the token invalid
         spoilt = ~(lse_rest < math.inf) | (known.any(-1) & ~lse_known.isfinite())
         value, rest = value.masked_fill(spoilt, math.nan), rest.masked_fill(spoilt, math.nan)
         slope = slope.masked_fill(spoilt[:, None], math.nan)

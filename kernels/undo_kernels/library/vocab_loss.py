@@ -1,7 +1,7 @@
 """The losses over the vocabulary as ``torch.library`` ops.
 
 ``undo::vocab_loss`` computes a total and, in the same call, its gradients, which the backward scales in place.
-``undo::vocab_loss_rows`` returns the losses of the rows; its backward calls ``vocab_loss`` with the incoming gradients as factors.
+``undo::vocab_loss_tokens`` returns the loss of each token; its backward calls ``vocab_loss`` with the incoming gradients as factors.
 ``undo::vocab_loss_logits_`` overwrites precomputed logits with their gradient.
 
 The arguments of all three are the fields of a :class:`~undo_kernels.problem.Problem` and the backend. The backend is an argument so
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import implementation_on
+from undo_kernels.library.backends import implementation_on
+from undo_kernels.library.scale import is_eager, refuse_double_backward, scaled
+from undo_kernels.matmul import full_precision
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
-from undo_kernels.products import full_precision
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.torch_ops.scale import is_eager, refuse_double_backward, scaled
 
 # -- the schema ------------------------------------------------------------------------------------------------------------------
 
@@ -115,22 +115,22 @@ def _implementation(problem: Problem, backend: str) -> Result:
 
 def _shapes(p: Problem) -> Result:
     new = p.student.hidden.new_empty
-    rows, none = p.rows, new(0, dtype=torch.float32)
+    tokens, none = p.tokens, new(0, dtype=torch.float32)
 
-    def per_row(wanted: bool) -> torch.Tensor:
-        return new(rows if wanted else 0, dtype=torch.float32)
+    def per_token(wanted: bool) -> torch.Tensor:
+        return new(tokens if wanted else 0, dtype=torch.float32)
 
     def gradient(of: torch.Tensor | None, wanted: bool) -> torch.Tensor:
         return new(of.shape, dtype=gradient_dtype(of.dtype)) if wanted and of is not None else new(0, dtype=torch.float32)
 
     return Result(
         total=new((), dtype=torch.float32),
-        divergence=per_row(True),
-        nll=per_row(p.label_factor is not None),
-        lse_s=per_row(True),
-        lse_t=per_row(p.target in DENSE),
-        teacher_entropy=per_row(p.statistics),
-        top1_agreement=per_row(p.statistics),
+        divergence=per_token(True),
+        nll=per_token(p.label_factor is not None),
+        lse_s=per_token(True),
+        lse_t=per_token(p.target in DENSE),
+        teacher_entropy=per_token(p.statistics),
+        top1_agreement=per_token(p.statistics),
         filtered=new(2, dtype=torch.float32),
         d_hidden=gradient(p.student.hidden, p.needs[0]),
         d_weight=gradient(p.student.weight, p.needs[1]) if not isinstance(p.student, GivenLogits) else none,
@@ -174,9 +174,9 @@ def _vocab_loss_backward(ctx: Any, grad_total: torch.Tensor | None, *others: Any
 
 torch.library.register_autograd("undo::vocab_loss", _vocab_loss_backward, setup_context=_vocab_loss_save)
 
-# -- undo::vocab_loss_rows -------------------------------------------------------------------------------------------------------
+# -- undo::vocab_loss_tokens -------------------------------------------------------------------------------------------------------
 
-torch.library.define("undo::vocab_loss_rows", _schema())
+torch.library.define("undo::vocab_loss_tokens", _schema())
 
 
 def _without_gradients(problem: Problem) -> Problem:
@@ -184,18 +184,18 @@ def _without_gradients(problem: Problem) -> Problem:
     return dataclasses.replace(problem, needs=(False, False, False), plan=plan)
 
 
-@torch.library.impl("undo::vocab_loss_rows", ("cpu", "cuda"))
-def _rows(*tensors: Any, **options: Any) -> Result:
+@torch.library.impl("undo::vocab_loss_tokens", ("cpu", "cuda"))
+def _tokens(*tensors: Any, **options: Any) -> Result:
     problem, backend = problem_of(*tensors, **options)
     return _implementation(_without_gradients(problem), backend)
 
 
-@torch.library.register_fake("undo::vocab_loss_rows")
-def _rows_fake(*tensors: Any, **options: Any) -> Result:
+@torch.library.register_fake("undo::vocab_loss_tokens")
+def _tokens_fake(*tensors: Any, **options: Any) -> Result:
     return _shapes(_without_gradients(problem_of(*tensors, **options)[0]))
 
 
-def _rows_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
+def _tokens_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     result = Result(*output)
     ctx.mark_non_differentiable(result.total, *result[3:])
@@ -203,8 +203,8 @@ def _rows_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str,
     ctx.options = keyword_only_inputs
 
 
-def _rows_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[torch.Tensor | None, ...]:
-    refuse_double_backward("vocab_loss_rows")
+def _tokens_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[torch.Tensor | None, ...]:
+    refuse_double_backward("vocab_loss_tokens")
     *tensors, lse_s, lse_t = ctx.saved_tensors
     problem, backend = problem_of(*tensors, **ctx.options)
     zero = torch.zeros_like(problem.factor)
@@ -231,7 +231,7 @@ def _rows_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *other
     return (*gradients, *[None] * (len(TENSORS) - len(_HEAD)))
 
 
-torch.library.register_autograd("undo::vocab_loss_rows", _rows_backward, setup_context=_rows_save)
+torch.library.register_autograd("undo::vocab_loss_tokens", _tokens_backward, setup_context=_tokens_save)
 
 # -- undo::vocab_loss_logits_ ----------------------------------------------------------------------------------------------------
 

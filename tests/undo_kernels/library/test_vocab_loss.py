@@ -7,10 +7,9 @@ import pytest
 import torch
 from rounding import assert_as_exact_as, probability_error
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from undo_kernels import backend
+from undo_kernels.library.vocab_loss import arguments
 from undo_kernels.problem import TARGETS, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.torch_ops.vocab_loss import arguments
 
 from undo_core import ops
 
@@ -41,7 +40,7 @@ def test_opcheck(target):
     labels = {"label_factor": torch.ones(7), "labels": torch.arange(7)} if target in ("own", "forward") else {}
     p = problem(target, counted=torch.tensor([1, 1, 0, 1, 1, 1, 1]).bool(), statistics=target == "forward", **labels)
     torch.library.opcheck(torch.ops.undo.vocab_loss.default, *arguments(p, "cpu"))
-    torch.library.opcheck(torch.ops.undo.vocab_loss_rows.default, *arguments(p, "cpu"))
+    torch.library.opcheck(torch.ops.undo.vocab_loss_tokens.default, *arguments(p, "cpu"))
 
 
 def test_opcheck_of_the_ops_that_write():
@@ -157,10 +156,10 @@ def test_inside_activation_checkpointing_the_op_is_saved():
     h, w, th, tw = draw()
     h.requires_grad_()
     calls = []
-    from undo_kernels import library
+    from undo_kernels.library import backends
 
-    original = library._implementations["vocab_loss"]["cpu"]
-    library._implementations["vocab_loss"]["cpu"] = lambda p: (calls.append(p), original(p))[1]
+    original = backends._implementations["vocab_loss"]["cpu"]
+    backends._implementations["vocab_loss"]["cpu"] = lambda p: (calls.append(p), original(p))[1]
     try:
         keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.undo.vocab_loss.default])
         block = lambda h: ops.linear_kl_div(torch.tanh(h), w, th, tw, **CHUNK)  # noqa: E731
@@ -169,7 +168,7 @@ def test_inside_activation_checkpointing_the_op_is_saved():
         wanted = torch.autograd.grad(block(h), h)
         assert torch.equal(got[0], wanted[0]), "the same computation"
     finally:
-        library._implementations["vocab_loss"]["cpu"] = original
+        backends._implementations["vocab_loss"]["cpu"] = original
 
 
 def test_autocast_mixes_dtypes_without_a_copy_of_the_weight():
@@ -183,37 +182,3 @@ def test_autocast_mixes_dtypes_without_a_copy_of_the_weight():
     wanted = torch.autograd.grad(ops.linear_kl_div(*exact, th.bfloat16().double(), tw.double()), exact)
     for a, b in zip(gradients, wanted, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()  # the contract for 16 bits
-
-
-def test_backend_is_chosen_by_name_and_a_fallback_is_loud(monkeypatch):
-    from undo_kernels import BackendWarning, library
-
-    h, w, th, tw = draw()
-    monkeypatch.setattr(library, "_warned", set())
-    monkeypatch.setitem(library._unavailable, "cpu", "taken away by the test")
-    with pytest.warns(BackendWarning, match="vocab_loss runs on the reference backend, not cpu: taken away"):
-        ops.linear_kl_div(h, w, th, tw, **CHUNK)
-    monkeypatch.delitem(library._unavailable, "cpu")
-    with backend("reference"):
-        a = ops.linear_kl_div(h, w, th, tw)
-    exact = ops.linear_kl_div(*(t.double() for t in (h, w, th, tw)), plan="direct")
-    assert_as_exact_as(ops.linear_kl_div(h, w, th, tw, **CHUNK), a, exact, probability_error(h, w))
-
-
-def test_opcheck_of_the_noise():
-    tensors = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(2)]
-    options = {
-        "names": ["a", "b", "c"], "laws": ["uniform", "normal", "elements"], "keep": [0.5, 0.5, 0.5], "scale": [1e-9, 0.1, 0.5],
-        "first": [0, 0, 0], "run": [0, 0, 0], "stride": [0, 0, 0], "seed": -1, "stochastic_rounding": True, "backend": "cpu",
-    }  # fmt: skip
-    torch.library.opcheck(torch.ops.undo.noise_.default, (tensors, [None, None, torch.ones(2)]), options)
-
-
-def test_the_noise_of_the_largest_seed_is_that_of_the_reference():
-    results = []
-    for name in ("cpu", "reference"):
-        tensor = torch.ones(7, 5)
-        with backend(name):
-            ops.noise_({"w": tensor}, alpha=0.5, beta=1.0, seed=2**64 - 1)
-        results.append(tensor)
-    assert torch.equal(*results) and not torch.equal(results[0], torch.full((7, 5), 0.5))

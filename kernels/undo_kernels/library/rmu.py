@@ -1,8 +1,8 @@
 """RMU's activation loss as a ``torch.library`` op, whose forward computes the gradient and whose backward scales it in place.
 
-``undo::rmu_loss(hidden [rows, d], target [d] or [rows, d], factor [rows] float32 or None, coefficient, needs, backend)``
+``undo::rmu_loss(hidden [tokens, d], target [d] or [tokens, d], factor [tokens] float32 or None, coefficient, needs, backend)``
 returns ``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` and its gradient, which is empty unless needed. A
-factor of None means 1 / rows for each row. Rows of factor 0 are not read. The last dimension is contiguous; float32, bfloat16
+factor of None means 1 / tokens for each. Tokens of factor 0 are not read. The last dimension is contiguous; float32, bfloat16
 and float16.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import implementation_on
+from undo_kernels.library.backends import implementation_on
+from undo_kernels.library.scale import refuse_double_backward, scaled
 from undo_kernels.problem import gradient_dtype
-from undo_kernels.torch_ops.scale import refuse_double_backward, scaled
 
 torch.library.define(
     "undo::rmu_loss",

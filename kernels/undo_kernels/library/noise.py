@@ -1,6 +1,6 @@
 """In-place noise as a ``torch.library`` op: ``undo::noise_`` changes all tensors of a device in one call.
 
-The arguments are the fields of :class:`~undo_kernels.segment.Segment`, one list each. The op returns ``[segments, 3]`` float64:
+The arguments are the fields of :class:`~undo_kernels.noise_segments.Segment`, one list each. The op returns ``[segments, 3]`` float64:
 the sums of squares of theta before, of the scaled noise, and of theta after. It has no gradient.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from undo_kernels.library import choose, implementation_on
-from undo_kernels.segment import Segment
+from undo_kernels.library.backends import choose, implementation_on
+from undo_kernels.noise_segments import Segment
 
 torch.library.define(
     "undo::noise_",
@@ -45,7 +45,7 @@ def _fake(tensors: list[torch.Tensor], targets: list[torch.Tensor | None], **opt
     return tensors[0].new_empty((len(tensors), 3), dtype=torch.float64)
 
 
-def noise_segments(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
+def add_noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) -> torch.Tensor:
     """Adds noise to segments of one device in place, on the device's backend; returns their sums of squares."""
     return torch.ops.undo.noise_(
         [s.tensor for s in segments],

@@ -41,7 +41,7 @@ UNDO_INLINE V log(V u) {
   return (tail + f) + e * 0.693145751953125f;
 }
 
-// Box-Muller of the words 0, 2 and 1, 3 of each block.
+// Box-Muller transform of the words 0 and 2 (radius) and 1 and 3 (angle) of each block.
 UNDO_INLINE void normal(I w_even, I w_odd, V& even, V& odd) {
   static constexpr float SIN[] = {3.1415927410125732f, -5.167712688446045f, 2.5501625537872314f, -0.5992020964622498f,
                                   0.08100174367427826f};
@@ -50,7 +50,7 @@ UNDO_INLINE void normal(I w_even, I w_odd, V& even, V& odd) {
   const V radius = UNDO_SQRT(log(u) * -2.0f);
   const V x = odd_integer(w_odd) * 0x1p-24f, turns = x * 2.0f + 0.5f;
   I q = to_int(turns);
-  q += to_float(q) > turns;  // the floor
+  q += to_float(q) > turns;  // floor: the conversion truncates, which rounds negative numbers up
   const V r = x - to_float(q) * 0.5f, square = r * r;
   const V sine = r * horner(SIN, square), cosine = horner(COS, square);
   const I swapped = (q & 1) != 0;
@@ -98,7 +98,7 @@ UNDO_INLINE void store16(uint16_t* p, I x) { *reinterpret_cast<Short*>(p) = __bu
 // 2**-b). Values are bit patterns without the sign; those of a size are ordered as integers are.
 struct Bfloat16 {
   static constexpr int32_t INFINITE = 0x7F80, NAN_ = 0x7FC0;
-  static constexpr int32_t OVERFLOW_AT = 0x7F7F8000;  // from here on to nearest is infinite
+  static constexpr int32_t OVERFLOW_AT = 0x7F7F8000;  // rounding to nearest gives infinity from here on
   static UNDO_INLINE V wide(I x) { return (V)(x << 16); }
   static UNDO_INLINE I nearest(I m) { return (m + 0x7FFF + ((m >> 16) & 1)) >> 16; }
   static UNDO_INLINE I random(I m, I word) { return (m + (I)(~(U)word >> 16)) >> 16; }
@@ -159,7 +159,7 @@ struct Total {
   Squares before, noise, after;
 };
 
-// LANES elements.
+// Updates LANES elements.
 struct Update {
   double keep, scale;
   float keep_f = float(keep), scale_f = float(scale);

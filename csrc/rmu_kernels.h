@@ -1,5 +1,5 @@
 // The kernel of rmu.h, with the vectors of simd.h. Its memory traffic is minimal: per element it reads hidden (and the target, if
-// each row has its own) and writes the gradient. Elements are summed in float32 blocks; blocks and rows in double, in a fixed
+// each token has its own) and writes the gradient. Elements are summed in float32 blocks; blocks and tokens in double, in a fixed
 // order, so results do not depend on the number of threads.
 
 typedef uint16_t Halves __attribute__((vector_size(2 * UNDO_LANES), aligned(2), may_alias));
@@ -16,7 +16,7 @@ UNDO_INLINE I widen(const uint16_t* p) { return __builtin_convertvector(HalvesV(
 struct BF16 {
   typedef uint16_t type;
   static UNDO_INLINE V get(const uint16_t* p) { return (V)(widen(p) << 16); }
-  // To the nearest, ties to even; NaN stays NaN.
+  // Rounds to nearest, ties to even; NaN stays NaN.
   static UNDO_INLINE void put(uint16_t* p, V x) {
     const I bits = (I)x;
     const I rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -27,7 +27,7 @@ struct BF16 {
 
 struct F16 {
   typedef uint16_t type;
-  // The exponent is moved by a product, which makes subnormals normal; infinity and NaN get theirs back.
+  // A product shifts the exponent, which makes subnormals normal; infinity and NaN get their exponent back.
   static UNDO_INLINE V get(const uint16_t* p) {
     const I bits = widen(p);
     const I rest = (I)((V)((bits & 0x7FFF) << 13) * 0x1p112f);
@@ -36,7 +36,7 @@ struct F16 {
   }
 };
 
-// A row's tail goes through the same vectors, padded with zeros.
+// The tail of a token's width goes through the same vectors, padded with zeros.
 template <class T>
 UNDO_INLINE V get_some(const typename T::type* p, int64_t count) {
   typename T::type buffer[LANES] = {};
@@ -57,7 +57,7 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
   const auto* t = static_cast<const typename T::type*>(c.target) + i * c.stride_target;
   const V minus = all(-c.coefficient);
   const double exact = 2 * factor / double(c.width);
-  const V slope = all(float(exact)), rest = all(float(exact - float(exact)));  // the slope's own rounding would be in every element
+  const V slope = all(float(exact)), rest = all(float(exact - float(exact)));  // in two parts: its rounding error would enter every element
   constexpr int64_t UNROLL = 4, STEP = UNROLL * LANES, BLOCK_WIDTH = 2048;
   double sum = 0;
   for (int64_t start = 0; start < c.width; start += BLOCK_WIDTH) {
@@ -85,11 +85,11 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
 }
 
 template <class H, class T, class G>
-void rmu_rows(const Rmu& c) {
+void rmu_tokens(const Rmu& c) {
   auto* out = static_cast<typename G::type*>(c.gradient);
-#pragma omp parallel for schedule(static) if (c.rows * c.width > 32768)
-  for (int64_t i = 0; i < c.rows; ++i) {
-    const double factor = c.factor ? double(c.factor[i]) : 1 / double(c.rows);
+#pragma omp parallel for schedule(static) if (c.tokens * c.width > 32768)
+  for (int64_t i = 0; i < c.tokens; ++i) {
+    const double factor = c.factor ? double(c.factor[i]) : 1 / double(c.tokens);
     auto* gradient = out ? out + i * c.width : nullptr;
     if (factor == 0) {
       c.partial[i] = 0;
@@ -102,17 +102,17 @@ void rmu_rows(const Rmu& c) {
 
 template <class H, class G>
 void rmu_target(const Rmu& c) {
-  if (c.target_kind == FLOAT32) rmu_rows<H, F32, G>(c);
-  else if (c.target_kind == BFLOAT16) rmu_rows<H, BF16, G>(c);
-  else rmu_rows<H, F16, G>(c);
+  if (c.target_kind == FLOAT32) rmu_tokens<H, F32, G>(c);
+  else if (c.target_kind == BFLOAT16) rmu_tokens<H, BF16, G>(c);
+  else rmu_tokens<H, F16, G>(c);
 }
 
-// The loss.
+// Returns the loss.
 double rmu_loss(const Rmu& c) {
   if (c.hidden_kind == FLOAT32) rmu_target<F32, F32>(c);
   else if (c.hidden_kind == BFLOAT16) rmu_target<BF16, BF16>(c);
   else rmu_target<F16, F32>(c);
   double total = 0;
-  for (int64_t i = 0; i < c.rows; ++i) total += c.partial[i];
+  for (int64_t i = 0; i < c.tokens; ++i) total += c.partial[i];
   return total;
 }
