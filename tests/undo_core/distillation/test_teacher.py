@@ -302,7 +302,7 @@ def test_a_resumed_distillation_has_the_same_bits(cache, tiny, sequences, tmp_pa
 
 def test_the_padding_token_within_a_text_is_stored_like_any_other(tiny, sequences, tmp_path):
     ids = sequences.input_ids.clone()
-    ids[:, 3] = 0  # as where one id is both padding and the end of a text
+    ids[:, 3] = 0  # as if one id were both padding and the end of a text
     both = Sequences(ids, 0, lengths=sequences.lengths)
     cached = cache_teacher(tiny(1), both, tmp_path / "cache", CACHED, progress=False)
     assert cached.facts["positions"] == int((sequences.input_ids[:, 1:] != 0).sum())
