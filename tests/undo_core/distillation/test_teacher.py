@@ -88,10 +88,10 @@ def test_a_bfloat16_cache_is_close_and_says_how_close(pair, sequences, tmp_path)
     assert loss == pytest.approx(exact.history[-1]["loss"], rel=1e-2) and loss != exact.history[-1]["loss"]
     far = cached.facts["error"]["far from"]
     assert 0 < far["kl_error"] < 1e-2 and 0 < far["gradient_error"] < 2e-2
-    assert cached.targets(rows_source_batch(sequences)).hidden.dtype == torch.float32
+    assert cached.targets(first_batch(sequences)).hidden.dtype == torch.float32
 
 
-def rows_source_batch(sequences, size=16):
+def first_batch(sequences, size=16):
     return sequence_source(sequences, size, 0)(0)
 
 
