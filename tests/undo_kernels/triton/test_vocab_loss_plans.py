@@ -9,8 +9,8 @@ from rounding import gamma, probability_error, relative
 from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.triton import combine, row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import plan as plans
-from undo_kernels.triton import row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import vocab_loss as driver
 from undo_kernels.triton.products import Workspace
 
@@ -167,7 +167,8 @@ class _NoKernel:
 def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
     """On meta tensors, which have no values to look at: any synchronisation raises, and so do dtypes that torch refuses."""
     for module, names in (
-        (row_kernels, ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows")),
+        (combine, ("combine_rows",)),
+        (row_kernels, ("stats_rows", "loss_rows", "pick_rows", "put_rows")),
         (tile_kernels, ("stats_tiles", "loss_tiles", "pick_labels")),
     ):
         for name in names:
