@@ -8,9 +8,9 @@ memory     a distillation step of Gemma 2 2B's shape in every mode, 10 x 1024 to
 pipeline   the arithmetic pipeline at the published model's shape, steps reduced
 
 Each part is one file PART.json in --out ($OUT, else runs/gpu), replaced whole after every row. A row that passed there, or in
---from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No part
-lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every row
-that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
+--from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No
+part lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every
+row that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A new unlearning method in one file: ascend on the forget text only where the model is still better than a bound.
 
-A method is a function from the model, still the original, and the configuration to a Method. Put into undo_core/unlearning/, this file
-needs nothing else: it is found there, gets settings of its own (`settings=` names their dataclass), and appears in `undo run --help`.
+A method is a function from the model, still the original, and the configuration to a Method. Put into undo_core/unlearning/,
+this file needs nothing else: it is found there, gets settings of its own (`settings=` names their dataclass), and appears in
+`undo run --help`.
 """
 
 import tiny

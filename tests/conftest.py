@@ -1,5 +1,5 @@
-"""Settings that torch and Triton read when they are imported: the number of threads of a test process, the folder of Inductor's cache,
-and that Triton's kernels run on CPU tensors under its interpreter, unless there is a GPU."""
+"""Sets what torch and Triton read on import: the number of threads of a test process, the folder of Inductor's cache, and,
+without a GPU, Triton's interpreter, which runs its kernels on CPU tensors."""
 
 import getpass
 import os
@@ -26,16 +26,16 @@ _LONG = (
     "bench/test_bench_small.py",
     "undo_kernels/triton/test_vocab_loss_numerics.py",
     "undo_kernels/triton/test_vocab_loss_options.py",
-    "undo_core/planning/test_memory.py",
+    "undo_core/pipeline/test_memory.py",
     "undo_core/pipeline/test_goldens.py",
     "undo_core/pipeline/test_sweep.py",
     "bench/test_bench.py",
-    "undo_core/planning/test_plan.py",
+    "undo_core/planning/test_table.py",
     "undo_core/unlearning/test_rmu.py",
     "undo_core/pipeline/test_published.py",
     "undo_core/pipeline/test_configs.py",
     "bench/test_activations.py",
-    "bench/test_gate.py",
+    "bench/test_regressions.py",
     "undo_core/noise/test_noise_sharding.py",
 )
 assert all((_TESTS / name).is_file() for name in _LONG)

@@ -1,8 +1,8 @@
 """A tiny model of every causal class that the installed transformers knows.
 
-``names()`` lists the model types that ``AutoModelForCausalLM`` maps to a class, ``build(name)`` makes one of them on the CPU from random
-numbers, and ``NOT_TINY`` says why the others are left out. Sizes come from one table of settings by name, and from a table of what a
-model needs beyond it.
+``names()`` lists the model types that ``AutoModelForCausalLM`` maps to a class, ``build(name)`` makes one of them on the CPU
+from random numbers, and ``NOT_TINY`` says why the others are omitted. Sizes come from one table of settings by name, and from a
+table of what a model needs beyond it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import transformers
 
 from undo_core.checkpoints.files import CONFIG, weight_files
 from undo_core.io.files import fresh, hash_file, locked, publish, read_json, write_json
-from undo_core.io.memory import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 
@@ -109,7 +109,7 @@ class OneFolder(Store):
         if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
             return True
         raise FileExistsError(
-            f"output: got {self.root}, which exists and was made otherwise, from other inputs or settings; wanted a new folder"
+            f"output: got {self.root}, which exists and was made from other inputs or settings; wanted a new folder"
         )
 
     def description(self, stage: Stage) -> dict[str, Any]:

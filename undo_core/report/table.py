@@ -115,7 +115,7 @@ def cost_table(report: Report) -> Table:
 
 
 def group_table(report: Report) -> Table:
-    """Table of performance before the attack for each group of rows.
+    """Table of performance before the attack for each group of sequences.
 
     It has one row per model, or with more than 20 groups one row per group; no rows if there are no groups.
     """

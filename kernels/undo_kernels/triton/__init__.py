@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from undo_kernels.library import mark_unavailable
+from undo_kernels.library.backends import mark_unavailable
 
 __all__: list[str] = []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 from undo_kernels.triton import row_kernels, tile_table
 from undo_kernels.triton.arguments import LossForm, Split
 from undo_kernels.triton.pair_math import OWN

@@ -25,10 +25,10 @@ import torch
 import triton
 import triton.language as tl
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import Segment, elements
 from undo_kernels.record import Call, record, recording
 from undo_kernels.reference import noise as reference
-from undo_kernels.segment import Segment, elements
 from undo_kernels.triton import tile_table
 from undo_kernels.triton.device import current
 

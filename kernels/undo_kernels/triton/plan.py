@@ -93,12 +93,12 @@ class Shapes:
     @property
     def compacted(self) -> bool:
         p = self.problem
-        return p.counted is not None and p.max_counted is not None and p.max_counted < p.rows and not self.given
+        return p.counted is not None and p.max_counted is not None and p.max_counted < p.tokens and not self.given
 
     @property
     def tokens(self) -> int:
         """Number of tokens processed."""
-        return self.problem.max_counted if self.compacted else self.problem.rows
+        return self.problem.max_counted if self.compacted else self.problem.tokens
 
     @property
     def vocabulary(self) -> int:
@@ -334,7 +334,7 @@ def describe(op: str, problem: Problem) -> Plan:
     return Plan(
         op=op,
         name=plan.name,
-        rows_per_chunk=min(plan.rows_per_chunk, problem.rows),
+        tokens_per_chunk=min(plan.rows_per_chunk, problem.tokens),
         buffers=plan.buffers,
         traffic_bytes=int(plan.traffic_bytes),
         flops=plan.flops,

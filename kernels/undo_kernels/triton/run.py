@@ -95,7 +95,7 @@ class Run:
 
     def _select(self) -> None:
         """Chooses the tokens to process: all, all but the masked ones, or the counted ones gathered in their order."""
-        p, count = self.problem, self.problem.rows
+        p, count = self.problem, self.problem.tokens
         self.index = self.place = self.live = None
         if not self.shapes.compacted:
             self.live = p.counted
@@ -152,7 +152,7 @@ class Run:
         elif needs_hidden:
             dtype = gradient_dtype(hidden.dtype)
             extra = self.index is not None
-            self.d_hidden = (self.zero.new_zeros if extra else new)((p.rows + extra, hidden.shape[1]), dtype=dtype)
+            self.d_hidden = (self.zero.new_zeros if extra else new)((p.tokens + extra, hidden.shape[1]), dtype=dtype)
         if needs_weight:
             self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
             self.d_weight[self.vocabulary if n else 0 :].zero_()
@@ -166,10 +166,10 @@ class Run:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(self.scale)
         if self.index is not None:
-            spread = self.zero.new_zeros(len(OUTPUTS), p.rows + 1)
+            spread = self.zero.new_zeros(len(OUTPUTS), p.tokens + 1)
             spread.index_copy_(1, self.place, torch.stack([out[name] for name in OUTPUTS]))
-            out = {name: values[: p.rows].clone() for name, values in zip(OUTPUTS, spread, strict=True)}
-            self.d_hidden = self.d_hidden[: p.rows]
+            out = {name: values[: p.tokens].clone() for name, values in zip(OUTPUTS, spread, strict=True)}
+            self.d_hidden = self.d_hidden[: p.tokens]
         if self.student.given and p.inplace and p.needs[0] and self.given is not p.student.hidden:
             self.d_hidden = p.student.hidden.copy_(self.given)
         none = self.zero.new_empty(0)

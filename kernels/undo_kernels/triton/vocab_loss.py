@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import Problem, Result
 from undo_kernels.record import Call, record, recording
 from undo_kernels.triton.chunk import Chunks

@@ -1,4 +1,4 @@
-"""Files as they come: one rule in every format, and one line that names the file and the row."""
+"""Files of every format follow one rule, and an error names the file and the row in one line."""
 
 import json
 import re
@@ -204,7 +204,7 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
 
 
 def test_what_the_model_cannot_read_is_refused_when_prepared(tmp_path, capsys):
-    from kinds import tokenizer_of
+    from tokenizer_kinds import tokenizer_of
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (tmp_path / "a.txt").write_text("".join(f"document {number}\n" for number in range(80)))

@@ -1,4 +1,4 @@
-"""Damage by other operators, against their definitions, and as much of it as the published noise does."""
+"""Damage by other operators, against their definitions, and matched to the damage of the published noise."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def values(model):
 
 
 def distance(before, after):
-    """Over all matrices, by hand."""
+    """Returns the distance over all matrices, computed by hand."""
     matrices = [name for name in before if before[name].ndim > 1]
     change = sum(float(np.square(after[name] - before[name]).sum()) for name in matrices)
     return math.sqrt(change / sum(float(np.square(before[name]).sum()) for name in matrices))
@@ -221,7 +221,7 @@ def test_memory_is_bounded_by_the_largest_matrix(tmp_path):
 import shutil
 from pathlib import Path
 from undo_core.noise.damage import damage_checkpoint
-from undo_core.io.memory import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak
 source, output = Path({str(tmp_path / "s")!r}), Path({str(tmp_path / "o")!r})
 grown = []
 for operator in ("gaussian", "permute"):  # the first loads every library
@@ -247,7 +247,7 @@ def test_the_command(tmp_path, capsys):
     assert facts["distance"] == pytest.approx(facts["wanted"], rel=1e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "d").config.model_type == "gemma2"
     assert main(["damage", str(source), str(tmp_path / "e"), "prune"]) == 2
-    assert "strength: got None with alpha None, wanted one of the two" in capsys.readouterr().err
+    assert "strength: got None with alpha None, wanted exactly one of the two" in capsys.readouterr().err
 
     assert main(["noise", str(source), str(tmp_path / "n"), "--alpha=0.5", "--layers=0"]) == 0
     before, after = (values(AutoModelForCausalLM.from_pretrained(folder)) for folder in (source, tmp_path / "n"))

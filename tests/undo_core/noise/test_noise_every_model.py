@@ -1,4 +1,4 @@
-"""The policy of the noise for every parameter of every causal class of transformers, against the classes' own initialisation."""
+"""The noise's policy for each parameter of every causal class of transformers, against the class's own initialisation."""
 
 import math
 
@@ -69,14 +69,14 @@ ALPHA, BETA, SEED = 0.5, 0.75, 11
 
 
 def starts(model, seed):
-    """Another model of this class and configuration, as transformers makes it."""
+    """Returns another model of this class and configuration, as transformers makes it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return dict(type(model)(model.config).named_parameters())
 
 
 def moved(model):
-    """The model with every parameter away from where it started, and its parameters in float64."""
+    """Returns the model with every parameter moved from its start, and its parameters in float64."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ def moved(model):
 
 
 def owners(model):
-    """Module and own name of each parameter, by name."""
+    """Returns the module and the local name of each parameter, by its full name."""
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
         for prefix, module in model.named_modules()
@@ -94,7 +94,7 @@ def owners(model):
 
 
 def fans(module, name, shape):
-    """Fan in plus fan out of one matrix."""
+    """Returns fan in plus fan out of one matrix."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return (shape[0] + shape[1]) * math.prod(shape[2:])
     if type(module).__name__ == "DbrxExpertGLU":

@@ -1,4 +1,4 @@
-"""What a policy says of each parameter, and the errors of one that cannot be followed."""
+"""The settings of each parameter under a policy, and the errors of an impossible policy."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The shipped configurations for a checkpoint: planned without a network, run end to end at a tiny size."""
+"""The shipped configurations for a checkpoint are planned without a network and run end to end at a tiny size."""
 
 import json
 import random
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from asked import questions, write
+from generated_questions import questions, write
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
 
@@ -29,7 +29,7 @@ WORDS = {
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Whoever opens a connection fails."""
+    """Makes every attempt to open a connection fail."""
 
     def refuse(*_, **__):
         raise AssertionError("the network was touched")
@@ -40,7 +40,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Gemma 2 of two layers, saved in bfloat16 like the published one, and three files of generated text."""
+    """Writes a Gemma 2 of two layers in bfloat16, like the published one, and three files of generated text."""
     folder = tmp_path_factory.mktemp("own")
     draw = random.Random(0)
     for name, words in WORDS.items():
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def small(folder, output, batch_size, micro_batch_size):
-    """Overrides of paths, sizes and steps."""
+    """Returns overrides of paths, sizes and steps."""
     sizes = [f"--{stage}.train.{name}" for stage in ("unlearn", "distill") for name in ("steps=3", "lr=0.001")]
     sizes += [f"--unlearn.train.batch_size={batch_size}", f"--distill.train.batch_size={batch_size}"]
     sizes += [
@@ -88,7 +88,7 @@ def results(output):
 
 def splits(output):
     (data,) = (output / "stages").glob("prepare-*/data")
-    return {path.stem: Rows.load(path) for path in data.iterdir()}
+    return {path.stem: Sequences.load(path) for path in data.iterdir()}
 
 
 def test_the_template_runs(folder, tmp_path, capsys):
@@ -98,9 +98,9 @@ def test_the_template_runs(folder, tmp_path, capsys):
     assert "distill 0.25" in capsys.readouterr().out
     assert main(["run", TEMPLATE, *arguments]) == 0
     results(tmp_path / "out")
-    rows = splits(tmp_path / "out")
-    assert set(rows) == {f"{split}_{group}" for split in ("train", "valid", "test") for group in ("retain", "forget")}
-    assert all(part.starts is not None and part.length == 32 for part in rows.values())
+    sequences = splits(tmp_path / "out")
+    assert set(sequences) == {f"{split}_{group}" for split in ("train", "valid", "test") for group in ("retain", "forget")}
+    assert all(part.starts is not None and part.length == 32 for part in sequences.values())
     (prepared,) = (tmp_path / "out" / "stages").glob("prepare-*/model.safetensors")
     assert {t.dtype for t in load_file(prepared).values()} == {torch.bfloat16}, "the checkpoint keeps its dtype"
 
@@ -117,24 +117,24 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     assert main(["plan", WMDP, *arguments]) == 0 and not (tmp_path / "out").exists()
     assert main(["run", WMDP, *arguments]) == 0
     found = results(tmp_path / "out")
-    rows = splits(tmp_path / "out")
-    assert all(part.starts is None for part in rows.values())
-    assert rows["train_distill"].length == 32 and rows["train_retain"].length == 16
-    # What is distilled on is that text alone: positions of a step are its rows'.
+    sequences = splits(tmp_path / "out")
+    assert all(part.starts is None for part in sequences.values())
+    assert sequences["train_distill"].length == 32 and sequences["train_retain"].length == 16
+    # What is distilled on is that text alone: positions of a step are its sequences'.
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")
     assert read_json(student)["positions_by_source"] == {"text": 3 * 4 * 32}
     assert found["models"][2]["training"]["steps"] == 3
     assert found["metric"]["kind"] == "accuracy"
-    sizes = {name: len(rows) for name, rows in rows.items() if rows.choices is not None}
+    sizes = {name: len(sequences) for name, sequences in sequences.items() if sequences.choices is not None}
     assert sizes["valid_forget"] + sizes["test_forget"] == 20 and 12 <= sizes["valid_retain"] + sizes["test_retain"] <= 13
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    asked = {name: tokenizer.decode(rows[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
+    asked = {name: tokenizer.decode(sequences[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
     assert asked["forget"].startswith("The following are multiple choice questions (with answers) about cybersecurity.\n\n")
     assert [text.count("Answer:") for text in asked.values()] == [1, 6], "no example, and five"
 
 
 def test_the_published_settings_are_the_published_ones(tmp_path, capsys):
-    """Sizes as shipped, data on the hub: planned without a connection, a weight or a tokenizer."""
+    """The shipped sizes with data on the hub are planned without a connection, weights or a tokenizer."""
     Gemma2Config().save_pretrained(tmp_path)  # the defaults are those of 2 billion parameters
     assert main(["plan", WMDP, f"--model.path={tmp_path}"]) == 0
     table = capsys.readouterr().out

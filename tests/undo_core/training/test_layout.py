@@ -1,4 +1,4 @@
-"""Parameters that are views: trained as their contiguous copies are, or refused by name where writing to one would change another."""
+"""Parameters that are views train like contiguous copies, or are refused by name if writing to one changes another."""
 
 import importlib.util
 
@@ -20,7 +20,7 @@ MODES = [(p, o) for p in PRECISIONS for o in OPTIMIZERS if p != "bfloat16-stocha
 
 
 class Net(nn.Module):
-    """A matrix large enough to be quantised and in several blocks, another, a bias and a buffer; as views of other memory or not."""
+    """Two matrices, one large enough to be quantised in several blocks, a bias and a buffer; as views or not."""
 
     def __init__(self, views: bool) -> None:
         super().__init__()

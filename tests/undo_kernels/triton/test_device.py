@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from undo_kernels.noise_segments import Segment
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.segment import Segment
 from undo_kernels.triton import combine, device, noise, rmu, row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import vocab_loss as driver
 
