@@ -200,11 +200,13 @@ class Chunks:
         moved = run.index is not None
         shape = dz.shape[0], weight.shape[1]
         out = scratch.take(*shape, dtype=run.d_hidden.dtype) if moved else run.d_hidden[part]
+        # In float32 also for 16-bit results: a library may split the long sum and round its parts to the dtype of the result.
+        wide = out if out.dtype == torch.float32 else scratch.take(*shape)
         if weight.dtype == run.student.product:
-            multiply(out, dz, weight, False, scratch)
+            multiply(wide, dz, weight, False, scratch)
         else:
-            wide = scratch.take(*shape)
             multiply_widened(wide, dz, weight, self._buffer(run.student), False, scratch)
+        if wide is not out:
             out.copy_(wide)
             scratch.give(wide)
         if moved:

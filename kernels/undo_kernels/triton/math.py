@@ -69,19 +69,13 @@ def log(x, MATH: tl.constexpr):
 @triton.jit
 def exp(u, MATH: tl.constexpr):
     """Returns ``e**u``."""
-    if MATH == EXACT:
-        y = tl.exp(u)
-    else:
-        y = exp2(u * LOG2E, MATH)
+    y = tl.exp(u) if MATH == EXACT else exp2(u * LOG2E, MATH)
     return y
 
 
 @triton.jit
 def divide(a, b, MATH: tl.constexpr):
-    if MATH == EXACT:
-        y = a / b
-    else:
-        y = a * reciprocal(b, MATH)
+    y = a / b if MATH == EXACT else a * reciprocal(b, MATH)
     return y
 
 

@@ -56,30 +56,21 @@ LARGE = tl.constexpr(1.0e30)
 def squash(z, side):
     """Returns ``q`` of a product with its bias; ``side``: Logits or Head."""
     if side.CAPPED:
-        if side.MATH == EXACT:
-            z = tanh(side.inner * z)
-        else:
-            z = reciprocal(1.0 + exp2(side.inner * z, side.MATH), side.MATH)
+        z = tanh(side.inner * z) if side.MATH == EXACT else reciprocal(1.0 + exp2(side.inner * z, side.MATH), side.MATH)
     return z
 
 
 @triton.jit
 def natural(q, side):
     """Returns the logit of ``q``."""
-    if side.MATH == EXACT:
-        z = side.outer * q
-    else:
-        z = side.origin + LN2 * (side.outer * q)
+    z = side.outer * q if side.MATH == EXACT else side.origin + LN2 * (side.outer * q)
     return z
 
 
 @triton.jit
 def squash_slope(q, side):
     """Returns the softcap's derivative, relative to scale / temperature."""
-    if side.MATH == EXACT:
-        slope = 1.0 - q * q
-    else:
-        slope = 4.0 * (q - q * q)
+    slope = 1.0 - q * q if side.MATH == EXACT else 4.0 * (q - q * q)
     return slope
 
 
@@ -98,10 +89,7 @@ def log_difference(u, v, x):
 @triton.jit
 def difference(q_s, q_t, student, teacher, form):
     """Returns the logits' difference in units, without the origins'."""
-    if form.SAME:
-        d = student.outer * (q_s - q_t)
-    else:
-        d = student.outer * q_s - teacher.outer * q_t
+    d = student.outer * (q_s - q_t) if form.SAME else student.outer * q_s - teacher.outer * q_t
     return d
 
 
@@ -272,10 +260,7 @@ def add_block(q, keep, side, o_v, m, l, energy, top, STATISTICS: tl.constexpr):
 @triton.jit
 def add_cross(b_e, q_s, q_t, student, teacher, SAME: tl.constexpr):
     """Returns each lane's sum of ``e**(z_s - base) (z_s - z_t)``, in units and without the origins."""
-    if SAME:
-        b_d = student.outer * (q_s - q_t)
-    else:
-        b_d = student.outer * q_s - teacher.outer * q_t
+    b_d = student.outer * (q_s - q_t) if SAME else student.outer * q_s - teacher.outer * q_t
     return tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_d), 1)
 
 

@@ -62,7 +62,7 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     **{(INTERPRETER, kernel, wide): Tile(16, 64, 16, 4, 1, 2) for kernel in KERNELS for wide in (False, True)},
 }
 _ROWS = {
-    **{target: RowBlock(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
+    **{target: RowBlock(1024, 4) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
     "gfx942": RowBlock(2048, 4),
     INTERPRETER: RowBlock(128, 4),
 }
