@@ -99,7 +99,7 @@ def arguments(problem: Problem, backend: str) -> tuple[tuple[torch.Tensor | None
 def problem_of(*tensors: torch.Tensor | None, **options: Any) -> tuple[Problem, str]:
     """Returns the problem that an op's arguments describe, and the backend; the inverse of :func:`arguments`."""
     a = dict(zip(TENSORS, tensors, strict=True)) | options
-    shard = None if a["group"] is None else VocabularyShard(a["group"], *a["shard"])
+    shard = None if a["group"] is None else VocabularyShard(a["group"], *(a["shard"] or ()))
 
     def side(hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: Any, scale: float, softcap: float | None) -> Any:
         if hidden is None:
