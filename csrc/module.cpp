@@ -26,6 +26,7 @@ void address(C& type, const char* name, T* undo::Chunk::* member) {
 PYBIND11_MODULE(_cpu, module) {
   using undo::Chunk;
   using undo::Shape;
+  module.attr("SOURCES") = UNDO_SOURCES;
   module.doc() = "C++ kernels for CPUs; undo_kernels.cpu checks and converts their arguments.";
   py::enum_<undo::Law>(module, "Law")
       .value("uniform", undo::Law::UNIFORM)

@@ -1,6 +1,6 @@
 """Kernels for GPUs in Triton; under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, for tests.
 
-``plan`` and ``tuning`` import without triton.
+``plan`` and ``tile_table`` import without triton.
 """
 
 from __future__ import annotations

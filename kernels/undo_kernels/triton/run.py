@@ -14,10 +14,10 @@ import triton
 
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import rows, tuning
+from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
-from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
@@ -47,7 +47,7 @@ class Run:
     def __init__(self, problem: Problem, scratch: Workspace) -> None:
         p = self.problem = problem
         self.scratch, self.device = scratch, p.student.hidden.device
-        self.target = tuning.target_of(self.device)
+        self.target = tile_table.target_of(self.device)
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
         self.n, self.vocabulary = s.rows, s.vocabulary
@@ -186,7 +186,7 @@ class Run:
         s, out = self.shapes, self.row
         count = lse_s.shape[0]
         p = self.problem
-        rows.combine_rows[(count,)](
+        row_kernels.combine_rows[(count,)](
             partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
             part_or(self.label_z, part, self.zero), part_or(self.known_s, part, self.zero), part_or(self.known_t, part, self.zero),
             lse_s, out["lse_t"][part], *(out[name][part] for name in BASES), out["nll"][part], out["entropy"][part],

@@ -1,10 +1,7 @@
-"""The passes of the two plans; see ``plan.py`` for their bytes and FLOPs.
+"""The passes of the chunk plan, which stores logits; see ``plan.py`` for its bytes and FLOPs.
 
-chunk      for each chunk of rows: library products into float32 logits; statistics; the gradient, which overwrites the
-student's
-           logits (float32) or has a buffer (16-bit); library products into d_hidden and d_weight.
-recompute  statistics without logits; then for each block of the vocabulary, outermost: the gradient of all rows from recomputed
-           tiles, and library products. Each row of d_weight is written once; d_hidden is summed in float32.
+For each chunk of tokens: library products into float32 logits; statistics; the gradient, which overwrites the student's logits
+(float32) or has a buffer (16-bit); library products into d_hidden and d_weight.
 
 Precomputed logits are one chunk without products. Nothing here makes the host wait for the device.
 """
@@ -17,10 +14,10 @@ import torch
 import triton
 
 from undo_kernels.sparse_kl_terms import sparse_terms
-from undo_kernels.triton import recompute, rows, tuning
-from undo_kernels.triton.products import TILE_ROWS, Workspace, logits, multiply, widened
+from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton.pair_math import OWN
+from undo_kernels.triton.products import TILE_ROWS, logits, multiply, multiply_widened
 from undo_kernels.triton.run import BASES, FUSED, Head, Run, part_or
-from undo_kernels.triton.tiles import OWN
 
 
 class Chunks:
@@ -29,8 +26,8 @@ class Chunks:
     def __init__(self, run: Run) -> None:
         self.run, s = run, run.shapes
         scratch, size, leading = run.scratch, run.plan.rows_per_chunk, s.leading
-        self.block = tuning.row(run.target, run.vocabulary)
-        self.parts, self.part = tuning.row_parts(size, run.vocabulary, self.block.block_v)
+        self.block = tile_table.row_block(run.target, run.vocabulary)
+        self.parts, self.part = tile_table.row_parts(size, run.vocabulary, self.block.block_v)
         self.copied = not run.student.given or s.sparse
         self.z_s = scratch.take(size, leading) if self.copied else run.given
         self.z_t = self.z_s
@@ -41,7 +38,7 @@ class Chunks:
         self.dz = self.z_s
         if s.gradient and not run.student.given and run.student.product != torch.float32:
             self.dz = scratch.take(size, leading, dtype=run.student.product)
-        self.stats = scratch.take(tuning.FIELDS, size, self.parts)
+        self.stats = scratch.take(tile_table.FIELDS, size, self.parts)
         self.losses = scratch.take(4, size, self.parts)
         heads = [h for h in (run.student, run.teacher) if h is not None and not h.given and h.weight.dtype != h.product]
         width = max((h.weight.shape[1] for h in heads), default=0)
@@ -102,7 +99,7 @@ class Chunks:
 
     def _pick(self, z: torch.Tensor, index: torch.Tensor, out: torch.Tensor, part: slice, take: bool) -> None:
         run, known = self.run, index.shape[1]
-        rows.pick_rows[(z.shape[0],)](
+        row_kernels.pick_rows[(z.shape[0],)](
             z, run.student.bias, index, run.counted[part] if run.masked else run.counted, out,
             run.student.inner, run.student.outer, run.vocabulary, known, z.stride(0),
             HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, MASKED=run.masked, TAKE=take,
@@ -118,7 +115,7 @@ class Chunks:
             self.picked = torch.empty(count, run.indices.shape[1], device=run.device)
             self._pick(z_s, run.indices[part], self.picked, part, True)
         if s.student_sums:
-            rows.stats_rows[(count, self.parts)](
+            row_kernels.stats_rows[(count, self.parts)](
                 partial_ptr=self.stats, TEACHER=s.dense, CROSS=run.crossed,
                 STATISTICS=run.problem.statistics and s.dense, **self._common(z_s, z_t, part),
             )  # fmt: skip
@@ -182,12 +179,12 @@ class Chunks:
         grid = (count, self.parts)
         forward = {"GRADIENT": False, "NLL": False, "LABELS": False, "FILTER": False}
         if s.mixture_pass or not s.gradient:
-            rows.loss_rows[grid](**arguments, **forward)
+            row_kernels.loss_rows[grid](**arguments, **forward)
         if s.mixture_pass:
             out["offset"][part] = self.losses[1, :count].double().sum(-1).float()
         if s.gradient:
             mixed = run.nll or s.sparse
-            rows.loss_rows[grid](**arguments, GRADIENT=True, NLL=mixed, LABELS=run.labelled, FILTER=run.filter)
+            row_kernels.loss_rows[grid](**arguments, GRADIENT=True, NLL=mixed, LABELS=run.labelled, FILTER=run.filter)
         if run.code != OWN.value:
             run.put_divergence(part, self.losses[0, :count].double().sum(-1).float())
         if not s.gradient:
@@ -196,7 +193,7 @@ class Chunks:
             run.skipped += self.losses[2:, :count].double().sum((1, 2))
         if s.sparse:
             known = run.indices.shape[1]
-            rows.put_rows[(count,)](
+            row_kernels.put_rows[(count,)](
                 dz, run.indices[part], self.slope, run.counted[part] if run.masked else run.counted, run.vocabulary, known,
                 dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
             )  # fmt: skip
@@ -215,145 +212,9 @@ class Chunks:
             multiply(out, dz, weight, False, scratch)
         else:
             wide = scratch.take(*shape)
-            _multiply_widened(wide, dz, weight, self._buffer(run.student), False, scratch)
+            multiply_widened(wide, dz, weight, self._buffer(run.student), False, scratch)
             out.copy_(wide)
             scratch.give(wide)
         if moved:
             run.d_hidden.index_copy_(0, run.place[part], out)
             scratch.give(out)
-
-
-class Recompute:
-    """The recompute plan."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, s, p = run, run.shapes, run.problem
-        scratch, n = run.scratch, run.n
-        self.everything = slice(0, n)
-        self.hidden_s = _inner(run.hidden(run.student, self.everything, True)[0], scratch)
-        self.weight_s = _inner(run.student.weight, scratch)
-        self.hidden_t, self.weight_t = self.hidden_s, self.weight_s
-        if run.teacher is not None:
-            self.hidden_t = _inner(run.hidden(run.teacher, self.everything, False)[0], scratch)
-            self.weight_t = _inner(run.teacher.weight, scratch)
-        self.stats_tile, self.loss_tile = s.stats_tile, s.loss_tile
-        self.block = run.plan.block_v
-        self.tiles = self.block // self.loss_tile.block_v
-        blocks = triton.cdiv(n, self.loss_tile.block_t)
-        self.losses = scratch.take(2, self.tiles, n).zero_()
-        self.skipped = scratch.take(2, self.tiles, blocks).zero_()
-        if s.gradient:
-            self.dz = scratch.take(n, self.block, dtype=run.student.product)
-        self.d_hidden = run.d_hidden
-        if p.needs[0] and (run.d_hidden.dtype != torch.float32 or run.index is not None):
-            self.d_hidden = scratch.take(n, run.student.weight.shape[1])
-        self.upcast = None
-        if p.needs[0] and run.student.weight.dtype != run.student.product:
-            self.upcast = scratch.take(min(TILE_ROWS, run.vocabulary), run.student.weight.shape[1])
-
-    def passes(self) -> None:
-        """Computes the statistics, then the loss and gradient block by block of the vocabulary."""
-        run, s, out = self.run, self.run.shapes, self.run.row
-        self._statistics()
-        if not s.loss_pass:
-            return
-        self.at_label = run.label_gradient(self.everything)
-        if s.mixture_pass or not s.gradient:
-            for first in range(0, run.vocabulary, self.block):
-                self._loss(first, False)
-            run.put_divergence(self.everything, self.losses[0].double().sum(0).float())
-        if s.mixture_pass:
-            out["offset"].copy_(self.losses[1].double().sum(0))
-            self.losses.zero_()
-        if not s.gradient:
-            return
-        for first in range(0, run.vocabulary, self.block):
-            self._loss(first, True)
-            self._products(first)
-        if run.code != OWN.value:
-            run.put_divergence(self.everything, self.losses[0].double().sum(0).float())
-        if run.filter:
-            run.skipped += self.skipped.double().sum((1, 2))
-        if run.problem.needs[0]:
-            if run.index is not None:
-                run.d_hidden.index_copy_(0, run.place, self.d_hidden.to(run.d_hidden.dtype))
-            elif self.d_hidden is not run.d_hidden:
-                run.d_hidden.copy_(self.d_hidden)
-
-    def _common(self, tile: tuning.Tile) -> dict[str, Any]:
-        run = self.run
-        t = run.teacher or run.student
-        width_s, width_t = self.hidden_s.shape[1], self.hidden_t.shape[1]
-        return {
-            "hidden_s_ptr": self.hidden_s, "weight_s_ptr": self.weight_s, "bias_s_ptr": run.student.bias,
-            "hidden_t_ptr": self.hidden_t, "weight_t_ptr": self.weight_t, "bias_t_ptr": t.bias,
-            "labels_ptr": run.labels if run.labelled else run.zero, "LABELS": run.labelled,
-            "rows": run.n, "width_s": width_s, "width_t": width_t,
-            "stride_hidden_s": self.hidden_s.stride(0), "stride_weight_s": self.weight_s.stride(0),
-            "stride_hidden_t": self.hidden_t.stride(0), "stride_weight_t": self.weight_t.stride(0),
-            "EVEN_S": width_s % tile.block_d == 0, "EVEN_T": width_t % tile.block_d == 0,
-            "PRECISION": tuning.precision(run.target, run.shapes.wide),
-            "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
-            "num_warps": tile.warps, "num_stages": tile.stages,
-            **run.projections(), **FUSED,
-        }  # fmt: skip
-
-    def _statistics(self) -> None:
-        run, s, tile = self.run, self.run.shapes, self.stats_tile
-        parts, part = tuning.tile_parts(run.n, run.vocabulary, tile)
-        partial = run.scratch.take(tuning.FIELDS, run.n, parts)
-        if s.student_sums:
-            grid = (triton.cdiv(run.n, tile.block_t) * parts,)
-            recompute.stats_tiles[grid](
-                partial_ptr=partial, label_z_ptr=run.label_z, vocabulary=run.vocabulary, part=part, parts=parts,
-                stride_field=run.n * parts, TEACHER=s.teacher_sums, CROSS=run.crossed,
-                STATISTICS=run.problem.statistics and s.dense, **self._common(tile),
-            )  # fmt: skip
-        if run.labelled and not s.student_sums:
-            recompute.pick_labels[(run.n,)](
-                self.hidden_s, self.weight_s, run.student.bias, run.labels, run.label_z, run.student.inner, run.student.outer,
-                run.vocabulary, self.hidden_s.shape[1], self.hidden_s.stride(0), self.weight_s.stride(0),
-                HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **FUSED,
-            )  # fmt: skip
-        run.combine(partial, self.everything, parts, run.row["lse_s"], s.teacher_sums, True)
-        run.scratch.give(partial)
-
-    def _loss(self, first: int, gradient: bool) -> None:
-        run, p, out, tile = self.run, self.run.problem, self.run.row, self.loss_tile
-        last = min(first + self.block, run.vocabulary)
-        grid = (triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)
-        dz = self.dz if gradient else run.zero
-        options = self._common(tile) | {"LABELS": run.labelled and gradient}
-        recompute.loss_tiles[grid](
-            counted_ptr=run.counted, **{f"{name}_ptr": out[name] for name in BASES}, factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
-            partial_ptr=self.losses, skipped_ptr=self.skipped, beta_t=p.beta, beta_s=1.0 - p.beta, filter_below=p.filter_below,
-            begin=first, last=last, tiles=self.tiles, stride_dz=self.block, TARGET=run.code, UNIFORM=run.uniform,
-            GRADIENT=gradient, NLL=run.nll and gradient, FILTER=run.filter and gradient, MASKED=run.masked, **options,
-        )  # fmt: skip
-
-    def _products(self, first: int) -> None:
-        run = self.run
-        part = slice(first, min(first + self.block, run.vocabulary))
-        dz = self.dz[:, : part.stop - part.start]
-        run.products_of_gradient(dz, self.hidden_s, part, run.d_weight, False)
-        if not run.problem.needs[0]:
-            return
-        weight = run.student.weight[part]
-        if self.upcast is None:
-            multiply(self.d_hidden, dz, weight, first > 0, run.scratch)
-        else:
-            _multiply_widened(self.d_hidden, dz, weight, self.upcast, first > 0, run.scratch)
-
-
-def _multiply_widened(
-    out: torch.Tensor, dz: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor, add: bool, scratch: Workspace
-) -> None:
-    """Computes ``out (+)= dz @ weight`` in float32, widening one tile of the weight at a time."""
-    for first in range(0, weight.shape[0], TILE_ROWS):
-        tile = widened(weight, dz.dtype, first, TILE_ROWS, buffer)
-        multiply(out, dz[:, first : first + TILE_ROWS], tile, add or first > 0, scratch)
-
-
-def _inner(tensor: torch.Tensor, scratch: Workspace) -> torch.Tensor:
-    """Returns ``tensor`` with contiguous rows, copied into the workspace if necessary."""
-    return tensor if tensor.stride(1) == 1 else scratch.count(tensor.contiguous())

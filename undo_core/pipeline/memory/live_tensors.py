@@ -22,30 +22,30 @@ from undo_kernels.problem import Problem
 FUSED = "undo-fused"  # name under which transformers finds the fused attention for the meta device
 
 
-class Storages(TorchDispatchMode):
-    """Counts the bytes of live storages that operations inside the ``with`` block allocate, by kind.
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of live storages that operations inside the ``with`` block allocate, by part of the memory.
 
     The workspace of the fused losses is not a tensor on the meta device; it is taken from their plan, with no row masked.
 
     Args:
-        kinds: names of the kinds to count; they must include ``activations``, ``gradients`` and ``workspace``.
+        parts: names of the parts to count; they must include ``activations``, ``gradients`` and ``workspace``.
 
     Attributes:
-        now: live bytes of each kind.
-        kind: kind under which new storages are counted.
-        moment: name of the current moment, such as forward or step.
-        peaks: ``now`` at the largest sum of each moment.
+        now: live bytes of each part.
+        part: part to which new storages are counted.
+        phase: name of the current phase, such as forward or step.
+        peaks: ``now`` at the largest sum of each phase.
     """
 
-    def __init__(self, kinds: Iterable[str]) -> None:
+    def __init__(self, parts: Iterable[str]) -> None:
         super().__init__()
-        self.now = dict.fromkeys(kinds, 0)
-        self.kind, self.moment = "activations", ""
+        self.now = dict.fromkeys(parts, 0)
+        self.part, self.phase = "activations", ""
         self.peaks: dict[str, dict[str, int]] = {}
         self._held: dict[int, tuple[str, int]] = {}
 
-    def hold(self, tensors: Iterable[torch.Tensor], kind: str, share: float = 1.0) -> None:
-        """Counts tensors, or a share of their bytes, as ``kind`` as long as they live."""
+    def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:
+        """Counts tensors, or a share of their bytes, as ``part`` as long as they live."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, int(storage.nbytes() * share)
@@ -54,23 +54,23 @@ class Storages(TorchDispatchMode):
                 self.now[before] -= old
             else:
                 weakref.finalize(storage, self._free, key)
-            self._held[key] = (kind, size)
-            self.now[kind] += size
+            self._held[key] = (part, size)
+            self.now[part] += size
 
-    def touch(self, kind: str, size: float) -> None:
+    def touch(self, part: str, size: float) -> None:
         """Counts memory that is allocated and freed again at once."""
-        self._mark({**self.now, kind: self.now[kind] + int(size)})
+        self._mark({**self.now, part: self.now[part] + int(size)})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # The code reads a scalar: whether nothing is masked, whether no sequences are packed, or how large an error is.
             return True if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
-        if any(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for kind in types):
+        if any(each.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for each in types):
             return NotImplemented  # a quantised tensor: its inner tensors are dispatched here again
         output = _run(function, args, kwargs or {})
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._held:
-                self.hold([tensor], self.kind)
+                self.hold([tensor], self.part)
         if function is torch.ops.undo.vocab_loss.default:
             self.hold([output[-2]], "gradients")  # of the head's weight
             self._workspace(*problem_of(*args, **kwargs))
@@ -90,17 +90,17 @@ class Storages(TorchDispatchMode):
             self.touch("workspace", plan.workspace_bytes - kept)
         else:
             from undo_kernels.triton import plan as costs
-            from undo_kernels.triton import tuning
+            from undo_kernels.triton import tile_table
 
-            self.touch("workspace", costs.gpu_plan(problem, tuning.target_of(torch.device("cuda"))).workspace_bytes)
+            self.touch("workspace", costs.gpu_plan(problem, tile_table.target_of(torch.device("cuda"))).workspace_bytes)
 
     def _mark(self, now: dict[str, int]) -> None:
-        if self.moment not in self.peaks or sum(now.values()) > sum(self.peaks[self.moment].values()):
-            self.peaks[self.moment] = dict(now)
+        if self.phase not in self.peaks or sum(now.values()) > sum(self.peaks[self.phase].values()):
+            self.peaks[self.phase] = dict(now)
 
     def _free(self, key: int) -> None:
-        kind, size = self._held.pop(key)
-        self.now[kind] -= size
+        part, size = self._held.pop(key)
+        self.now[part] -= size
 
 
 _shapes: dict[Any, Any] = {}

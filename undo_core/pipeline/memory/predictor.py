@@ -10,9 +10,9 @@ import undo_kernels
 from transformers import PreTrainedConfig
 from undo_kernels.library.backends import choose
 
-from undo_core.evaluation.metrics import rows_at_once
+from undo_core.evaluation.metrics import sequences_at_once
 from undo_core.io.files import hash_json
-from undo_core.pipeline.meta import Meta, Scored
+from undo_core.pipeline.memory.meta import Meta, Scored
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Stage
 
@@ -47,7 +47,7 @@ class Predictor:
     ) -> None:
         self.config, self.length, self.data_bytes = config, length, data_bytes
         columns = evaluated_length or length
-        most = rows_at_once(columns)
+        most = sequences_at_once(columns)
         self.scored = Scored(min(most, evaluated or most), columns, answers, choices)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._known: dict[str, Memory] = {}
@@ -65,15 +65,15 @@ class Predictor:
         stored = stored or stage.reads()
         key = hash_json([stage.kind, _that_matter(stage.settings), str(stored)])
         if key not in self._known:
-            self._known[key] = max(self.moments(stage, stored), key=lambda memory: memory.total)
+            self._known[key] = max(self.phases(stage, stored), key=lambda memory: memory.total)
         return self._known[key]
 
-    def moments(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
-        """Returns the memory by parts at the peak of each moment."""
+    def phases(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
+        """Returns the memory by parts at the peak of each phase."""
         with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
-            moments = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
+            phases = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
         process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
-        return [dataclasses.replace(memory, process=process) for memory in moments]
+        return [dataclasses.replace(memory, process=process) for memory in phases]
 
 
 _NO_MATTER = (

@@ -13,14 +13,14 @@ from transformers import AutoConfig
 from undo_kernels.library.backends import BackendWarning
 
 from undo_core.models import initialise
-from undo_core.pipeline import meta, storages
-from undo_core.pipeline.meta import meta_model
+from undo_core.pipeline.memory import live_tensors, meta
+from undo_core.pipeline.memory.live_tensors import LiveTensors
+from undo_core.pipeline.memory.meta import meta_model
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS
-from undo_core.pipeline.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Noise, Pretrain
-from undo_core.pipeline.storages import Storages
 from undo_core.training import TrainConfig
-from undo_core.training.lean import lean
+from undo_core.training.memory_savers import lean
 from undo_core.training.optimizers import BLOCK_CPU
 from undo_core.training.precision import convert_
 
@@ -53,7 +53,11 @@ def saved_bytes(model, settings, device) -> int:
         return tensor
 
     ids = torch.ones(4, 100, dtype=torch.long, device=device)
-    with Storages(PARTS), lean(model.train(), settings), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        LiveTensors(PARTS),
+        lean(model.train(), settings),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         model.base_model(input_ids=ids, use_cache=False)
     return sum(storage.nbytes() for storage in saved.values())
 
@@ -82,15 +86,16 @@ def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
     assert peak.total - peak.process < 2 * logits  # student's and teacher's
 
 
-def test_rows_that_are_padding_take_no_workspace():
+def test_vocabulary_entries_that_are_padding_take_no_workspace():
     config = AutoConfig.for_model("llama", vocab_size=20_000, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE)
     stages = [dataclasses.replace(distilled(batch_size=4), vocab_size=size) for size in (None, 5000)]
-    moments = [Predictor(config, 65, device="cpu").moments(stage, torch.float32) for stage in stages]
-    whole, part = ({memory.moment: memory.workspace for memory in found}["forward"] for found in moments)
+    phases = [Predictor(config, 65, device="cpu").phases(stage, torch.float32) for stage in stages]
+    whole, part = ({memory.phase: memory.workspace for memory in found}["forward"] for found in phases)
     assert 0 < part < whole
 
 
-# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an hour).
+# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an
+# hour).
 QUICK = ["llama: bfloat16-master", "llama: 8-bit", "gemma2: distill, cached"]
 
 
@@ -121,9 +126,9 @@ def test_shapes_that_are_known_count_as_those_that_are_computed(monkeypatch):
         "gemma2", vocab_size=5000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
     stage = distilled(batch_size=4)
-    known = Predictor(config, 33, device="cpu").moments(stage, torch.float32)
-    monkeypatch.setattr(storages, "_run", lambda function, args, kwargs: function(*args, **kwargs))
-    assert Predictor(config, 33, device="cpu").moments(stage, torch.float32) == known
+    known = Predictor(config, 33, device="cpu").phases(stage, torch.float32)
+    monkeypatch.setattr(live_tensors, "_run", lambda function, args, kwargs: function(*args, **kwargs))
+    assert Predictor(config, 33, device="cpu").phases(stage, torch.float32) == known
 
 
 def test_loading_takes_the_file_in_its_own_dtype():
@@ -132,7 +137,7 @@ def test_loading_takes_the_file_in_its_own_dtype():
     trained = Pretrain(train=TrainConfig(precision="bfloat16"), splits=("retain",), prepared=NOWHERE)
     noised = Noise(alpha=0.5, beta=0.1, law="normal", seed=0, model=NOWHERE)
     predict = Predictor(config, 33, device="cpu")
-    loading = {dtype: predict.moments(trained, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
+    loading = {dtype: predict.phases(trained, dtype)[0].weights for dtype in (torch.float32, torch.bfloat16)}
     assert loading == {torch.float32: 6 * sum(sizes) + 2 * max(sizes), torch.bfloat16: 4 * sum(sizes)}
-    assert predict.moments(noised, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
-    assert Predictor(config, 33, device="cuda").moments(noised, torch.float32)[0].total == 0, "on the host"
+    assert predict.phases(noised, torch.bfloat16)[0].weights == 2 * max(sizes), "tensor by tensor"
+    assert Predictor(config, 33, device="cuda").phases(noised, torch.float32)[0].total == 0, "on the host"

@@ -22,7 +22,7 @@ FORMAT = (
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
+def save_training_state(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
     """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = fresh(folder / "writing")
@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, updater: Updater,
             shutil.rmtree(path)
 
 
-def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """Returns the newest complete checkpoint under ``folder`` and its state, or None if there is none.
 
     Raises:
@@ -58,7 +58,7 @@ def find_checkpoint(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[s
     return newest, state
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
+def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
     """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``."""
     saved, own = load_file(checkpoint / "model.safetensors"), _unique(model)
     expanded = {name for name, other in overlaps(own) if name == other}

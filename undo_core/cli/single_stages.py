@@ -17,7 +17,7 @@ from undo_core.io.progress import console
 from undo_core.noise.checkpoint import describe_replay, replay_checkpoint
 from undo_core.noise.damage import Operator, check_arguments, selection
 from undo_core.noise.parameters import Parts
-from undo_core.pipeline.attacked import trial_stage
+from undo_core.pipeline.attacked_model import trial_stage
 from undo_core.pipeline.config import DataConfig, ModelConfig
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from undo_kernels.triton.math import expm1
-from undo_kernels.triton.tiles import (
+from undo_kernels.triton.pair_math import (
     CROSS_S,
     DIFFERENCE,
     ENERGY_T,

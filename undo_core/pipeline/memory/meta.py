@@ -3,7 +3,7 @@
 The stage's own loss runs forward and backward on the meta device while live storages are counted. Saved activations,
 temporaries and gradients are therefore those of the code that will run, for any architecture. Memory that is not a tensor on
 the meta device is calculated: the optimizer's states, the files that weights are read from, and the process. The temporaries of
-a step are counted in the optimizer's own code. The peak is the largest of a few moments: loading; forward and backward of a
+a step are counted in the optimizer's own code. The peak is the largest of a few phases: loading; forward and backward of a
 micro-batch, with the head's gradient between them; the optimizer's step; evaluation.
 
 On a CPU the tests compare the prediction with the resident size of a process. For a GPU the same calculation predicts the
@@ -26,11 +26,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
+from undo_core.pipeline.memory.live_tensors import FUSED, LiveTensors
 from undo_core.pipeline.needs import PARTS, Memory
-from undo_core.pipeline.storages import FUSED, Storages
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
-from undo_core.training.lean import lean
+from undo_core.training.memory_savers import lean
 from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
 from undo_core.unlearning import Method, referred
@@ -52,20 +52,20 @@ class Scored:
     """The batch of an evaluation's forward pass and how it is scored.
 
     Attributes:
-        rows: sequences in the batch.
+        sequences: sequences in the batch.
         length: tokens in a sequence.
         answers: whether answers are scored; otherwise cross-entropy is.
         choices: letters that are compared for a multiple-choice question; 0 if there are no questions.
     """
 
-    rows: int
+    sequences: int
     length: int
     answers: bool
     choices: int
 
 
 class Meta:
-    """Runs a stage's computation on the meta device and counts the storages that it allocates.
+    """Runs a stage's computation on the meta device and counts the tensors that it allocates.
 
     Attributes:
         device: device that the prediction is for, ``"cuda"`` or ``"cpu"``.
@@ -77,7 +77,7 @@ class Meta:
     ) -> None:
         self.device, self.stored = device, stored
         self._config, self._length, self._scored = config, length, scored
-        self._storages = Storages(PARTS)
+        self._live = LiveTensors(PARTS)
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -107,29 +107,29 @@ class Meta:
         """The model on the meta device, in float32."""
         return meta_model(self._config, attention)
 
-    def batch(self, rows: int) -> Batch:
-        """A batch of ``rows`` sequences on the meta device."""
-        ids = torch.empty(rows, self._length, dtype=torch.int64, device="meta")
+    def batch(self, sequences: int) -> Batch:
+        """A batch of ``sequences`` sequences on the meta device."""
+        ids = torch.empty(sequences, self._length, dtype=torch.int64, device="meta")
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:
         """Counts tensors, or a share of their bytes, as ``part`` of the memory as long as they live."""
-        self._storages.hold(tensors, part, share)
+        self._live.hold(tensors, part, share)
 
     def touch(self, part: str, size: float) -> None:
         """Counts memory that is allocated and freed again at once."""
-        self._storages.touch(part, size)
+        self._live.touch(part, size)
 
     @contextlib.contextmanager
-    def counted(self, moment: str) -> Iterator[None]:
-        """Counts storages that the block allocates as activations of ``moment``."""
-        with self._storages:
-            self._storages.kind, self._storages.moment = "activations", moment
+    def counted(self, phase: str) -> Iterator[None]:
+        """Counts tensors that the block allocates as activations of ``phase``."""
+        with self._live:
+            self._live.part, self._live.phase = "activations", phase
             yield
 
     def peaks(self) -> list[Memory]:
-        """The memory by parts at the peak of each moment that was counted."""
-        return [Memory(moment, **parts) for moment, parts in self._storages.peaks.items() if moment]
+        """The memory by parts at the peak of each phase that was counted."""
+        return [Memory(phase, **parts) for phase, parts in self._live.peaks.items() if phase]
 
     def streamed_share(self, model: PreTrainedModel) -> float:
         """Share of a streamed model's weights in memory at once: all outside the layers, and one layer (two on a GPU)."""
@@ -155,32 +155,32 @@ class Meta:
         """
         dtype = self.trained_dtype(train)
         loading = Memory("loading", weights=dtype.itemsize * self.elements + self.reading(dtype))
-        storages = self._storages
+        live = self._live
         model = self.model(train.attention)
         convert_(model, train.precision)
-        storages.hold(model.parameters(), "weights")
-        storages.hold(model.buffers(), "weights")
-        with storages:
-            storages.kind = "weights"
+        live.hold(model.parameters(), "weights")
+        live.hold(model.buffers(), "weights")
+        with live:
+            live.part = "weights"
             method = method_of(model)
             convert_(model, train.precision)  # the method may have added parameters
-            storages.kind = "activations"
+            live.part = "activations"
         trained = list(model.parameters()) if method.parameters is None else method.parameters
-        steps = _Steps(storages, trained, train, self.device)
-        with storages:
+        steps = _Steps(live, trained, train, self.device)
+        with live:
             micro = train.micro_batch_size or train.batch_size
-            rows = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
+            sequences = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
             # Two micro-batches are enough: a third does not raise the peak.
-            batches = {name: self.batch(min(size, 2 * micro)) for name, size in rows.items()}
+            batches = {name: self.batch(min(size, 2 * micro)) for name, size in sequences.items()}
 
             def loss(*arguments: Any) -> torch.Tensor:
-                storages.moment = "forward"
+                live.phase = "forward"
                 value = method.loss(*arguments)
-                storages.moment = "backward"
+                live.phase = "backward"
                 return value
 
             if method.reference is not None:
-                storages.moment = "forward"
+                live.phase = "forward"
                 batches["forget"] = referred(model, batches["forget"], method)
             model.train()
             with (
@@ -188,9 +188,9 @@ class Meta:
                 lean(model, dataclasses.replace(train, attention="auto")) as tied,
                 steps.attached(tied),
             ):
-                method.gradient(model, loss, batches, dict.fromkeys(rows, 1), train.micro_batch_size)
+                method.gradient(model, loss, batches, dict.fromkeys(sequences, 1), train.micro_batch_size)
             batches.clear()
-            storages.moment = "step"
+            live.phase = "step"
             steps.step()
             self.evaluate(model)
         return [loading, *self.peaks()]
@@ -198,12 +198,12 @@ class Meta:
     @torch.no_grad()
     def evaluate(self, model: PreTrainedModel) -> None:
         """Counts an evaluation of the model; call it inside :meth:`counted`."""
-        self._storages.moment = "evaluation"
+        self._live.phase = "evaluation"
         model.eval()
         scored = self._scored
-        ids = torch.empty(scored.rows, scored.length, dtype=torch.int64, device="meta")
+        ids = torch.empty(scored.sequences, scored.length, dtype=torch.int64, device="meta")
         if scored.choices:
-            letters = torch.empty(scored.rows, scored.choices, dtype=torch.int64, device="meta")
+            letters = torch.empty(scored.sequences, scored.choices, dtype=torch.int64, device="meta")
             letter_logits(model, ids, letters[:, 0], letters)
         elif scored.answers:  # an upper bound: every position belongs to an answer
             most_likely(hidden_states(model, ids[:, :-1]).flatten(0, 1), head_of(model))
@@ -214,8 +214,8 @@ class Meta:
 class _Steps:
     """Counts the memory of :class:`undo_core.training.optimizers.Updater`: states, gradients, masters and temporaries."""
 
-    def __init__(self, storages: Storages, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
-        self.storages, self.parameters, self.settings = storages, parameters, settings
+    def __init__(self, live: LiveTensors, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
+        self.live, self.parameters, self.settings = live, parameters, settings
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
         self.masters: dict[int, torch.Tensor] = {}  # float32 gradients of the masters, by the parameter's id
@@ -223,7 +223,7 @@ class _Steps:
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
             self.temporaries[p.numel()] = _update_bytes(p.numel(), dtype, settings.optimizer, settings.precision, device)
-        storages.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters)
+        live.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters)
 
     @contextlib.contextmanager
     def attached(self, tied: TiedEmbedding | None) -> Iterator[None]:
@@ -241,7 +241,7 @@ class _Steps:
     def step(self) -> None:
         """Counts the optimizer's step over all gradients, then frees them."""
         if not self.settings.step_in_backward and not self.remote:
-            self.storages.touch("optimizer", max(map(self._temporary, self.parameters)))
+            self.live.touch("optimizer", max(map(self._temporary, self.parameters)))
         self.masters.clear()
         for parameter in self.parameters:
             parameter.grad = None
@@ -254,9 +254,9 @@ class _Steps:
             self.masters[id(parameter)] = torch.empty_like(gradient, dtype=torch.float32)
             gradient = self.masters[id(parameter)]
         if not self.remote:
-            self.storages.hold([gradient], "gradients")
+            self.live.hold([gradient], "gradients")
         if self.settings.step_in_backward:
-            self.storages.touch("optimizer", 0 if self.remote else self._temporary(parameter))
+            self.live.touch("optimizer", 0 if self.remote else self._temporary(parameter))
             self.masters.clear()
             parameter.grad = None
 
@@ -277,14 +277,14 @@ def _update_bytes(count: int, dtype: torch.dtype, optimizer: str, precision: str
     # On a CPU the update runs in slices, so that a tensor of a few slices has the same peak as a larger one.
     target = nn.Parameter(torch.empty(count if device == "cuda" else min(count, 4 * BLOCK_CPU), dtype=dtype, device="meta"))
     target.grad = torch.empty_like(target)
-    storages = Storages(("optimizer",))
-    storages.kind = "optimizer"
+    live = LiveTensors(("optimizer",))
+    live.part = "optimizer"
     updater = optimizer_of([target], TrainConfig(optimizer=optimizer, precision=precision), device)
-    for storages.moment in ("first", "second"):
-        before = storages.now["optimizer"]  # the first step creates the states; the second is measured
-        with storages:
+    for live.phase in ("first", "second"):
+        before = live.now["optimizer"]  # the first step creates the states; the second is measured
+        with live:
             updater.step()
-    return storages.peaks["second"]["optimizer"] - before
+    return live.peaks["second"]["optimizer"] - before
 
 
 def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) -> int:

@@ -1,18 +1,19 @@
-"""Whether the kernels got slower or larger than the committed baseline says; for a machine that other things run on, too.
+"""Checks that the kernels are no slower and no larger than the committed baseline; it also works on a busy machine.
 
-Four kinds of numbers, from the least noisy one on:
+It compares four kinds of numbers, the least noisy first:
 
-plan          workspace, products and traffic that the plans of full-size problems ask for, on CPU and GPU. Exact anywhere.
-calls         products, their FLOPs, allocations and bytes of one float32 step, counted by torch's profiler. Exact.
-instructions  that the C++ kernels execute for each element, AVX2, counted by valgrind --tool=callgrind. Other programs do not
-              change them, another compiler does: compared where the compiler is the baseline's.
-ratio         time of a step over that of its bare products, the smallest of interleaved rounds each. Compared on the processor that
-              the baseline knows, and measured again, up to three times, before it counts as worse.
+plan          workspace, products and memory traffic in the plans of full-size problems, on CPU and GPU. Exact on any machine.
+calls         products, FLOPs, allocations and bytes of one float32 step, counted by torch's profiler. Exact.
+instructions  executed by the C++ kernels for each element with AVX2, counted by valgrind --tool=callgrind. Other programs do
+not
+              change them, but another compiler does: they are compared only if the compiler is the baseline's.
+ratio         time of a step over that of its bare products, each the smallest of interleaved rounds. It is compared only on the
+              processors of the baseline, and measured up to three times before it counts as worse.
 
-Calls and ratios are compared with those of the backend that the steps ran on, as the kernels say themselves.
+Calls and ratios are compared with those of the backend that the steps ran on, as reported by the kernels.
 
-One line for each number that got worse by more than its kind's tolerance, and exit status 1. What could not be compared is said.
-A number that became better is said, too: --write takes it into the baseline.
+Prints a line for each number that got worse by more than the tolerance of its kind, and exits with status 1. It also prints
+what could not be compared, and what got better: --write records such numbers in the baseline.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ BASELINE = harness.ROOT / "bench" / "baseline.json"
 TOLERANCE = {"plan": 0.0, "calls": 0.0, "instructions": 0.02, "ratio": 0.25}
 SUITES = {"kl": peers.CONTENDERS, "cross-entropy": peers_cross_entropy.CONTENDERS}
 STEPS = {
-    "kl f32": ("kl", Row("gate", 300, 12000, 64, "float32", None, ())),
-    "kl f32, workspace 1 MB": ("kl", Row("gate", 300, 12000, 64, "float32", None, ())),
-    "cross-entropy f32": ("cross-entropy", Row("gate", 300, 12000, 64, "float32", None, ())),
+    "kl f32": ("kl", Row("regressions", 300, 12000, 64, "float32", None, ())),
+    "kl f32, workspace 1 MB": ("kl", Row("regressions", 300, 12000, 64, "float32", None, ())),
+    "cross-entropy f32": ("cross-entropy", Row("regressions", 300, 12000, 64, "float32", None, ())),
 }
 SMALL_WORKSPACE = 1 << 20
 RATIOS = {
-    "kl f32": ("kl", Row("gate", 256, 16000, 320, "float32", None, ())),
-    "cross-entropy f32": ("cross-entropy", Row("gate", 256, 16000, 320, "float32", None, ())),
+    "kl f32": ("kl", Row("regressions", 256, 16000, 320, "float32", None, ())),
+    "cross-entropy f32": ("cross-entropy", Row("regressions", 256, 16000, 320, "float32", None, ())),
 }
 ROUNDS, TRIES = 7, 3
 PLANS = [
@@ -74,7 +75,7 @@ Numbers = dict[str, float]
 
 
 def plan() -> Numbers:
-    """Of full-size problems on the meta device, forward and backward: with a teacher (forward) and with labels (own)."""
+    """Returns the numbers in plans of full-size problems on the meta device, with a teacher (forward) and labels (own)."""
     found: Numbers = {}
     for target, backend, dtype, rows, vocabulary, width in PLANS:
         row = torch.empty(rows, device="meta")
@@ -97,7 +98,7 @@ def plan() -> Numbers:
 
 
 def calls() -> tuple[Numbers, str]:
-    """Of one step after a warm-up; and the backend."""
+    """Returns the counts of one step after a warm-up, and the backend."""
     found: Numbers = {}
     used = set()
     for name, (suite, row) in STEPS.items():
@@ -122,15 +123,15 @@ def calls() -> tuple[Numbers, str]:
 
 
 def backend_of(step: Callable[[], object]) -> str:
-    """The backend that a step of undo-core's runs on."""
+    """Returns the backend that a step of undo-core runs on."""
     return only({call["backend"] for call in observed(step)[1]})
 
 
 def only(used: set[str]) -> str:
-    """The one backend, for numbers of several cannot be compared with one baseline's.
+    """Returns the only backend; numbers of several backends cannot be compared with one baseline.
 
     Raises:
-        RuntimeError: there are several, or none.
+        RuntimeError: several backends ran, or none.
     """
     if len(used) != 1:
         raise RuntimeError(f"steps: ran on {', '.join(sorted(used)) or 'none'} of undo-core's backends, wanted one")
@@ -138,12 +139,12 @@ def only(used: set[str]) -> str:
 
 
 def instructions() -> tuple[Numbers, str | None]:
-    """For each element, by kernel; and the compiler, or None with no numbers where there is no valgrind."""
+    """Returns instructions per element by kernel, and the compiler; no numbers and None if there is no valgrind."""
     valgrind, library = shutil.which("valgrind"), undo_kernels.cpu.vocab_loss.kernels
     if valgrind is None or library is None:
         return {}, None
     worker = Path(__file__).with_name("callgrind_worker.py")
-    with tempfile.TemporaryDirectory(prefix="bench-gate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-regressions-") as folder:
         out = Path(folder) / "callgrind.out"
         command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable, str(worker), library.__file__]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
@@ -160,7 +161,7 @@ def instructions() -> tuple[Numbers, str | None]:
 
 
 def self_costs(text: str, within: str) -> dict[str, int]:
-    """Instructions of each function whose name has ``within`` in it, from callgrind's file; calls' inclusive costs left out."""
+    """Returns the instructions of each function whose name contains ``within``, without callees, from callgrind's file."""
     names: dict[str, str] = {}
     costs: dict[str, int] = defaultdict(int)
     function, call = "", False
@@ -181,13 +182,13 @@ def self_costs(text: str, within: str) -> dict[str, int]:
 
 
 def compiler(library: Path) -> str:
-    """As it stands in the library's comment section."""
+    """Returns the compiler named in the library's comment section."""
     found = re.search(rb"(GCC: [^\0]+|clang version [^\0]+)\0", library.read_bytes())
     return found[1].decode() if found else "unknown"
 
 
 def ratio_key() -> str:
-    """The processor, and the backend where it is not the C++ kernels."""
+    """Returns the processor, with the backend if that is not the C++ kernels."""
     used = only(
         {backend_of(SUITES[suite]["undo-core"].step(draw(row, "cpu", suite == "kl"))) for suite, row in RATIOS.values()}
     )
@@ -195,7 +196,7 @@ def ratio_key() -> str:
 
 
 def ratio() -> Numbers:
-    """Of fastest rounds."""
+    """Returns the ratios of the fastest rounds."""
     found: Numbers = {}
     for name, (suite, row) in RATIOS.items():
         inputs = draw(row, "cpu", suite == "kl")
@@ -213,12 +214,12 @@ def ratio() -> Numbers:
 
 
 def shown(value: float) -> str:
-    """For people: counts whole, others to four digits."""
+    """Formats a number: counts exactly, others with four digits."""
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def worse(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float]) -> list[str]:
-    """One line for each number above its tolerance, and for each that is gone."""
+    """Returns a line for each number that is worse than the tolerance allows or is no longer measured."""
     lines = []
     for name, before in wanted.items():
         now = measured.get(name)
@@ -233,7 +234,7 @@ def worse(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float])
 
 
 def better(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float]) -> list[str]:
-    """What the baseline could take up: improvements, and numbers that it does not have."""
+    """Returns a line for each number that is better than the baseline's or missing there."""
     lines = []
     for name, now in measured.items():
         before = wanted.get(name)
@@ -245,7 +246,7 @@ def better(kind: str, measured: Mapping[str, float], wanted: Mapping[str, float]
 
 
 def steady_ratio(wanted: Mapping[str, float], measure: Callable[[], Numbers]) -> Numbers:
-    """The smallest ratios of as many tries as it takes to be within the tolerance."""
+    """Returns the smallest ratios of several tries, which end once all are within the tolerance."""
     best: Numbers = {}
     for _ in range(TRIES):
         best = {name: min(value, best.get(name, value)) for name, value in measure().items()}
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="(default: bench/baseline.json)")
     parser.add_argument("--only", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE), help="kinds (default: all)")
-    parser.add_argument("--write", action="store_true", help="make what is measured now the baseline of these kinds")
+    parser.add_argument("--write", action="store_true", help="record the measured numbers as the baseline of these kinds")
     options = parser.parse_args(arguments)
     if not options.write and not options.baseline.exists():
         parser.error(f"--baseline: got {options.baseline}, which does not exist; --write makes it")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from undo_kernels.triton.measured import MEASURED
+from undo_kernels.triton.measured_tiles import MEASURED
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowBlock:
     """Block size and launch options of a row kernel."""
 
     block_v: int
@@ -62,9 +62,9 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     **{(INTERPRETER, kernel, wide): Tile(16, 64, 16, 4, 1, 2) for kernel in KERNELS for wide in (False, True)},
 }
 _ROWS = {
-    **{target: Row(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
-    "gfx942": Row(2048, 4),
-    INTERPRETER: Row(128, 4),
+    **{target: RowBlock(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
+    "gfx942": RowBlock(2048, 4),
+    INTERPRETER: RowBlock(128, 4),
 }
 
 
@@ -109,10 +109,10 @@ def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
         MEASURED.update(before)
 
 
-def row(target: str, vocabulary: int) -> Row:
+def row_block(target: str, vocabulary: int) -> RowBlock:
     """Returns the block size and warps of the row kernels."""
     if target == INTERPRETER and vocabulary >= 256:  # its time depends on the number of operations, not of elements
-        return Row(256 if vocabulary < 4096 else 4096, 4)
+        return RowBlock(256 if vocabulary < 4096 else 4096, 4)
     return _ROWS[target]
 
 

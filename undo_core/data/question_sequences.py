@@ -1,4 +1,4 @@
-"""Converts multiple-choice questions to token rows, which :func:`undo_core.evaluate` scores."""
+"""Converts multiple-choice questions to token sequences, which :func:`undo_core.evaluate` scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from undo_core.data.encoding import encoded_with_beginning, fill_of
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, Question, posed
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 
 
 def question_splits(
@@ -21,12 +21,12 @@ def question_splits(
     valid_fraction: float,
     seed: int,
     positions: int | None,
-) -> tuple[dict[str, Rows], dict[str, int]]:
-    """Returns the rows of valid and test for each entry of ``chosen``, and how many questions of each were truncated.
+) -> tuple[dict[str, Sequences], dict[str, int]]:
+    """Returns the sequences of valid and test for each entry of ``chosen``, and how many questions of each were truncated.
 
     A hash of the seed, a question's text and its choices decides its split. Copies with the same choices in any order therefore
-    fall into the same split, and the split does not depend on other questions. A row has the tokens that lm-eval gives a model,
-    and then the right letter's token.
+    fall into the same split, and the split does not depend on other questions. A sequence has the tokens that lm-eval gives a
+    model, and then the right letter's token.
 
     Args:
         tokenizer: the special tokens that it puts before a text stand before the prompt. Those that it puts after a text are
@@ -42,7 +42,7 @@ def question_splits(
         ValueError: a split has no question, the tokenizer does not give exactly one token for a letter, or a file is malformed.
         FileNotFoundError: a file is missing.
     """
-    splits: dict[str, Rows] = {}
+    splits: dict[str, Sequences] = {}
     cut: dict[str, int] = {}
     for name, config in chosen.items():
         parts: dict[str, list[tuple[Question, str]]] = {"valid": [], "test": []}
@@ -54,15 +54,15 @@ def question_splits(
                     f"data.questions.valid_fraction: got {valid_fraction}, with which none of {name}'s "
                     f"{sum(map(len, parts.values()))} questions fell into {split}"
                 )
-            splits[f"{split}_{name}"], cut[f"{split}_{name}"] = _rows(
+            splits[f"{split}_{name}"], cut[f"{split}_{name}"] = _sequences(
                 tokenizer, part, positions, config.special_tokens == "parse"
             )
     return splits, cut
 
 
-def _rows(
+def _sequences(
     tokenizer: PreTrainedTokenizerBase, posed: Sequence[tuple[Question, str]], positions: int | None, parse: bool
-) -> tuple[Rows, int]:
+) -> tuple[Sequences, int]:
     asked = [_encode(tokenizer, text, len(question.choices), parse) for question, text in posed]
     cut = sum(positions is not None and len(given) > positions for given, _ in asked)
     # The last token, the right letter, is only a label: it takes no position of the model.
@@ -71,14 +71,14 @@ def _rows(
     ids = torch.full((len(posed), int(lengths.max())), fill_of(tokenizer), dtype=torch.int32)
     answers = torch.zeros(ids.shape, dtype=torch.bool)
     choices = torch.full((len(posed), max(len(letters) for _, letters in asked)), -1, dtype=torch.int32)
-    for row, ((question, _), given, (_, letters)) in enumerate(zip(posed, prompts, asked, strict=True)):
-        ids[row, : len(given) + 1] = torch.tensor([*given, letters[question.answer]], dtype=torch.int32)
-        answers[row, len(given)] = True
-        choices[row, : len(letters)] = torch.tensor(letters, dtype=torch.int32)
+    for sequence, ((question, _), given, (_, letters)) in enumerate(zip(posed, prompts, asked, strict=True)):
+        ids[sequence, : len(given) + 1] = torch.tensor([*given, letters[question.answer]], dtype=torch.int32)
+        answers[sequence, len(given)] = True
+        choices[sequence, : len(letters)] = torch.tensor(letters, dtype=torch.int32)
     subjects = sorted({question.subject for question, _ in posed})
     group = torch.tensor([subjects.index(question.subject) for question, _ in posed], dtype=torch.int16)
     grouped: dict[str, Any] = {"group": group, "group_names": tuple(subjects)} if len(subjects) > 1 else {}
-    return Rows(ids, fill_of(tokenizer), answers, choices=choices, lengths=lengths, **grouped), cut
+    return Sequences(ids, fill_of(tokenizer), answers, choices=choices, lengths=lengths, **grouped), cut
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: bool) -> tuple[list[int], list[int]]:
@@ -89,8 +89,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: 
     joined = next((ids for ids in whole if ids[: len(given)] != given), None)
     if joined is not None:
         raise ValueError(
-            f"data.tokenizer: got the tokens {joined[-3:]} at the end of a prompt with its letter and {given[-2:]} at the end of the prompt "
-            f"alone, wanted a tokenizer that keeps a letter apart from what stands before it"
+            f"data.tokenizer: got the tokens {joined[-3:]} at the end of a prompt with its letter and {given[-2:]} at the end "
+            "of the prompt alone, wanted a tokenizer that keeps a letter apart from what stands before it"
         )
     if any(len(tokens) != 1 for tokens in added) or len({tokens[0] for tokens in added}) < count:
         letter, tokens = next(
@@ -98,8 +98,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, count: int, parse: 
             (LETTERS[0], added[0]),
         )
         raise ValueError(
-            f"data.tokenizer: got the tokens {tokens} for {f' {letter}'!r} after a prompt, wanted a tokenizer with one token of its own "
-            f"for each letter, as data.questions compares them; `undo evaluate --multiple-choice` takes any"
+            f"data.tokenizer: got the tokens {tokens} for {f' {letter}'!r} after a prompt, wanted a tokenizer with one token "
+            "of its own for each letter, as data.questions compares them; `undo evaluate --multiple-choice` takes any"
         )
     return given, [tokens[0] for tokens in added]
 

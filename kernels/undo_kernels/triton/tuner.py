@@ -1,6 +1,6 @@
-"""The fastest tile of a matrix kernel on this GPU, as a JSON object: ``python -m undo_kernels.triton.tune loss float32 2304``.
+"""The fastest tile of a matrix kernel on this GPU, as a JSON object: ``python -m undo_kernels.triton.tuner loss float32 2304``.
 
-Not used at run time: ``bench/gpu_suite.sh --part tune`` runs it, and the winners become the table in measured.py. A candidate
+Not used at run time: ``bench/gpu_suite.sh --part tune`` runs it, and the winners become the table in measured_tiles.py. A candidate
 is valid if its results agree with the default tile's and it spills no registers. ``--first`` runs each candidate once, which
 fills Triton's compilation cache: run several such processes in parallel, then the timings one by one.
 """
@@ -20,9 +20,9 @@ import triton
 
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.triton import recompute, tuning
-from undo_kernels.triton.passes import Recompute
+from undo_kernels.triton import tile_kernels, tile_table
 from undo_kernels.triton.products import Workspace
+from undo_kernels.triton.recompute import Recompute
 from undo_kernels.triton.run import Run
 from undo_kernels.triton.vocab_loss import INTERPRETED
 
@@ -37,10 +37,10 @@ _TOLERANCE = {False: 1e-2, True: 1e-4}
 Seconds = Callable[[Callable[[], Any]], float]
 
 
-def candidates(target: str, wide: bool) -> Iterator[tuning.Tile]:
+def candidates(target: str, wide: bool) -> Iterator[tile_table.Tile]:
     """Yields the tiles whose operands fit shared memory and whose sums fit registers."""
-    if target == tuning.INTERPRETER:
-        yield from (tuning.Tile(16, 64, 16, 4, 1, 2), tuning.Tile(16, 32, 16, 4, 1, 2))
+    if target == tile_table.INTERPRETER:
+        yield from (tile_table.Tile(16, 64, 16, 4, 1, 2), tile_table.Tile(16, 32, 16, 4, 1, 2))
         return
     size = 4 if wide else 2
     if wide:
@@ -52,7 +52,7 @@ def candidates(target: str, wide: bool) -> Iterator[tuning.Tile]:
         threads = warps * (64 if target.startswith("gfx") else 32)
         columns = block_v // pieces
         if operands <= _SHARED[target] and 2 * block_t * block_v // threads < _REGISTERS and 16 <= columns <= 32:
-            yield tuning.Tile(block_t, block_v, block_d, warps, stages, pieces)
+            yield tile_table.Tile(block_t, block_v, block_d, warps, stages, pieces)
 
 
 def problem(kernel: str, wide: bool, width: int, rows: int, vocabulary: int, device: torch.device) -> Problem:
@@ -112,11 +112,11 @@ def tune(
         ``tried``, a list of tiles with their seconds or the reason why they are invalid, and ``best``, the fields of the
         fastest.
     """
-    target = tuning.target_of(device)
+    target = tile_table.target_of(device)
     p = problem(kernel, wide, width, rows, vocabulary, device)
     key = (target, kernel, wide, width)
     names = ("stats_tiles",) if kernel in ("stats", "cross") else ("loss_tiles",)
-    default = tuning.tile(*key)
+    default = tile_table.tile(*key)
     launch, written = launcher(p, kernel)
     launch()
     wanted = written().clone()
@@ -126,11 +126,11 @@ def tune(
     for tile in tiles[share[0] :: share[1]] if first else tiles:
         record: dict[str, Any] = {"tile": list(astuple(tile))}
         tried.append(record)
-        watched = {name: Watched(getattr(recompute, name)) for name in names}
+        watched = {name: Watched(getattr(tile_kernels, name)) for name in names}
         try:
-            with tuning.trial(key, tile):
+            with tile_table.trial(key, tile):
                 for name, stand_in in watched.items():
-                    setattr(recompute, name, stand_in)
+                    setattr(tile_kernels, name, stand_in)
                 launch, written = launcher(p, kernel)
                 launch()
                 record |= {"spills": max(stand_in.spills for stand_in in watched.values()), "error": error(written(), wanted)}
@@ -145,7 +145,7 @@ def tune(
             record["failed"] = f"{type(failure).__name__}: {said[:120]}"
         finally:
             for name, stand_in in watched.items():
-                setattr(recompute, name, stand_in.kernel)
+                setattr(tile_kernels, name, stand_in.kernel)
             launch = written = None
     timed = [record for record in tried if "seconds" in record]
     best = min(timed, key=lambda record: record["seconds"])["tile"] if timed else None

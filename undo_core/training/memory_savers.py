@@ -61,13 +61,13 @@ def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None
     if not isinstance(model, PreTrainedModel):
         yield None
         return
-    checkpointing = _checkpointing(model) if config.activation_checkpointing else contextlib.nullcontext()
+    checkpointing = _activation_checkpointing(model) if config.activation_checkpointing else contextlib.nullcontext()
     with checkpointing, tied_gradient_in_place(model) as tied:
         yield tied
 
 
 @contextlib.contextmanager
-def _checkpointing(model: PreTrainedModel) -> Iterator[None]:
+def _activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Context with activation checkpointing; restores the caller's own setting on exit.
 
     The switch of transformers would disable the caller's checkpointing, and leave behind the hooks that make the outputs of the

@@ -1,4 +1,4 @@
-"""One byte-level vocabulary as tokenizers of several kinds: what pads, what begins and ends a text, what is put around one."""
+"""One byte-level vocabulary as tokenizers of several kinds, which differ in the tokens that pad, begin and end a text."""
 
 import functools
 

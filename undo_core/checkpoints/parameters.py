@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from undo_kernels.ops.noise_rules import NoiseRule
+from transformers import PreTrainedModel
 
 from undo_core.checkpoints.files import (
     INDEX,
     SINGLE,
     MappedFile,
-    checkpoint_skeleton,
     groups,
     read_header,
     to_disk,
@@ -21,7 +20,6 @@ from undo_core.checkpoints.files import (
     weight_files,
 )
 from undo_core.io.progress import StageProgress
-from undo_core.noise.parameters import Parts, select
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx")
 NOT_COPIED = ("manifest.json", "log.jsonl")  # they describe how the source was made, not the copy
@@ -34,27 +32,21 @@ class CheckpointParameters:
 
     Args:
         source: a Hugging Face checkpoint folder.
-        parts: for models of several modalities: "text" or "all".
-        rules: rules of the noise, if any.
-
-    Attributes:
-        model: the checkpoint's model on the meta device.
-        chosen: result of :func:`undo_core.noise.parameters.select`. Parameters that it leaves are copied unchanged.
-        parameters: description of each parameter to damage, by canonical name; a tied parameter appears once.
+        model: the checkpoint's model on the meta device, from :func:`undo_core.checkpoints.files.checkpoint_skeleton`.
+        chosen: the parameters of ``model`` to read or edit, by the names under which they are yielded; a tied parameter appears
+            once. The others are skipped, or copied unchanged.
 
     Memory: the largest tensor; three times the largest parameter that transformers puts together from several tensors.
 
     Raises:
-        ValueError: a tensor to damage is not floating-point, or the model has no place for a tensor.
+        ValueError: a chosen tensor is not floating-point, or the model has no place for a tensor.
         FileNotFoundError: the folder has no safetensors file.
     """
 
-    def __init__(self, source: Path, parts: Parts = "text", rules: Sequence[NoiseRule] = ()) -> None:
-        self.source, self.model = source, checkpoint_skeleton(source)
+    def __init__(self, source: Path, model: PreTrainedModel, chosen: Mapping[str, torch.Tensor]) -> None:
+        self.source, self.model = source, model
         self._files = {path: read_header(path) for path in weight_files(source)}
-        self.chosen = select(self.model, parts, rules)
-        self.parameters = self.chosen.parameters
-        first = {id(tensor): name for name, (tensor, _) in self.chosen.found.items()}
+        first = {id(tensor): name for name, tensor in chosen.items()}
         pairs = self.model.named_parameters(remove_duplicate=False)
         self._names = {name: first[id(tensor)] for name, tensor in pairs if id(tensor) in first}
         self._groups = groups(self.model, self._files)
@@ -66,19 +58,19 @@ class CheckpointParameters:
                     )
 
     def read(self, title: str, progress: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields a few parameters at a time, by canonical name; changes to them are lost."""
+        """Yields a few chosen parameters at a time, by name; changes to them are lost."""
         mapped = {path: MappedFile(path, read_only=True) for path in self._files}
         yield from self._each(mapped, False, title, progress)
 
     def edit(self, output: Path, title: str, progress: bool = True) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields a few parameters of a copy at a time; in-place changes made before the next ones are drawn go to the copy.
+        """Yields a few chosen parameters of a copy at a time; in-place changes made before the next step go to the copy.
 
         Every file is copied to the existing, empty folder ``output``, and the tensors are changed inside the copied files, so
         that everything else in them stays as it is. Weights in other formats, manifest and log are not copied.
         """
         unread = {path.name for path in self._files} == {SINGLE}
         for path in sorted(self.source.iterdir()):
-            # The copy must not contain undamaged weights, nor an index that transformers does not read.
+            # The copy must not contain unedited weights, nor an index that transformers does not read.
             other_weights = (path.suffix in WEIGHTS or (path.name == INDEX and unread)) and path not in self._files
             if path.is_file() and path.name not in NOT_COPIED and not other_weights:
                 shutil.copyfile(path, output / path.name)

@@ -129,7 +129,7 @@ def test_a_second_run_does_nothing_and_further_attacks_share_what_is_there(finis
         (["--relearn.kind=fewshot"], "relearn.kind: got fewshot, wanted finetune or lora"),
         (
             ["--attacks.prompted.shots=[2, 40]"],
-            "attacks.prompted.shots: got 40, whose rows take at least 246 positions of the model's 64",
+            "attacks.prompted.shots: got 40, whose sequences take at least 246 positions of the model's 64",
         ),
     ],
 )
