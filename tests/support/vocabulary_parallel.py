@@ -372,8 +372,10 @@ def refused(p):
     for where, plan in (CPP, PLAIN):
         with backend(where):
             expect(
-                ValueError, "^hidden: got different hidden states", lambda: ops.linear_kl_div(other, w_s, th, w_t, plan=plan)
-            )  # noqa: B023
+                ValueError,
+                "^hidden: got different hidden states",
+                lambda plan=plan: ops.linear_kl_div(other, w_s, th, w_t, plan=plan),
+            )
 
 
 def expect(kind, text, call):
