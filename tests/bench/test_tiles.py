@@ -68,7 +68,7 @@ def test_there_are_candidates_and_not_too_many(target, wide):
 
 
 def on_cpu(kernel, seconds, **options):
-    arguments = {"rows": 3, "vocabulary": 70, **options}
+    arguments = {"tokens": 3, "vocabulary": 70, **options}
     return tuner.tune(kernel, False, 32, torch.device("cpu"), seconds, **arguments)
 
 
