@@ -200,11 +200,10 @@ class _Run:
             chunk.c.picking = False
         if self.shard is not None and self.plan.first_pass:
             sums = [chunk.sums() for chunk in part]
-            hidden = self.problem.student.hidden
-            merged = self.shard.merged(
-                {name: torch.cat([one[name] for one in sums]) for name in sums[0]},
-                hidden if self.index is None else hidden.index_select(0, self.index),
-            )
+            whole = {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
+            checksum, room = self.shard.witness(self.problem.student.hidden)
+            counted = slice(None) if self.index is None else self.index
+            merged = self.shard.merged(whole, (checksum[counted], room[counted]))
             at = 0
             for chunk in part:
                 chunk.put_sums({name: values[at : at + chunk.tokens] for name, values in merged.items()})

@@ -232,9 +232,9 @@ class Run:
         s, p, out, zero = self.shapes, self.problem, self.per_token, self.zero
         exchange = p.shard is not None and s.student_sums
         if exchange:
-            hidden = p.student.hidden if self.index is None else p.student.hidden.index_select(0, self.index)
+            witness = [t if self.index is None else t[self.index] for t in p.shard.witness(p.student.hidden)]
             partial, merged = exchanged(
-                p.shard, partial[:, : lse_s.shape[0]], hidden[part], teacher=teacher, cross=self.crossed,
+                p.shard, partial[:, : lse_s.shape[0]], (witness[0][part], witness[1][part]), teacher=teacher, cross=self.crossed,
                 statistics=p.statistics and s.dense, less_one=tiles, label=torch.where(self.labels[part] >= 0, self.label_z[part], torch.nan) if self.labelled else None,
                 picked=None if picked is None else torch.where(self.indices[part] >= 0, picked, 0.0),
             )  # fmt: skip

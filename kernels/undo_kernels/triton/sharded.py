@@ -14,7 +14,7 @@ _TOPS = {"top_s": TOP_S, "top_t": TOP_T}
 def exchanged(
     shard: VocabularyShard,
     partial: torch.Tensor,
-    hidden: torch.Tensor,
+    witness: tuple[torch.Tensor, torch.Tensor],
     *,
     teacher: bool,
     cross: bool,
@@ -28,7 +28,7 @@ def exchanged(
     Args:
         shard: the entries of this process.
         partial: ``[FIELDS, tokens, parts]``, this process's.
-        hidden: the student's hidden states ``[tokens, d]``.
+        witness: checksums of the student's hidden states of these tokens.
         teacher: whether there are the teacher's sums.
         cross: whether there are the sums for the gradient of reverse KL.
         statistics: whether there are those of the teacher's entropy and of the most likely entries.
@@ -54,7 +54,7 @@ def exchanged(
         own["label"] = label
     if picked is not None:
         own["picked"] = picked
-    merged = shard.merged(own, hidden)
+    merged = shard.merged(own, witness)
     found = torch.zeros_like(partial[:, :, :1])
     for name, field in (_SUMS | _TOPS).items():
         if name in merged:
