@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rounding import assert_as_exact_as, probability_error, relative
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 from undo_kernels import backend, ops, recorded
 from undo_kernels.vocabulary_shard import bytes_exchanged
@@ -232,7 +233,7 @@ def peaked(p, where, plan):
 
 @contextlib.contextmanager
 def collectives():
-    """Lists the all-reduces inside the block: operation and bytes."""
+    """Lists the all-reduces inside the block, operation and bytes, and asserts that nothing else is communicated."""
     seen, original = [], dist.all_reduce
 
     def counted(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
@@ -241,9 +242,12 @@ def collectives():
 
     dist.all_reduce = counted
     try:
-        yield seen
+        with CommDebugMode() as mode:  # sees collectives outside of the ops of torch.library, which hide theirs
+            yield seen
     finally:
         dist.all_reduce = original
+    assert {str(name) for name in mode.get_comm_counts()} <= {"c10d.allreduce_"}, mode.get_comm_counts()
+    assert mode.get_total_counts() in (0, len(seen)), (mode.get_comm_counts(), seen)
 
 
 def traffic(p, where, plan):
