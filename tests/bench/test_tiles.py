@@ -1,4 +1,4 @@
-"""The tiles in code are those that were measured, and the tuner takes none that is wrong."""
+"""The tiles in the code are the measured ones, and the tuner rejects invalid tiles."""
 
 import importlib
 import json

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+from undo_kernels.noise_segments import Segment
 from undo_kernels.problem import DENSE, SPARSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.segment import Segment
 from undo_kernels.triton import noise, rmu
 from undo_kernels.triton.chunk import Chunks
 from undo_kernels.triton.products import Workspace
