@@ -8,6 +8,7 @@ from undo_kernels.triton.pair_math import CROSS_S, DIFFERENCE, ENERGY_T, L_S, L_
 from undo_kernels.vocabulary_shard import VocabularyShard, rescaled
 
 _SUMS = {"m_s": M_S, "l_s": L_S, "m_t": M_T, "l_t": L_T, "difference": DIFFERENCE, "cross": CROSS_S, "energy": ENERGY_T}
+_LOGITS = ("m_s", "m_t", "cross", "energy")  # in units of logits
 _TOPS = {"top_s": TOP_S, "top_t": TOP_T}
 
 
@@ -20,6 +21,8 @@ def exchanged(
     cross: bool,
     statistics: bool,
     less_one: bool,
+    differences: bool,
+    unit: float,
     label: torch.Tensor | None,
     picked: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -32,17 +35,18 @@ def exchanged(
         teacher: whether there are the teacher's sums.
         cross: whether there are the sums for the gradient of reverse KL.
         statistics: whether there are those of the teacher's entropy and of the most likely entries.
-        less_one: whether the sums of exponentials leave out the largest term, 1. There are then no sums of differences; they are formed
-            from the others.
+        less_one: whether the sums of exponentials leave out the largest term, 1.
+        differences: whether there are sums of differences; else they are formed from the others.
+        unit: of the maxima and of the sums that logits enter as factors; see ``pair_math.py``.
         label: logits of the labels ``[tokens]``, NaN where another process holds them, or None.
         picked: logits at the known entries ``[tokens, k]``, 0 where another process holds them, or None.
     """
     names = ["m_s", "l_s"] + ["m_t", "l_t", "difference"] * teacher + ["cross"] * cross + ["energy"] * statistics
-    sums = {name: partial[_SUMS[name].value].double() for name in names}
+    sums = {name: partial[_SUMS[name].value].double() * (unit if name in _LOGITS else 1.0) for name in names}
     if less_one:
         sums |= {name: sums[name] + 1.0 for name in ("l_s", "l_t") if name in sums}
-        if teacher:
-            sums["difference"] = sums["l_s"] - sums["l_t"]
+    if teacher and not differences:
+        sums["difference"] = sums["l_s"] - sums["l_t"]
     maxima = {name: sums[name].amax(-1) for name in ("m_s", "m_t") if name in sums}
     whole = rescaled(sums, torch.stack(list(maxima.values()))[..., None])
     own = maxima | {name: values.sum(-1) for name, values in whole.items()}
@@ -59,5 +63,5 @@ def exchanged(
     for name, field in (_SUMS | _TOPS).items():
         if name in merged:
             values = merged[name] - 1.0 if less_one and name in ("l_s", "l_t") else merged[name]
-            found[field.value, :, 0] = values
+            found[field.value, :, 0] = values / unit if name in _LOGITS else values
     return found, merged
