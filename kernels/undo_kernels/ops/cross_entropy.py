@@ -33,7 +33,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., d]``; gradient.
-        weight: ``[V, d]``; gradient.
+        weight: ``[V, d]``; gradient. It may be sharded by vocabulary entries.
         labels: ``[...]`` integers; the caller shifts them.
         ignore_index: label that does not count.
         mask: ``[...]`` bool, True counts.
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size)
     by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
-    labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.vocabulary, ignore_index, counted)
+    labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.entries, ignore_index, counted)
     return arguments.shaped(
         reduced_loss(
             projection,
