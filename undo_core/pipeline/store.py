@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -14,7 +15,8 @@ import torch
 import transformers
 
 from undo_core.checkpoints.files import CONFIG, weight_files
-from undo_core.io.files import fresh, hash_file, locked, publish, read_json, write_json
+from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
+from undo_core.io.locks import Hold, locked
 from undo_core.io.memory import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
@@ -52,15 +54,14 @@ class Store:
             return final
         inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
         lock = final.parent / f".{final.name}.lock"
-        with locked(lock, f"{final.name}: another process is building it; waiting"):
+        with locked(lock, f"{final.name}: another process is building it; waiting") as hold:
             if not self.done(stage):  # the other process may have finished it
-                self._build(stage, final, inputs)
-        lock.unlink(missing_ok=True)
+                self._build(stage, final, inputs, hold)
         return final
 
-    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path]) -> None:
+    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path], hold: Hold) -> None:
         """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result."""
-        partial, description = final.parent / f".{final.name}.partial", self.description(stage)
+        partial, description = _unfinished(final, hold), self.description(stage)
         begun = partial / "description.json"
         if begun.exists() and read_json(begun) != description:  # an unfinished build of another stage
             shutil.rmtree(partial)
@@ -87,8 +88,28 @@ class Store:
             **facts,
         }
         write_json(output / MANIFEST, manifest)
-        publish(output, final)
-        shutil.rmtree(partial)
+        publish(output, final, hold.check)
+        for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _partials(final: Path) -> dict[int, Path]:
+    """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N`` after the N-th takeover."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
+    found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
+    return {int(match[1] or 0): path for match, path in found if match}
+
+
+def _unfinished(final: Path, hold: Hold) -> Path:
+    """Returns the hidden folder in which ``final`` is built.
+
+    A takeover renames it. If the former owner was only stopped, what it still writes goes to a folder that nobody reads.
+    """
+    begun, first = _partials(final), final.with_name(f".{final.name}.partial")
+    if hold.takeover is None or not begun:
+        return begun[max(begun)] if begun else first
+    print(f"{final.name}: {hold.takeover}; this process continues its work", flush=True)
+    return begun[max(begun)].rename(f"{first}.{max(begun) + 1}")
 
 
 class OneFolder(Store):
