@@ -158,7 +158,8 @@ def locked(path: Path, waiting: str) -> Iterator[Hold]:
     The claim is deleted when the block ends normally, and given up when it raises.
 
     Raises:
-        LockLostError: another process took the lock over, because this one was stopped. A block in the main thread is interrupted.
+        LockLostError: another process took the lock over, because this one was stopped. A block in the main thread is interrupted,
+            unless the process ignores interrupts; another block notices when it fails or calls :meth:`Hold.check`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     hold, normal = _acquire(path, waiting), False
@@ -168,9 +169,8 @@ def locked(path: Path, waiting: str) -> Iterator[Hold]:
             normal = True
         finally:
             hold.stop()
-    except KeyboardInterrupt:
-        if hold.lost:
-            hold.check()
+    except BaseException:
+        hold.check()
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):  # the lock was lost

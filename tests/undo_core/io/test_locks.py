@@ -32,6 +32,7 @@ def start() -> Iterator[Callable]:
     def begin(host: str, function: Callable, *arguments) -> multiprocessing.Process:
         def run() -> None:
             socket.gethostname = lambda: host
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
             function(*arguments)
 
         started.append(processes.Process(target=run))
