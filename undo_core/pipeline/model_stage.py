@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +65,8 @@ class ModelStage(Stage):
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage(ModelStage):
     """A stage that trains a model."""
+
+    ranked: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod

@@ -97,6 +97,7 @@ class Stage(abc.ABC):
         kind: unique name of the kind; first part of the folder's name.
         model_from: name of the input whose folder holds the model that the stage works on; None if there is none.
         own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
+        ranked: whether several processes, each with its own GPU, can build the stage together.
     """
 
     title: str = ""
@@ -104,6 +105,7 @@ class Stage(abc.ABC):
     kind: ClassVar[str]
     model_from: ClassVar[str | None] = "model"
     own_text: ClassVar[bool] = False
+    ranked: ClassVar[bool] = False
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:

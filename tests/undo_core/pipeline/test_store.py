@@ -5,40 +5,17 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
+from stage_kinds import Counted
 
 from undo_core.io import locks
 from undo_core.io.locks import LockLostError
-from undo_core.pipeline.stage import Stage, Work
+from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 
 processes = multiprocessing.get_context("fork")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counted(Stage):
-    """Writes a line to its scratch folder for each of its steps, as a training does with checkpoints."""
-
-    kind: ClassVar[str] = "counted"
-    steps: int = 3
-    pause: float = 0.0
-
-    def run(self, work: Work) -> dict:
-        lines = work.scratch / "lines"
-        done = len(lines.read_text().splitlines()) if lines.exists() else 0
-        for step in range(done, self.steps):
-            with open(lines, "a") as file:
-                file.write(f"{step} {socket.gethostname()}\n")
-            time.sleep(self.pause)
-        (work.output / "lines").write_text(lines.read_text())
-        return {}
-
-    def memory(self, meta) -> list:
-        return []
 
 
 def build(host: str, root: Path, stage: Stage, code: int = 0) -> None:
