@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from undo_core.cli import hints, results, runs, stages
+from undo_core.cli import hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
@@ -27,7 +27,8 @@ from undo_core.training import DivergedError
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
     for function in (
-        *(stages.prepare, stages.unlearn, stages.noise, stages.damage, stages.cache, stages.distill, stages.relearn),
+        *(single_stages.prepare, single_stages.unlearn, single_stages.noise, single_stages.damage),
+        *(single_stages.cache, single_stages.distill, single_stages.relearn),
         *(results.evaluate, results.report),
         runs.doctor,
     )

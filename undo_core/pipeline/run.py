@@ -12,7 +12,7 @@ from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
+from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of
 from undo_core.pipeline.prepared import evaluate_folder
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, machine, versions
@@ -28,28 +28,28 @@ def run(config: RunConfig, command: str) -> Path:
     After an interruption, the same call continues where it stopped and ends with the same bits.
     """
     store = Store(Path(config.output) / "stages")
-    plan = plan_run(config)
-    while stages := missing_stages(store, config, plan):
+    graph = graph_of(config)
+    while stages := missing_stages(store, config, graph):
         run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
-    results = save_results(store, config, plan, command)
+    results = save_results(store, config, graph, command)
     report = write_report([results], Path(config.output) / "report", config.name)
     console.print(terminal_table([results]))
     console.print(str(report))
     return report
 
 
-def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
+def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
-    attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
-    wanted = plan.stages() + [stage for entry in attacked for stage in entry.stages()]
+    attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
+    wanted = graph.stages() + [stage for entry in attacked for stage in entry.stages()]
     return [stage for stage in wanted if not store.done(stage)] or [
         stage for entry in attacked for stage in entry.extension(store)
     ]
 
 
-def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
+def save_results(store: Store, config: RunConfig, graph: Graph, command: str) -> dict[str, Any]:
     """Evaluates the models of a run whose stages are complete, writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     results = {
@@ -60,8 +60,8 @@ def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> d
         "versions": versions(),
         "machine": machine(),
         "config": dataclasses.asdict(config),
-        "metric": _metric(store, config, plan),
-        "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
+        "metric": _metric(store, config, graph),
+        "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
     }
     path = Path(config.output) / f"results-seed{config.seed}.json"
     if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):
@@ -87,9 +87,9 @@ def _summary(stage: Stage, facts: dict[str, Any]) -> str:
     return f"  {stage.title:<22} {'  '.join(notes)}"
 
 
-def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
-    splits = store.manifest(plan.prepared)["splits"]
-    targets = [store.manifest(m.stage).get("retain_target") for m in plan.models]
+def _metric(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
+    splits = store.manifest(graph.prepared)["splits"]
+    targets = [store.manifest(m.stage).get("retain_target") for m in graph.models]
     return {
         "kind": config.data.metric,
         "headline_step": config.relearn.headline_step,
@@ -98,21 +98,21 @@ def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[str, Any]:
-    under = {name: models[model.name] for name, models in attacked_models(config, plan).items() if model.attacked}
+def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
+    under = {name: models[model.name] for name, models in attacked_models(config, graph).items() if model.attacked}
     entry = {
         "name": model.name,
         "kind": model.kind,
         "alpha": model.alpha,
         "stage": model.stage.name,
-        "metrics": evaluation(store, model.stage, plan.prepared),
+        "metrics": evaluation(store, model.stage, graph.prepared),
         **damage_entry(store, model),
-        "training": _training(store, plan, model),
+        "training": _training(store, graph, model),
         "attack": under[HEADLINE].entry(store) if under else None,
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
-        entry["worst"] = worst_of(entry, _metric(store, config, plan))
+        entry["worst"] = worst_of(entry, _metric(store, config, graph))
     return entry
 
 
@@ -131,9 +131,9 @@ def evaluation(store: Store, stage: Stage, prepared: Stage) -> dict[str, Any]:
     return read_json(path)
 
 
-def evaluations(store: Store, plan: Plan) -> list[tuple[Stage, Stage]]:
+def evaluations(store: Store, graph: Graph) -> list[tuple[Stage, Stage]]:
     """The models of a run that are still to be evaluated for its results, each with its prepared data."""
-    pairs = ((model.stage, plan.prepared) for model in plan.models)
+    pairs = ((model.stage, graph.prepared) for model in graph.models)
     return [pair for pair in pairs if not _evaluated(store, *pair).exists()]
 
 
@@ -141,11 +141,11 @@ def _evaluated(store: Store, stage: Stage, prepared: Stage) -> Path:
     return store.root.parent / "evaluations" / f"{stage.key}-{prepared.key}.json"
 
 
-def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
+def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None:
     facts = store.manifest(model.stage)
     if "steps" not in facts:
         return None
-    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, plan.teacher
+    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, graph.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # the cost of the method includes unlearning the teacher

@@ -18,12 +18,12 @@ from undo_kernels.ops.layout import check_trained
 from undo_core.io.progress import StageProgress
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
-from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
-from undo_core.training.lean import choose_kernels, keeps_kernels, lean
+from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
+from undo_core.training.training_state import FORMAT, find_training_state, load_training_state, save_training_state
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
 """``loss(model, micro_batches, counted)``: a scalar.
@@ -150,7 +150,8 @@ def train(
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError(
-            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until requires_grad_()"
+            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until "
+            "requires_grad_()"
         )
     check_trained(model, trained)
     if isinstance(model, PreTrainedModel):
@@ -171,14 +172,14 @@ def train(
             "evaluate_at": None if evaluate_at is None else sorted(at),
             **(settings or {}),
         }
-    found = None if folder is None else find_checkpoint(folder / "checkpoint", made_by)
+    found = None if folder is None else find_training_state(folder / "checkpoint", made_by)
     choose_kernels(model, config)
     updater = Updater(model, trained, config)
     result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
     total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
     if found is not None:
         checkpoint, saved = found
-        load_checkpoint(checkpoint, model, updater)
+        load_training_state(checkpoint, model, updater)
         result = TrainResult(**saved["result"])
         total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
     log = _Log(folder, result.steps)
@@ -201,7 +202,7 @@ def train(
     def save() -> None:
         if folder is not None:
             state = {"result": vars(result), "loss_sum": float(total), "loss_count": count, "made_by": made_by}
-            save_checkpoint(folder / "checkpoint", result.steps, model, updater, state)
+            save_training_state(folder / "checkpoint", result.steps, model, updater, state)
 
     done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
@@ -251,8 +252,8 @@ def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
     for name, identity in identities.items():
         if identity is None:
             warnings.warn(
-                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list of batches or "
-                "token rows can",
+                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list "
+                "of batches or token sequences can",
                 stacklevel=3,
             )
     return {"sources": identities}

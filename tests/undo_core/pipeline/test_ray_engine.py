@@ -8,7 +8,7 @@ import yaml
 
 from undo_core.cli import main
 from undo_core.pipeline import launcher
-from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.ray_engine import tasks_of
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
@@ -38,7 +38,7 @@ def sweep(tmp_path) -> str:
 
 def test_each_stage_is_one_task_after_those_that_it_reads(tmp_path, sweep):
     settings = yaml.safe_load(Path(sweep).read_text())
-    stages = [stage for config in expand(SweepConfig(**settings)) for stage in plan_run(config).stages()]
+    stages = [stage for config in expand(SweepConfig(**settings)) for stage in graph_of(config).stages()]
     store = Store(tmp_path / "out" / "stages")
     tasks = tasks_of(store, stages, ranks=4)
     assert len(tasks) == len({stage.key for stage in stages}) == 8 < len(stages)
