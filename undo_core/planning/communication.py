@@ -16,15 +16,9 @@ dimension of each parameter is padded to a multiple of ``N``:
 A frozen teacher pays for its forward alone; this assumes that its root unit is resharded after it. Activation checkpointing adds
 nothing: the backward has gathered a unit before it computes the unit's forward again.
 
-A call of a loss on a vocabulary-parallel head, with ``tokens`` of width ``d``, all-reduces
-
-    the maxima of student and teacher:   8 bytes per token
-    sums of exponentials and products:   4 bytes per token and sum
-    the loss:                            4 bytes, or 4 bytes per token
-    the gradient of the hidden states:   d elements per token
-
-and nothing whose size depends on the vocabulary. Scalars of a step, such as the count of tokens and the norm of the gradient, are left
-out.
+A call of a loss on a vocabulary-parallel head all-reduces what :func:`undo_kernels.vocabulary_shard.bytes_exchanged` lists: a maximum
+and a few sums for each token, the loss, and the gradient of the hidden states; nothing whose size depends on the vocabulary. Scalars of
+a step, such as the count of tokens and the norm of the gradient, are left out.
 """
 
 from __future__ import annotations
@@ -34,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from undo_kernels.vocabulary_shard import bytes_exchanged
 
 FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # passes of a ring over its ranks
 
@@ -119,32 +114,18 @@ def fsdp_collectives(
     return found
 
 
-def head_collectives(
-    tokens: int,
-    width: int,
-    ranks: int,
-    *,
-    sums: int,
-    itemsize: int,
-    per_token: bool = False,
-    calls: int = 1,
-    trained: bool = True,
-) -> list[Collective]:
+def head_collectives(target: str, tokens: int, width: int, ranks: int, *, calls: int = 1, **given: int) -> list[Collective]:
     """Returns the collectives of a loss on a head whose vocabulary is divided over ``ranks``.
 
     Args:
-        tokens: tokens of a call; every rank has all of them.
+        target: forward, reverse, jsd, own, uniform or bucket, as :mod:`undo_kernels.problem` names the losses.
+        tokens: counted tokens of a call; every rank has all of them.
         width: width of the student's hidden states.
         ranks: number of ranks that hold a slice of the vocabulary.
-        sums: sums over the vocabulary that the loss needs for each token.
-        itemsize: bytes of an element of the gradient of the hidden states.
-        per_token: whether the loss is returned for each token.
         calls: number of calls in a step.
-        trained: whether the gradient of the hidden states is wanted.
+        given: other arguments of :func:`undo_kernels.vocabulary_shard.bytes_exchanged`.
     """
-    parts = {"maxima": 8 * tokens, "sums": 4 * sums * tokens, "loss": 4 * (tokens if per_token else 1)}
-    if trained:
-        parts["gradient of the hidden states"] = tokens * width * itemsize
+    parts = bytes_exchanged(target, tokens, width, ranks, **given)
     return [Collective("all_reduce", f"head: {what}", payload, ranks, calls) for what, payload in parts.items()]
 
 

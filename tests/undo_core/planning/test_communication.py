@@ -9,7 +9,11 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from undo_kernels import backend
+from undo_kernels.ops import linear_kl_div
 from wire import CountCollectives
 
 from undo_core.planning.communication import (
@@ -65,8 +69,22 @@ def on_rank(rank: int, ranks: int, store: str) -> None:
                     loss.backward()
                 else:
                     model.reshard()
-        assert moved.found == counted(expected), (trained, passes)
+        assert moved.found == counted(expected), (trained, passes, moved.found, expected)
+    head_on_rank(ranks)
     dist.destroy_process_group()
+
+
+def head_on_rank(ranks: int) -> None:
+    """A distillation loss on a head of 11 entries, which two ranks divide unevenly, and on the trunk's hidden states."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    student, teacher = (distribute_tensor(torch.randn(11, 6), mesh, [Shard(0)]) for _ in range(2))
+    hidden, target = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6)
+    with CountCollectives() as moved, backend("cpu"):
+        for _ in range(2):
+            linear_kl_div(hidden, student.requires_grad_(), target, teacher, plan="recompute").backward()
+    expected = counted(head_collectives("forward", tokens=5, width=6, ranks=ranks, calls=2))
+    assert moved.found == expected, (moved.found, expected)
 
 
 def test_fully_sharded_passes_move_what_is_predicted(tmp_path):
@@ -99,16 +117,16 @@ def test_a_ring_sends_what_the_definition_of_the_collectives_needs():
 
 
 def test_a_parallel_head_moves_nothing_of_the_size_of_the_vocabulary():
-    found = head_collectives(tokens=10, width=6, ranks=2, sums=3, itemsize=2)
-    assert counted(found) == {("all_reduce", 80): 1, ("all_reduce", 120): 2, ("all_reduce", 4): 1}
-    evaluated = head_collectives(tokens=10, width=6, ranks=2, sums=3, itemsize=2, per_token=True, trained=False)
-    assert sum(one.payload for one in evaluated) == 10 * (8 + 3 * 4 + 4)
+    """A maximum of student and teacher, four sums and a loss for each token, in float64, and the hidden gradient in float32."""
+    found = head_collectives("forward", tokens=10, width=6, ranks=2, calls=3)
+    assert counted(found) == {("all_reduce", 160): 3, ("all_reduce", 320): 3, ("all_reduce", 80): 3, ("all_reduce", 240): 3}
+    assert wire_bytes(head_collectives("forward", tokens=10, width=6, ranks=2, gradient=False)) == 560
 
 
 def test_one_rank_sends_nothing():
     model = Tied()
     assert wire_bytes(fsdp_collectives(units_of(model, LAYERS), 1, itemsize=4)) == 0
-    assert wire_bytes(head_collectives(10, 6, 1, sums=3, itemsize=2)) == 0
+    assert wire_bytes(head_collectives("forward", 10, 6, 1)) == 0
 
 
 if __name__ == "__main__":
