@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from undo_core import ops
+from undo_core import distributed, ops
 from undo_core.data.limits import limits_of
 from undo_core.data.rows import Rows
+from undo_core.distributed.sharding import run
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
@@ -31,7 +32,7 @@ def evaluate(
     letters; these rows run sorted by length, each batch cut to its longest row.
 
     Args:
-        model: the model; each module keeps its training or evaluation mode.
+        model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches.
         rows: ``[n, length]`` token rows.
         batch_size: rows in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
         counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for rows with
@@ -50,18 +51,25 @@ def evaluate(
     limits_of(model).check_rows(rows, "rows")
     device = next(model.parameters()).device
     parts, order = [], []
+    batches, count = list(_batches(rows, batch_size)), distributed.count()
     with evaluating(model):
-        for index, length in _batches(rows, batch_size):
+        # Each rank takes every count-th batch. One without a batch of its own repeats the last, as the layers of a sharded model are
+        # gathered by all ranks together.
+        for turn in range(distributed.rank(), -(-len(batches) // count) * count, count):
+            index, length = batches[min(turn, len(batches) - 1)]
             ids = rows.input_ids[index, :length].long().to(device)
             if rows.choices is not None:
-                part = _right_letter(model, ids, rows.answer_mask[index, :length].to(device), rows.choices[index].to(device))
+                answers, choices = rows.answer_mask[index, :length].to(device), rows.choices[index].to(device)
+                part = run(model, _right_letter, ids, answers, choices)
             else:
                 chosen = counted if rows.answer_mask is None else rows.answer_mask
                 mask = rows.text_mask(index) if chosen is None else chosen[index]
                 score, positions = token_nats if rows.answer_mask is None else _correct, rows.position_ids(index)
-                part = score(model, ids, None if positions is None else positions.to(device), mask.to(device))
-            parts.append(part.cpu())
-            order.append(index)
+                part = run(model, score, ids, None if positions is None else positions.to(device), mask.to(device))
+            if turn < len(batches):
+                parts.append(part.cpu())
+                order.append(index)
+    parts, order = (sum(lists, []) for lists in zip(*distributed.gather((parts, order)), strict=True))
     scores = torch.cat(parts)[torch.cat(order).argsort()]
     summary = accuracy if rows.answer_mask is not None else _mean_nats
     result = summary(scores)
