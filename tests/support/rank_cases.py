@@ -140,7 +140,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     **{f"distill-{kind}": distillation(kind) for kind in ("resident", "streamed", "cached", "topk")},
     "distill-hidden": distillation("resident", hidden_weight=0.5),
     "relearn": relearning(),
-    "relearn-mix": relearning(mix={"forget": 0.6, "retain": 0.4}),
+    "relearn-mix": relearning(mix={"forget": 0.5, "retain": 0.5}),
     "relearn-lora": relearning(kind="lora", lora=LoraConfig(rank=2)),
 }
 
@@ -165,7 +165,7 @@ def _kept() -> Iterator[dict[str, torch.Tensor]]:
     def stepped(self: Updater) -> None:
         for name, parameter, target in zip(self.names, self.parameters, self.targets, strict=True):
             gradient = parameter.grad if parameter.grad is not None else target.grad
-            if gradient is not None and not found.get(name, None) is not None:
+            if gradient is not None and not found.get(name) is not None:
                 found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
         step(self)
 

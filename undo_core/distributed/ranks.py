@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from undo_core.io.progress import console, send_updates_to
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # while rank 0 prepares data or writes a checkpoint, the other ranks wait
+LAST_WORDS = 5.0  # seconds in which rank 0 reports its error before the others end
 
 
 class OtherRankFailed(RuntimeError):
@@ -120,6 +123,7 @@ def on_first(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if not answer[0]:
+        time.sleep(LAST_WORDS)
         raise OtherRankFailed("rank 0 failed")
     return answer[1]
 
@@ -162,6 +166,13 @@ def first_to_fail() -> bool:
     with contextlib.suppress(RuntimeError):  # the store is gone if the process that held it was killed
         return _ranks.store.add("undo/failures", 1) == 1
     return True
+
+
+def end(code: int) -> None:
+    """Ends this process without waiting for the others, as nothing can be agreed any more; ``torchrun`` then ends them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def explained(error: BaseException) -> str:

@@ -69,8 +69,8 @@ def evaluate(
             if turn < len(batches):
                 parts.append(part.cpu())
                 order.append(index)
-    parts, order = (sum(lists, []) for lists in zip(*distributed.gather((parts, order)), strict=True))
-    scores = torch.cat(parts)[torch.cat(order).argsort()]
+    found = [pair for own in distributed.gather(list(zip(parts, order, strict=True))) for pair in own]
+    scores = torch.cat([part for part, _ in found])[torch.cat([index for _, index in found]).argsort()]
     summary = accuracy if rows.answer_mask is not None else _mean_nats
     result = summary(scores)
     if rows.group is not None:
