@@ -51,7 +51,7 @@ bench-all: $(VENV)/.installed-bench  ## every row, activations of trained models
 	$(BIN)/python bench/plot.py
 
 bench-check: $(INSTALLED)  ## fails if the kernels need more work, memory or time than bench/baseline.json says
-	$(BIN)/python bench/gate.py
+	$(BIN)/python bench/regressions.py
 
 # What an extra of pyproject.toml lists, in the versions of constraints.txt, without building the extension again.
 $(VENV)/.installed-%: $(INSTALLED)

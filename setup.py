@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import runpy
 import sys
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
+DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
 FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp"]
 
 
@@ -44,6 +46,7 @@ setup(
             sorted(glob.glob("csrc/*.cpp")),
             depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
+            define_macros=[("UNDO_SOURCES", f'"{DIGEST}"')],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
         )

@@ -1,8 +1,8 @@
-"""Problems made of the hidden states of trained models: what a distillation's loss meets, where Gaussians are only its shape.
+"""Benchmark problems from the hidden states of trained models, as a distillation meets them; random inputs only have their
+shape.
 
-A trained head has a few large logits and a long tail, and a student that was distilled agrees with its teacher almost
-everywhere. The models are a distill stage's student and teacher on the run's own text, or small ones that are trained here in
-seconds.
+A trained head has a few large logits and a long tail, and a distilled student agrees with its teacher almost everywhere. The
+models are the student and teacher of a distill stage on the run's own text, or small models that are trained here in seconds.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from undo_core import noise_, ops
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import head_of, hidden_states, initialise, load_model
 
 TOKENS = 1024
-VOCABULARY, WIDTH, LENGTH, BATCH = 4096, 96, 32, 16  # of the models that are trained here
+VOCABULARY, WIDTH, LENGTH, BATCH = 4096, 96, 32, 16  # sizes of the models that are trained here
 SPLIT = "valid_retain"
 
 
 def capture(folder: Path, tokens: int = TOKENS) -> Inputs:
-    """Hidden states, heads and labels of a distill stage's student and teacher on the first tokens of its validation text.
+    """Captures hidden states, heads and labels of a distill stage's student and teacher on the start of its validation text.
 
     Args:
-        folder: of a distill stage, beside the folders of the stages that its manifest names.
-        tokens: at most so many, padding left out.
+        folder: folder of a distill stage, beside the folders of the stages that its manifest names.
+        tokens: largest number of tokens, padding not counted.
 
     Raises:
-        ValueError: something that the benchmarks' contenders do not take, or a folder that :func:`check` refuses.
+        ValueError: the models have something that the contenders do not support, or :func:`check` refuses the folder.
     """
     prepared, teacher = check(folder)
-    rows = Rows.load(prepared)
-    some = rows.take(slice(-(-2 * tokens // rows.length)))
+    sequences = Sequences.load(prepared)
+    some = sequences.take(slice(-(-2 * tokens // sequences.length)))
     return _inputs(load_model(folder), load_model(teacher), some.input_ids.long(), some.text_mask(), tokens)
 
 
 def check(folder: Path) -> tuple[Path, Path]:
-    """The validation text and the teacher's folder of a distill stage's folder.
+    """Returns the paths of a distill stage's validation text and of its teacher.
 
     Raises:
-        ValueError: it is none, or a folder that it names is missing.
+        ValueError: ``folder`` is not that of a distill stage, or a folder that it names is missing.
     """
     manifest = folder / "manifest.json"
     kind = json.loads(manifest.read_text()).get("kind") if manifest.exists() else "no manifest.json"
@@ -57,7 +57,7 @@ def check(folder: Path) -> tuple[Path, Path]:
     teacher = folder.parent / inputs["teacher"]["folder"]
     for path in (text, teacher):
         if not path.exists():
-            raise ValueError(f"--activations: got {folder}, whose {path.name} is missing; wanted it at {path}")
+            raise ValueError(f"--activations: got {folder}, whose {path.name} is missing; wanted a file at {path}")
     return text, teacher
 
 
@@ -80,7 +80,7 @@ def _inputs(
 
 
 def save(inputs: Inputs, file: Path) -> None:
-    """For the processes that measure memory."""
+    """Saves the problem for the processes that measure memory."""
     tensors = {name: value.contiguous() for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
     save_file(tensors, file)
 
@@ -92,13 +92,13 @@ def load(file: Path) -> Inputs:
 # -- models trained here -------------------------------------------------------------------------------------------------------
 
 
-def text(rows: int, seed: int) -> torch.Tensor:
-    """``[rows, LENGTH]`` of a made-up language: a word is followed by its own successor or by one of Zipf's law."""
+def text(sequences: int, seed: int) -> torch.Tensor:
+    """Returns ``[sequences, LENGTH]`` of an artificial language: a word has a fixed successor or one drawn by Zipf's law."""
     generator = torch.Generator().manual_seed(seed)
     successor = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))
     zipf = 1.0 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
-    drawn = torch.multinomial(zipf, rows * LENGTH, replacement=True, generator=generator).view(rows, LENGTH)
-    follows = torch.rand(rows, LENGTH, generator=generator) < 0.6
+    drawn = torch.multinomial(zipf, sequences * LENGTH, replacement=True, generator=generator).view(sequences, LENGTH)
+    follows = torch.rand(sequences, LENGTH, generator=generator) < 0.6
     ids = drawn.clone()
     for at in range(1, LENGTH):
         ids[:, at] = torch.where(follows[:, at], successor[ids[:, at - 1]], drawn[:, at])
@@ -106,7 +106,7 @@ def text(rows: int, seed: int) -> torch.Tensor:
 
 
 def generated(quick: bool = False) -> Inputs:
-    """A teacher trained on :func:`text`, and a student that was noised and distilled from it; a few seconds each."""
+    """Trains a teacher on :func:`text`, and distills a noised student from it; each takes a few seconds."""
     steps = 3 if quick else 200
     config = AutoConfig.for_model(
         "gemma2", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,

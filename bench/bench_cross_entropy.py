@@ -1,4 +1,4 @@
-"""linear_cross_entropy beside what a user would take instead, on this machine, in one process; see runner.py for how."""
+"""Compares linear_cross_entropy with what a user would take instead; runner.py describes the measurement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = {
         Row("bf16-32k-d4096", 8192, 32000, 4096, "bfloat16", None, NAMES, ALL),
     ],
 }
-QUICK = {  # as small as it gets while the kernels run: dispatch leaves less to plain PyTorch
+QUICK = {  # the smallest size at which the kernels run: dispatch leaves smaller problems to plain PyTorch
     device: [
         Row(f"quick-{short}", 64, 8209, 32, dtype, None, NAMES) for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
     ]

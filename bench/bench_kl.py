@@ -1,4 +1,4 @@
-"""linear_kl_div beside what a user would take instead, on this machine, in one process; see runner.py for how it is measured."""
+"""Compares linear_kl_div with what a user would take instead; runner.py describes the measurement."""
 
 from __future__ import annotations
 
@@ -21,16 +21,23 @@ from runner import console
 ERROR_TARGETS = [10.0**-k for k in range(7)]
 ERROR_SEEDS = 3
 STATED = ("direct", "chunk", "recompute")  # plans that a caller can ask for
-ERROR = "error"  # the section on gradient error against KL, by the name that --only knows it by
+ERROR = "error"  # name of the section on gradient error against KL, for --only
 
 CPU = ("undo-core", "undo-reference", "plain", "compile", "liger-chunked", "liger-triton", "liger-kl", "trl", "products")
 CUDA = ("undo-core", "undo-core-lse", *CPU[1:])
-MOST = ("undo-core", "plain", "compile", "liger-chunked", "trl", "products")  # of the sweeps and the largest heads
+MOST = (
+    "undo-core",
+    "plain",
+    "compile",
+    "liger-chunked",
+    "trl",
+    "products",
+)  # contenders of the sweeps and of the largest heads
 SOFTCAP = ("undo-core", "plain", "trl", "products")
 
 
 def _sweep(device: str) -> list[Row]:
-    """One of tokens, vocabulary and width at a time."""
+    """Rows that change one of tokens, vocabulary and width at a time."""
     dtype, (tokens, vocabulary, width) = {"cpu": ("float32", (512, 32000, 512)), "cuda": ("bfloat16", (4096, 64000, 1024))}[
         device
     ]
@@ -71,7 +78,7 @@ ROWS = {
         *_sweep("cuda"),
     ],
 }
-QUICK = {  # as small as it gets while the kernels run: dispatch leaves less to plain PyTorch
+QUICK = {  # the smallest size at which the kernels run: dispatch leaves smaller problems to plain PyTorch
     device: [
         Row(f"quick-{short}", 64, 8209, 32, dtype, None, names) for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
     ]
@@ -83,17 +90,18 @@ QUICK = {  # as small as it gets while the kernels run: dispatch leaves less to 
 
 
 def error_section(device: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Relative gradient errors as the true KL falls: undo-core in float32 and bfloat16, everybody else in bfloat16.
+    """Measures relative gradient errors as the true KL falls: undo-core in float32 and bfloat16, all others in bfloat16.
 
-    The problems have the shape of a default row of each dtype, but for fewer tokens; undo-core runs the plan that it takes for
-    the whole row, which is called once to see.
+    The problems have the shape of a default row of each dtype, but fewer tokens. undo-core runs the plan that it chooses for
+    the whole row, which is called once to find out.
     """
     rows = QUICK[device] if options.quick else ROWS[device]
     names = [name for name in dict.fromkeys(n for row in rows for n in row.contenders) if CONTENDERS[name].is_loss]
     names = [name for name in names if name not in ("undo-core-workspace", "undo-core-lse", "undo-reference")]
     pairs = [("undo-core", "float32"), *((name, "bfloat16") for name in names)]
     pairs = [pair for pair in pairs if options.contenders is None or pair[0] in options.contenders]
-    like = {dtype: next(r for r in rows if r.dtype == dtype and r.group == DEFAULT) for dtype in dict.fromkeys(d for _, d in pairs)
+    dtypes = dict.fromkeys(d for _, d in pairs)
+    like = {dtype: next(r for r in rows if r.dtype == dtype and r.group == DEFAULT) for dtype in dtypes
             if any(r.dtype == dtype and r.group == DEFAULT for r in rows)}  # fmt: skip
     pairs = [pair for pair in pairs if pair[1] in like]
     seeds = 1 if options.quick else ERROR_SEEDS
@@ -133,14 +141,14 @@ def _blank_curve(name: str, dtype: str, row: Row, device: str) -> dict[str, Any]
 
 
 def _ran_in(row: Row, name: str, device: str) -> Ran:
-    """What a contender of undo-core's runs for the whole row."""
+    """Returns what a contender of undo-core runs for the whole row."""
     if not name.startswith("undo-"):
         return []
     return observed(CONTENDERS[name].step(draw(row, device)))[1]
 
 
 def show_errors(section: dict[str, Any]) -> None:
-    """The errors of dH on the terminal, worst seed."""
+    """Prints the errors of dH, of the worst seed."""
 
     def short(value: float) -> str:
         return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")

@@ -1,11 +1,11 @@
 """Compares the peak memory that ``undo plan`` predicts with what the kernel measures, for whole stages in every training mode.
 
-A stage is the pipeline's own, from folders to a folder: loading, training, evaluation and saving included. Each runs in a
-fork of one process that has imported everything, after the same stage of a small model, so that what is compared is the stage
-and not the libraries: the high-water mark of the resident size less what was resident before, and the prediction less its
-process part.
+A stage runs as in the pipeline, from folders to a folder: with loading, training, evaluation and saving. Each stage runs in a
+fork of one process that has imported everything and has run the same stage of a small model. The comparison is therefore of the
+stage and not of the libraries: the high-water mark of the resident size less what was resident before, against the prediction
+less its process part.
 
-Prints a table; ``--json`` prints records.
+Prints a table, or records with ``--json``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 import harness
 
-# One arena, and big blocks go back at once: a peak is then of what lives.
+# One arena, and large blocks are returned at once: the peak then counts only memory in use.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-LENGTH, ROWS = 129, 8
+LENGTH, SEQUENCES = 129, 8
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # weights and states: no batch to speak of
+    # weights and optimizer states dominate; the batch is small
     "llama": {
         "model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
@@ -44,12 +44,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 SMALL = {
     "num_hidden_layers": 2,
     "vocab_size": 4096,
-}  # the same kernels on the same widths: what they load and keep is the process's
+}  # the same kernels and widths: what they load and keep belongs to the process
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage: settings of its training, of its teacher, of its method."""
+    """A measured stage: the settings of its training, teacher and method."""
 
     kind: str
     train: dict[str, Any] = field(default_factory=dict)
@@ -111,10 +111,10 @@ CASES = _cases()
 
 
 def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
-    """A prepared folder: rows of random tokens, and a model at random weights."""
+    """Writes a prepared folder with sequences of random tokens and a model with random weights."""
     import torch
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.data.splits import TRAIN_SPLITS
     from undo_core.data.tokenizers import character_tokenizer
     from undo_core.models import build_model
@@ -130,14 +130,16 @@ def prepare(folder: Path, settings: dict[str, Any], dtype: str) -> Path:
     generator = torch.Generator().manual_seed(1)
     names = [*TRAIN_SPLITS.values(), *(f"{part}_{name}" for part in ("valid", "test") for name in ("retain", "forget"))]
     for name in names:
-        rows = ROWS if name in (*TRAIN_SPLITS.values(), "valid_retain") else 1  # a peak is that of the largest
-        ids = torch.randint(3, settings["vocab_size"], (rows, LENGTH), generator=generator)
-        Rows(ids.to(torch.int32), pad_id=0).save(folder / "data" / f"{name}.safetensors")
+        sequences = (
+            SEQUENCES if name in (*TRAIN_SPLITS.values(), "valid_retain") else 1
+        )  # only the largest split decides the peak
+        ids = torch.randint(3, settings["vocab_size"], (sequences, LENGTH), generator=generator)
+        Sequences(ids.to(torch.int32), pad_id=0).save(folder / "data" / f"{name}.safetensors")
     return folder
 
 
 def stage_of(case: Case, folder: Path) -> Any:
-    """The stage that a case is, two steps long, on ``folder``, which is the data and every model."""
+    """Returns the stage of a case with two steps; ``folder`` serves as the data and as every model."""
     from undo_core.attacks.relearning import AttackConfig
     from undo_core.distillation.teacher import TeacherConfig
     from undo_core.pipeline.stage import Folder
@@ -168,7 +170,7 @@ def stage_of(case: Case, folder: Path) -> Any:
 
 
 def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
-    """The stage, from folders that are made where they are missing."""
+    """Runs the stage of a case, after making the folders that are missing."""
     from undo_core.io.files import fresh
 
     stage = stage_of(case, prepare(root / case.stored, shape, case.stored))
@@ -177,7 +179,7 @@ def run_stage(case: Case, root: Path, shape: dict[str, Any]) -> None:
 
 
 def make_cache(stage: Any) -> None:
-    """The cache that a distillation reads, where it is missing, with what a store would add to it."""
+    """Makes the cache that a distillation reads, if it is missing, with the manifest that a store would add."""
     from undo_core.io.files import fresh, write_json
     from undo_core.pipeline.stage import MANIFEST
     from undo_core.pipeline.stages import Cache
@@ -191,7 +193,7 @@ def make_cache(stage: Any) -> None:
 
 
 def run_in(stage: Any, output: Path) -> dict[str, Any]:
-    """Run a stage whose inputs are folders in ``output``; returns what it says about it."""
+    """Runs a stage whose inputs are folders and writes to ``output``; returns the stage's facts."""
     from undo_core.io.files import fresh
     from undo_core.pipeline.stage import Work
 
@@ -203,17 +205,17 @@ def run_in(stage: Any, output: Path) -> dict[str, Any]:
 
 
 def measure(name: str, root: Path) -> dict[str, Any]:
-    """In this process: what the stage is predicted to take, and takes, beyond the process."""
+    """Predicts and measures, in this process, the memory of a stage beyond that of the process."""
     import torch
     from transformers import AutoConfig
     from undo_kernels.cpu.workspace import release
 
-    from undo_core.pipeline.predictor import Predictor
+    from undo_core.pipeline.memory.predictor import Predictor
 
     case, shape = CASES[name], SHAPES[name.split(":")[0]]
     folder = root / shape["model_type"]
-    run_stage(case, root / f"{shape['model_type']}-small", {**shape, **SMALL})  # what is loaded or compiled once
-    predict = Predictor(AutoConfig.from_pretrained(folder / case.stored), LENGTH, evaluated=ROWS, device="cpu")
+    run_stage(case, root / f"{shape['model_type']}-small", {**shape, **SMALL})  # loads and compiles what the process keeps
+    predict = Predictor(AutoConfig.from_pretrained(folder / case.stored), LENGTH, evaluated=SEQUENCES, device="cpu")
     memory = predict(stage_of(case, folder / case.stored), getattr(torch, case.stored))
     release()
     gc.collect()
@@ -222,11 +224,11 @@ def measure(name: str, root: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     run_stage(case, folder, shape)
     measured, predicted = harness.status("VmHWM") - before, memory.total - memory.process
-    return {"case": name, "moment": memory.moment, "process": before, "measured": measured, "predicted": predicted}
+    return {"case": name, "moment": memory.phase, "process": before, "measured": measured, "predicted": predicted}
 
 
 def forked(name: str, root: Path) -> dict[str, Any]:
-    """:func:`measure` in a fork of this process."""
+    """Runs :func:`measure` in a fork of this process."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -250,7 +252,7 @@ def forked(name: str, root: Path) -> dict[str, Any]:
 
 
 def _prepare_all(names: list[str], root: Path) -> None:
-    """Folders and caches of the large shapes, in a fork: this process must stay as small as its imports."""
+    """Makes the folders and caches of the large shapes in a fork, so that this process stays as small as its imports."""
     child = os.fork()
     if not child:
         status = 1
@@ -269,7 +271,13 @@ def _prepare_all(names: list[str], root: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", metavar="TEXT", default=[""], help="those that contain one of these texts (all)")
+    parser.add_argument(
+        "--cases",
+        nargs="*",
+        metavar="TEXT",
+        default=[""],
+        help="run only the cases whose name contains one of these texts (all)",
+    )
     parser.add_argument("--exact", action="store_true", help="the texts are whole names")
     parser.add_argument("--json", action="store_true", help="print one record a line")
     options = parser.parse_args(arguments)
@@ -299,7 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 predicted, measured = (record[key] / 2**20 for key in ("predicted", "measured"))
                 console.print(
-                    f"{name:52} {record['moment']:>10} {predicted:>10.1f} {measured:>10.1f} {predicted / measured:>6.2f}  ({record['process'] / 2**20:.0f})"
+                    f"{name:52} {record['moment']:>10} {predicted:>10.1f} {measured:>10.1f} {predicted / measured:>6.2f}  "
+                    f"({record['process'] / 2**20:.0f})"
                 )
     return 1 if failed else 0
 

@@ -1,8 +1,8 @@
-"""In-place noise on the published 0.1B model's tensors, beside torch's usual way: draw a tensor of noise, shrink, add.
+"""Compares in-place noise on the published 0.1B model's tensors with torch's usual way: draw a tensor of noise, shrink, add.
 
-Interleaved rounds in one process; peak extra memory in a fresh process each on a CPU. M values/s are of the median round and of
-the best one. Both are reported with the backend and plan that undo-core's kernels say they ran; a difference between the two is
-an error.
+Rounds are interleaved in one process; on a CPU the peak extra memory is measured in a fresh process for each contender. Rates
+(million values per second) are given for the median round and for the best one. Time and memory are each recorded with the
+backend and plan that undo-core's kernels report; it is an error if these differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One dtype and law."""
+    """A benchmark of one dtype and one law of the noise."""
 
     id: str
     dtype: str
@@ -49,7 +49,7 @@ ROWS = (
 
 
 def shapes(quick: bool) -> dict[str, tuple[int, ...]]:
-    """The model's parameters, the head tied; two layers and a small vocabulary with ``quick``."""
+    """Returns the shapes of the model's parameters, with a tied head; with ``quick`` of two layers and a small vocabulary."""
     found: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (1000 if quick else VOCABULARY, HIDDEN),
         "norm.weight": (HIDDEN,),
@@ -96,7 +96,7 @@ CONTENDERS = {"undo-core": ours, "torch": usual}
 
 
 def memory(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak bytes beyond the parameters."""
+    """Returns the peak bytes beyond the parameters."""
     if options.device == "cuda":
         step = CONTENDERS[name](draw(row, "cuda", options.quick), row)
         step()
@@ -106,7 +106,7 @@ def memory(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def worker(request: dict[str, Any]) -> None:
-    """The process of its own: one contender's memory on a CPU, printed as JSON."""
+    """Runs in a separate process: prints one contender's memory on a CPU as JSON."""
     row, build = Row(**request["row"]), CONTENDERS[request["contender"]]
     small = {"w": torch.ones(64, 64, dtype=getattr(torch, row.dtype))}
     step = build(draw(row, "cpu", request["quick"]), row)
@@ -115,7 +115,7 @@ def worker(request: dict[str, Any]) -> None:
 
 
 def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    """Memory and time of both."""
+    """Measures memory and time of both contenders."""
     records: dict[str, dict[str, Any]] = {
         name: {"name": name, "memory": memory(name, row, options), "samples_s": [], "ran": {}} for name in CONTENDERS
     }
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[row.id for row in ROWS], metavar="ROW", help="some of %(choices)s")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model; its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="use a tiny model; its numbers mean nothing")
     parser.add_argument(
         "--out",
         type=Path,
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
-    harness.commit()  # of what is running, whatever happens to the files while it runs
+    harness.commit()  # asked for first: the commit of the code that runs, even if files change meanwhile
     given = list(sys.argv[1:] if arguments is None else arguments)
     options.provenance = lambda: harness.provenance("bench/bench_noise.py", given)
     rows = [measure(row, options) for row in ROWS if not options.only or row.id in options.only]

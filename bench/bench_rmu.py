@@ -1,13 +1,15 @@
-"""RMU's step, and its bare loss, beside the usual way, on this machine's CPU, in one process; on a GPU the bare loss alone.
+"""Compares RMU's step and its bare loss with the usual way, on the CPU in one process; on a GPU it compares the bare loss only.
 
-step: forget and retain text through a 12-layer decoder, backward, AdamW. The usual way keeps two whole models, asks for every hidden
+step: forget and retain text through a 12-layer decoder, backward, AdamW. The usual way keeps two whole models, asks for every
+hidden
       state (and so computes every layer and the logits), and gives every parameter a gradient and two moments.
 op:   loss and gradient of [tokens, width] activations: ops.rmu_loss beside mse_loss in the same dtype.
 
-Loss and gradients are compared before anything is timed, at the timed size: the step's with the usual way's, the op's with float64. What
-undo-core ran, as its kernels say themselves, stands beside errors, memory and times; a difference is an error. Memory is the peak
-of a process of its own beyond what it had before it built its models (step) or beyond inputs and gradient (op); time is
-interleaved, see harness.py. Prints a table; results go to bench/results/rmu-cpu/MACHINE-VERSION.json.
+Loss and gradients are compared at the timed size before anything is timed: those of the step with the usual way's, those of the
+op with float64. Errors, memory and times are each recorded with the backend and plan that undo-core's kernels report; it is an
+error if these differ. Memory is the peak of a separate process, less what it held before it built its models (step), or less
+inputs and gradient (op). Times are interleaved, see harness.py. Prints a table; results go to
+bench/results/rmu-cpu/MACHINE-VERSION.json.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class StepRow:
-    """A step: model, batch and which layers are trained."""
+    """A benchmarked step: the model, the batch and the layers that are trained."""
 
     id: str
     first: int
@@ -61,7 +63,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class OpRow:
-    """The bare loss."""
+    """A benchmark of the bare loss."""
 
     id: str
     dtype: str
@@ -87,7 +89,7 @@ QUICK = [StepRow("quick-step", 1, 3, layers=4, **SMALL), OpRow("quick-op", "floa
 
 
 def build_model(row: StepRow) -> PreTrainedModel:
-    """Llama's architecture, random."""
+    """Returns a Llama model with random weights."""
     config = AutoConfig.for_model(
         "llama", hidden_size=row.width, intermediate_size=row.inner, num_hidden_layers=row.layers, vocab_size=row.vocabulary,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=row.length,
@@ -107,9 +109,7 @@ def settings(row: StepRow) -> UnlearnConfig:
     return UnlearnConfig(method="rmu", rmu=rmu, train=TrainConfig(seed=0))
 
 
-Stepper = Callable[
-    [bool], torch.Tensor
-]  # one step, the loss; with False as its argument it leaves the gradients and the weights
+Stepper = Callable[[bool], torch.Tensor]  # takes a step and returns the loss; with False it only computes the gradients
 
 
 def undo_step(row: StepRow, model: PreTrainedModel) -> Stepper:
@@ -157,9 +157,9 @@ STEPS = {"undo-core": undo_step, "usual": usual_step}
 
 
 def step_errors(row: StepRow) -> dict[str, Any]:
-    """Relative differences of loss and trained gradients between the two, after a few steps of one that the other is given.
+    """Returns the relative differences of loss and trained gradients between the two ways.
 
-    It is a verification of undo-core's step by the usual one, and has what the former ran.
+    undo-core takes a few steps first; the usual way then gets its weights. The result also has what undo-core's step ran.
     """
     model = build_model(row)
     ours, other = undo_step(row, model), copy.deepcopy(model)
@@ -200,7 +200,7 @@ def op(name: str, row: OpRow, hidden: torch.Tensor, target: torch.Tensor) -> Cal
 
 
 def op_errors(name: str, row: OpRow, device: str) -> dict[str, Any]:
-    """Of the timed problem, against float64."""
+    """Returns the relative errors of loss and gradient of the timed problem against float64."""
     hidden, target = draw(row, device)
     (loss, gradient), ran = observed(op(name, row, hidden, target))
     difference = hidden.detach().double() - COEFFICIENT * target.double()
@@ -214,14 +214,14 @@ def op_errors(name: str, row: OpRow, device: str) -> dict[str, Any]:
 
 
 def worker(request: dict[str, Any]) -> None:
-    """The process of its own: one contender's peak memory as JSON."""
+    """Runs in a separate process: prints one contender's peak memory as JSON."""
     name = request["contender"]
     if request["kind"] == "step":
         row, small = StepRow(**request["row"]), QUICK[0]
 
         def steps(row: StepRow) -> None:
             step = STEPS[name](row, build_model(row))
-            for _ in range(2):  # the second one has the optimizer's moments beside its activations
+            for _ in range(2):  # the second step holds the optimizer's moments beside its activations
                 step(True)
 
         steps(small)
@@ -296,7 +296,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def rows_of(options: argparse.Namespace) -> list[StepRow | OpRow]:
-    """The device's rows."""
+    """Returns the rows that run on the device."""
     rows = QUICK if options.quick else ROWS
     return [row for row in rows if options.device == "cpu" or isinstance(row, OpRow)]
 
@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.worker:
         worker(json.loads(options.worker))
         return []
-    harness.commit()  # of what is running, whatever happens to the files while it runs
+    harness.commit()  # asked for first: the commit of the code that runs, even if files change meanwhile
     options.given = list(sys.argv[1:] if arguments is None else arguments)
     rows = [row for row in rows_of(options) if not options.only or row.id in options.only]
     measured = []

@@ -1,10 +1,11 @@
-"""A whole distillation step, optimizer included, in every mode of training, beside the plain transformers and torch loop.
+"""Compares a whole distillation step, optimizer included, in every mode of training with a plain loop of transformers and
+torch.
 
-Every contender is a process of its own that loads its models, waits, and takes one step whenever it is told to: plain, then
-each mode, round after round, so that a slow minute of the machine falls on all of them. Its peak memory is the high-water mark
-over all steps less what was resident when its models were loaded; beside it stands what ``undo plan`` would have predicted. The
-student is the teacher after UNDO's noise (alpha 0.6, beta 0.1), the rows are random tokens, the same for all; the loss is the
-mean over the steps.
+Each contender is a separate process that loads its models, waits, and takes one step whenever it is told to. In every round the
+plain loop and each mode take one step, so a slow minute of the machine affects all of them. A contender's peak memory is the
+high-water mark over all steps less what was resident when its models were loaded; the prediction of ``undo plan`` is recorded
+beside it. The student is the teacher after UNDO's noise (alpha 0.6, beta 0.1). All contenders read the same sequences of random
+tokens. The recorded loss is the mean over the steps.
 
 The model is the published 0.1B one by default: Gemma 2, 14 layers, width 320, 256,000 tokens, random weights. Prints a table;
 results go to bench/results/step-cpu/MACHINE-VERSION.json.
@@ -37,7 +38,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the batch."""
+    """Sizes of the model and of the batch."""
 
     layers: int = 14
     width: int = 320
@@ -52,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to take the step; ``plain`` is no mode of undo-core's."""
+    """A way to take the step. ``plain`` is the loop without undo-core."""
 
     label: str
     train: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +70,7 @@ MODES = {
     "stochastic": Mode("bfloat16, stochastic", {"precision": "bfloat16-stochastic"}),
     "8bit": Mode("float32, 8-bit moments", {"optimizer": "adamw-8bit"}),
     "cached": Mode("float32, cached teacher", {}, "cached"),
-    # these: step in the backward pass, activation checkpointing, cached teacher
+    # the lean modes: step in the backward pass, activation checkpointing, cached teacher
     "lean-float32": Mode("lean: float32", LEAN, "cached"),
     "lean-stochastic": Mode("lean: bfloat16, stochastic", {**LEAN, "precision": "bfloat16-stochastic"}, "cached"),
     "lean": Mode("lean: float32, 8-bit moments", {**LEAN, "optimizer": "adamw-8bit"}, "cached"),
@@ -87,18 +88,18 @@ def say(**message: Any) -> None:
 
 
 def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
-    """Loads, and takes a step for every line on standard input."""
+    """Loads the models, then takes a step for each line on standard input."""
     import torch
     from contenders import observed
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.distillation.cache import CachedTeacher
     from undo_core.distillation.student import distill
     from undo_core.distillation.teacher import ModelTeacher
     from undo_core.models import load_model
     from undo_core.training import TrainConfig
 
-    class Gated(Rows):
+    class Paced(Sequences):
         def order(self, step: int, size: int, seed: int) -> torch.Tensor:
             wait(step)
             return super().order(step, size, seed)
@@ -109,8 +110,8 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
 
     mode = MODES[name]
     process = harness.status("VmRSS")
-    rows = Rows.load(folder / "rows.safetensors")
-    gated = Gated(rows.input_ids, rows.pad_id, lengths=rows.lengths)
+    sequences = Sequences.load(folder / "sequences.safetensors")
+    paced = Paced(sequences.input_ids, sequences.pad_id, lengths=sequences.lengths)
     student = load_model(folder / "student")
     cached = mode.teacher == "cached"
     teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")
@@ -120,22 +121,22 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     before = harness.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if name == "plain":
-        loss, ran = observed(lambda: plain_loop(student, teacher, gated, config))
+        loss, ran = observed(lambda: plain_loop(student, teacher, paced, config))
     else:
         known = teacher if cached else ModelTeacher(teacher)
-        loss, ran = observed(lambda: distill(student, known, gated, config, progress=False).history[-1]["loss"])
+        loss, ran = observed(lambda: distill(student, known, paced, config, progress=False).history[-1]["loss"])
     say(loss=loss, process=process, resident=before, peak=harness.status("VmHWM"), ran=ran)
 
 
-def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
-    """What one would write with transformers and torch alone."""
+def plain_loop(student: Any, teacher: Any, sequences: Any, config: Any) -> float:
+    """Distillation as one would write it with transformers and torch alone."""
     import torch
     import torch.nn.functional as F
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
     total = 0.0
     for step in range(config.steps):
-        ids = rows.batch(step, config.batch_size, config.seed)
+        ids = sequences.batch(step, config.batch_size, config.seed)
         student.train()
         with torch.no_grad():
             wanted = teacher(input_ids=ids[:, :-1], use_cache=False).logits
@@ -158,11 +159,11 @@ def plain_loop(student: Any, teacher: Any, rows: Any, config: Any) -> float:
 
 
 def prepare(shape: Shape, folder: Path, steps: int) -> None:
-    """Teacher, damaged student, rows and the teacher's cache on disk."""
+    """Writes the teacher, the damaged student, the sequences and the teacher's cache to disk."""
     import torch
     from transformers import AutoConfig
 
-    from undo_core.data.rows import Rows
+    from undo_core.data.sequences import Sequences
     from undo_core.distillation.cache import cache_teacher
     from undo_core.models import initialise, load_model
     from undo_core.noise.checkpoint import noise_checkpoint
@@ -177,17 +178,17 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
     noise_checkpoint(folder / "teacher", folder / "student", alpha=0.6, beta=0.1, seed=0, progress=False)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, shape.vocabulary, (shape.rows * steps, shape.length), generator=generator)
-    rows = Rows(ids.to(torch.int32), pad_id=0)
-    rows.save(folder / "rows.safetensors")
-    cache_teacher(load_model(folder / "teacher"), rows, folder / "cache", progress=False)
+    sequences = Sequences(ids.to(torch.int32), pad_id=0)
+    sequences.save(folder / "sequences.safetensors")
+    cache_teacher(load_model(folder / "teacher"), sequences, folder / "cache", progress=False)
 
 
 def predicted(name: str, shape: Shape, folder: Path) -> int | None:
-    """The peak beyond the process, models included, that ``undo plan`` would say; of the plain loop it knows nothing."""
+    """Returns the peak that ``undo plan`` predicts, models included, process excluded; None for the plain loop."""
     from transformers import AutoConfig
 
     from undo_core.distillation.teacher import TeacherConfig
-    from undo_core.pipeline.predictor import Predictor
+    from undo_core.pipeline.memory.predictor import Predictor
     from undo_core.pipeline.stage import Folder
     from undo_core.pipeline.stages import Distill
     from undo_core.training import TrainConfig
@@ -203,12 +204,12 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
         **dict.fromkeys(("prepared", "teacher", "student"), model),
     )
     predict = Predictor(AutoConfig.from_pretrained(folder / "teacher"), shape.length, evaluated=1, device="cpu")
-    moments = [memory for memory in predict.moments(stage) if memory.moment in ("forward", "backward", "step")]
-    return max(memory.total - memory.process for memory in moments)  # the workers evaluate nothing
+    phases = [memory for memory in predict.phases(stage) if memory.phase in ("forward", "backward", "step")]
+    return max(memory.total - memory.process for memory in phases)  # the workers do not evaluate
 
 
 class Worker:
-    """A contender's process."""
+    """The process of a contender."""
 
     def __init__(self, name: str, shape: Shape, steps: int, folder: Path) -> None:
         request = json.dumps({"name": name, "shape": asdict(shape), "steps": steps, "folder": str(folder)})
@@ -233,7 +234,7 @@ class Worker:
         raise RuntimeError(f"worker: exit status {code}: {(self.errors.read().strip().splitlines() or ['nothing said'])[-1]}")
 
     def step(self, last: bool) -> tuple[float, dict[str, Any]]:
-        """Seconds of a step; with the last one, what the worker has to say at the end."""
+        """Takes a step; returns its seconds and the worker's message, which after the last step is its report."""
         began = time.perf_counter()
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -242,7 +243,7 @@ class Worker:
 
 
 def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Records of the contenders, two at a time beside the plain loop; the first step of each is a warm-up."""
+    """Returns the records of the contenders, measured two at a time beside the plain loop; each first step is a warm-up."""
     records: list[dict[str, Any]] = []
     others = [name for name in names if name != "plain"]
     for first in range(0, max(len(others), 1), 2):
@@ -271,7 +272,7 @@ def measure(names: list[str], shape: Shape, steps: int, folder: Path, note: Call
 
 
 def table(records: list[dict[str, Any]], tokens: int) -> Table:
-    """For people."""
+    """Returns the results as a table for the terminal."""
     result = Table(
         "mode",
         "step",
@@ -295,11 +296,13 @@ def table(records: list[dict[str, Any]], tokens: int) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="of each contender; the first is a warm-up (6)")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each contender; the first is a warm-up (6)")
     parser.add_argument(
-        "--modes", nargs="*", choices=list(MODES), default=list(MODES), help="contenders; plain always takes part"
+        "--modes", nargs="*", choices=list(MODES), default=list(MODES), help="contenders to measure; plain is always measured"
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; nothing is recorded")
+    parser.add_argument(
+        "--quick", action="store_true", help="use a tiny model, to see that everything runs; nothing is recorded"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -312,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         request = json.loads(options.worker)
         worker(request["name"], Shape(**request["shape"]), request["steps"], Path(request["folder"]))
         return 0
-    harness.commit()  # of what is running, whatever happens to the files while it runs
+    harness.commit()  # asked for first: the commit of the code that runs, even if files change meanwhile
     if options.steps < 2:
         parser.error(f"--steps: got {options.steps}, wanted at least 2: the first is a warm-up")
     small = {
@@ -322,13 +325,13 @@ def main(arguments: list[str] | None = None) -> int:
         "heads": 2,
         "key_value_heads": 1,
         "head_dim": 16,
-        "vocabulary": 8209,  # as small as it gets while the kernels run
+        "vocabulary": 8209,  # the smallest size at which the kernels run
         "length": 65,
     }
     shape = Shape(**small) if options.quick else Shape()
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
         folder = Path(name)
-        console.print("models, rows and the teacher's cache ...")
+        console.print("models, sequences and the teacher's cache ...")
         prepare(shape, folder, options.steps)
         modes = ["plain", *(mode for mode in options.modes if mode != "plain")]
         records = measure(modes, shape, options.steps, folder, console.print)

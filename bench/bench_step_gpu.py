@@ -1,8 +1,9 @@
 """Memory and speed of a distillation step on a GPU, in one mode a process: prints one JSON object.
 
 Gemma 2 2B's shape, random weights, 10 x 1024 tokens by default, AdamW included. ``plain`` is the transformers and torch loop in
-float32, at the largest batch that fits the GPU, or ``--limit-gb`` of it; its teacher is float32 too. The other modes' teachers are
-bfloat16 where their students are. Peak: torch's allocator over all steps, models included; the first step is no part of the time.
+float32, at the largest batch that fits the GPU, or ``--limit-gb`` of it; its teacher is float32 too. The other modes' teachers
+are bfloat16 where their students are. Peak: torch's allocator over all steps, models included; the first step is no part of the
+time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from contenders import observed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from undo_core import CachedTeacher, TrainConfig, cache_teacher, distill, noise_
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import attention_of, head_of
 
 GEMMA_2B = Shape(layers=26, width=2304, inner=9216, heads=8, key_value_heads=4, head_dim=256, rows=10, length=1025)
@@ -53,8 +54,8 @@ MODES = {
 }
 
 
-class Clocked(Rows):
-    """Rows that note when each step asks for its batch, and hand it over on the device."""
+class Clocked(Sequences):
+    """Sequences that note when each step asks for its batch, and hand it over on the device."""
 
     device = torch.device("cpu")
 
@@ -99,7 +100,7 @@ def measure(name: str, shape: Shape, steps: int, rows: int, device: torch.device
     text = draw(shape, rows, steps, device)
     teacher: Any = build(shape, dtype, device).eval().requires_grad_(False)
     if mode.cached:
-        cache_teacher(teacher, Rows(text.input_ids, pad_id=0), folder, progress=False)
+        cache_teacher(teacher, Sequences(text.input_ids, pad_id=0), folder, progress=False)
         teacher = CachedTeacher.open(folder, head_of(teacher))
     student = build(shape, dtype, device)
     noise_(student, alpha=0.6, beta=0.1, seed=0)

@@ -1,6 +1,6 @@
-"""Runs the C++ kernels once each, on AVX2, for callgrind to count; loads the extension by its path, with numpy alone.
+"""Runs each C++ kernel once with AVX2, for callgrind to count; loads the extension by its path, with numpy and without torch.
 
-Without torch a run under valgrind takes seconds. Sizes are small and fixed: the count for an element does not depend on them.
+Without torch, a run under valgrind takes seconds. Sizes are small and fixed; the count per element does not depend on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS, VOCABULARY, ELEMENTS, WIDTH = 64, 1024, 1 << 16, 2304
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: a pattern for the functions that are its own, and how many elements it is run on."""
+    """A kernel: a pattern for the names of its functions, and the number of elements that it runs on."""
 
     function: str
     elements: int

@@ -1,4 +1,4 @@
-"""What a contender is: one way from inputs to a loss, timed with and without its gradients; and what ran when it was called."""
+"""Contenders: ways from inputs to a loss, timed with and without gradients; and records of what ran."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Contender:
     """One way to compute the loss and, through autograd, both gradients.
 
     Attributes:
-        name: on the command line and in the results.
-        label: for people.
-        build: from inputs to the function that is timed, which returns the loss; imports and buffers belong to ``build``.
+        name: name on the command line and in the results.
+        label: name in tables and figures.
+        build: makes, from the inputs, the timed function, which returns the loss; imports and buffers belong to ``build``.
         package: distribution that it needs, or None.
-        module: of that distribution.
+        module: a module of that distribution.
         gpu_only: whether it has no CPU path.
-        softcap: whether it knows softcaps; without, it runs the problem without one.
+        softcap: whether it supports softcaps; if not, it runs the problem without one.
         compiles: whether its first step compiles.
-        is_loss: False for the bare products: ``build`` gives the whole step, and nothing verifies it.
-        backend: of undo-core's that it must run on, or None.
-        differs: what sets its arithmetic apart where the inputs have 16 bits.
-        note: what else a reader must know.
+        is_loss: False for the bare products, whose ``build`` gives the whole step, which is not verified.
+        backend: backend of undo-core that it must run on, or None.
+        differs: how its arithmetic differs with 16-bit inputs.
+        note: further remarks for a reader.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Contender:
     note: str = ""
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot run here, or None."""
+        """Returns why it cannot run here, or None."""
         if self.gpu_only and device == "cpu":
             return "GPU only: it has no CPU path"
         if self.module is None:
@@ -60,7 +60,7 @@ class Contender:
         return None
 
     def step(self, inputs: Inputs, mode: str = "both") -> Callable[[], Outputs]:
-        """The step that is timed: loss and both gradients, or the loss alone with gradients off (``forward``)."""
+        """Returns the timed step: loss and both gradients, or with ``forward`` the loss alone without gradients."""
         run = self.build(inputs if mode == "both" else inputs.without_gradients())
         if not self.is_loss:
             return run
@@ -77,12 +77,12 @@ class Contender:
 
 
 def loader(module: str) -> Callable[[], Any]:
-    """Imports ``module`` when it is called."""
+    """Returns a function that imports ``module`` when called."""
     return lambda: importlib.import_module(module)
 
 
 def products(inputs: Inputs, teacher: bool) -> Callable[[], Outputs]:
-    """The matrix products that every method owes, and nothing else: no softmax, dW of the last chunk only."""
+    """Runs only the matrix products that every method needs: no softmax, and dW of the last chunk only."""
     hidden, weight = inputs.student_hidden.detach(), inputs.student_weight.detach()
     rows, chunk = hidden.shape[0], min(hidden.shape[0], 256 if hidden.device.type == "cpu" else 2048)
     z_s = hidden.new_empty(chunk, weight.shape[0])
@@ -105,31 +105,31 @@ def products(inputs: Inputs, teacher: bool) -> Callable[[], Outputs]:
     return step
 
 
-Ran = list[dict[str, Any]]  # of one call: the kernels that ran, each way once, as JSON has it
+Ran = list[dict[str, Any]]  # the kernels that ran in one call, each way once, as JSON values
 
 
 def summarised(calls: Iterable[undo_kernels.Call]) -> Ran:
-    """Backend, plan and form of recorded calls, each once and in order; sizes are left out, for problems of several sizes."""
+    """Returns backend, plan and form of recorded calls, each once and in order, without sizes, which may vary."""
     kept = ("op", "backend", "plan", "form", "gradient")
     found = [{name: getattr(call, name) for name in kept} for call in calls]
     return [one for place, one in enumerate(found) if one not in found[:place]]
 
 
 def observed(step: Callable[[], Any]) -> tuple[Any, Ran]:
-    """What a step returns, and which of undo-core's kernels it ran: none for the others."""
+    """Runs a step; returns its result and the kernels of undo-core that ran, none for other contenders."""
     with undo_kernels.recorded() as calls:
         outputs = step()
     return outputs, summarised(calls)
 
 
 def watched(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A measurement of memory, and what ran in it."""
+    """Measures memory; returns the measurement and what ran."""
     measured, ran = observed(measure)
     return measured | {"ran": ran}
 
 
 def note_ran(record: dict[str, Any], mode: str, ran: Ran) -> None:
-    """Every timed sample of a contender must be of one and the same path."""
+    """Records what a timed sample ran; all samples of a contender must run the same."""
     if record["ran"].setdefault(mode, ran) != ran:
         ways = " in one round and ".join(map(harness.path, (record["ran"][mode], ran)))
         raise harness.AnotherPath(f"{record['name']}, {mode}: ran {ways} in another")

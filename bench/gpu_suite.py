@@ -8,9 +8,9 @@ memory     a distillation step of Gemma 2 2B's shape in every mode, 10 x 1024 to
 pipeline   the arithmetic pipeline at the published model's shape, steps reduced
 
 Each part is one file PART.json in --out ($OUT, else runs/gpu), replaced whole after every row. A row that passed there, or in
---from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No part
-lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every row
-that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
+--from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No
+part lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every
+row that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def rows_of(part: str) -> list[Row]:
         rows = []
         for dtype in ("bfloat16", "float32"):
             for kernel in ("loss", "stats", "filter", "cross"):
-                command = ("{python}", "-m", "undo_kernels.triton.tune", kernel, dtype)
+                command = ("{python}", "-m", "undo_kernels.triton.tuner", kernel, dtype)
                 count = max(1, min(16, os.cpu_count() or 1))
                 first = tuple((*command, "320", "--first", str(i), str(count)) for i in range(count))
                 for width in ("2304", "768", "320"):

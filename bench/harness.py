@@ -1,15 +1,15 @@
-"""What every benchmark here shares: interleaved timing, peak memory, the machine, the record on disk, and its summary.
+"""What all benchmarks share: interleaved timing, peak memory, the machine, the record on disk, and its summary.
 
-Times: every contender is warmed up, then all of them run once a round (A B C, A B C, ...), so that a slow minute of the machine
-falls on all of them. The samples are kept; what is reported is a median over rounds, and ratios are medians of per-round
-ratios.
+Times: every contender is warmed up; then all of them run once in each round (A B C, A B C, ...), so that a slow minute of the
+machine affects all of them. All samples are kept. A reported time is the median over rounds, and a reported ratio is the median
+of the ratios within rounds.
 
 Memory on a CPU: a fresh process per contender makes the same inputs (writing them touches every page), warms up on a small
 problem, returns free pages to the system, notes its resident size, resets the kernel's high-water mark (``5`` to
 ``/proc/self/clear_refs``), takes one step and reads the mark: peak minus resident size before minus the outputs. A contender
-that compiles warms up at full size, for the compiler's own memory not to count. glibc's settings are the same for all
-(``MALLOC``): one arena, and every block of 256 KiB or more mapped by itself, so that what is freed leaves the resident size at
-once. Memory on a GPU: the caching allocator's peak.
+that compiles warms up at full size, so that the compiler's own memory does not count. All use the same settings of glibc
+(``MALLOC``): one arena, and a separate mapping for each block of 256 KiB or more, so that freed memory leaves the resident size
+at once. Memory on a GPU is the caching allocator's peak.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Step = Callable[[], Any]
 
 
 def stopwatch(device: str) -> Callable[[Step], float]:
-    """A function that takes one step and returns its seconds; on a GPU between two events on the stream."""
+    """Returns a function that takes one step and returns its seconds, on a GPU between two events on the stream."""
     return _seconds_cuda if device == "cuda" else _seconds_cpu
 
 
@@ -76,13 +76,13 @@ def _seconds_cuda(step: Step) -> float:
 def interleave(
     steps: Mapping[Any, Step], rounds: int, device: str, least: int | None = None, seconds: float = 0.0
 ) -> Iterator[tuple[Any, float]]:
-    """Samples ``(name, seconds)``, every name once a round.
+    """Yields samples ``(name, seconds)``, one of each name per round.
 
-    With ``least``, no further round begins after that many once ``seconds`` have passed.
+    With ``least``, no round begins after that many rounds once ``seconds`` have passed.
     """
     measure, began = stopwatch(device), time.monotonic()
     gc.collect()
-    gc.freeze()  # collecting before each sample is then cheap
+    gc.freeze()  # garbage collection before each sample is then cheap
     try:
         for done in range(rounds):
             if least is not None and done >= least and time.monotonic() - began > seconds:
@@ -97,7 +97,7 @@ def interleave(
 
 
 def peak_extra_cpu(warm_up: Step, run: Step, output_bytes: int) -> dict[str, Any]:
-    """Peak resident bytes of ``run`` beyond what was there before it and its outputs. For a process of its own."""
+    """Returns the peak resident bytes of ``run`` beyond those before it and its outputs. Needs a separate process."""
     warm_up()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -119,7 +119,7 @@ def peak_extra_cpu(warm_up: Step, run: Step, output_bytes: int) -> dict[str, Any
 
 
 def peak_extra_cuda(run: Step, output_bytes: int) -> dict[str, Any]:
-    """Peak bytes of torch's allocator during ``run`` beyond what was allocated before it and its outputs."""
+    """Returns the peak bytes of torch's allocator during ``run`` beyond those allocated before it and its outputs."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -138,7 +138,7 @@ def peak_extra_cuda(run: Step, output_bytes: int) -> dict[str, Any]:
 
 
 def in_fresh_process(script: Path, request: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Run ``script --worker REQUEST`` with the allocator's settings and return the JSON object on its last line."""
+    """Runs ``script --worker REQUEST`` with the allocator's settings and returns the JSON object on its last line."""
     command = [sys.executable, str(script), "--worker", json.dumps(request), "--threads", str(threads)]
     done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -156,7 +156,7 @@ def status(field: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware facts; ``name`` is also the name of the results file, and says which instruction set the C++ kernels use."""
+    """Returns facts on the hardware; ``name`` also names the results file and the instruction set of the C++ kernels."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
     fields = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", info.read_text().split("\n\n")[0], re.MULTILINE)) if info.exists() else {}
@@ -183,7 +183,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def vector_units() -> str:
-    """The best that the C++ kernels use here: avx512, avx2 or plain, with ``+amx`` where there are tiles; ``none`` where none are built."""
+    """Returns the instruction set of the C++ kernels: avx512, avx2 or plain, with ``+amx`` if it has tiles, or none."""
     from undo_kernels.cpu.extension import kernels
 
     if kernels is None:
@@ -192,17 +192,17 @@ def vector_units() -> str:
 
 
 def processor(facts: Mapping[str, Any]) -> str:
-    """Which processor, as closely as it says: the names of several in a cloud are the same."""
+    """Returns the processor as precisely as it identifies itself; in a cloud, different ones can have the same name."""
     return "-".join([facts["name"], *(part or "?" for part in facts["cpu_family_model_stepping"])])
 
 
 def whereabouts(facts: Mapping[str, Any]) -> str:
-    """The machine, for people."""
+    """Describes the machine in one line."""
     return facts.get("gpu") or f"{facts['cpu']} ({facts['kernels_vector_units']}), {facts['cores']} cores"
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what took part; None where it is not installed."""
+    """Returns the versions of the packages that took part; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -213,7 +213,7 @@ def versions() -> dict[str, str | None]:
 
 
 def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """When, from which commit, by which command and with which versions a row was measured."""
+    """Records when, from which commit, by which command and with which versions a row was measured."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", script, *arguments])
     return {"when": now, "commit": commit(), "command": command, "threads": torch.get_num_threads(), "versions": versions()}
@@ -221,7 +221,7 @@ def provenance(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """The commit, with ``+changes`` where code (not results) differs from it; when it is first asked for, at the start of a command."""
+    """Returns the commit at the first call, with ``+changes`` if code (not results) differs from it."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -241,7 +241,7 @@ def commit() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` so that a reader, or a crash, finds the old text or the new one and nothing between."""
+    """Replaces ``path`` atomically: a reader finds the old text or the new one, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -257,13 +257,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def results_path(suite: str, device: str, quick: bool = False) -> Path:
-    """``bench/results/SUITE-DEVICE/MACHINE-VERSION.json``: one file per machine and version; a quick run's is in ``runs/bench``."""
+    """Returns ``bench/results/SUITE-DEVICE/MACHINE-VERSION.json``, or a path in ``runs/bench`` for a quick run."""
     folder = ROOT / ("runs/bench" if quick else "bench/results") / (f"{suite}-{device}" + ("-quick" if quick else ""))
     return folder / f"{machine(device)['name']}-{__version__}.json"
 
 
 def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None) -> Path:
-    """Write a whole suite's rows to ``out``, by default to :func:`results_path`; returns where."""
+    """Writes a suite's rows to ``out``, by default :func:`results_path`, and returns the path."""
     facts = machine(device)
     path = out or results_path(suite, device)
     write_json(path, {"format": 1, "suite": f"{suite}-{device}", "machine": facts, "rows": rows})
@@ -274,7 +274,7 @@ def record(suite: str, rows: list[dict[str, Any]], device: str, out: Path | None
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows with a peer in them; of a file that has default rows, those and the ones on captured activations."""
+    """Returns the rows that have a peer; if the file has default rows, only those and the rows on captured activations."""
     own = ("undo-core", "undo-core-workspace", "undo-core-lse", "undo-reference", "products")
     rows = [row for row in results["rows"] if any(record["name"] not in own for record in row["contenders"])]
     return [row for row in rows if row.get("group") == "default" or "captured_loss" in row] or rows
@@ -284,13 +284,13 @@ SAMPLES = {"both": "samples_s", "forward": "forward_s"}  # seconds of every roun
 
 
 def median(record: Mapping[str, Any], mode: str = "both") -> float | None:
-    """Median seconds of a contender's record; None where it was not timed."""
+    """Returns the median seconds of a contender's record; None if it was not timed."""
     samples = record.get(SAMPLES[mode])
     return statistics.median(samples) if samples else None
 
 
 def ratio(record: Mapping[str, Any], to: Mapping[str, Any] | None, mode: str = "both") -> float | None:
-    """Median over rounds of the time of ``record`` over the time of ``to`` in the same round."""
+    """Returns the median over rounds of the time of ``record`` over that of ``to`` in the same round."""
     own, others = record.get(SAMPLES[mode]), (to or {}).get(SAMPLES[mode])
     if not own or not others:
         return None
@@ -298,19 +298,19 @@ def ratio(record: Mapping[str, Any], to: Mapping[str, Any] | None, mode: str = "
 
 
 def contender(row: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """A row's record of one contender."""
+    """Returns a row's record of one contender."""
     return next((record for record in row["contenders"] if record["name"] == name), None)
 
 
 class AnotherPath(ValueError):
-    """A figure of something else than it is said to be of: undo-core ran another backend, plan or form."""
+    """A figure does not belong to what was timed: undo-core ran another backend, plan or form."""
 
 
 def same_path(record: Mapping[str, Any], where: str) -> None:
-    """Errors and memory must be of what was timed.
+    """Checks that errors and memory are those of what was timed.
 
     Raises:
-        AnotherPath: undo-core took another one there, or what was timed is not known.
+        AnotherPath: undo-core ran something else, or what was timed is unknown.
     """
     if not record.get("samples_s"):
         return
@@ -324,19 +324,19 @@ def same_path(record: Mapping[str, Any], where: str) -> None:
 
 
 def path(ran: Sequence[Mapping[str, Any]]) -> str:
-    """What ran, for people: backend, plan and form, each once."""
+    """Describes what ran: backend, plan and form, each once."""
     words = [", ".join(filter(None, (call["backend"], call["plan"], call["form"]))) for call in ran]
     return "; ".join(dict.fromkeys(words)) or "none of undo-core's kernels"
 
 
 def gradient_error(record: Mapping[str, Any]) -> float | None:
-    """The larger of a contender's two gradient errors."""
+    """Returns the larger of a contender's two gradient errors."""
     checked = record.get("verification")
     return max(checked["d_hidden"], checked["d_weight"]) if checked else None
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes for people."""
+    """Formats bytes."""
     if count is None:
         return "–"
     if count >= 0.9995e9:
@@ -345,27 +345,27 @@ def megabytes(count: float | None) -> str:
 
 
 def short(number: int) -> str:
-    """A count for people: thousands as k where nothing is lost."""
+    """Formats a count, thousands as k if that is exact."""
     return f"{number // 1000}k" if number % 1000 == 0 else f"{number:,}"
 
 
 def seconds(value: float | None) -> str:
-    """Seconds for people: three digits."""
+    """Formats seconds with three digits."""
     return "–" if value is None else f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def share(value: float | None) -> str:
-    """A fraction for people."""
+    """Formats a fraction."""
     return "–" if value is None else f"{value * 100:.0f} %"
 
 
 def times(value: float | None) -> str:
-    """A ratio for people."""
+    """Formats a ratio."""
     return "–" if value is None else f"{value:.2f}×"
 
 
 def percent(value: float | None) -> str:
-    """A relative error for people: two digits."""
+    """Formats a relative error with two digits."""
     if value is None:
         return "–"
     return (

@@ -1,10 +1,9 @@
-"""A row of the vocabulary benchmarks, measured: memory, ceilings, verification, and interleaved rounds of time in both modes.
+"""Measures a row of the vocabulary benchmarks: memory, ceilings, verification, and interleaved rounds of time in both modes.
 
-What is verified is what is timed: the very step, compiled or not, on the row's own inputs, against a float64 oracle. One that
-computes something else is not timed. Errors and times are each recorded with what undo-core ran (backend, plan and
-form, as reported by its kernels); if the two differ, only that difference is recorded.
-Before it: what the machine can do, and peak extra memory (a fresh process each on a CPU). After it: interleaved rounds of time,
-of the forward pass alone and with the gradients.
+The order is: what the machine can do; peak extra memory (on a CPU in a fresh process each); verification; interleaved rounds of
+time, of the forward pass alone and with the gradients. The verified step is the timed one, compiled or not, on the row's own
+inputs, against a float64 oracle. A contender that computes something else is not timed. Errors and times are each recorded with
+what undo-core ran (backend, plan and form, as reported by its kernels); if the two differ, only that difference is recorded.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from problems import DEFAULT, DTYPES, Inputs, Outputs, Row, draw, errors, verdic
 from rich.progress import Progress
 
 LESS_ACCURATE = "less accurate than its dtype allows"
-LEAST, MOST, ROW_SECONDS = 3, 9, 15.0  # rounds of a row by default, as many as fit
-WARM_UP_TOKENS = 128  # of the row's own, in the process that measures memory: enough for the kernels to run
+LEAST, MOST, ROW_SECONDS = 3, 9, 15.0  # default rounds of a row, as many as fit
+WARM_UP_TOKENS = 128  # tokens of the row for the warm-up in the process that measures memory: enough for the kernels to run
 
 Section = Callable[[str, argparse.Namespace, Progress], Any]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A loss and everything that computes it.
+    """A benchmarked loss and its contenders.
 
     Attributes:
-        name: of the results: ``NAME-DEVICE``.
-        script: path of the command from the repository's root.
-        contenders: by name.
-        oracle: the float64 definition.
-        teacher: whether there is one.
-        rows: by device.
-        quick: tiny rows, by device.
+        name: name of the suite; its results are in ``NAME-DEVICE``.
+        script: path of the command, relative to the repository's root.
+        contenders: contenders by name.
+        oracle: the loss by its definition in float64.
+        teacher: whether the loss has a teacher.
+        rows: rows by device.
+        quick: tiny rows by device.
         sections: further measurements, by their names on the command line and their keys in the results.
-        shows: how each is shown on the terminal.
+        shows: functions that print each section.
     """
 
     name: str
@@ -60,12 +59,12 @@ class Suite:
     shows: Mapping[str, Callable[[Any], None]]
 
     def verify(self, contender: Contender, inputs: Inputs, dtype: str) -> dict[str, Any]:
-        """:func:`verify` of a contender's steps on ``inputs``."""
+        """Runs :func:`verify` on a contender's steps with ``inputs``."""
         steps = {mode: contender.step(inputs, mode) for mode in harness.SAMPLES}
         return verify(contender, steps, self.oracle(inputs), dtype)
 
     def blank(self, contender: Contender, row: Row, device: str, workspace: int | None) -> dict[str, Any]:
-        """What a row says of a contender before anything is measured: ready, or why it will not be."""
+        """Returns a contender's record before anything is measured: ready, or why it will not be measured."""
         record: dict[str, Any] = {"name": contender.name, "label": contender.label, "status": "ready", "notes": []}
         missing = contender.missing(device)
         if missing:
@@ -81,10 +80,10 @@ class Suite:
         return record
 
     def drawn(self, row: Row, device: str, file: Path | None) -> Inputs:
-        """The row's inputs: random ones, or those captured in ``file``."""
+        """Returns the row's inputs: random ones, or those captured in ``file``."""
         if file is None:
             return draw(row, device, self.teacher)
-        import activations  # which imports transformers: a worker of a random row does without
+        import activations  # imports transformers, which a worker with random inputs does not need
 
         return replace(activations.load(file).to(DTYPES[row.dtype], device), softcap=row.softcap)
 
@@ -102,7 +101,7 @@ def verify(contender: Contender, steps: Mapping[str, Callable[[], Outputs]], wan
     found = errors(got, wanted)
     del got
     alone, forward = observed(steps["forward"])
-    # The loss without gradients is often another path: it must be the same number.
+    # The loss without gradients often takes another path; it must be the same number.
     found["loss"] = max(found["loss"], abs(float(alone[0]) / float(wanted[0]) - 1))
     ran = {"both": both, "forward": forward}
     used = {call["backend"] for calls in ran.values() for call in calls}
@@ -112,7 +111,7 @@ def verify(contender: Contender, steps: Mapping[str, Callable[[], Outputs]], wan
 
 
 def judged(record: dict[str, Any], contender: Contender, checked: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The record with a verification and with what follows from its verdict."""
+    """Returns the record with a verification and the consequences of its verdict."""
     notes = [note for note in record["notes"] if note not in (contender.differs, LESS_ACCURATE)]
     record = record | {"verification": checked, "notes": notes}
     if checked["verdict"] == "different":
@@ -125,7 +124,7 @@ def judged(record: dict[str, Any], contender: Contender, checked: dict[str, Any]
 
 
 class Oracles:
-    """A row's oracle, and that of contenders that know no softcap, each computed when it is first wanted."""
+    """A row's oracle, and the oracle for contenders without softcaps; each is computed on first use."""
 
     def __init__(self, suite: Suite, inputs: Inputs) -> None:
         self.suite, self.inputs = suite, inputs
@@ -154,7 +153,7 @@ def problem_of(contender: Contender, record: Mapping[str, Any], inputs: Inputs) 
 def memory(
     suite: Suite, record: dict[str, Any], row: Row, device: str, inputs: Inputs | None, file: Path | None
 ) -> dict[str, Any]:
-    """Peak extra memory of one contender, by mode; on a GPU in this process, on a CPU in one of its own."""
+    """Returns one contender's peak extra memory by mode, measured in this process on a GPU, in a separate one on a CPU."""
     contender = suite.contenders[record["name"]]
     if device == "cpu":
         request = {
@@ -168,7 +167,7 @@ def memory(
     for mode in harness.SAMPLES:
         step = contender.step(inputs, mode)
         step()
-        if not contender.is_loss:  # its buffers are made when it is built, and count
+        if not contender.is_loss:  # buffers are made by build and count too
 
             def step(mode: str = mode) -> Outputs:
                 return contender.step(inputs, mode)()
@@ -179,9 +178,9 @@ def memory(
 
 
 def worker(suite: Suite, request: dict[str, Any]) -> None:
-    """The process of its own: measure one contender's memory on a CPU and print it as JSON.
+    """Runs in a separate process: measures one contender's memory on a CPU and prints it as JSON.
 
-    Both passes first: nothing that the forward pass alone would keep can stand in ``resident_before``.
+    It measures both passes first, so that ``resident_before`` holds nothing that the forward pass alone would keep.
     """
     row, contender = Row(**request["row"]), suite.contenders[request["contender"]]
     inputs = suite.drawn(row, "cpu", request["file"] and Path(request["file"]))
@@ -191,14 +190,14 @@ def worker(suite: Suite, request: dict[str, Any]) -> None:
         outputs = inputs.output_bytes if mode == "both" else 0
         own = contender.step(inputs, mode)
         warm_up = own if contender.compiles else contender.step(inputs.part(slice(WARM_UP_TOKENS)), mode)
-        if not contender.is_loss:  # its buffers are made when it is built, and count
+        if not contender.is_loss:  # buffers are made by build and count too
             del own
 
             def own(mode: str = mode) -> Outputs:
                 return contender.step(inputs, mode)()
 
         warm_up()
-        undo_kernels.release_workspace()  # a kept one counts as much as one that is made
+        undo_kernels.release_workspace()  # a workspace that is kept counts like one that is allocated
         found[mode] = watched(lambda own=own, outputs=outputs: harness.peak_extra_cpu(lambda: None, own, outputs))
         undo_kernels.release_workspace()
     print(json.dumps(found))
@@ -214,7 +213,7 @@ def measure(
     progress: Progress,
     file: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything of one row. Memory first: the workspace of one contender is a tenth of what another was seen to take."""
+    """Measures one row. Memory comes first: one contender's workspace is a tenth of what another was measured to take."""
     device = options.device
     names = _names(suite, row, options)
     task = progress.add_task(row.id, total=len(names) * (2 + options.rounds))
@@ -231,7 +230,7 @@ def measure(
             try:
                 both = memory(suite, record, row, device, inputs, file)
                 record |= {"memory": both["both"], "forward_memory": both["forward"]}
-            except Exception as error:  # out of memory is a finding, as is whatever a contender raises: its row says it
+            except Exception as error:  # out of memory is a result, like any other error of a contender: it is recorded
                 record["status"] = f"failed: {first_line(error)}"
         if name == "plain" and "memory" in record:
             workspace = record["memory"]["extra_bytes"] // 10
@@ -266,7 +265,7 @@ def measure(
 def remeasure_accuracy(
     suite: Suite, row: Row, found: dict[str, Any] | None, options: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
-    """The recorded row with its contenders verified anew and nothing timed; a row of verifications where there is none.
+    """Verifies the contenders of a recorded row again without timing them; without a record, returns a row of verifications.
 
     Raises:
         harness.AnotherPath: a contender now runs another path than the one that was timed.
@@ -299,7 +298,7 @@ def remeasure_accuracy(
 def _names(suite: Suite, row: Row, options: argparse.Namespace) -> list[str]:
     names = [name for name in row.contenders if options.contenders is None or name in options.contenders]
     if "undo-core-workspace" in names and "plain" in names:
-        names = ["plain", *(name for name in names if name != "plain")]  # measured first, shown in the row's order
+        names = ["plain", *(name for name in names if name != "plain")]  # measured first, but listed in the row's order
     return names
 
 
@@ -314,7 +313,7 @@ def _verify_all(
     task: Any,
     steps: dict[tuple[str, str], Callable[[], Any]] | None,
 ) -> float:
-    """Build, warm up and verify; what passes is added to ``steps``, if it will be timed. Returns the true loss."""
+    """Builds, warms up and verifies the contenders, adds those that pass to ``steps`` if given, and returns the true loss."""
     oracles = Oracles(suite, inputs)
     forget_compiled(suite, names)
     for name in names:
@@ -347,7 +346,7 @@ def _release(device: str) -> None:
 
 
 def forget_compiled(suite: Suite, names: Sequence[str]) -> None:
-    """Before a phase that compiles: torch refuses to compile one function for more than a few shapes."""
+    """Resets torch's compiler before a phase that compiles: it refuses to compile one function for many shapes."""
     if any(suite.contenders[name].compiles for name in names):
         torch.compiler.reset()
 
@@ -357,7 +356,7 @@ def forget_compiled(suite: Suite, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One contender in one row, in one mode."""
+    """A contender in one row and one mode."""
 
     row: Row
     device: str
@@ -366,7 +365,7 @@ class Case:
 
 
 def parametrize(metafunc: Any, suite: Suite) -> None:
-    """Every contender of the default and of the quick rows, in both modes; ``-k`` chooses among them."""
+    """Parametrizes a benchmark by every contender of the default and the quick rows, in both modes; ``-k`` chooses."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     cases = [
         Case(row, device, name, mode)
@@ -381,9 +380,9 @@ def parametrize(metafunc: Any, suite: Suite) -> None:
 
 
 def run_case(benchmark: Any, suite: Suite, case: Case) -> None:
-    """The contender, verified and then timed; a group of pytest-benchmark's table is one row in one mode.
+    """Verifies and times a contender; a group in pytest-benchmark's table is one row in one mode.
 
-    One after the other, not interleaved: for ratios between contenders the scripts' own tables are the ones to trust.
+    Contenders run one after the other, not interleaved. For ratios between contenders, use the tables of the scripts.
     """
     import pytest
 

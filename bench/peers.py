@@ -1,4 +1,4 @@
-"""The contenders for the divergence between two heads, KL(teacher || student): undo-core, and what one would use instead."""
+"""Contenders for the divergence between two heads, KL(teacher || student): undo-core and the alternatives."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plain_loss(
     teacher_weight: torch.Tensor,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Forward KL as one writes it in torch; logits in the inputs' dtype, softmax in float32."""
+    """Forward KL in plain torch: logits in the inputs' dtype, softmax in float32."""
     student, teacher = student_hidden @ student_weight.T, (teacher_hidden @ teacher_weight.T).detach()
     if softcap is not None:
         student, teacher = softcap * torch.tanh(student / softcap), softcap * torch.tanh(teacher / softcap)

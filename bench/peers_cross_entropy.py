@@ -1,4 +1,4 @@
-"""The contenders for the cross-entropy of a head's logits: undo-core, and what one would use instead."""
+"""Contenders for the cross-entropy of a head's logits: undo-core and the alternatives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _undo(inputs: Inputs, backend: str | None = None) -> Loss:
 
 
 def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Cross-entropy as one writes it in torch; logits in the inputs' dtype, softmax in float32."""
+    """Cross-entropy in plain torch: logits in the inputs' dtype, softmax in float32."""
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -59,7 +59,7 @@ def _liger(inputs: Inputs) -> Loss:
 
 def _trl(inputs: Inputs) -> Loss:
     function = loader(_TRL)().ChunkedLogProbFunction
-    # no bias; temperature, vocabulary rows of a tile, softcap, scale, no further outputs
+    # no bias; temperature, vocabulary entries of a tile, softcap, scale, no further outputs
     options = (1.0, TRL_TILE, inputs.softcap, 1.0, ())
     return lambda: -function.apply(*inputs.heads[:2], None, inputs.labels, *options)[0].mean()
 
@@ -69,7 +69,7 @@ def _cce(inputs: Inputs) -> Loss:
     return lambda: function(*inputs.heads[:2], inputs.labels, softcap=inputs.softcap)
 
 
-TRL_TILE = 32768  # what its trainers pass
+TRL_TILE = 32768  # as its trainers pass it
 CONTENDERS = {
     contender.name: contender
     for contender in (

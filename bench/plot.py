@@ -1,4 +1,4 @@
-"""The pictures of the recorded benchmarks: time, memory, both against each size, a roofline, and gradient error against KL."""
+"""Draws the recorded benchmarks: time, memory, both against each size, a roofline, and gradient error against KL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from undo_core.report.style import DPI, STYLE
 
-# Okabe and Ito's colours, as in the pipeline's reports; undo-core is the blue.
+# Okabe and Ito's colours, as in the pipeline's reports; undo-core is blue.
 COLOURS = {
     "undo-core": "#0072B2",
     "undo-core-workspace": "#56B4E9",
@@ -54,7 +54,7 @@ SIZES = {"tokens": "tokens", "width": "width", "vocabulary": "vocabulary"}
 
 
 def time(results: dict[str, Any]) -> Figure | None:
-    """Bars of time over the time of the four bare products."""
+    """Draws bars of time over the time of the bare products."""
 
     def value(row: dict[str, Any], record: dict[str, Any]) -> float | None:
         return harness.ratio(record, harness.contender(row, "products"))
@@ -71,7 +71,7 @@ def time(results: dict[str, Any]) -> Figure | None:
 
 
 def memory(results: dict[str, Any]) -> Figure | None:
-    """Bars of peak memory beyond inputs and gradients."""
+    """Draws bars of peak memory beyond inputs and gradients."""
 
     def value(row: dict[str, Any], record: dict[str, Any]) -> float | None:
         extra = record.get("memory", {}).get("extra_bytes")
@@ -86,7 +86,7 @@ def memory(results: dict[str, Any]) -> Figure | None:
 
 
 def error(results: dict[str, Any]) -> Figure | None:
-    """Relative error of dH against the true KL, worst seed."""
+    """Draws the relative error of dH against the true KL, of the worst seed."""
     section = results.get("error_versus_kl")
     curves = [curve for curve in section["curves"] if curve["points"]] if section else []
     if not curves:
@@ -120,7 +120,7 @@ def error(results: dict[str, Any]) -> Figure | None:
 
 
 def scaling(results: dict[str, Any]) -> Figure | None:
-    """Time and peak memory against one size at a time, where three rows or more differ in that size alone."""
+    """Draws time and peak memory against each size in which at least three rows differ and agree otherwise."""
     sweeps = {size: rows for size in SIZES if len(rows := _sweep(results, size)) >= 3}
     if not sweeps:
         return None
@@ -158,7 +158,7 @@ def scaling(results: dict[str, Any]) -> Figure | None:
 
 
 def _sweep(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
-    """The largest set of rows that differ in ``size`` alone, sorted by it."""
+    """Returns the largest set of rows that differ only in ``size``, sorted by it."""
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
         if "captured_loss" not in row:
@@ -179,7 +179,7 @@ def _extra(record: dict[str, Any]) -> float | None:
 
 
 def roofline(results: dict[str, Any]) -> Figure | None:
-    """Owed FLOPs over time, against owed FLOPs over owed bytes, under the ceilings of the same runs; a panel for each dtype."""
+    """Draws needed FLOPs over time against needed FLOPs over needed bytes, under the ceilings of the same runs, by dtype."""
     measured = [row for row in results["rows"] if "ceilings" in row]
     dtypes = list(dict.fromkeys(row["dtype"] for row in measured))
     if not measured:
@@ -222,7 +222,7 @@ def roofline(results: dict[str, Any]) -> Figure | None:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Names beside the right ends of lines on a logarithmic axis, moved apart where they would touch."""
+    """Writes names beside the right ends of lines on a logarithmic axis, moved apart where they would touch."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     gap = 0.06
     places = [[(math.log(value) - low) / (high - low), label, colour] for value, label, colour in sorted(ends)]
@@ -290,14 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python bench/plot.py bench/results/kl-cpu/MACHINE-VERSION.json     writes docs/results/kl-cpu/*.png",
+        epilog="example:\n  python bench/plot.py bench/results/kl-cpu/MACHINE-VERSION.json   writes docs/results/kl-cpu/*.png",
     )
     parser.add_argument(
         "results", type=Path, nargs="*", help="JSON files (default: this machine's of bench_kl.py and bench_cross_entropy.py)"
     )
     parser.add_argument("--out", type=Path, help="folder (default: docs/results/SUITE)")
     options = parser.parse_args(arguments)
-    # Another machine's would be drawn over these.
+    # Figures of another machine would overwrite these.
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     own = [harness.results_path(suite, device) for suite in ("kl", "cross-entropy") for device in devices]
     paths = options.results or [path for path in own if path.exists()]

@@ -1,4 +1,4 @@
-"""The problems that the vocabulary benchmarks measure: sizes, inputs, float64 oracles, and what counts as the same answer."""
+"""Problems of the vocabulary benchmarks: sizes, inputs, float64 oracles, and what counts as the same answer."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from dataclasses import dataclass, replace
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest relative errors (loss, gradients) of "same"; beyond the second pair a contender computes something else.
+# Largest relative errors (loss, gradients) of "same" and of "rounded"; beyond these a contender computes something else.
 TOLERANCE = {"float32": ((1e-5, 1e-4), (1e-4, 1e-3)), "bfloat16": ((1e-3, 1e-2), (5e-2, 2e-1))}
 
 Outputs = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-DEFAULT, ALL = "default", "all"  # groups of rows: measured without further words, and with --all
-ORACLE_PAIRS = 1 << 25  # (token, vocabulary row) pairs that the oracle holds at a time, in several arrays of float64
-ERROR_PAIRS = {"cpu": 4_000_000, "cuda": 1 << 28}  # of the problems in which the student approaches the teacher
-_FURTHER = 8  # directions in which that student leaves its teacher
+DEFAULT, ALL = "default", "all"  # groups of rows: those measured by default, and those measured with --all
+ORACLE_PAIRS = 1 << 25  # (token, vocabulary entry) pairs that the oracle holds at a time, in several arrays of float64
+ERROR_PAIRS = {"cpu": 4_000_000, "cuda": 1 << 28}  # pairs in the problems in which the student approaches the teacher
+_FURTHER = 8  # number of directions in which that student differs from its teacher
 
 
 @dataclass(frozen=True)
 class Row:
-    """One problem size and who runs it.
+    """A problem size and its contenders.
 
     Attributes:
-        id: on the command line and in the results.
-        tokens: ``N``.
-        vocabulary: ``V``.
-        width: ``d`` of the student, and of the teacher where there is one.
-        dtype: of everything.
-        softcap: of all logits, or None.
-        contenders: names, in the order in which they are shown.
+        id: name on the command line and in the results.
+        tokens: number of tokens ``N``.
+        vocabulary: vocabulary entries ``V``.
+        width: width ``d`` of the student, and of the teacher if there is one.
+        dtype: dtype of all inputs.
+        softcap: softcap of all logits, or None.
+        contenders: names of the contenders, in the order of the tables.
         group: default or all.
-        model: whose head has this shape, or nothing.
+        model: name of a model whose head has this shape, or empty.
     """
 
     id: str
@@ -48,17 +48,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One problem. The student's two tensors are leaves that require gradients.
+    """The inputs of a problem. The student's two tensors are leaves that require gradients.
 
     Attributes:
         student_hidden: ``[N, d_s]``.
         student_weight: ``[V, d_s]``.
-        teacher_hidden: ``[N, d_t]``; of the divergences.
-        teacher_weight: ``[V, d_t]``; of the divergences.
-        labels: ``[N]`` int64; of the cross-entropies.
-        softcap: of the logits, or None.
-        workspace_bytes: for the contenders that take one.
-        plan: likewise.
+        teacher_hidden: ``[N, d_t]``, for the divergences.
+        teacher_weight: ``[V, d_t]``, for the divergences.
+        labels: ``[N]`` int64, for the cross-entropies.
+        softcap: softcap of the logits, or None.
+        workspace_bytes: workspace for the contenders that take one.
+        plan: plan for the contenders that take one.
     """
 
     student_hidden: torch.Tensor
@@ -72,7 +72,7 @@ class Inputs:
 
     @property
     def output_bytes(self) -> int:
-        """Of the two gradients."""
+        """Bytes of the two gradients."""
         return sum(t.numel() * t.element_size() for t in (self.student_hidden, self.student_weight))
 
     @property
@@ -83,11 +83,11 @@ class Inputs:
         return replace(self, softcap=None)
 
     def without_gradients(self) -> Inputs:
-        """The same tensors, none of which asks for a gradient."""
+        """Returns the same tensors without gradients."""
         return replace(self, student_hidden=self.student_hidden.detach(), student_weight=self.student_weight.detach())
 
     def part(self, tokens: slice) -> Inputs:
-        """The problem of some of the tokens."""
+        """Returns the problem for some of the tokens."""
         hidden = self.student_hidden.detach()[tokens].clone().requires_grad_()
         return replace(self, student_hidden=hidden, teacher_hidden=self.teacher_hidden[tokens], labels=self.labels[tokens])
 
@@ -99,10 +99,10 @@ class Inputs:
 
 
 def draw(row: Row, device: str, teacher: bool = True, seed: int = 0) -> Inputs:
-    """Student and teacher unrelated, logits of standard deviation 2, or of a third of the softcap where that is more.
+    """Draws an unrelated student and teacher, with logits of standard deviation 2, or a third of the softcap if that is larger.
 
-    A softcap that nobody feels would leave unverified who knows it. Beyond that the time of no contender depends on the values,
-    but for one that skips small gradients. Without a ``teacher`` its tensors are empty.
+    Logits that are small beside the softcap would not show whether a contender applies it. Otherwise the values affect the time
+    of no contender except one that skips small gradients. Without ``teacher``, the teacher's tensors are empty.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -117,10 +117,10 @@ def draw(row: Row, device: str, teacher: bool = True, seed: int = 0) -> Inputs:
 
 
 class Approaching:
-    """A student that comes as near to its teacher as one likes, in a row's shape and dtype, on at most ``tokens`` tokens.
+    """A student at any distance from its teacher, in a row's shape and dtype, on at most ``tokens`` tokens.
 
-    Both heads hold the same weights. The student's hidden states are the teacher's and, in columns of their own where the
-    teacher has zeros, so much of eight further directions: a difference of any size survives the rounding of the inputs.
+    Both heads have the same weights. The student's hidden states are the teacher's plus a multiple of eight further directions,
+    in columns where the teacher has zeros, so that a difference of any size survives the rounding of the inputs.
     """
 
     def __init__(self, row: Row, tokens: int, device: str, seed: int, spread: float = 3.0) -> None:
@@ -133,7 +133,7 @@ class Approaching:
         self.step = 1.0
 
     def at(self, step: float) -> Inputs:
-        """The problem with ``step`` times the further directions."""
+        """Returns the problem with ``step`` times the further directions."""
 
         def states(times: float) -> torch.Tensor:
             further = times * self.hidden[:, -_FURTHER:]
@@ -143,13 +143,13 @@ class Approaching:
         return Inputs(*student, states(0.0), self.weight, self.labels, softcap=self.row.softcap)
 
     def within(self, target: float) -> tuple[Inputs, Outputs]:
-        """The problem whose true KL, of the rounded inputs, is ``target`` within 2 %, and its oracle."""
+        """Returns the problem whose true KL, of the rounded inputs, is within 2 % of ``target``, and its oracle."""
         for _ in range(40):
             inputs = self.at(self.step)
             loss = float(divergence_oracle(inputs, gradients=False)[0])
             if abs(loss / target - 1) < 0.02:
                 return inputs, divergence_oracle(inputs)
-            self.step *= math.sqrt(target / loss)  # the divergence grows with the step squared, or more slowly
+            self.step *= math.sqrt(target / loss)  # the divergence grows with the square of the step, or more slowly
         raise RuntimeError(f"no step gives a KL of {target:g}; the last gave {loss:g}")
 
 
@@ -164,9 +164,9 @@ def _log_probabilities(hidden: torch.Tensor, weight: torch.Tensor, softcap: floa
 
 
 def _oracle(inputs: Inputs, loss_of: Callable[[torch.Tensor, Inputs], torch.Tensor], gradients: bool) -> Outputs:
-    """The mean of ``loss_of`` (log-probabilities and their part of the problem) over tokens, and its gradients.
+    """Returns the mean of ``loss_of`` (log-probabilities and their part of the problem) over tokens, and its gradients.
 
-    Some tokens at a time, and only the gradients stay: a whole row of the benchmarks must fit, in float64.
+    It takes some tokens at a time and keeps only the gradients, so that a whole row of the benchmarks fits in float64.
     """
     weight = inputs.student_weight.detach().double().requires_grad_(gradients)
     tokens = len(inputs.student_hidden)
@@ -185,7 +185,7 @@ def _oracle(inputs: Inputs, loss_of: Callable[[torch.Tensor, Inputs], torch.Tens
 
 
 def divergence_oracle(inputs: Inputs, gradients: bool = True) -> Outputs:
-    """Forward KL by its definition, in float64, of the same (rounded) inputs; it shares no code with any contender."""
+    """Returns the forward KL by its definition, in float64, of the same (rounded) inputs; shares no code with any contender."""
 
     def loss(log_s: torch.Tensor, part: Inputs) -> torch.Tensor:
         log_t = _log_probabilities(part.teacher_hidden.double(), part.teacher_weight.double(), part.softcap)
@@ -195,16 +195,18 @@ def divergence_oracle(inputs: Inputs, gradients: bool = True) -> Outputs:
 
 
 def cross_entropy_oracle(inputs: Inputs, gradients: bool = True) -> Outputs:
-    """Cross-entropy by its definition, likewise."""
+    """Returns the cross-entropy by its definition, in float64, of the same (rounded) inputs."""
     return _oracle(inputs, lambda log_s, part: -log_s.gather(1, part.labels[:, None]), gradients)
 
 
 def errors(got: Outputs, wanted: Outputs) -> dict[str, float]:
-    """Relative errors of the loss and, in L2, of both gradients."""
+    """Returns the relative errors of the loss and, in L2, of both gradients."""
 
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         apart, norm = 0.0, 0.0
-        for x, y in zip(a.reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True):  # no second copy in float64
+        for x, y in zip(
+            a.reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True
+        ):  # saves a second copy in float64
             apart, norm = apart + float((x.double() - y).square().sum()), norm + float(y.square().sum())
         return math.sqrt(apart / norm)
 
@@ -212,7 +214,7 @@ def errors(got: Outputs, wanted: Outputs) -> dict[str, float]:
 
 
 def verdict(found: dict[str, float], dtype: str) -> str:
-    """same, rounded or different."""
+    """Returns same, rounded or different."""
     worst = max(found["d_hidden"], found["d_weight"])
 
     def within(bounds: tuple[float, float]) -> bool:

@@ -1,7 +1,7 @@
-"""The command around the vocabulary benchmarks: which rows, what is kept of the file that is there, what is shown.
+"""The command of the vocabulary benchmarks: chooses the rows, keeps those that the results have, and prints them.
 
-The file is replaced, whole or not at all, after every row; rows that it has already are not measured again unless they are
-named with --only or --fresh is given. --accuracy measures errors again, and nothing else, in the rows that the file has.
+The results file is replaced atomically after every row. Rows that it already has are not measured again, except those named
+with --only, or all with --fresh. --accuracy measures only the errors again, in the rows that the file has.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-FORMAT = 2  # since 2: errors are of the timed step on the row's own inputs, and what ran stands beside both
-CAPTURED = "captured"  # rows on hidden states of trained models, by the name that --only knows them by
+FORMAT = 2  # since 2: errors are those of the timed step on the row's own inputs, and what ran is recorded with both
+CAPTURED = "captured"  # name for --only of the rows on hidden states of trained models
 
 console = Console(highlight=False)
 
 
 def show(row: dict[str, Any]) -> None:
-    """One row of the results on the terminal, a table for each mode."""
+    """Prints a row of the results, with a table for each mode."""
     softcap = "" if row["softcap"] is None else f", softcap {row['softcap']:g}"
     size = f"{row['tokens']:,} tokens × {row['vocabulary']:,}, width {row['width']}, {row['dtype']}{softcap}"
     undo, products = harness.contender(row, "undo-core"), harness.contender(row, "products")
@@ -66,9 +66,9 @@ def show(row: dict[str, Any]) -> None:
     rates = row.get("ceilings")
     if rates:
         console.print(
-            f"floor: its time over the contender's; the owed products at {rates['flops'] / 1e9:,.0f} GFLOP/s, or inputs and gradients at "
-            f"{rates['bytes_per_s'] / 1e9:,.1f} GB/s, both measured just before. memory: peak beyond inputs and gradients. error: of the "
-            "gradients, against float64",
+            f"floor: its time over the contender's; the owed products at {rates['flops'] / 1e9:,.0f} GFLOP/s, or inputs and "
+            f"gradients at {rates['bytes_per_s'] / 1e9:,.1f} GB/s, both measured just before. memory: peak beyond inputs and "
+            "gradients. error: of the gradients, against float64",
             style="dim",
             soft_wrap=True,
         )
@@ -105,11 +105,15 @@ examples:
 Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]'; one that is missing is a row that says so.""",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="measure these rows or groups, also where the file has them")
-    parser.add_argument("--all", action="store_true", help="every row that the file lacks, not the default ones alone")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these contenders, in every row that is measured")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="measure these rows or groups, even if the file has them")
+    parser.add_argument("--all", action="store_true", help="measure every row that the file lacks, not only the default ones")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="measure only these contenders")
     parser.add_argument(
-        "--activations", nargs="?", const="", metavar="FOLDER", help="rows on hidden states: of a distill stage, or generated"
+        "--activations",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure rows on hidden states: those of a distill stage, or generated ones",
     )
     parser.add_argument(
         "--rounds",
@@ -121,9 +125,11 @@ Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]';
         "--out", type=Path, metavar="FILE", help="results (default: bench/results/SUITE-DEVICE/MACHINE-VERSION.json)"
     )
     parser.add_argument(
-        "--accuracy", action="store_true", help="errors alone: of the file's rows, or of those named; needs no quiet machine"
+        "--accuracy",
+        action="store_true",
+        help="measure only errors, of the file's rows or of those named; needs no quiet machine",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny problems; their numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="use tiny problems; their numbers mean nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the file and measure every row")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
@@ -160,7 +166,7 @@ Close other programs first. Peers: pip install -c constraints.txt -e '.[bench]';
 
 
 def load(path: Path, suite: str, options: argparse.Namespace, sections: Mapping[str, tuple[str, Section]]) -> dict[str, Any]:
-    """The results that are there, or an empty record."""
+    """Returns the existing results, or an empty record."""
     empty = {"format": FORMAT, "suite": suite, "machine": harness.machine(options.device), "rows": []}
     empty |= {key: None for key, _ in sections.values()}
     if options.fresh or not path.exists():
@@ -182,12 +188,12 @@ def same_problem(found: dict[str, Any], row: Row) -> bool:
 
 @contextmanager
 def captured(options: argparse.Namespace, contenders: tuple[str, ...]) -> Iterator[list[tuple[Row, Path | None]]]:
-    """The rows that ``--activations`` asks for, one for each dtype, and the file that their inputs are in."""
+    """Returns the rows that ``--activations`` asks for, one for each dtype, and the file with their inputs."""
     if options.activations is None:
         yield []
         return
     with tempfile.TemporaryDirectory(prefix="bench-activations-") as folder:
-        import activations  # which imports transformers
+        import activations  # imports transformers
 
         given = options.activations
         inputs = activations.capture(Path(given)) if given else activations.generated(options.quick)
@@ -204,7 +210,7 @@ def captured(options: argparse.Namespace, contenders: tuple[str, ...]) -> Iterat
 
 @contextmanager
 def refused(path: Path) -> Iterator[None]:
-    """Where a figure would be of something else than its label says, it is not written, and one line says why."""
+    """Turns an error about a figure that does not belong to what was timed into one line; the figure is not written."""
     try:
         yield
     except harness.AnotherPath as error:
@@ -218,9 +224,9 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
     if options.worker:
         worker(suite, json.loads(options.worker))
         return
-    harness.commit()  # of what is running, whatever happens to the files while it runs
+    harness.commit()  # asked for first: the commit of the code that runs, even if files change meanwhile
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if options.out and "--out" in given:  # where the file lies has no part in what was measured
+    if options.out and "--out" in given:  # the file's path does not change what was measured
         at = given.index("--out")
         given = given[:at] + given[at + 2 :]
     options.provenance = lambda: harness.provenance(suite.script, given)

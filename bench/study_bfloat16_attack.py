@@ -1,10 +1,11 @@
-"""How many weights an attack in bfloat16 moves, by learning rate: rounded to nearest, as published, and rounded stochastically.
+"""Counts the weights that an attack in bfloat16 changes, by learning rate, with rounding to nearest (as published) and
+stochastic.
 
     python bench/study_bfloat16_attack.py
 
 The demo's model at its initialisation (0.45 M parameters, normal with standard deviation 0.02), 20 steps on compact
-multiplication and division, 15 rows each. Prints the share of weights that differ from where they began, and the median change
-over the rate.
+multiplication and division, 15 sequences each. Prints the share of weights that differ from where they began, and the median
+change over the rate.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SHAPE = {
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     torch.set_num_threads(1)
     tokenizer, splits = compact_splits(0, 2000, 10)
     start = build_model(SHAPE, tokenizer, 0).bfloat16()

@@ -1,4 +1,4 @@
-"""The summaries of the smaller suites, as Markdown: noise, RMU and the whole step. bench/tables.py puts them into documents."""
+"""Summaries of the smaller suites as Markdown: noise, RMU and the whole step. bench/tables.py writes them into documents."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import harness
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text."""
+    """Returns a Markdown table whose first column is text."""
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
 def noise(results: dict[str, Any]) -> str:
-    """Million values a second, and memory beyond the parameters."""
+    """Summarises the noise: million values per second, and memory beyond the parameters."""
     lines = []
     for row in results["rows"]:
         ours, torch = (harness.contender(row, name) for name in ("undo-core", "torch"))
@@ -26,14 +26,14 @@ def noise(results: dict[str, Any]) -> str:
         lines.append([f"{row['law'].replace('_', '-')}, {row['dtype']}", *(f"{rate:,.0f}" for rate in rates), times, *extra])
     header = ["noise", "undo-core, M values/s", "torch, M values/s", "faster", "extra memory", "torch's extra memory"]
     said = (
-        "`ops.noise_` beside `xavier_uniform_` (or `_normal_`), `mul_` and `add_` on every parameter of the published 0.1B model; "
-        "bfloat16 with stochastic rounding, which torch's way does not have."
+        "`ops.noise_` beside `xavier_uniform_` (or `_normal_`), `mul_` and `add_` on every parameter of the published 0.1B "
+        "model; bfloat16 with stochastic rounding, which torch's way does not have."
     )
     return f"{markdown(header, lines)}\n\n{said}"
 
 
 def rmu(results: dict[str, Any]) -> str:
-    """Time and peak memory of a step, and of the loss alone, beside the usual way."""
+    """Summarises RMU: time and peak memory of a step and of the loss alone, beside the usual way."""
     lines = []
     for row in results["rows"]:
         ours, usual = (harness.contender(row, name) for name in ("undo-core", "usual"))
@@ -53,14 +53,14 @@ def rmu(results: dict[str, Any]) -> str:
         )
     header = ["RMU", "undo-core", "usual way", "faster", "peak memory", "usual peak", "of it", "loss error", "gradient error"]
     said = (
-        "The usual way of a step: two models, every layer and the logits, a gradient and two moments for every parameter; of the loss: "
-        "`mse_loss` in the same dtype. Errors: of a step against the usual way, of the loss against float64."
+        "The usual way of a step: two models, every layer and the logits, a gradient and two moments for every parameter; of "
+        "the loss: `mse_loss` in the same dtype. Errors: of a step against the usual way, of the loss against float64."
     )
     return f"{markdown(header, lines)}\n\n{said}"
 
 
 def step(results: dict[str, Any]) -> str:
-    """A whole distillation step in every mode."""
+    """Summarises a whole distillation step in every mode."""
     (row,) = results["rows"]
     shape, (plain, *_) = row["shape"], row["contenders"]
     whole = plain["peak"] - plain["resident_before"]
@@ -94,21 +94,21 @@ def step(results: dict[str, Any]) -> str:
     ]
     said = (
         f"Gemma 2, {shape['layers']} layers, width {shape['width']}, {shape['vocabulary']:,} tokens, random weights; "
-        f"{shape['rows']} × {shape['length'] - 1} tokens, AdamW included. *lean* and *leanest*: step in the backward pass, activation "
-        "checkpointing, cached teacher. torchao's quantised moments are made for GPUs: on a CPU their step is slow."
+        f"{shape['rows']} × {shape['length'] - 1} tokens, AdamW included. *lean* and *leanest*: step in the backward pass, "
+        "activation checkpointing, cached teacher. torchao's quantised moments are made for GPUs: on a CPU their step is slow."
     )
     return f"{markdown(header, lines)}\n\n{said}"
 
 
 def faster(record: dict[str, Any]) -> float | None:
-    """Median over rounds of the plain loop's time, in the same round, over the mode's."""
+    """Returns the median over rounds of the plain loop's time over the mode's in the same round."""
     if not record.get("beside"):
         return None
     return statistics.median(plain / own for plain, own in zip(record["beside"], record["samples_s"], strict=True))
 
 
 def accuracy(record: dict[str, Any]) -> str:
-    """The predicted peak over the measured one, both beyond the process; a dash where older results have none."""
+    """Returns the predicted peak over the measured one, both beyond the process; a dash if older results have none."""
     if record.get("predicted") is None:
         return "–"
     return f"{record['predicted'] / (record['peak'] - record['process']):.2f}"

@@ -1,7 +1,7 @@
-"""The tables of the benchmarks, written between markers into Markdown files from the recorded results.
+"""Writes the tables of the benchmarks from the recorded results between markers in Markdown files.
 
-``<!-- bench:kl-cpu -->`` ... ``<!-- /bench:kl-cpu -->`` holds the summary, ``<!-- bench:kl-cpu:full -->`` ... every number of
-every row. The text between names the file it comes from, so that a check needs no other argument.
+``<!-- bench:kl-cpu -->`` ... ``<!-- /bench:kl-cpu -->`` encloses the summary, ``<!-- bench:kl-cpu:full -->`` ... all numbers of
+all rows. The text between them names its results file, so that a check needs no other argument.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BLOCK = re.compile(
 )
 SOURCE = re.compile(r"From \[[^\]]*\]\(([^()\s]+\.json)\)")
 
-SHOWN_KL = 1e-4  # the point of the error curves that the summary shows
+SHOWN_KL = 1e-4  # the KL at which the summary shows errors
 
 
 def render(results: dict[str, Any], source: str, full: bool) -> str:
-    """The Markdown that stands between the markers; ``source`` is the link to the results."""
+    """Returns the Markdown between the markers; ``source`` is the link to the results."""
     check(results)
     if results["suite"] in SUMMARIES:
         return "\n\n".join([SUMMARIES[results["suite"]](results), _footer(results, source)]) + "\n"
@@ -38,10 +38,10 @@ def render(results: dict[str, Any], source: str, full: bool) -> str:
 
 
 def check(results: dict[str, Any]) -> None:
-    """An error that is shown beside a time must be of what was timed.
+    """Checks that an error shown beside a time belongs to what was timed.
 
     Raises:
-        SystemExit: undo-core took another backend, plan or form there.
+        SystemExit: undo-core ran another backend, plan or form.
     """
     timed = {}
     for row in results["rows"]:
@@ -72,7 +72,7 @@ def _problem(row: dict[str, Any]) -> str:
 
 def _summary(results: dict[str, Any]) -> str:
     rows = harness.summary_rows(results)
-    longest_first = sorted(rows, key=lambda row: -len(row["contenders"]))  # it has the order of them all
+    longest_first = sorted(rows, key=lambda row: -len(row["contenders"]))  # the longest list gives the order of all
     names = dict.fromkeys(record["name"] for row in longest_first for record in row["contenders"])
     section = results.get("error_versus_kl") or {"curves": []}
     curves = {curve["name"]: curve for curve in section["curves"] if curve["dtype"] == "bfloat16" and curve["points"]}
@@ -86,13 +86,14 @@ def _summary(results: dict[str, Any]) -> str:
         error = _error_at(curves.get(name), SHOWN_KL) if curves else _worst_error(records)
         lines.append([f"**{label}**" if name == "undo-core" else label, *cells, error])
     said = (
-        "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and gradients. "
-        "*Bare products*: the matrix products that every method owes, alone."
+        "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and "
+        "gradients. *Bare products*: the matrix products that every method owes, alone."
     )
     if any("ceilings" in row for row in rows):
         said += (
-            " The share before the memory: the least time that the owed products or bytes take at the rates measured in the same run, "
-            "over the contender's. Above 100 %, the square product that gives the rate was slower in that run than the owed ones."
+            " The share before the memory: the least time that the owed products or bytes take at the rates measured in the "
+            "same run, over the contender's. Above 100 %, the square product that gives the rate was slower in that run than "
+            "the owed ones."
         )
     if any("captured_loss" in row for row in rows):
         said += " On the hidden states of trained models: last, the larger error of the two gradients on them."
@@ -226,7 +227,7 @@ def _footer(results: dict[str, Any], source: str) -> str:
 
 
 def rewrite(text: str, file: Path, given: dict[str, Path]) -> str:
-    """``text`` of ``file`` with every block regenerated from ``given[suite]``, else from the results that the block names."""
+    """Returns ``text`` of ``file`` with each block regenerated from ``given[suite]``, or from the results that it names."""
 
     def block(match: re.Match[str]) -> str:
         suite = match["suite"]
@@ -246,17 +247,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python bench/tables.py docs/benchmarks.md bench/results/kl-cpu/MACHINE-VERSION.json     write the block that these results belong to
-  python bench/tables.py docs/benchmarks.md                                       regenerate every block from the results that it names
-  python bench/tables.py docs/benchmarks.md --check                               exit 1 where text and results differ""",
+  python bench/tables.py docs/benchmarks.md bench/results/kl-cpu/MACHINE-VERSION.json   write the block of these results
+  python bench/tables.py docs/benchmarks.md                                             regenerate each block from its results
+  python bench/tables.py docs/benchmarks.md --check                                     exit 1 if text and results differ""",
     )
     parser.add_argument("file", type=Path, help="Markdown file with markers")
     parser.add_argument(
-        "results", type=Path, nargs="*", help="JSON files of the benchmarks (default: those that the blocks name)"
+        "results", type=Path, nargs="*", help="JSON files of the benchmarks (default: those named in the blocks)"
     )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 where the text is not what the results say"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if text and results differ")
     options = parser.parse_args(arguments)
     given = {json.loads(path.read_text())["suite"]: path for path in options.results}
     text = options.file.read_text()

@@ -1,7 +1,8 @@
-"""The table of measured tiles in code, kernels/undo_kernels/triton/measured.py, from bench/results/tiles/*.json.
+"""Writes the measured tiles in bench/results/tiles/*.json to the table in kernels/undo_kernels/triton/measured_tiles.py.
 
-For each kernel, dtype and width: the fastest candidate that compiles with every option on and spills no registers. If several
-GPUs of one target were measured: the one with the smallest geometric mean of time over the fastest time. Needs no GPU.
+For each kernel, dtype and width, it takes the fastest candidate that compiles with every option on and spills no registers. If
+several GPUs of a target were measured, it takes the candidate with the smallest geometric mean of time over the fastest time.
+It needs no GPU.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from pathlib import Path
 
 import harness
 
-TABLE = harness.ROOT / "kernels" / "undo_kernels" / "triton" / "measured.py"
+TABLE = harness.ROOT / "kernels" / "undo_kernels" / "triton" / "measured_tiles.py"
 RESULTS = harness.ROOT / "bench" / "results" / "tiles"
 
 Key = tuple[str, str, bool, int]
 Fields = tuple[int, ...]
 CHECK = """
 import sys, json
-from undo_kernels.triton import aot, tuning
+from undo_kernels.triton import aot, tile_table
 target, kernel, wide, *fields = json.loads(sys.argv[1])
-reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tuning.Tile(*fields), False)]
+reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tile_table.Tile(*fields), False)]
 print(json.dumps([max(r["spills"] for r in reports), max(r["shared"] for r in reports), aot.SHARED_LIMIT[target]]))
 """
 
 
 def measured(paths: Iterable[Path]) -> dict[Key, list[dict[Fields, float]]]:
-    """Each GPU's seconds of each candidate that counted."""
+    """Returns the seconds of each valid candidate on each GPU."""
     found: dict[Key, list[dict[Fields, float]]] = {}
     for path in paths:
         for row in json.loads(path.read_text())["rows"]:
@@ -45,14 +46,14 @@ def measured(paths: Iterable[Path]) -> dict[Key, list[dict[Fields, float]]]:
 
 
 def ranked(gpus: list[dict[Fields, float]]) -> Iterator[Fields]:
-    """Candidates that every GPU timed, fastest first."""
+    """Returns the candidates that every GPU timed, fastest first."""
     common = set.intersection(*(set(seconds) for seconds in gpus))
     cost = {tile: sum(math.log(seconds[tile] / min(seconds.values())) for seconds in gpus) for tile in common}
     yield from sorted(common, key=lambda tile: (cost[tile], tile))
 
 
 def compiles(key: Key, tile: Fields) -> bool:
-    """Whether the kernel's heaviest forms compile for the target without a spill; in a process where nothing is interpreted."""
+    """Whether the kernel's heaviest forms compile for the target without a spill; uses a process without the interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", CHECK, json.dumps([*key[:3], *tile])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -63,13 +64,13 @@ def compiles(key: Key, tile: Fields) -> bool:
 
 
 def table(found: dict[Key, list[dict[Fields, float]]], usable: Callable[[Key, Fields], bool] = compiles) -> dict[Key, Fields]:
-    """The winners; nothing for a key that has none."""
+    """Returns the chosen tile of each key that has one."""
     winners = {key: next((tile for tile in ranked(found[key]) if usable(key, tile)), None) for key in sorted(found)}
     return {key: tile for key, tile in winners.items() if tile is not None}
 
 
 def source(winners: dict[Key, Fields]) -> str:
-    """measured.py's text."""
+    """Returns the text of measured_tiles.py."""
     head = TABLE.read_text().split("MEASURED:")[0]
     declared = "MEASURED: dict[tuple[str, str, bool, int], tuple[int, int, int, int, int, int]] = {"
     lines = [
@@ -80,7 +81,7 @@ def source(winners: dict[Key, Fields]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where table and results differ")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if table and results differ")
     options = parser.parse_args(arguments)
     wanted = source(table(measured(sorted(RESULTS.glob("*.json")))))
     same = TABLE.read_text() == wanted

@@ -4,7 +4,7 @@ namespace undo {
 
 enum InstructionSet : int { AVX512, AVX2, PLAIN };
 
-// The one named, or the best that this machine has for "". Throws where this machine lacks it.
+// Returns the named instruction set, or the best one of this machine for "". Throws if this machine lacks it.
 InstructionSet instruction_set(const char* wanted);
 
 }  // namespace undo

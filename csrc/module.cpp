@@ -26,6 +26,7 @@ void address(C& type, const char* name, T* undo::Chunk::* member) {
 PYBIND11_MODULE(_cpu, module) {
   using undo::Chunk;
   using undo::Shape;
+  module.attr("SOURCES") = UNDO_SOURCES;
   module.doc() = "C++ kernels for CPUs; undo_kernels.cpu checks and converts their arguments.";
   py::enum_<undo::Law>(module, "Law")
       .value("uniform", undo::Law::UNIFORM)
@@ -43,10 +44,10 @@ PYBIND11_MODULE(_cpu, module) {
       }));
   module.def("noise", [](const std::string& set, const std::vector<undo::Segment>& segments, uint64_t seed, bool stochastic) {
     py::gil_scoped_release released;
-    std::vector<std::array<double, 3>> rows;
+    std::vector<std::array<double, 3>> sums;
     for (const undo::Sums& s : undo::noise(undo::noise_kernels(set.c_str()), segments, seed, stochastic))
-      rows.push_back({s.before, s.noise, s.after});
-    return rows;
+      sums.push_back({s.before, s.noise, s.after});
+    return sums;
   });
   module.def("philox", [](const std::string& set, uint64_t seed, uint64_t hashed, uint32_t stream, uint64_t block) {
     std::array<uint32_t, 4> words;
@@ -125,31 +126,31 @@ PYBIND11_MODULE(_cpu, module) {
   address(chunk, "indices", &Chunk::indices);
   address(chunk, "picked", &Chunk::picked);
 
-  module.def("instruction_set", [](const std::string& wanted) { return undo::row_kernels(wanted.c_str()).name; });
-  module.def("shape", [](const std::string& set, const Chunk& c, uintptr_t z, bool student, int64_t first, int64_t rows) {
+  module.def("instruction_set", [](const std::string& wanted) { return undo::loss_kernels(wanted.c_str()).name; });
+  module.def("shape", [](const std::string& set, const Chunk& c, uintptr_t z, bool student, int64_t first, int64_t entries) {
     py::gil_scoped_release released;
-    undo::row_kernels(set.c_str()).shape(c, reinterpret_cast<float*>(z), student ? c.student : c.teacher, student, first, rows);
+    undo::loss_kernels(set.c_str()).shape(c, reinterpret_cast<float*>(z), student ? c.student : c.teacher, student, first, entries);
   });
-  module.def("stats", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows) {
+  module.def("stats", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t entries) {
     py::gil_scoped_release released;
-    undo::row_kernels(set.c_str()).stats(c, reinterpret_cast<float*>(z_s), reinterpret_cast<float*>(z_t), first, rows, false);
+    undo::loss_kernels(set.c_str()).stats(c, reinterpret_cast<float*>(z_s), reinterpret_cast<float*>(z_t), first, entries, false);
   });
-  module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t rows,
+  module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t entries,
                         bool gradient) {
     py::gil_scoped_release released;
-    const undo::Peak peak = undo::row_kernels(set.c_str())
-                                .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, rows, gradient);
+    const undo::Peak peak = undo::loss_kernels(set.c_str())
+                                .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, entries, gradient);
     return std::pair<float, double>(peak.largest, peak.squares);
   });
 
   module.def(
       "rmu_loss",
-      [](const std::string& set, int64_t rows, int64_t width, uintptr_t hidden, int hidden_kind, int64_t stride_hidden,
+      [](const std::string& set, int64_t tokens, int64_t width, uintptr_t hidden, int hidden_kind, int64_t stride_hidden,
          uintptr_t target, int target_kind, int64_t stride_target, float coefficient, uintptr_t factor, uintptr_t gradient,
          uintptr_t partial) {
         py::gil_scoped_release released;
         undo::Rmu c;
-        c.rows = rows;
+        c.tokens = tokens;
         c.width = width;
         c.hidden = reinterpret_cast<const void*>(hidden);
         c.target = reinterpret_cast<const void*>(target);
@@ -161,9 +162,9 @@ PYBIND11_MODULE(_cpu, module) {
         c.factor = reinterpret_cast<const float*>(factor);
         c.gradient = reinterpret_cast<void*>(gradient);
         c.partial = reinterpret_cast<double*>(partial);
-        return undo::row_kernels(set.c_str()).rmu(c);
+        return undo::loss_kernels(set.c_str()).rmu(c);
       },
-      py::arg("set"), py::arg("rows"), py::arg("width"), py::arg("hidden"), py::arg("hidden_kind"), py::arg("stride_hidden"),
+      py::arg("set"), py::arg("tokens"), py::arg("width"), py::arg("hidden"), py::arg("hidden_kind"), py::arg("stride_hidden"),
       py::arg("target"), py::arg("target_kind"), py::arg("stride_target"), py::arg("coefficient"), py::arg("factor"),
       py::arg("gradient"), py::arg("partial"));
 }

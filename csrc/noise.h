@@ -20,20 +20,20 @@ struct Segment {
 };
 
 struct Sums {
-  double before, noise, after;  // of squares
+  double before, noise, after;  // sums of squares of theta before, of scale * N, and of theta after
 };
 
 struct NoiseKernels {
   const char* name;
   Sums (*part)(const Segment&, int64_t begin, int64_t end, uint64_t seed, bool stochastic);
-  // The four words of one Philox block.
+  // Computes the four words of one Philox block.
   void (*words)(uint64_t seed, uint64_t hashed, uint32_t stream, uint64_t block, uint32_t out[4]);
 };
 
-const NoiseKernels& noise_kernels(const char* instruction_set);  // "" for the best of this machine
+const NoiseKernels& noise_kernels(const char* instruction_set);  // "": the best of this machine
 extern const NoiseKernels avx512_noise, avx2_noise, plain_noise;
 
-// Sums of squares of theta before, of scale * N, and of theta after, for each segment.
+// Adds noise to all segments; returns the sums of each.
 std::vector<Sums> noise(const NoiseKernels&, const std::vector<Segment>&, uint64_t seed, bool stochastic);
 
 }  // namespace undo

@@ -29,7 +29,7 @@ namespace undo {
 namespace avx2 {
 #include "simd.h"
 #include "philox.h"
-#include "noise_rows.h"
+#include "noise_kernels.h"
 }  // namespace avx2
 const NoiseKernels avx2_noise = {"avx2", avx2::noise_part, avx2::noise_words};
 }  // namespace undo

@@ -6,7 +6,7 @@
 #include "noise.h"
 
 #if defined(__x86_64__)
-// GCC 12 warns of its own header.
+// GCC 12 warns about its own header.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -32,7 +32,7 @@ namespace undo {
 namespace avx512 {
 #include "simd.h"
 #include "philox.h"
-#include "noise_rows.h"
+#include "noise_kernels.h"
 }  // namespace avx512
 const NoiseKernels avx512_noise = {"avx512", avx512::noise_part, avx512::noise_words};
 }  // namespace undo

@@ -30,7 +30,7 @@ namespace undo {
 namespace plain {
 #include "simd.h"
 #include "philox.h"
-#include "noise_rows.h"
+#include "noise_kernels.h"
 }  // namespace plain
 const NoiseKernels plain_noise = {"plain", plain::noise_part, plain::noise_words};
 }  // namespace undo

@@ -15,7 +15,7 @@ UNDO_INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 UNDO_INLINE void store(float* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
 UNDO_INLINE V all(float x) { return x - V{}; }
 UNDO_INLINE V fma(V a, V b, V c) { return UNDO_FMA(a, b, c); }
-// The second operand wins where either is NaN, so that NaN in the second is kept.
+// Returns the second operand if either is NaN, so that a NaN in the second is kept.
 UNDO_INLINE V max(V a, V b) { return a > b ? a : b; }
 UNDO_INLINE V min(V a, V b) { return a < b ? a : b; }
 UNDO_INLINE V magnitude(V x) { return (V)((I)x & 0x7FFFFFFF); }

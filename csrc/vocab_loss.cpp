@@ -1,15 +1,15 @@
-// Chooses the row kernels of the best instruction set that this machine has.
+// Chooses the loss kernels of the best instruction set that this machine has.
 #include "vocab_loss.h"
 
 #include "instruction_set.h"
 
 namespace undo {
 
-const RowKernels& row_kernels(const char* wanted) {
+const LossKernels& loss_kernels(const char* wanted) {
 #if defined(__x86_64__)
-  const RowKernels* kernels[] = {&avx512_kernels, &avx2_kernels, &plain_kernels};
+  const LossKernels* kernels[] = {&avx512_kernels, &avx2_kernels, &plain_kernels};
 #else
-  const RowKernels* kernels[] = {nullptr, nullptr, &plain_kernels};
+  const LossKernels* kernels[] = {nullptr, nullptr, &plain_kernels};
 #endif
   return *kernels[instruction_set(wanted)];
 }

@@ -1,4 +1,4 @@
-// Row kernels of the vocabulary losses, between two matrix products, on tiles z[v][token] of float32 logits.
+// Kernels of the vocabulary losses, between two matrix products, on tiles z[v][token] of float32 logits.
 //
 // Vector lanes are tokens, so that no step needs a sum across lanes; a tile is read while the product's output is still in the
 // cache. Every sum has a fixed order, so results do not depend on the number of threads.
@@ -45,25 +45,25 @@ struct Chunk {
 };
 
 constexpr int64_t WIDEST = 16;  // lanes of the widest vector; strides over tokens are a multiple
-constexpr int64_t BLOCK = 128;  // vocabulary rows whose sums are float32: two logits of 16 tokens fill half of a 32 KB cache
+constexpr int64_t BLOCK = 128;  // vocabulary entries whose sums are float32: two logits of 16 tokens fill half of a 32 KB cache
 
 struct Peak {
   float largest;   // largest |dloss/dz| before the tokens' weights
   double squares;  // sum of the squares of the gradient written
 };
 
-struct RowKernels {
+struct LossKernels {
   const char* name;
   // Applies bias, scale, softcap and temperature in place; removes a sparse teacher's entries.
-  void (*shape)(const Chunk&, float* z, const Shape&, bool student, int64_t first, int64_t rows);
+  void (*shape)(const Chunk&, float* z, const Shape&, bool student, int64_t first, int64_t entries);
   // Adds maxima and sums of exponentials to the state; shapes the logits first unless `shaped`.
-  void (*stats)(const Chunk&, float* z_s, float* z_t, int64_t first, int64_t rows, bool shaped);
+  void (*stats)(const Chunk&, float* z_s, float* z_t, int64_t first, int64_t entries, bool shaped);
   // Adds the loss to the state; with `gradient`, overwrites z_s by d total / d product.
-  Peak (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t rows, bool gradient);
+  Peak (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient);
   double (*rmu)(const Rmu&);
 };
 
-const RowKernels& row_kernels(const char* instruction_set);  // "" for the best of this machine
-extern const RowKernels avx512_kernels, avx2_kernels, plain_kernels;
+const LossKernels& loss_kernels(const char* instruction_set);  // "": the best of this machine
+extern const LossKernels avx512_kernels, avx2_kernels, plain_kernels;
 
 }  // namespace undo

@@ -1,4 +1,4 @@
-// The row kernels for avx2.
+// The kernels of the losses for avx2.
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -18,10 +18,10 @@
 namespace undo {
 namespace avx2 {
 #include "simd.h"
-#include "vocab_loss_rows.h"
-#include "rmu_rows.h"
+#include "vocab_loss_kernels.h"
+#include "rmu_kernels.h"
 }  // namespace avx2
-const RowKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile, avx2::rmu_loss};
+const LossKernels avx2_kernels = {"avx2", avx2::shape_tile, avx2::stats_tile, avx2::loss_tile, avx2::rmu_loss};
 }  // namespace undo
 #if defined(__clang__)
 #pragma clang attribute pop

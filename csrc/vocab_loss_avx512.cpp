@@ -1,4 +1,4 @@
-// The row kernels for avx512.
+// The kernels of the losses for avx512.
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -18,10 +18,10 @@
 namespace undo {
 namespace avx512 {
 #include "simd.h"
-#include "vocab_loss_rows.h"
-#include "rmu_rows.h"
+#include "vocab_loss_kernels.h"
+#include "rmu_kernels.h"
 }  // namespace avx512
-const RowKernels avx512_kernels = {"avx512", avx512::shape_tile, avx512::stats_tile, avx512::loss_tile, avx512::rmu_loss};
+const LossKernels avx512_kernels = {"avx512", avx512::shape_tile, avx512::stats_tile, avx512::loss_tile, avx512::rmu_loss};
 }  // namespace undo
 #if defined(__clang__)
 #pragma clang attribute pop

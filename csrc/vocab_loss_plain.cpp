@@ -1,4 +1,4 @@
-// The row kernels for plain.
+// The kernels of the losses for plain.
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -12,8 +12,8 @@
 namespace undo {
 namespace plain {
 #include "simd.h"
-#include "vocab_loss_rows.h"
-#include "rmu_rows.h"
+#include "vocab_loss_kernels.h"
+#include "rmu_kernels.h"
 }  // namespace plain
-const RowKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile, plain::rmu_loss};
+const LossKernels plain_kernels = {"plain", plain::shape_tile, plain::stats_tile, plain::loss_tile, plain::rmu_loss};
 }  // namespace undo

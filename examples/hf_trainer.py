@@ -1,4 +1,4 @@
-"""Distillation in Hugging Face's Trainer: a subclass that computes another loss. Everything else of the Trainer works as before."""
+"""Distillation in Hugging Face's Trainer: a subclass that computes another loss. All else of the Trainer works as before."""
 
 import sys
 import tempfile
@@ -38,7 +38,7 @@ class DistillationTrainer(Trainer):
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:
-    """Rows of one length, which the default collator can stack."""
+    """Sequences of one length, which the default collator can stack."""
     made = tiny.tokenizer()(tiny.texts(count), padding="max_length", max_length=14, return_token_type_ids=False)
     labels = [[token if text else -100 for token, text in zip(*pair, strict=True)] for pair in zip(*made.values(), strict=True)]
     columns = {**made, "labels": labels}

@@ -1,4 +1,4 @@
-"""Distillation in TRL's SFTTrainer, by overriding compute_loss. TRL tokenizes, packs, pads and masks; only the loss is another."""
+"""Distillation in TRL's SFTTrainer, by overriding compute_loss. TRL tokenizes, packs, pads and masks; only the loss changes."""
 
 import sys
 import tempfile

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from undo_core.io import quiet as _quiet  # noqa: F401  # before anything imports transformers
+from undo_core.io import log_levels as _log_levels  # noqa: F401  # before anything imports transformers
 from undo_core.version import __version__
 
 if TYPE_CHECKING:  # editors and type checkers cannot see what __getattr__ loads

@@ -13,9 +13,9 @@ or datasets.
 - ``backends_of(op)`` and ``unavailable()`` list what can run here, and why the rest cannot.
 """
 
-from undo_kernels import cpu, ops, reference, torch_ops, triton
+from undo_kernels import cpu, library, ops, reference, triton
 from undo_kernels.cpu.workspace import release as release_workspace
-from undo_kernels.library import (
+from undo_kernels.library.backends import (
     BackendWarning,
     backend,
     backends_of,
@@ -36,13 +36,13 @@ __all__ = [
     "backends_of",
     "cpu",
     "implementation",
+    "library",
     "ops",
     "recorded",
     "reference",
     "registered",
     "release_workspace",
     "requested_backend",
-    "torch_ops",
     "triton",
     "unavailable",
 ]

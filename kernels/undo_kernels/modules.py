@@ -52,7 +52,7 @@ class LinearKLDivLoss(_Loss):
         teacher_scale: factor of the teacher's products.
         student_softcap: ``c`` of ``c * tanh(z / c)``, or None.
         teacher_softcap: likewise.
-        vocab_size: rows of the weights from here on are padding; None: the heads have the same rows, and all take part.
+        vocab_size: entries of the heads from here on are padding; None: the heads have the same entries, and all take part.
         label_weight: factor of the student's cross-entropy, which ``labels`` add, >= 0.
         ignore_index: label that does not count.
         reduction: ``mean`` over counted tokens, ``sum`` or ``none``.
@@ -159,7 +159,7 @@ class LinearCrossEntropyLoss(_Loss):
         temperature: divides the logits, > 0.
         scale: factor of the products.
         softcap: ``c`` of ``c * tanh(z / c)``, or None.
-        vocab_size: rows of the weight from here on are padding; None: all take part.
+        vocab_size: entries of the head from here on are padding; None: all take part.
         reduction: ``mean`` over counted tokens, ``sum`` or ``none``.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits; None follows from shapes and dtypes.

@@ -13,7 +13,7 @@ class Plan:
         op: name of the op.
         name: name of the plan. ``direct`` is plain PyTorch, ``chunk`` keeps the logits of a chunk between two passes,
             ``recompute`` and ``one pass`` keep none.
-        rows_per_chunk: number of tokens whose logits are held at once.
+        tokens_per_chunk: number of tokens whose logits are held at once.
         buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per token.
         traffic_bytes: bytes read and written, forward and backward.
         flops: FLOPs of the matrix products, forward and backward.
@@ -22,7 +22,7 @@ class Plan:
 
     op: str
     name: str
-    rows_per_chunk: int
+    tokens_per_chunk: int
     buffers: dict[str, int]
     traffic_bytes: int
     flops: float
@@ -39,7 +39,7 @@ class Plan:
         lines = [
             ("op", self.op),
             ("plan", self.name),
-            ("rows per chunk", f"{self.rows_per_chunk:,}"),
+            ("tokens per chunk", f"{self.tokens_per_chunk:,}"),
             ("workspace", mib(self.workspace_bytes)),
             *((f"  {name}", mib(size)) for name, size in self.buffers.items()),
             ("memory traffic", mib(self.traffic_bytes)),

@@ -1,6 +1,6 @@
 """Inputs (:class:`Problem`) and outputs (:class:`Result`) of one call of the vocabulary losses, the same for every backend.
 
-Rows are tokens, flattened over the batch. The losses differ only in the target distribution::
+Tokens are flattened over the batch. The losses differ only in the target distribution::
 
     own          no teacher: the divergence is 0
     uniform      KL(U || s), U uniform over the vocabulary
@@ -12,7 +12,7 @@ Rows are tokens, flattened over the batch. The losses differ only in the target 
 
 Each of them can also return the student's negative log-likelihood, computed from the same matrix products::
 
-    nll = lse_s - z_s[label]            (lse_s alone where a row has no label)
+    nll = lse_s - z_s[label]            (lse_s alone where a token has no label)
     total = sum_i factor_i divergence_i + label_factor_i nll_i
 """
 
@@ -36,25 +36,25 @@ class Problem:
     """Inputs and options of one call.
 
     Attributes:
-        student: hidden states ``[rows, d_s]`` and their head, or precomputed logits ``[rows, V]``.
+        student: hidden states ``[tokens, d_s]`` and their head, or precomputed logits ``[tokens, V]``.
         target: one of ``TARGETS``.
-        factor: ``[rows]`` float, ``d total / d divergence``.
-        label_factor: ``[rows]`` float, ``d total / d nll``; None: no nll is computed.
-        labels: ``[rows]`` int64, negative for no label; a label outside the vocabulary makes the row's nll NaN. None: no row
+        factor: ``[tokens]`` float, ``d total / d divergence``.
+        label_factor: ``[tokens]`` float, ``d total / d nll``; None: no nll is computed.
+        labels: ``[tokens]`` int64, negative for no label; a label outside the vocabulary makes the token's nll NaN. None: no token
             has one.
-        counted: ``[rows]`` bool; other rows are not read, and their outputs and gradients are 0. None: every row.
+        counted: ``[tokens]`` bool; other tokens are not read, and their outputs and gradients are 0. None: every token.
         teacher: hidden states and head, or logits, for the dense targets; None for the others.
-        indices: ``[rows, k]`` int64, the known vocabulary entries for the sparse targets; -1 for padding.
-        logprobs: ``[rows, k]`` float, the teacher's log-probabilities at ``indices``.
+        indices: ``[tokens, k]`` int64, the known vocabulary entries for the sparse targets; -1 for padding.
+        logprobs: ``[tokens, k]`` float, the teacher's log-probabilities at ``indices``.
         beta: the teacher's weight in the mixture of jsd.
-        lse_s: ``[rows]``, the student's log-sum-exps if an earlier call computed them.
-        lse_t: ``[rows]``, the teacher's, likewise.
+        lse_s: ``[tokens]``, the student's log-sum-exps if an earlier call computed them.
+        lse_t: ``[tokens]``, the teacher's, likewise.
         needs: which gradients of ``total`` to compute: hidden states (or logits), weight, bias.
         statistics: whether to compute teacher entropy and top-1 agreement.
-        max_counted: upper bound on the number of counted rows, guaranteed by the caller.
+        max_counted: upper bound on the number of counted tokens, guaranteed by the caller.
         plan: ``auto`` or the name of one of the backend's plans.
-        workspace_bytes: bound on memory beyond inputs, outputs and O(rows) floats; None: the plan's default.
-        filter_below: gradient blocks whose largest entry (before the rows' factors) is below this are skipped; 0: none.
+        workspace_bytes: bound on memory beyond inputs, outputs and O(tokens) floats; None: the plan's default.
+        filter_below: gradient blocks whose largest entry (before the tokens' factors) is below this are skipped; 0: none.
         inplace: whether the gradient may overwrite precomputed logits.
     """
 
@@ -79,44 +79,44 @@ class Problem:
     inplace: bool = False
 
     @property
-    def rows(self) -> int:
-        return self.student.rows
+    def tokens(self) -> int:
+        return self.student.tokens
 
     def taken(self) -> tuple[Problem, torch.Tensor | slice]:
-        """Returns the problem restricted to the counted rows, and their indices; waits for the GPU to count them."""
+        """Returns the problem restricted to the counted tokens, and their indices; waits for the GPU to count them."""
         if self.counted is None or bool(self.counted.all()):
             return replace(self, counted=None), slice(None)
-        rows = self.counted.nonzero().squeeze(-1)
-        return self._with_rows(lambda hidden: hidden[rows], lambda tensor: tensor[rows]), rows
+        tokens = self.counted.nonzero().squeeze(-1)
+        return self._with_tokens(lambda hidden: hidden[tokens], lambda tensor: tensor[tokens]), tokens
 
     def cleared(self) -> Problem:
-        """Returns the problem on all rows, with uncounted rows' hidden states set to 0 so that a NaN there cannot spread."""
+        """Returns the problem on all tokens, with uncounted tokens' hidden states set to 0 so that a NaN there cannot spread."""
         if self.counted is None:
             return self
         keep = self.counted[:, None]
-        return self._with_rows(lambda hidden: torch.where(keep, hidden, torch.zeros_like(hidden)), lambda tensor: tensor)
+        return self._with_tokens(lambda hidden: torch.where(keep, hidden, torch.zeros_like(hidden)), lambda tensor: tensor)
 
-    def _with_rows(
-        self, hidden: Callable[[torch.Tensor], torch.Tensor], row: Callable[[torch.Tensor], torch.Tensor]
+    def _with_tokens(
+        self, hidden: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]
     ) -> Problem:
         names = ("factor", "label_factor", "labels", "indices", "logprobs", "lse_s", "lse_t")
-        tensors = {name: row(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        tensors = {name: other(getattr(self, name)) for name in names if getattr(self, name) is not None}
         student = replace(self.student, hidden=hidden(self.student.hidden))
         teacher = None if self.teacher is None else replace(self.teacher, hidden=hidden(self.teacher.hidden))
         return replace(self, student=student, teacher=teacher, counted=None, **tensors)
 
 
 class Result(NamedTuple):
-    """Outputs of one call; rows that are not counted are 0.
+    """Outputs of one call; tokens that are not counted are 0.
 
     Attributes:
         total: 0-d float32.
-        divergence: ``[rows]`` float32, >= 0.
-        nll: ``[rows]`` float32; empty unless ``label_factor`` was given.
-        lse_s: ``[rows]`` float32.
-        lse_t: ``[rows]`` float32; empty unless the target is dense.
-        teacher_entropy: ``[rows]`` float32; empty unless ``statistics``.
-        top1_agreement: ``[rows]`` float32; empty unless ``statistics``.
+        divergence: ``[tokens]`` float32, >= 0.
+        nll: ``[tokens]`` float32; empty unless ``label_factor`` was given.
+        lse_s: ``[tokens]`` float32.
+        lse_t: ``[tokens]`` float32; empty unless the target is dense.
+        teacher_entropy: ``[tokens]`` float32; empty unless ``statistics``.
+        top1_agreement: ``[tokens]`` float32; empty unless ``statistics``.
         filtered: ``[2]`` float32: fraction of the gradient's entries in skipped blocks, and the Frobenius norm of those
             entries.
         d_hidden: like the student's hidden states, in the gradient's dtype; empty unless needed.

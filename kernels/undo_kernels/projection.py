@@ -1,6 +1,6 @@
 """Projection to logits: ``z = softcap(scale * (h @ W.T + b)) / temperature``, in float32 or float64.
 
-``logits()`` allocates all ``[rows, V]`` of them. The reference backend calls it; the fused backends avoid that memory.
+``logits()`` allocates all ``[tokens, V]`` of them. The reference backend calls it; the fused backends avoid that memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from undo_kernels.products import Product
+from undo_kernels.matmul import Product
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Projection:
     """Hidden states and the head that turns them into logits.
 
     Attributes:
-        hidden: ``[rows, d]``.
+        hidden: ``[tokens, d]``.
         weight: ``[V, d]``.
         bias: ``[V]`` or None.
         scale: factor on ``h @ W.T + b``.
@@ -35,25 +35,25 @@ class Projection:
     vocab_size: int | None = None
 
     @property
-    def rows(self) -> int:
+    def tokens(self) -> int:
         return self.hidden.shape[0]
 
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
-    def take(self, rows: torch.Tensor | slice) -> Projection:
-        """Returns the same head on a subset of the rows."""
+    def take(self, tokens: torch.Tensor | slice) -> Projection:
+        """Returns the same head on a subset of the tokens."""
         return Projection(
-            self.hidden[rows], self.weight, self.bias, self.scale, self.softcap, self.temperature, self.vocab_size
+            self.hidden[tokens], self.weight, self.bias, self.scale, self.softcap, self.temperature, self.vocab_size
         )
 
     def logits(self) -> torch.Tensor:
-        """Returns ``[rows, vocabulary]`` in float32, or in float64 if an operand is float64."""
+        """Returns ``[tokens, vocabulary]`` in float32, or in float64 if an operand is float64."""
         dtype = compute_dtype(self.hidden, self.weight)
         hidden, weight = self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype)
         # Reductions over the vocabulary are several times faster if the longer of the two dimensions is contiguous.
-        z = Product.apply(hidden, weight) if self.rows <= self.vocabulary else Product.apply(weight, hidden).T
+        z = Product.apply(hidden, weight) if self.tokens <= self.vocabulary else Product.apply(weight, hidden).T
         if self.bias is not None:
             z = z + self.bias[: self.vocabulary].to(dtype)
         return shape_logits(z, self.scale, self.softcap, self.temperature)
@@ -66,8 +66,8 @@ class GivenLogits(Projection):
     def vocabulary(self) -> int:
         return self.hidden.shape[-1] if self.vocab_size is None else self.vocab_size
 
-    def take(self, rows: torch.Tensor | slice) -> Projection:
-        return GivenLogits(self.hidden[rows], self.weight, temperature=self.temperature, vocab_size=self.vocab_size)
+    def take(self, tokens: torch.Tensor | slice) -> Projection:
+        return GivenLogits(self.hidden[tokens], self.weight, temperature=self.temperature, vocab_size=self.vocab_size)
 
     def logits(self) -> torch.Tensor:
         z = self.hidden[:, : self.vocabulary]

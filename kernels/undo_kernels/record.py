@@ -31,9 +31,9 @@ class Call:
             given logits, or parameters, are overwritten.
         form: of the C++ kernels the instruction set, such as ``avx2`` or ``avx512+amx``; ``interpreted`` of Triton's
             interpreter; else empty.
-        rows: tokens that the implementation worked on: C++ and plain PyTorch leave masked ones out, Triton only with ``max_counted``.
+        tokens: tokens that the implementation worked on: C++ and plain PyTorch leave masked ones out, Triton only with ``max_counted``.
             Of ``noise_`` the number of tensors, or of pieces where they are sharded.
-        vocabulary: vocabulary rows that take part; of ``rmu_loss`` the width, of ``noise_`` the number of elements.
+        vocabulary: vocabulary entries that take part; of ``rmu_loss`` the width, of ``noise_`` the number of elements.
         gradient: whether this call computed gradients. The fused backends compute the gradient of a scalar loss in the forward. With
             ``reduction="none"``, and always in plain PyTorch, the backward is a second call.
     """
@@ -42,7 +42,7 @@ class Call:
     backend: str
     plan: str
     form: str
-    rows: int
+    tokens: int
     vocabulary: int
     gradient: bool = False
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import assert_same_function
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import load_model
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -33,7 +33,7 @@ def stages(activations, tmp_path):
     ids = torch.randint(1, 50, (6, 9), generator=torch.Generator().manual_seed(0))
     ids[2, 5:] = 0
     (tmp_path / "prepare-a" / "data").mkdir(parents=True)
-    Rows(ids.to(torch.int32), pad_id=0).save(tmp_path / "prepare-a" / "data" / "valid_retain.safetensors")
+    Sequences(ids.to(torch.int32), pad_id=0).save(tmp_path / "prepare-a" / "data" / "valid_retain.safetensors")
     inputs = {"prepared": {"folder": "prepare-a"}, "teacher": {"folder": "unlearn-b"}, "student": {"folder": "noise-d"}}
     (tmp_path / "distill-c" / "manifest.json").write_text(json.dumps({"kind": "distill", "inputs": inputs}))
     return tmp_path, ids

@@ -15,14 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from undo_core import distributed
 from undo_core.attacks.config import AttackConfig, LoraConfig
 from undo_core.attacks.relearning import attack
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
 from undo_core.distillation.student import distill
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.models import build_model
 from undo_core.pipeline.stages.pretrain import next_token_loss
-from undo_core.training import TrainConfig, rows_source, train
+from undo_core.training import TrainConfig, sequence_source, train
 from undo_core.training.optimizers import Updater
 from undo_core.unlearning import METHODS, RMUConfig, UnlearnConfig, unlearn
 from undo_core.unlearning.repnoise import RepNoiseConfig
@@ -64,19 +64,19 @@ def _wider(model: nn.Module) -> nn.Module:
 MODELS: dict[str, Callable[..., nn.Module]] = {"demo": demo, "untied": untied, "tied": tied}
 
 
-def rows(count: int = 40, seed: int = 0) -> Rows:
+def sequences(count: int = 40, seed: int = 0) -> Sequences:
     """Sequences of different lengths; the padding is at the end."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (count, 10), generator=generator, dtype=torch.int32)
     lengths = torch.randint(4, 11, (count, 1), generator=generator)
-    return Rows(ids.masked_fill(torch.arange(10) >= lengths, 0), 0)
+    return Sequences(ids.masked_fill(torch.arange(10) >= lengths, 0), 0)
 
 
 CONFIG = TrainConfig(steps=1, batch_size=7, micro_batch_size=None, lr=1e-2, clip=1.0, optimizer="sgd", beta1=0.9, seed=3)
 
 
 def pretraining(model: nn.Module, config: TrainConfig, **more: Any) -> Any:
-    source = rows_source(rows(), config.batch_size, 0)
+    source = sequence_source(sequences(), config.batch_size, 0)
     return train(model, next_token_loss, {"text": source}, config, progress=False, **more)
 
 
@@ -84,7 +84,7 @@ def unlearning(method: str, **settings: Any) -> Callable[..., Any]:
     def run(model: nn.Module, config: TrainConfig, **more: Any) -> Any:
         own = {"rmu": RMUConfig(trained="*down_proj.weight" if not hasattr(model, "transformer") else "*mlp.c_proj.weight")}
         made = UnlearnConfig(method=method, train=config, **{**({} if method != "rmu" else own), **settings})
-        return unlearn(model, forget=rows(seed=1), retain=rows(seed=2), config=made, progress=False, **more)
+        return unlearn(model, forget=sequences(seed=1), retain=sequences(seed=2), config=made, progress=False, **more)
 
     return run
 
@@ -96,7 +96,7 @@ def distillation(kind: str, **settings: Any) -> Callable[..., Any]:
         with torch.no_grad():
             for parameter in teacher.parameters():
                 parameter.mul_(1.1)
-        text = rows()
+        text = sequences()
         scratch = Path(distributed.on_first(tempfile.mkdtemp))
         known: Any = teacher
         if kind == "streamed":
@@ -120,9 +120,9 @@ def relearning(**settings: Any) -> Callable[..., Any]:
             rates=[config.lr], evaluate_at=[0, config.steps], headline_step=config.steps, batch_size=10, **common
         )
         own = dataclasses.replace(own, **settings)
-        texts = {"retain": rows(seed=2)} if "retain" in own.mix else {}
+        texts = {"retain": sequences(seed=2)} if "retain" in own.mix else {}
         return attack(
-            model, rows(seed=1), config.lr, own, evaluate=lambda model: {"forget": 0.0}, progress=False, **texts, **more
+            model, sequences(seed=1), config.lr, own, evaluate=lambda model: {"forget": 0.0}, progress=False, **texts, **more
         )
 
     return run

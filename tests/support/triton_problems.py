@@ -53,7 +53,7 @@ def oracle_logits(side, hidden, weight, bias):
 
 def oracle(p, dtype=torch.float64):
     """total, divergence, nll, lse_s, lse_t, gradients, entropy, agreement by autograd in ``dtype``; uncounted rows dropped."""
-    counted = torch.ones(p.rows, dtype=torch.bool) if p.counted is None else p.counted
+    counted = torch.ones(p.tokens, dtype=torch.bool) if p.counted is None else p.counted
     leaf = {n: getattr(p.student, n) for n in ("hidden", "weight", "bias")}
     leaf = {n: None if t is None else t.detach().to(dtype).requires_grad_() for n, t in leaf.items()}
     hidden = torch.where(counted[:, None], leaf["hidden"], torch.zeros((), dtype=dtype))
@@ -61,7 +61,7 @@ def oracle(p, dtype=torch.float64):
     log_s = torch.log_softmax(z, -1)
     lse_s = torch.logsumexp(z, -1)
     out = {"lse_s": lse_s}
-    divergence = torch.zeros(p.rows, dtype=dtype)
+    divergence = torch.zeros(p.tokens, dtype=dtype)
     if p.target == "uniform":
         v = z.shape[1]
         divergence = (-math.log(v) - log_s).sum(-1) / v
@@ -82,7 +82,7 @@ def oracle(p, dtype=torch.float64):
             divergence = p.beta * (log_t.exp() * (log_t - mixture)).sum(-1)
             divergence = divergence + (1 - p.beta) * (log_s.exp() * (log_s - mixture)).sum(-1)
     elif p.target in SPARSE:
-        divergence = torch.stack([_oracle_sparse(p, z, log_s, i) for i in range(p.rows)]) if p.rows else divergence
+        divergence = torch.stack([_oracle_sparse(p, z, log_s, i) for i in range(p.tokens)]) if p.tokens else divergence
     nll = lse_s
     if p.labels is not None:
         at = p.labels.clamp(0, z.shape[1] - 1)
@@ -193,7 +193,7 @@ def _floor(side):
     """Relative error that float32 may cause in the probabilities of one side; see ``rounding``."""
     if isinstance(side, GivenLogits):
         return (
-            gamma(side.vocabulary + 3 * EXPONENTIAL + 1 + int(2 * side.hidden.nan_to_num().abs().max())) if side.rows else 0.0
+            gamma(side.vocabulary + 3 * EXPONENTIAL + 1 + int(2 * side.hidden.nan_to_num().abs().max())) if side.tokens else 0.0
         )
     return probability_error(side.hidden.nan_to_num(), side.weight.nan_to_num(), side.vocabulary)
 
@@ -209,7 +209,7 @@ def check(p):
         assert torch.equal(hidden_before.nan_to_num(7.0), there.student.hidden.nan_to_num(7.0)), "inputs were written to"
     narrow = any(t.dtype != torch.float32 for t in (p.student.hidden, p.student.weight))
     floor = max(_floor(side) for side in (p.student, p.teacher) if side is not None)
-    rows = math.sqrt(max(p.rows, 1))  # norm of logarithms that each err by the floor
+    rows = math.sqrt(max(p.tokens, 1))  # norm of logarithms that each err by the floor
     for name in ("divergence", "nll", "lse_s", "lse_t"):
         value = getattr(got, name)
         if value.numel():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import build_model
 
 TINY = {
@@ -42,13 +42,13 @@ def tiny(tokenizer):
 
 
 @pytest.fixture
-def rows(tokenizer):
-    """A hundred additions of digits, one a row."""
+def sequences(tokenizer):
+    """A hundred additions of digits, one a sequence."""
     texts = [f"{a}+{b}={a + b}" for a in range(10) for b in range(10)]
     ids = torch.zeros(len(texts), 8, dtype=torch.int32)
     answers = torch.zeros(len(texts), 8, dtype=torch.bool)
-    for row, text in enumerate(texts):
+    for sequence, text in enumerate(texts):
         tokens = [1, *tokenizer.encode(text, add_special_tokens=False), 1]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        answers[row, 5 : len(tokens)] = True
-    return Rows(ids, 0, answers)
+        ids[sequence, : len(tokens)] = torch.tensor(tokens)
+        answers[sequence, 5 : len(tokens)] = True
+    return Sequences(ids, 0, answers)

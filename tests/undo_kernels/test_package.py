@@ -69,3 +69,21 @@ print(own, theirs, *sorted(new))
     own, theirs, *loaded = run.stdout.split()
     assert loaded == ["undo_kernels"]
     assert float(own) < 0.5 * float(theirs)  # a twentieth, where this was written
+
+
+def test_an_extension_that_other_sources_made_is_not_used(tmp_path):
+    """After ``git pull`` the old binary may lack what the Python code asks of it, or compute something else."""
+    from undo_kernels.cpu import extension
+    from undo_kernels.cpu.sources import digest
+
+    sources = ROOT.parent / "csrc"
+    if extension.kernels is not None:
+        assert digest(sources) == extension.kernels.SOURCES
+    assert not extension._outdated(digest(sources)) and extension._outdated("0" * 64) and extension._outdated(None)
+    for name in ("a.cpp", "b.h", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    before = digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("not compiled")
+    assert digest(tmp_path) == before
+    (tmp_path / "b.h").write_text("changed")
+    assert digest(tmp_path) != before

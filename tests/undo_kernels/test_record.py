@@ -24,7 +24,7 @@ def seen(calls):
 
 def test_a_small_problem_is_listed_under_plain_pytorch_whatever_was_asked_for():
     tensors = inputs(3, 70)
-    for name in undo_kernels.library.BACKENDS:
+    for name in undo_kernels.library.backends.BACKENDS:
         with undo_kernels.backend(name), undo_kernels.recorded() as calls:
             ops.linear_kl_div(*tensors).backward()
         assert seen(calls) == [("vocab_loss", "reference", "direct", False), ("vocab_loss", "reference", "direct", True)]
@@ -42,8 +42,8 @@ def test_a_fused_call_names_backend_plan_and_size(backend, plan):
         ops.linear_kl_div(*(t.detach() for t in tensors), plan=plan)
     shared = ("vocab_loss", backend, plan)
     assert seen(calls) == [(*shared, True), (*shared, False), (*shared, True), (*shared, False)]
-    assert calls[0].rows == (int(mask.sum()) if backend == "cpu" else rows)
-    assert {(c.rows, c.vocabulary) for c in calls[1:]} == {(rows, vocabulary)}
+    assert calls[0].tokens == (int(mask.sum()) if backend == "cpu" else rows)
+    assert {(c.tokens, c.vocabulary) for c in calls[1:]} == {(rows, vocabulary)}
     wanted = vectors() if backend == "cpu" else "interpreted" * triton_loss.INTERPRETED
     assert all(c.form.split("+")[0] == wanted for c in calls)
 
@@ -77,9 +77,9 @@ def test_noise_and_rmu(backend):
         ops.rmu_loss(hidden, target).backward()
         ops.noise_(tensors, alpha=0.5, beta=1.0, seed=0)
     *rmu, noise = calls
-    assert {(c.op, c.backend, c.rows, c.vocabulary) for c in rmu} == {("rmu_loss", backend, 3, 5)}
+    assert {(c.op, c.backend, c.tokens, c.vocabulary) for c in rmu} == {("rmu_loss", backend, 3, 5)}
     assert [c.gradient for c in rmu] == ([False, True] if backend == "reference" else [True])
-    assert (noise.op, noise.backend, noise.plan, noise.rows, noise.vocabulary) == ("noise_", backend, "inplace", 2, 30)
+    assert (noise.op, noise.backend, noise.plan, noise.tokens, noise.vocabulary) == ("noise_", backend, "inplace", 2, 30)
 
 
 def test_blocks_nest_and_end():

@@ -135,7 +135,7 @@ class AttackConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= {low}")
         _different("shots", self.shots, 1, 1 << 20)
         _different("bits", self.bits, 2, 8)
-        self.rows()
+        self.sequences()
         self.training(self.rates[0])
 
     @property
@@ -143,7 +143,7 @@ class AttackConfig:
         """Whether the attack changes weights by gradient descent."""
         return self.kind in TRAINED
 
-    def rows(self) -> dict[str, int]:
+    def sequences(self) -> dict[str, int]:
         """Number of sequences of a step from each source of the mix.
 
         Raises:
@@ -154,12 +154,12 @@ class AttackConfig:
                 f"mix: got {self.mix}, wanted shares > 0 of forget and retain, such as {{forget: 0.5, retain: 0.5}}"
             )
         forget = round(self.batch_size * self.mix.get("forget", 0.0) / sum(self.mix.values()))
-        rows = {"forget": forget, "retain": self.batch_size - forget}
-        if any(not rows[name] for name in self.mix):
+        sequences = {"forget": forget, "retain": self.batch_size - forget}
+        if any(not sequences[name] for name in self.mix):
             raise ValueError(
-                f"mix: got {self.mix}, wanted shares of at least one of the batch_size {self.batch_size} rows each"
+                f"mix: got {self.mix}, wanted shares of at least one of the batch_size {self.batch_size} sequences each"
             )
-        return {name: rows[name] for name in SOURCES if name in self.mix}
+        return {name: sequences[name] for name in SOURCES if name in self.mix}
 
     def training(self, rate: float) -> TrainConfig:
         """Training settings for one learning rate of the grid."""

@@ -31,8 +31,8 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
     check_installed("lora")
     if has_adapters(model):
         raise ValueError(
-            "kind: got lora for a model that has adapters already, wanted finetune, which trains them, or a model into which they are "
-            "merged (merge_and_unload)"
+            "kind: got lora for a model that has adapters already, wanted finetune, which trains them, or a model into which "
+            "they are merged (merge_and_unload)"
         )
     linear, transposed = (
         {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kind)}

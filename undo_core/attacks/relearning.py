@@ -16,14 +16,14 @@ from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, explore
 from undo_core.attacks.lora import adapted
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import head_of
 from undo_core.models.adapters import has_adapters
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import convert_
 
-Data = Rows | Source | Iterable[Any]
+Data = Sequences | Source | Iterable[Any]
 
 
 def attack(
@@ -47,7 +47,7 @@ def attack(
     head_of(model)  # raises before anything is changed
     data, seed = {"forget": forget, "retain": retain}, config.seed or 0
     given = {"seed": seed, "limits": limits_of(model)}
-    sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.rows().items()}
+    sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.sequences().items()}
     adapters = contextlib.nullcontext()
     if config.kind == "lora":
         if not has_adapters(model):
@@ -92,8 +92,8 @@ def relearn(
 
     Args:
         model: not changed; each trial works on a copy.
-        forget: text of the forgotten capability: token rows, a function of the step, or an iterable of batches that can be
-            iterated again. The shares of ``config.mix`` apply to token rows; other sources give batches of their own size.
+        forget: text of the forgotten capability: token sequences, a function of the step, or an iterable of batches that can be
+            iterated again. The shares of ``config.mix`` apply to token sequences; other sources give batches of their own size.
         config: the grid and the evaluations.
         retain: other text, in the same forms; needed if ``config.mix`` has a share for it.
         evaluate: function that returns the metrics of a model; the entry ``forget`` decides which rate is worst.

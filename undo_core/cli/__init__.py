@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import distributed
-from undo_core.cli import hints, results, runs, stages
+from undo_core.cli import hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
@@ -29,7 +29,8 @@ TOGETHER = ("run", "unlearn", "distill", "relearn", "evaluate")  # the commands 
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
     for function in (
-        *(stages.prepare, stages.unlearn, stages.noise, stages.damage, stages.cache, stages.distill, stages.relearn),
+        *(single_stages.prepare, single_stages.unlearn, single_stages.noise, single_stages.damage),
+        *(single_stages.cache, single_stages.distill, single_stages.relearn),
         *(results.evaluate, results.report),
         runs.doctor,
     )

@@ -36,11 +36,11 @@ def run_doctor() -> int:
     console.print(_facts())
     table = Table(box=None, pad_edge=False)
     table.add_column("op")
-    for name in undo_kernels.library.BACKENDS:
+    for name in undo_kernels.library.backends.BACKENDS:
         table.add_column(name)
     for op, check in _CHECKS.items():
         cells = []
-        for name in undo_kernels.library.BACKENDS:
+        for name in undo_kernels.library.backends.BACKENDS:
             verdict = _verdict(op, name, check)
             if not verdict.startswith("ok") and verdict not in ("-", "not here"):
                 problems.append(f"{op} fails on the {name} backend: {verdict}")

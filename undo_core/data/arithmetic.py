@@ -1,6 +1,6 @@
 """Arithmetic data: addition and subtraction are retained, multiplication and division forgotten.
 
-There are two variants. *Compact*, for the demo, has one problem per row (``<bos>12+34=46<bos>``) and 17 different tokens.
+There are two variants. *Compact*, for the demo, has one problem per sequence (``<bos>12+34=46<bos>``) and 17 different tokens.
 *Published* follows the generator in the code of arXiv 2506.06278, with our own word problems: equations with spaces and float
 quotients, and word problems, packed. In both, ``<bos>`` separates problems and ends an answer, as published.
 """
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from undo_core.data import templates
 from undo_core.data.encoding import fill_of, separator_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.text import pack
 from undo_core.data.tokenizers import character_tokenizer, encode
 
@@ -32,13 +32,13 @@ MAX_ADD, MAX_MULTIPLY = 50, 20  # operands of + and - are drawn from 1..50, thos
 
 def compact_splits(
     seed: int, train_rows: int, eval_prompts: int = 1000, held_out: float = 0.1
-) -> tuple[PreTrainedTokenizerFast, dict[str, Rows]]:
+) -> tuple[PreTrainedTokenizerFast, dict[str, Sequences]]:
     """Makes the demo's tokenizer and splits: train, valid, test and heldout, each for retain and forget.
 
     Operations are drawn uniformly within a group and operands as published; quotients are integers. ``valid_*`` and ``test_*``
-    are drawn like the training rows, as published, so they repeat training problems (a forget group has 720 different ones).
-    ``heldout_*`` are drawn from operand pairs that no other split has: the share ``held_out`` of each operation's pairs, where
-    ``a + b`` and ``b + a`` count as one. Pairs are held out for each operation independently, so training may contain the
+    are drawn like the training sequences, as published, so they repeat training problems (a forget group has 720 different
+    ones). ``heldout_*`` are drawn from operand pairs that no other split has: the share ``held_out`` of each operation's pairs,
+    where ``a + b`` and ``b + a`` count as one. Pairs are held out for each operation independently, so training may contain the
     inverse of a held-out product.
 
     Args:
@@ -56,7 +56,7 @@ def compact_splits(
         for group, operations in GROUPS.items():
             count = train_rows if split == "train" else eval_prompts
             problems = _draw_pairs(generator, operations, count, held if split == "heldout" else ~held)
-            splits[f"{split}_{group}"] = _compact_rows(problems, len(longest) + 2, scored=split != "train")
+            splits[f"{split}_{group}"] = _compact_sequences(problems, len(longest) + 2, scored=split != "train")
     return tokenizer, splits
 
 
@@ -81,26 +81,26 @@ def _draw_pairs(generator: np.random.Generator, operations: str, count: int, all
     for index in {OPERATIONS.index(o) for o in operations}:
         largest = MAX_ADD if OPERATIONS[index] in "+-" else MAX_MULTIPLY
         pairs = np.argwhere(allowed[index, 1 : largest + 1, 1 : largest + 1]) + 1
-        rows = drawn[:, 0] == index
-        drawn[rows, 1:] = pairs[generator.integers(0, len(pairs), int(rows.sum()))]
+        chosen = drawn[:, 0] == index
+        drawn[chosen, 1:] = pairs[generator.integers(0, len(pairs), int(chosen.sum()))]
     return drawn
 
 
-def _compact_rows(problems: np.ndarray, length: int, scored: bool) -> Rows:
+def _compact_sequences(problems: np.ndarray, length: int, scored: bool) -> Sequences:
     ids = np.zeros((len(problems), length), dtype=np.int32)
     answers = np.zeros((len(problems), length), dtype=bool)
     lengths = np.zeros(len(problems), dtype=np.int32)
     token = {character: index + 2 for index, character in enumerate(COMPACT_ALPHABET)}
-    for row, (operation, a, b) in enumerate(problems.tolist()):
+    for sequence, (operation, a, b) in enumerate(problems.tolist()):
         prompt, answer = _equation(OPERATIONS[operation], a, b)
         tokens = [1, *(token[character] for character in prompt + answer), 1]
-        ids[row, : len(tokens)] = tokens
-        lengths[row] = len(tokens)
-        answers[row, len(prompt) + 1 : len(tokens)] = True
+        ids[sequence, : len(tokens)] = tokens
+        lengths[sequence] = len(tokens)
+        answers[sequence, len(prompt) + 1 : len(tokens)] = True
     if not scored:
-        return Rows(torch.from_numpy(ids), 0, lengths=torch.from_numpy(lengths))
+        return Sequences(torch.from_numpy(ids), 0, lengths=torch.from_numpy(lengths))
     group = torch.from_numpy(problems[:, 0].astype(np.int16))
-    return Rows(
+    return Sequences(
         torch.from_numpy(ids), 0, torch.from_numpy(answers), group, tuple(OPERATIONS), lengths=torch.from_numpy(lengths)
     )
 
@@ -183,15 +183,15 @@ def evaluation_problems(per_operation: int = 100, seed: int = 42) -> list[Proble
 
 def published_splits(
     tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int, train_rows: int, eval_prompts: int, isolated: bool = False
-) -> dict[str, Rows]:
-    """Makes splits of published problems: training rows packed to ``length``, evaluation rows with one problem each.
+) -> dict[str, Sequences]:
+    """Makes splits of published problems: training sequences packed to ``length``, evaluation sequences with one problem each.
 
     As published, the templates of word problems are held out from training, and equations are not; there is no held-out split.
-    In an evaluation row, the tokens of the answer and the one that ends it are scored.
+    In an evaluation sequence, the tokens of the answer and the one that ends it are scored.
 
     Args:
         tokenizer: a fast tokenizer with a token for the beginning or the end of a text.
-        length: tokens in a packed row.
+        length: tokens in a packed sequence.
         seed: seed of the draws.
         train_rows: problems in each of ``train_retain`` and ``train_forget``.
         eval_prompts: problems in each other split, divided among operations and kinds.
@@ -215,7 +215,7 @@ def published_splits(
                 for p in evaluation_problems(-(-eval_prompts // 4), seed=seed * 2 + (split == "test"))
                 if p.operation in operations
             ]
-            splits[f"{split}_{group}"] = _scored_rows(tokenizer, chosen)
+            splits[f"{split}_{group}"] = _scored_sequences(tokenizer, chosen)
     return splits
 
 
@@ -260,7 +260,7 @@ def _operands(generator: random.Random, operation: str) -> tuple[int, int]:
     return generator.randint(1, largest), generator.randint(1, largest)
 
 
-def _scored_rows(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> Rows:
+def _scored_sequences(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> Sequences:
     separator, encoded = separator_of(tokenizer), []
     for problem in chosen:
         # Tokenise the whole text, as in training, because a BPE token may join the answer to the text before it.
@@ -273,8 +273,8 @@ def _scored_rows(tokenizer: PreTrainedTokenizerBase, chosen: list[Problem]) -> R
     lengths = torch.tensor([len(tokens) for tokens, _ in encoded], dtype=torch.int32)
     ids = torch.full((len(encoded), int(lengths.max())), fill_of(tokenizer), dtype=torch.int32)
     answers = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (tokens, start) in enumerate(encoded):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        answers[row, start : len(tokens)] = True
+    for sequence, (tokens, start) in enumerate(encoded):
+        ids[sequence, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        answers[sequence, start : len(tokens)] = True
     group = torch.tensor([OPERATIONS.index(problem.operation) for problem in chosen])
-    return Rows(ids, fill_of(tokenizer), answers, group, tuple(OPERATIONS), lengths=lengths)
+    return Sequences(ids, fill_of(tokenizer), answers, group, tuple(OPERATIONS), lengths=lengths)

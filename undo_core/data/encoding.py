@@ -88,7 +88,7 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fill_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that pads rows. Any id would do, since rows record the length of their text."""
+    """Returns the id that pads sequences. Any id would do, since sequences record the length of their text."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

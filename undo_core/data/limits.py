@@ -7,47 +7,48 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import positions_of
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that one or more models set on the rows that all of them read.
+    """Limits that one or more models set on the sequences that all of them read.
 
     Attributes:
-        vocabulary: rows of the smallest embedding or head; token ids must be below.
-        positions: largest number of tokens that may be read from a row; None if no model has a limit.
-        whole: whether a row's last token is read too; if not, it is only a label.
+        vocabulary: entries of the smallest embedding or head; token ids must be below.
+        positions: largest number of tokens that may be read from a sequence; None if no model has a limit.
+        whole: whether a sequence's last token is read too; if not, it is only a label.
     """
 
     vocabulary: int
     positions: int | None
     whole: bool = False
 
-    def check_rows(self, rows: Rows, name: str) -> None:
-        """Raises a ValueError if a model cannot read ``rows``; ``name`` is the argument that the error names."""
-        self.check(rows.length, int(rows.input_ids.min()), rows.largest_id(), name)
+    def check_sequences(self, sequences: Sequences, name: str) -> None:
+        """Raises a ValueError if a model cannot read ``sequences``; ``name`` is the argument that the error names."""
+        self.check(sequences.length, int(sequences.input_ids.min()), sequences.largest_id(), name)
 
     def check(self, length: int, smallest: int, largest: int, name: str) -> None:
-        """Raises a ValueError if a model cannot read rows of ``length`` tokens with ids from ``smallest`` to ``largest``."""
+        """Raises a ValueError if a model cannot read ``length`` tokens with ids from ``smallest`` to ``largest``."""
         if smallest < 0:
             raise ValueError(f"{name}: got token id {smallest}, wanted ids from 0")
         if largest >= self.vocabulary:
             raise ValueError(
-                f"{name}: got token id {largest}, wanted ids below the model's vocabulary of {self.vocabulary}; prepare the data for "
-                f"this model"
+                f"{name}: got token id {largest}, wanted ids below the model's vocabulary of {self.vocabulary}; prepare the "
+                "data for this model"
             )
         taken = length if self.whole else length - 1
         if self.positions is not None and taken > self.positions:
             alone = "" if self.whole else ", of which the last is a label alone"
             raise ValueError(
-                f"{name}: got rows of {length} tokens{alone}, wanted rows that take at most the model's {self.positions} positions"
+                f"{name}: got sequences of {length} tokens{alone}, wanted sequences that take at most the model's "
+                f"{self.positions} positions"
             )
 
 
 def limits_of(*models: PreTrainedModel, whole: bool = False) -> Limits:
-    """Returns the limits within which all of ``models`` can read rows."""
+    """Returns the limits within which all of ``models`` can read sequences."""
     vocabularies = [layer.weight.shape[0] for model in models for layer in _ends(model)]
     return Limits(min(vocabularies), _least([positions_of(model.config) for model in models]), whole)
 

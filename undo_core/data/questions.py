@@ -146,7 +146,8 @@ def prompts(
         known = by_subject.get(subject, [])[:shots]
         if len(known) < shots:
             raise ValueError(
-                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted at least as many examples as shots"
+                f"shots: got {shots} and {len(known)} examples of the subject {subject!r}, wanted at least as many examples as "
+                "shots"
             )
         if not subject and "{subject}" in description:
             raise ValueError(

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from undo_core.data import arithmetic, text, tokenizers
-from undo_core.data.question_rows import question_splits
+from undo_core.data.question_sequences import question_splits
 from undo_core.data.questions import MultipleChoiceConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import load_tokenizer
 
 TRAIN_SPLITS = {"retain": "train_retain", "forget": "train_forget", "distill": "train_distill"}
@@ -32,8 +32,8 @@ def heldout_text(splits: Container[str], name: str) -> str:
 
 def make_splits(
     settings: dict[str, Any], positions: int | None = None
-) -> tuple[PreTrainedTokenizerBase, dict[str, Rows], dict[str, int]]:
-    """Makes the tokenizer and the token rows of every split.
+) -> tuple[PreTrainedTokenizerBase, dict[str, Sequences], dict[str, int]]:
+    """Makes the tokenizer and the token sequences of every split.
 
     The splits are train, valid, test and, for some data, heldout, each for retain and forget.
 
@@ -45,7 +45,7 @@ def make_splits(
         positions: number of the model's positions; None if it has no limit.
 
     Returns:
-        Tokenizer, rows by split, and for each split of questions how many lost their beginning to fit into ``positions``.
+        Tokenizer, sequences by split, and for each split of questions how many lost their beginning to fit into ``positions``.
     """
     check_lengths(settings, positions)
     tokenizer, splits = _training_splits(settings)
@@ -61,7 +61,7 @@ def make_splits(
 
 
 def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
-    """Raises a ValueError, before any text is read, if packed rows would be longer than the model can read.
+    """Raises a ValueError, before any text is read, if packed sequences would be longer than the model can read.
 
     The arguments are those of :func:`make_splits`.
     """
@@ -70,12 +70,12 @@ def check_lengths(settings: dict[str, Any], positions: int | None) -> None:
     for name, length in (("length", settings["length"]), ("distill.length", settings["distill"]["length"])):
         if length is not None and length - 1 > positions:  # the last token is only a label
             raise ValueError(
-                f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a row's last token "
-                f"is a label alone"
+                f"data.{name}: got {length}, wanted at most {positions + 1}: the model has {positions} positions, and a "
+                "sequence's last token is a label alone"
             )
 
 
-def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Rows]]:
+def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, dict[str, Sequences]]:
     """Makes the tokenizer and splits of the data that a run trains on, without questions."""
     kind, seed = settings["kind"], settings["seed"]
     if kind == "arithmetic-compact":

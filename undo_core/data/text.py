@@ -1,4 +1,4 @@
-"""Tokenises text, splits it into train, valid and test, and packs it into rows with document boundaries."""
+"""Tokenises text, splits it into train, valid and test, and packs it into sequences with document boundaries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from undo_core.data.encoding import encoded, fill_of, separator_of
 from undo_core.data.reading import read_documents
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 
 
 def pack(
@@ -25,22 +25,22 @@ def pack(
     *,
     overflow: str = "carry",
     isolated: bool = False,
-) -> Rows:
-    """Packs documents into rows of ``length`` tokens, each document preceded by the separator.
+) -> Sequences:
+    """Packs documents into sequences of ``length`` tokens, each document preceded by the separator.
 
-    A separator is also the last label of the document before it. The last document gets one after it, if its row has room; that
-    row is then padded. A row's first token is never a label, even if it is a separator.
+    A separator is also the last label of the document before it. The last document gets one after it, if its sequence has room;
+    that sequence is then padded. A sequence's first token is never a label, even if it is a separator.
 
     Args:
         documents: token ids of each document.
-        length: tokens in a row, at least 2.
+        length: tokens in a sequence, at least 2.
         separator_id: token before each document.
-        pad_id: token that fills the last row.
-        overflow: "carry" continues a document in the next row; "discard" drops what does not fit, as the published packing does
-            (code of arXiv 2506.06278).
-        isolated: whether the documents of a row must not attend to each other.
+        pad_id: token that fills the last sequence.
+        overflow: "carry" continues a document in the next sequence; "discard" drops what does not fit, as the published packing
+            does (code of arXiv 2506.06278).
+        isolated: whether the documents of a sequence must not attend to each other.
 
-    Memory: the rows, and a few Python lists of the size of one document.
+    Memory: the sequences, and a few Python lists of the size of one document.
 
     Raises:
         ValueError: there are no documents, ``length`` is below 2, or ``overflow`` is unknown.
@@ -49,39 +49,39 @@ def pack(
         raise ValueError(f"length: got {length}, wanted an integer >= 2")
     if overflow not in ("carry", "discard"):
         raise ValueError(f"overflow: got {overflow!r}, wanted carry or discard")
-    rows: list[torch.Tensor] = []
+    sequences: list[torch.Tensor] = []
     starts: list[torch.Tensor] = []
-    row: list[int] = []
-    begins: list[int] = []  # positions in the row at which documents begin
+    sequence: list[int] = []
+    begins: list[int] = []  # positions in the sequence at which documents begin
 
     def finish() -> None:
-        rows.append(torch.tensor(row + [pad_id] * (length - len(row)), dtype=torch.int32))
+        sequences.append(torch.tensor(sequence + [pad_id] * (length - len(sequence)), dtype=torch.int32))
         if isolated:
             starts.append(torch.zeros(length, dtype=torch.bool).index_fill_(0, torch.tensor(begins, dtype=torch.int64), True))
-        row.clear()
+        sequence.clear()
         begins.clear()
 
     for document in documents:
-        begins.append(len(row))
+        begins.append(len(sequence))
         whole = [separator_id, *document]
         at = 0  # an index instead of slicing the rest off, so that the time is linear in the document's length
         while at < len(whole):
-            space = length - len(row)
-            row += whole[at : at + space]
+            space = length - len(sequence)
+            sequence += whole[at : at + space]
             at = at + space if overflow == "carry" else len(whole)
-            if len(row) == length:
+            if len(sequence) == length:
                 finish()
     last = length
-    if row:
-        begins.append(len(row))
-        row.append(separator_id)
-        last = len(row)
+    if sequence:
+        begins.append(len(sequence))
+        sequence.append(separator_id)
+        last = len(sequence)
         finish()
-    if not rows:
+    if not sequences:
         raise ValueError("documents: got none with a token, wanted at least one")
-    lengths = torch.full((len(rows),), length, dtype=torch.int32)
+    lengths = torch.full((len(sequences),), length, dtype=torch.int32)
     lengths[-1] = last
-    return Rows(torch.stack(rows), pad_id, lengths=lengths, starts=torch.stack(starts) if isolated else None)
+    return Sequences(torch.stack(sequences), pad_id, lengths=lengths, starts=torch.stack(starts) if isolated else None)
 
 
 def text_splits(
@@ -96,22 +96,22 @@ def text_splits(
     distill: dict[str, Any] | None = None,
     isolated: bool = False,
     parse: bool = False,
-) -> dict[str, Rows]:
-    """Returns the rows of train, valid and test, each for retain and forget, by name (``train_retain``).
+) -> dict[str, Sequences]:
+    """Returns the sequences of train, valid and test, each for retain and forget, by name (``train_retain``).
 
-    A hash of the seed and a document's text decides its split, so that copies of a document fall into the same split. The rows
-    carry no answers: they are scored by cross-entropy.
+    A hash of the seed and a document's text decides its split, so that copies of a document fall into the same split. The
+    sequences carry no answers: they are scored by cross-entropy.
 
     Args:
         tokenizer: its beginning-of-text token, or else its end-of-text token, stands before each document.
         retain: sources as for :func:`read_documents`; or a dict from source to its share of ``tokens``.
         forget: the same.
-        length: tokens in a row.
+        length: tokens in a sequence.
         valid_fraction: share of the documents in each of valid and test.
         seed: seed of the split.
         tokens: number of tokens to take for each of retain and forget; None takes everything.
         distill: ``sources``, ``tokens`` and ``length`` of text to distill on; adds ``train_distill``, its training part.
-        isolated: whether the documents of a row must not attend to each other.
+        isolated: whether the documents of a sequence must not attend to each other.
         parse: whether control tokens that are written out in a document (``<|endoftext|>``) become those tokens; else they are
             text.
 
@@ -123,17 +123,18 @@ def text_splits(
     """
     separator, fill = separator_of(tokenizer), fill_of(tokenizer)
 
-    def packed(documents: Iterable[Sequence[int]], length: int) -> Rows:
+    def packed(documents: Iterable[Sequence[int]], length: int) -> Sequences:
         return pack(documents, length, separator, fill, isolated=isolated)
 
-    splits: dict[str, Rows] = {}
+    splits: dict[str, Sequences] = {}
     for group, sources in (("retain", retain), ("forget", forget)):
         documents = _documents(tokenizer, sources, tokens, valid_fraction, seed, parse)
         for split, chosen in documents.items():
             if not chosen:
                 total = sum(map(len, documents.values()))
                 raise ValueError(
-                    f"data.valid_fraction: got {valid_fraction}, with which none of {group}'s {total} documents fell into {split}"
+                    f"data.valid_fraction: got {valid_fraction}, with which none of {group}'s {total} documents fell into "
+                    f"{split}"
                 )
             splits[f"{split}_{group}"] = packed(chosen, length)
     if distill and distill["sources"]:

@@ -1,9 +1,9 @@
 """Cache of a teacher's outputs on disk.
 
-The teacher runs once over the rows; then any number of students, data orders and seeds can be distilled without its trunk.
+The teacher runs once over the sequences; then any number of students, data orders and seeds can be distilled without its trunk.
 
 A cache is a folder of memory-mapped safetensors shards and ``cache.json``. It stores the positions that count (those whose next
-token is text), row after row; row ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]`` (exclusive):
+token is text), sequence after sequence; sequence ``i`` has the positions ``offsets[i]`` to ``offsets[i + 1]`` (exclusive):
 
 - cached: ``hidden`` ``[positions, d]`` in float32 or bfloat16, and ``lse`` ``[positions]`` float32: ``d * itemsize + 4`` bytes
   per position. The loss is exact for the stored hidden states.
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.checkpoints.files import MappedFile, TensorWriter
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.streaming import WeightReader, load_head, weights_digest
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import hash_json, read_json, sync_folder, write_json
@@ -45,7 +45,7 @@ FACTS, PROGRESS = "cache.json", "progress.json"
 SHARD_BYTES = 2 * 10**9
 LOGIT_BYTES = 64 * 2**20  # size of the logits that are ranked at once
 BATCH_SIZE = 128
-CHECKED_ROWS = 64
+CHECKED_SEQUENCES = 64
 STUDENTS = {"near": 0.1, "far from": 1.0}  # noise on the teacher's hidden states, in units of their standard deviation
 
 Column = tuple[torch.dtype, int]  # dtype of a stored tensor, and its entries per position
@@ -53,31 +53,32 @@ Column = tuple[torch.dtype, int]  # dtype of a stored tensor, and its entries pe
 
 def cache_teacher(
     teacher: PreTrainedModel,
-    rows: Rows,
+    sequences: Sequences,
     folder: str | Path,
     config: TeacherConfig | None = None,
     *,
-    check: Rows | None = None,
+    check: Sequences | None = None,
     shard_bytes: int = SHARD_BYTES,
     checkpoint_seconds: float = 10.0,
     title: str = "cache",
     progress: bool = True,
 ) -> CachedTeacher:
-    """Runs ``teacher`` once over ``rows`` and stores in ``folder`` the outputs that :func:`undo_core.distill` needs.
+    """Runs ``teacher`` once over ``sequences`` and stores in ``folder`` the outputs that :func:`undo_core.distill` needs.
 
     If the call is killed, the same call continues; on a complete cache it does nothing. Every batch is filled up to
-    ``batch_size`` rows, because the bits of a forward pass can depend on its shape. The stored bits equal those of the resident
-    teacher if ``batch_size`` is the distillation's micro-batch size and the matrix products of this machine do not depend on a
-    row's place in the batch. As measured on x86, they do not if ``batch_size`` is a multiple of 16; otherwise the last bit can
-    differ. On a GPU the loss uses the stored log-sum-exps instead of computing them again, which can change the last bit too.
+    ``batch_size`` sequences, because the bits of a forward pass can depend on its shape. The stored bits equal those of the
+    resident teacher if ``batch_size`` is the distillation's micro-batch size and the matrix products of this machine do not
+    depend on a sequence's place in the batch. As measured on x86, they do not if ``batch_size`` is a multiple of 16; otherwise
+    the last bit can differ. On a GPU the loss uses the stored log-sum-exps instead of computing them again, which can change
+    the last bit too.
 
     Args:
         teacher: model in memory, or streamed (:func:`undo_core.distillation.streaming.stream_model`); put in evaluation mode
             and otherwise unchanged.
-        rows: all rows that a student will be distilled on; the cache belongs to these rows in this order.
-        folder: a new folder, or one with an unfinished or complete cache of the same teacher, rows and settings.
+        sequences: all sequences that a student will be distilled on; the cache belongs to these sequences in this order.
+        folder: a new folder, or one with an unfinished or complete cache of the same teacher, sequences and settings.
         config: kind (cached or topk), dtype, k, batch_size (None for 128).
-        check: rows on which the error of an approximate cache is measured; None for the first rows of ``rows``.
+        check: sequences on which the error of an approximate cache is measured; None for the first sequences of ``sequences``.
         shard_bytes: approximate size of a file.
         checkpoint_seconds: seconds between flushes to disk.
         title: label of the progress bar.
@@ -93,24 +94,24 @@ def cache_teacher(
     if config.kind not in ("cached", "topk"):
         raise ValueError(f"config: got the kind {config.kind}, wanted cached or topk")
     limits = limits_of(teacher)
-    limits.check_rows(rows, "rows")
+    limits.check_sequences(sequences, "sequences")
     if check is not None:
-        limits.check_rows(check, "check")
+        limits.check_sequences(check, "check")
     teacher.eval()
     teacher = bare(teacher)
     head = head_of(teacher)
-    identity = _identity(teacher, head, rows, config)
+    identity = _identity(teacher, head, sequences, config)
     check_vocab_size(config.vocab_size, teacher=identity["vocabulary"])
     known = config.vocab_size or identity["vocabulary"]
     if config.kind == "topk" and config.k >= known:
         raise ValueError(f"k: got {config.k}, wanted less than the vocabulary's {known}")
     if not (folder / FACTS).exists():
-        work = _Pass(teacher, head, rows, folder, config, identity, shard_bytes)
+        work = _Pass(teacher, head, sequences, folder, config, identity, shard_bytes)
         with _DiskFull(folder, work.bytes):
             work.run(checkpoint_seconds, title, progress)
         facts: dict[str, Any] = {"identity": identity, "shards": work.names, "positions": work.total, "bytes": work.bytes}
         if config.kind == "topk" or config.dtype != "float32":
-            facts["error"] = _errors(teacher, head, check or rows, config)
+            facts["error"] = _errors(teacher, head, check or sequences, config)
             for name, error in facts["error"].items() if progress else ():
                 console.print(f"{title}: {describe_error(name, error)}")
         write_json(folder / FACTS, facts)
@@ -124,8 +125,8 @@ class CachedTeacher:
     """Teacher that reads a cache made by :func:`cache_teacher`; use :meth:`open`, which checks that it is the right cache.
 
     Attributes:
-        vocabulary: number of rows of the head.
-        vocab_size: number of rows that are real tokens; None if the cache was made with all rows.
+        vocabulary: number of vocabulary entries of the head.
+        vocab_size: number of entries that are real tokens; None if the cache was made with all entries.
         facts: contents of ``cache.json``.
 
     Memory: the head (cached), and the outputs of one batch.
@@ -136,7 +137,7 @@ class CachedTeacher:
         identity = self.facts["identity"]
         self.vocabulary, self.kind, self.head = identity["vocabulary"], identity["kind"], head
         self.vocab_size: int | None = identity.get("vocab_size")
-        self._columns, self._rows = _columns(identity), None
+        self._columns, self._sequences = _columns(identity), None
         self._shards = [MappedFile(folder / name, read_only=True) for name in self.facts["shards"]]
         counts = [shard.tensor("offsets", torch.int64).clone() for shard in self._shards]
         self._first = torch.tensor([0, *(int(c[-1]) for c in counts)]).cumsum(0)  # index of the first position of each shard
@@ -184,27 +185,29 @@ class CachedTeacher:
         return cls(folder, kept)
 
     def check(self, text: Any) -> None:
-        """Raises a ValueError unless ``text`` is the rows that the cache was made from."""
-        if not isinstance(text, Rows):
+        """Raises a ValueError unless ``text`` is the sequences that the cache was made from."""
+        if not isinstance(text, Sequences):
             raise ValueError(
-                f"text: got {type(text).__name__}, wanted the token rows (undo_core.data.rows.Rows) that the teacher was cached on; "
-                f"other data needs a resident or streamed teacher"
+                f"text: got {type(text).__name__}, wanted the token sequences (undo_core.data.sequences.Sequences) that the "
+                "teacher was cached on; other data needs a resident or streamed teacher"
             )
-        _same(self.facts["identity"], _rows_identity(text), "text: got rows that are not those of the cache, which was made",
-              "wanted the rows that it was made from")  # fmt: skip
-        self._rows = text
+        got = "text: got sequences that are not those of the cache, which was made"
+        _same(self.facts["identity"], _sequences_identity(text), got, "wanted the sequences that it was made from")
+        self._sequences = text
 
     def identity(self) -> dict[str, Any]:
-        """Returns the identity of what the cache was made from: teacher, rows and settings."""
+        """Returns the identity of what the cache was made from: teacher, sequences and settings."""
         return dict(self.facts["identity"])
 
     def targets(self, batch: Batch) -> HiddenTargets | TopTargets:
-        """Returns the targets of a batch of the rows that :meth:`check` accepted."""
-        if batch.rows is None or self._rows is None:
-            raise ValueError("batch: got one without its rows' indices, wanted a batch of rows that `check` was called with")
-        ids = self._rows.input_ids[batch.rows]
-        mask = self._rows.text_mask(batch.rows)[:, 1:].flatten()
-        starts, counts = self._offsets[batch.rows], self._offsets[batch.rows + 1] - self._offsets[batch.rows]
+        """Returns the targets of a batch of the sequences that :meth:`check` accepted."""
+        if batch.index is None or self._sequences is None:
+            raise ValueError(
+                "batch: got one without its sequences' indices, wanted a batch of sequences that `check` was called with"
+            )
+        ids = self._sequences.input_ids[batch.index]
+        mask = self._sequences.text_mask(batch.index)[:, 1:].flatten()
+        starts, counts = self._offsets[batch.index], self._offsets[batch.index + 1] - self._offsets[batch.index]
         skipped = starts - (counts.cumsum(0) - counts)
         positions = torch.arange(int(counts.sum())) + skipped.repeat_interleave(counts)
         device, shape = batch.input_ids.device, (len(ids), ids.shape[1] - 1)
@@ -233,11 +236,11 @@ class CachedTeacher:
 
 @dataclass
 class _Pass:
-    """One run of the teacher over the rows, shard by shard."""
+    """One run of the teacher over the sequences, shard by shard."""
 
     teacher: PreTrainedModel
     head: Head
-    rows: Rows
+    sequences: Sequences
     folder: Path
     config: TeacherConfig
     identity: dict[str, Any]
@@ -245,25 +248,25 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self.columns = _columns(self.identity)
-        counts = (self.rows.lengths.long() - 1).clamp_min(0)
+        counts = (self.sequences.lengths.long() - 1).clamp_min(0)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         self.total = int(self.offsets[-1])
         if self.total == 0:
-            raise ValueError("rows: got no position that counts, wanted at least one token after another")
+            raise ValueError("sequences: got no position that counts, wanted at least one token after another")
         self.position_bytes = sum(dtype.itemsize * width for dtype, width in self.columns.values())
         self.bounds = [0]
-        while self.bounds[-1] < len(self.rows):
+        while self.bounds[-1] < len(self.sequences):
             room = self.offsets[self.bounds[-1]] + self.shard_bytes // self.position_bytes
             last = int(torch.searchsorted(self.offsets, room, right=True)) - 1
-            self.bounds.append(min(max(last, self.bounds[-1] + 1), len(self.rows)))
+            self.bounds.append(min(max(last, self.bounds[-1] + 1), len(self.sequences)))
         count = len(self.bounds) - 1
         self.names = [f"{self.config.kind}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        self.bytes = self.total * self.position_bytes + 8 * (len(self.rows) + count) + 1024 * count
+        self.bytes = self.total * self.position_bytes + 8 * (len(self.sequences) + count) + 1024 * count
 
     def run(self, checkpoint_seconds: float, title: str, progress: bool) -> None:
         done = self._begin()
         size = self.identity["batch_size"]
-        with StageProgress(title, len(self.rows), start=done, enabled=progress) as bar:
+        with StageProgress(title, len(self.sequences), start=done, enabled=progress) as bar:
             for index, name in enumerate(self.names):
                 first, last = self.bounds[index : index + 2]
                 if done >= last or (self.folder / name).exists():  # finished, but killed before the record
@@ -287,7 +290,7 @@ class _Pass:
                 self._save(last)
 
     def _begin(self) -> int:
-        """Returns the number of rows already stored; raises if the folder has other contents or the disk is too small."""
+        """Returns the number of sequences already stored; raises if the folder has other contents or the disk is too small."""
         record = self.folder / PROGRESS
         done = 0
         if record.exists():
@@ -307,14 +310,14 @@ class _Pass:
         needed, free = max(0, self.bytes - there), shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"{self.folder}: the teacher's cache needs {needed:,} bytes ({self.total:,} positions of {self.position_bytes:,}) and "
-                f"the disk has {free:,} free"
+                f"{self.folder}: the teacher's cache needs {needed:,} bytes ({self.total:,} positions of "
+                f"{self.position_bytes:,}) and the disk has {free:,} free"
             )
         self._save(done)
         return done
 
-    def _save(self, rows: int) -> None:
-        write_json(self.folder / PROGRESS, {"identity": self.identity, "bounds": self.bounds, "rows": rows})
+    def _save(self, sequences: int) -> None:
+        write_json(self.folder / PROGRESS, {"identity": self.identity, "bounds": self.bounds, "rows": sequences})
 
     def _layout(self, first: int, last: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         count = int(self.offsets[last] - self.offsets[first])
@@ -323,12 +326,12 @@ class _Pass:
 
     @torch.no_grad()
     def _outputs(self, start: int, end: int, size: int) -> dict[str, torch.Tensor]:
-        """Returns the stored form of rows ``start`` to ``end``, from a batch filled up to ``size`` with other rows."""
-        index = torch.arange(start, start + size) % len(self.rows)
-        ids = self.rows.input_ids[index].long().to(self.head.weight.device)
-        mask = self.rows.text_mask(index)[:, 1:].to(ids.device)
+        """Returns the stored form of sequences ``start`` to ``end``, from a batch filled up with others to ``size``."""
+        index = torch.arange(start, start + size) % len(self.sequences)
+        ids = self.sequences.input_ids[index].long().to(self.head.weight.device)
+        mask = self.sequences.text_mask(index)[:, 1:].to(ids.device)
         mask[end - start :] = False
-        return _store(hidden_states(self.teacher, *_inputs(self.rows, index, ids))[mask], self.head, self.config)
+        return _store(hidden_states(self.teacher, *_inputs(self.sequences, index, ids))[mask], self.head, self.config)
 
 
 def _allocated(path: Path) -> int:
@@ -349,8 +352,8 @@ class _DiskFull:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
-                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from what "
-                f"is there"
+                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from "
+                "what is there"
             ) from None
 
 
@@ -375,12 +378,12 @@ def _store(hidden: torch.Tensor, head: Head, config: TeacherConfig) -> dict[str,
     return {"indices": torch.cat(indices), "logprobs": torch.cat(logprobs)}
 
 
-def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, dict[str, float]]:
+def _errors(teacher: PreTrainedModel, head: Head, sequences: Sequences, config: TeacherConfig) -> dict[str, dict[str, float]]:
     """Relative errors of the KL and its gradient for simulated students: the teacher's hidden states plus noise."""
-    index = slice(CHECKED_ROWS)
-    ids = rows.input_ids[index].long().to(head.weight.device)
+    index = slice(CHECKED_SEQUENCES)
+    ids = sequences.input_ids[index].long().to(head.weight.device)
     with torch.no_grad():
-        hidden = hidden_states(teacher, *_inputs(rows, index, ids))[rows.text_mask(index)[:, 1:].to(ids.device)]
+        hidden = hidden_states(teacher, *_inputs(sequences, index, ids))[sequences.text_mask(index)[:, 1:].to(ids.device)]
         stored, weight = _store(hidden, head, config), head.weight.detach()
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     sides = {**head.options("student_"), **head.options("teacher_")}
@@ -413,14 +416,16 @@ def _errors(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherCon
 def describe_error(name: str, error: dict[str, float]) -> str:
     """Describes an entry of a cache's ``error`` in words."""
     return (
-        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its gradient by "
-        f"{error['gradient_error']:.2g} (relative, {error['positions']} positions)"
+        f"for a student {name} its teacher (KL {error['kl']:.3g}) the stored KL is off by {error['kl_error']:.2g} and its "
+        f"gradient by {error['gradient_error']:.2g} (relative, {error['positions']} positions)"
     )
 
 
-def _inputs(rows: Rows, index: torch.Tensor | slice, ids: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None]:
-    """Inputs of the teacher for the rows ``index`` with ids ``ids``, without the last token, which is only a label."""
-    positions = rows.position_ids(index)
+def _inputs(
+    sequences: Sequences, index: torch.Tensor | slice, ids: torch.Tensor
+) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+    """Inputs of the teacher for the sequences ``index`` with ids ``ids``, without the last token, which is only a label."""
+    positions = sequences.position_ids(index)
     return ids[:, :-1], None, None if positions is None else positions[:, :-1].to(ids.device)
 
 
@@ -442,8 +447,8 @@ def _batched(config: TeacherConfig) -> dict[str, int]:
     return {"batch_size": config.batch_size or BATCH_SIZE}
 
 
-def _rows_identity(rows: Rows) -> dict[str, Any]:
-    return {"length": rows.length, "rows": rows.digest()}
+def _sequences_identity(sequences: Sequences) -> dict[str, Any]:
+    return {"length": sequences.length, "rows": sequences.digest()}
 
 
 def _head_identity(head: Head) -> dict[str, Any]:
@@ -458,11 +463,11 @@ def _teacher_identity(teacher: PreTrainedModel, weights: str) -> dict[str, Any]:
     return {"teacher": weights, "config": config_digest(teacher.config), "adapters": hash_json(adapters) if adapters else None}
 
 
-def _identity(teacher: PreTrainedModel, head: Head, rows: Rows, config: TeacherConfig) -> dict[str, Any]:
+def _identity(teacher: PreTrainedModel, head: Head, sequences: Sequences, config: TeacherConfig) -> dict[str, Any]:
     """Everything that decides the contents of a cache, as JSON values."""
     known = {"format": FORMAT, **_form(config), **_batched(config), **_head_identity(head)}
     known |= _teacher_identity(teacher, weights_digest(teacher))
-    return {**known, "hidden_size": head.weight.shape[1], **_rows_identity(rows)}
+    return {**known, "hidden_size": head.weight.shape[1], **_sequences_identity(sequences)}
 
 
 def _columns(identity: dict[str, Any]) -> dict[str, Column]:
@@ -478,7 +483,7 @@ def _same(found: dict[str, Any], wanted: dict[str, Any], got: str, end: str) -> 
     """
     words = {
         "teacher": "another teacher's weights",
-        "rows": "other rows",
+        "rows": "other sequences",
         "head": "another head",
         "head_dtype": "a head of",
         "config": "another model configuration",

@@ -1,8 +1,9 @@
-"""Gate of filter-then-distill: a cheap classifier, fitted on a few labelled rows, that drops rows that look like forget text.
+"""Gate of filter-then-distill: a cheap classifier, fitted on a few labelled sequences, that drops sequences that look like
+forget text.
 
-The features of a row are hashed counts of its tokens and of its pairs of neighbouring tokens: ``log(1 + count)``, scaled to
-norm 1. A logistic regression with an L2 penalty is fitted on them by LBFGS in float64; no language model runs. A row is dropped
-if the classifier finds forget more likely than retain.
+The features of a sequence are hashed counts of its tokens and of its pairs of neighbouring tokens: ``log(1 + count)``, scaled
+to norm 1. A logistic regression with an L2 penalty is fitted on them by LBFGS in float64; no language model runs. A sequence is
+dropped if the classifier finds forget more likely than retain.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 
-ROWS_AT_ONCE = 1024
+SEQUENCES_AT_ONCE = 1024
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd constants of the hash
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Settings of filter-then-distill: the original model teaches on the rows that a classifier keeps; nothing is unlearned.
+    """Settings of filter-then-distill: the original model teaches on the sequences that a classifier keeps; nothing is
+    unlearned.
 
     Attributes:
         share: share of the retain and of the forget training rows that are labelled, in (0, 1]; 0 leaves this control out.
@@ -51,19 +53,19 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Classifier:
     """Fitted classifier: ``weight`` ``[buckets]`` and ``bias``, float64; a positive score means forget."""
 
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def forget(self, rows: Rows) -> torch.Tensor:
-        """Returns ``[n]`` bool, True for each row that is classified as forget."""
-        parts = zip(rows.input_ids.split(ROWS_AT_ONCE), rows.text_mask().split(ROWS_AT_ONCE), strict=True)
+    def forget(self, sequences: Sequences) -> torch.Tensor:
+        """Returns ``[n]`` bool, True for each sequence that is classified as forget."""
+        parts = zip(sequences.input_ids.split(SEQUENCES_AT_ONCE), sequences.text_mask().split(SEQUENCES_AT_ONCE), strict=True)
         return torch.cat([features(*part, len(self.weight)) @ self.weight + self.bias > 0 for part in parts])
 
-    def quality(self, forget: Rows, retain: Rows) -> dict[str, Any]:
-        """Precision and recall for the forget rows, and the numbers of rows; precision is None if no row is dropped."""
+    def quality(self, forget: Sequences, retain: Sequences) -> dict[str, Any]:
+        """Precision and recall for the forget sequences, and the numbers of sequences; precision is None if none is dropped."""
         hits, alarms = int(self.forget(forget).sum()), int(self.forget(retain).sum())
         return {
             "precision": hits / (hits + alarms) if hits + alarms else None,
@@ -73,15 +75,15 @@ class Gate:
         }
 
 
-def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Gate:
-    """Fits the classifier on labelled rows; deterministic, and a function of the rows and ``config`` alone.
+def fit_classifier(forget: Sequences, retain: Sequences, config: GateConfig | None = None) -> Classifier:
+    """Fits the classifier on labelled sequences; deterministic, and a function of the sequences and ``config`` alone.
 
-    Memory: ``8 * buckets`` bytes per row.
+    Memory: ``8 * buckets`` bytes per sequence.
     """
     config = config or GateConfig()
     parts = (forget, retain)
-    x = torch.cat([features(rows.input_ids, rows.text_mask(), config.buckets) for rows in parts])
-    y = torch.cat([torch.full((len(rows),), float(rows is forget), dtype=torch.float64) for rows in parts])
+    x = torch.cat([features(sequences.input_ids, sequences.text_mask(), config.buckets) for sequences in parts])
+    y = torch.cat([torch.full((len(sequences),), float(sequences is forget), dtype=torch.float64) for sequences in parts])
     weight = torch.zeros(config.buckets, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
     fit = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -94,17 +96,17 @@ def fit_gate(forget: Rows, retain: Rows, config: GateConfig | None = None) -> Ga
 
     with torch.enable_grad():
         fit.step(loss)
-    return Gate(weight.detach(), bias.detach())
+    return Classifier(weight.detach(), bias.detach())
 
 
-def labelled(rows: Rows, share: float, seed: int) -> Rows:
-    """Draws the labelled rows, without replacement; at least one row."""
-    index = rows.order(0, max(1, round(share * len(rows))), seed)
-    return rows.take(index)
+def labelled(sequences: Sequences, share: float, seed: int) -> Sequences:
+    """Draws the labelled sequences, without replacement; at least one sequence."""
+    index = sequences.order(0, max(1, round(share * len(sequences))), seed)
+    return sequences.take(index)
 
 
 def features(input_ids: torch.Tensor, text: torch.Tensor, buckets: int) -> torch.Tensor:
-    """Features ``[n, buckets]`` float64 of token rows ``[n, length]``; ``text`` is False for tokens to ignore."""
+    """Features ``[n, buckets]`` float64 of token sequences ``[n, length]``; ``text`` is False for tokens to ignore."""
     ids = input_ids.long()
     tokens, pairs = _hash(ids, buckets), _hash(ids[:, 1:], buckets, ids[:, :-1])
     counts = torch.zeros(len(ids), buckets, dtype=torch.float64)

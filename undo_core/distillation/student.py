@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.distributed.sharding import shard
 from undo_core.models import check_vocab_size, head_of, vocabulary_of
@@ -25,7 +25,7 @@ from undo_core.training.losses import HiddenTargets, Match, distillation
 def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel | Teacher,
-    text: Rows | Source | Iterable[Any],
+    text: Sequences | Source | Iterable[Any],
     config: TrainConfig | None = None,
     *,
     hidden_weight: float = 0.0,
@@ -44,16 +44,16 @@ def distill(
             sharded). Or a teacher that takes
             less memory: streamed from disk (:class:`undo_core.distillation.teacher.ModelTeacher`), or cached
             (:class:`undo_core.distillation.cache.CachedTeacher`).
-        text: all unlabeled text, forget text included (arXiv 2506.06278): token rows, a function of the step, or an iterable of
-            batches. A cached teacher needs the rows that it was made from.
+        text: all unlabeled text, forget text included (arXiv 2506.06278): token sequences, a function of the step, or an
+            iterable of batches. A cached teacher needs the sequences that it was made from.
         config: optimizer, rates, batch sizes.
         hidden_weight: factor on a second term: the squared error of the student's hidden states relative to the teacher's, per
             token, averaged over ``hidden_layers``. Needs a teacher that is a model. 0 disables the term.
         hidden_layers: the matched hidden states, each given as a number of layers: 0 is the embeddings, the largest number is
             after the final norm. None for every layer.
-        vocab_size: number of real tokens if a head has more rows; the other rows are padding, without probability or gradient.
-            None takes a cache's own number, or else all rows; if the two heads differ, it takes the smaller number of rows and
-            warns, since models with the same tokenizer are often padded differently.
+        vocab_size: number of real tokens if a head has more vocabulary entries; the others are padding, without probability or
+            gradient. None takes a cache's own number, or else all entries; if the two heads differ, it takes the smaller number
+            and warns, since models with the same tokenizer are often padded differently.
         folder: for checkpoints and the log, so that a killed run resumes. A different student, teacher, text, ``config`` or
             ``hidden_weight`` raises an error that names it; the comparison computes one digest of both models' weights, about a
             second per gigabyte in float32.
@@ -65,8 +65,8 @@ def distill(
 
     Raises:
         UnsupportedHead: the student's head is not a linear layer with optional bias, scale and softcap.
-        ValueError: a ``vocab_size`` above the rows of a head, models of different width or depth with ``hidden_weight``, data
-            of an unknown form, or data that a cached teacher was not made from.
+        ValueError: a ``vocab_size`` above the vocabulary of a head, models of different width or depth with ``hidden_weight``,
+            data of an unknown form, or data that a cached teacher was not made from.
     """
     config = config or TrainConfig(steps=1000, batch_size=128, lr=7e-4, warmup=50)
     known = as_teacher(teacher)
@@ -122,30 +122,33 @@ def _check_apart(student: nn.Module, teacher: Teacher) -> None:
 
 
 def common_vocabulary(student: PreTrainedModel, teacher: Teacher, vocab_size: int | None) -> int | None:
-    """Returns the ``vocab_size`` over which both heads are compared; None for all rows of both.
+    """Returns the ``vocab_size`` over which both heads are compared; None for all entries of both.
 
     Raises:
-        ValueError: ``vocab_size`` exceeds the rows of a head, or differs from that of a cache.
+        ValueError: ``vocab_size`` exceeds the vocabulary of a head, or differs from that of a cache.
     """
-    rows, cached = {"student": vocabulary_of(student), "teacher": teacher.vocabulary}, getattr(teacher, "vocab_size", None)
-    check_vocab_size(vocab_size, **rows)
+    sizes, cached = {"student": vocabulary_of(student), "teacher": teacher.vocabulary}, getattr(teacher, "vocab_size", None)
+    check_vocab_size(vocab_size, **sizes)
     if cached is not None and vocab_size not in (None, cached):
         raise ValueError(f"vocab_size: got {vocab_size} with a cache of vocab_size {cached}, wanted the cache's, or None")
     chosen = cached if vocab_size is None else vocab_size
-    smaller = min(rows.values())
-    if chosen is None and len(set(rows.values())) > 1:
+    smaller = min(sizes.values())
+    if chosen is None and len(set(sizes.values())) > 1:
         warnings.warn(
-            f"vocab_size: got None for a student of {rows['student']} rows and a teacher of {rows['teacher']}; taking {smaller}, as for two "
-            "models of one tokenizer whose heads are padded differently. With different tokenizers the result means nothing.",
+            f"vocab_size: got None for a student of {sizes['student']} vocabulary entries and a teacher of {sizes['teacher']}; "
+            f"taking {smaller}, as for two models of one tokenizer whose heads are padded differently. With different "
+            "tokenizers the result means nothing.",
             stacklevel=3,
         )
         chosen = smaller
     if chosen is not None and chosen > smaller:
-        raise ValueError(f"student: got {rows['student']} rows, wanted at least the {chosen} of the cache's vocab_size")
+        raise ValueError(
+            f"student: got {sizes['student']} vocabulary entries, wanted at least the {chosen} of the cache's vocab_size"
+        )
     if getattr(teacher, "kind", None) == "topk" and (cached or teacher.vocabulary) != (chosen or teacher.vocabulary):
         raise ValueError(
-            f"teacher: got a topk cache over {cached or teacher.vocabulary} tokens for a vocab_size of {chosen}, wanted one made with "
-            f"TeacherConfig(vocab_size={chosen})"
+            f"teacher: got a topk cache over {cached or teacher.vocabulary} tokens for a vocab_size of {chosen}, wanted one "
+            f"made with TeacherConfig(vocab_size={chosen})"
         )
     return chosen
 
@@ -160,13 +163,14 @@ def matching(student: PreTrainedModel, teacher: Teacher, weight: float, layers: 
         raise ValueError(f"hidden_weight: got {weight}, wanted a finite number >= 0")
     if not isinstance(teacher, ModelTeacher):
         raise ValueError(
-            f"hidden_weight: got {weight} with {type(teacher).__name__}, which has no layers; wanted a resident or streamed teacher"
+            f"hidden_weight: got {weight} with {type(teacher).__name__}, which has no layers; wanted a resident or streamed "
+            "teacher"
         )
     shapes = [(c.num_hidden_layers, c.hidden_size) for c in (m.config.get_text_config() for m in (student, teacher.model))]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"student: got {shapes[0][0]} layers of width {shapes[0][1]}, wanted the teacher's {shapes[1][0]} of {shapes[1][1]}, to match "
-            f"hidden states"
+            f"student: got {shapes[0][0]} layers of width {shapes[0][1]}, wanted the teacher's {shapes[1][0]} of "
+            f"{shapes[1][1]}, to match hidden states"
         )
     count = shapes[0][0]
     chosen = tuple(range(1, count + 1) if layers is None else layers)

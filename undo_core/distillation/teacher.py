@@ -53,7 +53,8 @@ class TeacherConfig:
             raise ValueError(f"teacher.dtype: got {self.dtype!r}, wanted float32 or bfloat16")
         if self.dtype != "float32" and self.kind != "cached":
             raise ValueError(
-                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: only cached hidden states have a dtype"
+                f"teacher.dtype: got {self.dtype!r} with kind {self.kind}, wanted float32: only cached hidden states have a "
+                "dtype"
             )
         if self.k < 1:
             raise ValueError(f"teacher.k: got {self.k}, wanted an integer >= 1")
@@ -78,7 +79,7 @@ class Teacher(Protocol):
     """Protocol of the teachers of :func:`undo_core.distill`.
 
     Attributes:
-        vocabulary: number of rows of the head.
+        vocabulary: number of vocabulary entries of the head.
     """
 
     vocabulary: int

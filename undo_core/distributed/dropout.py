@@ -71,7 +71,7 @@ class _Shared(TorchFunctionMode):
         own = len(input)
         if own not in self.wholes:
             raise ValueError(
-                f"model: got a dropout over {own} rows on {ranks.count()} ranks, wanted the {sorted(self.wholes)} sequences of this rank"
+                f"model: got a dropout over {own} entries on {ranks.count()} ranks, wanted the {sorted(self.wholes)} sequences of this rank"
             )
         size, start = self.wholes[own]
         factors = torch.dropout(torch.ones(size, *input.shape[1:], dtype=input.dtype, device=input.device), p, True)

@@ -1,4 +1,4 @@
-"""Scores a model on rows, with 95 % intervals: exact match of greedy answers, multiple choice, or cross-entropy on text."""
+"""Scores a model on sequences, with 95 % intervals: exact match of greedy answers, multiple choice, or cross-entropy."""
 
 from __future__ import annotations
 
@@ -11,89 +11,93 @@ from transformers import PreTrainedModel
 
 from undo_core import distributed, ops
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distributed.sharding import run
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
-POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 rows
+POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 sequences
 LOGITS = 1 << 25  # largest number of logits held at once
 
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, rows: Rows, *, batch_size: int | None = None, counted: torch.Tensor | None = None
+    model: PreTrainedModel, sequences: Sequences, *, batch_size: int | None = None, counted: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """Scores ``model`` on ``rows``: accuracy if they have answers, else mean cross-entropy in nats per token.
+    """Scores ``model`` on ``sequences``: accuracy if they have answers, else mean cross-entropy in nats per token.
 
     Accuracy is the exact match of the greedy answer, terminator included. One forward pass over the reference text is enough:
     greedy decoding gives the reference answer exactly if, at every answer position, the most likely token given the reference
-    tokens before it is right. For rows with choices, accuracy is the share of rows whose right letter is the likeliest of the
-    letters; these rows run sorted by length, each batch cut to its longest row.
+    tokens before it is right. For sequences with choices, accuracy is the share of sequences whose right letter is the
+    likeliest of the letters; these sequences run sorted by length, each batch cut to its longest sequence.
 
     Args:
         model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches.
-        rows: ``[n, length]`` token rows.
-        batch_size: rows in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
-        counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for rows with
-            answers.
+        sequences: ``[n, length]`` token sequences.
+        batch_size: sequences in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
+        counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for sequences
+            with answers.
 
     Returns:
-        ``value``; ``low`` and ``high``, its 95 % interval (Wilson's for accuracy, normal over rows for cross-entropy); ``n``,
-        the number of rows; and ``groups``, the same for each group of rows. The cross-entropy of a diverged model is never NaN:
-        3.4e38, about the largest float32, stands for NaN and infinity.
+        ``value``; ``low`` and ``high``, its 95 % interval (Wilson's for accuracy, normal over sequences for cross-entropy);
+        ``n``, the number of sequences; and ``groups``, the same for each group of sequences. The cross-entropy of a diverged
+        model is never NaN: 3.4e38, about the largest float32, stands for NaN and infinity.
 
     Memory: a forward pass of one batch, and at most 2**25 logits.
 
     Raises:
-        ValueError: the rows have a token outside the model's vocabulary, or more tokens than the model has positions.
+        ValueError: the sequences have a token outside the model's vocabulary, or more tokens than the model has positions.
     """
-    limits_of(model).check_rows(rows, "rows")
+    limits_of(model).check_sequences(sequences, "sequences")
     device = next(model.parameters()).device
     parts, order = [], []
-    batches, count = list(_batches(rows, batch_size)), distributed.count()
+    batches, count = list(_batches(sequences, batch_size)), distributed.count()
     with evaluating(model):
         # Each rank takes every count-th batch. One without a batch of its own repeats the last, as the layers of a sharded model are
         # gathered by all ranks together.
         for turn in range(distributed.rank(), -(-len(batches) // count) * count, count):
             index, length = batches[min(turn, len(batches) - 1)]
-            ids = rows.input_ids[index, :length].long().to(device)
-            if rows.choices is not None:
-                answers, choices = rows.answer_mask[index, :length].to(device), rows.choices[index].to(device)
+            ids = sequences.input_ids[index, :length].long().to(device)
+            if sequences.choices is not None:
+                answers, choices = sequences.answer_mask[index, :length].to(device), sequences.choices[index].to(device)
                 part = run(model, _right_letter, ids, answers, choices)
             else:
-                chosen = counted if rows.answer_mask is None else rows.answer_mask
-                mask = rows.text_mask(index) if chosen is None else chosen[index]
-                score, positions = token_nats if rows.answer_mask is None else _correct, rows.position_ids(index)
+                chosen = counted if sequences.answer_mask is None else sequences.answer_mask
+                mask = sequences.text_mask(index) if chosen is None else chosen[index]
+                score, positions = token_nats if sequences.answer_mask is None else _correct, sequences.position_ids(index)
                 part = run(model, score, ids, None if positions is None else positions.to(device), mask.to(device))
             if turn < len(batches):
                 parts.append(part.cpu())
                 order.append(index)
     found = [pair for own in distributed.gather(list(zip(parts, order, strict=True))) for pair in own]
     scores = torch.cat([part for part, _ in found])[torch.cat([index for _, index in found]).argsort()]
-    summary = accuracy if rows.answer_mask is not None else _mean_nats
+    summary = accuracy if sequences.answer_mask is not None else _mean_nats
     result = summary(scores)
-    if rows.group is not None:
+    if sequences.group is not None:
         result["groups"] = {
-            name: summary(scores[rows.group == index])
-            for index, name in enumerate(rows.group_names)
-            if (rows.group == index).any()
+            name: summary(scores[sequences.group == index])
+            for index, name in enumerate(sequences.group_names)
+            if (sequences.group == index).any()
         }
     return result
 
 
-def rows_at_once(length: int) -> int:
-    """Returns the default number of rows of ``length`` tokens in a forward pass."""
+def sequences_at_once(length: int) -> int:
+    """Returns the default number of sequences of ``length`` tokens in a forward pass."""
     return max(1, min(512, POSITIONS // length))
 
 
-def _batches(rows: Rows, size: int | None) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yields the indices of the rows of each batch, and the number of tokens of its longest row."""
-    lengths = torch.full((len(rows),), rows.length) if rows.choices is None else rows.answer_mask.int().argmax(1) + 1
+def _batches(sequences: Sequences, size: int | None) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yields the indices of the sequences of each batch, and the number of tokens of its longest sequence."""
+    lengths = (
+        torch.full((len(sequences),), sequences.length)
+        if sequences.choices is None
+        else sequences.answer_mask.int().argmax(1) + 1
+    )
     left = lengths.argsort(descending=True, stable=True)
     while len(left):
         longest = int(lengths[left[0]])
-        count = size or rows_at_once(longest)
+        count = size or sequences_at_once(longest)
         yield left[:count], longest
         left = left[count:]
 
@@ -115,9 +119,9 @@ def _right_letter(model: PreTrainedModel, ids: torch.Tensor, answers: torch.Tens
 
 
 def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    """Returns ``[batch, k]`` float32: logits of the tokens ``choices`` for position ``at`` of each row; -inf for -1.
+    """Returns ``[batch, k]`` float32: logits of the tokens ``choices`` for position ``at`` of each sequence; -inf for -1.
 
-    Within a row they differ from log-likelihoods by a constant. Only the letters' vocabulary rows of the head are read.
+    Within a sequence they differ from log-likelihoods by a constant. Only the letters' vocabulary entries of the head are read.
     """
     hidden = _hidden(model, ids, None)[torch.arange(len(ids), device=ids.device), at - 1]
     head, letters = head_of(model), choices.clamp_min(0)
@@ -144,7 +148,7 @@ def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torc
 
 
 def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over each row's labels, and the number of labels."""
+    """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over a sequence's labels, and the number of labels."""
     labels, mask = ids[:, 1:], mask[:, 1:]
     head = head_of(model)
     summed = ops.linear_cross_entropy(
@@ -168,7 +172,7 @@ def accuracy(scores: torch.Tensor) -> dict[str, Any]:
 def _mean_nats(scores: torch.Tensor) -> dict[str, Any]:
     nats, labels = scores[:, 0], scores[:, 1]
     mean = nats.sum() / labels.sum()
-    # Spread of a ratio estimator, because the rows are independent draws and the tokens are not.
+    # Spread of a ratio estimator, because the sequences are independent draws and the tokens are not.
     spread = (nats - mean * labels).std(unbiased=len(scores) > 1) * math.sqrt(len(scores)) / labels.sum()
     low, value, high = (
         float(torch.nan_to_num(x, nan=3.4e38, posinf=3.4e38)) for x in (mean - _Z * spread, mean, mean + _Z * spread)

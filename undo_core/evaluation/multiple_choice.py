@@ -84,12 +84,12 @@ def encode_each(
 def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, positions: int = POSITIONS) -> torch.Tensor:
     """Returns the log-probabilities of continuations, summed over their tokens: ``[requests]`` float64 on the CPU.
 
-    A request that is too long for the model loses its beginning. Rows of similar length run together, longest first.
+    A request that is too long for the model loses its beginning. Sequences of similar length run together, longest first.
 
     Args:
         model: the model; each module keeps its training or evaluation mode.
         requests: context and continuation of each request; at least one token in each.
-        positions: largest number of tokens in a forward pass, padding included; a pass has at least one row.
+        positions: largest number of tokens in a forward pass, padding included; a pass has at least one sequence.
 
     Memory: a forward pass of one batch and the hidden states of the continuations' positions; no logits beyond the op's
     workspace.
@@ -99,28 +99,30 @@ def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, posi
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     room = positions_of(model.config)
-    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # by tokens to read: requests and the tokens that they score
+    sequences: dict[
+        tuple[int, ...], list[tuple[int, list[int]]]
+    ] = {}  # by tokens to read: requests and the tokens that they score
     for index, (given, asked) in enumerate(requests):
         if not given or not asked or not all(0 <= token < vocabulary for token in (*given, *asked)):
             raise ValueError(f"requests[{index}]: got {given}, {asked}, wanted one or more token ids each, below {vocabulary}")
         read = (*given, *asked)[:-1]
         read = read if room is None else read[-room:]
-        rows.setdefault(read, []).append((index, asked[-len(read) :]))
+        sequences.setdefault(read, []).append((index, asked[-len(read) :]))
     device, head = next(model.parameters()).device, head_of(model)
     scores = torch.zeros(len(requests), dtype=torch.float64)
-    ordered = sorted(rows, key=len, reverse=True)
+    ordered = sorted(sequences, key=len, reverse=True)
     while ordered:
         count = max(1, min(512, positions // len(ordered[0])))
         batch, ordered = ordered[:count], ordered[count:]
         ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)  # padding on the right is not attended to
-        where = []  # row, position, token, request
-        for row, read in enumerate(batch):
-            ids[row, : len(read)] = torch.tensor(read)
-            for index, asked in rows[read]:
-                where += [(row, len(read) - len(asked) + at, token, index) for at, token in enumerate(asked)]
-        row, position, token, index = torch.tensor(where).T
+        where = []  # sequence, position, token, request
+        for sequence, read in enumerate(batch):
+            ids[sequence, : len(read)] = torch.tensor(read)
+            for index, asked in sequences[read]:
+                where += [(sequence, len(read) - len(asked) + at, token, index) for at, token in enumerate(asked)]
+        sequence, position, token, index = torch.tensor(where).T
         with evaluating(model):
-            hidden = hidden_states(model, ids.to(device))[row.to(device), position.to(device)]
+            hidden = hidden_states(model, ids.to(device))[sequence.to(device), position.to(device)]
         nats = ops.linear_cross_entropy(hidden, head.weight, token.to(device), reduction="none", **head.options())
         scores.index_add_(0, index, -nats.double().cpu())
     return scores

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from undo_core.io.memory import resident_bytes
+from undo_core.io.memory_use import resident_bytes
 
 console = Console(highlight=False, soft_wrap=True)
 

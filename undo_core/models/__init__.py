@@ -1,20 +1,22 @@
 """Language models: building and loading them, their heads, hidden states and adapters."""
 
-from undo_core.models.loading import (
+from undo_core.models.heads import (
     Head,
     UnsupportedHead,
-    architecture,
-    attention_of,
-    build_model,
     check_isolation,
-    check_vocab_size,
-    configuration,
     evaluating,
-    forward_flops,
-    head_flops,
     head_of,
     hidden_states,
     hidden_states_at,
+)
+from undo_core.models.loading import (
+    architecture,
+    attention_of,
+    build_model,
+    check_vocab_size,
+    configuration,
+    forward_flops,
+    head_flops,
     initialise,
     load_model,
     load_tokenizer,

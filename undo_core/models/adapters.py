@@ -40,8 +40,8 @@ def bare(model: nn.Module) -> PreTrainedModel:
         return inner
     if model.active_peft_config.is_prompt_learning or not isinstance(inner, PreTrainedModel) or not _same_logits(model, inner):
         raise ValueError(
-            f"model: got a {type(model).__name__} of kind {kind}, whose wrapper computes something else than the model inside; wanted "
-            f"adapters that are layers of the model, such as LoRA or IA3"
+            f"model: got a {type(model).__name__} of kind {kind}, whose wrapper computes something else than the model inside; "
+            "wanted adapters that are layers of the model, such as LoRA or IA3"
         )
     model._undo_looked_through = kind
     return inner
@@ -129,8 +129,8 @@ def check_adapters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if any(p.requires_grad for p in copies) and frozen - {dtype}:
             got = ", ".join(sorted(str(d).removeprefix("torch.") for d in frozen))
             raise ValueError(
-                f"precision: got weights of {str(dtype).removeprefix('torch.')} for {name}, a trained copy (modules_to_save) in a frozen "
-                f"model of {got}; wanted one dtype for both"
+                f"precision: got weights of {str(dtype).removeprefix('torch.')} for {name}, a trained copy (modules_to_save) "
+                f"in a frozen model of {got}; wanted one dtype for both"
             )
 
 

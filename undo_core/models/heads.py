@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from undo_core.models.adapters import Products, bare, products_of
 
-VERIFIED_ROWS = 4096  # vocabulary rows of the head that are converted to float64 at a time
+VERIFIED_ENTRIES = 4096  # vocabulary entries of the head that are converted to float64 at a time
 TOKENS = 8  # length of the sequence that measures a head
 SMALL, LARGE = 2.0**-10, 2.0**15  # a softcap leaves SMALL nearly unchanged and cuts LARGE off at the cap
 PROBE = (0.0, SMALL, -SMALL, 0.5, -3.0, 64.0, LARGE, -LARGE)
@@ -51,11 +51,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a model does to its output layer's result; ``rows`` is the number of logits, at most the rows of the weight."""
+    """What a model does to its output layer's result; ``entries`` is the number of logits."""
 
     scale: float
     softcap: float | None
-    rows: int
+    entries: int
 
 
 class UnsupportedHead(ValueError):
@@ -74,8 +74,8 @@ def head_of(model: PreTrainedModel) -> Head:
         constants = model._undo_head = measure_head(model)
     output = _linear(model)
     weight, bias = output.weight, output.bias
-    if constants.rows < len(weight):  # the model drops the logits of the other rows
-        weight, bias = weight[: constants.rows], None if bias is None else bias[: constants.rows]
+    if constants.entries < len(weight):  # the model drops the logits of the others
+        weight, bias = weight[: constants.entries], None if bias is None else bias[: constants.entries]
     return Head(weight, bias, constants.scale, constants.softcap)
 
 
@@ -97,11 +97,11 @@ def measure_head(model: PreTrainedModel) -> Constants:
 
     def put_probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], products: torch.Tensor) -> torch.Tensor:
         seen["hidden"], seen["products"] = _first(args, kwargs), products
-        rows = products.shape[-1]
+        entries = products.shape[-1]
         known = torch.tensor(PROBE, dtype=torch.float64, device="cpu" if meta else device)
         steps = torch.arange(products.numel(), device=known.device).view(products.shape)
-        # Shifted by one from token to token, so that every vocabulary row gets every value.
-        seen["probe"] = known[(steps // rows + steps % rows) % len(PROBE)]
+        # Shifted by one from token to token, so that every vocabulary entry gets every value.
+        seen["probe"] = known[(steps // entries + steps % entries) % len(PROBE)]
         return seen["probe"]
 
     handle = layer.register_forward_hook(put_probe, with_kwargs=True)
@@ -117,8 +117,8 @@ def measure_head(model: PreTrainedModel) -> Constants:
         raise UnsupportedHead(f"model: got a {type(model).__name__}, whose forward pass does not call its output layer")
     if seen["products"].shape[:-1] != (1, TOKENS) or logits.shape[:-1] != (1, TOKENS):
         raise UnsupportedHead(
-            f"model: got a {type(model).__name__}, whose output layer gives {list(seen['products'].shape)} for {TOKENS} tokens, "
-            f"which become logits {list(logits.shape)}; wanted one row of each for each token"
+            f"model: got a {type(model).__name__}, whose output layer gives {list(seen['products'].shape)} for {TOKENS} "
+            f"tokens, which become logits {list(logits.shape)}; wanted one vector of each for each token"
         )
     if not meta:
         _compare_products(model, output, seen["hidden"][0], seen["products"][0])
@@ -187,7 +187,7 @@ def hidden_states_at(
 def check_isolation(model: PreTrainedModel) -> None:
     """Checks that packed documents do not attend to each other; runs once per model and attention kernel.
 
-    The check packs two documents into a row, changes the first, and compares the hidden states of the second.
+    The check packs two documents into a sequence, changes the first, and compares the hidden states of the second.
 
     Raises:
         ValueError: the hidden states change: the model takes no position ids, or its attention kernel ignores them.
@@ -212,8 +212,9 @@ def check_isolation(model: PreTrainedModel) -> None:
         works = False
     if not works:
         raise ValueError(
-            f"position_ids: got rows of isolated documents for {type(model).__name__} with attention {kernel}, which lets them attend "
-            f"to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, flex_attention)"
+            f"position_ids: got sequences of isolated documents for {type(model).__name__} with attention {kernel}, which lets "
+            "them attend to each other; wanted data.documents shared, or another model or attention kernel (eager, sdpa, "
+            "flex_attention)"
         )
     model._undo_isolation_verified = kernel
 
@@ -271,8 +272,8 @@ def _linear(model: PreTrainedModel) -> Products:
         return found
     if type(output).__module__.startswith("peft."):
         raise UnsupportedHead(
-            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted it merged "
-            f"(merge_and_unload), or the output layer left out of target_modules"
+            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted "
+            "it merged (merge_and_unload), or the output layer left out of target_modules"
         )
     if not isinstance(output, nn.Linear):
         raise UnsupportedHead(f"model: got a {name} whose output layer is {type(output).__name__}, wanted a Linear head")
@@ -289,13 +290,15 @@ def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Te
         eps = 2.0**-7  # the product may round its inputs to bfloat16
     bound = 4 * eps + math.sqrt(hidden.shape[-1]) * 2.0**-23
     hidden, error, size = hidden.double(), 0.0, 0.0
-    for first in range(0, len(output.weight), VERIFIED_ROWS):  # the whole head in float64 would be the largest tensor of a run
-        rows = slice(first, first + VERIFIED_ROWS)
-        weight = output.weight[rows].double()
+    for first in range(
+        0, len(output.weight), VERIFIED_ENTRIES
+    ):  # the whole head in float64 would be the largest tensor of a run
+        part = slice(first, first + VERIFIED_ENTRIES)
+        weight = output.weight[part].double()
         wanted, squares = hidden @ weight.T, hidden.square() @ weight.square().T
         if output.bias is not None:
-            wanted = wanted + output.bias[rows].double()
-        difference = got[:, rows].double() - wanted
+            wanted = wanted + output.bias[part].double()
+        difference = got[:, part].double() - wanted
         counted = difference.isfinite()  # a diverged model must not fail this check
         error += float(difference[counted].square().sum())
         size += float((squares + wanted.square())[counted].sum())
@@ -308,8 +311,8 @@ def _compare_products(model: PreTrainedModel, output: Products, hidden: torch.Te
 
 def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> Constants:
     """Returns the scale and softcap that turned ``probe`` into ``logits``."""
-    rows = logits.shape[-1]
-    x, z = probe[:, :rows].to(logits.device), logits.double()
+    entries = logits.shape[-1]
+    x, z = probe[:, :entries].to(logits.device), logits.double()
     first = {value: float(z[x == value][0]) for value in (SMALL, LARGE)}
     softcap, scale = None, first[SMALL] / SMALL
     if math.isfinite(first[LARGE]) and not abs(first[LARGE] - scale * LARGE) <= 0.1 * abs(first[LARGE]):
@@ -322,10 +325,10 @@ def _constants(model: PreTrainedModel, probe: torch.Tensor, logits: torch.Tensor
     if bool(wrong.any()):
         share = float(wrong.double().mean())
         raise UnsupportedHead(
-            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) with scale {scale:g} and softcap "
-            f"{softcap} in {share:.1%} of all entries; what it does after its output layer is not supported"
+            f"model: {type(model).__name__}'s logits differ from softcap(scale * (hidden @ W.T + b)) with scale {scale:g} and "
+            f"softcap {softcap} in {share:.1%} of all entries; what it does after its output layer is not supported"
         )
-    return Constants(scale, softcap, rows)
+    return Constants(scale, softcap, entries)
 
 
 def _as_configured(measured: float, config: PreTrainedConfig) -> float:

@@ -30,41 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from undo_core.io.text_files import check_is_content
-from undo_core.models.heads import (
-    Head,
-    UnsupportedHead,
-    check_isolation,
-    evaluating,
-    head_of,
-    hidden_states,
-    hidden_states_at,
-)
-
-__all__ = [
-    "Head",
-    "UnsupportedHead",
-    "architecture",
-    "attention_of",
-    "build_model",
-    "check_isolation",
-    "check_vocab_size",
-    "configuration",
-    "evaluating",
-    "forward_flops",
-    "head_flops",
-    "head_of",
-    "hidden_states",
-    "hidden_states_at",
-    "initialise",
-    "load_model",
-    "load_tokenizer",
-    "make",
-    "positions_of",
-    "set_attention",
-    "skeleton",
-    "tokens_of",
-    "vocabulary_of",
-]
+from undo_core.models.heads import head_of
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -84,9 +50,9 @@ def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, se
         "eos_token_id": tokenizer.eos_token_id,
     }
     config = architecture({"vocab_size": len(tokenizer), **special, **settings})
-    rows = config.get_text_config().vocab_size
-    if rows < len(tokenizer):
-        raise ValueError(f"model.config.vocab_size: got {rows}, wanted at least the tokenizer's {len(tokenizer)}")
+    size = config.get_text_config().vocab_size
+    if size < len(tokenizer):
+        raise ValueError(f"model.config.vocab_size: got {size}, wanted at least the tokenizer's {len(tokenizer)}")
     return initialise(config, seed)
 
 
@@ -212,33 +178,34 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a checkpoint folder; it needs no padding token, since rows record where their text ends."""
+    """Loads the tokenizer of a checkpoint folder; it needs no padding token, since sequences record where their text ends."""
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Returns the number of logits that the model gives; its weight may have further rows, which the model drops."""
+    """Returns the number of logits that the model gives; the head's weight may have further entries, which the model drops."""
     return len(head_of(model).weight)
 
 
-def check_vocab_size(vocab_size: int | None, **rows: int) -> None:
-    """Raises a ValueError if ``vocab_size`` exceeds the rows of a head or is below 1.
+def check_vocab_size(vocab_size: int | None, **sizes: int) -> None:
+    """Raises a ValueError if ``vocab_size`` exceeds the vocabulary of a head or is below 1.
 
     Args:
         vocab_size: number of logits to compare; None passes.
-        rows: rows of each head, by the name of its model (``student=...``).
+        sizes: vocabulary entries of each head, by the name of its model (``student=...``).
     """
-    for name, count in rows.items():
+    for name, count in sizes.items():
         if vocab_size is not None and not 1 <= vocab_size <= count:
             raise ValueError(
-                f"vocab_size: got {vocab_size}, wanted at most the {count} rows of the {name}'s head, and at least 1"
+                f"vocab_size: got {vocab_size}, wanted at most the {count} vocabulary entries of the {name}'s head, and at "
+                "least 1"
             )
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the largest id of a tokenizer plus one, added tokens and gaps included; a head often has more rows."""
+    """Returns the largest id of a tokenizer plus one, added tokens and gaps included; a head often has more entries."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

@@ -9,14 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from undo_kernels.library import implementation
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
-from undo_kernels.segment import Segment
 
 from undo_core.checkpoints.files import TensorWriter, checkpoint_skeleton
-from undo_core.noise.edit import CheckpointParameters
+from undo_core.checkpoints.parameters import CheckpointParameters
 from undo_core.noise.model import NoiseReport, report
 from undo_core.noise.parameters import Parts, select
 
@@ -39,7 +39,7 @@ def noise_checkpoint(
     """Applies :func:`undo_core.noise_` to the checkpoint folder ``source`` and writes to the existing, empty folder ``output``.
 
     The result is bit-equal to noise on the model loaded in the checkpoint's own dtype. For memory and which files are copied,
-    see :class:`undo_core.noise.edit.CheckpointParameters`.
+    see :class:`undo_core.checkpoints.parameters.CheckpointParameters`.
 
     Returns:
         For every changed parameter its norms and the shares of shrinkage and noise; ``left`` lists the unchanged ones.
@@ -51,14 +51,15 @@ def noise_checkpoint(
     """
     checks.seed(seed)
     Policy(alpha, beta, law, std, tuple(rules))
-    checkpoint = CheckpointParameters(source, parts, rules)
-    chosen = checkpoint.chosen
+    model = checkpoint_skeleton(source)
+    chosen = select(model, parts, rules)
+    checkpoint = CheckpointParameters(source, model, chosen.tensors)
     settings = Policy(alpha, beta, law, std, chosen.rules).settings(chosen.parameters, chosen.toward)
     noise = implementation("noise_", torch.device("cpu"))
     applied: dict[str, tuple[Setting, torch.Tensor]] = {}
     for parameters in checkpoint.edit(output, title, progress):
-        rows = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
-        applied |= {name: (settings[name], row) for name, row in zip(parameters, rows, strict=True)}
+        sums = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
+        applied |= {name: (settings[name], values) for name, values in zip(parameters, sums, strict=True)}
     return NoiseReport(report(applied), chosen.left)
 
 
@@ -130,4 +131,5 @@ def describe_replay(drawn: torch.Tensor) -> str:
     """Returns a line with the shape, norm, start of the SHA-256 of the float32 bytes, and first values of ``N``."""
     digest = hashlib.sha256(drawn.numpy().data).hexdigest()
     first = " ".join(f"{value:.9g}" for value in drawn.flatten()[:4].tolist())
-    return f"{tuple(drawn.shape)}  |N| {float(torch.linalg.vector_norm(drawn, dtype=torch.float64)):.6g}  sha256 {digest[:16]}  {first} ..."
+    norm = float(torch.linalg.vector_norm(drawn, dtype=torch.float64))
+    return f"{tuple(drawn.shape)}  |N| {norm:.6g}  sha256 {digest[:16]}  {first} ..."

@@ -27,16 +27,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from undo_kernels.library import implementation
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
 from undo_kernels.ops.sharding import is_sharded
 from undo_kernels.reference.philox import words
-from undo_kernels.segment import Segment, name_hash
 
-from undo_core.noise.edit import CheckpointParameters
-from undo_core.noise.parameters import Parts, select
+from undo_core.checkpoints.files import checkpoint_skeleton
+from undo_core.checkpoints.parameters import CheckpointParameters
+from undo_core.noise.parameters import Parts, Selection, select
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
@@ -166,21 +167,24 @@ def damage_checkpoint(
     if (strength is None) == (like is None):
         checks.fail("strength", f"{strength} with like={like}", "one of the two")
     check_arguments(operator, 0.0 if strength is None else strength, seed)
-    checkpoint = CheckpointParameters(source, parts, () if like is None else tuple(like.get("rules", ())))
-    chosen, wanted = _chosen(checkpoint.parameters, layers), None
+    model = checkpoint_skeleton(source)
+    selected = select(model, parts, () if like is None else tuple(like.get("rules", ())))
+    checkpoint = CheckpointParameters(source, model, selected.tensors)
+    parameters, wanted = selected.parameters, None
+    chosen = _chosen(parameters, layers)
     if like is not None:
-        strength, wanted = _match(checkpoint, chosen, operator, seed, dict(like), title, progress)
+        strength, wanted = _match(checkpoint, selected, chosen, operator, seed, dict(like), title, progress)
     done: dict[str, TensorDamage] = {}
     total = 0.0
-    for parameters in checkpoint.edit(output, title, progress):
-        for name, tensor in parameters.items():
+    for tensors in checkpoint.edit(output, title, progress):
+        for name, tensor in tensors.items():
             if name in chosen:
                 done[name] = _apply(tensor, name, operator, strength, seed)
                 total += done[name].before ** 2
-            elif checkpoint.parameters[name].role != "vectors":
+            elif parameters[name].role != "vectors":
                 total += _squares(tensor)
     distance = math.sqrt(sum(tensor.change**2 for tensor in done.values()) / total) if total else 0.0
-    return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done, "left": checkpoint.chosen.left}
+    return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done, "left": selected.left}
 
 
 def check_arguments(operator: str, strength: float, seed: int) -> None:
@@ -206,6 +210,7 @@ def selection(layers: str | None) -> str:
 
 def _match(
     checkpoint: CheckpointParameters,
+    selected: Selection,
     chosen: list[str],
     operator: str,
     seed: int,
@@ -216,13 +221,14 @@ def _match(
     """Returns the strength whose distance comes closest to that of the noise, and the noise's distance."""
     noise_seed = like.pop("seed")
     checks.seed(noise_seed)
-    policy = Policy(**{"beta": 0.1, **like, "rules": checkpoint.chosen.rules})
-    settings = policy.settings(checkpoint.parameters, checkpoint.chosen.toward)
+    policy = Policy(**{"beta": 0.1, **like, "rules": selected.rules})
+    parameters = selected.parameters
+    settings = policy.settings(parameters, selected.toward)
     total, wanted = 0.0, 0.0
     profile = torch.zeros(1 if operator == "gaussian" else GRID + 1, dtype=torch.float64)
-    for parameters in checkpoint.read(f"{title}, measuring", progress):
-        for name, tensor in parameters.items():
-            if checkpoint.parameters[name].role != "vectors":
+    for tensors in checkpoint.read(f"{title}, measuring", progress):
+        for name, tensor in tensors.items():
+            if parameters[name].role != "vectors":
                 total += _squares(tensor)
                 wanted += _noise_change(tensor, name, settings[name], noise_seed)
             if name in chosen:

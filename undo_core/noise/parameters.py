@@ -60,6 +60,11 @@ class Selection:
     rules: tuple[NoiseRule, ...]
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors in ``found``, by canonical name."""
+        return {name: tensor for name, (tensor, _) in self.found.items()}
+
+    @property
     def parameters(self) -> dict[str, Parameter]:
         """The descriptions in ``found``, by canonical name."""
         return {name: parameter for name, (_, parameter) in self.found.items()}
@@ -162,7 +167,8 @@ def summary(left: Mapping[str, Left]) -> str:
     for one in left.values():
         reasons.setdefault(one.reason, []).append(one)
     return "; ".join(
-        f"{len(parts)} parameters ({sum(p.elements for p in parts):,} elements, {sum(p.share for p in parts):.1%} of the model): {reason}"
+        f"{len(parts)} parameters ({sum(p.elements for p in parts):,} elements, {sum(p.share for p in parts):.1%} of the "
+        f"model): {reason}"
         for reason, parts in reasons.items()
     )
 

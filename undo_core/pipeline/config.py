@@ -290,13 +290,13 @@ class DistillConfig:
             raise ValueError(f"distill.vocab_size: got {self.vocab_size}, wanted an integer >= 1, or null")
         if self.teacher.vocab_size not in (None, self.vocab_size):
             raise ValueError(
-                f"distill.teacher.vocab_size: got {self.teacher.vocab_size}, wanted null: distill.vocab_size, {self.vocab_size}, "
-                f"holds for the cache too"
+                f"distill.teacher.vocab_size: got {self.teacher.vocab_size}, wanted null: distill.vocab_size, "
+                f"{self.vocab_size}, holds for the cache too"
             )
         if self.hidden_weight and self.teacher.kind in ("cached", "topk"):
             raise ValueError(
-                f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which stores no "
-                f"hidden states of the layers; wanted a resident or streamed teacher"
+                f"distill.hidden_weight: got {self.hidden_weight} with distill.teacher.kind {self.teacher.kind}, which stores "
+                "no hidden states of the layers; wanted a resident or streamed teacher"
             )
 
 
@@ -371,8 +371,8 @@ class RunConfig:
                 )
         if self.data.metric == "loss" and self.pretrain.stop_retain is not None:
             raise ValueError(
-                f"pretrain.stop_retain: got {self.pretrain.stop_retain} with text that is scored by its cross-entropy, wanted null: it is "
-                f"an accuracy, for arithmetic or data.questions"
+                f"pretrain.stop_retain: got {self.pretrain.stop_retain} with text that is scored by its cross-entropy, wanted "
+                "null: it is an accuracy, for arithmetic or data.questions"
             )
         if not self.relearn.trains:
             raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; put other kinds under attacks")

@@ -10,7 +10,7 @@ from typing import Any
 from undo_core.attacks.config import HEADLINE, with_seed
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.models import configuration, positions_of
-from undo_core.pipeline.attacked import Attacked
+from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig, derive_seed, seeded
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Noise, Prepare, Pretrain, Unlearn
@@ -40,7 +40,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Graph:
     """The models of a run, the prepared data that they share, and the unlearned model that teaches most of them."""
 
     prepared: Prepare
@@ -61,7 +61,7 @@ class Plan:
         return list(found.values())
 
 
-def plan_run(config: RunConfig) -> Plan:
+def graph_of(config: RunConfig) -> Graph:
     """Builds the models and stages of a run from its configuration; nothing is computed.
 
     Raises:
@@ -71,7 +71,7 @@ def plan_run(config: RunConfig) -> Plan:
     prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
     run = _Run(config, prepared)
-    return Plan(prepared, run.teacher, list(run.models()))
+    return Graph(prepared, run.teacher, list(run.models()))
 
 
 class _Run:
@@ -232,26 +232,26 @@ def _check_shots(config: RunConfig) -> None:
         return
     model = config.model
     positions = positions_of(configuration(vars(model)))
-    # Length of the shortest example, without the separator that it shares with the next: a packed sequence; "1*1=1"; "1 * 1 = 1";
-    # or, with a tokenizer whose tokens can be longer, two tokens.
+    # Length of the shortest example, without the separator that it shares with the next: a packed sequence; "1*1=1"; "1 * 1 =
+    # 1"; or, with a tokenizer whose tokens can be longer, two tokens.
     own = config.data.tokenizer or model.path
     part = {"text": config.data.length - 1, "arithmetic-compact": 6, "arithmetic": 2 if own else 10}[config.data.kind]
     for name, attack in attacks.items():
         shots = max(attack.shots)
         if positions is not None and (shots + 1) * part > positions:
             raise ValueError(
-                f"attacks.{name}.shots: got {shots}, whose rows take at least {(shots + 1) * part} positions of the model's {positions}; "
-                f"wanted {max(positions // part - 1, 0)} at most"
+                f"attacks.{name}.shots: got {shots}, whose sequences take at least {(shots + 1) * part} positions of the "
+                f"model's {positions}; wanted {max(positions // part - 1, 0)} at most"
             )
 
 
-def attacked_models(config: RunConfig, plan: Plan) -> dict[str, dict[str, Attacked]]:
+def attacked_models(config: RunConfig, graph: Graph) -> dict[str, dict[str, Attacked]]:
     """Returns each attacked model under each attack, by attack name and model name; ``relearn`` is the headline attack."""
     higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
     return {
         attack: {
-            model.name: Attacked(with_seed(settings, seed), plan.prepared, model.stage, f"{attack} {model.name}", higher)
-            for model in plan.models
+            model.name: Attacked(with_seed(settings, seed), graph.prepared, model.stage, f"{attack} {model.name}", higher)
+            for model in graph.models
             if model.attacked
         }
         for attack, settings in {HEADLINE: config.relearn, **config.attacks}.items()

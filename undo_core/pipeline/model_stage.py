@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undo_core import distributed
 from undo_core.checkpoints.files import settled_configuration, stored_dtype
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.splits import TRAIN_SPLITS
 from undo_core.distributed.sharding import is_sharded, whole_state
 from undo_core.evaluation.metrics import evaluate
@@ -52,11 +52,11 @@ class ModelStage(Stage):
 
     def expected(self, work: Work) -> dict[str, Any]:
         """The peak memory that ``undo plan`` predicts; None if the prediction fails, which must not stop the stage."""
-        from undo_core.pipeline.predictor import Predictor  # imports the whole training code
+        from undo_core.pipeline.memory.predictor import Predictor  # imports the whole training code
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
-        rows, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
-        predict = Predictor(settled_configuration(source), rows.length, **_scored(scored))
+        sequences, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
+        predict = Predictor(settled_configuration(source), sequences.length, **_scored(scored))
         try:
             predicted = predict(self, stored_dtype(source)).total
         except Exception as error:
@@ -110,11 +110,11 @@ class TrainingStage(ModelStage):
         return weight_dtype(self.training.precision)
 
     def cost(self, scene: Scene) -> Cost:
-        steps, rows, passes = self.training.steps, self.training.batch_size * self.batches, self.passes(scene)
-        positions = steps * rows * scene.length
+        steps, sequences, passes = self.training.steps, self.training.batch_size * self.batches, self.passes(scene)
+        positions = steps * sequences * scene.length
         flops = passes * forward_flops(scene.model, scene.length) * positions
         disk = scene.parameters * self.stored().itemsize
-        return Cost(disk, steps, rows, passes, positions, flops, self.ruled)
+        return Cost(disk, steps, sequences, passes, positions, flops, self.ruled)
 
     def cheaper(self) -> list[Change]:
         return [Change(self.flag(name), self._values_of(name, value)) for name, value in CHANGES if self.possible(name, value)]
@@ -174,9 +174,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str, float]]:
-    """Returns a function that evaluates a model on the validation rows of ``names``, for training curves and stop rules."""
-    rows = {name: load_split(data, f"valid_{name}") for name in names}
-    return lambda model: {name: evaluate(model, part)["value"] for name, part in rows.items()}
+    """Returns a function that evaluates a model on the validation data of ``names``, for training curves and stop rules."""
+    sequences = {name: load_split(data, f"valid_{name}") for name in names}
+    return lambda model: {name: evaluate(model, part)["value"] for name, part in sequences.items()}
 
 
 def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
@@ -187,8 +187,8 @@ def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dic
         data: prepared folder.
         recover: absolute distance for accuracies, relative for cross-entropies; published: 0.05 for both.
     """
-    rows = load_split(data, "valid_retain")
-    if rows.answer_mask is not None:
+    sequences = load_split(data, "valid_retain")
+    if sequences.answer_mask is not None:
         target = reached - recover
         return lambda metrics: metrics["retain"] >= target, target
     target = reached * (1 + recover)
@@ -206,7 +206,7 @@ def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
     return facts
 
 
-def _scored(rows: Rows) -> dict[str, Any]:
-    """Arguments of :class:`Predictor` that describe the evaluated rows."""
-    asked = {} if rows.choices is None else {"choices": rows.choices.shape[1], "evaluated_length": rows.length}
-    return {"answers": rows.answer_mask is not None, "evaluated": len(rows), **asked}
+def _scored(sequences: Sequences) -> dict[str, Any]:
+    """Arguments of :class:`Predictor` that describe the evaluated sequences."""
+    asked = {} if sequences.choices is None else {"choices": sequences.choices.shape[1], "evaluated_length": sequences.length}
+    return {"answers": sequences.answer_mask is not None, "evaluated": len(sequences), **asked}

@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a stage in bytes, by parts, at the peak of one moment.
+    """Memory of a stage in bytes, by parts, at the peak of one phase.
 
     Attributes:
-        moment: loading, forward, backward, step or evaluation.
+        phase: loading, forward, backward, step or evaluation.
         weights: weights of the trained model, copies that a method keeps, and a file while it is read.
-        gradients: gradients that exist at that moment.
-        optimizer: masters, moments, and the temporaries of a step.
+        gradients: gradients that exist in that phase.
+        optimizer: masters, moments of the gradients, and the temporaries of a step.
         activations: tensors saved for the backward pass and temporaries of the layers, including the teacher's.
         workspace: workspace of the fused losses.
         teacher: the teacher's weights.
         process: memory of the process itself: libraries and token ids; 0 on a GPU.
     """
 
-    moment: str
+    phase: str
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -50,12 +50,12 @@ class Scene:
     Attributes:
         model: the model, on the meta device.
         length: tokens in a sequence.
-        rows: number of sequences that students are distilled on, as far as it is known.
+        sequences: number of sequences that students are distilled on, as far as it is known.
     """
 
     model: PreTrainedModel
     length: int
-    rows: int
+    sequences: int
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -70,7 +70,7 @@ class Cost:
     Attributes:
         disk: bytes that its folder takes on disk.
         steps: optimizer steps.
-        rows: sequences that a step runs through the model, all sources together.
+        sequences: sequences that a step runs through the model, all sources together.
         passes: forward passes that a step costs; a backward pass counts as two.
         positions: tokens that run through the model in all steps, padding included.
         flops: floating-point operations.
@@ -79,7 +79,7 @@ class Cost:
 
     disk: int
     steps: int = 0
-    rows: int = 0
+    sequences: int = 0
     passes: float = 0.0
     positions: int = 0
     flops: float = 0.0

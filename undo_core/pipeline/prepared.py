@@ -1,4 +1,4 @@
-"""Reads the rows of a prepared folder, and evaluates models on them."""
+"""Reads the sequences of a prepared folder, and evaluates models on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.splits import TRAIN_SPLITS, distilled, heldout_text
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model
@@ -19,33 +19,33 @@ def split_path(data: Path, split: str) -> Path:
     return data / "data" / f"{split}.safetensors"
 
 
-def load_split(data: Path, split: str) -> Rows:
+def load_split(data: Path, split: str) -> Sequences:
     """Loads a split of a prepared folder."""
-    return Rows.load(split_path(data, split))
+    return Sequences.load(split_path(data, split))
 
 
-def train_rows(data: Path, splits: Sequence[str]) -> Rows:
-    """The training rows of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
-    return Rows.joined([load_split(data, TRAIN_SPLITS[name]) for name in splits])
+def train_sequences(data: Path, splits: Sequence[str]) -> Sequences:
+    """The training sequences of the named splits, one after the other; a batch mixes them in proportion to their sizes."""
+    return Sequences.joined([load_split(data, TRAIN_SPLITS[name]) for name in splits])
 
 
-def distill_rows(data: Path) -> Rows:
-    """The rows that students are distilled on."""
-    return train_rows(data, distilled(_splits(data)))
+def distill_sequences(data: Path) -> Sequences:
+    """The sequences that students are distilled on."""
+    return train_sequences(data, distilled(_splits(data)))
 
 
-def heldout_rows(data: Path, name: str) -> Rows:
+def heldout_sequences(data: Path, name: str) -> Sequences:
     """The validation text of retain or forget, also in a run that is scored by questions."""
     return load_split(data, heldout_text(_splits(data), name))
 
 
-def tested_rows(data: Path) -> dict[str, Rows]:
-    """The test rows of forget and retain."""
+def tested_sequences(data: Path) -> dict[str, Sequences]:
+    """The test sequences of forget and retain."""
     return {name: load_split(data, f"test_{name}") for name in ("forget", "retain")}
 
 
 def retain_performance(model: PreTrainedModel, data: Path) -> float:
-    """The model's performance on the validation rows of retain."""
+    """The model's performance on the validation sequences of retain."""
     return evaluate(model, load_split(data, "valid_retain"))["value"]
 
 

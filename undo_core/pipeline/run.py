@@ -13,7 +13,7 @@ from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.graph import Model, Plan, attacked_models, plan_run
+from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of
 from undo_core.pipeline.prepared import evaluate_folder
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, machine, versions
@@ -29,45 +29,45 @@ def run(config: RunConfig, command: str) -> Path:
     After an interruption, the same call continues where it stopped and ends with the same bits.
     """
     store = Store(Path(config.output) / "stages")
-    plan, workers = plan_run(config), config.workers
+    graph, workers = graph_of(config), config.workers
     if distributed.count() > 1:
-        for stage in _configured(config, plan):
+        for stage in _configured(config, graph):
             stage.check_ranks(distributed.count())
         if workers > 1:
             console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
             workers = 1
-    while stages := distributed.on_first(lambda: missing_stages(store, config, plan)):
+    while stages := distributed.on_first(lambda: missing_stages(store, config, graph)):
         run_stages(store, stages, workers, lambda stage: announce(store, stage))
-    return distributed.on_first(lambda: finish(store, config, plan, command))
+    return distributed.on_first(lambda: finish(store, config, graph, command))
 
 
-def finish(store: Store, config: RunConfig, plan: Plan, command: str) -> Path:
+def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
     """Writes the results and the report of a run whose stages are complete; returns the path of ``report.html``."""
-    results = save_results(store, config, plan, command)
+    results = save_results(store, config, graph, command)
     report = write_report([results], Path(config.output) / "report", config.name)
     console.print(terminal_table([results]))
     console.print(str(report))
     return report
 
 
-def missing_stages(store: Store, config: RunConfig, plan: Plan) -> list[Stage]:
+def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
-    attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
-    wanted = _configured(config, plan)
+    attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
+    wanted = _configured(config, graph)
     return [stage for stage in wanted if not store.done(stage)] or [
         stage for entry in attacked for stage in entry.extension(store)
     ]
 
 
-def _configured(config: RunConfig, plan: Plan) -> list[Stage]:
+def _configured(config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages of all models and of the configured attacks."""
-    attacked = [entry for models in attacked_models(config, plan).values() for entry in models.values()]
-    return plan.stages() + [stage for entry in attacked for stage in entry.stages()]
+    attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
+    return graph.stages() + [stage for entry in attacked for stage in entry.stages()]
 
 
-def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> dict[str, Any]:
+def save_results(store: Store, config: RunConfig, graph: Graph, command: str) -> dict[str, Any]:
     """Evaluates the models of a run whose stages are complete, writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     results = {
@@ -78,8 +78,8 @@ def save_results(store: Store, config: RunConfig, plan: Plan, command: str) -> d
         "versions": versions(),
         "machine": machine(),
         "config": dataclasses.asdict(config),
-        "metric": _metric(store, config, plan),
-        "models": with_costs([_entry(store, config, plan, model) for model in plan.models], config.pretrain.tokens),
+        "metric": _metric(store, config, graph),
+        "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
     }
     path = Path(config.output) / f"results-seed{config.seed}.json"
     if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):
@@ -105,9 +105,9 @@ def _summary(stage: Stage, facts: dict[str, Any]) -> str:
     return f"  {stage.title:<22} {'  '.join(notes)}"
 
 
-def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
-    splits = store.manifest(plan.prepared)["splits"]
-    targets = [store.manifest(m.stage).get("retain_target") for m in plan.models]
+def _metric(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
+    splits = store.manifest(graph.prepared)["splits"]
+    targets = [store.manifest(m.stage).get("retain_target") for m in graph.models]
     return {
         "kind": config.data.metric,
         "headline_step": config.relearn.headline_step,
@@ -116,21 +116,21 @@ def _metric(store: Store, config: RunConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _entry(store: Store, config: RunConfig, plan: Plan, model: Model) -> dict[str, Any]:
-    under = {name: models[model.name] for name, models in attacked_models(config, plan).items() if model.attacked}
+def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
+    under = {name: models[model.name] for name, models in attacked_models(config, graph).items() if model.attacked}
     entry = {
         "name": model.name,
         "kind": model.kind,
         "alpha": model.alpha,
         "stage": model.stage.name,
-        "metrics": _evaluation(store, plan, model),
+        "metrics": _evaluation(store, graph, model),
         **damage_entry(store, model),
-        "training": _training(store, plan, model),
+        "training": _training(store, graph, model),
         "attack": under[HEADLINE].entry(store) if under else None,
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
-        entry["worst"] = worst_of(entry, _metric(store, config, plan))
+        entry["worst"] = worst_of(entry, _metric(store, config, graph))
     return entry
 
 
@@ -140,20 +140,20 @@ def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     return {} if student is None else student.results(store.manifest(student))
 
 
-def _evaluation(store: Store, plan: Plan, model: Model) -> dict[str, Any]:
+def _evaluation(store: Store, graph: Graph, model: Model) -> dict[str, Any]:
     """The model's metrics, computed once and stored beside the stages."""
-    path = store.root.parent / "evaluations" / f"{model.stage.key}-{plan.prepared.key}.json"
+    path = store.root.parent / "evaluations" / f"{model.stage.key}-{graph.prepared.key}.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        write_json(path, evaluate_folder(store.folder(model.stage), store.folder(plan.prepared)))
+        write_json(path, evaluate_folder(store.folder(model.stage), store.folder(graph.prepared)))
     return read_json(path)
 
 
-def _training(store: Store, plan: Plan, model: Model) -> dict[str, Any] | None:
+def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None:
     facts = store.manifest(model.stage)
     if "steps" not in facts:
         return None
-    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, plan.teacher
+    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, graph.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
     taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
     if taught:  # the cost of the method includes unlearning the teacher

@@ -18,7 +18,7 @@ from undo_core.io.files import hash_file, hash_json
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
 if TYPE_CHECKING:  # meta imports the whole training code
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 FORMAT = 5  # part of every key; raise it when a stage computes something else, so that no stale folder is reused
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def memory(self, meta: Meta) -> list[Memory]:
-        """Predicted memory at each moment at which the peak may occur."""
+        """Predicted memory in each phase in which the peak may occur."""
 
     def cost(self, scene: Scene) -> Cost:
         """Predicted work; by default only a float32 copy of the model on disk."""

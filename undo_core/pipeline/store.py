@@ -17,7 +17,7 @@ import transformers
 from undo_core import distributed
 from undo_core.checkpoints.files import CONFIG, weight_files
 from undo_core.io.files import fresh, hash_file, locked, publish, read_json, write_json
-from undo_core.io.memory import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import Plan, plan_run
+from undo_core.pipeline.graph import Graph, graph_of
 from undo_core.pipeline.run import announce, missing_stages, save_results
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
@@ -36,12 +36,12 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     store = Store(Path(sweep.output) / "stages")
     errors: dict[str, str] = {}
     failures: dict[tuple[str, int], str] = {}
-    runs: list[tuple[RunConfig, Plan]] = []
+    runs: list[tuple[RunConfig, Graph]] = []
     for config in _configs(sweep):
         try:
-            plan = plan_run(config)
-            _all_stages(config, plan)
-            runs.append((config, plan))
+            graph = graph_of(config)
+            _all_stages(config, graph)
+            runs.append((config, graph))
         except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
             console.print(f"  {config.name}: {failures[config.name, config.seed]}")
@@ -52,23 +52,23 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
         console.print(f"  {errors[stage.key]}")
 
     while left:
-        wanted = [missing_stages(store, config, plan) for config, plan in left]
+        wanted = [missing_stages(store, config, graph) for config, graph in left]
         whole += [run for run, stages in zip(left, wanted, strict=True) if not stages]
         todo = [(*run, stages) for run, stages in zip(left, wanted, strict=True) if stages]
         if todo:
             titled = _titled([(config, stages) for config, _, stages in todo])
             run_stages(store, titled, todo[0][0].workers, lambda stage: announce(store, stage), failed)
         left = []
-        for config, plan, stages in todo:
+        for config, graph, stages in todo:
             reason = next((_cause(stage, errors) for stage in stages if not store.done(stage)), None)
             if reason is None:
-                left.append((config, plan))
+                left.append((config, graph))
             else:
                 failures[config.name, config.seed] = reason
     folders: dict[Path, list[dict[str, Any]]] = collections.defaultdict(list)
-    for config, plan in sorted(whole, key=lambda run: runs.index(run)):
+    for config, graph in sorted(whole, key=lambda run: runs.index(run)):
         try:
-            folders[Path(config.output)].append(save_results(store, config, plan, command))
+            folders[Path(config.output)].append(save_results(store, config, graph, command))
         except Exception as error:  # a failed evaluation must not stop the other runs
             failures[config.name, config.seed] = _line("results", error)
     for folder, saved in folders.items():
@@ -90,7 +90,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     stages_of, refused = [], dict[str, list[RunConfig]]()
     for config in (configs := _configs(sweep)):
         try:
-            stages_of.append((config, _all_stages(config, plan_run(config))))
+            stages_of.append((config, _all_stages(config, graph_of(config))))
         except _UNPLANNED as error:
             refused.setdefault(_line("plan", error), []).append(config)
     wanted = collections.Counter(key for _, stages in stages_of for key in stages)
@@ -117,8 +117,8 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
         kinds.add_row(kind, str(asked[kind]), str(count), str(there[kind]), str(count - there[kind]))
     shared = sum(times > 1 for times in wanted.values())
     notes = [
-        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several runs; "
-        f"{len(every) - there.total()} to do with {configs[0].workers} worker(s).",
+        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several "
+        f"runs; {len(every) - there.total()} to do with {configs[0].workers} worker(s).",
         "Attacks by which a grid of rates grows come on top. For steps, memory and time of one run: undo plan.",
     ]
     for reason, left_out in refused.items():
@@ -133,13 +133,13 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
     return [dataclasses.replace(config, workers=workers) for config in configs]
 
 
-def _all_stages(config: RunConfig, plan: Plan) -> dict[str, Stage]:
+def _all_stages(config: RunConfig, graph: Graph) -> dict[str, Stage]:
     """Every stage of a run by its key, without extensions of attack grids.
 
     Raises:
         ModuleNotFoundError: a package that an attack needs is not installed.
     """
-    return {stage.key: stage for stage in missing_stages(_EMPTY, config, plan)}
+    return {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
 
 
 _UNPLANNED = (OSError, ImportError, ValueError)  # a file or a package is missing, or a setting does not fit the model

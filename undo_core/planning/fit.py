@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.needs import Change
 from undo_core.pipeline.stage import Stage
-from undo_core.planning.memory import Predict, predictor
+from undo_core.planning.models import Predict, predictor
 from undo_core.planning.table import largest
 
 Need = Callable[[dict[str, Any]], int]  # peak memory in bytes with these changes
@@ -40,10 +40,10 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
         A line with flags for each section of the configuration that needs them, and a line for each that no flags make fit.
     """
     predict, groups = predictor(config), dict[str, list[Stage]]()
-    plan = plan_run(config)
-    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, plan).items()}
+    graph = graph_of(config)
+    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, graph).items()}
     sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
-    for stage in plan.stages() + [largest(trials) for trials in attacks.values()]:
+    for stage in graph.stages() + [largest(trials) for trials in attacks.values()]:
         if predict(stage).total > limit:
             # Grouped, because a flag applies to all stages of a section.
             groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)

@@ -1,8 +1,10 @@
-"""The models that a configuration describes and the sizes of their data, without loading weights or data."""
+"""The models that a configuration describes, the sizes of their data and their memory, without loading weights or data."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ from undo_core.data import arithmetic
 from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.models import architecture, load_tokenizer, positions_of, skeleton
 from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
+
+Predict = Callable[[Stage], Memory]
 
 
 def model_config(config: RunConfig) -> Any:
@@ -41,7 +47,7 @@ def planned_skeleton(config: RunConfig) -> PreTrainedModel:
     return skeleton(described)
 
 
-def row_length(config: RunConfig, stage: Stage) -> int:
+def sequence_length(config: RunConfig, stage: Stage) -> int:
     """Returns the number of tokens in a sequence that a stage reads."""
     if config.data.kind == "arithmetic-compact":
         return arithmetic.compact_splits(seed=0, train_rows=2, eval_prompts=2)[1]["train_retain"].length
@@ -49,7 +55,7 @@ def row_length(config: RunConfig, stage: Stage) -> int:
     return (own.length if own is not None and own.sources else None) or config.data.length
 
 
-def distilled_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
+def distilled_sequences(config: RunConfig, store: Store, prepared: Stage) -> int:
     """Returns the number of sequences that students are distilled on.
 
     Before the data are prepared it is an upper bound for arithmetic, whose problems may be packed, and 0 for text.
@@ -58,3 +64,16 @@ def distilled_rows(config: RunConfig, store: Store, prepared: Stage) -> int:
         splits = store.manifest(prepared)["splits"]
         return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))
     return 0 if config.data.kind == "text" else 2 * config.data.train_rows
+
+
+def predictor(config: RunConfig) -> Predict:
+    """Returns a function that predicts the memory of a stage of the run, with one predictor for each sequence length."""
+
+    @functools.cache
+    def of_length(length: int) -> Predictor:
+        # The token ids of retain and forget, once apart and once joined. Most questions have four choices.
+        data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
+        scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
+        return Predictor(model_config(config), length, **scored, data_bytes=data)
+
+    return lambda stage: of_length(sequence_length(config, stage))(stage)

@@ -9,12 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
-from undo_core.planning.memory import predictor
-from undo_core.planning.models import distilled_rows, planned_skeleton, row_length
+from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor, sequence_length
 from undo_core.planning.timing import Measure, basis
 
 
@@ -51,21 +50,21 @@ class Row:
 
 def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
-    # plan_run comes first: it raises for a missing folder, which transformers would look up on the hub.
-    plan, model = plan_run(config), planned_skeleton(config)
+    # graph_of comes first: it raises for a missing folder, which transformers would look up on the hub.
+    graph, model = graph_of(config), planned_skeleton(config)
     measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
-    lines = [(stage.title, [stage]) for stage in plan.stages()]
-    for models in attacked_models(config, plan).values():
+    lines = [(stage.title, [stage]) for stage in graph.stages()]
+    for models in attacked_models(config, graph).values():
         for attacked in models.values():
             of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
             lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
-    predict, distilled = predictor(config), distilled_rows(config, store, plan.prepared)
+    predict, distilled = predictor(config), distilled_sequences(config, store, graph.prepared)
     rows = []
     for title, stages in lines:
         stage, times = largest(stages), len(stages)
-        scene = Scene(model, row_length(config, stage), distilled)
+        scene = Scene(model, sequence_length(config, stage), distilled)
         cost = stage.cost(scene)
-        seconds = cost.steps * measure.seconds(cost.rows, cost.passes, scene.length) if cost.steps else 0.0
+        seconds = cost.steps * measure.seconds(cost.sequences, cost.passes, scene.length) if cost.steps else 0.0
         row = Row(
             title=title,
             steps=cost.steps * times,
@@ -98,11 +97,12 @@ def plan_table(config: RunConfig) -> RenderableType:
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
         measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
         parts = [shown(getattr(row.memory, part)) for part in PARTS]
-        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.moment, *parts)
+        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.phase, *parts)
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), {disk / 2**20:,.0f} MiB of disk.",
+        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), "
+        f"{disk / 2**20:,.0f} MiB of disk.",
         "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
         f"Memory is of one stage; {config.workers} run side by side."

@@ -7,11 +7,11 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import forward_flops, initialise
 from undo_core.pipeline.config import RunConfig
 from undo_core.planning.models import model_config
-from undo_core.training import TrainConfig, rows_source, train
+from undo_core.training import TrainConfig, sequence_source, train
 from undo_core.training.losses import cross_entropy
 
 MEASURED_PARAMETERS = 20_000_000  # models up to this size are timed by two real steps
@@ -28,23 +28,23 @@ class Measure:
         self.rate = None if self.real is not None else self._matrix_rate()
         self.known: dict[tuple[int, int], float] = {}
 
-    def seconds(self, rows: int, passes: float, length: int) -> float:
-        """Returns the seconds of a step on ``rows`` sequences of ``length`` tokens that costs ``passes`` forward passes."""
+    def seconds(self, sequences: int, passes: float, length: int) -> float:
+        """Returns the seconds of a step of ``passes`` forward passes on ``sequences`` sequences of ``length`` tokens."""
         if self.real is None:
-            return passes * forward_flops(self.model, length) * rows * length / (self.rate * MATRIX_EFFICIENCY)
-        if (rows, length) not in self.known:
-            self.known[rows, length] = self._step(rows, length)
-        return self.known[rows, length] * passes / 3
+            return passes * forward_flops(self.model, length) * sequences * length / (self.rate * MATRIX_EFFICIENCY)
+        if (sequences, length) not in self.known:
+            self.known[sequences, length] = self._step(sequences, length)
+        return self.known[sequences, length] * passes / 3
 
-    def _step(self, rows: int, length: int) -> float:
+    def _step(self, sequences: int, length: int) -> float:
         ids = torch.randint(
-            1, self.model.config.get_text_config().vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)
+            1, self.model.config.get_text_config().vocab_size, (sequences, length), generator=torch.Generator().manual_seed(0)
         )
-        source = {"text": rows_source(Rows(ids, pad_id=0), rows, 0)}
+        source = {"text": sequence_source(Sequences(ids, pad_id=0), sequences, 0)}
         loss = lambda model, batches, counted: cross_entropy(model, batches["text"], counted["text"])  # noqa: E731
-        train(self.real, loss, source, TrainConfig(steps=1, batch_size=rows), progress=False)  # the first step warms up
+        train(self.real, loss, source, TrainConfig(steps=1, batch_size=sequences), progress=False)  # the first step warms up
         began = time.perf_counter()
-        train(self.real, loss, source, TrainConfig(steps=2, batch_size=rows), progress=False)
+        train(self.real, loss, source, TrainConfig(steps=2, batch_size=sequences), progress=False)
         return (time.perf_counter() - began) / 2
 
     def _matrix_rate(self) -> float:

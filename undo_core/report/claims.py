@@ -8,7 +8,10 @@ from typing import Any
 from undo_core.report.metrics import Report
 from undo_core.report.table import count, ratio
 
-PUBLISHED = "Published: labels for 0.01 % of the pretraining data, and the robustness of data filtering, R = 1, at 60–80 % of its compute. Here:"
+PUBLISHED = (
+    "Published: labels for 0.01 % of the pretraining data, and the robustness of data filtering, R = 1, at 60–80 % of its "
+    "compute. Here:"
+)
 
 
 def claims(report: Report) -> list[str]:

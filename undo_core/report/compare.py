@@ -115,8 +115,8 @@ def compare(loaded: Sequence[Loaded], title: str) -> list[Setting]:
         for name in ("kind", "headline"):
             if getattr(setting.report, name) != getattr(first, name):
                 raise ValueError(
-                    f"results: {settings[0].label} and {setting.label} differ in metric.{name}; wanted runs with one metric and one "
-                    "headline step"
+                    f"results: {settings[0].label} and {setting.label} differ in metric.{name}; wanted runs with one metric "
+                    "and one headline step"
                 )
     return settings
 
@@ -143,7 +143,8 @@ def _merge(group: Iterable[Loaded]) -> list[dict[str, Any]]:
         entries = {entry["name"]: entry for entry in values["models"]}
         for name in (name for name in entries if there.get(name, entries[name]["stage"]) != entries[name]["stage"]):
             raise ValueError(
-                f"results: got two models {name} of seed {values['seed']} from runs whose settings agree, {run} among them; wanted one"
+                f"results: got two models {name} of seed {values['seed']} from runs whose settings agree, {run} among them; "
+                "wanted one"
             )
         known["models"] = known["models"] + [entry for name, entry in entries.items() if name not in there]
     for values in merged.values():

@@ -60,7 +60,7 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
         "envelopes": f"{worst}, at every step anew (line), and the weakest attack at that step (edge of the band), after "
         f"{report.headline} steps each attack at its own headline step; means over seeds. {stands}",
         "robustness": "R, robustness on the scale from unlearn only (0) to data filtering (1), against C, training over data "
-        "filtering's, a point for each α: medians, bars from the smallest to the largest seed. FLOPs count the teacher's forward "
-        "passes and the unlearning. Numbers: α, where there is room. Censored models have neither.",
+        "filtering's, a point for each α: medians, bars from the smallest to the largest seed. FLOPs count the teacher's "
+        "forward passes and the unlearning. Numbers: α, where there is room. Censored models have neither.",
         "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest seed.",
     }

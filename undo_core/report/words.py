@@ -182,7 +182,8 @@ def _attacked(report: Report) -> str:
         parts.append(text)
     parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
     text = (
-        f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, {_join(parts)}."
+        f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, "
+        f"{_join(parts)}."
         if parts
         else ""
     )

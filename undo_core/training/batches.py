@@ -12,7 +12,7 @@ import torch
 
 from undo_core import distributed
 from undo_core.data.limits import Limits
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.io.files import hash_json
 
 
@@ -33,13 +33,14 @@ class Batch:
         labels: ``[batch, length]`` int64 tokens to be predicted, aligned with ``input_ids`` (not shifted); None for the ids
             themselves. Values where ``mask`` is False are ignored.
         whole: for a micro-batch, the batch that it is part of.
-        rows: ``[batch]`` int64 indices into the :class:`Rows` that the batch was drawn from, on the CPU; None for other data.
+        index: ``[batch]`` int64 indices into the :class:`Sequences` that the batch was drawn from, on the CPU; None for other
+            data.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     attention_mask: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
+    index: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     labels: torch.Tensor | None = None
@@ -56,16 +57,16 @@ class Batch:
             return
         if self.position_ids.shape != self.input_ids.shape or self.position_ids.is_floating_point():
             raise ValueError(
-                f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of the shape "
-                f"of input_ids, {tuple(self.input_ids.shape)}"
+                f"position_ids: got shape {tuple(self.position_ids.shape)} and {self.position_ids.dtype}, wanted integers of "
+                f"the shape of input_ids, {tuple(self.input_ids.shape)}"
             )
         if self.attention_mask is not None:
             text = self.attention_mask.bool()
             again = self.position_ids[:, 1:] <= self.position_ids[:, :-1]
             if bool((again & text[:, 1:] & text[:, :-1]).any()):
                 raise ValueError(
-                    "position_ids: got them with an attention_mask and starting again within its text, wanted only one of them; "
-                    "rows padded on the right need no attention_mask"
+                    "position_ids: got them with an attention_mask and starting again within its text, wanted only one of "
+                    "them; sequences padded on the right need no attention_mask"
                 )
 
     def digest(self) -> str:
@@ -90,8 +91,8 @@ class Batch:
         return int(self.mask[:, 1:].sum())
 
     def to(self, device: torch.device) -> Batch:
-        columns = {name: column.to(device) for name, column in self._columns().items() if name != "rows"}
-        return Batch(**columns, rows=self.rows)
+        columns = {name: column.to(device) for name, column in self._columns().items() if name != "index"}
+        return Batch(**columns, index=self.index)
 
     def split(self, size: int) -> list[Batch]:
         """Splits the batch into micro-batches of at most ``size`` sequences."""
@@ -127,21 +128,21 @@ Source = Callable[[int], Batch]  # from the step to its batch; must be a pure fu
 
 
 @dataclass(frozen=True)
-class RowsSource:
-    """Batches of ``size`` rows, shuffled by ``seed``; a pure function of the step."""
+class SequenceSource:
+    """Batches of ``size`` sequences, shuffled by ``seed``; a pure function of the step."""
 
-    rows: Rows
+    sequences: Sequences
     size: int
     seed: int
 
     def __call__(self, step: int) -> Batch:
-        index = self.rows.order(step, self.size, self.seed)
-        ids, rows = self.rows.input_ids[index].long(), self.rows
-        return Batch(ids, rows.text_mask(index), rows=index, position_ids=rows.position_ids(index))
+        index = self.sequences.order(step, self.size, self.seed)
+        ids, sequences = self.sequences.input_ids[index].long(), self.sequences
+        return Batch(ids, sequences.text_mask(index), index=index, position_ids=sequences.position_ids(index))
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the batches, as JSON values."""
-        return {"rows": self.rows.digest(), "size": self.size, "seed": self.seed}
+        return {"rows": self.sequences.digest(), "size": self.size, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -217,46 +218,48 @@ class CheckedSource:
 def identity_of(source: Source) -> dict[str, Any] | None:
     """Returns what identifies a source's batches, as JSON values; None for an iterable other than a sequence.
 
-    For rows and sequences it covers all batches; for a function, only the batch of step 0.
+    For :class:`Sequences` and lists it covers all batches; for a function, only the batch of step 0.
     """
     if hasattr(source, "identity"):
         return source.identity()
     return {"first": as_batch(source(0)).digest()}
 
 
-def rows_source(rows: Rows, size: int, seed: int) -> Source:
-    """Returns the :class:`RowsSource` of ``rows``."""
-    return RowsSource(rows, size, seed)
+def sequence_source(sequences: Sequences, size: int, seed: int) -> Source:
+    """Returns the :class:`SequenceSource` of ``sequences``."""
+    return SequenceSource(sequences, size, seed)
 
 
-def as_source(data: Rows | Source | Iterable[Any], *, size: int, seed: int, name: str, limits: Limits | None = None) -> Source:
-    """Makes a source from token rows, from a function of the step, or from any iterable of batches.
+def as_source(
+    data: Sequences | Source | Iterable[Any], *, size: int, seed: int, name: str, limits: Limits | None = None
+) -> Source:
+    """Makes a source from token sequences, from a function of the step, or from any iterable of batches.
 
     A sequence of batches is read by index, so that a killed run resumes bit for bit. Any other iterable is restarted when it
     ends, and a resumed run skips the batches that were used before. Batches are ``[batch, length]`` token ids or mappings, see
     :func:`as_batch`.
 
     Args:
-        data: token rows, function or iterable.
-        size: rows per batch, for token rows.
-        seed: seed of the order, for token rows.
+        data: token sequences, function or iterable.
+        size: sequences per batch, for token sequences.
+        seed: seed of the order, for token sequences.
         name: name of the argument that held ``data``, for errors.
-        limits: limits of the models that read the data. Token rows are checked here, other batches as they are read.
+        limits: limits of the models that read the data. Token sequences are checked here, other batches as they are read.
 
     Raises:
         ValueError: ``data`` is none of these, the iterable is empty, or the data exceeds ``limits``.
     """
-    if isinstance(data, Rows):
-        data = rows_source(data, size, seed)
-    if isinstance(data, RowsSource):
+    if isinstance(data, Sequences):
+        data = sequence_source(data, size, seed)
+    if isinstance(data, SequenceSource):
         if limits is not None:
-            limits.check_rows(data.rows, name)
+            limits.check_sequences(data.sequences, name)
         return data
     if isinstance(data, ReadSource):
         return data
     if not callable(data) and not isinstance(data, Iterable):
         raise ValueError(
-            f"{name}: got {type(data).__name__}, wanted token rows, a function of the step or an iterable of batches"
+            f"{name}: got {type(data).__name__}, wanted token sequences, a function of the step or an iterable of batches"
         )
     source = data
     if not callable(data):

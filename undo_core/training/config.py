@@ -91,8 +91,8 @@ class TrainConfig:
         check_mode(self.precision, self.optimizer)
         if self.step_in_backward and self.micro_batch_size is not None:
             raise ValueError(
-                f"step_in_backward: got true with micro_batch_size {self.micro_batch_size}, wanted micro_batch_size null: a step in the "
-                "backward pass cannot wait for the gradients of the other micro-batches"
+                f"step_in_backward: got true with micro_batch_size {self.micro_batch_size}, wanted micro_batch_size null: a "
+                "step in the backward pass cannot wait for the gradients of the other micro-batches"
             )
         _at_least("warmup", self.warmup, 0)
         _at_least("eval_every", self.eval_every, 0)

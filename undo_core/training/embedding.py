@@ -101,7 +101,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)
     forward, padding = embedding.forward, embedding.padding_idx
 
-    def rows_in_place(ids: torch.Tensor) -> torch.Tensor:
+    def lookup_in_place(ids: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return forward(ids)
         rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
@@ -112,9 +112,9 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
         try:
             return torch.func.functional_call(embedding, {"weight": rows}, (order,))
         finally:
-            embedding.padding_idx, embedding.forward = padding, rows_in_place
+            embedding.padding_idx, embedding.forward = padding, lookup_in_place
 
-    embedding.forward = rows_in_place
+    embedding.forward = lookup_in_place
     try:
         yield own
     finally:

@@ -21,13 +21,13 @@ from undo_core.distributed.sharding import all_finite, release, run
 from undo_core.io.progress import StageProgress
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
-from undo_core.training.checkpoint import FORMAT, find_checkpoint, load_checkpoint, save_checkpoint
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
-from undo_core.training.lean import choose_kernels, keeps_kernels, lean
+from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
 from undo_core.training.sharded import check_ranks, sharded
+from undo_core.training.training_state import FORMAT, find_training_state, load_training_state, save_training_state
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
 """``loss(model, micro_batches, counted)``: a scalar.
@@ -154,7 +154,8 @@ def train(
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:
         raise ValueError(
-            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until requires_grad_()"
+            "parameters: got none that requires a gradient, wanted at least one; a model that peft has merged is frozen until "
+            "requires_grad_()"
         )
     check_trained(model, trained)
     if isinstance(model, PreTrainedModel):
@@ -177,7 +178,7 @@ def train(
             "evaluate_at": None if evaluate_at is None else sorted(at),
             **(settings or {}),
         }
-    found = None if folder is None else distributed.on_first(lambda: find_checkpoint(folder / "checkpoint", made_by))
+    found = None if folder is None else distributed.on_first(lambda: find_training_state(folder / "checkpoint", made_by))
     choose_kernels(model, config)
     if count > 1:
         trained = sharded(model, trained, config)
@@ -186,7 +187,7 @@ def train(
     total, terms = torch.zeros((), device=device), 0  # training loss since the last evaluation
     if found is not None:
         checkpoint, saved = found
-        load_checkpoint(checkpoint, model, updater)
+        load_training_state(checkpoint, model, updater)
         result = TrainResult(**saved["result"])
         total, terms = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
     log = _Log(folder if distributed.rank() == 0 else None, result.steps)
@@ -210,7 +211,7 @@ def train(
     def save() -> None:
         if folder is not None:
             state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
-            save_checkpoint(folder / "checkpoint", result.steps, model, updater, state)
+            save_training_state(folder / "checkpoint", result.steps, model, updater, state)
 
     done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
@@ -230,9 +231,7 @@ def train(
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
             late = time.monotonic() - last_save > checkpoint_seconds
-            if (
-                count > 1
-            ):  # one reduction for both: the sum of the ranks' losses, and whether rank 0's clock asks for a checkpoint
+            if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
                 value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
                 late = _is_read(device, step) and bool(asked)
             total, terms = total + value, terms + 1
@@ -266,8 +265,8 @@ def _made_of(sources: Mapping[str, Source], folder: Path) -> dict[str, Any]:
     for name, identity in identities.items():
         if identity is None:
             warnings.warn(
-                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list of batches or "
-                "token rows can",
+                f"{name}: got an iterable, whose batches cannot be compared with those of an earlier run in {folder}; a list "
+                "of batches or token sequences can",
                 stacklevel=3,
             )
     return {"sources": identities}

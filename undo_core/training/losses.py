@@ -38,8 +38,8 @@ def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int, vocab_size: int | None = None) -> torch.Tensor:
     """``KL(uniform || p)`` of the next token, summed over the batch's labels and divided by ``counted``; a scalar.
 
-    With ``vocab_size``, the rows of the head from that index on are padding: ``uniform`` and ``p`` are distributions over the
-    rows before.
+    With ``vocab_size``, the vocabulary entries of the head from that index on are padding: ``uniform`` and ``p`` are
+    distributions over the entries before.
     """
     inputs, _, mask = batch.shifted()
     head = head_of(model)
@@ -108,9 +108,9 @@ def distillation(
 ) -> torch.Tensor:
     """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar.
 
-    With ``vocab_size``, the rows of both heads from that index on are padding, without probability or gradient; the two heads
-    may then differ in their number of rows. With ``match``, its weight times the mean of :func:`relative_error` over the layers
-    is added.
+    With ``vocab_size``, the vocabulary entries of both heads from that index on are padding, without probability or gradient;
+    the two heads may then differ in their number of entries. With ``match``, its weight times the mean of
+    :func:`relative_error` over the layers is added.
     """
     inputs, _, mask = batch.shifted()
     if match is None:

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from undo_core import distributed
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import check_vocab_size, evaluating, forward_flops, vocabulary_of
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training import Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.batches import Batch, ReadSource
-from undo_core.training.lean import choose_kernels, keeps_kernels
+from undo_core.training.memory_savers import choose_kernels, keeps_kernels
 from undo_core.training.precision import converted, weight_dtype
 from undo_core.unlearning.config import UnlearnConfig
 from undo_core.unlearning.method import METHODS, ROBUST, Method, register, register_robust
@@ -27,8 +27,8 @@ from undo_core.unlearning.rmu import RMUConfig
 def unlearn(
     model: PreTrainedModel,
     *,
-    forget: Rows | Source | Iterable[Any],
-    retain: Rows | Source | Iterable[Any],
+    forget: Sequences | Source | Iterable[Any],
+    retain: Sequences | Source | Iterable[Any],
     config: UnlearnConfig | None = None,
     folder: Path | None = None,
     title: str = "unlearn",
@@ -40,7 +40,7 @@ def unlearn(
     Args:
         model: any Hugging Face causal language model; trained in place. Of a ``PeftModel`` only the adapters are trained. While
             a method that trains only some parameters runs, the others do not require gradients.
-        forget: labelled text to forget: token rows, a function of the step, or an iterable of batches.
+        forget: labelled text to forget: token sequences, a function of the step, or an iterable of batches.
         retain: text to keep, in the same forms; not read if ``config.retain_weight`` is 0.
         config: method, weights, optimizer; the default is MaxEnt as published for arithmetic.
         folder: for checkpoints and the log, so that a killed run resumes. A different model, text or ``config`` raises an error
@@ -59,7 +59,7 @@ def unlearn(
     if config.vocab_size is not None:  # checked only if given, as RMU also works without a head
         check_vocab_size(config.vocab_size, model=vocabulary_of(model))
     size, seed = config.train.batch_size, config.train.seed or 0
-    limits = limits_of(model, whole=METHODS[config.method].whole_rows)
+    limits = limits_of(model, whole=METHODS[config.method].whole_sequences)
     sources = {
         "forget": as_source(forget, size=size, seed=seed, name="forget", limits=limits),
         "retain": as_source(retain, size=size, seed=seed + 1, name="retain", limits=limits),
@@ -94,7 +94,7 @@ def method_of(model: PreTrainedModel, config: UnlearnConfig) -> Method:
 
 
 def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) -> dict[str, float]:
-    """FLOPs of a training step per position of each source, for rows of ``length`` tokens."""
+    """FLOPs of a training step per position of each source, for sequences of ``length`` tokens."""
     entry = METHODS[config.method]
     passes = 3 * forward_flops(model, length)
     costs = {"forget": passes, "retain": passes if config.retain_weight else 0.0}

@@ -71,8 +71,8 @@ class Trunk:
                 error = float((hidden - wanted[k]).norm() / wanted[k].norm().clamp_min(1e-6))
                 if not error <= (1e-4 if hidden.dtype == torch.float32 else 3e-2):
                     raise ValueError(
-                        f"model: got {type(self.model).__name__}, whose hidden states after {k} layers differ by {error:.2g} when its "
-                        "layers are called one by one; it does something between them"
+                        f"model: got {type(self.model).__name__}, whose hidden states after {k} layers differ by {error:.2g} "
+                        "when its layers are called one by one; it does something between them"
                     )
                 hidden = entered.run(hidden, k, k + 1)
 

@@ -17,9 +17,9 @@ from undo_core.distributed.sharding import shard
 from undo_core.models import head_of
 from undo_core.training.batches import Batch
 from undo_core.training.config import TrainConfig
-from undo_core.training.lean import choose_kernels
 from undo_core.training.loop import Gradient, Loss, accumulate
 from undo_core.training.losses import cross_entropy, distillation
+from undo_core.training.memory_savers import choose_kernels
 from undo_core.training.precision import convert_
 
 
@@ -133,7 +133,8 @@ class Entry:
         reference_flops: like ``flops``, for what is computed once before the first step; a wrapper adds nothing to it.
         check: raises a ValueError if the other settings are not compatible with it.
         sums: whether the gradient is the same for any split into micro-batches.
-        whole_rows: whether the model also reads the last token of a row; for other methods that token is only a label.
+        whole_sequences: whether the model also reads the last token of a sequence; for other methods that token is only a
+            label.
     """
 
     make: Callable[..., Method]
@@ -143,7 +144,7 @@ class Entry:
     reference_flops: Flops | None = None
     check: Callable[[Settings], None] | None = None
     sums: bool = True
-    whole_rows: bool = False
+    whole_sequences: bool = False
 
     def __call__(self, *arguments: Any) -> Method:
         return self.make(*arguments)

@@ -59,12 +59,12 @@ def npo(model: PreTrainedModel, config: Settings) -> Method:
         labels = batch.mask[:, 1:]
         if unit == "token":
             return 2 / beta * (F.softplus(beta * gap) * labels).sum() / max(counted, 1)
-        return 2 / beta * (F.softplus(beta * gap.sum(-1)) * labels.any(-1)).sum() / labelled_rows(batch)
+        return 2 / beta * (F.softplus(beta * gap.sum(-1)) * labels.any(-1)).sum() / labelled_sequences(batch)
 
     return Method(forget_and_retain(forget, model, config), reference=token_cross_entropy)
 
 
-def labelled_rows(batch: Batch) -> torch.Tensor:
-    """Number of rows of the whole batch that have a label, at least 1; a 0-d tensor."""
+def labelled_sequences(batch: Batch) -> torch.Tensor:
+    """Number of sequences of the whole batch that have a label, at least 1; a 0-d tensor."""
     whole = batch if batch.whole is None else batch.whole
     return whole.mask[:, 1:].any(-1).sum().clamp_min(1)

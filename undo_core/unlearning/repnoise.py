@@ -122,16 +122,16 @@ def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method
 
 
 def noise_distance(hidden: torch.Tensor, mask: torch.Tensor, samples: int) -> torch.Tensor:
-    """``MMD**2`` between the rows of ``hidden`` in ``mask`` and the standard normal distribution; 0 if the mask is empty.
+    """``MMD**2`` between the tokens of ``hidden`` in ``mask`` and the standard normal distribution; 0 if the mask is empty.
 
     Args:
-        hidden: ``[rows, d]``; differentiable.
-        mask: ``[rows]`` bool, True for rows that count.
-        samples: largest number of counted rows to use; they are evenly spaced.
+        hidden: ``[tokens, d]``; differentiable.
+        mask: ``[tokens]`` bool, True for tokens that count.
+        samples: largest number of counted tokens to use; they are evenly spaced.
 
     With ``k(x, y) = exp(-|x - y|**2 / h)``, ``E k(x, N) = (1 + 2/h)**(-d/2) exp(-|x|**2 / (h + 2))`` and
-    ``E k(N, N') = (1 + 4/h)**(-d/2)``. ``h`` is a width times the expected mean squared distance within the set of the rows and
-    as many draws of noise; it has no gradient.
+    ``E k(N, N') = (1 + 4/h)**(-d/2)``. ``h`` is a width times the expected mean squared distance within the set of the tokens
+    and as many draws of noise; it has no gradient.
     """
     if len(hidden) > samples:
         counted_first = torch.argsort(~mask, stable=True)

@@ -78,7 +78,7 @@ def _check(config: Settings) -> None:
         )
 
 
-@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check, whole_rows=True)
+@register("rmu", "RMU", settings=RMUConfig, flops=lambda *arguments: rmu_flops(*arguments), check=_check, whole_sequences=True)
 def rmu(model: PreTrainedModel, config: Settings) -> Method:
     """RMU. Memory: the activations of the trained layers, and a copy of each trained matrix as it is now.
 

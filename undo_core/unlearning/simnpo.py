@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from undo_core.training.batches import Batch
 from undo_core.training.losses import token_cross_entropy
 from undo_core.unlearning.method import Method, Settings, forget_and_retain, register
-from undo_core.unlearning.npo import labelled_rows
+from undo_core.unlearning.npo import labelled_sequences
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,6 @@ def simnpo(model: PreTrainedModel, config: Settings) -> Method:
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
         labels = batch.mask[:, 1:]
         nats = token_cross_entropy(model, batch).sum(-1) / labels.sum(-1).clamp_min(1)
-        return 2 / beta * (F.softplus(gamma - beta * nats) * labels.any(-1)).sum() / labelled_rows(batch)
+        return 2 / beta * (F.softplus(gamma - beta * nats) * labels.any(-1)).sum() / labelled_sequences(batch)
 
     return Method(forget_and_retain(forget, model, config))

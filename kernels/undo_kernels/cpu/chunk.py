@@ -1,4 +1,4 @@
-"""A chunk of rows of a vocabulary loss: fills the ``Chunk`` of ``csrc/vocab_loss.h`` and does the arithmetic per row."""
+"""A chunk of tokens of a vocabulary loss: fills the ``Chunk`` of ``csrc/vocab_loss.h`` and does the arithmetic per token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu.extension import Field, Target, kernels
 from undo_kernels.problem import DENSE, SPARSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 
-_ROWS = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
+_PER_TOKEN = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset", "weight", "own", "label_weight")
 _NOWHERE = 1e30  # base of the padding lanes past the last token, which makes every probability there 0
 
 
@@ -27,7 +27,7 @@ class Run(Protocol):
     amx: bool
     leading: int
     partial: torch.Tensor
-    per_row: dict[str, torch.Tensor]
+    per_token: dict[str, torch.Tensor]
     d_hidden: torch.Tensor
 
     def narrow_hidden_gradient(self, chunk: Chunk) -> torch.Tensor:
@@ -36,30 +36,30 @@ class Run(Protocol):
 
 
 class Chunk:
-    """Some rows of a call: hidden states, running log-sum-exp statistics and factors, padded to whole vectors."""
+    """Some tokens of a call: hidden states, running log-sum-exp statistics and factors, padded to whole vectors."""
 
     def __init__(self, run: Run, start: int, tokens: int) -> None:
         p = run.problem
         self.run, self.tokens, self.stride = run, tokens, plans.padded(tokens)
         self.part = slice(start, start + tokens)
-        self.rows = None if run.index is None else run.index[self.part]
+        self.index = None if run.index is None else run.index[self.part]
         dense = p.target in DENSE
         self.state = torch.zeros(kernels.FIELDS, self.stride, dtype=torch.float64)
         self.state[[Field.M_S, Field.M_T]] = -math.inf
         self.state[[Field.TOP_S, Field.TOP_T]] = -1
         self.state[Field.LABEL] = math.nan
-        self.row = dict(zip(_ROWS, torch.zeros(len(_ROWS), self.stride, dtype=torch.float32), strict=True))
-        self.row["base_s"].fill_(_NOWHERE)
-        self.row["base_t"].fill_(_NOWHERE)
+        self.per_token = dict(zip(_PER_TOKEN, torch.zeros(len(_PER_TOKEN), self.stride, dtype=torch.float32), strict=True))
+        self.per_token["base_s"].fill_(_NOWHERE)
+        self.per_token["base_t"].fill_(_NOWHERE)
         gain = p.student.scale / p.student.temperature
-        self.row["weight"][:tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
+        self.per_token["weight"][:tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
         self.labels = None
         if p.label_factor is not None:
-            self.row["own"][:tokens] = self.take(p.label_factor) * gain
+            self.per_token["own"][:tokens] = self.take(p.label_factor) * gain
             if p.labels is not None:
                 self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
                 self.labels[:tokens] = self.take(p.labels)
-                self.row["label_weight"].copy_(self.row["own"] * (self.labels >= 0))
+                self.per_token["label_weight"].copy_(self.per_token["own"] * (self.labels >= 0))
         self._hidden: dict[int, torch.Tensor] | None = None
         self._packed: dict[int, torch.Tensor] | None = None
         self.d_hidden = None
@@ -73,8 +73,8 @@ class Chunk:
         if dense:
             self.biases.append(_set_shape(c.teacher, p.teacher))
         c.state, c.partial = self.state.data_ptr(), run.partial.data_ptr()
-        for name, row in self.row.items():
-            setattr(c, name, row.data_ptr())
+        for name, values in self.per_token.items():
+            setattr(c, name, values.data_ptr())
         c.labels = 0 if self.labels is None else self.labels.data_ptr()
         self.indices = self.logprobs = None
         if p.target in SPARSE:
@@ -85,8 +85,8 @@ class Chunk:
             c.known, c.indices, c.picked = known, self.indices.data_ptr(), self.picked.data_ptr()
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the chunk's rows of a tensor over all rows."""
-        return tensor[self.part] if self.rows is None else tensor.index_select(0, self.rows)
+        """Returns the chunk's part of a tensor over all tokens."""
+        return tensor[self.part] if self.index is None else tensor.index_select(0, self.index)
 
     def _sides(self) -> list[Projection]:
         p = self.run.problem
@@ -124,15 +124,15 @@ class Chunk:
         return self._packed
 
     def _padded(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rows = self.take(hidden)
-        if rows.dtype == dtype and self.tokens == self.stride:
-            return rows
-        padded = torch.zeros(self.stride, rows.shape[1], dtype=dtype)
-        padded[: self.tokens] = rows
+        taken = self.take(hidden)
+        if taken.dtype == dtype and self.tokens == self.stride:
+            return taken
+        padded = torch.zeros(self.stride, taken.shape[1], dtype=dtype)
+        padded[: self.tokens] = taken
         return padded
 
     def finish(self) -> None:
-        """Computes the log-sum-exps and the row values that the gradient derives from them."""
+        """Computes the log-sum-exps and the values per token that the gradient derives from them."""
         run, p, n = self.run, self.run.problem, self.tokens
         state = self.state[:, :n]
         log_sum_s, log_sum_t = state[Field.L_S].log(), state[Field.L_T].log()
@@ -172,7 +172,7 @@ class Chunk:
             self._put("nll", lse_s)
 
     def _set(self, name: str, values: torch.Tensor) -> None:
-        self.row[name][: self.tokens] = values
+        self.per_token[name][: self.tokens] = values
 
     def mix(self) -> None:
         """Stores KL(s || m), which the gradient of the JSD subtracts, and resets the sums for the pass that follows."""
@@ -180,7 +180,7 @@ class Chunk:
         self.state[[Field.VALUE, Field.MIXED]] = 0
 
     def close(self) -> None:
-        """Writes the chunk's rows to the outputs and frees its arrays."""
+        """Writes the chunk's values to the outputs and frees its arrays."""
         p, n = self.run.problem, self.tokens
         if p.target in (*DENSE, "uniform"):
             self._put("divergence", self.state[Field.VALUE, :n])
@@ -193,18 +193,18 @@ class Chunk:
             self.hidden_sum()  # allocates zeros if every block was skipped
         if self.d_hidden is not None:
             gradient = self.d_hidden[:n]
-            if self.rows is None:
+            if self.index is None:
                 self.run.d_hidden[self.part].copy_(gradient)
             else:
-                self.run.d_hidden.index_copy_(0, self.rows, gradient.to(self.run.d_hidden.dtype))
+                self.run.d_hidden.index_copy_(0, self.index, gradient.to(self.run.d_hidden.dtype))
         self._hidden = self._packed = self.narrow_hidden = self.d_hidden = None
 
     def _put(self, name: str, values: torch.Tensor) -> None:
-        out = self.run.per_row[name]
-        if self.rows is None:
+        out = self.run.per_token[name]
+        if self.index is None:
             out[self.part] = values.float()
         else:
-            out.index_copy_(0, self.rows, values.float())
+            out.index_copy_(0, self.index, values.float())
 
     def _sparse(self, lse_rest: torch.Tensor) -> torch.Tensor:
         """Computes divergence and gradient against a sparse teacher; returns the log-sum-exp over all entries."""

@@ -7,9 +7,19 @@ and the backend is marked unavailable.
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
-from undo_kernels.library import mark_unavailable
+from undo_kernels.cpu.sources import digest
+from undo_kernels.library.backends import mark_unavailable
+
+_SOURCES = Path(__file__).resolve().parents[3] / "csrc"  # in a checkout; an installed wheel has none
+
+
+def _outdated(built_from: str | None) -> bool:
+    """Whether the extension was built from other sources than the checkout has now, as after ``git pull``."""
+    return _SOURCES.is_dir() and built_from != digest(_SOURCES)
+
 
 kernels: Any = None
 try:
@@ -17,7 +27,10 @@ try:
 except ImportError as error:
     mark_unavailable("cpu", f"the C++ extension was not built ({error}); install a C++17 compiler and run pip install again")
 else:
-    kernels = _cpu
+    if _outdated(getattr(_cpu, "SOURCES", None)):
+        mark_unavailable("cpu", "the C++ extension was built from other sources than csrc/ has now; run pip install -e . again")
+    else:
+        kernels = _cpu
 
 
 def _enumeration(name: str) -> Any:
@@ -26,5 +39,5 @@ def _enumeration(name: str) -> Any:
 
 
 Field = _enumeration("Field")  # of a chunk's state, ``csrc/vocab_loss.h``
-Target = _enumeration("Target")  # of the row kernels, likewise
+Target = _enumeration("Target")  # of the losses' kernels, likewise
 Kind = _enumeration("Kind")  # dtypes of ``csrc/rmu.h``

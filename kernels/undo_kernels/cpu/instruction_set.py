@@ -1,6 +1,6 @@
 """Instruction set of the C++ kernels: the best that this processor has, or the one named by ``UNDO_CPU_ISA``.
 
-``amx`` means the row kernels of ``avx512``, and AMX for bfloat16 products; the other names do not use AMX.
+``amx`` means the loss kernels of ``avx512``, and AMX for bfloat16 products; the other names do not use AMX.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forced() -> str:
 
 
 def vectors() -> str:
-    """Returns the name of the row kernels in use: avx512, avx2 or plain."""
+    """Returns the name of the kernels in use: avx512, avx2 or plain."""
     return kernels.instruction_set({"amx": "avx512"}.get(name := forced(), name))
 
 

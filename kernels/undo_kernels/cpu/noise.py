@@ -1,4 +1,4 @@
-"""In-place noise on CPUs: ``csrc/noise_rows.h`` over all segments in one parallel region."""
+"""In-place noise on CPUs: ``csrc/noise_kernels.h`` over all segments in one parallel region."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from undo_kernels.cpu.extension import kernels
 from undo_kernels.cpu.instruction_set import vectors
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import Segment, elements
 from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.noise import elements_in_torch
-from undo_kernels.segment import Segment, elements
 
 
 @register("noise_", "cpu")

@@ -13,12 +13,12 @@ from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
 
-_BLOCK_V = 8192  # vocabulary rows of a tile: fewer make the products slower
-_ROWS = 256  # tokens of a chunk by default where the vocabulary is large
+_BLOCK_V = 8192  # vocabulary entries of a tile: fewer make the products slower
+_CHUNK = 256  # tokens of a chunk by default where the vocabulary is large
 _LOGITS = 64 << 20  # bytes of logits of a chunk by default where the vocabulary is small
 # A matrix product over r tokens reaches r / (r + 45) of its best rate: measured 250, 300 and 345 GFLOP/s at 112, 256 and 512
-# tokens, 1024 vocabulary rows and width 320, on two cores with AVX-512.
-_HALF_ROWS = 45
+# tokens, 1024 vocabulary entries and width 320, on two cores with AVX-512.
+_HALF_TOKENS = 45
 _FLOPS_PER_THREAD = {"AVX512": 1.8e11}  # float32, measured; other processors are not predicted
 
 
@@ -28,10 +28,10 @@ class CpuPlan:
 
     Attributes:
         name: chunk, recompute or one pass.
-        rows_per_chunk: tokens of a chunk, a multiple of the widest vector's lanes unless the chunk holds every token.
-        block_v: vocabulary rows of a tile.
+        tokens_per_chunk: tokens of a chunk, a multiple of the widest vector's lanes unless the chunk holds every token.
+        block_v: vocabulary entries of a tile.
         stored: whether a chunk's logits are kept between the passes.
-        outer: the outer loop of the last pass: rows or vocabulary.
+        outer: the outer loop of the last pass: tokens or vocabulary.
         first_pass: whether the log-sum-exps must be computed.
         second_pass: whether the logits are needed again after them.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
@@ -42,7 +42,7 @@ class CpuPlan:
     """
 
     name: str
-    rows_per_chunk: int
+    tokens_per_chunk: int
     block_v: int
     stored: bool
     outer: str
@@ -63,20 +63,20 @@ class CpuPlan:
         """Returns the bytes of the tiles of logits, which the thread keeps for its next call."""
         sides = 2 if problem.target in DENSE else 1
         extent = problem.student.vocabulary if self.stored else min(self.block_v, problem.student.vocabulary)
-        return 4 * sides * extent * leading(padded(min(self.rows_per_chunk, problem.rows)))
+        return 4 * sides * extent * leading(padded(min(self.tokens_per_chunk, problem.tokens)))
 
     def cost(self) -> float:
         """Returns the time in units of one matrix product over all tokens at its best rate."""
-        return self.products * (1 + _HALF_ROWS / max(self.rows_per_chunk, 1))
+        return self.products * (1 + _HALF_TOKENS / max(self.tokens_per_chunk, 1))
 
 
-def padded(rows: int) -> int:
-    """Returns ``rows`` rounded up to whole vectors, at least one."""
-    return max(kernels.WIDEST, -(-rows // kernels.WIDEST) * kernels.WIDEST)
+def padded(tokens: int) -> int:
+    """Returns ``tokens`` rounded up to whole vectors, at least one."""
+    return max(kernels.WIDEST, -(-tokens // kernels.WIDEST) * kernels.WIDEST)
 
 
 def leading(stride: int) -> int:
-    """Returns a tile's row stride in floats: an odd number of cache lines, so that rows do not share a few cache sets."""
+    """Returns the distance of a tile's rows in floats: an odd number of cache lines, so that rows do not share a few cache sets."""
     return kernels.WIDEST * (stride // kernels.WIDEST | 1)
 
 
@@ -87,7 +87,7 @@ def tiled(side: Projection) -> bool:
 
 
 def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
-    """Returns the fastest plan that fits the workspace for ``count`` counted rows; ``amx`` says whether there are AMX tiles.
+    """Returns the fastest plan that fits the workspace for ``count`` counted tokens; ``amx`` says whether there are AMX tiles.
 
     Raises:
         ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
@@ -113,20 +113,20 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
 def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """Returns the plan with as many tokens per chunk as fit the workspace, at most the default's number."""
     vocabulary = problem.student.vocabulary
-    most = max(_ROWS, _LOGITS // (8 * vocabulary)) if budget is None else count
-    rows = min(padded(most if stored else 2 * _ROWS), padded(count))
-    while rows >= kernels.WIDEST:
-        plan = _cpu_plan(problem, count, amx, stored, block_v, rows)
+    most = max(_CHUNK, _LOGITS // (8 * vocabulary)) if budget is None else count
+    tokens = min(padded(most if stored else 2 * _CHUNK), padded(count))
+    while tokens >= kernels.WIDEST:
+        plan = _cpu_plan(problem, count, amx, stored, block_v, tokens)
         if budget is None or plan.workspace_bytes <= budget:
             # Chunks of one size: the last one is not a remainder of a few tokens.
-            even = padded(-(-count // max(1, -(-count // rows))))
-            return _cpu_plan(problem, count, amx, stored, block_v, min(rows, even))
+            even = padded(-(-count // max(1, -(-count // tokens))))
+            return _cpu_plan(problem, count, amx, stored, block_v, min(tokens, even))
         over = plan.workspace_bytes - budget
-        rows -= max(kernels.WIDEST, over // (16 * vocabulary) // kernels.WIDEST * kernels.WIDEST)
+        tokens -= max(kernels.WIDEST, over // (16 * vocabulary) // kernels.WIDEST * kernels.WIDEST)
     return None
 
 
-def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int, rows: int) -> CpuPlan:
+def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int, tokens: int) -> CpuPlan:
     p = problem
     dense = p.target in DENSE
     sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
@@ -136,8 +136,8 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     known = p.lse_s is not None and p.target in ("own", "uniform")
     second_pass = any(p.needs) or dense or p.target == "uniform"
     stored = keep and not known and second_pass
-    outer = "vocabulary" if second_pass and not stored else "rows"
-    chunks = max(1, -(-count // rows))
+    outer = "vocabulary" if second_pass and not stored else "tokens"
+    chunks = max(1, -(-count // tokens))
     linear = [side for side in sides if not isinstance(side, GivenLogits)]
     narrow = stored and amx and any(p.needs) and tiled(p.student)
     widened = [side for side in linear if side.weight.dtype != torch.float32 and not (amx and tiled(side))]
@@ -145,16 +145,16 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
         widened.append(p.student)
     upcast_width = max((side.weight.shape[1] for side in widened), default=0)
     narrow_gradient = p.needs[1] and p.student.weight.dtype == torch.bfloat16
-    accumulator = narrow_gradient and outer == "rows" and chunks > 8
-    held = rows * (chunks if outer == "vocabulary" else 1)
+    accumulator = narrow_gradient and outer == "tokens" and chunks > 8
+    held = tokens * (chunks if outer == "vocabulary" else 1)
     width = p.student.weight.shape[1] if linear else 0
-    copied = [side for side in linear if side.hidden.dtype != torch.float32 or p.counted is not None or rows % kernels.WIDEST]
+    copied = [side for side in linear if side.hidden.dtype != torch.float32 or p.counted is not None or tokens % kernels.WIDEST]
     packed = [side for side in linear if amx and tiled(side)]
     biases = [side.weight.shape[0] for side in sides if side.bias is not None and side.bias.dtype != torch.float32]
     floats = {
-        "logits": len(sides) * (vocabulary if stored else block_v) * leading(rows),
-        "gathered logits": len(sides) * block_v * rows if len(linear) < len(sides) else 0,
-        "partial sums": 2 * -(-block_v // kernels.BLOCK) * kernels.FIELDS * rows,
+        "logits": len(sides) * (vocabulary if stored else block_v) * leading(tokens),
+        "gathered logits": len(sides) * block_v * tokens if len(linear) < len(sides) else 0,
+        "partial sums": 2 * -(-block_v // kernels.BLOCK) * kernels.FIELDS * tokens,
         "widened weight tile": block_v * upcast_width,
         "widened biases": sum(biases),
         "hidden states": held * sum(side.hidden.shape[1] for side in copied),
@@ -162,13 +162,13 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
         "hidden gradient": held * width if p.needs[0] else 0,
         "weight gradient tile": block_v * width if narrow_gradient else 0,
         "weight gradient sum": vocabulary * width if accumulator else 0,
-        "rounded gradient": (block_v * rows + held * 2 * width) // 2 if narrow else 0,
+        "rounded gradient": (block_v * tokens + held * 2 * width) // 2 if narrow else 0,
     }
     buffers = {name: 4 * count for name, count in floats.items() if count}
     passes = (not known) + (second_pass and not stored) + (p.target == "jsd" and not stored and any(p.needs))
     return CpuPlan(
         name="chunk" if stored else "recompute" if second_pass and not known else "one pass",
-        rows_per_chunk=rows,
+        tokens_per_chunk=tokens,
         block_v=block_v,
         stored=stored,
         outer=outer,
@@ -185,20 +185,20 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
 def describe(op: str, problem: Problem) -> Plan:
     """Returns the plan of a problem, whose tensors may be on the meta device, as ``explain`` shows it."""
     sides = [problem.student] + ([problem.teacher] if problem.teacher is not None else [])
-    rows, vocabulary = problem.rows, problem.student.vocabulary
-    plan = cpu_plan(problem, rows, has_amx())
-    chunks = max(1, math.ceil(rows / plan.rows_per_chunk))
+    tokens, vocabulary = problem.tokens, problem.student.vocabulary
+    plan = cpu_plan(problem, tokens, has_amx())
+    chunks = max(1, math.ceil(tokens / plan.tokens_per_chunk))
     passes = plan.first_pass + plan.second_pass
     # Logits that are not stored between the passes stay in a cache.
-    logits = 12 * len(sides) * rows * vocabulary + 8 * rows * vocabulary * any(problem.needs) if plan.stored else 0
+    logits = 12 * len(sides) * tokens * vocabulary + 8 * tokens * vocabulary * any(problem.needs) if plan.stored else 0
     heads = sum(side.weight.numel() * side.weight.element_size() for side in sides)
     weights = heads * (1 if plan.outer == "vocabulary" else chunks) * (passes if not plan.stored else 1)
-    product = 2.0 * rows * vocabulary * sum(side.weight.shape[1] for side in sides) / len(sides)
+    product = 2.0 * tokens * vocabulary * sum(side.weight.shape[1] for side in sides) / len(sides)
     rate = _FLOPS_PER_THREAD.get(torch.backends.cpu.get_cpu_capability())
     return Plan(
         op=op,
         name=plan.name,
-        rows_per_chunk=min(plan.rows_per_chunk, rows),
+        tokens_per_chunk=min(plan.tokens_per_chunk, tokens),
         buffers=plan.buffers,
         traffic_bytes=int(logits + weights),
         flops=plan.products * product,

@@ -1,4 +1,4 @@
-"""RMU's activation loss on CPUs: one pass of ``csrc/rmu_rows.h`` in float32; the number of threads changes no sum."""
+"""RMU's activation loss on CPUs: one pass of ``csrc/rmu_kernels.h`` in float32; the number of threads changes no sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from undo_kernels.cpu.extension import Kind, kernels
 from undo_kernels.cpu.instruction_set import vectors
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import gradient_dtype
 from undo_kernels.record import Call, record, recording
 
@@ -15,17 +15,17 @@ from undo_kernels.record import Call, record, recording
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.torch_ops.rmu``."""
-    rows, width = hidden.shape
+    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.library.rmu``."""
+    tokens, width = hidden.shape
     form = vectors()
     if recording():
-        record(Call("rmu_loss", "cpu", "one pass", form, rows, width, needs))
+        record(Call("rmu_loss", "cpu", "one pass", form, tokens, width, needs))
     gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
-    partial = torch.empty(rows, dtype=torch.float64)
+    partial = torch.empty(tokens, dtype=torch.float64)
     factor = None if factor is None else factor.contiguous()
     loss = kernels.rmu_loss(
         form,
-        rows=rows,
+        tokens=tokens,
         width=width,
         hidden=hidden.data_ptr(),
         hidden_kind=_kind(hidden.dtype),

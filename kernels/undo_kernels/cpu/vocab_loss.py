@@ -1,11 +1,11 @@
-"""The losses over the vocabulary on CPUs: torch's matrix products on tiles, with the C++ row kernels of ``csrc/`` between them.
+"""The losses over the vocabulary on CPUs: torch's matrix products on tiles, with the C++ kernels of ``csrc/`` between them.
 
-A tile is ``[BLOCK_V vocabulary rows, tokens]`` of float32 logits, ``W @ H.T``: tokens lie along the vector lanes, and the row
+A tile is ``[BLOCK_V vocabulary entries, tokens]`` of float32 logits, ``W @ H.T``: tokens lie along the vector lanes, and the
 kernel reads a tile while it is still in the cache. Two plans:
 
 * ``chunk``: processes as many tokens at a time as the workspace has room for logits. The first pass computes the log-sum-exps
   and keeps the logits; the second turns them into the gradient. Four products, 8 bytes of workspace per (token, vocabulary
-  row).
+  entry).
 * ``recompute``: keeps no logits. The second pass computes them again, with the loop over the vocabulary outermost, so that each
   row of the weight's gradient is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
 
@@ -28,7 +28,7 @@ from undo_kernels.cpu.chunk import Chunk
 from undo_kernels.cpu.extension import kernels
 from undo_kernels.cpu.instruction_set import has_amx, vectors
 from undo_kernels.cpu.workspace import workspace
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.record import Call, record, recording
@@ -37,7 +37,7 @@ from undo_kernels.record import Call, record, recording
 @register("vocab_loss", "cpu")
 @torch.no_grad()
 def vocab_loss(problem: Problem) -> Result:
-    """Computes a problem's total, its rows' losses and the gradients in ``needs``; float32, bfloat16 and float16 inputs."""
+    """Computes a problem's total, its tokens' losses and the gradients in ``needs``; float32, bfloat16 and float16 inputs."""
     run = _Run(problem)
     try:
         return run.result()
@@ -57,13 +57,13 @@ class _Run:
         self.problem = problem
         counted = problem.counted
         self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
-        self.count = problem.rows if self.index is None else len(self.index)
+        self.count = problem.tokens if self.index is None else len(self.index)
         self.vocabulary = problem.student.vocabulary
         self.vectors, self.amx = vectors(), has_amx()
         self.plan = plans.cpu_plan(problem, self.count, self.amx)
-        self.block_v, rows = self.plan.block_v, self.plan.rows_per_chunk
+        self.block_v, size = self.plan.block_v, self.plan.tokens_per_chunk
         self.gradient = any(problem.needs)
-        self.stride = plans.padded(min(rows, self.count))
+        self.stride = plans.padded(min(size, self.count))
         new = _new
         sides = 2 if problem.target in DENSE else 1
         extent = self.vocabulary if self.plan.stored else self.block_v
@@ -73,11 +73,10 @@ class _Run:
         self.partial = new(-(-self.block_v // kernels.BLOCK), kernels.FIELDS, self.stride, dtype=torch.float64)
         self.skipped = self.dropped = 0.0
         self._outputs()
-        self.chunks = [Chunk(self, start, min(rows, self.count - start)) for start in range(0, self.count, rows)]
+        self.chunks = [Chunk(self, start, min(size, self.count - start)) for start in range(0, self.count, size)]
 
     def _outputs(self) -> None:
         p, new, zeros = self.problem, _new, partial(torch.zeros, dtype=torch.float32, device="cpu")
-        rows = p.rows
         wanted = {
             "divergence": True,
             "nll": p.label_factor is not None,
@@ -86,7 +85,7 @@ class _Run:
             "entropy": p.statistics,
             "agreement": p.statistics,
         }
-        self.per_row = {name: zeros(rows if keep else 0) for name, keep in wanted.items()}
+        self.per_token = {name: zeros(p.tokens if keep else 0) for name, keep in wanted.items()}
         needs_hidden, needs_weight, needs_bias = p.needs
         dtype = gradient_dtype(p.student.hidden.dtype)
         self.d_hidden = new(0)
@@ -110,7 +109,7 @@ class _Run:
         self.narrow = new(self.block_v, self.stride, **narrow) if self.plan.narrow else None
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        """Yields the first vocabulary row and the number of rows of each tile."""
+        """Yields the first vocabulary entry and the number of entries of each tile."""
         for first in range(0, self.vocabulary, self.block_v):
             yield first, min(self.block_v, self.vocabulary - first)
 
@@ -118,15 +117,15 @@ class _Run:
         """Runs the passes and returns the result."""
         if recording():
             self._record()
-        if self.plan.outer == "rows":
+        if self.plan.outer == "tokens":
             for number, chunk in enumerate(self.chunks):
                 self._statistics(chunk)
                 self._losses(chunk)
                 # Last tile first, because it is still in the cache. Rounded gradients need ascending order: they overwrite
                 # earlier tiles.
                 tiles = list(self.tiles()) if self.plan.second_pass else []
-                for first, rows in tiles if self.plan.narrow else reversed(tiles):
-                    self._gradient(chunk, number, first, rows)
+                for first, entries in tiles if self.plan.narrow else reversed(tiles):
+                    self._gradient(chunk, number, first, entries)
                 chunk.close()
         else:
             for chunk in self.chunks:
@@ -134,11 +133,11 @@ class _Run:
             if self.problem.target == "jsd":
                 for chunk in self.chunks:
                     self._losses(chunk)
-            for first, rows in self.tiles():
+            for first, entries in self.tiles():
                 for number, chunk in enumerate(self.chunks):
-                    self._gradient(chunk, number, first, rows)
+                    self._gradient(chunk, number, first, entries)
                 if self.sum_weight is not None and self.chunks:
-                    self.d_weight[first : first + rows].copy_(self.product[:rows])
+                    self.d_weight[first : first + entries].copy_(self.product[:entries])
             for chunk in self.chunks:
                 chunk.close()
         if self.plan.accumulator and self.chunks:
@@ -147,7 +146,7 @@ class _Run:
             self.d_hidden[:, self.vocabulary :].zero_()
             if self.index is not None:
                 self.d_hidden.masked_fill_(~self.problem.counted[:, None], 0.0)
-        p, out = self.problem, self.per_row
+        p, out = self.problem, self.per_token
         total = _weighted(p.factor, out["divergence"], self.index)
         if p.label_factor is not None:
             total = total + _weighted(p.label_factor, out["nll"], self.index)
@@ -163,42 +162,42 @@ class _Run:
         plan = "inplace" if p.inplace else self.plan.name
         record(Call("vocab_loss", "cpu", plan, form, self.count, self.vocabulary, self.gradient))
 
-    def _project(self, chunk: Chunk, side: Projection, which: int, first: int, rows: int) -> torch.Tensor:
-        """Returns the products of one tile, ``[rows, stride]``, before bias, scale and softcap."""
+    def _project(self, chunk: Chunk, side: Projection, which: int, first: int, entries: int) -> torch.Tensor:
+        """Returns the products of one tile, ``[entries, stride]``, before bias, scale and softcap."""
         at = first if self.plan.stored else 0
-        z = self.logits[which][at : at + rows, : chunk.stride]
+        z = self.logits[which][at : at + entries, : chunk.stride]
         if which in chunk.packed:
-            weight = side.weight[first : first + rows]
+            weight = side.weight[first : first + entries]
             weight = weight if weight.stride(1) == 1 else weight.contiguous()
             kernels.amx_project(
-                weight.data_ptr(), weight.stride(0), rows, chunk.packed[which].data_ptr(), chunk.stride, weight.shape[1],
+                weight.data_ptr(), weight.stride(0), entries, chunk.packed[which].data_ptr(), chunk.stride, weight.shape[1],
                 z.data_ptr(), z.stride(0),
             )  # fmt: skip
             return z
         if not isinstance(side, GivenLogits):
-            return torch.mm(self._weight(side, first, rows), chunk.hidden[which].T, out=z)
-        given = side.hidden[:, first : first + rows]
-        z[:, : chunk.tokens].copy_((given[chunk.part] if self.index is None else given.index_select(0, chunk.rows)).T)
+            return torch.mm(self._weight(side, first, entries), chunk.hidden[which].T, out=z)
+        given = side.hidden[:, first : first + entries]
+        z[:, : chunk.tokens].copy_((given[chunk.part] if self.index is None else given.index_select(0, chunk.index)).T)
         z[:, chunk.tokens :].zero_()
         return z
 
-    def _weight(self, side: Projection, first: int, rows: int) -> torch.Tensor:
-        weight = side.weight[first : first + rows]
+    def _weight(self, side: Projection, first: int, entries: int) -> torch.Tensor:
+        weight = side.weight[first : first + entries]
         if weight.dtype == torch.float32:
             return weight
-        return self.upcast[:rows].view(-1)[: rows * weight.shape[1]].view(rows, -1).copy_(weight)
+        return self.upcast[:entries].view(-1)[: entries * weight.shape[1]].view(entries, -1).copy_(weight)
 
-    def _tile(self, chunk: Chunk, first: int, rows: int) -> list[torch.Tensor]:
+    def _tile(self, chunk: Chunk, first: int, entries: int) -> list[torch.Tensor]:
         sides = [self.problem.student] + ([self.problem.teacher] if self.problem.target in DENSE else [])
-        return [self._project(chunk, side, which, first, rows) for which, side in enumerate(sides)]
+        return [self._project(chunk, side, which, first, entries) for which, side in enumerate(sides)]
 
     def _statistics(self, chunk: Chunk) -> None:
-        """Computes the maxima and sums of exponentials of all rows, unless they are known."""
+        """Computes the maxima and sums of exponentials of all tokens, unless they are known."""
         if self.plan.first_pass:
             chunk.c.picking = True
-            for first, rows in self.tiles():
-                z = self._tile(chunk, first, rows)
-                kernels.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, rows)
+            for first, entries in self.tiles():
+                z = self._tile(chunk, first, entries)
+                kernels.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, entries)
             chunk.c.picking = False
         chunk.finish()
 
@@ -206,66 +205,66 @@ class _Run:
         """Computes KL(s || m), which the gradient of the JSD needs in addition to the log-sum-exps."""
         if self.problem.target != "jsd" or not self.gradient:
             return
-        for first, rows in self.tiles():
-            z = self._second(chunk, first, rows)
-            kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, rows, False)
+        for first, entries in self.tiles():
+            z = self._second(chunk, first, entries)
+            kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, entries, False)
         chunk.mix()
 
-    def _second(self, chunk: Chunk, first: int, rows: int) -> list[torch.Tensor]:
+    def _second(self, chunk: Chunk, first: int, entries: int) -> list[torch.Tensor]:
         """Returns a tile's logits, after scale, softcap and temperature, for the second pass."""
         if self.plan.stored:
-            return [z[first : first + rows] for z in self.logits]
-        z = self._tile(chunk, first, rows)
+            return [z[first : first + entries] for z in self.logits]
+        z = self._tile(chunk, first, entries)
         for which, tile in enumerate(z):
-            kernels.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, rows)
+            kernels.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, entries)
         return z
 
-    def _gradient(self, chunk: Chunk, number: int, first: int, rows: int) -> None:
+    def _gradient(self, chunk: Chunk, number: int, first: int, entries: int) -> None:
         """Adds a tile's contribution to the loss and to each gradient."""
         p = self.problem
         needs_hidden, needs_weight, needs_bias = p.needs
-        z = self._second(chunk, first, rows)
+        z = self._second(chunk, first, entries)
         teacher = z[1].data_ptr() if len(z) > 1 else 0
-        largest, squares = kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, rows, self.gradient)
+        largest, squares = kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, entries, self.gradient)
         if not self.gradient:
             return
         dz = z[0][:, : chunk.stride]
         skip = p.filter_below > 0 and largest < p.filter_below
         if skip:
-            self.skipped += rows * chunk.tokens
+            self.skipped += entries * chunk.tokens
             self.dropped += squares
         if chunk.tokens < chunk.stride:
             dz[:, chunk.tokens :].zero_()
         if needs_bias and not skip:  # before the rounded gradient overwrites this one
-            self.d_bias[first : first + rows] += dz.sum(1)
+            self.d_bias[first : first + entries] += dz.sum(1)
         if needs_hidden and isinstance(p.student, GivenLogits):
             part = dz[:, : chunk.tokens].T
             part = torch.zeros_like(part) if skip else part
-            place = self.d_hidden[:, first : first + rows]
+            place = self.d_hidden[:, first : first + entries]
             if self.index is None:
                 place[chunk.part].copy_(part)
             else:
-                place.index_copy_(0, chunk.rows, part.to(place.dtype))
+                place.index_copy_(0, chunk.index, part.to(place.dtype))
         elif self.plan.narrow:
-            narrow = self._narrow(dz, chunk, first, rows, skip)
+            narrow = self._narrow(dz, chunk, first, entries, skip)
             if needs_weight and not skip:
-                self._narrow_weight_gradient(narrow, chunk, number, first, rows)
+                self._narrow_weight_gradient(narrow, chunk, number, first, entries)
             elif needs_weight and number == 0:
-                self.d_weight[first : first + rows].zero_()
+                self.d_weight[first : first + entries].zero_()
                 if self.plan.accumulator:
-                    self.sum_weight[first : first + rows].zero_()
+                    self.sum_weight[first : first + entries].zero_()
         elif needs_hidden and not skip:
-            weight = self._weight(p.student, first, rows)
+            weight = self._weight(p.student, first, entries)
             chunk.hidden_sum().addmm_(dz.T, weight)
         if needs_weight and not self.plan.narrow:
-            self._weight_gradient(dz, chunk, number, first, rows, skip)
+            self._weight_gradient(dz, chunk, number, first, entries, skip)
 
-    def _narrow(self, dz: torch.Tensor, chunk: Chunk, first: int, rows: int, skip: bool) -> torch.Tensor:
+    def _narrow(self, dz: torch.Tensor, chunk: Chunk, first: int, entries: int, skip: bool) -> torch.Tensor:
         """Returns the tile's gradient in bfloat16 and keeps a copy, in the logits' memory, for the hidden states' gradient."""
-        narrow = self.narrow[:rows, : chunk.stride]
+        narrow = self.narrow[:entries, : chunk.stride]
         narrow.zero_() if skip else narrow.copy_(dz)
         if self.problem.needs[0]:  # safe: two rounded tiles fit in the memory of one tile that has been read
-            self._kept(chunk)[first : first + rows].copy_(narrow)
+            self._kept(chunk)[first : first + entries].copy_(narrow)
         return narrow
 
     def _kept(self, chunk: Chunk) -> torch.Tensor:
@@ -275,24 +274,24 @@ class _Run:
         """Returns the hidden states' gradient, ``[stride, d]`` bfloat16: one product over the vocabulary, rounded once."""
         return torch.mm(self._kept(chunk).T, self.problem.student.weight[: self.vocabulary])
 
-    def _narrow_weight_gradient(self, narrow: torch.Tensor, chunk: Chunk, number: int, first: int, rows: int) -> None:
-        target = self.d_weight[first : first + rows]
+    def _narrow_weight_gradient(self, narrow: torch.Tensor, chunk: Chunk, number: int, first: int, entries: int) -> None:
+        target = self.d_weight[first : first + entries]
         # For some shapes torch's 16-bit product multiplies the old content of `out` by 0, so a NaN in uninitialised memory
         # would stay.
         if number == 0 and not self.plan.accumulator:
             torch.mm(narrow, chunk.narrow_hidden, out=target.zero_())
             return
-        product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:rows].zero_())
+        product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:entries].zero_())
         if self.plan.accumulator:
-            target = self.sum_weight[first : first + rows]
+            target = self.sum_weight[first : first + entries]
         target.copy_(product) if number == 0 else target.add_(product)
 
-    def _weight_gradient(self, dz: torch.Tensor, chunk: Chunk, number: int, first: int, rows: int, skip: bool) -> None:
+    def _weight_gradient(self, dz: torch.Tensor, chunk: Chunk, number: int, first: int, entries: int, skip: bool) -> None:
         outer = self.plan.outer == "vocabulary"
         if self.direct or self.plan.accumulator:
-            out = (self.d_weight if self.direct else self.sum_weight)[first : first + rows]
+            out = (self.d_weight if self.direct else self.sum_weight)[first : first + entries]
         else:
-            out = self.product[:rows]
+            out = self.product[:entries]
         fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the earlier chunks' sum
         if skip:
             out.zero_() if fresh else None
@@ -302,11 +301,11 @@ class _Run:
             out.addmm_(dz, chunk.hidden[0])
         if self.direct or self.plan.accumulator or outer:
             return
-        target = self.d_weight[first : first + rows]
+        target = self.d_weight[first : first + entries]
         target.copy_(out) if number == 0 else target.add_(out)
 
 
 def _weighted(factor: torch.Tensor, values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of factor times value over the counted rows, in float64; rows of factor 0 are ignored, even if NaN."""
+    """Returns the sum of factor times value over the counted tokens, in float64; tokens of factor 0 are ignored, even if NaN."""
     terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
     return (terms if index is None else terms[index]).sum()

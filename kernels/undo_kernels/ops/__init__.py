@@ -1,6 +1,6 @@
 """The public ops: losses over the vocabulary that hold no logits, in-place noise, and RMU's activation loss.
 
-Each function checks its arguments once and hands them to the backend that ``undo_kernels.library`` chooses: Triton on GPUs, C++ on
+Each function checks its arguments once and hands them to the backend that ``undo_kernels.library.backends`` chooses: Triton on GPUs, C++ on
 CPUs, plain PyTorch elsewhere. The losses go from hidden states and the weight of a head to a number::
 
     z = softcap(scale * (h @ W.T + b)) / temperature        softcap(z) = c * tanh(z / c)
@@ -11,7 +11,7 @@ No op shifts labels. The losses share these options:
   is masked, the loss is 0.
 - ``token_weight`` ``[...]`` float: multiplies each token's loss, and not the denominator of the mean. A token of weight 0 has no
   influence either, even where it holds NaN, but the denominator still counts it.
-- ``vocab_size``: rows of the weight from here on are padding. They get no probability and zero gradient.
+- ``vocab_size``: entries of the head from here on are padding. They get no probability and zero gradient.
 - ``reduction``: ``mean`` over counted tokens, ``sum``, or ``none`` (``[...]``, with zeros where masked).
 - ``normalizer``: a float or a 0-d tensor that replaces the denominator of the mean, for accumulation over micro-batches.
 - ``max_counted``: an upper bound on the number of counted tokens that the host knows. If more count, the loss is NaN.
@@ -24,9 +24,9 @@ No op shifts labels. The losses share these options:
 
 **Infinite logits.** A logit of -inf (from a bias, or given) has probability 0, and ``0 log 0 = 0``. The loss is +inf where the student
 gives probability 0 to something that its target has (``p_s = 0 < p_t``; for reverse KL ``p_t = 0 < p_s``). The gradient by the logits
-stays ``p_s - p_t`` there; for reverse KL it has no limit and is NaN in that row. JSD is always finite. A row with a logit of +inf or
-NaN, or with none but -inf, gives NaN. Such a NaN stays out of the other rows' gradients, but the gradients of weight and bias are
-sums over rows and contain it; mask the row, or give it weight 0, to leave it out. All backends agree on this.
+stays ``p_s - p_t`` there; for reverse KL it has no limit and is NaN at that token. JSD is always finite. A token with a logit of +inf or
+NaN, or with none but -inf, gives NaN. Such a NaN stays out of the other tokens' gradients, but the gradients of weight and bias are
+sums over tokens and contain it; mask the token, or give it weight 0, to leave it out. All backends agree on this.
 
 **Dtypes.** Hidden states and weights may be float32, bfloat16, float16 or float64, and may differ. The arithmetic is float32 at least,
 no logit is rounded to 16 bits, also under ``torch.autocast``, and gradients take their input's dtype.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from undo_kernels.ops import checks
-from undo_kernels.ops.dispatch import Tokens
+from undo_kernels.ops.dispatch import LossReduction
 from undo_kernels.projection import GivenLogits, Projection
 
 Reduction = Literal["mean", "sum", "none"]
@@ -23,7 +23,7 @@ def projection(
     vocab_size: int | None,
     prefix: str = "",
 ) -> Projection:
-    """Returns the hidden states, flattened to rows, with their head and its options."""
+    """Returns the hidden states, flattened to ``[tokens, d]``, with their head and its options."""
     check_shape(prefix, scale, softcap, temperature)
     softcap = None if softcap is None else float(softcap)
     return Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, float(scale), softcap, float(temperature), vocab_size)
@@ -40,23 +40,23 @@ def check_shape(prefix: str, scale: Any, softcap: Any, temperature: Any) -> None
 def given_logits(name: str, logits: torch.Tensor, temperature: float, vocab_size: int | None) -> Projection:
     """Returns logits that exist already as a projection that yields them."""
     checks.number(name, temperature, "a number > 0", 0, open_ends=True)
-    rows = logits.reshape(-1, logits.shape[-1])
-    return GivenLogits(rows, rows, temperature=float(temperature), vocab_size=vocab_size)
+    flat = logits.reshape(-1, logits.shape[-1])
+    return GivenLogits(flat, flat, temperature=float(temperature), vocab_size=vocab_size)
 
 
 def labels_of(
     labels: Any, leading: torch.Size, device: torch.device, vocabulary: int, ignore_index: int, counted: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the labels ``[rows]``, with -1 where there is none, and which rows have one."""
+    """Returns the labels ``[tokens]``, with -1 where there is none, and which tokens have one."""
     labels = checks.per_token("labels", labels, leading, "int", device).reshape(-1).long()
     labelled = labels != ignore_index if counted is None else (labels != ignore_index) & counted
     checks.labels_within(labels, labelled, vocabulary, ignore_index)
-    # A label that is neither a row nor ignored is found here on CPUs; elsewhere it makes the loss NaN.
+    # A label that is neither a vocabulary entry nor ignored is found here on CPUs; elsewhere it makes the loss NaN.
     return torch.where(labelled, torch.where(labels < 0, vocabulary, labels), -1), labelled
 
 
 def mask_of(mask: torch.Tensor | None, leading: torch.Size, device: torch.device) -> torch.Tensor | None:
-    """Returns the mask flattened to rows, or None."""
+    """Returns the mask flattened to ``[tokens]``, or None."""
     return None if mask is None else checks.per_token("mask", mask, leading, "bool", device).reshape(-1)
 
 
@@ -66,6 +66,6 @@ def memory(plan: Any, workspace_bytes: Any) -> dict[str, Any]:
     return {"plan": plan, "workspace_bytes": checks.workspace(workspace_bytes)}
 
 
-def shaped(loss: tuple[torch.Tensor, Any], tokens: Tokens) -> torch.Tensor:
+def shaped(loss: tuple[torch.Tensor, Any], reduction: LossReduction) -> torch.Tensor:
     """Returns the loss in the tokens' shape with ``reduction="none"``, else as it is."""
-    return loss[0].view(tokens.leading) if tokens.reduction == "none" else loss[0]
+    return loss[0].view(reduction.leading) if reduction.kind == "none" else loss[0]

@@ -36,7 +36,7 @@ def head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
     if bias is not None:
         float_tensor(f"{prefix}bias", bias, "[V]", 1)
         if bias.shape[0] != weight.shape[0]:
-            fail(f"{prefix}bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}], one entry a vocabulary row")
+            fail(f"{prefix}bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}], one number for each vocabulary entry")
         same_device(f"{prefix}bias", bias, hidden)
 
 
@@ -89,11 +89,11 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def vocabulary(value: Any, rows: int | None) -> int | None:
-    """Returns ``vocab_size`` if it is None or at most ``rows``, the rows of the weight; None: they are not known yet."""
-    inside = isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (rows is None or value <= rows)
+def vocabulary(value: Any, entries: int | None) -> int | None:
+    """Returns ``vocab_size`` if it is None or at most ``entries``, the rows of the weight; None: they are not known yet."""
+    inside = isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (entries is None or value <= entries)
     if value is not None and not inside:
-        fail("vocab_size", value, f"an integer {'>= 1' if rows is None else f'in [1, {rows}]'}, or None")
+        fail("vocab_size", value, f"an integer {'>= 1' if entries is None else f'in [1, {entries}]'}, or None")
     return value
 
 
@@ -105,11 +105,11 @@ def workspace(value: Any) -> int | None:
 
 
 def labels_within(labels: torch.Tensor, counted: torch.Tensor, size: int, ignore_index: int) -> None:
-    """Checks on CPUs that every counted label is a vocabulary row. On a GPU or in a compiled graph this would make the host wait."""
+    """Checks on CPUs that every counted label is a vocabulary entry. On a GPU or in a compiled graph this would make the host wait."""
     if looks(labels) and labels.numel():
         inside = (labels >= 0) & (labels < size) | ~counted
         if not inside.all():
-            fail("labels", int(labels[~inside][0]), f"vocabulary rows in [0, {size}) or ignore_index, {ignore_index}")
+            fail("labels", int(labels[~inside][0]), f"vocabulary entries in [0, {size}) or ignore_index, {ignore_index}")
 
 
 def looks(tensor: torch.Tensor) -> bool:
@@ -118,9 +118,9 @@ def looks(tensor: torch.Tensor) -> bool:
 
 
 def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary: int, counted: torch.Tensor | None) -> None:
-    """Checks the known entries of a teacher: their shapes and, on CPUs, the values of counted rows.
+    """Checks the known entries of a teacher: their shapes and, on CPUs, the values of counted tokens.
 
-    No index may repeat in a row or leave the vocabulary. The probabilities of a row may sum to at most 1, with a tolerance of 1e-3
+    No index may repeat at a token or leave the vocabulary. The probabilities of a token may sum to at most 1, with a tolerance of 1e-3
     in float32 and of 64 roundings in 16 bits; logits passed by mistake exceed that by factors.
     """
     wanted = f"integers {(*leading, 'k')}"
@@ -137,14 +137,14 @@ def sparse_teacher(indices: Any, logprobs: Any, leading: torch.Size, vocabulary:
     flat = indices.reshape(leading.numel(), indices.shape[-1])[kept]
     ordered = flat.sort(-1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        fail("teacher_indices", "a row with a repeated index", "different indices in each row (-1 is padding)")
+        fail("teacher_indices", "a token with a repeated index", "different indices at each token (-1 is padding)")
     if ((ordered < -1) | (ordered >= vocabulary)).any():
         fail("teacher_indices", "an index outside the vocabulary", f"-1 or [0, {vocabulary})")
     known = logprobs.detach().reshape(leading.numel(), indices.shape[-1])[kept].double().masked_fill(flat < 0, -math.inf)
     total = known.logsumexp(-1)
     largest = math.log1p(max(1e-3, 64 * torch.finfo(logprobs.dtype).eps))
     if (total > largest).any():
-        got = f"a row whose exponentials sum to {math.exp(min(float(total[total > largest][0]), 700.0)):.4g}"
+        got = f"a token whose exponentials sum to {math.exp(min(float(total[total > largest][0]), 700.0)):.4g}"
         fail(
             "teacher_logprobs",
             got,

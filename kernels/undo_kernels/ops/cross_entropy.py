@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from undo_kernels.ops import arguments, checks
-from undo_kernels.ops.dispatch import Tokens, reduced_loss
+from undo_kernels.ops.dispatch import LossReduction, reduced_loss
 
 
 def linear_cross_entropy(
@@ -42,7 +42,7 @@ def linear_cross_entropy(
         scale: factor on the products.
         softcap: ``c`` > 0 or None.
         bias: ``[V]``; gradient.
-        vocab_size: rows from here on are padding.
+        vocab_size: entries from here on are padding.
         reduction: mean, sum or none.
         normalizer: replaces the mean's denominator.
         max_counted: upper bound on counted tokens.
@@ -56,20 +56,20 @@ def linear_cross_entropy(
     leading = hidden.shape[:-1]
     size = checks.vocabulary(vocab_size, weight.shape[0])
     projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size)
-    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
     labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.vocabulary, ignore_index, counted)
     return arguments.shaped(
         reduced_loss(
             projection,
             "own",
-            tokens,
+            by,
             labels=labels,
             labelled=labelled,
             label_weight=1.0,
             **arguments.memory(plan, workspace_bytes),
         ),
-        tokens,
+        by,
     )
 
 
@@ -97,9 +97,9 @@ def linear_lse(
         hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
     )
     leading = hidden.shape[:-1]
-    tokens = Tokens(leading, None, "none", None, None)
+    by = LossReduction(leading, None, "none", None, None)
     memory = arguments.memory(plan, workspace_bytes)
-    return reduced_loss(projection, "own", tokens, label_weight=1.0, **memory)[0].view(leading)
+    return reduced_loss(projection, "own", by, label_weight=1.0, **memory)[0].view(leading)
 
 
 def linear_uniform_kl(
@@ -131,8 +131,8 @@ def linear_uniform_kl(
     projection = arguments.projection(
         hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
     )
-    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
     return arguments.shaped(
-        reduced_loss(projection, "uniform", tokens, counted=counted, **arguments.memory(plan, workspace_bytes)), tokens
+        reduced_loss(projection, "uniform", by, counted=counted, **arguments.memory(plan, workspace_bytes)), by
     )

@@ -1,4 +1,4 @@
-"""Turns checked arguments into a loss: decides which tokens count and which backend runs, and reduces the rows to one number.
+"""Turns checked arguments into a loss: decides which tokens count and which backend runs, and reduces their losses to one number.
 
 Autograd differentiates plain PyTorch (the reference backend, and the direct plan where the logits are few). All other backends run
 behind one ``torch.library`` op, ``undo::vocab_loss``, which computes its gradients in the forward.
@@ -11,40 +11,40 @@ from typing import Any
 
 import torch
 
-from undo_kernels.library import choose
+from undo_kernels.library.backends import choose
+from undo_kernels.library.vocab_loss import arguments
 from undo_kernels.ops import checks
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.reference.vocab_loss import row_losses
-from undo_kernels.torch_ops.vocab_loss import arguments
+from undo_kernels.reference.vocab_loss import token_losses
 
-# Plain PyTorch is faster below so many (token, vocabulary row) pairs, and below so many vocabulary rows, than each backend. For
-# C++ measured on one core with AVX-512: 128 tokens by 1000 rows are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
+# Plain PyTorch is faster below so many (token, vocabulary entry) pairs, and below so many vocabulary entries, than each backend. For
+# C++ measured on one core with AVX-512: 128 tokens by 1000 entries are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
 _DIRECT = {"cpu": (1 << 17, 64), "triton": (1 << 19, 512)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-    """How the losses of the rows become one number: the checked arguments that all losses share.
+class LossReduction:
+    """How the losses of the tokens become one number: the checked arguments that all losses share.
 
     Attributes:
-        leading: shape of the tokens, ``[...]``.
-        weight: weights of the tokens, ``[rows]`` float, or None.
-        reduction: mean, sum or none.
+        leading: shape of the tokens' losses, ``[...]``.
+        weight: weights of the tokens, ``[tokens]`` float, or None.
+        kind: mean, sum or none.
         normalizer: replaces the denominator of the mean.
-        max_counted: upper bound on the counted rows.
+        max_counted: upper bound on the counted tokens.
     """
 
     leading: torch.Size
     weight: torch.Tensor | None
-    reduction: str
+    kind: str
     normalizer: float | torch.Tensor | None
     max_counted: int | None
 
     @classmethod
     def checked(
         cls, leading: torch.Size, device: torch.device, token_weight: Any, reduction: Any, normalizer: Any, max_counted: Any
-    ) -> Tokens:
+    ) -> LossReduction:
         """Builds one from a call's arguments; a wrong one is a ``ValueError`` that names it."""
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         if isinstance(normalizer, torch.Tensor):
@@ -59,25 +59,25 @@ class Tokens:
             weight = checks.per_token("token_weight", token_weight, leading, "float", device).reshape(-1).detach()
         return cls(leading, weight, reduction, normalizer, max_counted)
 
-    def factor(self, counted: torch.Tensor | None, rows: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Returns each row's factor in the reduced loss, ``[rows]``; NaN if more rows count than ``max_counted``."""
-        factor = torch.ones(rows, device=device, dtype=dtype) if self.weight is None else self.weight.to(dtype)
+    def factor(self, counted: torch.Tensor | None, tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Returns each token's factor in the reduced loss, ``[tokens]``; NaN if more tokens count than ``max_counted``."""
+        factor = torch.ones(tokens, device=device, dtype=dtype) if self.weight is None else self.weight.to(dtype)
         if counted is not None:
             factor = torch.where(counted, factor, 0.0)
         if self.max_counted is not None:
-            count = rows if counted is None else counted.sum()
+            count = tokens if counted is None else counted.sum()
             factor = torch.where(torch.as_tensor(count, device=device) > self.max_counted, torch.nan, factor)
-        if self.reduction != "mean":
+        if self.kind != "mean":
             return factor
         if self.normalizer is not None:
             return factor / self.normalizer
-        return factor / (max(rows, 1) if counted is None else counted.sum().clamp_min(1))
+        return factor / (max(tokens, 1) if counted is None else counted.sum().clamp_min(1))
 
 
 def reduced_loss(
     student: Projection,
     target: str,
-    tokens: Tokens,
+    reduction: LossReduction,
     *,
     counted: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
@@ -97,33 +97,33 @@ def reduced_loss(
     """Returns the loss of a target, and detached statistics.
 
     Args:
-        student: hidden states ``[rows, d]`` and head, or logits ``[rows, V]``.
+        student: hidden states ``[tokens, d]`` and head, or logits ``[tokens, V]``.
         target: see ``undo_kernels.problem``.
         tokens: reduction and weights.
-        counted: ``[rows]`` bool, the rows that the divergence counts; None: all.
-        labels: ``[rows]`` int64, negative where a row has none.
-        labelled: ``[rows]`` bool, the rows that the negative log-likelihood counts; None: all.
+        counted: ``[tokens]`` bool, the tokens that the divergence counts; None: all.
+        labels: ``[tokens]`` int64, negative where a token has none.
+        labelled: ``[tokens]`` bool, the tokens that the negative log-likelihood counts; None: all.
         label_weight: factor of the negative log-likelihood; None: the loss has no such term.
         teacher: hidden states and head, or logits, of a dense target.
-        indices: known vocabulary rows of a sparse target, ``[rows, k]``.
-        logprobs: their log-probabilities, ``[rows, k]``.
+        indices: known vocabulary entries of a sparse target, ``[tokens, k]``.
+        logprobs: their log-probabilities, ``[tokens, k]``.
         beta: weight of the JSD.
-        lse_t: the teacher's log-sum-exps where known, ``[rows]``.
+        lse_t: the teacher's log-sum-exps where known, ``[tokens]``.
         statistics: whether to compute the teacher's entropy and the top-1 agreement.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the workspace.
         filter_below: bound of the block filter, see :func:`undo_kernels.ops.linear_kl_div`.
         inplace: whether the gradient may overwrite given logits.
     """
-    device, rows = student.hidden.device, student.rows
+    device, tokens = student.hidden.device, student.tokens
     wide = torch.float64 in {t.dtype for t in (student.hidden, student.weight)} | (
         {teacher.hidden.dtype, teacher.weight.dtype} if teacher is not None else set()
     )
     dtype = torch.float64 if wide else torch.float32
     either = counted if label_weight is None or target == "own" else _either(counted, labelled)
     either = labelled if target == "own" else either
-    if tokens.weight is not None:  # like a masked row, so that nothing of it, NaN included, reaches a gradient
-        weighted = tokens.weight != 0
+    if reduction.weight is not None:  # like a masked token, so that nothing of it, NaN included, reaches a gradient
+        weighted = reduction.weight != 0
         if not (checks.looks(weighted) and weighted.all()):
             either = weighted if either is None else either & weighted
     grad = torch.is_grad_enabled()
@@ -133,8 +133,8 @@ def reduced_loss(
     problem = Problem(
         student=student,
         target=target,
-        factor=tokens.factor(counted, rows, device, dtype),
-        label_factor=None if label_weight is None else label_weight * tokens.factor(labelled, rows, device, dtype),
+        factor=reduction.factor(counted, tokens, device, dtype),
+        label_factor=None if label_weight is None else label_weight * reduction.factor(labelled, tokens, device, dtype),
         labels=labels,
         counted=either,
         teacher=teacher,
@@ -144,16 +144,16 @@ def reduced_loss(
         lse_t=lse_t,
         needs=needs,
         statistics=statistics,
-        max_counted=tokens.max_counted,
+        max_counted=reduction.max_counted,
         plan=plan,
         workspace_bytes=workspace_bytes,
         filter_below=filter_below,
     )
     backend = choose_backend(problem, wide, device)
     if backend == "reference":
-        return _plain(problem, tokens)
-    if tokens.reduction == "none" or (inplace and needs[0]):
-        return _rows(problem, tokens, backend, inplace)
+        return _plain(problem, reduction)
+    if reduction.kind == "none" or (inplace and needs[0]):
+        return _per_token(problem, reduction, backend, inplace)
     tensors, options = arguments(problem, backend)
     results = torch.ops.undo.vocab_loss(*tensors, **options)
     return results[0], _statistics(results)
@@ -165,25 +165,27 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
         return "reference"
     backend = choose("vocab_loss", device)
     free = problem.plan == "auto" and problem.workspace_bytes is None
-    return "reference" if free and prefers_direct(problem.rows, problem.student.vocabulary, backend) else backend
+    return "reference" if free and prefers_direct(problem.tokens, problem.student.vocabulary, backend) else backend
 
 
-def prefers_direct(rows: int, vocabulary: int, backend: str) -> bool:
+def prefers_direct(tokens: int, vocabulary: int, backend: str) -> bool:
     """Returns whether plain PyTorch is as fast as ``backend``, because the logits are few."""
     if backend not in _DIRECT:
         return False
-    fewest_pairs, fewest_rows = _DIRECT[backend]
-    return vocabulary < fewest_rows or rows * vocabulary < fewest_pairs
+    fewest_pairs, fewest_entries = _DIRECT[backend]
+    return vocabulary < fewest_entries or tokens * vocabulary < fewest_pairs
 
 
-def _rows(problem: Problem, tokens: Tokens, backend: str, inplace: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _per_token(
+    problem: Problem, reduction: LossReduction, backend: str, inplace: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     problem = dataclasses.replace(problem, plan="inplace") if inplace and problem.needs[0] else problem
     tensors, options = arguments(problem, backend)
-    results = torch.ops.undo.vocab_loss_rows(*tensors, **options)
+    results = torch.ops.undo.vocab_loss_tokens(*tensors, **options)
     loss = torch.where(problem.factor == 0, 0.0, problem.factor * results[1])
     if problem.label_factor is not None:
         loss = loss + torch.where(problem.label_factor == 0, 0.0, problem.label_factor * results[2])
-    return loss if tokens.reduction == "none" else loss.sum(), _statistics(results)
+    return loss if reduction.kind == "none" else loss.sum(), _statistics(results)
 
 
 def _statistics(results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
@@ -191,20 +193,20 @@ def _statistics(results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in zip(names, results[3:8], strict=True)}
 
 
-def _plain(problem: Problem, tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _plain(problem: Problem, reduction: LossReduction) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Computes the loss in plain PyTorch, differentiated by autograd.
 
-    Rows that do not count are removed. Where the host cannot count them, their hidden states are replaced by zeros instead.
+    Tokens that do not count are removed. Where the host cannot count them, their hidden states are replaced by zeros instead.
     """
     counted = problem.counted
     if checks.looks(problem.student.hidden):
-        p, rows = problem.taken()
+        p, taken = problem.taken()
     else:
-        p, rows = problem.cleared(), slice(None)
-    divergence, nll, statistics = row_losses(p)
+        p, taken = problem.cleared(), slice(None)
+    divergence, nll, statistics = token_losses(p)
 
     def weighted(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        if counted is not None:  # a row may count for one of the two losses alone, and be infinite in the other
+        if counted is not None:  # a token may count for one of the two losses alone, and be infinite in the other
             values = values.masked_fill(factor == 0, 0.0)
         return values * factor
 
@@ -214,13 +216,13 @@ def _plain(problem: Problem, tokens: Tokens) -> tuple[torch.Tensor, dict[str, to
         loss = nll if loss is None else loss + nll
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        if isinstance(rows, slice):
+        if isinstance(taken, slice):
             return values if counted is None else torch.where(counted, values, 0.0)
-        return values.new_zeros(problem.rows).index_put((rows,), values)
+        return values.new_zeros(problem.tokens).index_put((taken,), values)
 
     statistics = {name: spread(value) for name, value in statistics.items()}
     statistics["filtered"] = problem.factor.new_zeros(2)
-    return spread(loss) if tokens.reduction == "none" else loss.sum(), statistics
+    return spread(loss) if reduction.kind == "none" else loss.sum(), statistics
 
 
 def _either(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

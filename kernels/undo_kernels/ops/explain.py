@@ -55,7 +55,7 @@ def explain(
     for prefix in prefixes:
         hidden, weight = (torch.empty(shapes[prefix + part], dtype=dtype, device="meta") for part in ("hidden", "weight"))
         sides.append(Projection(hidden.reshape(-1, hidden.shape[-1]), weight))
-    factor = torch.empty(sides[0].rows, device="meta")
+    factor = torch.empty(sides[0].tokens, device="meta")
     problem = Problem(
         student=sides[0],
         teacher=sides[1] if len(sides) > 1 else None,

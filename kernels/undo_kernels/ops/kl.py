@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from undo_kernels.ops import arguments, checks
-from undo_kernels.ops.dispatch import Tokens, reduced_loss
+from undo_kernels.ops.dispatch import LossReduction, reduced_loss
 from undo_kernels.projection import Projection
 
 
@@ -82,7 +82,7 @@ def linear_kl_div(
         teacher_softcap: ``c`` > 0 or None.
         student_bias: ``[V]``; gradient.
         teacher_bias: ``[V]``; no gradient.
-        vocab_size: rows from here on are padding.
+        vocab_size: entries from here on are padding.
         teacher_lse: ``[...]`` from :func:`linear_lse` with the teacher's options.
         labels: ``[...]`` integers. They add ``label_weight`` times the student's cross-entropy, averaged over its own counted tokens
             (those whose label is not ``ignore_index``), or over ``normalizer``.
@@ -95,7 +95,7 @@ def linear_kl_div(
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
         filter_below: sets blocks of the gradient to zero whose largest ``|dloss/dlogit|`` (of one token, before weights) is below it;
-            0 keeps all. On a CPU such a block, 1,024 vocabulary rows by a whole chunk of tokens, skips the products of the gradient
+            0 keeps all. On a CPU such a block, 1,024 vocabulary entries by a whole chunk of tokens, skips the products of the gradient
             (with AMX those of the weight's). On a GPU it is multiplied as zeros and saves nothing. ``KLStats.filtered`` reports the
             share and bounds the error: the gradient of the weight misses at most the norm times the largest singular value of the
             hidden states, and that of the hidden states at most the norm times the largest singular value of the weight.
@@ -119,21 +119,21 @@ def linear_kl_div(
     checks.same_device("teacher_hidden", teacher_hidden, student_hidden)
     size = checks.vocabulary(vocab_size, min(student_weight.shape[0], teacher_weight.shape[0]))
     if size is None and student_weight.shape[0] != teacher_weight.shape[0]:
-        rows = f"{teacher_weight.shape[0]} rows"
-        checks.fail("teacher_weight", rows, f"the student's {student_weight.shape[0]}, or vocab_size where the rest is padding")
+        got = f"{teacher_weight.shape[0]} entries"
+        checks.fail("teacher_weight", got, f"the student's {student_weight.shape[0]}, or vocab_size where the rest is padding")
     student = arguments.projection(
         student_hidden, student_weight, student_bias, student_scale, student_softcap, temperature, size, "student_"
     )
     teacher = arguments.projection(
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature, size, "teacher_"
     )
-    tokens = Tokens.checked(leading, student_hidden.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(leading, student_hidden.device, token_weight, reduction, normalizer, max_counted)
     memory = {
         **arguments.memory(plan, workspace_bytes),
         "filter_below": checks.number("filter_below", filter_below, "a number >= 0", 0),
     }
     return _kl(
-        student, teacher, tokens, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
+        student, teacher, by, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )
 
 
@@ -181,10 +181,12 @@ def kl_div(
     size = checks.vocabulary(vocab_size, student_logits.shape[-1])
     student = arguments.given_logits("temperature", student_logits, temperature, size)
     teacher = arguments.given_logits("temperature", teacher_logits, temperature, size)
-    tokens = Tokens.checked(student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(
+        student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted
+    )
     memory = {**arguments.memory(plan, workspace_bytes), "inplace": inplace_grad}
     return _kl(
-        student, teacher, tokens, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
+        student, teacher, by, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )
 
 
@@ -200,7 +202,7 @@ def check_divergence(divergence: Any, beta: Any, label_weight: Any, filter_below
 def _kl(
     student: Projection,
     teacher: Projection,
-    tokens: Tokens,
+    reduction: LossReduction,
     mask: torch.Tensor | None,
     divergence: str,
     beta: float,
@@ -211,7 +213,7 @@ def _kl(
     return_stats: bool,
     memory: dict[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
-    device, leading = student.hidden.device, tokens.leading
+    device, leading = student.hidden.device, reduction.leading
     check_divergence(divergence, beta, label_weight)
     counted, labelled, weight = arguments.mask_of(mask, leading, device), None, None
     if labels is not None and label_weight:
@@ -222,7 +224,7 @@ def _kl(
     loss, statistics = reduced_loss(
         student,
         divergence,
-        tokens,
+        reduction,
         counted=counted,
         labels=None if weight is None else labels,
         labelled=labelled,
@@ -233,7 +235,7 @@ def _kl(
         statistics=return_stats,
         **memory,
     )
-    loss = loss.view(leading) if tokens.reduction == "none" else loss
+    loss = loss.view(leading) if reduction.kind == "none" else loss
     if not return_stats:
         return loss
     shaped = {name: value if name == "filtered" else value.view(leading) for name, value in statistics.items()}

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from undo_kernels.library.noise import add_noise_
+from undo_kernels.noise_segments import Segment, amplitude
 from undo_kernels.ops import checks
 from undo_kernels.ops.noise_rules import NoiseRule, Parameter, Policy, Setting, Toward, describe, targets
 from undo_kernels.ops.sharding import Piece, add_over_shards, local_of, local_pieces
-from undo_kernels.segment import Segment, amplitude
-from undo_kernels.torch_ops.noise import noise_segments
 
 
 def noise_(
@@ -95,8 +95,8 @@ def apply(
     sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
 
     def noise(segments: list[Segment]) -> None:
-        for piece, row in zip(segments, noise_segments(segments, seed, rounding), strict=True):
-            sums[piece.name] += row
+        for piece, sums_of_piece in zip(segments, add_noise_(segments, seed, rounding), strict=True):
+            sums[piece.name] += sums_of_piece
 
     devices: dict[torch.device, list[Segment]] = {}
     scattered = [name for name, (tensor, _) in found.items() if not local_of(tensor).is_contiguous()]
@@ -160,5 +160,5 @@ def replay(
         checks.fail("shape", tuple(shape), "two or more dimensions with Xavier's laws, and no empty one")
     drawn = torch.zeros(tuple(shape), dtype=torch.float64)
     kind = "uniform" if law == "xavier_uniform" else "normal"
-    noise_segments([Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False)
+    add_noise_([Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False)
     return drawn

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from undo_kernels.noise_segments import amplitude
 from undo_kernels.ops import checks
 from undo_kernels.ops.layout import check_apart
 from undo_kernels.ops.sharding import local_of
-from undo_kernels.segment import amplitude
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
@@ -78,7 +78,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Setting:
-    """``theta <- keep * theta + scale * N`` for one parameter, as :class:`undo_kernels.segment.Segment` has it."""
+    """``theta <- keep * theta + scale * N`` for one parameter, as :class:`undo_kernels.noise_segments.Segment` has it."""
 
     law: Literal["uniform", "normal", "constant", "elements"]
     keep: float

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 
 from undo_kernels import reference
-from undo_kernels.library import choose, implementation_on
+from undo_kernels.library.backends import choose, implementation_on
 from undo_kernels.ops import checks
-from undo_kernels.reference.rmu import row_factor
+from undo_kernels.reference.rmu import token_factor
 
 
 def rmu_loss(
@@ -62,21 +62,21 @@ def rmu_loss(
     if not width:
         checks.fail("hidden", f"shape {tuple(hidden.shape)}", "[..., d] with d >= 1")
     wide = hidden.dtype == torch.float64
-    factor = row_factor(mask, normalize, torch.float64 if wide else torch.float32)
+    factor = token_factor(mask, normalize, torch.float64 if wide else torch.float32)
     factor = None if factor is None else factor.reshape(-1)
-    rows, target = hidden.reshape(-1, width), target.detach()
+    flat, target = hidden.reshape(-1, width), target.detach()
     target = target if target.ndim == 1 and hidden.ndim > 1 else target.reshape(-1, width)
     backend = "reference" if wide else choose("rmu_loss", hidden.device)
     if backend == "reference":
-        return implementation_on("rmu_loss", backend)(rows, target, factor, float(coefficient))
+        return implementation_on("rmu_loss", backend)(flat, target, factor, float(coefficient))
     needs = torch.is_grad_enabled() and hidden.requires_grad
-    return torch.ops.undo.rmu_loss(_dense(rows), _dense(target), factor, float(coefficient), needs, backend)[0]
+    return torch.ops.undo.rmu_loss(_dense(flat), _dense(target), factor, float(coefficient), needs, backend)[0]
 
 
-def _dense(rows: torch.Tensor) -> torch.Tensor:
-    """Returns ``rows`` in float32 at most, with a contiguous last dimension."""
-    rows = rows.float() if rows.dtype == torch.float64 else rows
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns ``tensor`` in float32 at most, with a contiguous last dimension."""
+    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def misdirection(width: int, seed: int, law: Literal["gaussian", "uniform"] = "gaussian") -> torch.Tensor:

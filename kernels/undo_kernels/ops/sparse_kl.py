@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from undo_kernels.ops import arguments, checks
-from undo_kernels.ops.dispatch import Tokens, reduced_loss
+from undo_kernels.ops.dispatch import LossReduction, reduced_loss
 from undo_kernels.projection import Projection
 
 
@@ -39,8 +39,8 @@ def linear_sparse_kl_div(
     Args:
         hidden: ``[..., d]``; gradient.
         weight: ``[V, d]``; gradient.
-        teacher_indices: ``[..., k]`` integers. -1 is padding; an index that repeats in a row is an error.
-        teacher_logprobs: ``[..., k]`` float, normalised over the whole vocabulary; no gradient. A row whose exponentials sum to more
+        teacher_indices: ``[..., k]`` integers. -1 is padding; an index that repeats at a token is an error.
+        teacher_logprobs: ``[..., k]`` float, normalised over the whole vocabulary; no gradient. A token whose exponentials sum to more
             than 1 is refused, because it holds logits; on GPUs and in compiled graphs this is not checked.
         tail: bucket or renormalize.
         mask: this and all further arguments as in :func:`linear_cross_entropy`.
@@ -50,10 +50,10 @@ def linear_sparse_kl_div(
     projection = arguments.projection(
         hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
     )
-    tokens = Tokens.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     memory = arguments.memory(plan, workspace_bytes)
     return _sparse(
-        tokens, projection, teacher_indices, teacher_logprobs, tail, arguments.mask_of(mask, leading, hidden.device), memory
+        by, projection, teacher_indices, teacher_logprobs, tail, arguments.mask_of(mask, leading, hidden.device), memory
     )
 
 
@@ -79,14 +79,14 @@ def sparse_kl_div(
     projection = arguments.given_logits(
         "temperature", student_logits, temperature, checks.vocabulary(vocab_size, student_logits.shape[-1])
     )
-    tokens = Tokens.checked(leading, student_logits.device, token_weight, reduction, normalizer, max_counted)
+    by = LossReduction.checked(leading, student_logits.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, student_logits.device)
     memory = arguments.memory(plan, workspace_bytes)
-    return _sparse(tokens, projection, teacher_indices, teacher_logprobs, tail, counted, memory)
+    return _sparse(by, projection, teacher_indices, teacher_logprobs, tail, counted, memory)
 
 
 def _sparse(
-    tokens: Tokens,
+    reduction: LossReduction,
     projection: Projection,
     indices: torch.Tensor,
     logprobs: torch.Tensor,
@@ -94,12 +94,12 @@ def _sparse(
     counted: torch.Tensor | None,
     memory: dict[str, Any],
 ) -> torch.Tensor:
-    leading = tokens.leading
+    leading = reduction.leading
     checks.choice("tail", tail, ("bucket", "renormalize"))
     checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
-    rows = leading.numel()
-    indices = indices.reshape(rows, indices.shape[-1]).long()
-    logprobs = logprobs.detach().reshape(rows, logprobs.shape[-1])
+    tokens = leading.numel()
+    indices = indices.reshape(tokens, indices.shape[-1]).long()
+    logprobs = logprobs.detach().reshape(tokens, logprobs.shape[-1])
     return arguments.shaped(
-        reduced_loss(projection, tail, tokens, counted=counted, indices=indices, logprobs=logprobs, **memory), tokens
+        reduced_loss(projection, tail, reduction, counted=counted, indices=indices, logprobs=logprobs, **memory), reduction
     )

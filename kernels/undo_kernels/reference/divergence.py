@@ -1,4 +1,4 @@
-"""Divergences between rows of logits and their gradients, in a form that does not cancel.
+"""Divergences between logits, token by token, and their gradients, in a form that does not cancel.
 
 With ``u = z_s - max z_s``, ``v = z_t - max z_t``, ``S = sum e**u``, ``T = sum e**v`` and ``x = log p_s - log p_t``::
 
@@ -18,9 +18,9 @@ every probability a rounding error in proportion to the size of the logits: 2e-6
 
 Infinite logits follow the limits of these formulas. A logit of -inf has probability 0, and ``0 log 0 = 0``. Forward KL is +inf
 where p_s = 0 < p_t, and so is the uniform loss where p_s = 0; their gradients stay p_s - p_t. Reverse KL is +inf where
-p_t = 0 < p_s; its gradient is undefined there, and the row's gradient is NaN. JSD is always finite. A row that contains +inf or
+p_t = 0 < p_s; its gradient is undefined there, and the token's gradient is NaN. JSD is always finite. A token that contains +inf or
 NaN, or only -inf, is not a distribution: its loss and its gradient are NaN (its log-sum-exp is -inf in the last case). For
-``renormalize``, "only -inf" is about the known entries; +inf or NaN in any entry makes the row NaN.
+``renormalize``, "only -inf" is about the known entries; +inf or NaN in any entry makes the token NaN.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Any
 
 import torch
 
-from undo_kernels.pairs import bregman, expm1, expm1_
+from undo_kernels.kl_terms import bregman, expm1, expm1_
 from undo_kernels.problem import SPARSE
-from undo_kernels.sparse import sparse_terms
+from undo_kernels.sparse_kl_terms import sparse_terms
 
 _LEAST = -200.0  # lower bound of log p in p * x, which is already 0 there in every dtype; 0 * -inf would be NaN
 _MOST = 1e30  # finite in float32, so that its product with a probability of 0 is 0
 
 
-class RowDivergence(torch.autograd.Function):
-    """Divergence of each row, ``[rows]``, from ``(z_s, z_t, indices, logprobs, target, beta)``; differentiable in ``z_s``.
+class TokenDivergence(torch.autograd.Function):
+    """Divergence of each token, ``[tokens]``, from ``(z_s, z_t, indices, logprobs, target, beta)``; differentiable in ``z_s``.
 
     The forward computes the gradient together with the value, since they share most of the work; the backward multiplies it by
     ``grad``. With ``create_graph=True``, the backward adds the derivative of the plain formula, so it can be differentiated
@@ -80,7 +80,7 @@ class RowDivergence(torch.autograd.Function):
 
 
 class LogSumExp(torch.autograd.Function):
-    """Log-sum-exp of each row, ``[rows]``; value and gradient are NaN for a row that contains +inf."""
+    """Log-sum-exp of each token, ``[tokens]``; value and gradient are NaN for a token that contains +inf."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
@@ -96,9 +96,9 @@ class LogSumExp(torch.autograd.Function):
 def _dense(
     z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the divergence, ``[rows]``, and, if ``gradient``, its gradient by ``z_s``, ``[rows, V]``; not differentiable."""
+    """Returns the divergence, ``[tokens]``, and, if ``gradient``, its gradient by ``z_s``, ``[tokens, V]``; not differentiable."""
     u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
-    # Two logits of -inf count as equal (-inf - -inf is NaN). A row that is not a distribution still gets NaN from its sums.
+    # Two logits of -inf count as equal (-inf - -inf is NaN). A token that is not a distribution still gets NaN from its sums.
     x = torch.sub(u, v).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     e_s, e_t = u.exp_(), v.exp_()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
@@ -152,7 +152,7 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
 def _sparse(
     z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the divergence from a sparse teacher, ``[rows]``, and if ``gradient`` its gradient, ``[rows, V]``.
+    """Returns the divergence from a sparse teacher, ``[tokens]``, and if ``gradient`` its gradient, ``[tokens, V]``.
 
     The largest logit that counts is subtracted first. That changes neither result, and keeps the log-sum-exps small and exact.
     """

@@ -26,10 +26,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import Segment, elements
 from undo_kernels.record import Call, record, recording
 from undo_kernels.reference.philox import DRAW, ROUND, words
-from undo_kernels.segment import Segment, elements
 
 Noise = Callable[[Sequence[Segment], int, bool], torch.Tensor]
 BLOCK = 1 << 16

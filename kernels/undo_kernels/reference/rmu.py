@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import name_hash
 from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.noise import standard
 from undo_kernels.reference.philox import DRAW, words
-from undo_kernels.segment import name_hash
 
 _STREAM = name_hash("rmu direction")
 
 
-def row_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) -> torch.Tensor | None:
+def token_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) -> torch.Tensor | None:
     """Returns the factor of each token's mean square, shaped like ``mask``; 0 where masked. None: 1 / tokens each."""
     if mask is None or normalize == "all":
         return None
@@ -25,7 +25,7 @@ def row_factor(mask: torch.Tensor | None, normalize: str, dtype: torch.dtype) ->
 
 @register("rmu_loss", "reference")
 def rmu_loss(hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float) -> torch.Tensor:
-    """Returns ``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` of ``[rows, d]``; rows of factor 0 are ignored."""
+    """Returns ``sum_i factor_i mean_j (hidden_ij - coefficient target_ij)**2`` of ``[tokens, d]``; tokens of factor 0 are ignored."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     difference = hidden.to(dtype) - coefficient * target.detach().to(dtype)
     if factor is None:

@@ -1,6 +1,6 @@
 """The vocabulary losses in plain PyTorch: their definition, differentiable in any float dtype.
 
-The caller removes masked rows, so every row counts. If the logits exceed ``workspace_bytes``, the rows run in chunks that the
+The caller removes masked tokens, so every token counts. If the logits exceed ``workspace_bytes``, the tokens run in chunks that the
 backward pass recomputes.
 """
 
@@ -12,20 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import Projection
 from undo_kernels.record import Call, record_autograd, recording
-from undo_kernels.reference.divergence import LogSumExp, RowDivergence
-from undo_kernels.reference.plan import CHUNKED, COPIES, rows_within
+from undo_kernels.reference.divergence import LogSumExp, TokenDivergence
+from undo_kernels.reference.plan import CHUNKED, COPIES, tokens_within
 
 
-def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns divergence and nll, ``[rows]`` each, and, with ``statistics``, detached lse_s, lse_t, entropy and agreement."""
+def token_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Returns divergence and nll, ``[tokens]`` each, and, with ``statistics``, detached lse_s, lse_t, entropy and agreement."""
     p = problem
     tensors = (p.labels, p.indices, p.logprobs)
-    size = rows_within(p.workspace_bytes, p.rows, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])
-    if size >= p.rows:
+    size = tokens_within(p.workspace_bytes, p.tokens, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])
+    if size >= p.tokens:
         outputs = _chunk(p, p.student, p.teacher, *tensors)
     else:
         parts = []
-        for start in range(0, p.rows, size):
+        for start in range(0, p.tokens, size):
             part = slice(start, start + size)
             sides = [None if side is None else side.take(part) for side in (p.student, p.teacher)]
             cut = [None if t is None else t[part] for t in tensors]
@@ -33,8 +33,8 @@ def row_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
         outputs = tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
     divergence, nll, *statistics = outputs
     if recording():
-        plan = "direct" if size >= p.rows else CHUNKED
-        record_autograd(Call("vocab_loss", "reference", plan, "", p.rows, p.student.vocabulary), [divergence, nll])
+        plan = "direct" if size >= p.tokens else CHUNKED
+        record_autograd(Call("vocab_loss", "reference", plan, "", p.tokens, p.student.vocabulary), [divergence, nll])
     names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
     return divergence, nll, {name: value.detach() for name, value in zip(names, statistics, strict=False)}
 
@@ -60,7 +60,7 @@ def _chunk(
         with torch.no_grad():
             z_t = teacher.logits().to(z.dtype)
     if p.target != "own":
-        divergence = RowDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
+        divergence = TokenDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
     if not p.statistics or p.target not in DENSE:
         return divergence, nll
     log_t = z_t.log_softmax(-1)

@@ -1,13 +1,13 @@
 """Kernels for GPUs in Triton; under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, for tests.
 
-``plan`` and ``tuning`` import without triton.
+``plan`` and ``tile_table`` import without triton.
 """
 
 from __future__ import annotations
 
 import torch
 
-from undo_kernels.library import mark_unavailable
+from undo_kernels.library.backends import mark_unavailable
 
 __all__: list[str] = []
 

@@ -23,8 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from undo_kernels.triton import noise, recompute, rmu, rows, tuning
-from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
+from undo_kernels.triton import noise, rmu, row_kernels, tile_kernels, tile_table
+from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 _GPU = {
@@ -88,8 +88,8 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
         yield variant
         if every:
             yield replace(variant, name=f"{variant.name} of ones", ones=True)
-    for wide, kernel in itertools.product((False, True), tuning.KERNELS):
-        for tile in tuning.tiles(target, kernel, wide):
+    for wide, kernel in itertools.product((False, True), tile_table.KERNELS):
+        for tile in tile_table.tiles(target, kernel, wide):
             for variant in _tile_variants(target, kernel, wide, tile, every):
                 yield variant
                 if every and not wide:
@@ -97,27 +97,27 @@ def variants(target: str, every: bool) -> Iterator[Variant]:
 
 
 def _row_variants(target: str, every: bool) -> Iterator[Variant]:
-    row = tuning.row(target, 1 << 18)
+    row = tile_table.row_block(target, 1 << 18)
     block = {"BLOCK_V": row.block_v}
     stats = {"TEACHER": True, "CROSS": True, "STATISTICS": True, "HOLES": False}
-    yield Variant("stats_rows", rows.stats_rows, {}, {**stats, **_FULL, **block}, row.warps)
+    yield Variant("stats_rows", row_kernels.stats_rows, {}, {**stats, **_FULL, **block}, row.warps)
     if every:
         yield Variant(
             "stats_rows plain",
-            rows.stats_rows,
+            row_kernels.stats_rows,
             {},
             {**stats, "CROSS": False, "STATISTICS": False, **_PLAIN, **block},
             row.warps,
         )
         given = {"z_s_ptr": "*bf16", "z_t_ptr": "*bf16"}
-        yield Variant("stats_rows given", rows.stats_rows, given, {**stats, **_PLAIN, **block}, row.warps, aligned=False)
+        yield Variant("stats_rows given", row_kernels.stats_rows, given, {**stats, **_PLAIN, **block}, row.warps, aligned=False)
     combine = {
         "STUDENT": True, "TEACHER": True, "CROSS": True, "STATISTICS": True, "DIFFERENCES": True, "LESS_ONE": False,
         "PAIR": True, "UNIFORM": False, "NLL": True, "LABELS": True, "MASKED": True, "BLOCK_P": 64,
     }  # fmt: skip
-    yield Variant("combine_rows", rows.combine_rows, {}, combine, 1)
+    yield Variant("combine_rows", row_kernels.combine_rows, {}, combine, 1)
     if every:
-        yield Variant("combine_rows tiles", rows.combine_rows, {}, combine | {"DIFFERENCES": False, "LESS_ONE": True}, 1)
+        yield Variant("combine_rows tiles", row_kernels.combine_rows, {}, combine | {"DIFFERENCES": False, "LESS_ONE": True}, 1)
         sparse = combine | {
             "TEACHER": False,
             "CROSS": False,
@@ -126,7 +126,7 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
             "PAIR": False,
             "NLL": False,
         }
-        yield Variant("combine_rows sparse", rows.combine_rows, {"lse_s_ptr": "*fp64"}, sparse, 1)
+        yield Variant("combine_rows sparse", row_kernels.combine_rows, {"lse_s_ptr": "*fp64"}, sparse, 1)
         uniform = combine | {
             "TEACHER": False,
             "CROSS": False,
@@ -135,7 +135,7 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
             "UNIFORM": True,
             "STUDENT": False,
         }
-        yield Variant("combine_rows uniform", rows.combine_rows, {}, uniform, 1)
+        yield Variant("combine_rows uniform", row_kernels.combine_rows, {}, uniform, 1)
     for name, code in _CODES.items():
         flags = {
             "TARGET": code,
@@ -146,16 +146,16 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
             "FILTER": True,
             "HOLES": name == "own",
         }
-        yield Variant(f"loss_rows {name}", rows.loss_rows, {"dz_ptr": "*bf16"}, {**flags, **_FULL, **block}, row.warps)
+        yield Variant(f"loss_rows {name}", row_kernels.loss_rows, {"dz_ptr": "*bf16"}, {**flags, **_FULL, **block}, row.warps)
         if every:
             plain = flags | {"NLL": False, "LABELS": False, "FILTER": False, "UNIFORM": name == "forward", "HOLES": False}
             plain["NLL"] = name == "own"
             yield Variant(
-                f"loss_rows {name} plain", rows.loss_rows, {"dz_ptr": "*fp16"}, {**plain, **_PLAIN, **block}, row.warps
+                f"loss_rows {name} plain", row_kernels.loss_rows, {"dz_ptr": "*fp16"}, {**plain, **_PLAIN, **block}, row.warps
             )
             forward = plain | {"GRADIENT": False, "NLL": False}
             yield Variant(
-                f"loss_rows {name} forward", rows.loss_rows, {}, {**forward, **_PLAIN, **block}, row.warps, aligned=False
+                f"loss_rows {name} forward", row_kernels.loss_rows, {}, {**forward, **_PLAIN, **block}, row.warps, aligned=False
             )
     flags = {
         "TARGET": FORWARD.value,
@@ -168,16 +168,16 @@ def _row_variants(target: str, every: bool) -> Iterator[Variant]:
     }
     for kind in ("fp32", "bf16"):
         types = dict.fromkeys(("z_s_ptr", "z_t_ptr", "dz_ptr"), f"*{kind}")
-        yield Variant(f"loss_rows inplace {kind}", rows.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps)
+        yield Variant(f"loss_rows inplace {kind}", row_kernels.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps)
         if every:
             name = f"loss_rows inplace unaligned {kind}"
-            yield Variant(name, rows.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps, aligned=False)
+            yield Variant(name, row_kernels.loss_rows, types, {**flags, **_PLAIN, **block}, row.warps, aligned=False)
     pick = {"HAS_BIAS": True, "CAPPED": True, "MASKED": True, "TAKE": True, "BLOCK_K": 128}
-    yield Variant("pick_rows", rows.pick_rows, {}, pick, 1)
-    yield Variant("put_rows", rows.put_rows, {"dz_ptr": "*bf16"}, {"MASKED": True, "BLOCK_K": 128}, 1)
+    yield Variant("pick_rows", row_kernels.pick_rows, {}, pick, 1)
+    yield Variant("put_rows", row_kernels.put_rows, {"dz_ptr": "*bf16"}, {"MASKED": True, "BLOCK_K": 128}, 1)
     labels = {"HAS_BIAS": True, "CAPPED": True, "BLOCK_D": 256}
     matrices = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16"}
-    yield Variant("pick_labels", recompute.pick_labels, matrices, labels, 1)
+    yield Variant("pick_labels", tile_kernels.pick_labels, matrices, labels, 1)
 
 
 def _noise_variants(target: str, every: bool) -> Iterator[Variant]:
@@ -210,13 +210,13 @@ def _rmu_variants(every: bool) -> Iterator[Variant]:
                 yield Variant(name, rmu.rmu_rows, given, constants, rmu.WARPS, aligned=False)
 
 
-def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, every: bool) -> Iterator[Variant]:
+def _tile_variants(target: str, kernel: str, wide: bool, tile: tile_table.Tile, every: bool) -> Iterator[Variant]:
     kind = "fp32" if wide else "bf16"
     stats = kernel in ("stats", "cross")
     names = ("hidden_s_ptr", "weight_s_ptr", "hidden_t_ptr", "weight_t_ptr") + (() if stats else ("dz_ptr",))
     types = {name: f"*{kind}" for name in names}
     common = {
-        "EVEN_S": False, "EVEN_T": True, "PRECISION": tuning.precision(target, wide),
+        "EVEN_S": False, "EVEN_T": True, "PRECISION": tile_table.precision(target, wide),
         "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
     }  # fmt: skip
     label = f"{tile.block_t}x{tile.block_v}x{tile.block_d} {tile.warps} warps {tile.stages} stages {kind}"
@@ -226,11 +226,11 @@ def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, ever
     if stats:
         crossed = kernel == "cross"
         flags = {"TEACHER": True, "CROSS": crossed, "STATISTICS": crossed, "LABELS": True}
-        yield Variant(f"stats_tiles {kernel} {label}", recompute.stats_tiles, types, common | flags | heads, *options)
+        yield Variant(f"stats_tiles {kernel} {label}", tile_kernels.stats_tiles, types, common | flags | heads, *options)
         if every:
             for name, more in (("plain", {}), ("known", {"TEACHER": False}), ("statistics", {"CROSS": False})):
                 both = common | flags | bare | (more if crossed == (name == "statistics") or name == "plain" else {})
-                yield Variant(f"stats_tiles {kernel} {name} {label}", recompute.stats_tiles, types, both, *options)
+                yield Variant(f"stats_tiles {kernel} {name} {label}", tile_kernels.stats_tiles, types, both, *options)
         return
     for name, code in _CODES.items():
         if kernel == "loss" and name == "jsd":  # jsd has the filter's tile with and without one
@@ -238,17 +238,17 @@ def _tile_variants(target: str, kernel: str, wide: bool, tile: tuning.Tile, ever
         if not every and name != ("reverse" if kernel == "loss" else "jsd"):  # the one that needs the most registers
             continue
         flags = {"TARGET": code, "UNIFORM": False, "GRADIENT": True, "NLL": True, "LABELS": True, "FILTER": kernel == "filter"}
-        yield Variant(f"loss_tiles {kernel} {name} {label}", recompute.loss_tiles, types, common | flags | _FULL, *options)
+        yield Variant(f"loss_tiles {kernel} {name} {label}", tile_kernels.loss_tiles, types, common | flags | _FULL, *options)
         if every:
             flags |= {"NLL": name == "own", "LABELS": False, "FILTER": False} | {"EVEN_S": True}
             yield Variant(
-                f"loss_tiles {kernel} {name} plain {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
+                f"loss_tiles {kernel} {name} plain {label}", tile_kernels.loss_tiles, types, common | flags | _PLAIN, *options
             )
             if name == "own":  # nothing is launched without a gradient
                 continue
             flags |= {"GRADIENT": False, "NLL": False}
             yield Variant(
-                f"loss_tiles {kernel} {name} forward {label}", recompute.loss_tiles, types, common | flags | _PLAIN, *options
+                f"loss_tiles {kernel} {name} forward {label}", tile_kernels.loss_tiles, types, common | flags | _PLAIN, *options
             )
 
 

@@ -25,11 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
+from undo_kernels.noise_segments import Segment, elements
 from undo_kernels.record import Call, record, recording
 from undo_kernels.reference import noise as reference
-from undo_kernels.segment import Segment, elements
-from undo_kernels.triton import tuning
+from undo_kernels.triton import tile_table
 from undo_kernels.triton.device import current
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -98,7 +98,7 @@ def _launch(
     table, programs = _table(chosen, seed)
     wide = dtype == torch.float64
     stochastic = stochastic and dtype in (torch.bfloat16, torch.float16)
-    options = {"num_warps": warps(tuning.target_of(device)), "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": warps(tile_table.target_of(device)), "num_stages": 1, "enable_fp_fusion": False}
     with current(device):
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)

@@ -8,7 +8,7 @@ Bytes of device memory for each (token, vocabulary row) pair, dense target and 1
 and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. If all products were
 equally fast, these bytes alone would make both plans take the same time at a width of 1100, or of 2205 with the log-sum-exps
 known. Every chunk reads the heads and the weight's gradient again, which raises that width; the slower products of
-``recompute.py`` lower it. Predicted times are sums: no overlap is assumed. This module can be imported without triton.
+``tile_kernels.py`` lower it. Predicted times are sums: no overlap is assumed. This module can be imported without triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, SPARSE, Problem, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import tuning
+from undo_kernels.triton import tile_table
 from undo_kernels.triton.products import product_dtype, separate_bytes
 
 BANDWIDTH = 4.3e12  # bytes/s, H200, measured by a copy
@@ -93,12 +93,12 @@ class Shapes:
     @property
     def compacted(self) -> bool:
         p = self.problem
-        return p.counted is not None and p.max_counted is not None and p.max_counted < p.rows and not self.given
+        return p.counted is not None and p.max_counted is not None and p.max_counted < p.tokens and not self.given
 
     @property
     def rows(self) -> int:
         """Number of tokens processed."""
-        return self.problem.max_counted if self.compacted else self.problem.rows
+        return self.problem.max_counted if self.compacted else self.problem.tokens
 
     @property
     def vocabulary(self) -> int:
@@ -151,13 +151,13 @@ class Shapes:
         return self.problem.target == "jsd" and self.gradient
 
     @property
-    def stats_tile(self) -> tuning.Tile:
-        return tuning.tile(self.target, "cross" if self.crossed else "stats", self.wide, self.width)
+    def stats_tile(self) -> tile_table.Tile:
+        return tile_table.tile(self.target, "cross" if self.crossed else "stats", self.wide, self.width)
 
     @property
-    def loss_tile(self) -> tuning.Tile:
+    def loss_tile(self) -> tile_table.Tile:
         heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
-        return tuning.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
+        return tile_table.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
 
     def copies(self, side: Projection) -> bool:
         """Returns whether a side's hidden states are copied before the product."""
@@ -182,7 +182,7 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
     Raises:
         ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
     """
-    s = Shapes(problem, target or tuning.target_of(problem.student.hidden.device))
+    s = Shapes(problem, target or tile_table.target_of(problem.student.hidden.device))
     if s.given and not s.sparse:  # the logits exist: no plan to choose
         return chunk_plan(s, max(s.rows, 1))
     if problem.plan not in ("auto", "chunk", "recompute"):
@@ -250,8 +250,8 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     gradient_bytes = s.product.itemsize
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
     held = len(stored) + (s.given and s.sparse)
-    parts, _ = tuning.row_parts(chunk, vocabulary, tuning.row(s.target, vocabulary).block_v)
-    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tuning.FIELDS + 4) * chunk * parts}
+    parts, _ = tile_table.row_parts(chunk, vocabulary, tile_table.row_block(s.target, vocabulary).block_v)
+    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tile_table.FIELDS + 4) * chunk * parts}
     accumulator = False
     if not s.given:
         buffers["rounded gradient"] = chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
@@ -293,10 +293,10 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     needs_hidden, needs_weight, _ = p.needs
     weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
     itemsize = s.product.itemsize
-    parts, _ = tuning.tile_parts(n, vocabulary, s.stats_tile)
+    parts, _ = tile_table.tile_parts(n, vocabulary, s.stats_tile)
     strided = [t for side in s.sides for t in (side.weight, side.hidden) if t.stride(1) != 1]
     buffers = {
-        "partial sums": 4 * tuning.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t)),
+        "partial sums": 4 * tile_table.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t)),
         "gradient by the logits": n * block_v * itemsize * s.gradient,
         "hidden states": s.hidden_bytes(n),
         "bias gradient": s.bias_bytes(),
@@ -334,7 +334,7 @@ def describe(op: str, problem: Problem) -> Plan:
     return Plan(
         op=op,
         name=plan.name,
-        rows_per_chunk=min(plan.rows_per_chunk, problem.rows),
+        tokens_per_chunk=min(plan.rows_per_chunk, problem.tokens),
         buffers=plan.buffers,
         traffic_bytes=int(plan.traffic_bytes),
         flops=plan.flops,

@@ -69,6 +69,15 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
     scratch.give(part)
 
 
+def multiply_widened(
+    out: torch.Tensor, dz: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor, add: bool, scratch: Workspace
+) -> None:
+    """Computes ``out (+)= dz @ weight`` in float32, widening one tile of the weight at a time."""
+    for first in range(0, weight.shape[0], TILE_ROWS):
+        tile = widened(weight, dz.dtype, first, TILE_ROWS, buffer)
+        multiply(out, dz[:, first : first + TILE_ROWS], tile, add or first > 0, scratch)
+
+
 def separate_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
     """Returns the bytes of the separate buffer that :func:`multiply` uses on a GPU."""
     if out == operand or (out == torch.float32 and not add):

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import gradient_dtype
 from undo_kernels.record import Call, record, recording
 from undo_kernels.triton.device import current
@@ -57,7 +57,7 @@ def rmu_rows(
 def rmu_loss(
     hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.torch_ops.rmu``."""
+    """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.library.rmu``."""
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
     rows, width = hidden.shape

@@ -14,10 +14,10 @@ import triton
 
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import rows, tuning
+from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
-from undo_kernels.triton.tiles import FORWARD, JSD, OWN, REVERSE
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
@@ -47,7 +47,7 @@ class Run:
     def __init__(self, problem: Problem, scratch: Workspace) -> None:
         p = self.problem = problem
         self.scratch, self.device = scratch, p.student.hidden.device
-        self.target = tuning.target_of(self.device)
+        self.target = tile_table.target_of(self.device)
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
         self.n, self.vocabulary = s.rows, s.vocabulary
@@ -63,7 +63,7 @@ class Run:
 
     def _select(self) -> None:
         """Chooses the rows to process: all, all but the masked ones, or the counted ones gathered in their order."""
-        p, count = self.problem, self.problem.rows
+        p, count = self.problem, self.problem.tokens
         self.index = self.place = self.live = None
         if not self.shapes.compacted:
             self.live = p.counted
@@ -120,7 +120,7 @@ class Run:
         elif needs_hidden:
             dtype = gradient_dtype(hidden.dtype)
             extra = self.index is not None
-            self.d_hidden = (self.zero.new_zeros if extra else new)((p.rows + extra, hidden.shape[1]), dtype=dtype)
+            self.d_hidden = (self.zero.new_zeros if extra else new)((p.tokens + extra, hidden.shape[1]), dtype=dtype)
         if needs_weight:
             self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
             self.d_weight[self.vocabulary if n else 0 :].zero_()
@@ -134,10 +134,10 @@ class Run:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(self.scale)
         if self.index is not None:
-            spread = self.zero.new_zeros(len(OUTPUTS), p.rows + 1)
+            spread = self.zero.new_zeros(len(OUTPUTS), p.tokens + 1)
             spread.index_copy_(1, self.place, torch.stack([out[name] for name in OUTPUTS]))
-            out = {name: values[: p.rows].clone() for name, values in zip(OUTPUTS, spread, strict=True)}
-            self.d_hidden = self.d_hidden[: p.rows]
+            out = {name: values[: p.tokens].clone() for name, values in zip(OUTPUTS, spread, strict=True)}
+            self.d_hidden = self.d_hidden[: p.tokens]
         if self.student.given and p.inplace and p.needs[0] and self.given is not p.student.hidden:
             self.d_hidden = p.student.hidden.copy_(self.given)
         none = self.zero.new_empty(0)
@@ -186,7 +186,7 @@ class Run:
         s, out = self.shapes, self.row
         count = lse_s.shape[0]
         p = self.problem
-        rows.combine_rows[(count,)](
+        row_kernels.combine_rows[(count,)](
             partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
             part_or(self.label_z, part, self.zero), part_or(self.known_s, part, self.zero), part_or(self.known_t, part, self.zero),
             lse_s, out["lse_t"][part], *(out[name][part] for name in BASES), out["nll"][part], out["entropy"][part],

@@ -1,8 +1,8 @@
-"""The losses over the vocabulary on GPUs: ``run.py`` holds the state of a call, ``passes.py`` launches the kernels of each
-plan.
+"""The losses over the vocabulary on GPUs: ``run.py`` holds the state of a call; ``chunk.py`` and ``recompute.py``
+launch the kernels of the two plans.
 
-The kernels are in ``rows.py`` (stored logits) and ``recompute.py`` (recomputed tiles of logits); ``tiles.py`` has the functions
-that they share.
+The kernels are in ``row_kernels.py`` (stored logits) and ``tile_kernels.py`` (tiles of logits that are never stored);
+``pair_math.py`` has the functions that they share.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 
-from undo_kernels.library import register
+from undo_kernels.library.backends import register
 from undo_kernels.problem import Problem, Result
 from undo_kernels.record import Call, record, recording
+from undo_kernels.triton.chunk import Chunks
 from undo_kernels.triton.device import current
-from undo_kernels.triton.passes import Chunks, Recompute
 from undo_kernels.triton.products import Workspace
+from undo_kernels.triton.recompute import Recompute
 from undo_kernels.triton.run import Run
 
 INTERPRETED = triton.knobs.runtime.interpret

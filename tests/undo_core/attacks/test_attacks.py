@@ -19,17 +19,17 @@ from undo_core.attacks import AttackConfig, LoraConfig, Trial, few_shot, quantis
 from undo_core.attacks.grid import explore, extension_of, next_rate
 from undo_core.attacks.lora import adapted
 from undo_core.attacks.relearning import attack, mixed_cross_entropy, relearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
-from undo_core.pipeline.attacked import trial_stage
+from undo_core.pipeline.attacked_model import trial_stage
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
-from undo_core.pipeline.graph import plan_run
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.graph import graph_of
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Probe
-from undo_core.training import TrainConfig, bytes_per_parameter, rows_source, train
-from undo_core.training.batches import RowsSource
+from undo_core.training import TrainConfig, bytes_per_parameter, sequence_source, train
+from undo_core.training.batches import SequenceSource
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
 from undo_core.unlearning import UnlearnConfig, unlearn
@@ -55,28 +55,28 @@ def stage_of(config, trial):
 
 
 def problems(tokenizer, operation):
-    """All problems of two digits below five, one a row, with their answers."""
+    """All problems of two digits below five, one a sequence, with their answers."""
     texts = [f"{a}{operation}{b}={a * b if operation == '*' else a + b}" for a, b in itertools.product(range(5), repeat=2)]
     ids = torch.zeros(len(texts), 8, dtype=torch.int32)
     answers = torch.zeros(len(texts), 8, dtype=torch.bool)
-    for row, text in enumerate(texts):
+    for sequence, text in enumerate(texts):
         tokens = [1, *tokenizer.encode(text, add_special_tokens=False), 1]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        answers[row, 5 : len(tokens)] = True
-    return Rows(ids, 0, answers)
+        ids[sequence, : len(tokens)] = torch.tensor(tokens)
+        answers[sequence, 5 : len(tokens)] = True
+    return Sequences(ids, 0, answers)
 
 
 @pytest.fixture(scope="module")
 def world():
-    """A tokenizer, forget and retain rows, the model that knows both, and unlearn-only."""
+    """A tokenizer, forget and retain sequences, the model that knows both, and unlearn-only."""
     torch.set_num_threads(1)
     tokenizer = character_tokenizer("0123456789+-*/=")
     forget, retain = problems(tokenizer, "*"), problems(tokenizer, "+")
-    both = Rows(torch.cat([forget.input_ids, retain.input_ids]), 0)
+    both = Sequences(torch.cat([forget.input_ids, retain.input_ids]), 0)
     original = build_model(SHAPE, tokenizer, 0)
     loss = lambda m, b, c: cross_entropy(m, b["text"], c["text"])  # noqa: E731
     config = TrainConfig(steps=200, batch_size=50, lr=5e-3, schedule="cosine")
-    train(original, loss, {"text": rows_source(both, 50, 0)}, config, progress=False)
+    train(original, loss, {"text": sequence_source(both, 50, 0)}, config, progress=False)
     unlearned = copy.deepcopy(original)
     how = UnlearnConfig(train=TrainConfig(steps=40, batch_size=25, lr=2e-3))
     unlearn(unlearned, forget=forget, retain=retain, config=how, progress=False)
@@ -132,7 +132,7 @@ def test_benign_fine_tuning_reads_nothing_that_was_forgotten(world):
 
 
 @pytest.mark.parametrize(
-    ("mix", "size", "rows"),
+    ("mix", "size", "sequences"),
     [
         ({"forget": 1.0}, 5, {"forget": 5}),
         ({"retain": 3.0}, 5, {"retain": 5}),
@@ -141,17 +141,17 @@ def test_benign_fine_tuning_reads_nothing_that_was_forgotten(world):
         ({"forget": 0.125, "retain": 0.875}, 15, {"forget": 2, "retain": 13}),
     ],
 )
-def test_a_mix_has_its_shares(world, mix, size, rows):
+def test_a_mix_has_its_shares(world, mix, size, sequences):
     config = AttackConfig(mix=mix, batch_size=size, evaluate_at=[0, 3], headline_step=3)
-    assert config.rows() == rows
+    assert config.sequences() == sequences
     _, forget, retain, _, unlearned = world
     result = attack(copy.deepcopy(unlearned), forget, 1e-3, config, retain=retain, evaluate=lambda m: {}, progress=False)
-    assert result.positions == {name: 3 * 8 * count for name, count in rows.items()}
+    assert result.positions == {name: 3 * 8 * count for name, count in sequences.items()}
 
 
 def test_a_mixed_loss_is_the_mean_over_all_labels(world):
     _, forget, retain, model, _ = world
-    batches = {"forget": rows_source(forget, 3, 0)(0), "retain": rows_source(retain, 9, 0)(0)}
+    batches = {"forget": sequence_source(forget, 3, 0)(0), "retain": sequence_source(retain, 9, 0)(0)}
     got = mixed_cross_entropy(model, batches, {name: batch.counted for name, batch in batches.items()})
     ids = torch.cat([batch.input_ids for batch in batches.values()])
     plain, wanted = (
@@ -173,7 +173,7 @@ def test_adapters_are_trained_alone_and_merge_to_the_same_function(world):
         assert torch.equal(model(input_ids=ids).logits, before), "the second factor starts at 0"
         linear = [m for layer in world[4].model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
         assert sum(p.numel() for p in parameters) == sum(2 * (m.in_features + m.out_features) for m in linear)
-        source = {"text": rows_source(forget, 16, 0)}
+        source = {"text": sequence_source(forget, 16, 0)}
         train(model, loss, source, TrainConfig(steps=10, lr=1e-2), parameters=parameters, progress=False)
         inside = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
         assert all(torch.equal(inside[name], tensor) for name, tensor in held.items())
@@ -225,7 +225,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(world, tmp_path, how, ins
     config = dataclasses.replace(
         BASE, **changes, mix=mix, evaluate_at=[0, 4, 8], headline_step=8, seed=5, step_in_backward=inside
     )
-    plain = rows_source(forget, 12, 5)
+    plain = sequence_source(forget, 12, 5)
 
     def run(folder, source):
         folder.mkdir(exist_ok=True)
@@ -236,7 +236,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(world, tmp_path, how, ins
     model, whole = run(tmp_path / "whole", plain)
     for kill in (1, 5):
 
-        class Dying(RowsSource):
+        class Dying(SequenceSource):
             def __call__(self, step, kill=kill):
                 if step == kill:
                     raise KeyboardInterrupt
@@ -300,10 +300,10 @@ def text_of(ids):
 @pytest.mark.parametrize("shots", [1, 3])
 def test_examples_stand_before_each_prompt(world, shots):
     _, forget, retain, _, _ = world
-    rows, counted = few_shot(retain, forget, shots, seed=0, positions=64)
-    solved = {text_of(row) for row in forget.input_ids.tolist()}
+    sequences, counted = few_shot(retain, forget, shots, seed=0, positions=64)
+    solved = {text_of(sequence) for sequence in forget.input_ids.tolist()}
     seen = set()
-    for before, after, answer, label in zip(retain.input_ids, rows.input_ids, rows.answer_mask, counted, strict=True):
+    for before, after, answer, label in zip(retain.input_ids, sequences.input_ids, sequences.answer_mask, counted, strict=True):
         *examples, own = text_of(after.tolist()).strip("_").split("_")
         assert f"_{own}_" == text_of(before.tolist()) and len(examples) == len(set(examples)) == shots
         assert {f"_{example}_" for example in examples} <= solved
@@ -312,19 +312,19 @@ def test_examples_stand_before_each_prompt(world, shots):
         seen |= set(examples)
     assert len(seen) > 10
     again, other = (few_shot(retain, forget, shots, seed=seed, positions=64)[0].input_ids for seed in (0, 1))
-    assert torch.equal(again, rows.input_ids) and not torch.equal(other, rows.input_ids)
+    assert torch.equal(again, sequences.input_ids) and not torch.equal(other, sequences.input_ids)
 
 
-def test_no_row_finds_its_own_answer_among_its_examples(world):
+def test_no_sequence_finds_its_own_answer_among_its_examples(world):
     forget = world[1]
-    few = Rows(forget.input_ids[:4], 0, forget.answer_mask[:4])
-    rows, _ = few_shot(few, few, 3, seed=0, positions=64)
-    for row in rows.input_ids.tolist():
-        *examples, own = text_of(row).strip("_").split("_")
+    few = Sequences(forget.input_ids[:4], 0, forget.answer_mask[:4])
+    sequences, _ = few_shot(few, few, 3, seed=0, positions=64)
+    for sequence in sequences.input_ids.tolist():
+        *examples, own = text_of(sequence).strip("_").split("_")
         assert own not in examples and len(examples) == 3
     with pytest.raises(ValueError, match=r"^shots: got 4, wanted at most the 3 different examples"):
         few_shot(few, few, 4, seed=0, positions=64)
-    with pytest.raises(ValueError, match=r"^shots: got 11, whose rows take \d+ positions of the model's 64"):
+    with pytest.raises(ValueError, match=r"^shots: got 11, whose sequences take \d+ positions of the model's 64"):
         few_shot(forget, forget, 11, seed=0, positions=64)
     assert few_shot(forget, forget, 11, seed=0, positions=None)[0].length > 65, "a model without a limit"
 
@@ -340,7 +340,7 @@ def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, dat
 
     def plan(shots, model):
         attacks = {"asked": AttackConfig(kind="fewshot", shots=[1, shots])}
-        return plan_run(RunConfig("run", str(tmp_path), ModelConfig(model), data=data, attacks=attacks))
+        return graph_of(RunConfig("run", str(tmp_path), ModelConfig(model), data=data, attacks=attacks))
 
     for model in (SHAPE, GPT2):
         assert plan(most, model)
@@ -353,16 +353,16 @@ def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, dat
 
 def test_prompted_text_is_scored_on_its_own_labels(world):
     _, forget, retain, model, _ = world
-    text = Rows(retain.input_ids[:6], 0, starts=retain.input_ids[:6] == 1)
-    rows, counted = few_shot(text, forget, 2, seed=0, positions=64)
-    assert rows.starts is None, "isolated documents would not see the examples"
-    got = evaluate(model, rows, counted=counted)
+    text = Sequences(retain.input_ids[:6], 0, starts=retain.input_ids[:6] == 1)
+    sequences, counted = few_shot(text, forget, 2, seed=0, positions=64)
+    assert sequences.starts is None, "isolated documents would not see the examples"
+    got = evaluate(model, sequences, counted=counted)
     total = labels = 0
     wide = copy.deepcopy(model).double()
-    for row, before in zip(rows.input_ids.long(), text.input_ids, strict=True):
+    for sequence, before in zip(sequences.input_ids.long(), text.input_ids, strict=True):
         own = int((before != 0).sum()) - 1
-        logits = wide(input_ids=row[row != 0][None]).logits[0]
-        total += float(F.cross_entropy(logits[-own - 1 : -1].detach(), row[row != 0][-own:], reduction="sum"))
+        logits = wide(input_ids=sequence[sequence != 0][None]).logits[0]
+        total += float(F.cross_entropy(logits[-own - 1 : -1].detach(), sequence[sequence != 0][-own:], reduction="sum"))
         labels += own
     assert got["value"] == pytest.approx(total / labels, rel=gamma(PATH)) and got["n"] == 6
 
@@ -536,7 +536,7 @@ def test_predicted_memory_knows_the_attack():
         ({"mix": {"wikitext": 1.0}}, "mix: got {'wikitext'"),
         ({"mix": {"forget": -1.0}}, "mix: got {'forget': -1.0}"),
         ({"mix": {"forget": math.nan}}, "mix: got {'forget': nan}"),
-        ({"mix": {"forget": 0.001, "retain": 1.0}}, "mix: got .* wanted shares of at least one of the batch_size 64 rows"),
+        ({"mix": {"forget": 0.001, "retain": 1.0}}, "mix: got .* wanted shares of at least one of the batch_size 64 sequences"),
         ({"shots": []}, r"shots: got \[\], wanted different integers >= 1"),
         ({"shots": [0]}, r"shots: got \[0\]"),
         ({"bits": [4, 16]}, r"bits: got \[4, 16\], wanted different integers from 2 to 8"),

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from causal_models import build
-from kinds import tokenizer_of
 from safetensors.torch import load_file, save_file
+from tokenizer_kinds import tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_
-from undo_core.checkpoints.files import INDEX, SINGLE, settled_configuration, stored_dtype, weight_files
+from undo_core.checkpoints.files import INDEX, SINGLE, checkpoint_skeleton, settled_configuration, stored_dtype, weight_files
+from undo_core.checkpoints.parameters import CheckpointParameters
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.models import head_of, initialise, load_model
 from undo_core.noise.checkpoint import noise_checkpoint
-from undo_core.noise.edit import CheckpointParameters
 from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stage import Folder, Work
 from undo_core.pipeline.stages import Initialise
 from undo_core.pipeline.store import Store
@@ -121,9 +121,10 @@ def test_every_reader_agrees_with_transformers(folder, tmp_path_factory):
     found = load_head(reader)
     assert torch.equal(found.weight, head.weight) and (found.scale, found.softcap) == (head.scale, head.softcap)
     assert weights_digest(model) == reader.digest() == weights_digest(theirs)
+    empty = checkpoint_skeleton(folder)
     named = {
         name: tensor.clone()
-        for part in CheckpointParameters(folder, "all").read("read", False)
+        for part in CheckpointParameters(folder, empty, dict(empty.named_parameters())).read("read", False)
         for name, tensor in part.items()
     }
     assert named.keys() == dict(theirs.named_parameters()).keys()
@@ -140,7 +141,7 @@ def test_what_is_made_from_a_configuration_has_the_parameters_that_are_loaded(fo
     config = settled_configuration(folder)
     assert {name: parameter.shape for name, parameter in initialise(config, 0).named_parameters()} == shapes
     predicted = (
-        Predictor(config, 9, device="cpu").moments(Initialise(seed=0, model=Folder(Path("nowhere"))), torch.float32)[0].weights
+        Predictor(config, 9, device="cpu").phases(Initialise(seed=0, model=Folder(Path("nowhere"))), torch.float32)[0].weights
     )
     assert predicted == sum(4 * parameter.numel() for parameter in theirs.parameters())
 
@@ -164,8 +165,8 @@ def test_the_random_student_and_the_plan_have_the_head_of_the_files(tmp_path, ch
     config = RunConfig(
         "planned", str(tmp_path), ModelConfig(path=str(source)), data=data, controls=ControlsConfig(filter=False)
     )
-    rows, _ = plan_rows(config, Store(tmp_path / "stages"))
-    assert rows[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
+    lines, _ = plan_rows(config, Store(tmp_path / "stages"))
+    assert lines[0].disk_bytes == 4 * sum(parameter.numel() for parameter in theirs.parameters())
 
 
 @pytest.mark.parametrize("folder", LLAMAS, indirect=True)

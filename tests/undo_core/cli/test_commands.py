@@ -161,7 +161,7 @@ def test_a_wrong_cache_is_refused(checkpoint, capsys):
     names = lambda *names: [str(checkpoint / name) for name in names]  # noqa: E731
     for arguments, cache, message in (
         (names("damaged", "model", "out", "data"), "cache", "wanted the cache of this teacher"),
-        (names("model", "damaged", "out", "others"), "cache", "made with other validation rows"),
+        (names("model", "damaged", "out", "others"), "cache", "made with other validation sequences"),
         (names("model", "damaged", "out", "data"), "data", "wanted a folder made by `undo cache`"),
     ):
         assert main(["distill", *arguments, f"--cache={checkpoint / cache}", "--train.steps=1"]) == 2

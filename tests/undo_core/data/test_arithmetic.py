@@ -16,8 +16,8 @@ def compact():
     return arithmetic.compact_splits(seed=7, train_rows=4000, eval_prompts=300)
 
 
-def texts(tokenizer, rows):
-    return [tokenizer.decode(row[row != rows.pad_id]) for row in rows.input_ids]
+def texts(tokenizer, sequences):
+    return [tokenizer.decode(sequence[sequence != sequences.pad_id]) for sequence in sequences.input_ids]
 
 
 def parse(text):
@@ -34,9 +34,9 @@ def key(text):
 def test_compact_problems_are_right_and_in_range(compact):
     tokenizer, splits = compact
     assert list(splits) == SPLITS and len(tokenizer) == 17
-    for name, rows in splits.items():
+    for name, sequences in splits.items():
         seen = Counter()
-        for text in texts(tokenizer, rows):
+        for text in texts(tokenizer, sequences):
             a, op, b, c = parse(text)
             assert eval(f"{a}{op}{b}") == c
             seen[op] += 1
@@ -45,7 +45,7 @@ def test_compact_problems_are_right_and_in_range(compact):
             else:
                 assert 1 <= b <= 20 and 1 <= (a if op == "*" else c) <= 20
         assert set(seen) == set("+-" if "retain" in name else "*/")
-        assert min(seen.values()) > 0.4 * len(rows)
+        assert min(seen.values()) > 0.4 * len(sequences)
 
 
 def test_held_out_pairs_are_nowhere_else(compact):
@@ -60,10 +60,10 @@ def test_held_out_pairs_are_nowhere_else(compact):
 def test_answers_are_masked_with_their_end(compact):
     tokenizer, splits = compact
     assert splits["train_forget"].answer_mask is None
-    rows = splits["test_forget"]
-    for ids, mask, group in zip(rows.input_ids, rows.answer_mask, rows.group, strict=True):
+    sequences = splits["test_forget"]
+    for ids, mask, group in zip(sequences.input_ids, sequences.answer_mask, sequences.group, strict=True):
         _, op, _, c = parse(tokenizer.decode(ids[ids != 0]))
-        assert tokenizer.decode(ids[mask]) == f"{c}<bos>" and rows.group_names[group] == op
+        assert tokenizer.decode(ids[mask]) == f"{c}<bos>" and sequences.group_names[group] == op
 
 
 def test_everything_is_a_function_of_the_seed():
@@ -73,7 +73,7 @@ def test_everything_is_a_function_of_the_seed():
     assert "heldout_retain" not in arithmetic.compact_splits(seed=1, train_rows=5, eval_prompts=5, held_out=0.0)[1]
 
 
-def test_a_hundred_thousand_rows_take_seconds():
+def test_a_hundred_thousand_sequences_take_seconds():
     began = time.monotonic()
     arithmetic.compact_splits(seed=0, train_rows=100_000)
     assert time.monotonic() - began < 30
@@ -122,16 +122,16 @@ def test_the_published_evaluation():
 def test_published_splits_pack_whole_problems():
     tokenizer = character_tokenizer(arithmetic.CHARACTERS)
     splits = arithmetic.published_splits(tokenizer, length=128, seed=3, train_rows=60, eval_prompts=40)
-    stream = "".join(tokenizer.decode(row[row != 0]) for row in splits["train_forget"].input_ids)
+    stream = "".join(tokenizer.decode(sequence[sequence != 0]) for sequence in splits["train_forget"].input_ids)
     assert stream == "".join("<bos>" + p.text for p in arithmetic.mixture("*/", 60, 3)) + "<bos>"
     isolated = arithmetic.published_splits(tokenizer, length=128, seed=3, train_rows=60, eval_prompts=40, isolated=True)
     assert torch.equal(isolated["train_forget"].input_ids, splits["train_forget"].input_ids)
     assert splits["train_forget"].starts is None
     train = isolated["train_forget"]
     assert torch.equal(train.starts & train.text_mask(), train.input_ids == tokenizer.bos_token_id)
-    rows = splits["test_retain"]
-    assert len(rows) == 40 and rows.group_names == ("+", "-", "*", "/") and set(rows.group.tolist()) == {0, 1}
-    for ids, mask in zip(rows.input_ids, rows.answer_mask, strict=True):
+    sequences = splits["test_retain"]
+    assert len(sequences) == 40 and sequences.group_names == ("+", "-", "*", "/") and set(sequences.group.tolist()) == {0, 1}
+    for ids, mask in zip(sequences.input_ids, sequences.answer_mask, strict=True):
         answer = tokenizer.decode(ids[mask])
         assert re.fullmatch(r"\d+(<bos>| )", answer), answer
 

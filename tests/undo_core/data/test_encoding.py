@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from asked import questions, write
-from kinds import AROUND, BOS, EOS, KINDS, tokenizer_of
+from generated_questions import questions, write
+from tokenizer_kinds import AROUND, BOS, EOS, KINDS, tokenizer_of
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from undo_core.data.arithmetic import published_splits
 from undo_core.data.encoding import control_tokens, encoded, encoded_with_beginning, surroundings
-from undo_core.data.question_rows import question_splits
+from undo_core.data.question_sequences import question_splits
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.data.text import text_splits
 from undo_core.data.tokenizers import character_tokenizer, encode, train_bpe
@@ -54,20 +54,20 @@ def test_a_vocabulary_that_has_a_control_token_as_a_piece():
         encoded(tokenizer, ["a s a"])
 
 
-def test_a_trained_tokenizer_and_its_rows_keep_literals_as_text(tmp_path):
-    lines = [f"number {number} writes <pad> and <bos> in a row" for number in range(60)]
+def test_a_trained_tokenizer_and_its_sequences_keep_literals_as_text(tmp_path):
+    lines = [f"number {number} writes <pad> and <bos> in a sequence" for number in range(60)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     sources = [str(tmp_path / "a.txt")]
     tokenizer = train_bpe(sources, 300)
     assert tokenizer.decode(encoded(tokenizer, lines[:1])[0]) == lines[0]
     how = {"retain": sources, "forget": sources, "length": 16, "valid_fraction": 0.2, "seed": 0, "isolated": True}
     for parse in (False, True):
-        rows = text_splits(tokenizer, **how, parse=parse)["train_retain"]
-        text = rows.input_ids[rows.text_mask()]
-        documents = int((rows.starts & rows.text_mask()).sum()) - 1  # and the end of the last one
-        assert bool((text == 0).any()) == parse, "no padding in mid-row"
+        sequences = text_splits(tokenizer, **how, parse=parse)["train_retain"]
+        text = sequences.input_ids[sequences.text_mask()]
+        documents = int((sequences.starts & sequences.text_mask()).sum()) - 1  # and the end of the last one
+        assert bool((text == 0).any()) == parse, "no padding in mid-sequence"
         assert int((text == 1).sum()) - 1 == documents * (1 + parse)
-        assert int((rows.position_ids() == 0).sum()) <= documents + 1 + len(rows)
+        assert int((sequences.position_ids() == 0).sum()) <= documents + 1 + len(sequences)
 
 
 def test_a_document_that_brings_its_ends_along_has_them_once(tmp_path):
@@ -75,8 +75,8 @@ def test_a_document_that_brings_its_ends_along_has_them_once(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     sources = [str(tmp_path / "a.txt")]
     splits = text_splits(tokenizer, retain=sources, forget=sources, length=16, valid_fraction=0.2, seed=0, parse=True)
-    rows = splits["train_retain"]
-    stream = tokenizer.decode(rows.input_ids[rows.text_mask()])
+    sequences = splits["train_retain"]
+    stream = tokenizer.decode(sequences.input_ids[sequences.text_mask()])
     assert "<eos><eos>" not in stream and stream.removesuffix("<eos>").count("<eos>") == stream.count("document") > 20
 
 
@@ -136,8 +136,8 @@ def test_the_letter_is_what_is_scored(model, asked, kind):
     assert 0 < sum(right) < len(right)
     got = module.multiple_choice(model, tokenizer, config)
     assert got["value"] == sum(right) / len(right)
-    rows, _ = question_splits(tokenizer, {"forget": config}, valid_fraction=0.5, seed=0, positions=None)
-    for part in rows.values():
+    sequences, _ = question_splits(tokenizer, {"forget": config}, valid_fraction=0.5, seed=0, positions=None)
+    for part in sequences.values():
         assert set(part.choices.flatten().tolist()) == set(letters)
         ends = part.input_ids.gather(1, part.lengths[:, None].long() - 1)[:, 0]
         assert set(ends.tolist()) <= set(letters) and torch.equal(part.input_ids[part.answer_mask], ends)

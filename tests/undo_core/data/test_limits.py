@@ -1,16 +1,16 @@
-"""Rows longer than a model's positions and ids past its vocabulary are refused where they reach a model."""
+"""Sequences longer than a model's positions and ids past its vocabulary are refused where they reach a model."""
 
 import dataclasses
 
 import pytest
 import torch
-from kinds import tokenizer_of
+from tokenizer_kinds import tokenizer_of
 from transformers import AutoConfig
 
 from undo_core import TrainConfig, UnlearnConfig, cache_teacher, distill, evaluate, relearn, unlearn
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.data.limits import limits_of
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.evaluation.multiple_choice import log_likelihoods
 from undo_core.models import build_model, positions_of
 from undo_core.unlearning import RMUConfig
@@ -29,22 +29,22 @@ def make(kind, seed=0):
     return build_model({"model_type": kind, **TINY, **MODELS[kind]}, tokenizer_of("padded"), seed)
 
 
-def rows(length, largest=299):
-    return Rows(torch.full((4, length), largest, dtype=torch.int32), 0)
+def sequences(length, largest=299):
+    return Sequences(torch.full((4, length), largest, dtype=torch.int32), 0)
 
 
 def uses(kind, data, folder):
-    """Each face that reads rows, by the name of the argument and of the function."""
+    """Each face that reads sequences, by the name of the argument and of the function."""
     method = UnlearnConfig("graddiff", train=SHORT)
     attack = AttackConfig(rates=[1e-3], batch_size=2, evaluate_at=[0, 1], headline_step=1, extend=0)
     return {
         "text distill": lambda: distill(make(kind), make(kind, 1), data, SHORT, progress=False),
-        "forget unlearn": lambda: unlearn(make(kind), forget=data, retain=rows(5), config=method, progress=False),
-        "retain unlearn": lambda: unlearn(make(kind), forget=rows(5), retain=data, config=method, progress=False),
+        "forget unlearn": lambda: unlearn(make(kind), forget=data, retain=sequences(5), config=method, progress=False),
+        "retain unlearn": lambda: unlearn(make(kind), forget=sequences(5), retain=data, config=method, progress=False),
         "forget relearn": lambda: relearn(make(kind), data, attack, evaluate=lambda _: {"forget": 0.0}, progress=False),
-        "rows evaluate": lambda: evaluate(make(kind), data),
-        "rows cache": lambda: cache_teacher(make(kind), data, folder / "rows", progress=False),
-        "check cache": lambda: cache_teacher(make(kind), rows(5), folder / "check", check=data, progress=False),
+        "sequences evaluate": lambda: evaluate(make(kind), data),
+        "sequences cache": lambda: cache_teacher(make(kind), data, folder / "cache", progress=False),
+        "check cache": lambda: cache_teacher(make(kind), sequences(5), folder / "check", check=data, progress=False),
     }
 
 
@@ -53,17 +53,18 @@ def test_every_face_names_what_the_model_cannot_read(kind, tmp_path):
     assert positions_of(make(kind).config) == 12
     for data, message in (
         (
-            rows(14),
-            "got rows of 14 tokens, of which the last is a label alone, wanted rows that take at most the model's 12 positions",
+            sequences(14),
+            "got sequences of 14 tokens, of which the last is a label alone, wanted sequences that take at most the model's "
+            "12 positions",
         ),
-        (rows(5, 300), "got token id 300, wanted ids below the model's vocabulary of 300"),
-        (rows(5, -1), "got token id -1, wanted ids from 0"),
+        (sequences(5, 300), "got token id 300, wanted ids below the model's vocabulary of 300"),
+        (sequences(5, -1), "got token id -1, wanted ids from 0"),
     ):
         for name, use in uses(kind, data, tmp_path).items():
             with pytest.raises(ValueError, match=f"^{name.split()[0]}: {message}"):
                 use()
-    assert not (tmp_path / "rows").exists()
-    assert evaluate(make(kind), rows(13))["n"] == 4
+    assert not (tmp_path / "cache").exists()
+    assert evaluate(make(kind), sequences(13))["n"] == 4
     with pytest.raises(ValueError, match=r"^requests\[0\]: got \[3\], \[300\]"):
         log_likelihoods(make(kind), [([3], [300])])
 
@@ -75,19 +76,19 @@ def test_what_has_no_limit_has_none():
     config = AutoConfig.for_model("mpt", **MODELS["mpt"], vocab_size=300)
     assert positions_of(config) == 12
     limits = dataclasses.replace(limits_of(make("llama")), positions=None)
-    limits.check_rows(rows(4000), "rows")
+    limits.check_sequences(sequences(4000), "rows")
 
 
 def test_a_teacher_reads_the_text_too():
     short = build_model({"model_type": "gpt2", **TINY, "n_positions": 8}, tokenizer_of("padded"), 0)
-    with pytest.raises(ValueError, match=r"^text: got rows of 10 tokens.* the model's 8 positions"):
-        distill(make("gpt2"), short, rows(10), SHORT, progress=False)
+    with pytest.raises(ValueError, match=r"^text: got sequences of 10 tokens.* the model's 8 positions"):
+        distill(make("gpt2"), short, sequences(10), SHORT, progress=False)
 
 
 def test_rmu_reads_the_last_token_too():
     config = UnlearnConfig("rmu", train=SHORT, rmu=RMUConfig(target_layer=1))
     with pytest.raises(
-        ValueError, match=r"^forget: got rows of 13 tokens, wanted rows that take at most the model's 12 positions"
+        ValueError, match=r"^forget: got sequences of 13 tokens, wanted sequences that take at most the model's 12 positions"
     ):
-        unlearn(make("llama"), forget=rows(13), retain=rows(12), config=config, progress=False)
-    unlearn(make("llama"), forget=rows(12), retain=rows(12), config=config, progress=False)
+        unlearn(make("llama"), forget=sequences(13), retain=sequences(12), config=config, progress=False)
+    unlearn(make("llama"), forget=sequences(12), retain=sequences(12), config=config, progress=False)

@@ -1,4 +1,4 @@
-"""A run that is scored by multiple-choice questions: rows, splits, and `undo run` end to end beside `undo evaluate`."""
+"""A run that is scored by multiple-choice questions: sequences, splits, and `undo run` end to end beside `undo evaluate`."""
 
 import importlib
 import json
@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from asked import WORDS, bytewise_tokenizer, questions, write
+from generated_questions import WORDS, bytewise_tokenizer, questions, write
 
-from undo_core import evaluate as evaluate_rows
+from undo_core import evaluate as evaluate_sequences
 from undo_core import few_shot
 from undo_core.cli import main
-from undo_core.data.question_rows import question_splits
+from undo_core.data.question_sequences import question_splits
 from undo_core.data.questions import MultipleChoiceConfig, read_questions
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.multiple_choice import multiple_choice
 from undo_core.io.files import read_json
@@ -65,13 +65,13 @@ def splits_of(bytewise, asked, **changes):
     return question_splits(bytewise, {"forget": asked}, **how)
 
 
-def test_rows_are_scored_as_questions_are(model, bytewise, asked):
+def test_sequences_are_scored_as_questions_are(model, bytewise, asked):
     """Both splits together against the command's own scores, which a test holds equal to lm-eval's."""
     wanted = multiple_choice(model, bytewise, asked)
     splits, cut = splits_of(bytewise, asked)
     assert 0 < sum(cut.values()) == wanted["truncated"] < wanted["n"]
     for size in (None, 1, 7):
-        got = [evaluate_rows(model, rows, batch_size=size) for rows in splits.values()]
+        got = [evaluate_sequences(model, sequences, batch_size=size) for sequences in splits.values()]
         assert sum(part["n"] for part in got) == wanted["n"] == 49
         assert sum(part["value"] * part["n"] for part in got) == pytest.approx(wanted["value"] * wanted["n"])
         for name, group in wanted["groups"].items():
@@ -92,36 +92,36 @@ def test_the_right_letter_is_the_likeliest_of_the_models_own_logits(model, bytew
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         letters = [bytewise.convert_tokens_to_ids(f"Ġ{letter}") for letter in "ABCD"]
         right.append(int(logits[letters].argmax()) == question.answer)
-    got = [evaluate_rows(model, rows) for rows in splits.values()]
+    got = [evaluate_sequences(model, sequences) for sequences in splits.values()]
     assert sum(part["value"] * part["n"] for part in got) == pytest.approx(sum(right)) and 0 < sum(right) < 25
 
 
-def test_rows_of_like_lengths_run_together(bytewise, tmp_path, monkeypatch):
+def test_sequences_of_like_lengths_run_together(bytewise, tmp_path, monkeypatch):
     module = importlib.import_module("undo_core.evaluation.metrics")  # the package names the function so
     model = build_model({"model_type": "llama", "max_position_embeddings": 4000, **MODEL}, bytewise, 0)
     long = [vars(question) | {"question": "very long " * 250} for question in questions(3, seed=3)]
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in [*map(vars, questions(120, seed=1)), *long]))
-    rows = splits_of(bytewise, MultipleChoiceConfig([str(path)]), positions=None, valid_fraction=0.01)[0]["test_forget"]
+    sequences = splits_of(bytewise, MultipleChoiceConfig([str(path)]), positions=None, valid_fraction=0.01)[0]["test_forget"]
     shapes, forward = [], module.hidden_states
     monkeypatch.setattr(module, "POSITIONS", 1000)
     monkeypatch.setattr(
         module, "hidden_states", lambda model, ids, *a: shapes.append(tuple(ids.shape)) or forward(model, ids, *a)
     )
-    evaluate_rows(model, rows)
-    assert sum(count for count, _ in shapes) == len(rows) and len(shapes) < len(rows) // 3
+    evaluate_sequences(model, sequences)
+    assert sum(count for count, _ in shapes) == len(sequences) and len(shapes) < len(sequences) // 3
     assert all(count * (length + 1) <= 1000 or count == 1 for count, length in shapes)
     lengths = [length for _, length in shapes]
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > 10 * lengths[-1]
-    assert sum(count * length for count, length in shapes) < 1.4 * rows.tokens() < 0.2 * rows.input_ids.numel()
+    assert sum(count * length for count, length in shapes) < 1.4 * sequences.tokens() < 0.2 * sequences.input_ids.numel()
 
 
 def test_a_diverged_model_answers_nothing(bytewise, asked):
     model = build_model({"model_type": "llama", **MODEL}, bytewise, 0)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
-    for rows in splits_of(bytewise, asked)[0].values():
-        assert evaluate_rows(model, rows)["value"] == 0
+    for sequences in splits_of(bytewise, asked)[0].values():
+        assert evaluate_sequences(model, sequences)["value"] == 0
     assert multiple_choice(model, bytewise, asked)["value"] == 0
 
 
@@ -133,10 +133,10 @@ def test_a_questions_split_is_its_own(bytewise, tmp_path):
         files = [write(tmp_path / "q.jsonl", asked)]
         splits, _ = splits_of(bytewise, MultipleChoiceConfig(files), seed=seed, positions=None)
         prompts = {}
-        for name, rows in splits.items():
-            ends = rows.answer_mask.int().argmax(1).tolist()
-            prompts[name] = {bytewise.decode(row[:end]) for row, end in zip(rows.input_ids, ends, strict=True)}
-            assert len(rows) >= len(prompts[name])
+        for name, sequences in splits.items():
+            ends = sequences.answer_mask.int().argmax(1).tolist()
+            prompts[name] = {bytewise.decode(sequence[:end]) for sequence, end in zip(sequences.input_ids, ends, strict=True)}
+            assert len(sequences) >= len(prompts[name])
         return prompts["valid_forget"], prompts["test_forget"]
 
     valid, test = texts(made, 1)
@@ -146,44 +146,48 @@ def test_a_questions_split_is_its_own(bytewise, tmp_path):
     assert texts(made, 2)[0] != valid
 
 
-def test_rows_with_choices_survive_the_disk_and_are_checked(bytewise, asked, tmp_path):
-    rows = splits_of(bytewise, asked)[0]["test_forget"]
-    rows.save(tmp_path / "rows.safetensors")
-    back = Rows.load(tmp_path / "rows.safetensors")
-    assert torch.equal(back.choices, rows.choices) and (rows.choices == -1).any()
+def test_sequences_with_choices_survive_the_disk_and_are_checked(bytewise, asked, tmp_path):
+    sequences = splits_of(bytewise, asked)[0]["test_forget"]
+    sequences.save(tmp_path / "sequences.safetensors")
+    back = Sequences.load(tmp_path / "sequences.safetensors")
+    assert torch.equal(back.choices, sequences.choices) and (sequences.choices == -1).any()
     ids, mask, letters = torch.tensor([[5, 6, 7]]), torch.tensor([[False, False, True]]), torch.tensor([[7, 8]])
-    Rows(ids, 0, mask, choices=letters)
+    Sequences(ids, 0, mask, choices=letters)
     for changes, name in (
         ({"choices": letters[0]}, "choices: got shape"),
-        ({"choices": letters + 1}, "choices: got rows whose answer"),
+        ({"choices": letters + 1}, "choices: got sequences whose answer"),
         ({"answer_mask": None}, "answer_mask: got"),
         ({"answer_mask": ~mask}, "answer_mask: got"),
     ):
         with pytest.raises(ValueError, match=f"^{name}"):
-            Rows(**{"input_ids": ids, "pad_id": 0, "answer_mask": mask, "choices": letters, **changes})
+            Sequences(**{"input_ids": ids, "pad_id": 0, "answer_mask": mask, "choices": letters, **changes})
     model = build_model({"model_type": "llama", **MODEL}, bytewise, 0)
-    with pytest.raises(ValueError, match=r"^rows: got token id 4000"):
-        evaluate_rows(model, Rows(ids, 0, mask, choices=torch.tensor([[7, 4000]])))
+    with pytest.raises(ValueError, match=r"^sequences: got token id 4000"):
+        evaluate_sequences(model, Sequences(ids, 0, mask, choices=torch.tensor([[7, 4000]])))
 
 
 def test_answered_questions_are_shown_before_a_question(bytewise, tmp_path):
     """The few-shot attack: what stands before a question leaves its letters and its answer what they are."""
     files = [write(tmp_path / "q.jsonl", questions(30, seed=4, choices=(2, 4)))]
     splits, _ = splits_of(bytewise, MultipleChoiceConfig(files, description="It.\n\n"), positions=None)
-    rows, shown = splits["test_forget"], splits["valid_forget"]
+    sequences, shown = splits["test_forget"], splits["valid_forget"]
     between = bytewise.encode("\n\n", add_special_tokens=False)
-    prompted, _ = few_shot(rows, shown, 2, seed=0, positions=None, between=between)
-    examples = {bytewise.decode(row[row != 0]) for row in shown.input_ids}
-    assert torch.equal(prompted.choices, rows.choices)
-    for row, answer, long, mask in zip(rows.input_ids, rows.answer_mask, prompted.input_ids, prompted.answer_mask, strict=True):
+    prompted, _ = few_shot(sequences, shown, 2, seed=0, positions=None, between=between)
+    examples = {bytewise.decode(sequence[sequence != 0]) for sequence in shown.input_ids}
+    assert torch.equal(prompted.choices, sequences.choices)
+    for sequence, answer, long, mask in zip(
+        sequences.input_ids, sequences.answer_mask, prompted.input_ids, prompted.answer_mask, strict=True
+    ):
         *before, own = bytewise.decode(long[long != 0]).split("<bos>")[1:]
-        assert "<bos>" + own == bytewise.decode(row[row != 0]) and long[mask].tolist() == row[answer].tolist()
+        assert "<bos>" + own == bytewise.decode(sequence[sequence != 0]) and long[mask].tolist() == sequence[answer].tolist()
         assert len(before) == 2 and all(text.endswith("\n\n") and "<bos>" + text[:-2] in examples for text in before)
-    once, _ = few_shot(rows, shown, 2, seed=0, positions=None, between=between, lead=bytewise.bos_token_id)
-    for long, mask, row, own in zip(prompted.input_ids, prompted.answer_mask, once.input_ids, once.answer_mask, strict=True):
-        text = bytewise.decode(row[row != 0])
+    once, _ = few_shot(sequences, shown, 2, seed=0, positions=None, between=between, lead=bytewise.bos_token_id)
+    for long, mask, sequence, own in zip(
+        prompted.input_ids, prompted.answer_mask, once.input_ids, once.answer_mask, strict=True
+    ):
+        text = bytewise.decode(sequence[sequence != 0])
         assert text.rindex("<bos>") == 0 and text[5:] == bytewise.decode(long[long != 0]).replace("<bos>", "")
-        assert row[own].tolist() == long[mask].tolist() and int(own.sum()) == 1
+        assert sequence[own].tolist() == long[mask].tolist() and int(own.sum()) == 1
 
 
 def test_hub_questions_are_streamed(monkeypatch):
@@ -354,11 +358,14 @@ def test_its_scores_are_those_of_the_command(finished, bytewise, tmp_path, capsy
     }
     values = set()
     for name, (file, options) in flags.items():
-        rows = Rows.load(data / f"test_{name}.safetensors")
-        tested = {bytewise.decode(row[:end]) for row, end in zip(rows.input_ids, rows.answer_mask.int().argmax(1), strict=True)}
+        sequences = Sequences.load(data / f"test_{name}.safetensors")
+        tested = {
+            bytewise.decode(sequence[:end])
+            for sequence, end in zip(sequences.input_ids, sequences.answer_mask.int().argmax(1), strict=True)
+        }
         everything = read_questions([finished / f"{file}.jsonl"])
         chosen = [question for question in everything if any(text.endswith(question.prompt()) for text in tested)]
-        assert len(chosen) == len(rows) < len(everything)
+        assert len(chosen) == len(sequences) < len(everything)
         path = write(tmp_path / f"{name}.jsonl", chosen)
         for model in results["models"]:
             capsys.readouterr()
@@ -386,8 +393,8 @@ def test_text_is_held_out_beside_the_questions(finished):
     """What is said of text, the error of a cache and the quality of a gate, is measured on text."""
     stages = finished / "out" / "stages"
     (data,) = stages.glob("prepare-*/data")
-    splits = {path.stem: Rows.load(path) for path in data.iterdir()}
-    kinds = {name: rows.answer_mask is not None for name, rows in splits.items()}
+    splits = {path.stem: Sequences.load(path) for path in data.iterdir()}
+    kinds = {name: sequences.answer_mask is not None for name, sequences in splits.items()}
     asked = {f"{split}_{name}": True for split in ("valid", "test") for name in ("retain", "forget")}
     texts = {f"{split}_{name}": False for split in ("train", "valid_text") for name in ("retain", "forget")}
     assert kinds == {**asked, **texts}
@@ -423,6 +430,6 @@ def test_what_is_cut_is_said(finished, tmp_path, capsys):
         f"{cut['test_retain']} of {splits['test_retain']['rows']} questions of test_retain are cut" in said
         and "test_forget" not in said
     )
-    rows = Rows.load(tmp_path / "data" / "data" / "test_retain.safetensors")
-    full = Rows.load(next((finished / "out" / "stages").glob("prepare-*/data")) / "test_retain.safetensors")
-    assert rows.length == 171 < full.length, "as many positions as the model has, and the letter"
+    sequences = Sequences.load(tmp_path / "data" / "data" / "test_retain.safetensors")
+    full = Sequences.load(next((finished / "out" / "stages").glob("prepare-*/data")) / "test_retain.safetensors")
+    assert sequences.length == 171 < full.length, "as many positions as the model has, and the letter"

@@ -204,7 +204,7 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
 
 
 def test_what_the_model_cannot_read_is_refused_when_prepared(tmp_path, capsys):
-    from kinds import tokenizer_of
+    from tokenizer_kinds import tokenizer_of
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (tmp_path / "a.txt").write_text("".join(f"document {number}\n" for number in range(80)))

@@ -68,17 +68,17 @@ def test_what_is_wrong_is_named(tmp_path, name, content, wanted):
 @pytest.mark.parametrize("length", [2, 5, 7, 64])
 def test_packing_keeps_every_token_in_order(length):
     documents = [[10, 11, 12], [20], list(range(30, 47)), [50, 51]]
-    rows = pack(documents, length, separator_id=1, pad_id=0)
-    stream = rows.input_ids.flatten().tolist()
+    sequences = pack(documents, length, separator_id=1, pad_id=0)
+    stream = sequences.input_ids.flatten().tolist()
     wanted = [token for document in documents for token in [1, *document]]
-    wanted += [1] * (len(wanted) % length > 0)  # the end of the last document, where its row has room
-    assert [t for t in stream if t] == wanted and all(t == 0 for t in stream[len(wanted) :]) and rows.length == length
-    assert rows.tokens() == len(wanted) and rows.lengths.tolist()[:-1] == [length] * (len(rows) - 1)
+    wanted += [1] * (len(wanted) % length > 0)  # the end of the last document, where its sequence has room
+    assert [t for t in stream if t] == wanted and all(t == 0 for t in stream[len(wanted) :]) and sequences.length == length
+    assert sequences.tokens() == len(wanted) and sequences.lengths.tolist()[:-1] == [length] * (len(sequences) - 1)
 
 
 def test_the_published_packing_discards_what_overflows():
-    rows = pack([[2, 3, 4], [5, 6, 7], [8, 9]], 6, separator_id=1, pad_id=0, overflow="discard")
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 1, 0, 0]]
+    sequences = pack([[2, 3, 4], [5, 6, 7], [8, 9]], 6, separator_id=1, pad_id=0, overflow="discard")
+    assert sequences.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_documents_fall_into_splits_by_hash(tmp_path):
     for name, texts in lines.items():
         found = {}
         for split in ("train", "valid", "test"):
-            rows = splits[f"{split}_{name}"]
-            assert rows.answer_mask is None
-            stream = tokenizer.decode(rows.input_ids.flatten())
+            sequences = splits[f"{split}_{name}"]
+            assert sequences.answer_mask is None
+            stream = tokenizer.decode(sequences.input_ids.flatten())
             found[split] = {t for t in stream.replace("<pad>", "").split("<bos>") if t}
         assert set.union(*found.values()) == set(texts) and sum(map(len, found.values())) == 200, (
             "a copy stays with its original"
@@ -150,8 +150,8 @@ def mix(tmp_path):
     return tokenizer, settings, {name: str(tmp_path / f"{name}.txt") for name in "abc"}
 
 
-def first_letters(rows):
-    return ["abc"[token - 2] for token in rows.input_ids[:, 1].tolist()]
+def first_letters(sequences):
+    return ["abc"[token - 2] for token in sequences.input_ids[:, 1].tolist()]
 
 
 def test_shares_are_of_a_budget_of_tokens(mix):
@@ -168,8 +168,10 @@ def test_shares_are_of_a_budget_of_tokens(mix):
 def test_a_source_with_too_little_is_read_again_in_training(mix):
     tokenizer, settings, paths = mix
     splits = text_splits(tokenizer, **{**settings, "retain": {paths["a"]: 1.0}}, seed=0, tokens=5500)
-    rows = [splits[f"{split}_retain"] for split in ("train", "valid", "test")]
-    assert sum(map(len, rows)) == 500 and len(set(map(tuple, rows[0].input_ids.tolist()))) == 200 - len(rows[1]) - len(rows[2])
+    sequences = [splits[f"{split}_retain"] for split in ("train", "valid", "test")]
+    assert sum(map(len, sequences)) == 500 and len(set(map(tuple, sequences[0].input_ids.tolist()))) == 200 - len(
+        sequences[1]
+    ) - len(sequences[2])
     listed = text_splits(tokenizer, **settings, seed=0, tokens=5500)
     assert sum(len(listed[f"{split}_retain"]) for split in ("train", "valid", "test")) == 200, "a list is read once"
 
@@ -194,10 +196,10 @@ def test_text_to_distill_on_leaves_out_what_is_held_out(mix):
     distill = {"sources": [paths["a"], paths["c"]], "tokens": None, "length": 22}
     splits = text_splits(tokenizer, **settings, seed=0, distill=distill, isolated=True)
     assert splits["train_distill"].length == 22 and splits["train_distill"].starts is not None
-    documents = {tuple(row) for row in splits["train_distill"].input_ids.view(-1, 11).tolist()}
-    held_out = {tuple(row) for split in ("valid", "test") for row in splits[f"{split}_retain"].input_ids.tolist()}
+    documents = {tuple(sequence) for sequence in splits["train_distill"].input_ids.view(-1, 11).tolist()}
+    held_out = {tuple(sequence) for split in ("valid", "test") for sequence in splits[f"{split}_retain"].input_ids.tolist()}
     assert held_out and not held_out & documents
-    assert {tuple(row) for row in splits["train_retain"].input_ids.tolist()} < documents
+    assert {tuple(sequence) for sequence in splits["train_retain"].input_ids.tolist()} < documents
     assert "train_distill" not in text_splits(tokenizer, **settings, seed=0, distill={**distill, "sources": []})
 
 

@@ -1,4 +1,4 @@
-"""The gate of filter-then-distill: what it learns from a few labelled rows, and that it is a function of them."""
+"""The gate of filter-then-distill: what it learns from a few labelled sequences, and that it is a function of them."""
 
 import math
 import random
@@ -6,40 +6,42 @@ import random
 import pytest
 import torch
 
-from undo_core.data.rows import Rows
-from undo_core.distillation.gate import Gate, GateConfig, features, fit_gate, labelled
+from undo_core.data.sequences import Sequences
+from undo_core.distillation.gate import Classifier, GateConfig, features, fit_classifier, labelled
 
 PAD = 0
 
 
-def spoken(tokens, count, seed, length=20) -> Rows:
-    """Rows of random tokens of one kind, of different lengths."""
+def spoken(tokens, count, seed, length=20) -> Sequences:
+    """Sequences of random tokens of one kind, of different lengths."""
     draw = random.Random(seed)
     ids = torch.zeros(count, length, dtype=torch.int32)
-    for row in range(count):
+    for sequence in range(count):
         used = draw.randint(length // 2, length)
-        ids[row, :used] = torch.tensor([draw.choice(tokens) for _ in range(used)])
-    return Rows(ids, PAD)
+        ids[sequence, :used] = torch.tensor([draw.choice(tokens) for _ in range(used)])
+    return Sequences(ids, PAD)
 
 
 def test_a_small_sample_tells_overlapping_kinds_apart():
     retain, forget = spoken(range(1, 60), 2000, 1), spoken(range(40, 100), 2000, 2)
-    few = [labelled(rows, 0.01, 7) for rows in (forget, retain)]
-    assert [len(rows) for rows in few] == [20, 20]
-    gate = fit_gate(*few)
-    quality = gate.quality(spoken(range(40, 100), 500, 3), spoken(range(1, 60), 500, 4))
+    few = [labelled(sequences, 0.01, 7) for sequences in (forget, retain)]
+    assert [len(sequences) for sequences in few] == [20, 20]
+    classifier = fit_classifier(*few)
+    quality = classifier.quality(spoken(range(40, 100), 500, 3), spoken(range(1, 60), 500, 4))
     assert quality["recall"] > 0.9 and quality["precision"] > 0.9
-    same = fit_gate(*(labelled(rows, 0.01, 7) for rows in (forget, retain)))
-    assert torch.equal(gate.weight, same.weight) and torch.equal(gate.bias, same.bias)
-    assert not torch.equal(gate.weight, fit_gate(*(labelled(rows, 0.01, 8) for rows in (forget, retain))).weight)
+    same = fit_classifier(*(labelled(sequences, 0.01, 7) for sequences in (forget, retain)))
+    assert torch.equal(classifier.weight, same.weight) and torch.equal(classifier.bias, same.bias)
+    assert not torch.equal(
+        classifier.weight, fit_classifier(*(labelled(sequences, 0.01, 8) for sequences in (forget, retain))).weight
+    )
 
 
 def test_the_order_of_tokens_is_seen():
     """The same tokens in either kind: only pairs tell them apart."""
     rising = torch.arange(1, 17).repeat(8, 1)
-    forget, retain = (Rows(ids.int(), PAD) for ids in (rising, rising.flip(1)))
-    gate = fit_gate(forget, retain)
-    assert gate.forget(forget).all() and not gate.forget(retain).any()
+    forget, retain = (Sequences(ids.int(), PAD) for ids in (rising, rising.flip(1)))
+    classifier = fit_classifier(forget, retain)
+    assert classifier.forget(forget).all() and not classifier.forget(retain).any()
 
 
 def test_features_against_a_count_by_hand():
@@ -60,22 +62,22 @@ def test_the_fit_is_the_minimum():
     """At the minimum of the penalised loss its gradient vanishes; computed here by hand."""
     forget, retain = spoken(range(30, 60), 40, 1), spoken(range(1, 40), 60, 2)
     config = GateConfig(buckets=256, penalty=1e-3)
-    gate = fit_gate(forget, retain, config)
-    x = torch.cat([features(rows.input_ids, rows.text_mask(), 256) for rows in (forget, retain)])
+    classifier = fit_classifier(forget, retain, config)
+    x = torch.cat([features(sequences.input_ids, sequences.text_mask(), 256) for sequences in (forget, retain)])
     y = torch.cat([torch.ones(40), torch.zeros(60)]).double()
-    residual = 1 / (1 + torch.exp(-(x @ gate.weight + gate.bias))) - y
-    assert float((x.T @ residual / 100 + 2 * 1e-3 * gate.weight).abs().max()) < 1e-5
+    residual = 1 / (1 + torch.exp(-(x @ classifier.weight + classifier.bias))) - y
+    assert float((x.T @ residual / 100 + 2 * 1e-3 * classifier.weight).abs().max()) < 1e-5
     assert abs(float(residual.mean())) < 1e-5
 
 
 def test_precision_and_recall():
     """Weights that say forget wherever token 9 stands."""
     weight = features(torch.tensor([[9]]), torch.tensor([[True]]), 4096)[0]
-    gate = Gate(weight, torch.tensor(-0.1, dtype=torch.float64))
-    forget, retain = (Rows(torch.tensor(ids), PAD) for ids in ([[9], [9], [9], [2]], [[9], [3], [4], [5]]))
-    quality = gate.quality(forget, retain)
+    classifier = Classifier(weight, torch.tensor(-0.1, dtype=torch.float64))
+    forget, retain = (Sequences(torch.tensor(ids), PAD) for ids in ([[9], [9], [9], [2]], [[9], [3], [4], [5]]))
+    quality = classifier.quality(forget, retain)
     assert quality == {"precision": 0.75, "recall": 0.75, "forget_rows": 4, "retain_rows": 4}
-    silent = Gate(torch.zeros_like(weight), torch.tensor(-1.0, dtype=torch.float64))
+    silent = Classifier(torch.zeros_like(weight), torch.tensor(-1.0, dtype=torch.float64))
     assert silent.quality(forget, retain)["precision"] is None
 
 

@@ -8,7 +8,7 @@ from rounding import assert_rounded, assert_same_function
 from stage_kinds import NOWHERE
 
 from undo_core import TrainConfig, distill
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.cache import cache_teacher
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.student import matching
@@ -16,7 +16,7 @@ from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.models import build_model
 from undo_core.pipeline.stages import Distill
 from undo_core.planning.fit import cheapest_fit
-from undo_core.training import rows_source
+from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.training.losses import Match, distillation, relative_error
 
@@ -50,9 +50,9 @@ def wanted_loss(student, teacher, batch, weight, layers, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (0,), (2,)])
-def test_the_formula(models, rows, layers):
+def test_the_formula(models, sequences, layers):
     teacher, student = models
-    batch = rows_source(rows, 12, 3)(0)
+    batch = sequence_source(sequences, 12, 3)(0)
     got = distillation(student, ModelTeacher(teacher, layers).targets(batch), batch, batch.counted, Match(0.7, layers))
     wanted = wanted_loss(student, teacher, batch, 0.7, layers)
     assert_same_function(got, wanted_loss(student, teacher, batch, 0.7, layers, torch.float32), wanted)
@@ -64,12 +64,12 @@ def gradient(model):
     return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
-def test_the_gradient_of_micro_batches_is_the_whole_batch_s(models, rows):
+def test_the_gradient_of_micro_batches_is_the_whole_batch_s(models, sequences):
     teacher, student = models
     known, match = ModelTeacher(teacher, (1, 2)), Match(5.0, (1, 2))
-    ids = rows.input_ids.clone()
-    ids[::3, 4:] = 0  # rows of different numbers of labels
-    batch = rows_source(Rows(ids, 0), 12, 3)(0)
+    ids = sequences.input_ids.clone()
+    ids[::3, 4:] = 0  # sequences of different numbers of labels
+    batch = sequence_source(Sequences(ids, 0), 12, 3)(0)
 
     def loss(model, batches, counted):
         return distillation(model, known.targets(batches["text"]), batches["text"], counted["text"], match)
@@ -109,34 +109,34 @@ def test_the_error_is_relative_and_what_is_masked_has_none():
     assert_rounded(hidden.grad, wanted, magnitude, terms=2 * 12 + 8)
 
 
-def learn(teacher, student, rows, checkpointing=False, **options):
+def learn(teacher, student, sequences, checkpointing=False, **options):
     train = TrainConfig(steps=6, batch_size=16, micro_batch_size=8, lr=3e-3, activation_checkpointing=checkpointing)
-    distill(student, teacher, rows, train, progress=False, **options)
+    distill(student, teacher, sequences, train, progress=False, **options)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
-def test_hidden_states_come_closer_and_a_streamed_teacher_gives_the_same_bits(models, rows, tmp_path):
+def test_hidden_states_come_closer_and_a_streamed_teacher_gives_the_same_bits(models, sequences, tmp_path):
     teacher, student = models
     teacher.save_pretrained(tmp_path / "teacher")
     matched, plain = copy.deepcopy(student), copy.deepcopy(student)
-    wanted = learn(teacher, matched, rows, hidden_weight=10.0)
-    learn(teacher, plain, rows)
-    batch = rows_source(rows, 32, 5)(0)
+    wanted = learn(teacher, matched, sequences, hidden_weight=10.0)
+    learn(teacher, plain, sequences)
+    batch = sequence_source(sequences, 32, 5)(0)
     errors = []
     for model in (student, matched, plain):
         states = [m(input_ids=batch.input_ids, output_hidden_states=True).hidden_states[1] for m in (model, teacher)]
         errors.append(float(relative_error(*(s.detach() for s in states), batch.mask, batch.counted)))
     assert errors[1] < 0.9 * errors[0] and errors[1] < errors[2]
     streamed = ModelTeacher(stream_model(tmp_path / "teacher"))
-    assert torch.equal(learn(streamed, copy.deepcopy(student), rows, hidden_weight=10.0), wanted)
-    assert torch.equal(learn(teacher, copy.deepcopy(student), rows, checkpointing=True, hidden_weight=10.0), wanted)
+    assert torch.equal(learn(streamed, copy.deepcopy(student), sequences, hidden_weight=10.0), wanted)
+    assert torch.equal(learn(teacher, copy.deepcopy(student), sequences, checkpointing=True, hidden_weight=10.0), wanted)
 
 
-def test_a_teacher_without_layers_is_refused(models, rows, tmp_path):
+def test_a_teacher_without_layers_is_refused(models, sequences, tmp_path):
     teacher, student = models
-    cached = cache_teacher(teacher, rows, tmp_path / "cache", TeacherConfig("cached"), progress=False)
+    cached = cache_teacher(teacher, sequences, tmp_path / "cache", TeacherConfig("cached"), progress=False)
     with pytest.raises(ValueError, match=r"^hidden_weight: got 1.0 with CachedTeacher.*wanted a resident or streamed"):
-        distill(student, cached, rows, hidden_weight=1.0)
+        distill(student, cached, sequences, hidden_weight=1.0)
 
 
 def test_no_cache_is_advised_for_less_memory():

@@ -1,4 +1,4 @@
-"""Heads with rows beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
+"""Heads with vocabulary entries beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rounding import assert_same_function
 
 from undo_core import TeacherConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, unlearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model, tokens_of
 from undo_core.pipeline.stage import Work
@@ -32,7 +32,7 @@ LLAMA = {
 
 @pytest.fixture
 def padded(tokenizer):
-    """Makes a model whose head has so many rows more than there are tokens."""
+    """Makes a model whose head has so many vocabulary entries more than there are tokens."""
     return lambda extra, seed=0: build_model({**LLAMA, "vocab_size": tokens_of(tokenizer) + extra}, tokenizer, seed)
 
 
@@ -40,8 +40,8 @@ def logits(model, ids, size):
     return model.double()(input_ids=ids[:, :-1]).logits[..., :size].log_softmax(-1)
 
 
-def text(rows):
-    return rows.input_ids.long(), (rows.input_ids != 0)[:, 1:]
+def text(sequences):
+    return sequences.input_ids.long(), (sequences.input_ids != 0)[:, 1:]
 
 
 def gradient_of(model, loss):
@@ -51,11 +51,11 @@ def gradient_of(model, loss):
 
 
 @pytest.mark.parametrize(("student_extra", "teacher_extra"), [(0, 7), (7, 0), (5, 9), (4, 4)])
-def test_the_kl_is_over_the_tokens(padded, tokenizer, rows, student_extra, teacher_extra):
+def test_the_kl_is_over_the_tokens(padded, tokenizer, sequences, student_extra, teacher_extra):
     size = tokens_of(tokenizer)
     student, teacher = padded(student_extra, 1), padded(teacher_extra, 2)
-    ids, mask = text(rows)
-    batch = as_batch({"input_ids": ids, "attention_mask": (rows.input_ids != 0).long()})
+    ids, mask = text(sequences)
+    batch = as_batch({"input_ids": ids, "attention_mask": (sequences.input_ids != 0).long()})
     targets = ModelTeacher(teacher).targets(batch)
     assert isinstance(targets, HiddenTargets)
     got = distillation(student, targets, batch, batch.counted, vocab_size=size)
@@ -72,10 +72,10 @@ def test_the_kl_is_over_the_tokens(padded, tokenizer, rows, student_extra, teach
     assert_same_function(*gradients, "gradient")
 
 
-def test_maxent_is_uniform_over_the_tokens(padded, tokenizer, rows):
+def test_maxent_is_uniform_over_the_tokens(padded, tokenizer, sequences):
     size, model = tokens_of(tokenizer), padded(40)
-    ids, mask = text(rows)
-    batch = as_batch({"input_ids": ids, "attention_mask": (rows.input_ids != 0).long()})
+    ids, mask = text(sequences)
+    batch = as_batch({"input_ids": ids, "attention_mask": (sequences.input_ids != 0).long()})
     got = uniform_kl(model, batch, batch.counted, vocab_size=size)
     written = []
     for one in (model, copy.deepcopy(model).double()):
@@ -90,8 +90,8 @@ def head_after(model, run):
     return (model.lm_head.weight.detach() - before).abs().sum(1)
 
 
-def test_unlearn_and_distill_leave_the_padding_alone(padded, tokenizer, rows):
-    size, plain = tokens_of(tokenizer), Rows(rows.input_ids, 0)
+def test_unlearn_and_distill_leave_the_padding_alone(padded, tokenizer, sequences):
+    size, plain = tokens_of(tokenizer), Sequences(sequences.input_ids, 0)
     config = UnlearnConfig(retain_weight=0.0, vocab_size=size, train=ONE)
     moved = head_after(padded(6), lambda m: unlearn(m, forget=plain, retain=plain, config=config, progress=False))
     assert moved[:size].all() and not moved[size:].any()
@@ -101,9 +101,11 @@ def test_unlearn_and_distill_leave_the_padding_alone(padded, tokenizer, rows):
     assert moved[:size].all() and not moved[size:].any()
 
 
-def test_the_smaller_head_is_the_default_and_said_once(padded, tokenizer, rows):
-    size, plain = tokens_of(tokenizer), Rows(rows.input_ids, 0)
-    with pytest.warns(UserWarning, match=f"student of {size + 6} rows and a teacher of {size + 2}; taking {size + 2}") as said:
+def test_the_smaller_head_is_the_default_and_said_once(padded, tokenizer, sequences):
+    size, plain = tokens_of(tokenizer), Sequences(sequences.input_ids, 0)
+    with pytest.warns(
+        UserWarning, match=f"student of {size + 6} vocabulary entries and a teacher of {size + 2}; taking {size + 2}"
+    ) as said:
         moved = head_after(padded(6), lambda m: distill(m, padded(2, 1), plain, ONE, progress=False))
     assert len(said) == 1 and moved[: size + 2].all() and not moved[size + 2 :].any()
     with warnings.catch_warnings():
@@ -111,16 +113,19 @@ def test_the_smaller_head_is_the_default_and_said_once(padded, tokenizer, rows):
         distill(padded(6), padded(2, 1), plain, ONE, vocab_size=size, progress=False)
     for student, teacher, name in ((6, 2, "teacher"), (2, 6, "student")):
         with pytest.raises(
-            ValueError, match=f"vocab_size: got {size + 4}, wanted at most the {size + 2} rows of the {name}'s head"
+            ValueError,
+            match=f"vocab_size: got {size + 4}, wanted at most the {size + 2} vocabulary entries of the {name}'s head",
         ):
             distill(padded(student), padded(teacher), plain, ONE, vocab_size=size + 4, progress=False)
-    with pytest.raises(ValueError, match=f"vocab_size: got {size + 4}, wanted at most the {size + 2} rows of the model's head"):
+    with pytest.raises(
+        ValueError, match=f"vocab_size: got {size + 4}, wanted at most the {size + 2} vocabulary entries of the model's head"
+    ):
         unlearn(padded(2), forget=plain, retain=plain, config=UnlearnConfig(vocab_size=size + 4), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["cached", "topk"])
-def test_caches_know_the_tokens(padded, tokenizer, rows, tmp_path, kind):
-    size, plain = tokens_of(tokenizer), Rows(rows.input_ids, 0)
+def test_caches_know_the_tokens(padded, tokenizer, sequences, tmp_path, kind):
+    size, plain = tokens_of(tokenizer), Sequences(sequences.input_ids, 0)
     how = {"k": 5} if kind == "topk" else {}
     teacher = padded(6, 1)
     with torch.no_grad():
@@ -134,7 +139,7 @@ def test_caches_know_the_tokens(padded, tokenizer, rows, tmp_path, kind):
     if kind == "topk":
         batch = as_batch(plain.input_ids.long())
         known.check(plain)
-        batch = type(batch)(batch.input_ids, plain.input_ids != 0, rows=torch.arange(100))
+        batch = type(batch)(batch.input_ids, plain.input_ids != 0, index=torch.arange(100))
         targets = known.targets(batch)
         mask = batch.mask[:, 1:]
         written = (logits(m, batch.input_ids, size).topk(5).values[mask] for m in (teacher, copy.deepcopy(teacher).double()))

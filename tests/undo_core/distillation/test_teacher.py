@@ -7,17 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from folders import weights as files
+from file_hashes import weight_hashes
 
 from undo_core import distill
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation import cache as teacher_cache
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.io.files import read_json
 from undo_core.models import build_model, head_of, load_model
-from undo_core.training import TrainConfig, rows_source
+from undo_core.training import TrainConfig, sequence_source
 
 LLAMA = {
     "model_type": "llama",
@@ -43,22 +43,22 @@ def pair(request, tiny, tokenizer, tmp_path):
     return load_model(tmp_path / "teacher"), tmp_path / "teacher", lambda: make(2)
 
 
-def learn(teacher, student, rows, steps=4, **options):
+def learn(teacher, student, sequences, steps=4, **options):
     train = TrainConfig(steps=steps, batch_size=32, micro_batch_size=16, lr=3e-3)
-    result = distill(student, teacher, rows, train, progress=False, **options)
+    result = distill(student, teacher, sequences, train, progress=False, **options)
     return torch.cat([p.detach().flatten() for p in student.parameters()]), result
 
 
-def test_the_student_has_the_same_bits(pair, rows, tmp_path):
+def test_the_student_has_the_same_bits(pair, sequences, tmp_path):
     model, folder, student = pair
-    wanted, facts = learn(model, student(), rows)
-    got, other = learn(ModelTeacher.streamed(folder), student(), rows)
+    wanted, facts = learn(model, student(), sequences)
+    got, other = learn(ModelTeacher.streamed(folder), student(), sequences)
     assert torch.equal(got, wanted) and other.history == facts.history
 
-    cache_teacher(stream_model(folder), rows, tmp_path / "cache", CACHED, progress=False)
+    cache_teacher(stream_model(folder), sequences, tmp_path / "cache", CACHED, progress=False)
     for head in (folder, model, head_of(model)):
         cached = CachedTeacher.open(tmp_path / "cache", head, CACHED)
-        got, other = learn(cached, student(), rows)
+        got, other = learn(cached, student(), sequences)
         assert torch.equal(got, wanted) and other.history == facts.history
     assert not torch.equal(wanted, torch.cat([p.detach().flatten() for p in student().parameters()]))
 
@@ -79,44 +79,44 @@ def test_a_streamed_model_keeps_no_layer(pair):
     assert torch.equal(head.weight, wanted.weight) and (head.scale, head.softcap) == (wanted.scale, wanted.softcap)
 
 
-def test_a_bfloat16_cache_is_close_and_says_how_close(pair, rows, tmp_path):
+def test_a_bfloat16_cache_is_close_and_says_how_close(pair, sequences, tmp_path):
     model, _, student = pair
-    _, exact = learn(model, student(), rows, steps=1)
+    _, exact = learn(model, student(), sequences, steps=1)
     config = TeacherConfig("cached", dtype="bfloat16", batch_size=16)
-    cached = cache_teacher(model, rows, tmp_path / "cache", config, progress=False)
-    loss = learn(cached, student(), rows, steps=1)[1].history[-1]["loss"]
+    cached = cache_teacher(model, sequences, tmp_path / "cache", config, progress=False)
+    loss = learn(cached, student(), sequences, steps=1)[1].history[-1]["loss"]
     assert loss == pytest.approx(exact.history[-1]["loss"], rel=1e-2) and loss != exact.history[-1]["loss"]
     far = cached.facts["error"]["far from"]
     assert 0 < far["kl_error"] < 1e-2 and 0 < far["gradient_error"] < 2e-2
-    assert cached.targets(rows_source_batch(rows)).hidden.dtype == torch.float32
+    assert cached.targets(rows_source_batch(sequences)).hidden.dtype == torch.float32
 
 
-def rows_source_batch(rows, size=16):
-    return rows_source(rows, size, 0)(0)
+def rows_source_batch(sequences, size=16):
+    return sequence_source(sequences, size, 0)(0)
 
 
-def test_the_error_of_the_top_k_falls_with_k(pair, rows, tmp_path):
+def test_the_error_of_the_top_k_falls_with_k(pair, sequences, tmp_path):
     model, _, student = pair
     errors = []
     for k in (1, 4, 12):
-        cached = cache_teacher(model, rows, tmp_path / f"{k}", TeacherConfig("topk", k=k, batch_size=16), progress=False)
+        cached = cache_teacher(model, sequences, tmp_path / f"{k}", TeacherConfig("topk", k=k, batch_size=16), progress=False)
         errors.append([cached.facts["error"]["far from"][name] for name in ("kl_error", "gradient_error")])
     assert errors[0] > errors[1] > errors[2] and errors[0][1] > errors[1][1] > errors[2][1]
     assert errors[2][0] < 0.5 * errors[0][0] and errors[2][0] < 0.2
     opened = CachedTeacher.open(tmp_path / "12")
     assert opened.head is None and opened.vocabulary == 17
     before, after = student(), student()
-    approximate = learn(opened, after, rows)[1].history[-1]["loss"]
-    assert approximate == pytest.approx(learn(model, before, rows)[1].history[-1]["loss"], rel=0.1)
+    approximate = learn(opened, after, sequences)[1].history[-1]["loss"]
+    assert approximate == pytest.approx(learn(model, before, sequences)[1].history[-1]["loss"], rel=0.1)
     with pytest.raises(ValueError, match=r"^k: got 17, wanted less than the vocabulary's 17"):
-        cache_teacher(model, rows, tmp_path / "all", TeacherConfig("topk", k=17), progress=False)
+        cache_teacher(model, sequences, tmp_path / "all", TeacherConfig("topk", k=17), progress=False)
 
 
-def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, rows, monkeypatch):
+def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, sequences, monkeypatch):
     model = tiny(1).bfloat16()
     hidden = torch.randn(12, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     whole = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
-    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two rows at a time
+    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two tokens at a time
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         casts, products = 0, 0
@@ -133,15 +133,15 @@ def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, rows, monkeypatch)
 
 
 @pytest.fixture
-def cache(tiny, rows, tmp_path):
+def cache(tiny, sequences, tmp_path):
     tiny(1).save_pretrained(tmp_path / "teacher")
-    cache_teacher(tiny(1), rows, tmp_path / "cache", CACHED, progress=False)
+    cache_teacher(tiny(1), sequences, tmp_path / "cache", CACHED, progress=False)
     return tmp_path / "cache"
 
 
-def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
-    longer = Rows(torch.nn.functional.pad(rows.input_ids, (0, 2)), 0)
-    other = Rows(rows.input_ids.flip(0), 0)
+def test_a_mismatch_is_refused(cache, tiny, sequences, tmp_path):
+    longer = Sequences(torch.nn.functional.pad(sequences.input_ids, (0, 2)), 0)
+    other = Sequences(sequences.input_ids.flip(0), 0)
     tiny(2).save_pretrained(tmp_path / "other")
     half = copy.deepcopy(tiny(1)).bfloat16()
     for argument, message in (
@@ -165,9 +165,9 @@ def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
     teacher, before = CachedTeacher.open(cache, tmp_path / "teacher"), tiny(2)
     for data, message in (
         (longer, "length 8; .* length 10"),
-        (other, "other rows"),
-        ([rows.input_ids.long()], "^text: got list, wanted the token rows"),
-        (lambda step: None, "^text: got function, wanted the token rows"),
+        (other, "other sequences"),
+        ([sequences.input_ids.long()], "^text: got list, wanted the token sequences"),
+        (lambda step: None, "^text: got function, wanted the token sequences"),
     ):
         student = tiny(2)
         with pytest.raises(ValueError, match=message):
@@ -175,18 +175,22 @@ def test_a_mismatch_is_refused(cache, tiny, rows, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before.parameters(), strict=True))
     assert CachedTeacher.open(cache, tiny(1), TeacherConfig("cached")).kind == "cached"
     others = (TeacherConfig("topk", k=2), TeacherConfig("cached", batch_size=8), TeacherConfig("cached"))
-    for different in ((tiny(2), rows, CACHED), (tiny(1), other, CACHED), *((tiny(1), rows, config) for config in others)):
+    for different in (
+        (tiny(2), sequences, CACHED),
+        (tiny(1), other, CACHED),
+        *((tiny(1), sequences, config) for config in others),
+    ):
         with pytest.raises(ValueError, match=r"^folder: got .*, a cache"):
             cache_teacher(*different[:2], cache, different[2], progress=False)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_killed_while_caching_it_continues(cache, tiny, rows, tmp_path, seconds, monkeypatch):
-    small = {"shard_bytes": 20_000, "checkpoint_seconds": seconds, "progress": False}  # shards of about fifty rows
+def test_killed_while_caching_it_continues(cache, tiny, sequences, tmp_path, seconds, monkeypatch):
+    small = {"shard_bytes": 20_000, "checkpoint_seconds": seconds, "progress": False}  # shards of about fifty sequences
     teacher, whole, killed = tiny(1), tmp_path / "whole", tmp_path / "killed"
     config = TeacherConfig("cached", batch_size=8)
-    cache_teacher(teacher, rows, whole, config, **small)
-    assert len(files(whole)) == 3
+    cache_teacher(teacher, sequences, whole, config, **small)
+    assert len(weight_hashes(whole)) == 3
 
     import undo_core.distillation.cache as module
 
@@ -201,57 +205,60 @@ def test_killed_while_caching_it_continues(cache, tiny, rows, tmp_path, seconds,
 
     monkeypatch.setattr(module, "hidden_states", dying)
     with pytest.raises(KeyboardInterrupt):
-        cache_teacher(teacher, rows, killed, config, **small)
+        cache_teacher(teacher, sequences, killed, config, **small)
     with pytest.raises(FileNotFoundError, match="wanted a complete cache"):
         CachedTeacher.open(killed, teacher)
     state = read_json(killed / "progress.json")
     done, first = state["rows"], state["bounds"][1]
     assert done > first if seconds == 0.0 else done == first, "the second shard is continued within, or begun again"
     with pytest.raises(ValueError, match="an unfinished cache with another teacher's weights"):
-        cache_teacher(tiny(3), rows, killed, config, **small)
+        cache_teacher(tiny(3), sequences, killed, config, **small)
     before = calls = 100
-    cache_teacher(teacher, rows, killed, config, **small)
+    cache_teacher(teacher, sequences, killed, config, **small)
     assert calls - before == sum(-(-(end - max(start, done)) // 8) for start, end in pairwise(state["bounds"]) if end > done), (
         "what was done is not done again"
     )
-    assert files(killed) == files(whole) and {p.name for p in killed.iterdir()} == {*files(whole), "cache.json"}
+    assert weight_hashes(killed) == weight_hashes(whole) and {p.name for p in killed.iterdir()} == {
+        *weight_hashes(whole),
+        "cache.json",
+    }
     calls = 100
-    cache_teacher(teacher, rows, killed, config, **small)
+    cache_teacher(teacher, sequences, killed, config, **small)
     assert calls == 100
-    one = learn(CachedTeacher.open(killed, teacher), tiny(2), rows)[0]
-    assert torch.equal(one, learn(CachedTeacher.open(whole, teacher), tiny(2), rows)[0])
+    one = learn(CachedTeacher.open(killed, teacher), tiny(2), sequences)[0]
+    assert torch.equal(one, learn(CachedTeacher.open(whole, teacher), tiny(2), sequences)[0])
 
 
-def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, rows, tmp_path, monkeypatch):
+def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, sequences, tmp_path, monkeypatch):
     import undo_core.distillation.cache as module
 
     small = {"shard_bytes": 20_000, "checkpoint_seconds": 0.0, "progress": False}
     config, folder = TeacherConfig("cached", batch_size=8), tmp_path / "killed"
-    cache_teacher(tiny(1), rows, tmp_path / "whole", config, **small)
+    cache_teacher(tiny(1), sequences, tmp_path / "whole", config, **small)
 
     def dying(_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "sync_folder", dying)
-        cache_teacher(tiny(1), rows, folder, config, **small)
+        cache_teacher(tiny(1), sequences, folder, config, **small)
     shutil.copytree(folder, tmp_path / "resized")
-    cache_teacher(tiny(1), rows, folder, config, **small)
-    assert files(folder) == files(tmp_path / "whole")
-    cache_teacher(tiny(1), rows, tmp_path / "resized", config, **{**small, "shard_bytes": 19_000})
-    assert len(files(tmp_path / "resized")) == 3 and files(tmp_path / "resized") != files(folder)
-    students = [learn(CachedTeacher.open(tmp_path / name, tiny(1)), tiny(2), rows)[0] for name in ("killed", "resized")]
+    cache_teacher(tiny(1), sequences, folder, config, **small)
+    assert weight_hashes(folder) == weight_hashes(tmp_path / "whole")
+    cache_teacher(tiny(1), sequences, tmp_path / "resized", config, **{**small, "shard_bytes": 19_000})
+    assert len(weight_hashes(tmp_path / "resized")) == 3 and weight_hashes(tmp_path / "resized") != weight_hashes(folder)
+    students = [learn(CachedTeacher.open(tmp_path / name, tiny(1)), tiny(2), sequences)[0] for name in ("killed", "resized")]
     assert torch.equal(*students)
 
 
-def test_a_full_disk_is_one_line(tiny, rows, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line(tiny, sequences, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
-    positions = int((rows.input_ids[:, 1:] != 0).sum())
+    positions = int((sequences.input_ids[:, 1:] != 0).sum())
     with pytest.raises(
         OSError, match=rf"needs [\d,]+ bytes \({positions} positions of 68\) and the disk has 1,000 free"
     ) as info:
-        cache_teacher(tiny(1), rows, tmp_path / "cache", CACHED, progress=False)
+        cache_teacher(tiny(1), sequences, tmp_path / "cache", CACHED, progress=False)
     assert "\n" not in str(info.value) and not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()
     import undo_core.distillation.cache as module
@@ -266,14 +273,14 @@ def test_a_full_disk_is_one_line(tiny, rows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.os, "pwrite", full)
     with pytest.raises(OSError, match=r"the disk is full; the teacher's cache takes [\d,]+ bytes in all"):
-        cache_teacher(tiny(1), rows, tmp_path / "cache", CACHED, progress=False)
+        cache_teacher(tiny(1), sequences, tmp_path / "cache", CACHED, progress=False)
     left[0] = 10**6
-    cache_teacher(tiny(1), rows, tmp_path / "cache", CACHED, progress=False)
+    cache_teacher(tiny(1), sequences, tmp_path / "cache", CACHED, progress=False)
 
 
-def test_a_resumed_distillation_has_the_same_bits(cache, tiny, rows, tmp_path):
+def test_a_resumed_distillation_has_the_same_bits(cache, tiny, sequences, tmp_path):
     teacher = CachedTeacher.open(cache, tmp_path / "teacher")
-    wanted, _ = learn(teacher, tiny(2), rows, steps=6)
+    wanted, _ = learn(teacher, tiny(2), sequences, steps=6)
 
     class Dying(CachedTeacher):
         calls = 0
@@ -287,14 +294,16 @@ def test_a_resumed_distillation_has_the_same_bits(cache, tiny, rows, tmp_path):
     options = {"folder": tmp_path / "scratch", "checkpoint_seconds": 0.0}
     options["folder"].mkdir()
     with pytest.raises(KeyboardInterrupt):
-        learn(Dying(cache, teacher.head), tiny(2), rows, steps=6, **options)
-    assert torch.equal(learn(CachedTeacher.open(cache, tmp_path / "teacher"), tiny(2), rows, steps=6, **options)[0], wanted)
+        learn(Dying(cache, teacher.head), tiny(2), sequences, steps=6, **options)
+    assert torch.equal(
+        learn(CachedTeacher.open(cache, tmp_path / "teacher"), tiny(2), sequences, steps=6, **options)[0], wanted
+    )
 
 
-def test_the_padding_token_within_a_text_is_stored_like_any_other(tiny, rows, tmp_path):
-    ids = rows.input_ids.clone()
+def test_the_padding_token_within_a_text_is_stored_like_any_other(tiny, sequences, tmp_path):
+    ids = sequences.input_ids.clone()
     ids[:, 3] = 0  # as where one id is both padding and the end of a text
-    both = Rows(ids, 0, lengths=rows.lengths)
+    both = Sequences(ids, 0, lengths=sequences.lengths)
     cached = cache_teacher(tiny(1), both, tmp_path / "cache", CACHED, progress=False)
-    assert cached.facts["positions"] == int((rows.input_ids[:, 1:] != 0).sum())
+    assert cached.facts["positions"] == int((sequences.input_ids[:, 1:] != 0).sum())
     assert torch.equal(learn(cached, tiny(2), both)[0], learn(tiny(1), tiny(2), both)[0])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from asked import bytewise_tokenizer, questions, write
+from generated_questions import bytewise_tokenizer, questions, write
 from rounding import PATH, assert_same_function, gamma
 
 from undo_core.cli import main
@@ -68,9 +68,9 @@ def test_log_likelihoods_are_those_of_the_models_own_logits(model, bytewise):
 def test_letters_share_a_pass_and_the_head_sees_the_answers_alone(model, bytewise, monkeypatch):
     import undo_core.evaluation.multiple_choice as module
 
-    rows, scored = [], []
+    sequences, scored = [], []
     forward, cross_entropy = module.hidden_states, module.ops.linear_cross_entropy
-    monkeypatch.setattr(module, "hidden_states", lambda model, ids: rows.append(tuple(ids.shape)) or forward(model, ids))
+    monkeypatch.setattr(module, "hidden_states", lambda model, ids: sequences.append(tuple(ids.shape)) or forward(model, ids))
     monkeypatch.setattr(
         module.ops,
         "linear_cross_entropy",
@@ -78,9 +78,9 @@ def test_letters_share_a_pass_and_the_head_sees_the_answers_alone(model, bytewis
     )
     requests = [encode(bytewise, question.prompt(), f" {letter}") for question in questions(10) for letter in "ABCD"]
     log_likelihoods(model, requests, positions=120)
-    assert sum(count for count, _ in rows) == 10 and sum(scored) == 40
-    assert all(count * length <= 120 or count == 1 for count, length in rows) and len(rows) > 1
-    lengths = [length for _, length in rows]
+    assert sum(count for count, _ in sequences) == 10 and sum(scored) == 40
+    assert all(count * length <= 120 or count == 1 for count, length in sequences) and len(sequences) > 1
+    lengths = [length for _, length in sequences]
     assert lengths == sorted(lengths, reverse=True)
 
 

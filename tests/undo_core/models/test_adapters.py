@@ -22,7 +22,7 @@ from undo_core import (
     relearn,
     unlearn,
 )
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.cache import CachedTeacher
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import UnsupportedHead, head_of, hidden_states, vocabulary_of
@@ -76,7 +76,7 @@ def adapted(kind="lora", seed=0, model=None, **more):
 
 @pytest.fixture
 def text():
-    return Rows(torch.randint(1, 24, (16, 9), generator=torch.Generator().manual_seed(3)).int(), 0)
+    return Sequences(torch.randint(1, 24, (16, 9), generator=torch.Generator().manual_seed(3)).int(), 0)
 
 
 @pytest.fixture

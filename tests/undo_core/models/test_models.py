@@ -56,10 +56,10 @@ def test_head_parts_give_the_models_logits(kind, extra):
     assert (head.softcap, head.scale) == (extra.get("final_logit_softcapping"), {"cohere": 0.3, "granite": 0.25}.get(kind, 1.0))
 
 
-def test_rows_that_the_model_drops_are_not_counted():
+def test_entries_that_the_model_drops_are_not_counted():
     model = causal("inkling_text", unpadded_vocab_size=41).eval()
-    rows, logits = len(model.lm_head.weight), model(input_ids=torch.arange(12)[None], use_cache=False).logits
-    assert vocabulary_of(model) == logits.shape[-1] == 41 < rows
+    stored, logits = len(model.lm_head.weight), model(input_ids=torch.arange(12)[None], use_cache=False).logits
+    assert vocabulary_of(model) == logits.shape[-1] == 41 < stored
 
 
 def test_a_head_that_does_more_is_refused_by_name():
@@ -85,13 +85,15 @@ def test_initialisation_is_a_function_of_the_seed():
 
 
 def counted_flops(model, length):
-    """Of a token in a row of ``length``, as torch counts them."""
+    """Of a token in a sequence of ``length``, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(3 * length).view(3, length) % 40, use_cache=False)
     flops = counter.get_flop_counts()["Global"]
-    return sum(count for op, count in flops.items() if op is not torch.ops.aten.convolution) / (3 * length)  # it pads a row
+    return sum(count for op, count in flops.items() if op is not torch.ops.aten.convolution) / (
+        3 * length
+    )  # it pads a sequence
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "jetmoe"])
@@ -101,12 +103,13 @@ def test_flops_are_those_of_the_matrix_products(kind):
     if kind in ("mixtral", "qwen3_moe", "gpt_oss"):
         model.set_experts_implementation("eager")
     config, length = model.config, 24
-    # Besides the products of weights and of attention, the angles of rotary positions are a product of one position and each frequency.
+    # Besides the products of weights and of attention, the angles of rotary positions are a product of one position and each
+    # frequency.
     rotary = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     assert 0 <= counted_flops(model, length) - forward_flops(model, length) <= rotary
 
 
-def test_flops_of_linear_attention_do_not_grow_with_the_row():
+def test_flops_of_linear_attention_do_not_grow_with_the_sequence():
     model = causal("qwen3_next").eval()
     model.set_attn_implementation("eager")
     assert set(model.config.layer_types) == {"linear_attention", "full_attention"}

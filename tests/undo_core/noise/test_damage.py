@@ -221,7 +221,7 @@ def test_memory_is_bounded_by_the_largest_matrix(tmp_path):
 import shutil
 from pathlib import Path
 from undo_core.noise.damage import damage_checkpoint
-from undo_core.io.memory import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak
 source, output = Path({str(tmp_path / "s")!r}), Path({str(tmp_path / "o")!r})
 grown = []
 for operator in ("gaussian", "permute"):  # the first loads every library

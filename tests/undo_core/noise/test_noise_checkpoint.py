@@ -102,7 +102,7 @@ def test_memory_is_bounded_by_a_tensor(tmp_path):
 import resource, shutil
 from pathlib import Path
 from undo_core.noise.checkpoint import noise_checkpoint
-from undo_core.io.memory import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak
 source, output = Path({str(source)!r}), Path({str(output)!r})
 output.mkdir()
 small = dict(alpha=.5, seed=1, progress=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from undo_kernels.library import implementation
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment
 from undo_kernels.ops.sharding import local_pieces
-from undo_kernels.segment import Segment
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoConfig, AutoModelForCausalLM
 from undo_core import noise_ as damage
-from undo_kernels.library import implementation
-from undo_kernels.segment import Segment
+from undo_kernels.library.backends import implementation
+from undo_kernels.noise_segments import Segment
 from undo_kernels.ops import noise_
 from undo_kernels.ops.noise import apply
 from undo_kernels.ops.sharding import local_pieces

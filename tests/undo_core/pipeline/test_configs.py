@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from asked import questions, write
+from generated_questions import questions, write
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
 
@@ -88,7 +88,7 @@ def results(output):
 
 def splits(output):
     (data,) = (output / "stages").glob("prepare-*/data")
-    return {path.stem: Rows.load(path) for path in data.iterdir()}
+    return {path.stem: Sequences.load(path) for path in data.iterdir()}
 
 
 def test_the_template_runs(folder, tmp_path, capsys):
@@ -98,9 +98,9 @@ def test_the_template_runs(folder, tmp_path, capsys):
     assert "distill 0.25" in capsys.readouterr().out
     assert main(["run", TEMPLATE, *arguments]) == 0
     results(tmp_path / "out")
-    rows = splits(tmp_path / "out")
-    assert set(rows) == {f"{split}_{group}" for split in ("train", "valid", "test") for group in ("retain", "forget")}
-    assert all(part.starts is not None and part.length == 32 for part in rows.values())
+    sequences = splits(tmp_path / "out")
+    assert set(sequences) == {f"{split}_{group}" for split in ("train", "valid", "test") for group in ("retain", "forget")}
+    assert all(part.starts is not None and part.length == 32 for part in sequences.values())
     (prepared,) = (tmp_path / "out" / "stages").glob("prepare-*/model.safetensors")
     assert {t.dtype for t in load_file(prepared).values()} == {torch.bfloat16}, "the checkpoint keeps its dtype"
 
@@ -117,18 +117,18 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     assert main(["plan", WMDP, *arguments]) == 0 and not (tmp_path / "out").exists()
     assert main(["run", WMDP, *arguments]) == 0
     found = results(tmp_path / "out")
-    rows = splits(tmp_path / "out")
-    assert all(part.starts is None for part in rows.values())
-    assert rows["train_distill"].length == 32 and rows["train_retain"].length == 16
-    # What is distilled on is that text alone: positions of a step are its rows'.
+    sequences = splits(tmp_path / "out")
+    assert all(part.starts is None for part in sequences.values())
+    assert sequences["train_distill"].length == 32 and sequences["train_retain"].length == 16
+    # What is distilled on is that text alone: positions of a step are its sequences'.
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")
     assert read_json(student)["positions_by_source"] == {"text": 3 * 4 * 32}
     assert found["models"][2]["training"]["steps"] == 3
     assert found["metric"]["kind"] == "accuracy"
-    sizes = {name: len(rows) for name, rows in rows.items() if rows.choices is not None}
+    sizes = {name: len(sequences) for name, sequences in sequences.items() if sequences.choices is not None}
     assert sizes["valid_forget"] + sizes["test_forget"] == 20 and 12 <= sizes["valid_retain"] + sizes["test_retain"] <= 13
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    asked = {name: tokenizer.decode(rows[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
+    asked = {name: tokenizer.decode(sequences[f"test_{name}"].input_ids[0]) for name in ("forget", "retain")}
     assert asked["forget"].startswith("The following are multiple choice questions (with answers) about cybersecurity.\n\n")
     assert [text.count("Answer:") for text in asked.values()] == [1, 6], "no example, and five"
 

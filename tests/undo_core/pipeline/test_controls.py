@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from undo_core.attacks.relearning import AttackConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json
@@ -22,7 +22,7 @@ from undo_core.pipeline.config import (
     RunConfig,
 )
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import run
 from undo_core.pipeline.stage import Work
 from undo_core.pipeline.store import Store
@@ -69,9 +69,9 @@ def test_a_run_holds_the_controls(finished):
     assert models["undo-0.4-prune"]["training"]["labelled_forget_tokens"] and "damage" not in models["undo-0.5"]
     assert models["oracle-random"]["training"]["steps"] == 3 and models["gated-0.5"]["attack"]["curves"]
     assert not any("left" in model for model in models.values()), "a model of text alone"
-    stages = {model.name: model.stage for model in plan_run(settings).models}
+    stages = {model.name: model.stage for model in graph_of(settings).models}
     whole = replace(settings, noise=replace(settings.noise, parts="all"))
-    others = {model.name: model.stage.inputs.get("student") for model in plan_run(whole).models}
+    others = {model.name: model.stage.inputs.get("student") for model in graph_of(whole).models}
     for name in ("undo-0.5", "undo-0.4-prune", "gated-0.5"):
         assert others[name].settings == {**stages[name].inputs["student"].settings, "parts": "all"}
     store = Store(folder / "stages")
@@ -82,20 +82,20 @@ def test_a_run_holds_the_controls(finished):
     gate, prepared = gated["gate"], gated["prepared"]
     facts = store.manifest(gate)
     assert facts["labelled_rows"] == {"forget": 15, "retain": 15} and facts["rows"] == 600
-    assert facts["heldout"]["precision"] > 0.9 and facts["heldout"]["recall"] > 0.9, "an operator tells the rows apart"
+    assert facts["heldout"]["precision"] > 0.9 and facts["heldout"]["recall"] > 0.9, "an operator tells the sequences apart"
     kept = load_file(store.folder(gate) / "gate.safetensors")["kept"]
-    assert int(kept.sum()) == facts["kept_rows"] and kept[:300].sum() > 5 * kept[300:].sum(), "rows to retain come first"
+    assert int(kept.sum()) == facts["kept_rows"] and kept[:300].sum() > 5 * kept[300:].sum(), "sequences to retain come first"
     training = models["gated-0.5"]["training"]
     assert training["labelled_forget_tokens"] == facts["labelled_forget_tokens"] > 15
     assert gated and all(s.settings["hidden"]["hidden_weight"] == 0.5 for s in stages.values() if s.kind == "distill")
 
-    rows = Rows.load(store.folder(prepared) / "data" / "train_forget.safetensors")
-    few = Rows(rows.input_ids[:7], rows.pad_id)
+    sequences = Sequences.load(store.folder(prepared) / "data" / "train_forget.safetensors")
+    few = Sequences(sequences.input_ids[:7], sequences.pad_id)
     labelled = models["undo-0.5"]["training"]["labelled_distinct_tokens"]
-    assert labelled["forget"] == few.tokens(), "5 batches of 4 have each of the 7 rows"
-    retained = Rows.load(store.folder(prepared) / "data" / "train_retain.safetensors")
+    assert labelled["forget"] == few.tokens(), "5 batches of 4 have each of the 7 sequences"
+    retained = Sequences.load(store.folder(prepared) / "data" / "train_retain.safetensors")
     seed = store.manifest(stages["unlearn"])["settings"]["train"]["seed"] + 1
-    assert labelled["retain"] == Rows(retained.input_ids[retained.order(0, 20, seed)], retained.pad_id).tokens()
+    assert labelled["retain"] == Sequences(retained.input_ids[retained.order(0, 20, seed)], retained.pad_id).tokens()
     costs = models["undo-0.5"]["costs"]
     tokens = models["original"]["training"]["tokens"]
     assert costs["pretraining_tokens"] == tokens and costs["labelled_share"] == sum(labelled.values()) / tokens
@@ -106,7 +106,7 @@ def test_a_run_holds_the_controls(finished):
 def test_a_retain_text_that_is_not_read_is_not_counted(finished):
     settings, folder = finished
     settings = replace(settings, unlearn=replace(settings.unlearn, retain_weight=0.0))
-    (stage,) = [model.stage for model in plan_run(settings).models if model.kind == "unlearn"]
+    (stage,) = [model.stage for model in graph_of(settings).models if model.kind == "unlearn"]
     store = Store(folder / "stages")
     store.ensure(stage)
     facts = store.manifest(stage)
@@ -120,7 +120,7 @@ def test_a_retain_text_that_is_not_read_is_not_counted(finished):
 def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeypatch):
     """What the unlearned model retains, not what the original does, its teacher."""
     settings, folder = finished
-    stages = {model.name: model.stage for model in plan_run(settings).models}
+    stages = {model.name: model.stage for model in graph_of(settings).models}
     store = Store(folder / "stages")
     weight = lambda model: float(model.get_input_embeddings().weight.detach().double().sum())  # noqa: E731
     monkeypatch.setattr("undo_core.pipeline.stages.distill.retain_performance", lambda model, data: weight(model))
@@ -148,18 +148,18 @@ def test_the_plan_knows_them(finished):
 def test_what_is_left_at_its_default_is_in_no_key():
     """So that stages made before these settings were there are found again."""
     base = config(unlearn=UnlearnConfig(), distill=DistillConfig(), controls=ControlsConfig(oracle_steps=3))
-    stages = {stage.title: stage for stage in plan_run(base).stages()}
+    stages = {stage.title: stage for stage in graph_of(base).stages()}
     assert "forget_rows" not in stages["unlearn maxent"].settings
     assert set(stages["distill 0.5"].settings) == {"train", "recover"}
     assert set(stages["distill 0.5"].inputs) == {"prepared", "teacher", "student"}
     assert set(stages["noise 0.5"].settings) == {"alpha", "beta", "law", "seed"}
-    few = {stage.title: stage for stage in plan_run(config(controls=ControlsConfig(oracle_steps=3))).stages()}
+    few = {stage.title: stage for stage in graph_of(config(controls=ControlsConfig(oracle_steps=3))).stages()}
     assert few["unlearn maxent"].settings["forget_rows"] == 7 and few["unlearn maxent"].key != stages["unlearn maxent"].key
 
 
 def test_a_cached_teacher_is_for_its_own_students():
     cached = config(distill=DistillConfig(teacher=TeacherConfig("cached")))
-    stages = {model.name: model.stage for model in plan_run(cached).models}
+    stages = {model.name: model.stage for model in graph_of(cached).models}
     assert "cache" in stages["undo-0.5"].inputs
     for name in ("gated-0.5", "oracle-random"):
         assert "cache" not in stages[name].inputs and stages[name].settings["teacher"] == {"kind": "streamed"}
@@ -167,7 +167,7 @@ def test_a_cached_teacher_is_for_its_own_students():
 
 def test_a_student_of_random_weights_is_gated_too():
     both = replace(config(), controls=ControlsConfig(gate=GateConfig(share=0.01)))
-    stages = {model.name: model.stage for model in plan_run(both).models}
+    stages = {model.name: model.stage for model in graph_of(both).models}
     assert stages["gated"].inputs["student"].key == stages["random"].inputs["student"].key
 
 
@@ -182,9 +182,9 @@ def test_an_oracle_needs_data_filtering(name):
         config(controls=ControlsConfig(filter=False, **{name: 3}))
 
 
-def test_too_many_labelled_rows_are_refused(tmp_path):
+def test_too_many_labelled_sequences_are_refused(tmp_path):
     few = config(tmp_path, unlearn=UnlearnConfig(forget_rows=301), controls=ControlsConfig(filter=False, random=False))
-    with pytest.raises(ValueError, match=r"^forget_rows: got 301, wanted at most 300, the number of forget rows"):
+    with pytest.raises(ValueError, match=r"^forget_rows: got 301, wanted at most 300, the number of forget sequences"):
         run(few, "test")
 
 

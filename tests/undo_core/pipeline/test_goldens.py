@@ -4,8 +4,8 @@ Each test makes its text again and compares it with the file in ``goldens/``. A 
 
     UNDO_GOLDENS=write python -m pytest tests/undo_core/pipeline/test_goldens.py
 
-and is then read in the diff. What depends on the machine or on versions (times, sizes of a process, digests of weights, computed
-numbers) is replaced by a word.
+and is then read in the diff. What depends on the machine or on versions (times, sizes of a process, digests of weights,
+computed numbers) is replaced by a word.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
 from undo_core.attacks.config import AttackConfig
-from undo_core.cli import stages as commands
+from undo_core.cli import single_stages as commands
 from undo_core.io.files import hash_json, read_json
 from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
-from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import missing_stages, save_results
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
@@ -59,7 +59,8 @@ def check_json(name: str, value) -> None:
     assert json.loads(text) == json.loads(golden(name, text))
 
 
-# -- files that configurations name, written by hand so that no library decides their bytes ------------------------------------------
+# -- files that configurations name, written by hand so that no library decides their bytes
+# ------------------------------------------
 
 CHECKPOINT = {
     "model_type": "gemma2",
@@ -131,7 +132,7 @@ def configuration(path: Path) -> RunConfig:
 
 def stages(config: RunConfig):
     """Every stage of a run but those by which grids grow."""
-    return missing_stages(Store(Path("nowhere")), config, plan_run(config))
+    return missing_stages(Store(Path("nowhere")), config, graph_of(config))
 
 
 # -- keys ----------------------------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def test_keys_of_sweeps(files):
         sweep = SweepConfig(**yaml.safe_load(path.read_text()))
         first = {key: values[:1] if key == "seed" else values for key, values in sweep.grid.items()}
         for config in expand(dataclasses.replace(sweep, grid=first)):
-            models = {model.name: model.stage.name for model in plan_run(config).models}
+            models = {model.name: model.stage.name for model in graph_of(config).models}
             found[f"{path.stem}: {config.name}"] = {**models, "all": hash_json([stage.name for stage in stages(config)])[:12]}
     check_json("keys/sweeps.json", found)
 
@@ -175,7 +176,7 @@ def test_help(monkeypatch):
 def anywhere(monkeypatch):
     """No GPU, no kernels of this processor, and a second a step."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(Measure, "_step", lambda self, rows, length: 1.0)
+    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)
     monkeypatch.setattr(Measure, "_matrix_rate", lambda self: 1e12)
     with undo_kernels.backend("reference"):
         yield
@@ -210,7 +211,8 @@ def test_what_makes_a_run_fit(files, anywhere):
     assert text == golden("fit.txt", text)
 
 
-# -- manifests and results -----------------------------------------------------------------------------------------------------------
+# -- manifests and results
+# -----------------------------------------------------------------------------------------------------------
 
 OF_THE_MACHINE = ("versions", "machine", "seconds", "peak_bytes", "predicted_bytes")
 EXACT = ("settings", "config", "flops", "alpha", "rate", "rates")  # where a number is not what a model computed
@@ -259,7 +261,7 @@ def test_a_manifest_of_each_kind_and_the_results(files):
     parser = cli._parser()
     values = vars(parser.instantiate(parser.parse_args(["run", "--config=run.yaml"]))["run"])
     config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
-    store, plan = Store(Path("out/stages")), plan_run(config)
+    store, plan = Store(Path("out/stages")), graph_of(config)
     manifests = {}
     while missing := missing_stages(store, config, plan):
         run_stages(store, missing, 1, lambda stage: manifests.setdefault(stage.kind, store.manifest(stage)))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from folders import weights
+from file_hashes import weight_hashes
 from stage_kinds import KINDS, Ending
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +28,7 @@ from undo_core.pipeline.config import (
     PretrainConfig,
     RunConfig,
 )
-from undo_core.pipeline.graph import attacked_models, plan_run
+from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.run import run
 from undo_core.pipeline.stages.prepare import prepare_stage
 from undo_core.pipeline.store import Store
@@ -160,7 +160,7 @@ def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, work
         assert time.monotonic() < deadline, "a process that it started outlives it"
         time.sleep(0.1)
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert weights(output / "stages") == weights(reference / "stages")
+    assert weight_hashes(output / "stages") == weight_hashes(reference / "stages")
     got, wanted = (read_json(folder / "results-seed0.json") for folder in (output, reference))
     assert [m["metrics"] for m in got["models"]] == [m["metrics"] for m in wanted["models"]]
 
@@ -197,7 +197,7 @@ def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch
         if model["training"]:
             same = ("steps", "tokens", "history", "stop_step", "labelled_forget_tokens")
             assert {name: got["training"][name] for name in same} == {name: model["training"][name] for name in same}
-    # The teacher's trunk has run over each row once, and not at each step; its head's product is part of every step.
+    # The teacher's trunk has run over each sequence once, and not at each step; its head's product is part of every step.
     undo, before = results[2], wanted[2]
     facts = stages[undo["stage"]]
     positions, forward_pass = (
@@ -228,7 +228,7 @@ def small(**changes) -> RunConfig:
 
 
 def keys(config: RunConfig) -> dict[str, str]:
-    return {model.name: model.stage.key for model in plan_run(config).models}
+    return {model.name: model.stage.key for model in graph_of(config).models}
 
 
 def test_a_sweep_shares_what_it_can():
@@ -255,13 +255,13 @@ def test_every_setting_is_part_of_the_key():
 
     def attacked(config: RunConfig) -> str:
         """Key of the headline attack on the unlearned model at its first rate."""
-        return attacked_models(config, plan_run(config))["relearn"]["unlearn"].stages()[0].key
+        return attacked_models(config, graph_of(config))["relearn"]["unlearn"].stages()[0].key
 
     for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7), ("precision", "bfloat16")):
         changed = small(relearn=dataclasses.replace(config.relearn, **{name: value}))
         assert attacked(changed) != attacked(config)
     train = TrainConfig()
-    base = plan_run(small(distill=DistillConfig(train=train))).models[2].stage.key
+    base = graph_of(small(distill=DistillConfig(train=train))).models[2].stage.key
     for field in dataclasses.fields(TrainConfig):
         named = {"schedule": "linear", "precision": "bfloat16", "optimizer": "adamw-8bit", "attention": "eager"}
         named |= dict.fromkeys(("step_in_backward", "activation_checkpointing"), True)
@@ -274,7 +274,7 @@ def test_every_setting_is_part_of_the_key():
         if field.type in ("int", "int | None") and field.name not in ("micro_batch_size", "seed"):
             value = getattr(train, field.name) + 1
         changed = dataclasses.replace(train, **{field.name: value})
-        assert plan_run(small(distill=DistillConfig(train=changed))).models[2].stage.key != base, field.name
+        assert graph_of(small(distill=DistillConfig(train=changed))).models[2].stage.key != base, field.name
 
 
 @pytest.mark.parametrize("as_checkpoint", [False, True])
@@ -318,7 +318,7 @@ def test_two_processes_share_the_work(finished, tmp_path):
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert weights(tmp_path / "shared" / "stages") == weights(finished[0] / "stages")
+    assert weight_hashes(tmp_path / "shared" / "stages") == weight_hashes(finished[0] / "stages")
 
 
 def test_run_is_a_function_too(tmp_path):

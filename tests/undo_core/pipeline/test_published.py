@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from asked import bytewise_tokenizer, questions, write
+from generated_questions import bytewise_tokenizer, questions, write
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from undo_core.cli import main
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
 from undo_core.models import architecture, build_model
@@ -49,7 +49,7 @@ def at_root(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "pretrain", "teacher", "distill", "attack"),
-    [  # tokens of a step and rows of a pass; steps, rates from and to, weight decay
+    [  # tokens of a step and sequences of a pass; steps, rates from and to, weight decay
         (
             "language",
             112_904_000,
@@ -103,7 +103,7 @@ def test_the_language_data_are_the_published_ones(at_root):
     assert steps == (2e9 // 819_200, 2e9 // 491_520), "an epoch of both"
 
 
-LANGUAGE = {  # steps, rows, rows of a pass, rate, retain weight; seeds are below
+LANGUAGE = {  # steps, sequences, sequences of a pass, rate, retain weight; seeds are below
     "graddiff": (100, 4, None, 6e-5, 1),
     "maxent": (100, 4, None, 3e-5, 1),
     "rmu": (500, 4, None, 3e-5, 0),
@@ -161,14 +161,14 @@ def test_the_methods_are_the_published_ones(at_root, name, table):
 @pytest.mark.parametrize(
     ("name", "run"), [(name, run) for name, table in (("language", LANGUAGE), ("wmdp", WMDP)) for run in table]
 )
-def test_every_method_runs_with_them(at_root, tokenizer, rows, name, run):
+def test_every_method_runs_with_them(at_root, tokenizer, sequences, name, run):
     """Two steps of a model with as many layers and a narrow trunk; arithmetic has the code paths of language."""
     settings = runs_of(name)[run].unlearn
     size = {"batch_size": 4, "micro_batch_size": settings.train.micro_batch_size and min(settings.train.micro_batch_size, 2)}
     config = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=2, lr=1e-2, **size))
     model = build_model({"model_type": "gemma2", **SHAPE, "hidden_size": 8, "num_hidden_layers": 16}, tokenizer, 0)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    result = unlearn(model, forget=rows, retain=rows, config=config, progress=False)
+    result = unlearn(model, forget=sequences, retain=sequences, config=config, progress=False)
     changed = {key for key, p in model.named_parameters() if not torch.equal(p.float(), before[key].to(p.dtype).float())}
     first, last = config.rmu.first_layer, config.rmu.target_layer
     named = {f"model.layers.{k}.mlp.down_proj.weight" for k in range(first, last)}
@@ -212,9 +212,9 @@ def test_the_language_run_runs(folder, tmp_path):
     found = read_json(tmp_path / "out" / "results-seed42.json")
     assert [model["name"] for model in found["models"]] == ["original", "unlearn", "undo-0.6", "random", "filter"]
     (data,) = (tmp_path / "out" / "stages").glob("prepare-*/data")
-    rows = {path.stem: Rows.load(path) for path in data.iterdir()}
-    assert all(part.length == 32 and part.starts is None for part in rows.values())
-    assert int(rows["train_retain"].input_ids.max()) < read_json(data.parent / "config.json")["vocab_size"] == 320
+    sequences = {path.stem: Sequences.load(path) for path in data.iterdir()}
+    assert all(part.length == 32 and part.starts is None for part in sequences.values())
+    assert int(sequences["train_retain"].input_ids.max()) < read_json(data.parent / "config.json")["vocab_size"] == 320
     positions = {stage: [] for stage in ("pretrain", "unlearn", "distill")}
     for stage, counted in positions.items():
         counted += [read_json(path)["positions_by_source"] for path in data.parents[1].glob(f"{stage}-*/manifest.json")]

@@ -18,7 +18,7 @@ from undo_core.attacks.config import NEEDS
 from undo_core.cli import main
 from undo_core.io.files import read_json
 from undo_core.pipeline import workers
-from undo_core.pipeline.graph import plan_run
+from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.stages import Unlearn
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
@@ -111,7 +111,7 @@ def test_the_dry_run_names_the_runs_that_cannot_begin(tmp_path, capsys):
 def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
     path = write(tmp_path, grid={"noise.beta": [0.1, 0.5]})
     configs = expand(sweep(tmp_path, grid={"noise.beta": [0.1, 0.5]}))
-    own = [{stage.key for stage in plan_run(config).stages()} for config in configs]
+    own = [{stage.key for stage in graph_of(config).stages()} for config in configs]
     # of a run: prepare, pretrain, unlearn, noise, distill, filter, and attacks on unlearn, undo and filter
     assert len(own[0]) == 6 and len(own[0] & own[1]) == 4
     for command in (["sweep", path, "--dry-run"], ["plan", path]):

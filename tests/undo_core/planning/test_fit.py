@@ -33,9 +33,9 @@ def pretrained(**train) -> Pretrain:
 
 
 def need(changes):
-    """Bytes: what the changes save, and two for each row of a micro-batch."""
-    rows = next((value for path, value in changes.items() if path.endswith("micro_batch_size")), 64)
-    return 1000 + 2 * rows - sum(SAVED.get((path.removeprefix("train."), value), 0) for path, value in changes.items())
+    """Bytes: what the changes save, and two for each sequence of a micro-batch."""
+    sequences = next((value for path, value in changes.items() if path.endswith("micro_batch_size")), 64)
+    return 1000 + 2 * sequences - sum(SAVED.get((path.removeprefix("train."), value), 0) for path, value in changes.items())
 
 
 def every_set(stage):

@@ -5,15 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from kinds import tokenizer_of
 from rounding import PATH, assert_same_function, gamma
+from tokenizer_kinds import tokenizer_of
 
 from undo_core import TrainConfig, UnlearnConfig, distill, relearn, unlearn
 from undo_core.attacks.relearning import AttackConfig
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model
-from undo_core.training.batches import as_batch, as_source, rows_source
+from undo_core.training.batches import as_batch, as_source, sequence_source
 from undo_core.training.losses import cross_entropy, distillation, token_cross_entropy
 from undo_core.unlearning import method_of
 
@@ -77,7 +77,7 @@ def test_the_loss_is_transformers_own(model, form):
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_an_attention_mask_alone_says_what_is_text(model, form):
-    """The labels are those of each row alone, on whichever side it is padded; a row's first token is none."""
+    """The labels are those of each sequence alone, on whichever side it is padded; a sequence's first token is none."""
     ids, mask = (FORMS[form](t) for t in (IDS, RIGHT))
     got = as_batch({"input_ids": ids, "attention_mask": mask})
     labelled = {"input_ids": IDS, "attention_mask": RIGHT, "labels": torch.where(RIGHT.bool(), IDS, -100)}
@@ -94,21 +94,21 @@ def each_alone(model, pieces):
     return sum(loss(model, piece[None]) * (len(piece) - 1) for piece in pieces) / sum(len(piece) - 1 for piece in pieces)
 
 
-def test_rows_padded_on_the_left_have_the_loss_of_each_alone():
+def test_sequences_padded_on_the_left_have_the_loss_of_each_alone():
     """Of a model that knows relative positions alone; transformers gives one with a table the positions of the batch."""
     made = build_model(SHAPES["llama"], tokenizer_of("padded"), 0).eval()
-    pieces = [IDS[row, : int(RIGHT[row].sum())] for row in range(4)]
+    pieces = [IDS[sequence, : int(RIGHT[sequence].sum())] for sequence in range(4)]
     ids = torch.stack([torch.cat([torch.full((9 - len(piece),), 7), piece]) for piece in pieces])
     got = loss(made, {"input_ids": ids, "attention_mask": RIGHT.flip(1)})
     assert_same_function(got, *(each_alone(m, pieces) for m in (made, copy.deepcopy(made).double())))
 
 
 def test_a_table_of_positions_is_read_where_the_batch_says():
-    """GPT-2 padded on the left, with the positions of each row alone; transformers' own loss beside it."""
+    """GPT-2 padded on the left, with the positions of each sequence alone; transformers' own loss beside it."""
     made = build_model(SHAPES["gpt2"], tokenizer_of("padded"), 0).eval()
     attention = RIGHT.flip(1)
     item = {"input_ids": IDS, "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp_min(0)}
-    pieces = [IDS[row][attention[row].bool()] for row in range(4)]
+    pieces = [IDS[sequence][attention[sequence].bool()] for sequence in range(4)]
     wide = copy.deepcopy(made).double()
     assert_same_function(loss(made, item), *(each_alone(m, pieces) for m in (made, wide)))
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_what_a_model_cannot_read_is_named(name):
     for data, message in (
         (
             [torch.zeros(2, 34, dtype=torch.int64)],
-            "got rows of 34 tokens, of which the last is a label alone, wanted rows that take at most",
+            "got sequences of 34 tokens, of which the last is a label alone, wanted sequences that take at most",
         ),
         ([IDS + 200], "got token id 4.., wanted ids below the model's vocabulary of 300"),
         (
@@ -184,8 +184,8 @@ def test_what_a_model_cannot_read_is_named(name):
     ):
         with pytest.raises(ValueError, match=f"^{name.strip()}: {message}"):
             runs(data)[name]()
-    with pytest.raises(ValueError, match=f"^{name.strip()}: got rows of 34 tokens"):
-        runs(rows_source(Rows(torch.zeros(2, 34, dtype=torch.int32), 1), 2, 0))[name]()
+    with pytest.raises(ValueError, match=f"^{name.strip()}: got sequences of 34 tokens"):
+        runs(sequence_source(Sequences(torch.zeros(2, 34, dtype=torch.int32), 1), 2, 0))[name]()
     runs([torch.full((2, 33), 299)])[name]()  # fits
 
 

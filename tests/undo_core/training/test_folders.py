@@ -5,7 +5,7 @@ import torch
 
 from undo_core import AttackConfig, TrainConfig, UnlearnConfig, cache_teacher, distill, relearn, unlearn
 from undo_core.attacks.relearning import attack
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import load_model
 from undo_core.training import as_source, train
 from undo_core.training.batches import as_batch
@@ -33,9 +33,9 @@ def refused(folder, message, run, *models):
     assert all(torch.equal(bits(model), w) for model, w in zip(models, weights, strict=True))
 
 
-def test_distill(tiny, rows, tmp_path):
+def test_distill(tiny, sequences, tmp_path):
     student = lambda: tiny(1)  # noqa: E731
-    run = lambda student, teacher, text=rows, config=CONFIG, **more: distill(  # noqa: E731
+    run = lambda student, teacher, text=sequences, config=CONFIG, **more: distill(  # noqa: E731
         student, teacher, text, config, folder=tmp_path, **OPTIONS, **more
     )
     first, again = student(), student()
@@ -52,7 +52,7 @@ def test_distill(tiny, rows, tmp_path):
     refused(tmp_path, "teacher.config", lambda: run(student(), capped))
     half = tiny(0).bfloat16().float().bfloat16()
     refused(tmp_path, "teacher.weights", lambda: run(student(), half))
-    cached = cache_teacher(tiny(0), rows, tmp_path / "cache", progress=False)
+    cached = cache_teacher(tiny(0), sequences, tmp_path / "cache", progress=False)
     refused(tmp_path, "teacher.kind", lambda: run(student(), cached))
     frozen = student()
     frozen.model.embed_tokens.weight.requires_grad_(False)
@@ -60,20 +60,20 @@ def test_distill(tiny, rows, tmp_path):
     eager = student()
     eager.set_attn_implementation("flex_attention")
     refused(tmp_path, "model.attention", lambda: run(eager, tiny(0)))
-    batches = [rows.input_ids[:8].long(), rows.input_ids[8:16].long()]
+    batches = [sequences.input_ids[:8].long(), sequences.input_ids[8:16].long()]
     refused(tmp_path, "sources.text", lambda: run(student(), tiny(0), batches))
 
 
-def test_hidden_weight_and_layers(tiny, rows, tmp_path):
-    run = lambda **more: distill(tiny(1), tiny(0), rows, CONFIG, folder=tmp_path, **OPTIONS, **more)  # noqa: E731
+def test_hidden_weight_and_layers(tiny, sequences, tmp_path):
+    run = lambda **more: distill(tiny(1), tiny(0), sequences, CONFIG, folder=tmp_path, **OPTIONS, **more)  # noqa: E731
     run(hidden_weight=0.5)
     refused(tmp_path, "matched.weight 0.5; wanted matched.weight 1", lambda: run(hidden_weight=1.0))
     refused(tmp_path, "matched.layers", lambda: run(hidden_weight=0.5, hidden_layers=[2]))
     refused(tmp_path, "matched", lambda: run())
 
 
-def test_unlearn(tiny, rows, tmp_path):
-    text = Rows(rows.input_ids, 0)
+def test_unlearn(tiny, sequences, tmp_path):
+    text = Sequences(sequences.input_ids, 0)
     run = lambda model, **more: unlearn(  # noqa: E731
         model, forget=text, retain=text, config=UnlearnConfig(train=CONFIG, **more), folder=tmp_path, **OPTIONS
     )
@@ -89,8 +89,8 @@ def test_unlearn(tiny, rows, tmp_path):
     refused(tmp_path, "model.trained", lambda: run(tiny(0), method="rmu", rmu=rmu, retain_weight=1.0))
 
 
-def test_relearn(tiny, rows, tmp_path):
-    text = Rows(rows.input_ids, 0)
+def test_relearn(tiny, sequences, tmp_path):
+    text = Sequences(sequences.input_ids, 0)
     config = AttackConfig(rates=[1e-2], evaluate_at=[0, 2], headline_step=2, batch_size=8, extend=0)
     score = lambda model: {"forget": float(bits(model).sum())}  # noqa: E731
     run = lambda model, text=text, config=config: relearn(  # noqa: E731
@@ -106,7 +106,7 @@ def test_relearn(tiny, rows, tmp_path):
     result = attacked(tiny(0))
     assert attacked(tiny(0)).history == result.history == first[trial].history
     refused(own, "model.weights", lambda: attacked(tiny(1)))
-    refused(own, "sources.forget.rows", lambda: attacked(tiny(0), Rows(text.input_ids.flip(0), 0)))
+    refused(own, "sources.forget.rows", lambda: attacked(tiny(0), Sequences(text.input_ids.flip(0), 0)))
     further = AttackConfig(rates=[1e-2], evaluate_at=[0, 1, 2], headline_step=2, batch_size=8, extend=0)
     refused(own, "evaluate_at", lambda: attacked(tiny(0), config=further))
 
@@ -115,8 +115,8 @@ def loss(model, batches, counted):
     return cross_entropy(model, batches["text"], counted["text"])
 
 
-def test_sources_and_functions_count_by_their_contents(tiny, rows, tmp_path):
-    batches = [rows.input_ids[i : i + 8].long() for i in range(0, 40, 8)]
+def test_sources_and_functions_count_by_their_contents(tiny, sequences, tmp_path):
+    batches = [sequences.input_ids[i : i + 8].long() for i in range(0, 40, 8)]
 
     def run(data, folder, loss=loss, stop=None):
         model = tiny(0)
@@ -135,8 +135,8 @@ def test_sources_and_functions_count_by_their_contents(tiny, rows, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:text. got an iterable")
 @pytest.mark.parametrize("kind", ["list", "stream"])
-def test_what_is_no_rows_resumes_bit_for_bit(tiny, rows, tmp_path, kind):
-    batches = [rows.input_ids[i : i + 8].long() for i in range(0, 40, 8)]
+def test_what_is_no_sequences_resumes_bit_for_bit(tiny, sequences, tmp_path, kind):
+    batches = [sequences.input_ids[i : i + 8].long() for i in range(0, 40, 8)]
 
     class Stream:
         def __iter__(self):

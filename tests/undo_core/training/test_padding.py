@@ -1,19 +1,19 @@
-"""Padding is a position: whatever token fills a row, what is text, a label or the end of a document is the same."""
+"""Padding is a position: whatever token fills a sequence, what is text, a label or the end of a document is the same."""
 
 import dataclasses
 
 import pytest
 import torch
-from kinds import EOS, PAD, tokenizer_of
 from rounding import PATH, assert_same_training, gamma
 from safetensors.torch import load_file, save_file
+from tokenizer_kinds import EOS, PAD, tokenizer_of
 
 from undo_core import TeacherConfig, TrainConfig, cache_teacher, distill, evaluate, few_shot
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.data.text import pack, text_splits
-from undo_core.distillation.gate import GateConfig, fit_gate
+from undo_core.distillation.gate import GateConfig, fit_classifier
 from undo_core.models import build_model, load_model
-from undo_core.training.batches import rows_source
+from undo_core.training.batches import sequence_source
 from undo_core.training.losses import cross_entropy
 
 SHAPE = {
@@ -51,9 +51,9 @@ def model():
 
 
 @torch.no_grad()
-def transformers_loss(model, rows):
-    """Transformers' own, of rows without isolation, with labels made by hand: everything up to the last end of a document."""
-    ids = rows.input_ids.long()
+def transformers_loss(model, sequences):
+    """Transformers' own, of sequences without isolation, with labels made by hand: everything up to the last end of a document."""
+    ids = sequences.input_ids.long()
     labels, last = ids.clone(), ids[-1].tolist()
     end = len(last)
     while last[end - 2 : end] in ([PAD, PAD], [EOS, PAD], [EOS, EOS]):
@@ -68,28 +68,32 @@ def transformers_loss(model, rows):
 def test_the_end_of_a_document_is_a_label_whatever_pads(splits, kind, isolated):
     got, wanted = splits[kind, isolated], splits["padded", isolated]
     ends = 0
-    for name, rows in got.items():
-        assert torch.equal(rows.lengths, wanted[name].lengths) and torch.equal(rows.text_mask(), wanted[name].text_mask())
-        assert torch.equal(rows.input_ids[rows.text_mask()], wanted[name].input_ids[rows.text_mask()])
-        assert not isolated or torch.equal(rows.position_ids(), wanted[name].position_ids())
-        batch = rows_source(rows, len(rows), 0)(0)
+    for name, sequences in got.items():
+        assert torch.equal(sequences.lengths, wanted[name].lengths) and torch.equal(
+            sequences.text_mask(), wanted[name].text_mask()
+        )
+        assert torch.equal(sequences.input_ids[sequences.text_mask()], wanted[name].input_ids[sequences.text_mask()])
+        assert not isolated or torch.equal(sequences.position_ids(), wanted[name].position_ids())
+        batch = sequence_source(sequences, len(sequences), 0)(0)
         _, labels, mask = batch.shifted()
         ends += int((labels[mask] == EOS).sum())
-    lost = sum(int((rows.input_ids[:, 0] == EOS).sum()) for rows in got.values())  # a row's first token is no label
+    lost = sum(
+        int((sequences.input_ids[:, 0] == EOS).sum()) for sequences in got.values()
+    )  # a sequence's first token is no label
     assert ends + lost == 320 + len(got), "one after each document, and one before the first of each split"
     assert ends > 240
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "padded"])
 def test_losses_are_those_of_transformers(splits, model, kind):
-    rows = splits[kind, False]["valid_forget"]
-    wanted, labels = transformers_loss(model, rows)
+    sequences = splits[kind, False]["valid_forget"]
+    wanted, labels = transformers_loss(model, sequences)
     assert int((labels[:, 1:] == EOS).sum()) > 20
-    batch = rows_source(rows, len(rows), 0)(0)
+    batch = sequence_source(sequences, len(sequences), 0)(0)
     assert batch.counted == int((labels[:, 1:] != -100).sum())
     model.float()
     assert cross_entropy(model, batch, batch.counted).item() == pytest.approx(wanted, rel=2 * gamma(PATH))
-    assert evaluate(model, rows)["value"] == pytest.approx(wanted, rel=2 * gamma(PATH))
+    assert evaluate(model, sequences)["value"] == pytest.approx(wanted, rel=2 * gamma(PATH))
 
 
 def test_a_token_that_ends_texts_is_learned_though_it_pads(tmp_path):
@@ -103,21 +107,23 @@ def test_a_token_that_ends_texts_is_learned_though_it_pads(tmp_path):
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_nothing_knows_what_pads(splits, model, tmp_path, isolated):
-    """The cached and the resident teacher, the gate and the few-shot attack, of rows that differ in their padding alone."""
+    """The cached and the resident teacher, the gate and the few-shot attack, of sequences that differ in their padding alone."""
     results, trained = [], []
     for kind in ("gpt2", "padded"):
-        rows, other = (splits[kind, isolated][name] for name in ("valid_forget", "valid_retain"))
-        cached = cache_teacher(model.float(), rows, tmp_path / kind, TeacherConfig("cached"), progress=False)
-        assert cached.facts["positions"] == int((rows.lengths - 1).sum())
+        sequences, other = (splits[kind, isolated][name] for name in ("valid_forget", "valid_retain"))
+        cached = cache_teacher(model.float(), sequences, tmp_path / kind, TeacherConfig("cached"), progress=False)
+        assert cached.facts["positions"] == int((sequences.lengths - 1).sum())
         weights = []
         for teacher in (model, cached):
             student = build_model({"model_type": "llama", **SHAPE, "vocab_size": 300}, tokenizer_of("padded"), 1)
             start = [p.detach().clone() for p in student.parameters()]
-            distill(student, teacher, rows, TrainConfig(1, batch_size=len(rows), lr=1e-2, optimizer="sgd"), progress=False)
+            distill(
+                student, teacher, sequences, TrainConfig(1, batch_size=len(sequences), lr=1e-2, optimizer="sgd"), progress=False
+            )
             weights.append([p.detach() for p in student.parameters()])
         assert_same_training(*weights, start, 1)
-        gate = fit_gate(rows, other, GateConfig(buckets=64))
-        prompted, counted = few_shot(rows, other, 1, seed=0, positions=None)
+        gate = fit_classifier(sequences, other, GateConfig(buckets=64))
+        prompted, counted = few_shot(sequences, other, 1, seed=0, positions=None)
         results.append([gate.weight, prompted.lengths, prompted.input_ids[prompted.text_mask()], counted])
         trained.append(weights[0])
     assert_same_training(*trained, start, 1)
@@ -126,28 +132,32 @@ def test_nothing_knows_what_pads(splits, model, tmp_path, isolated):
 
 
 def test_where_a_text_ends_survives_the_disk_and_decides_the_digest(tmp_path):
-    rows = pack([[5, EOS, 6], [7, PAD, 8]], 12, EOS, EOS, isolated=True)
-    assert rows.lengths.tolist() == [9] and rows.tokens() == 9
-    rows.save(tmp_path / "rows.safetensors")
-    back = Rows.load(tmp_path / "rows.safetensors")
-    assert torch.equal(back.lengths, rows.lengths) and torch.equal(back.starts, rows.starts) and back.digest() == rows.digest()
+    sequences = pack([[5, EOS, 6], [7, PAD, 8]], 12, EOS, EOS, isolated=True)
+    assert sequences.lengths.tolist() == [9] and sequences.tokens() == 9
+    sequences.save(tmp_path / "sequences.safetensors")
+    back = Sequences.load(tmp_path / "sequences.safetensors")
+    assert (
+        torch.equal(back.lengths, sequences.lengths)
+        and torch.equal(back.starts, sequences.starts)
+        and back.digest() == sequences.digest()
+    )
     assert back.position_ids()[0, :9].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
-    shorter = dataclasses.replace(rows, lengths=rows.lengths - 1)
-    moved = dataclasses.replace(rows, starts=rows.starts.roll(1, 1))
-    assert len({part.digest() for part in (rows, shorter, moved, dataclasses.replace(rows, starts=None))}) == 4
-    some = Rows.joined([rows, shorter]).take(torch.tensor([1]))
+    shorter = dataclasses.replace(sequences, lengths=sequences.lengths - 1)
+    moved = dataclasses.replace(sequences, starts=sequences.starts.roll(1, 1))
+    assert len({part.digest() for part in (sequences, shorter, moved, dataclasses.replace(sequences, starts=None))}) == 4
+    some = Sequences.joined([sequences, shorter]).take(torch.tensor([1]))
     assert some.digest() == shorter.digest()
-    old = load_file(tmp_path / "rows.safetensors")
+    old = load_file(tmp_path / "sequences.safetensors")
     del old["lengths"]
     save_file(old, tmp_path / "old.safetensors", metadata={"rows": '{"pad_id": 2, "group_names": [], "separator_id": null}'})
-    with pytest.raises(ValueError, match=r"old\.safetensors: got token rows without 'lengths'"):
-        Rows.load(tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match=r"old\.safetensors: got token sequences without 'lengths'"):
+        Sequences.load(tmp_path / "old.safetensors")
 
 
 def test_what_is_no_length_is_named():
-    assert Rows(torch.tensor([[4, 5, 0, 0], [4, 5, 6, 7], [0, 0, 0, 0]]), 0).lengths.tolist() == [2, 4, 0]
-    with pytest.raises(ValueError, match=r"^lengths: got none and a row 1 with the padding token 2 within its text"):
-        Rows(torch.tensor([[4, 5, 2, 2], [4, 2, 5, 2]]), 2)
+    assert Sequences(torch.tensor([[4, 5, 0, 0], [4, 5, 6, 7], [0, 0, 0, 0]]), 0).lengths.tolist() == [2, 4, 0]
+    with pytest.raises(ValueError, match=r"^lengths: got none and a sequence 1 with the padding token 2 within its text"):
+        Sequences(torch.tensor([[4, 5, 2, 2], [4, 2, 5, 2]]), 2)
     for lengths in ([1], [1, 5], [-1, 2]):
         with pytest.raises(ValueError, match=r"^lengths: got \(\d,\) numbers from"):
-            Rows(torch.zeros(2, 4, dtype=torch.int32), 0, lengths=torch.tensor(lengths))
+            Sequences(torch.zeros(2, 4, dtype=torch.int32), 0, lengths=torch.tensor(lengths))

@@ -14,8 +14,8 @@ from undo_core.checkpoints.files import stored_dtype
 from undo_core.data.arithmetic import compact_splits
 from undo_core.distillation.student import distill
 from undo_core.models import build_model, load_model
-from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, rows_source, train
-from undo_core.training.batches import RowsSource
+from undo_core.training import TrainConfig, bytes_per_parameter, optimizers, sequence_source, train
+from undo_core.training.batches import SequenceSource
 from undo_core.training.loop import accumulate
 from undo_core.training.losses import cross_entropy
 from undo_core.training.optimizers import Updater
@@ -49,10 +49,10 @@ def loss(model, batches, counted):
 
 
 def run(arithmetic, folder=None, source=None, **changes):
-    tokenizer, rows = arithmetic
+    tokenizer, sequences = arithmetic
     model = build_model(SMALL, tokenizer, 0)
     config = TrainConfig(**{"steps": 24, "batch_size": 32, "lr": 3e-3, "warmup": 4, "eval_every": 6, "seed": 5, **changes})
-    source = {"text": source or rows_source(rows, 32, 0)}
+    source = {"text": source or sequence_source(sequences, 32, 0)}
     result = train(model, loss, source, config, folder=folder, checkpoint_seconds=0.0, progress=False)
     return model, [entry["loss"] for entry in result.history[1:]]
 
@@ -83,11 +83,11 @@ def test_every_mode_keeps_to_the_float32_curve(arithmetic, curve, precision, opt
 
 def test_float32_adamw_is_torch_adamw_with_clipping(arithmetic):
     trained, _ = run(arithmetic, steps=3, warmup=0)
-    tokenizer, rows = arithmetic
+    tokenizer, sequences = arithmetic
     model = build_model(SMALL, tokenizer, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
     for step in range(3):
-        batch = rows_source(rows, 32, 0)(step)
+        batch = sequence_source(sequences, 32, 0)(step)
         loss(model.train(), {"text": batch}, {"text": batch.counted}).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -171,7 +171,7 @@ def test_tied_weights_are_stepped_once(arithmetic):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     updater = Updater(model, list(model.parameters()), TrainConfig(precision="bfloat16-master", step_in_backward=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.dtype == torch.bfloat16
-    batch = rows_source(arithmetic[1], 8, 0)(0)
+    batch = sequence_source(arithmetic[1], 8, 0)(0)
     updater.begin(0, 1e-3)
     with updater.attached():
         loss(model, {"text": batch}, {"text": batch.counted}).backward()
@@ -184,12 +184,16 @@ def test_micro_batches_do_not_change_the_gradient(arithmetic, precision):
     def gradient(size):
         model = build_model(SMALL, arithmetic[0], 0)
         updater = Updater(model, list(model.parameters()), TrainConfig(precision=precision))
-        batch = rows_source(arithmetic[1], 32, 0)(0)
+        batch = sequence_source(arithmetic[1], 32, 0)(0)
         with updater.attached():
             accumulate(model, loss, {"text": batch}, {"text": batch.counted}, size)
         return torch.cat([target.grad.double().flatten() for target in updater.targets])
 
-    whole, exact, batch = gradient(None), build_model(SMALL, arithmetic[0], 0).double(), rows_source(arithmetic[1], 32, 0)(0)
+    whole, exact, batch = (
+        gradient(None),
+        build_model(SMALL, arithmetic[0], 0).double(),
+        sequence_source(arithmetic[1], 32, 0)(0),
+    )
     loss(exact, {"text": batch}, {"text": batch.counted}).backward()
     exact = torch.cat([p.grad.flatten() for p in exact.parameters()])
     summed = torch.float32 if precision in ("float32", "bfloat16-master") else torch.bfloat16
@@ -201,7 +205,7 @@ def test_micro_batches_do_not_change_the_gradient(arithmetic, precision):
 def test_masters_accumulate_micro_batches_in_float32(arithmetic):
     model = build_model(SMALL, arithmetic[0], 0)
     updater = Updater(model, list(model.parameters()), TrainConfig(precision="bfloat16-master"))
-    batch = rows_source(arithmetic[1], 32, 0)(0)
+    batch = sequence_source(arithmetic[1], 32, 0)(0)
     with updater.attached():
         accumulate(model, loss, {"text": batch}, {"text": batch.counted}, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -226,7 +230,7 @@ def test_killed_it_ends_with_the_same_bits(arithmetic, tmp_path, precision, opti
     fresh = torch.random.get_rng_state()
     assert torch.equal(before, fresh), "training left the global generator elsewhere"
 
-    class Dying(RowsSource):
+    class Dying(SequenceSource):
         def __call__(self, step):
             if step == 3:
                 raise KeyboardInterrupt
@@ -304,7 +308,8 @@ def test_small_updates_are_lost_by_plain_bfloat16_alone(optimizer):
         return 1 - float(updater.targets[0].detach().double().mean())
 
     assert moved("bfloat16") == 0.0
-    # 40 steps of 128 x 64 weights below 1, each rounded up or down: six standard deviations, which one seed in 500 million leaves.
+    # 40 steps of 128 x 64 weights below 1, each rounded up or down: six standard deviations, which one seed in 500 million
+    # leaves.
     up = 1e-4 / 2**-8
     deviation = 2**-8 * math.sqrt(40 * up * (1 - up) / (128 * 64))
     assert moved("bfloat16-stochastic") == pytest.approx(40e-4, abs=6 * deviation)
@@ -352,12 +357,12 @@ def test_conversion_copies_nothing_it_need_not(arithmetic):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rmu_trains_its_part_alone(arithmetic, precision):
-    tokenizer, rows = arithmetic
+    tokenizer, sequences = arithmetic
     model = build_model({**SMALL, "num_hidden_layers": 2}, tokenizer, 0)
     settings = TrainConfig(steps=2, batch_size=8, lr=1e-2, precision=precision, step_in_backward=True)
     config = UnlearnConfig(method="rmu", rmu=RMUConfig(target_layer=1), train=settings)
     before = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
-    unlearn(model, forget=rows, retain=rows, config=config, progress=False)
+    unlearn(model, forget=sequences, retain=sequences, config=config, progress=False)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p.bfloat16(), before[name])}
     assert changed == {"model.layers.0.mlp.down_proj.weight"}
 
@@ -368,7 +373,7 @@ def test_a_model_is_saved_in_its_dtype_and_loaded_in_float32(arithmetic, tmp_pat
     same, wide = load_model(tmp_path, torch.bfloat16), load_model(tmp_path)
     assert same.dtype == torch.bfloat16 and same.config.dtype == torch.bfloat16 and wide.dtype == torch.float32
     assert torch.equal(weights(same), weights(model)) and torch.equal(weights(wide), weights(model))
-    train(same, loss, {"text": rows_source(arithmetic[1], 8, 0)}, TrainConfig(steps=1), progress=False)
+    train(same, loss, {"text": sequence_source(arithmetic[1], 8, 0)}, TrainConfig(steps=1), progress=False)
     assert same.dtype == torch.float32  # the next stage's precision
 
 
@@ -399,10 +404,10 @@ def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
 
 
 def test_student_and_teacher_may_differ(arithmetic):
-    tokenizer, rows = arithmetic
+    tokenizer, sequences = arithmetic
     student, teacher = (build_model(SMALL, tokenizer, seed) for seed in (0, 1))
     settings = TrainConfig(steps=12, batch_size=32, lr=3e-3, precision="bfloat16-stochastic", eval_every=6)
-    history = distill(student, teacher, rows, settings, progress=False).history
+    history = distill(student, teacher, sequences, settings, progress=False).history
     assert history[-1]["loss"] < history[1]["loss"]
     assert (student.dtype, teacher.dtype) == (torch.bfloat16, torch.float32)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from rounding import assert_same_function
 
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import build_model
-from undo_core.training import DivergedError, TrainConfig, as_source, loop, rows_source, train
-from undo_core.training.batches import RowsSource
+from undo_core.training import DivergedError, TrainConfig, as_source, loop, sequence_source, train
+from undo_core.training.batches import SequenceSource
 from undo_core.training.losses import cross_entropy
 
 
@@ -24,9 +24,9 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_the_loss_falls(tiny, rows):
+def test_the_loss_falls(tiny, sequences):
     model = tiny()
-    result = train(model, loss, {"text": rows_source(rows, 16, 0)}, config(steps=80, eval_every=20), progress=False)
+    result = train(model, loss, {"text": sequence_source(sequences, 16, 0)}, config(steps=80, eval_every=20), progress=False)
     losses = [entry["loss"] for entry in result.history[1:]]
     assert losses[-1] < 0.8 * losses[0]
     assert (
@@ -35,19 +35,19 @@ def test_the_loss_falls(tiny, rows):
 
 
 @pytest.mark.parametrize("micro", [1, 5, 16])
-def test_micro_batches_do_not_change_the_gradient(tiny, rows, micro):
+def test_micro_batches_do_not_change_the_gradient(tiny, sequences, micro):
     whole, split = tiny(), tiny()
-    train(whole, loss, {"text": rows_source(rows, 16, 0)}, config(steps=1, lr=0.0, clip=0.0, warmup=0), progress=False)
+    train(whole, loss, {"text": sequence_source(sequences, 16, 0)}, config(steps=1, lr=0.0, clip=0.0, warmup=0), progress=False)
     from undo_core.training.loop import accumulate
 
-    batch = rows_source(rows, 16, 0)(0)
+    batch = sequence_source(sequences, 16, 0)(0)
     for model, size in ((whole, None), (split, micro)):
         accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         assert_same_function(b.grad, a.grad, a.grad)  # in float64, but for the model's norms, which compute in float32
 
 
-def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, rows, tmp_path):
+def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, sequences, tmp_path):
     def run(folder, source):
         model = tiny()
         evaluate = lambda m: {"norm": float(weights(m).norm())}  # noqa: E731
@@ -56,21 +56,21 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, rows, tmp_path):
             model, loss, {"text": source}, settings, evaluate=evaluate, folder=folder, checkpoint_seconds=0.0, progress=False
         )
 
-    plain = rows_source(rows, 16, 0)
+    plain = sequence_source(sequences, 16, 0)
     (tmp_path / "whole").mkdir()
     model, whole = run(tmp_path / "whole", plain)
     for kill in (1, 5, 6, 11):
         folder = tmp_path / f"killed-{kill}"
         folder.mkdir()
 
-        class Dying(RowsSource):
+        class Dying(SequenceSource):
             def __call__(self, step, kill=kill):
                 if step == kill:
                     raise KeyboardInterrupt
                 return super().__call__(step)
 
         with pytest.raises(KeyboardInterrupt):
-            run(folder, Dying(rows, 16, 0))
+            run(folder, Dying(sequences, 16, 0))
         resumed, result = run(folder, plain)
         assert torch.equal(weights(resumed), weights(model))
         assert result.history == whole.history and result.tokens == whole.tokens
@@ -78,13 +78,21 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, rows, tmp_path):
         assert [line["step"] for line in lines] == [0, 3, 6, 9, 12]
 
 
-def test_a_torn_checkpoint_is_never_loaded(tiny, rows, tmp_path):
-    train(tiny(), loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, checkpoint_seconds=0.0, progress=False)
+def test_a_torn_checkpoint_is_never_loaded(tiny, sequences, tmp_path):
+    train(
+        tiny(),
+        loss,
+        {"text": sequence_source(sequences, 16, 0)},
+        config(),
+        folder=tmp_path,
+        checkpoint_seconds=0.0,
+        progress=False,
+    )
     torn = tmp_path / "checkpoint" / "writing"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"torn")
     model = tiny()
-    result = train(model, loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, progress=False)
+    result = train(model, loss, {"text": sequence_source(sequences, 16, 0)}, config(), folder=tmp_path, progress=False)
     assert result.steps == 12
 
 
@@ -101,9 +109,9 @@ def test_a_torn_checkpoint_is_never_loaded(tiny, rows, tmp_path):
         ({}, 1, "made with sources.text.seed 0; wanted sources.text.seed 1"),
     ],
 )
-def test_a_checkpoint_made_otherwise_is_refused(tiny, rows, tmp_path, changes, seed, message):
+def test_a_checkpoint_made_otherwise_is_refused(tiny, sequences, tmp_path, changes, seed, message):
     def run(model, seed=0, **options):
-        source = {"text": rows_source(rows, 16, seed)}
+        source = {"text": sequence_source(sequences, 16, seed)}
         return train(model, loss, source, config(**options.pop("config", {})), folder=tmp_path, progress=False, **options)
 
     run(tiny(), checkpoint_seconds=0.0)
@@ -118,18 +126,24 @@ def test_a_checkpoint_made_otherwise_is_refused(tiny, rows, tmp_path, changes, s
     assert run(model).steps == 12
 
 
-def test_other_rows_are_refused(tiny, rows, tmp_path):
-    run = lambda rows: train(  # noqa: E731
-        tiny(), loss, {"text": rows_source(rows, 16, 0)}, config(), folder=tmp_path, checkpoint_seconds=0.0, progress=False
+def test_other_sequences_are_refused(tiny, sequences, tmp_path):
+    run = lambda sequences: train(  # noqa: E731
+        tiny(),
+        loss,
+        {"text": sequence_source(sequences, 16, 0)},
+        config(),
+        folder=tmp_path,
+        checkpoint_seconds=0.0,
+        progress=False,
     )
-    run(rows)
+    run(sequences)
     with pytest.raises(ValueError, match=r"made with sources.text.rows [0-9a-f]+; wanted sources.text.rows"):
-        run(Rows(rows.input_ids.flip(0), rows.pad_id))
+        run(Sequences(sequences.input_ids.flip(0), sequences.pad_id))
 
 
-def test_the_stop_rule_ends_it_and_a_limit_is_reported(tiny, rows):
+def test_the_stop_rule_ends_it_and_a_limit_is_reported(tiny, sequences):
     seen = iter([0.1, 0.5, 0.95, 1.0])
-    source = {"text": rows_source(rows, 16, 0)}
+    source = {"text": sequence_source(sequences, 16, 0)}
     run = lambda values, wanted: train(  # noqa: E731
         tiny(),
         loss,
@@ -145,20 +159,20 @@ def test_the_stop_rule_ends_it_and_a_limit_is_reported(tiny, rows):
     assert result.steps == 12 and result.stopped is False and result.limit_reached
 
 
-def test_evaluations_happen_where_asked(tiny, rows):
+def test_evaluations_happen_where_asked(tiny, sequences):
     steps = []
-    source = {"text": rows_source(rows, 16, 0)}
+    source = {"text": sequence_source(sequences, 16, 0)}
     result = train(tiny(), loss, source, config(), evaluate=lambda m: {"x": 0.0}, evaluate_at=[0, 1, 7, 12], progress=False)
     steps = [entry["step"] for entry in result.history]
     assert steps == [0, 1, 7, 12]
 
 
-def test_a_diverged_run_says_so(tiny, rows):
+def test_a_diverged_run_says_so(tiny, sequences):
     with pytest.raises(DivergedError, match="lower lr"):
-        train(tiny(), lambda *a: loss(*a) * math.nan, {"text": rows_source(rows, 16, 0)}, config(), progress=False)
+        train(tiny(), lambda *a: loss(*a) * math.nan, {"text": sequence_source(sequences, 16, 0)}, config(), progress=False)
 
 
-def test_a_loss_that_was_not_read_is_in_the_sum(tiny, rows, monkeypatch):
+def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
     """As on a GPU, where a step's loss is not waited for: a published stage has no NaN in any."""
     monkeypatch.setattr(loop, "_is_read", lambda device, step: step % 10 == 0)
     seen = []
@@ -167,14 +181,14 @@ def test_a_loss_that_was_not_read_is_in_the_sum(tiny, rows, monkeypatch):
         seen.append(1)
         return loss(*arguments) * (math.nan if len(seen) == 4 else 1.0)
 
-    source = {"text": rows_source(rows, 16, 0)}
+    source = {"text": sequence_source(sequences, 16, 0)}
     with pytest.raises(DivergedError, match="by step 8"):
         train(tiny(), once, source, config(steps=8), progress=False)
     assert len(seen) == 8
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, rows, finite):
+def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, sequences, finite):
     """The loss of that step is fine, and no later one would show what its update did."""
 
     def gradient(model, *arguments):
@@ -184,7 +198,7 @@ def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, rows, fini
             next(model.parameters()).grad.view(-1)[0] = math.inf
         return value
 
-    steps, source, model = [], {"text": rows_source(rows, 16, 0)}, tiny()
+    steps, source, model = [], {"text": sequence_source(sequences, 16, 0)}, tiny()
     options = {"gradient": gradient, "must_stay_finite": finite, "progress": False}
     if finite:
         with pytest.raises(DivergedError, match="not finite after step 3"):
@@ -194,7 +208,7 @@ def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, rows, fini
     assert not next(model.parameters()).isfinite().all()
 
 
-def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, rows, tmp_path):
+def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, sequences, tmp_path):
     shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
     shape |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.1}
 
@@ -204,16 +218,16 @@ def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, rows, tmp_
         train(model, loss, {"text": source}, settings, folder=folder, checkpoint_seconds=0.0, progress=False)
         return weights(model)
 
-    class Dying(RowsSource):
+    class Dying(SequenceSource):
         def __call__(self, step):
             if step == 3:
                 raise KeyboardInterrupt
             return super().__call__(step)
 
-    plain = rows_source(rows, 16, 0)
+    plain = sequence_source(sequences, 16, 0)
     whole, state = run(plain), torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        run(Dying(rows, 16, 0), tmp_path)
+        run(Dying(sequences, 16, 0), tmp_path)
     assert torch.equal(run(plain, tmp_path), whole)
     assert not torch.equal(run(plain, seed=1), whole), "other masks from another seed"
     torch.set_rng_state(state)
@@ -253,8 +267,8 @@ def test_bad_settings_name_the_key(bad):
         TrainConfig(**bad)
 
 
-def test_iterables_of_batches(rows):
-    ids = rows.input_ids.long()
+def test_iterables_of_batches(sequences):
+    ids = sequences.input_ids.long()
     source = as_source(
         [{"input_ids": ids[:4], "labels": ids[:4].masked_fill(ids[:4] == 0, -100)}, ids[4:8]], size=4, seed=0, name="text"
     )

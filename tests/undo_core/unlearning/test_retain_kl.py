@@ -11,9 +11,9 @@ from stage_kinds import NOWHERE
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Unlearn
-from undo_core.training import rows_source
+from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, convert_
 from undo_core.unlearning import method as base
@@ -24,10 +24,10 @@ METHODS = ("maxent", "graddiff", "npo", "simnpo", "undial")
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def drawn(rows):
-    source = rows_source(rows, 12, 3)
+def drawn(sequences):
+    source = sequence_source(sequences, 12, 3)
     data = {"forget": source(0), "retain": source(1)}
-    data["retain"].mask[3] = False  # a row without labels
+    data["retain"].mask[3] = False  # a sequence without labels
     data["retain"].mask[5, 4:] = False
     return data, {name: batch.counted for name, batch in data.items()}
 
@@ -50,9 +50,9 @@ def divergence(original, model, batch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_retain_term_is_the_divergence_from_the_original(tiny, rows, name):
+def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, name):
     """Of every method: what is left of loss and gradient, without the forget term, in any micro-batches."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     original = tiny()
     original.lm_head.weight.data.mul_(30)  # sure of some labels, unsure of others
     method = method_of(original, UnlearnConfig(name, retain_weight=0.25, retain_loss="kl"))
@@ -81,9 +81,9 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, rows, name):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_at_the_original_it_is_nothing(tokenizer, rows, precision, monkeypatch):
+def test_at_the_original_it_is_nothing(tokenizer, sequences, precision, monkeypatch):
     """In whatever a float32 checkpoint is trained: the copy has the weights, rotary frequencies and attention kernel of the trained model."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     model, copies = build_model(LLAMA, tokenizer, 0), []
     monkeypatch.setattr(base, "ModelTeacher", lambda copied: copies.append(copied) or ModelTeacher(copied))
     assert model.config._attn_implementation == "sdpa"
@@ -99,11 +99,11 @@ def test_at_the_original_it_is_nothing(tokenizer, rows, precision, monkeypatch):
     assert all(own[name].dtype == its[name].dtype and torch.equal(own[name], its[name]) for name in own)
 
 
-def test_a_resumed_run_keeps_to_the_original(tiny, rows, tmp_path):
+def test_a_resumed_run_keeps_to_the_original(tiny, sequences, tmp_path):
     """Ended after the third step and begun again from its checkpoint: the bits of the whole run."""
     train = TrainConfig(steps=5, batch_size=8, lr=1e-2, micro_batch_size=5, eval_every=1)
     config = UnlearnConfig(retain_loss="kl", train=train)
-    options = {"forget": rows, "retain": rows, "config": config, "progress": False}
+    options = {"forget": sequences, "retain": sequences, "config": config, "progress": False}
     kept = {**options, "folder": tmp_path, "checkpoint_seconds": 0.0}
     whole, resumed, seen = tiny(), tiny(), []
     unlearn(whole, **options)

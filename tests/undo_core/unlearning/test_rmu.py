@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import TrainConfig, UnlearnConfig, ops, unlearn
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
-from undo_core.training.checkpoint import save_checkpoint
+from undo_core.training.training_state import save_training_state
 from undo_core.unlearning import METHODS, RMUConfig, unlearn_flops
 from undo_core.unlearning.activations import Trunk, evaluating
 
@@ -63,11 +63,11 @@ def settings(kind="llama", retain_weight=2.0, seed=4, **more):
 
 
 def draw(seed=0, size=5, length=9):
-    """Right-padded rows, without an attention mask."""
+    """Right-padded sequences, without an attention mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, SHAPE["vocab_size"], (size, length), generator=generator)
-    for row, cut in enumerate(torch.randint(3, length + 1, (size,), generator=generator).tolist()):
-        ids[row, cut:] = 0
+    for sequence, cut in enumerate(torch.randint(3, length + 1, (size,), generator=generator).tolist()):
+        ids[sequence, cut:] = 0
     return Batch(ids, ids != 0)
 
 
@@ -211,9 +211,9 @@ def test_only_the_trained_matrices_have_gradients_and_moments(monkeypatch):
         torch.optim.AdamW, "__init__", lambda self, ps, **kw: (optimized.extend(ps), make(self, optimized, **kw))[1]
     )
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    rows = Rows(draw(size=16).input_ids, 0)
+    sequences = Sequences(draw(size=16).input_ids, 0)
     config = UnlearnConfig(method="rmu", rmu=settings().rmu, train=TrainConfig(steps=2, batch_size=4, lr=1e-2))
-    unlearn(model, forget=rows, retain=rows, config=config, progress=False)
+    unlearn(model, forget=sequences, retain=sequences, config=config, progress=False)
     names = set(trained_names(model, "llama"))
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names == with_gradient
     assert len(optimized) == len(names)
@@ -272,25 +272,33 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("normalize", ["masked", "all"])
 def test_a_killed_run_continues_to_the_same_bits_against_the_original_activations(tmp_path, monkeypatch, normalize):
-    rows = Rows(draw(size=40).input_ids, 0), Rows(draw(seed=7, size=40).input_ids, 0)
+    sequences = Sequences(draw(size=40).input_ids, 0), Sequences(draw(seed=7, size=40).input_ids, 0)
     rmu = settings(normalize=normalize).rmu
     config = UnlearnConfig(method="rmu", rmu=rmu, train=TrainConfig(steps=6, batch_size=8, lr=1e-2, micro_batch_size=3))
 
     def run(folder):
         model = build("llama")
         folder.mkdir(exist_ok=True)
-        unlearn(model, forget=rows[0], retain=rows[1], config=config, folder=folder, progress=False, checkpoint_seconds=-1.0)
+        unlearn(
+            model,
+            forget=sequences[0],
+            retain=sequences[1],
+            config=config,
+            folder=folder,
+            progress=False,
+            checkpoint_seconds=-1.0,
+        )
         return model.state_dict()
 
     whole = run(tmp_path / "whole")
 
     def save_and_die(folder, step, *rest):
-        save_checkpoint(folder, step, *rest)
+        save_training_state(folder, step, *rest)
         if step == 3:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("undo_core.training.loop.save_checkpoint", save_and_die)
+        patch.setattr("undo_core.training.loop.save_training_state", save_and_die)
         with pytest.raises(Killed):
             run(tmp_path / "cut")
     resumed = run(tmp_path / "cut")

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from rounding import assert_same_function
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
-from undo_core.training import rows_source
+from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.unlearning import METHODS, RMUConfig
 
 
-def batches(rows):
-    source = rows_source(rows, 12, 3)
+def batches(sequences):
+    source = sequence_source(sequences, 12, 3)
     forget, retain = source(0), source(1)
     return {"forget": forget, "retain": retain}, {"forget": forget.counted, "retain": retain.counted}
 
@@ -30,9 +30,9 @@ def token_losses(model, batch, kind):
 
 
 @pytest.mark.parametrize("method", ["maxent", "graddiff"])
-def test_token_losses(tiny, rows, method):
+def test_token_losses(tiny, sequences, method):
     model = tiny()
-    data, counted = batches(rows)
+    data, counted = batches(sequences)
     got = METHODS[method](model, UnlearnConfig(method=method, retain_weight=3.0)).loss(model, data, counted)
 
     def written(model):
@@ -47,9 +47,9 @@ def test_token_losses(tiny, rows, method):
     UnlearnConfig(method="graddiff"),
     *(UnlearnConfig(method="rmu", rmu=RMUConfig(normalize=name)) for name in ("all", "masked", "sequence")),
 ], ids=lambda settings: f"{settings.method}-{settings.rmu.normalize}")  # fmt: skip
-def test_micro_batches_do_not_change_the_gradient(tiny, rows, settings):
-    data, counted = batches(rows)
-    data["forget"].mask[3] = False  # a row without labels
+def test_micro_batches_do_not_change_the_gradient(tiny, sequences, settings):
+    data, counted = batches(sequences)
+    data["forget"].mask[3] = False  # a sequence without labels
     counted["forget"] = data["forget"].counted
     gradients, exact = [], torch.float32 if settings.method == "rmu" else torch.float64  # RMU's targets are float32
     for micro, dtype in ((5, torch.float32), (None, torch.float32), (None, exact)):
@@ -62,12 +62,12 @@ def test_micro_batches_do_not_change_the_gradient(tiny, rows, settings):
         assert_same_function(parts, whole, exact)
 
 
-def test_it_forgets_and_keeps(tiny, rows):
-    from undo_core.data.rows import Rows
+def test_it_forgets_and_keeps(tiny, sequences):
+    from undo_core.data.sequences import Sequences
     from undo_core.evaluation.metrics import evaluate
 
-    low = rows.input_ids[:, 1] < 7
-    forget, retain = Rows(rows.input_ids[low], 0), Rows(rows.input_ids[~low], 0)
+    low = sequences.input_ids[:, 1] < 7
+    forget, retain = Sequences(sequences.input_ids[low], 0), Sequences(sequences.input_ids[~low], 0)
     model = tiny()
     config = UnlearnConfig(train=TrainConfig(steps=120, batch_size=16, lr=5e-3))
     before = evaluate(model, retain)["value"]

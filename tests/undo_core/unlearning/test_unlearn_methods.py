@@ -20,12 +20,12 @@ from stage_kinds import NOWHERE
 import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.cli import _parser
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
-from undo_core.pipeline.predictor import Predictor
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Unlearn
-from undo_core.training import rows_source
+from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, converted, seeded, weight_dtype
 from undo_core.unlearning import METHODS, ROBUST, method_of, npo, referred, register, unlearn_flops
@@ -48,10 +48,10 @@ def label(config):
     return f"{config.title}-{config.npo.unit}-{config.undial.gamma}"
 
 
-def drawn(rows):
-    source = rows_source(rows, 12, 3)
+def drawn(sequences):
+    source = sequence_source(sequences, 12, 3)
     data = {"forget": source(0), "retain": source(1)}
-    data["forget"].mask[3] = False  # a row without labels
+    data["forget"].mask[3] = False  # a sequence without labels
     data["forget"].mask[5, 4:] = False
     return data, {name: batch.counted for name, batch in data.items()}
 
@@ -77,28 +77,28 @@ def oracle(config, model, original, data):
     with torch.no_grad():
         logr, z_t = token_logprobs(original, forget)
     terms = []
-    for row in range(len(logp)):
-        keep = forget.mask[row, 1:]
+    for sequence in range(len(logp)):
+        keep = forget.mask[sequence, 1:]
         if not keep.any():
             continue
         if config.method == "npo":
-            beta, ratio = config.npo.beta, (logp - logr)[row][keep]
+            beta, ratio = config.npo.beta, (logp - logr)[sequence][keep]
             ratio = ratio.sum()[None] if config.npo.unit == "row" else ratio
             terms += [-2 / beta * torch.log(torch.sigmoid(-beta * value)) for value in ratio]
         elif config.method == "simnpo":
             beta, gamma = config.simnpo.beta, config.simnpo.gamma
-            terms.append(-2 / beta * torch.log(torch.sigmoid(-beta / keep.sum() * logp[row][keep].sum() - gamma)))
+            terms.append(-2 / beta * torch.log(torch.sigmoid(-beta / keep.sum() * logp[sequence][keep].sum() - gamma)))
         else:
-            one = F.one_hot(forget.input_ids[row, 1:][keep], z.shape[-1])
-            q = (z_t[row][keep] - config.undial.gamma * one).softmax(-1)
-            terms += list((q * (q.log() - z[row][keep].log_softmax(-1))).sum(-1))
+            one = F.one_hot(forget.input_ids[sequence, 1:][keep], z.shape[-1])
+            q = (z_t[sequence][keep] - config.undial.gamma * one).softmax(-1)
+            terms += list((q * (q.log() - z[sequence][keep].log_softmax(-1))).sum(-1))
     keep = retain.mask[:, 1:]
     return sum(terms) / len(terms) - config.retain_weight * token_logprobs(model, retain)[0][keep].mean()
 
 
 @pytest.mark.parametrize("config", TOKEN_METHODS, ids=label)
-def test_loss_and_gradient_are_the_published_ones(tiny, rows, config):
-    data, counted = drawn(rows)
+def test_loss_and_gradient_are_the_published_ones(tiny, sequences, config):
+    data, counted = drawn(sequences)
     original = tiny()
     original.lm_head.weight.data.mul_(30)  # sure of some labels, unsure of others
     method, model = method_of(original, config), changed(copy.deepcopy(original))
@@ -116,9 +116,9 @@ def test_loss_and_gradient_are_the_published_ones(tiny, rows, config):
             assert_same_function(a.grad, there.grad, b.grad, name)
 
 
-def test_npo_at_the_original_is_half_the_ascent(tiny, rows):
+def test_npo_at_the_original_is_half_the_ascent(tiny, sequences):
     """Where nothing has changed the weight of every token is 1/2 of 2: the gradient is that of -CE."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     gradients, ascent = [], UnlearnConfig("graddiff")
     runs = ((tiny(), UnlearnConfig("npo", npo=NPOConfig(0.1, "token"))), (tiny(), ascent), (tiny().double(), ascent))
     for model, config in runs:
@@ -130,7 +130,7 @@ def test_npo_at_the_original_is_half_the_ascent(tiny, rows):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, rows, precision, monkeypatch):
+def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, sequences, precision, monkeypatch):
     """A gap of 0 at the first step, of a float32 checkpoint and whatever it is trained in; the masters keep their bits."""
     gaps, own = [], npo.token_cross_entropy
 
@@ -142,7 +142,7 @@ def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, rows, precision, 
 
     monkeypatch.setattr(npo, "token_cross_entropy", kept)
     train = TrainConfig(steps=1, batch_size=8, lr=0.0, micro_batch_size=5, precision=precision, attention="eager")
-    model, source = tiny(), rows_source(rows, 8, 0)
+    model, source = tiny(), sequence_source(sequences, 8, 0)
     before = [p.detach().clone() for p in model.parameters()]
     seen = [p.data_ptr() for p in model.parameters()]
     config = UnlearnConfig("npo", train=train)
@@ -154,18 +154,18 @@ def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, rows, precision, 
     assert all(torch.equal(p, old.to(p.dtype)) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_other_rows_to_forget_are_refused_with_a_reference_too(tiny, rows, tmp_path):
+def test_other_sequences_to_forget_are_refused_with_a_reference_too(tiny, sequences, tmp_path):
     config = UnlearnConfig("npo", train=TrainConfig(steps=2, batch_size=8, lr=1e-3, eval_every=1))
     options = {"config": config, "folder": tmp_path, "progress": False, "checkpoint_seconds": 0.0}
-    unlearn(tiny(), forget=rows, retain=rows, **options)
+    unlearn(tiny(), forget=sequences, retain=sequences, **options)
     with pytest.raises(ValueError, match=r"made with sources\.forget\.rows [0-9a-f]+; wanted sources\.forget\.rows"):
-        unlearn(tiny(), forget=Rows(rows.input_ids.flip(0), rows.pad_id), retain=rows, **options)
+        unlearn(tiny(), forget=Sequences(sequences.input_ids.flip(0), sequences.pad_id), retain=sequences, **options)
 
 
 @pytest.mark.parametrize("seed", [2, 8])
-def test_undial_holds_where_the_original_is_certain(seed, tiny, rows):
+def test_undial_holds_where_the_original_is_certain(seed, tiny, sequences):
     """What 1 / Z, large there, makes of rounding."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     data = {"forget": data["forget"]}
     original = tiny()
     original.lm_head.weight.data.mul_(20)
@@ -243,9 +243,9 @@ def repnoise(base="maxent", **settings):
     return UnlearnConfig(base, robust="repnoise", repnoise=RepNoiseConfig(**settings))
 
 
-def test_repnoise_adds_the_layers_of_the_model(tiny, rows):
+def test_repnoise_adds_the_layers_of_the_model(tiny, sequences):
     """Its ascent against hidden states and logits from transformers; its distance against the function, on an mlp called by hand."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     model, batch = tiny(), data["forget"]
     keep, labels = batch.mask[:, 1:], batch.input_ids[:, 1:]
     base = method_of(model, UnlearnConfig()).loss(model, data, counted)
@@ -272,27 +272,27 @@ def test_repnoise_adds_the_layers_of_the_model(tiny, rows):
         assert_as_exact_as(got, plain, wanted, gamma(PATH), scale=float(base.detach()))  # a difference of two losses
 
 
-def test_repnoise_leaves_no_hook(tiny, rows):
+def test_repnoise_leaves_no_hook(tiny, sequences):
     model = tiny()
     config = dataclasses.replace(repnoise(), train=TrainConfig(steps=3, batch_size=8, lr=1e-3, micro_batch_size=4))
-    unlearn(model, forget=rows, retain=rows, config=config, progress=False)
+    unlearn(model, forget=sequences, retain=sequences, config=config, progress=False)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_activation_checkpointing_changes_nothing_with_repnoise(tiny, rows):
+def test_activation_checkpointing_changes_nothing_with_repnoise(tiny, sequences):
     trained = []
     for checkpointing in (False, True):
         model = tiny()
         settings = TrainConfig(steps=2, batch_size=8, lr=1e-2, activation_checkpointing=checkpointing, optimizer="sgd")
         config = dataclasses.replace(repnoise(), train=settings)
-        unlearn(model, forget=rows, retain=rows, config=config, progress=False)
+        unlearn(model, forget=sequences, retain=sequences, config=config, progress=False)
         trained.append(list(model.parameters()))
     assert_same_training(*trained, tiny().parameters(), 2)
 
 
 @pytest.mark.parametrize("base", ["maxent", "rmu"])
-def test_sam_is_the_gradient_at_a_moved_copy(tiny, rows, base):
-    data, counted = drawn(rows)
+def test_sam_is_the_gradient_at_a_moved_copy(tiny, sequences, base):
+    data, counted = drawn(sequences)
     model = tiny()
     plain = UnlearnConfig(base)
     method = method_of(model, dataclasses.replace(plain, robust="sam", sam=SAMConfig(0.3)))
@@ -325,9 +325,9 @@ def test_sam_is_the_gradient_at_a_moved_copy(tiny, rows, base):
             assert not torch.equal(got.grad, first), "not the gradient here"
 
 
-def test_both_passes_of_sam_draw_the_same_dropout(tokenizer, rows):
+def test_both_passes_of_sam_draw_the_same_dropout(tokenizer, sequences):
     """So near that the two gradients are one, but for what is drawn."""
-    data, counted = drawn(rows)
+    data, counted = drawn(sequences)
     shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.3}
     plain, near = build_model(shape, tokenizer, 0).train(), build_model(shape, tokenizer, 0).train()
     method = method_of(near, UnlearnConfig("maxent", robust="sam", sam=SAMConfig(1e-6)))
@@ -362,12 +362,12 @@ EVERY = [
 
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: config.title)
-def test_a_resumed_run_ends_with_the_same_bits(tiny, rows, tmp_path, config):
+def test_a_resumed_run_ends_with_the_same_bits(tiny, sequences, tmp_path, config):
     """Ended after the third step by an exception, as a kill would, and begun again from its checkpoint with a fresh original."""
     settings = TrainConfig(steps=5, batch_size=8, lr=1e-3, micro_batch_size=5, eval_every=1)
     config = dataclasses.replace(config, train=settings)
     whole, resumed = tiny(), tiny()
-    result = unlearn(whole, forget=rows, retain=rows, config=config, progress=False)
+    result = unlearn(whole, forget=sequences, retain=sequences, config=config, progress=False)
     assert result.steps == 5
 
     seen = []
@@ -378,7 +378,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny, rows, tmp_path, config):
             raise KeyboardInterrupt
         return {}
 
-    options = {"forget": rows, "retain": rows, "config": config, "folder": tmp_path, "progress": False}
+    options = {"forget": sequences, "retain": sequences, "config": config, "folder": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         unlearn(resumed, **options, evaluate=fail, checkpoint_seconds=0.0)
     assert list((tmp_path / "checkpoint").glob("step-*"))
@@ -394,9 +394,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny, rows, tmp_path, config):
     UnlearnConfig("maxent", robust="sam"),
     UnlearnConfig("maxent", robust="repnoise", repnoise=RepNoiseConfig(0.5, 0.1)),
 ], ids=lambda config: config.title)  # fmt: skip
-def test_it_forgets_and_keeps(tiny, rows, config):
-    low = rows.input_ids[:, 1] < 7
-    forget, retain = Rows(rows.input_ids[low], 0), Rows(rows.input_ids[~low], 0)
+def test_it_forgets_and_keeps(tiny, sequences, config):
+    low = sequences.input_ids[:, 1] < 7
+    forget, retain = Sequences(sequences.input_ids[low], 0), Sequences(sequences.input_ids[~low], 0)
     model = tiny()
     before = {"forget": evaluate(model, forget)["value"], "retain": evaluate(model, retain)["value"]}
     config = dataclasses.replace(config, train=TrainConfig(steps=100, batch_size=16, lr=5e-3))

@@ -5,16 +5,16 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from undo_kernels.noise_segments import Segment
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.segment import Segment
-from undo_kernels.triton import device, noise, recompute, rmu, rows, tuning
+from undo_kernels.triton import device, noise, rmu, row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import vocab_loss as driver
 
 DEVICE = torch.device("cuda:1")
 KERNELS = {
-    rows: ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows"),
-    recompute: ("stats_tiles", "loss_tiles", "pick_labels"),
+    row_kernels: ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows"),
+    tile_kernels: ("stats_tiles", "loss_tiles", "pick_labels"),
     rmu: ("rmu_rows",),
     noise: ("noise_blocks", "noise_sums"),
 }
@@ -42,7 +42,7 @@ def launches(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(torch.cuda, "device", entering)
-    monkeypatch.setattr(tuning, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(tile_table, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(driver, "current", entering)  # its driver's slices need a meta tensor, which has no GPU
     with FakeTensorMode():
         yield seen

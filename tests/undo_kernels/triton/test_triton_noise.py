@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from rounding import gamma
-from undo_kernels.library import implementation_on
-from undo_kernels.segment import Segment
+from undo_kernels.library.backends import implementation_on
+from undo_kernels.noise_segments import Segment
 from undo_kernels.triton import noise
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from rounding import gamma, relative, unit
-from undo_kernels.library import implementation_on
+from undo_kernels.library.backends import implementation_on
 from undo_kernels.triton import rmu
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.

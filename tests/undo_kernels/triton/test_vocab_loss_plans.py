@@ -10,7 +10,7 @@ from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import plan as plans
-from undo_kernels.triton import recompute, rows, tuning
+from undo_kernels.triton import row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import vocab_loss as driver
 from undo_kernels.triton.products import Workspace
 
@@ -31,7 +31,7 @@ def test_bfloat16_weight_over_many_chunks_is_summed_in_float32(monkeypatch):
 def test_several_chunks_give_one_answer(target):
     p = problem(target, rows=21, vocabulary=211, labels=True, bias=True, padding=3)
     whole = vocab_loss(dataclasses.replace(p, plan="chunk"))
-    s = plans.Shapes(p, tuning.target_of(DEVICE))
+    s = plans.Shapes(p, tile_table.target_of(DEVICE))
     for plan, small in (("chunk", plans.chunk_plan(s, 8)), ("recompute", plans.recompute_plan(s, 1))):
         budget = small.workspace_bytes
         part = dataclasses.replace(p, plan=plan, workspace_bytes=budget)
@@ -167,12 +167,12 @@ class _NoKernel:
 def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
     """On meta tensors, which have no values to look at: any synchronisation raises, and so do dtypes that torch refuses."""
     for module, names in (
-        (rows, ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows")),
-        (recompute, ("stats_tiles", "loss_tiles", "pick_labels")),
+        (row_kernels, ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows")),
+        (tile_kernels, ("stats_tiles", "loss_tiles", "pick_labels")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, _NoKernel())
-    monkeypatch.setattr(tuning, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(tile_table, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(driver, "INTERPRETED", True)  # or it would want a GPU
     for target, given in itertools.product((*TARGETS, *SPARSE), (False, True)):
         if plan == "recompute" and (target in SPARSE or given):
@@ -211,6 +211,6 @@ def test_describe():
 
 
 def test_every_tile_of_the_table_is_a_power_of_two():
-    for target, kernel, wide in itertools.product(tuning.TARGETS, tuning.KERNELS, (False, True)):
-        for tile in tuning.tiles(target, kernel, wide):
+    for target, kernel, wide in itertools.product(tile_table.TARGETS, tile_table.KERNELS, (False, True)):
+        for tile in tile_table.tiles(target, kernel, wide):
             assert all(n & (n - 1) == 0 for n in (tile.block_t, tile.block_v, tile.block_d, tile.warps, tile.pieces))

@@ -18,11 +18,11 @@ from undo_core.io.files import read_json
 from undo_core.models import forward_flops, head_of, hidden_states, load_model
 from undo_core.pipeline.model_stage import ModelStage
 from undo_core.pipeline.needs import Cost, Memory, Scene
-from undo_core.pipeline.prepared import distill_rows, heldout_rows, load_split, retain_performance
+from undo_core.pipeline.prepared import distill_sequences, heldout_sequences, load_split, retain_performance
 from undo_core.pipeline.stage import MANIFEST, Folder, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Cache(ModelStage):
     def run(self, work: Work) -> dict[str, Any]:
         model = (stream_model if self.streamed else load_model)(work.inputs["teacher"])
         data = work.inputs["prepared"]
-        text, scored = distill_rows(data), load_split(data, "valid_retain")
+        text, scored = distill_sequences(data), load_split(data, "valid_retain")
         scratch = work.scratch / "cache"
-        cached = cache_teacher(model, text, scratch, self.config, check=heldout_rows(data, "retain"), title=work.title)
+        cached = cache_teacher(model, text, scratch, self.config, check=heldout_sequences(data, "retain"), title=work.title)
         for path in sorted(scratch.iterdir()):
             try:
                 # A hard link keeps the cache in scratch, in case the process is killed before the folder is published.
@@ -79,16 +79,16 @@ class Cache(ModelStage):
 
     def cost(self, scene: Scene) -> Cost:
         """A forward pass over the distillation data; on disk, the hidden state or the most likely tokens of each token."""
-        batch_size, positions = self.config.batch_size, scene.rows * scene.length
+        batch_size, positions = self.config.batch_size, scene.sequences * scene.length
         if self.config.kind == "topk":
             stored = 8 * self.config.k
         else:
             width = scene.model.config.get_text_config().hidden_size
             stored = width * getattr(torch, self.config.dtype).itemsize + 4
         return Cost(
-            disk=scene.rows * (scene.length - 1) * stored,
-            steps=-(-scene.rows // batch_size),
-            rows=batch_size,
+            disk=scene.sequences * (scene.length - 1) * stored,
+            steps=-(-scene.sequences // batch_size),
+            sequences=batch_size,
             passes=1,
             positions=positions,
             flops=forward_flops(scene.model, scene.length) * positions,
@@ -99,11 +99,11 @@ def cached_retain(cache: Path, data: Path) -> float:
     """Returns the teacher's retain performance, which was measured when the cache was made.
 
     Raises:
-        ValueError: the cache was made with other validation rows.
+        ValueError: the cache was made with other validation sequences.
     """
     facts = read_json(cache / MANIFEST)
     if facts["retain_rows"] != load_split(data, "valid_retain").digest():
         raise ValueError(
-            f"cache: got {cache}, made with other validation rows than {data} has; wanted a cache made from the same data"
+            f"cache: got {cache}, made with other validation sequences than {data} has; wanted a cache made from the same data"
         )
     return facts["retain"]

@@ -15,7 +15,7 @@ from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.noise import as_dicts, left_entry
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

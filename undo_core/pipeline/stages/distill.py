@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.checkpoints.files import stored_dtype
-from undo_core.data.rows import Rows
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.cache import CachedTeacher
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.student import distill, matching
@@ -21,16 +21,16 @@ from undo_core.io.progress import console
 from undo_core.models import forward_flops, head_flops, head_of, load_model, load_tokenizer, vocabulary_of
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
 from undo_core.pipeline.needs import Memory, Scene
-from undo_core.pipeline.prepared import distill_rows, retain_performance
+from undo_core.pipeline.prepared import distill_sequences, retain_performance
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.cache import Cache, cached_retain
-from undo_core.pipeline.stages.gate import kept_rows
+from undo_core.pipeline.stages.gate import kept_sequences
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.losses import HiddenTargets, TopTargets, distillation
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Distill(TrainingStage):
         recover: stop within this distance of the retain performance of the teacher, or of ``target``; None trains for all
             steps.
         config: where the teacher's outputs come from.
-        vocab_size: number of real tokens, for a head that is padded to more rows.
+        vocab_size: number of real tokens, for a head that is padded to more vocabulary entries.
         hidden_weight: factor on the relative squared error of the student's hidden states; 0 leaves it out.
         hidden_layers: layers after which hidden states are compared; None for every layer.
         teacher: the model that the student matches.
@@ -88,9 +88,9 @@ class Distill(TrainingStage):
 
     def run(self, work: Work) -> dict[str, Any]:
         data = work.inputs["prepared"]
-        student, text = load_to_train(work.inputs["student"], self.train.precision), distill_rows(data)
+        student, text = load_to_train(work.inputs["student"], self.train.precision), distill_sequences(data)
         if self.gate is not None:
-            text = text.take(kept_rows(work.inputs["gate"]))
+            text = text.take(kept_sequences(work.inputs["gate"]))
         teacher, reached, passes = self._teacher(work, student, text)
         size = self.vocab_size
         if size is None and teacher.vocabulary != vocabulary_of(student):
@@ -118,7 +118,7 @@ class Distill(TrainingStage):
         flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
         return {**facts, **training_facts(result, flops)}
 
-    def _teacher(self, work: Work, student: PreTrainedModel, text: Rows) -> tuple[Teacher, float | None, float]:
+    def _teacher(self, work: Work, student: PreTrainedModel, text: Sequences) -> tuple[Teacher, float | None, float]:
         """Returns the teacher, its retain performance if known, and its FLOPs per token."""
         folder = work.inputs["teacher"]
         if self.cache is not None:
@@ -138,12 +138,12 @@ class Distill(TrainingStage):
     # -- memory and cost -------------------------------------------------------------------------------------------------------
 
     def memory(self, meta: Meta) -> list[Memory]:
-        moments = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
+        phases = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
         if self.config.kind != "resident":
-            return moments
+            return phases
         dtype, own = self._teacher_dtype(meta.stored), meta.trained_dtype(self.train).itemsize * meta.elements
         weights, teacher = own + meta.reading(dtype), dtype.itemsize * meta.elements
-        return [moments[0], Memory("loading", weights=weights, teacher=teacher), *moments[1:]]
+        return [phases[0], Memory("loading", weights=weights, teacher=teacher), *phases[1:]]
 
     def _method(self, meta: Meta, student: PreTrainedModel) -> Method:
         config, model = self.config, meta.model().eval()
@@ -217,10 +217,13 @@ def common_tokens(work: Work, teacher: int, student: int) -> int:
     if known[0] is None or known[0] != known[1] or max(known[0].values()) >= smaller:
         folders = " and ".join(str(work.inputs[name]) for name in ("teacher", "student"))
         raise ValueError(
-            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or the same tokenizer in both of {folders}, with "
-            f"at most {smaller} tokens; they have none, different ones, or more tokens"
+            f"student: got a vocabulary of {student}, wanted the teacher's {teacher}, or the same tokenizer in both of "
+            f"{folders}, with at most {smaller} tokens; they have none, different ones, or more tokens"
         )
-    console.print(f"{work.title}: the teacher's head has {teacher} rows and the student's {student}; the first {smaller} count")
+    console.print(
+        f"{work.title}: the teacher's head has {teacher} vocabulary entries and the student's {student}; the first {smaller} "
+        "count"
+    )
     return smaller
 
 

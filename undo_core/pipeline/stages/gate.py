@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from undo_core.distillation.gate import ROWS_AT_ONCE, GateConfig, fit_gate, labelled
+from undo_core.distillation.gate import SEQUENCES_AT_ONCE, GateConfig, fit_classifier, labelled
 from undo_core.pipeline.needs import Cost, Memory, Scene
-from undo_core.pipeline.prepared import distill_rows, heldout_rows, train_rows
+from undo_core.pipeline.prepared import distill_sequences, heldout_sequences, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 KEPT = "gate.safetensors"
 
@@ -42,29 +42,31 @@ class Gate(Stage):
         data, seed = work.inputs["prepared"], self.config.seed or 0
         # Different seeds, so that forget and retain are drawn independently.
         seeds = {"forget": seed, "retain": seed + 1}
-        known = {name: labelled(train_rows(data, [name]), self.config.share, seed) for name, seed in seeds.items()}
-        fitted = fit_gate(known["forget"], known["retain"], self.config)
-        text = distill_rows(data)
+        known = {name: labelled(train_sequences(data, [name]), self.config.share, seed) for name, seed in seeds.items()}
+        fitted = fit_classifier(known["forget"], known["retain"], self.config)
+        text = distill_sequences(data)
         kept = ~fitted.forget(text)
         if not kept.any():
-            raise ValueError(f"controls.gate: got a classifier that drops all {len(text)} rows, wanted one that keeps some")
+            raise ValueError(
+                f"controls.gate: got a classifier that drops all {len(text)} sequences, wanted one that keeps some"
+            )
         save_file({"kept": kept, "weight": fitted.weight, "bias": fitted.bias}, work.output / KEPT)
         return {
-            **{f"labelled_{name}_tokens": rows.tokens() for name, rows in known.items()},
-            "labelled_rows": {name: len(rows) for name, rows in known.items()},
-            "heldout": fitted.quality(*(heldout_rows(data, name) for name in ("forget", "retain"))),
+            **{f"labelled_{name}_tokens": sequences.tokens() for name, sequences in known.items()},
+            "labelled_rows": {name: len(sequences) for name, sequences in known.items()},
+            "heldout": fitted.quality(*(heldout_sequences(data, name) for name in ("forget", "retain"))),
             "kept_rows": int(kept.sum()),
             "rows": len(text),
         }
 
     def memory(self, meta: Meta) -> list[Memory]:
         """The features of the sequences that are scored at once; those of the few labelled sequences are not counted."""
-        return [Memory("forward", activations=8 * self.config.buckets * ROWS_AT_ONCE)]
+        return [Memory("forward", activations=8 * self.config.buckets * SEQUENCES_AT_ONCE)]
 
     def cost(self, scene: Scene) -> Cost:
-        return Cost(disk=scene.rows + 8 * self.config.buckets)
+        return Cost(disk=scene.sequences + 8 * self.config.buckets)
 
 
-def kept_rows(folder: Path) -> torch.Tensor:
-    """Returns a ``[rows]`` bool mask over the distillation data: True for the sequences that the gate in ``folder`` keeps."""
+def kept_sequences(folder: Path) -> torch.Tensor:
+    """Returns a ``[sequences]`` bool mask over the distillation data: True for those that the gate in ``folder`` keeps."""
     return load_file(folder / KEPT)["kept"]

@@ -14,7 +14,7 @@ from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)

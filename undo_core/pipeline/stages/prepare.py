@@ -22,7 +22,7 @@ from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +52,26 @@ class Prepare(Stage):
         path, expected = self.model.path, configuration(settings)
         tokenizer, splits, cut = make_splits(self.settings["data"], positions_of(expected))
         limits = Limits(expected.get_text_config().vocab_size if path else len(tokenizer), positions_of(expected))
-        for name, rows in splits.items():
-            limits.check_rows(rows, f"data ({name})")
+        for name, sequences in splits.items():
+            limits.check_sequences(sequences, f"data ({name})")
         if path:
             model = load_model(path, stored_dtype(Path(path)))
         else:
             model = build_model(self.model.config, tokenizer, self.model.seed)
         (work.output / "data").mkdir()
-        for name, rows in splits.items():
-            rows.save(work.output / "data" / f"{name}.safetensors")
+        for name, sequences in splits.items():
+            sequences.save(work.output / "data" / f"{name}.safetensors")
         save(model, tokenizer, work.output)
-        facts = {name: {"rows": len(rows), "length": rows.length, "tokens": rows.tokens()} for name, rows in splits.items()}
+        facts = {
+            name: {"rows": len(sequences), "length": sequences.length, "tokens": sequences.tokens()}
+            for name, sequences in splits.items()
+        }
         for name, count in cut.items():
             facts[name]["truncated"] = count
             if count:
                 console.print(
-                    f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the model"
+                    f"{work.title}: {count} of {len(splits[name])} questions of {name} are cut at their beginning to fit the "
+                    "model"
                 )
         return {"parameters": sum(p.numel() for p in model.parameters()), "splits": facts}
 
@@ -98,7 +102,8 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and data.questions"
+                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and "
+                "data.questions"
             )
     if model.path:
         checkpoint = Path(model.path)

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from undo_core.models import forward_flops, load_model, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
 from undo_core.pipeline.needs import Memory
-from undo_core.pipeline.prepared import retain_performance, train_rows
+from undo_core.pipeline.prepared import retain_performance, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
-from undo_core.training import Batch, TrainConfig, rows_source, train
+from undo_core.training import Batch, TrainConfig, sequence_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,11 @@ class Pretrain(TrainingStage):
 
     def run(self, work: Work) -> dict[str, Any]:
         data = work.inputs["prepared"]
-        model, rows, metrics = load_to_train(data, self.train.precision), train_rows(data, self.splits), ("retain", "forget")
+        model, sequences, metrics = (
+            load_to_train(data, self.train.precision),
+            train_sequences(data, self.splits),
+            ("retain", "forget"),
+        )
         stop, facts = None, {}
         if self.recover is not None:
             reached, metrics = retain_performance(load_model(work.inputs["target"]), data), ("retain",)
@@ -71,7 +75,7 @@ class Pretrain(TrainingStage):
         result = train(
             model,
             next_token_loss,
-            {"text": rows_source(rows, self.train.batch_size, self.train.seed or 0)},
+            {"text": sequence_source(sequences, self.train.batch_size, self.train.seed or 0)},
             self.train,
             evaluate=validation(data, *metrics),
             stop=stop,
@@ -79,7 +83,7 @@ class Pretrain(TrainingStage):
             title=work.title,
         )
         save(model, load_tokenizer(data), work.output, self.train)
-        flops = 3 * forward_flops(model, rows.length) * result.positions["text"]
+        flops = 3 * forward_flops(model, sequences.length) * result.positions["text"]
         return {**facts, **training_facts(result, flops)}
 
     def _accurate(self, values: Mapping[str, float]) -> bool:

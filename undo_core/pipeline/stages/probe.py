@@ -13,11 +13,11 @@ from undo_core.evaluation.metrics import evaluate
 from undo_core.models import load_model, load_tokenizer, positions_of
 from undo_core.pipeline.model_stage import ModelStage
 from undo_core.pipeline.needs import Cost, Memory, Scene
-from undo_core.pipeline.prepared import load_split, tested_rows
+from undo_core.pipeline.prepared import load_split, tested_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,18 @@ class Probe(ModelStage):
 
     def run(self, work: Work) -> dict[str, Any]:
         data = work.inputs["prepared"]
-        model, tests = load_model(work.inputs["model"]), tested_rows(data)
+        model, tests = load_model(work.inputs["model"]), tested_sequences(data)
         if self.attack == "fewshot":
             examples, how = load_split(data, "valid_forget"), {"seed": self.seed, "positions": positions_of(model.config)}
             if examples.choices is not None:  # an answered question has no separator at its end
                 tokenizer = load_tokenizer(data)
                 how |= {"between": encoded(tokenizer, ["\n\n"])[0], "lead": surroundings(tokenizer, "\n\n")[0]}
-            prompted = {name: few_shot(rows, examples, self.shots, **how) for name, rows in tests.items()}
+            prompted = {name: few_shot(sequences, examples, self.shots, **how) for name, sequences in tests.items()}
             facts = {"length": prompted["forget"][0].length}
-            scores = {name: evaluate(model, rows, counted=counted) for name, (rows, counted) in prompted.items()}
+            scores = {name: evaluate(model, sequences, counted=counted) for name, (sequences, counted) in prompted.items()}
         else:
             facts = {"quantised": quantise_(model, self.bits, self.group_size or 1)}
-            scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+            scores = {name: evaluate(model, sequences) for name, sequences in tests.items()}
         point = {name: {key: score[key] for key in ("value", "low", "high", "n")} for name, score in scores.items()}
         return {"curve": [{"step": 0, **point}], **facts}
 

@@ -1,4 +1,4 @@
-"""Attacks a model by training it at one learning rate; the manifest holds the curve on the test rows."""
+"""Attacks a model by training it at one learning rate; the manifest holds the curve on the test sequences."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from undo_core.evaluation.metrics import evaluate
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
 from undo_core.pipeline.needs import Memory, Scene
-from undo_core.pipeline.prepared import tested_rows, train_rows
+from undo_core.pipeline.prepared import tested_sequences, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 # Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
@@ -70,29 +70,31 @@ class Relearn(TrainingStage):
     def run(self, work: Work) -> dict[str, Any]:
         config, data = self.config, work.inputs["prepared"]
         model = load_to_train(work.inputs["model"], config.precision)
-        texts = {name: train_rows(data, [name]) for name in config.rows()}
-        tests = tested_rows(data)
+        texts = {name: train_sequences(data, [name]) for name in config.sequences()}
+        tests = tested_sequences(data)
         points: dict[int, dict[str, Any]] = {}
 
         def metrics(model: PreTrainedModel) -> dict[str, float]:
-            scores = {name: evaluate(model, rows) for name, rows in tests.items()}
+            scores = {name: evaluate(model, sequences) for name, sequences in tests.items()}
             return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in INTERVAL.items()}
 
         given = {"forget": None, **texts}
         result = attack(model, rate=self.rate, config=config, **given, evaluate=metrics, folder=work.scratch, title=work.title)
         for entry in result.history:
             points[int(entry["step"])] = {
-                name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(rows)}
-                for name, rows in tests.items()
+                name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
+                for name, sequences in tests.items()
             }
         save(model, load_tokenizer(data), work.output, self.training)
         curve = [{"step": step, **point} for step, point in points.items()]
         passes = self._passes()
-        flops = sum(passes * forward_flops(model, rows.length) * result.positions[name] for name, rows in texts.items())
+        flops = sum(
+            passes * forward_flops(model, sequences.length) * result.positions[name] for name, sequences in texts.items()
+        )
         return {"curve": curve, **training_facts(result, flops)}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        return meta.training(self.config.training(1.0), self.config.rows(), self._method)
+        return meta.training(self.config.training(1.0), self.config.sequences(), self._method)
 
     def _method(self, model: PreTrainedModel) -> Method:
         adapters = insert(model, self.config.lora, 0)[1] if self.config.kind == "lora" else None

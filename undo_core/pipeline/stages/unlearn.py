@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 from undo_core.models import forward_flops, load_tokenizer, tokens_of, vocabulary_of
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts, validation
 from undo_core.pipeline.needs import Memory, Scene
-from undo_core.pipeline.prepared import train_rows
+from undo_core.pipeline.prepared import train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig, method_of, unlearn, unlearn_flops
 
 if TYPE_CHECKING:
-    from undo_core.pipeline.meta import Meta
+    from undo_core.pipeline.memory.meta import Meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class Unlearn(TrainingStage):
         model = load_to_train(work.inputs["model"], config.train.precision)
         if config.vocab_size is None and tokens < vocabulary_of(model):
             config = dataclasses.replace(config, vocab_size=tokens)
-        forget, retain = train_rows(data, ["forget"]), train_rows(data, ["retain"])
+        forget, retain = train_sequences(data, ["forget"]), train_sequences(data, ["retain"])
         if config.forget_rows is not None:
             if config.forget_rows > len(forget):
                 raise ValueError(
-                    f"forget_rows: got {config.forget_rows}, wanted at most {len(forget)}, the number of forget rows"
+                    f"forget_rows: got {config.forget_rows}, wanted at most {len(forget)}, the number of forget sequences"
                 )
             forget = forget.take(slice(config.forget_rows))
         metrics = validation(data, "retain", "forget")
@@ -75,8 +75,8 @@ class Unlearn(TrainingStage):
         drawn = result.steps * config.train.batch_size
         seeds = {"forget": config.train.seed or 0, "retain": (config.train.seed or 0) + 1}
         distinct = {
-            name: rows.take(rows.order(0, min(drawn, len(rows)), seeds[name])).tokens() if read[name] else 0
-            for name, rows in {"forget": forget, "retain": retain}.items()
+            name: sequences.take(sequences.order(0, min(drawn, len(sequences)), seeds[name])).tokens() if read[name] else 0
+            for name, sequences in {"forget": forget, "retain": retain}.items()
         }
         labelled = {f"labelled_{name}_tokens": count for name, count in read.items()}
         return {**labelled, "labelled_distinct_tokens": distinct, **training_facts(result, flops)}

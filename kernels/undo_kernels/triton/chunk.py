@@ -1,0 +1,220 @@
+"""The passes of the chunk plan, which stores logits; see ``plan.py`` for its bytes and FLOPs.
+
+For each chunk of tokens: library products into float32 logits; statistics; the gradient, which overwrites the student's logits
+(float32) or has a buffer (16-bit); library products into d_hidden and d_weight.
+
+Precomputed logits are one chunk without products. Nothing here makes the host wait for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from undo_kernels.sparse_kl_terms import sparse_terms
+from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton.pair_math import OWN
+from undo_kernels.triton.products import TILE_ROWS, logits, multiply, multiply_widened
+from undo_kernels.triton.run import BASES, FUSED, Head, Run, part_or
+
+
+class Chunks:
+    """The chunk plan."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, s = run, run.shapes
+        scratch, size, leading = run.scratch, run.plan.rows_per_chunk, s.leading
+        self.block = tile_table.row_block(run.target, run.vocabulary)
+        self.parts, self.part = tile_table.row_parts(size, run.vocabulary, self.block.block_v)
+        self.copied = not run.student.given or s.sparse
+        self.z_s = scratch.take(size, leading) if self.copied else run.given
+        self.z_t = self.z_s
+        if run.teacher is not None:
+            given = run.teacher.hidden
+            given = given if given.stride(1) == 1 else scratch.count(given.contiguous())
+            self.z_t = given if run.teacher.given else scratch.take(size, leading)
+        self.dz = self.z_s
+        if s.gradient and not run.student.given and run.student.product != torch.float32:
+            self.dz = scratch.take(size, leading, dtype=run.student.product)
+        self.stats = scratch.take(tile_table.FIELDS, size, self.parts)
+        self.losses = scratch.take(4, size, self.parts)
+        heads = [h for h in (run.student, run.teacher) if h is not None and not h.given and h.weight.dtype != h.product]
+        width = max((h.weight.shape[1] for h in heads), default=0)
+        self.upcast = scratch.take(min(TILE_ROWS, run.vocabulary), width) if heads else None
+        self.sums = run.d_weight
+        if run.plan.accumulator:
+            self.sums = scratch.take(run.vocabulary, run.student.weight.shape[1])
+
+    def passes(self) -> None:
+        """Processes every chunk, then writes the separately summed weight gradient."""
+        run, size = self.run, self.run.plan.rows_per_chunk
+        for first in range(0, run.n, size):
+            self._chunk(slice(first, min(first + size, run.n)))
+        if run.plan.accumulator:
+            run.d_weight[: run.vocabulary].copy_(self.sums)
+
+    def _chunk(self, part: slice) -> None:
+        run, s = self.run, self.run.shapes
+        count = part.stop - part.start
+        hidden, copy = (None, None) if run.student.given else run.hidden(run.student, part, s.gradient)
+        z_s = self.z_s[:count] if self.copied else self.z_s[part]
+        if hidden is not None:
+            logits(z_s[:, : run.vocabulary], hidden, self._weight(run.student), self._buffer(run.student), run.scratch)
+        elif self.copied:
+            z_s[:, : run.vocabulary].copy_(run.given[part, : run.vocabulary])
+        z_t = z_s
+        if run.teacher is not None and run.teacher.given:
+            z_t = self.z_t[part]
+        elif run.teacher is not None:
+            z_t = self.z_t[:count]
+            hidden_t, copy_t = run.hidden(run.teacher, part, False)
+            logits(z_t[:, : run.vocabulary], hidden_t, self._weight(run.teacher), self._buffer(run.teacher), run.scratch)
+            run.scratch.give(copy_t)
+        self._statistics(z_s, z_t, part)
+        if s.loss_pass:
+            self._loss(z_s, z_t, part, hidden)
+        run.scratch.give(copy)
+
+    def _weight(self, head: Head) -> torch.Tensor:
+        return head.weight[: self.run.vocabulary]
+
+    def _buffer(self, head: Head) -> torch.Tensor | None:
+        if self.upcast is None:
+            return None
+        width = head.weight.shape[1]
+        return self.upcast.view(-1)[: self.upcast.shape[0] * width].view(-1, width)
+
+    def _common(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice) -> dict[str, Any]:
+        run, t = self.run, self.run.teacher or self.run.student
+        return {
+            "z_s_ptr": z_s, "z_t_ptr": z_t, "bias_s_ptr": run.student.bias, "bias_t_ptr": t.bias,
+            "counted_ptr": run.counted[part] if run.masked else run.counted,
+            "vocabulary": run.vocabulary, "part": self.part, "parts": self.parts,
+            "stride_s": z_s.stride(0), "stride_t": z_t.stride(0), "stride_field": self.stats.shape[1] * self.parts,
+            "MASKED": run.masked, "HOLES": run.shapes.sparse, "BLOCK_V": self.block.block_v, "num_warps": self.block.warps,
+            **run.projections(), **FUSED,
+        }  # fmt: skip
+
+    def _pick(self, z: torch.Tensor, index: torch.Tensor, out: torch.Tensor, part: slice, take: bool) -> None:
+        run, known = self.run, index.shape[1]
+        row_kernels.pick_rows[(z.shape[0],)](
+            z, run.student.bias, index, run.counted[part] if run.masked else run.counted, out,
+            run.student.inner, run.student.outer, run.vocabulary, known, z.stride(0),
+            HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, MASKED=run.masked, TAKE=take,
+            BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
+        )  # fmt: skip
+
+    def _statistics(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice) -> None:
+        run, s = self.run, self.run.shapes
+        count = z_s.shape[0]
+        if run.labelled:
+            self._pick(z_s, run.labels[part, None], run.label_z[part], part, False)
+        if s.sparse:
+            self.picked = torch.empty(count, run.indices.shape[1], device=run.device)
+            self._pick(z_s, run.indices[part], self.picked, part, True)
+        if s.student_sums:
+            row_kernels.stats_rows[(count, self.parts)](
+                partial_ptr=self.stats, TEACHER=s.dense, CROSS=run.crossed,
+                STATISTICS=run.problem.statistics and s.dense, **self._common(z_s, z_t, part),
+            )  # fmt: skip
+        lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.row["lse_s"][part]
+        run.combine(self.stats, part, self.parts, lse, s.dense, False)
+        self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
+        if s.sparse:
+            self._sparse(part, lse)
+
+    def _sparse(self, part: slice, lse_rest: torch.Tensor) -> None:
+        """Computes losses, gradients at the known entries and the factor of the rest's gradient, in ``[rows, k]`` tensors."""
+        run, s = self.run, self.run.shapes
+        terms = sparse_terms(
+            self.picked.double(), run.indices[part], run.logprobs[part], lse_rest, run.problem.target, run.vocabulary
+        )
+        keep = run.live[part] if run.masked else torch.ones_like(terms.lse, dtype=torch.bool)
+        run.row["lse_s"][part] = torch.where(keep, terms.lse, 0.0).float()
+        run.put_divergence(part, terms.divergence.float())
+        if run.nll:
+            nll = terms.lse
+            if run.labelled:
+                nll = torch.where(run.labels[part] < 0, nll, nll - run.label_z[part].double())
+            run.row["nll"][part] = torch.where(keep, nll, 0.0).float()
+        if not s.gradient:
+            return
+        empty = lse_rest == -torch.inf
+        for name in ("base_s", "log_sum_s"):  # if all entries are known, every remaining logit is -inf
+            run.row[name][part] = torch.where(empty, 0.0, run.row[name][part])
+        factor, own = run.factor[part].double(), run.own[part].double()
+        rest = factor * terms.rest
+        slope = factor[:, None] * terms.slope
+        z = torch.where(run.indices[part] >= 0, self.picked.double(), -torch.inf)
+        if run.nll:
+            log_p = z - terms.lse[:, None]
+            gradient = log_p.exp()
+            if run.labelled:
+                log_label = run.label_z[part].double() - terms.lse
+                gradient = torch.where(run.indices[part] == run.labels[part, None], torch.expm1(log_p), gradient)
+                at_rest = torch.where(empty, 0.0, rest * (run.label_z[part].double() - lse_rest).exp())
+                self.at_label = (at_rest + own * torch.expm1(log_label)).float()
+            slope = slope + own[:, None] * gradient
+            rest = rest + own * torch.where(empty, 0.0, (lse_rest - terms.lse).exp())
+        if run.student.capped:
+            slope = slope * (1 - torch.where(run.indices[part] >= 0, z / run.student.outer, 0.0) ** 2)
+        self.own, self.slope = rest.float(), slope.float()
+
+    def _loss(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice, hidden: torch.Tensor | None) -> None:
+        run, p, s, out = self.run, self.run.problem, self.run.shapes, self.run.row
+        if run.code == OWN.value and not s.gradient:
+            return
+        count = z_s.shape[0]
+        dz = (run.d_hidden[part] if run.student.given else self.dz[:count]) if s.gradient else z_s
+        columns = p.student.hidden.shape[1] if run.student.given else run.vocabulary
+        arguments = {
+            **self._common(z_s, z_t, part), "partial_ptr": self.losses,
+            **{f"{name}_ptr": out[name][part] for name in BASES}, "factor_ptr": part_or(run.factor, part, run.zero),
+            "own_ptr": self.own, "at_label_ptr": self.at_label, "labels_ptr": run.labels[part] if run.labelled else run.zero,
+            "dz_ptr": dz, "beta_t": p.beta, "beta_s": 1.0 - p.beta, "filter_below": p.filter_below, "columns": columns,
+            "stride_dz": dz.stride(0), "TARGET": run.code, "UNIFORM": run.uniform,
+        }  # fmt: skip
+        grid = (count, self.parts)
+        forward = {"GRADIENT": False, "NLL": False, "LABELS": False, "FILTER": False}
+        if s.mixture_pass or not s.gradient:
+            row_kernels.loss_rows[grid](**arguments, **forward)
+        if s.mixture_pass:
+            out["offset"][part] = self.losses[1, :count].double().sum(-1).float()
+        if s.gradient:
+            mixed = run.nll or s.sparse
+            row_kernels.loss_rows[grid](**arguments, GRADIENT=True, NLL=mixed, LABELS=run.labelled, FILTER=run.filter)
+        if run.code != OWN.value:
+            run.put_divergence(part, self.losses[0, :count].double().sum(-1).float())
+        if not s.gradient:
+            return
+        if run.filter:
+            run.skipped += self.losses[2:, :count].double().sum((1, 2))
+        if s.sparse:
+            known = run.indices.shape[1]
+            row_kernels.put_rows[(count,)](
+                dz, run.indices[part], self.slope, run.counted[part] if run.masked else run.counted, run.vocabulary, known,
+                dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
+            )  # fmt: skip
+        if hidden is not None:
+            dz = dz[:, : run.vocabulary]
+            run.products_of_gradient(dz, hidden, slice(0, run.vocabulary), self.sums, part.start > 0)
+            if p.needs[0]:
+                self._hidden_gradient(dz, part)
+
+    def _hidden_gradient(self, dz: torch.Tensor, part: slice) -> None:
+        run, weight, scratch = self.run, self._weight(self.run.student), self.run.scratch
+        moved = run.index is not None
+        shape = dz.shape[0], weight.shape[1]
+        out = scratch.take(*shape, dtype=run.d_hidden.dtype) if moved else run.d_hidden[part]
+        if weight.dtype == run.student.product:
+            multiply(out, dz, weight, False, scratch)
+        else:
+            wide = scratch.take(*shape)
+            multiply_widened(wide, dz, weight, self._buffer(run.student), False, scratch)
+            out.copy_(wide)
+            scratch.give(wide)
+        if moved:
+            run.d_hidden.index_copy_(0, run.place[part], out)
+            scratch.give(out)

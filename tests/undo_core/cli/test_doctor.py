@@ -1,0 +1,40 @@
+"""``undo doctor`` runs every op on every backend that is here, and says what does not work."""
+
+import pytest
+import undo_kernels
+from undo_kernels.ops import dispatch
+
+from undo_core import ops
+from undo_core.cli import doctor
+from undo_core.cli.doctor import run_doctor
+
+
+def test_the_doctor_finds_this_machine_well(capsys):
+    assert run_doctor() == 0
+    out = capsys.readouterr().out
+    assert "linear_kl_div" in out and "Everything that the pipeline needs works here." in out and "wrong" not in out
+
+
+def test_the_doctor_reports_no_kernel_that_did_not_run(capsys, monkeypatch):
+    """A dispatch that leaves everything to plain PyTorch gives right numbers, and a verdict about nothing."""
+    monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "reference")
+    kernels = "cpu" not in undo_kernels.unavailable()
+    assert run_doctor() == int(kernels)
+    assert ("PROBLEM linear_kl_div fails on the cpu backend: wrong: ran on reference" in capsys.readouterr().out) == kernels
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_doctor_notices_a_wrong_gradient(capsys, monkeypatch, name):
+    """On each backend, in the gradient alone: the pipeline runs on the first that is there."""
+    monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})
+    right = ops.linear_kl_div
+
+    def wrong(*arguments, **options):
+        loss = right(*arguments, **options)
+        return 2 * loss - loss.detach() if undo_kernels.requested_backend() == name else loss
+
+    monkeypatch.setattr(ops, "linear_kl_div", wrong)
+    here = name not in undo_kernels.unavailable()
+    assert run_doctor() == int(here)
+    assert (f"PROBLEM linear_kl_div fails on the {name} backend: wrong: relative" in capsys.readouterr().out) == here

@@ -1,0 +1,128 @@
+"""What ``undo plan`` says is what then runs, and its flags make every stage fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from undo_core.attacks.relearning import AttackConfig
+from undo_core.cli import main
+from undo_core.distillation.teacher import TeacherConfig
+from undo_core.pipeline.config import (
+    ControlsConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    NoiseConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from undo_core.pipeline.graph import graph_of
+from undo_core.pipeline.run import run
+from undo_core.pipeline.stages import Cache
+from undo_core.pipeline.store import Store
+from undo_core.planning.fit import bytes_of
+from undo_core.planning.table import plan_rows, plan_table
+from undo_core.planning.timing import Measure
+from undo_core.training import TrainConfig
+from undo_core.unlearning import UnlearnConfig
+
+SHAPE = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def config(output, teacher=None) -> RunConfig:
+    train = TrainConfig(steps=3, batch_size=8)
+    return RunConfig(
+        name="planned",
+        output=str(output),
+        data=DataConfig(train_rows=100, eval_prompts=20),
+        model=ModelConfig(config={**SHAPE, "num_key_value_heads": 1, "head_dim": 8}),
+        pretrain=PretrainConfig(train=train),
+        unlearn=UnlearnConfig(train=train),
+        noise=NoiseConfig(alphas=[0.5]),
+        distill=DistillConfig(recover=None, train=train, teacher=teacher or TeacherConfig()),
+        relearn=AttackConfig(rates=[1e-3, 2e-3], evaluate_at=[0, 2], headline_step=2, extend=0, batch_size=8),
+        controls=ControlsConfig(filter=False),
+    )
+
+
+def show(settings) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(plan_table(settings))
+    return capture.get()
+
+
+@pytest.mark.parametrize("teacher", [TeacherConfig(), TeacherConfig("cached")], ids=lambda teacher: teacher.kind)
+def test_the_plan_is_what_then_runs(tmp_path, teacher):
+    settings = config(tmp_path, teacher)
+    store = Store(tmp_path / "stages")
+    rows, disk = plan_rows(settings, store)
+    assert not list(tmp_path.iterdir()), "planning writes nothing"
+    assert [row.title for row in rows][:3] == ["prepare", "pretrain", "unlearn maxent"] and not any(row.done for row in rows)
+    assert disk > 0 and all(row.title != "cache teacher" for row in rows) == (teacher.kind == "resident")
+    assert all(row.seconds > 0 and row.flops > 0 for row in rows if row.steps)
+    assert "relearn undo-0.5, 2 rates" in show(settings)
+
+    run(settings, "test")
+    by_folder = {row.folder: row for row in plan_rows(settings, store)[0]}
+    assert all(row.done for row in by_folder.values()) and show(settings).count("there") == len(by_folder)
+    for stage in graph_of(settings).stages():
+        facts, row = store.manifest(stage), by_folder[stage.name]
+        assert 0.5 < row.memory.total / facts["peak_bytes"] < 2
+        if "steps" in facts:
+            assert row.steps == facts["steps"] and row.positions == sum(facts["positions_by_source"].values())
+            assert row.flops == pytest.approx(facts["flops"], rel=1e-12)
+        if isinstance(stage, Cache):
+            assert row.flops == facts["flops"] and row.positions == 200 * 11
+            stored = sum(path.stat().st_size for path in store.folder(stage).glob("*.safetensors"))
+            assert 0.9 < stored / facts["bytes"] <= 1
+
+
+def test_a_large_model_is_planned_without_being_built(tmp_path):
+    large = {**SHAPE, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
+    settings = replace(config(tmp_path), model=ModelConfig(config={**large, "vocab_size": 256000}))
+    rows, disk = plan_rows(settings, Store(tmp_path))
+    assert disk > 8e9 and rows[1].memory.total > 16 * 2.4e9 and rows[1].seconds > 0
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("24GB", 24 * 10**9), ("1.5GiB", 3 << 29), ("500 MB", 5 * 10**8)])
+def test_sizes_of_memory(text, wanted):
+    assert bytes_of(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["lots", "-1GB", "0GB", "GB"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=rf"^memory: got {text!r}|^memory: got {text}"):
+        bytes_of(text)
+
+
+def test_what_makes_every_stage_fit(tmp_path, capsys, monkeypatch):
+    """A vocabulary whose logits' workspace and gradient matter, so that there is something to save."""
+    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # memory is asked here, not time
+    Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
+    sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]
+    shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}
+    arguments = ["plan", str(ROOT / "configs" / "language-cpu.yaml"), *sources, f"--model.config={json.dumps(shape)}"]
+    arguments += [f"--output={tmp_path / 'run'}", "--data.length=128"]
+    assert main([*arguments, "--memory", "760MB"]) == 0
+    suggested = {
+        line.split(":")[0]: line.split(" with ")[1].split()
+        for line in capsys.readouterr().out.splitlines()
+        if " with --" in line
+    }
+    assert suggested and len(suggested) == len({flag.split(".")[0] for flags in suggested.values() for flag in flags}), (
+        "each kind once"
+    )
+    flags = [flag for flags in suggested.values() for flag in flags]
+    assert main([*arguments, *flags, "--memory", "760MB"]) == 0, "the flags are real ones"
+    assert "Every stage fits in 760MB" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--memory", "1MB"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("undo: error: memory: got 1MB, which is too little: ")
+    assert "needs at least" in error and not (tmp_path / "run").exists()

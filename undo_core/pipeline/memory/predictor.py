@@ -1,0 +1,98 @@
+"""Predicted peak memory of stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import undo_kernels
+from transformers import PreTrainedConfig
+from undo_kernels.library.backends import choose
+
+from undo_core.evaluation.metrics import sequences_at_once
+from undo_core.io.files import hash_json
+from undo_core.pipeline.memory.meta import Meta, Scored
+from undo_core.pipeline.needs import Memory
+from undo_core.pipeline.stage import Stage
+
+PROCESS_BYTES = 550 << 20  # measured resident size of Python with torch and transformers; not counted on a GPU
+
+
+class Predictor:
+    """Predicts peak memory of stages; stages whose memory must be equal are computed once.
+
+    Args:
+        config: configuration of the models, teachers included.
+        length: tokens in a sequence.
+        answers: whether evaluation scores answers; otherwise it computes cross-entropy.
+        choices: letters that evaluation compares for a multiple-choice question; 0 if there are no questions.
+        evaluated: sequences in an evaluation; None if unknown, for as many as an evaluation takes at once.
+        evaluated_length: tokens in the longest of them; None for ``length``.
+        data_bytes: bytes of the token ids that a stage holds.
+        device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        length: int,
+        *,
+        answers: bool = False,
+        choices: int = 0,
+        evaluated: int | None = None,
+        evaluated_length: int | None = None,
+        data_bytes: int = 0,
+        device: str | None = None,
+    ) -> None:
+        self.config, self.length, self.data_bytes = config, length, data_bytes
+        columns = evaluated_length or length
+        most = sequences_at_once(columns)
+        self.scored = Scored(min(most, evaluated or most), columns, answers, choices)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._known: dict[str, Memory] = {}
+
+    def __call__(self, stage: Stage, stored: torch.dtype | None = None) -> Memory:
+        """Returns the memory of a stage at its peak.
+
+        Args:
+            stage: the stage that would run.
+            stored: dtype of the weights that it reads; None asks the stage.
+
+        Raises:
+            ValueError: the model does not support the settings.
+        """
+        stored = stored or stage.reads()
+        key = hash_json([stage.kind, _that_matter(stage.settings), str(stored)])
+        if key not in self._known:
+            self._known[key] = max(self.phases(stage, stored), key=lambda memory: memory.total)
+        return self._known[key]
+
+    def phases(self, stage: Stage, stored: torch.dtype | None = None) -> list[Memory]:
+        """Returns the memory by parts at the peak of each phase."""
+        with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
+            phases = stage.memory(Meta(self.config, self.length, self.scored, self.device, stored or stage.reads()))
+        process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes
+        return [dataclasses.replace(memory, process=process) for memory in phases]
+
+
+_NO_MATTER = (
+    "steps",
+    "lr",
+    "min_lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "clip",
+    "eval_every",
+    "seed",
+    "rate",
+)
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings on which memory depends."""
+    return {k: _that_matter(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}

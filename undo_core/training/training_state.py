@@ -1,0 +1,149 @@
+"""Checkpoints within a stage: model and optimizer as safetensors, counters as JSON.
+
+On several ranks every rank writes its own shards, by torch.distributed.checkpoint in its safetensors format. A checkpoint can be
+resumed on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from undo_kernels.ops.layout import overlaps
+from undo_kernels.ops.sharding import local_of
+
+from undo_core.distributed import on_first
+from undo_core.distributed.sharding import is_sharded, release
+from undo_core.distributed.storage import read_shards, stored_shapes, write_shards
+from undo_core.io.files import fresh, publish, read_json, write_json
+from undo_core.training.optimizers import Updater
+
+FORMAT = (
+    1  # increase it when the computation of a step or the contents of a checkpoint change, so that no old checkpoint is resumed
+)
+_NAME = re.compile(r"step-(\d+)")
+
+
+def save_training_state(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
+    """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones; every rank calls it."""
+    temporary = on_first(lambda: fresh(folder / "writing"))
+    if is_sharded(model):
+        release(model)
+        write_shards(temporary, {**_stored(model, updater), **updater.tensors()})
+    else:
+        save_file(_apart(_unique(model)), temporary / "model.safetensors")
+        save_file(updater.tensors(), temporary / "optimizer.safetensors")
+    on_first(lambda: _publish(temporary, folder, step, state))
+
+
+def _publish(temporary: Path, folder: Path, step: int, state: dict[str, Any]) -> None:
+    write_json(temporary / "state.json", {"step": step, **state})
+    final = folder / f"step-{step}"
+    if final.exists():  # a resumed run saves the same step again
+        shutil.rmtree(final)
+    publish(temporary, final)
+    for path in folder.iterdir():
+        if path != final and _NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the newest complete checkpoint under ``folder`` and its state, or None if there is none.
+
+    Raises:
+        ValueError: the checkpoint was made with a different ``made_by``; the message names what differs.
+    """
+    steps = [int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    if not steps:
+        return None
+    newest = folder / f"step-{max(steps)}"
+    state = read_json(newest / "state.json")
+    found, wanted = _flat(state.get("made_by", {})), _flat(json.loads(json.dumps(made_by)))
+    changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if changed:
+        was, now = (", ".join(f"{name} {_shown(values.get(name))}" for name in changed) for values in (found, wanted))
+        hint = "; a run resumes from the model as it was before its first step" if "model.weights" in changed else ""
+        raise ValueError(f"folder: got {folder.parent} with a checkpoint made with {was}; wanted {now}, or a new folder{hint}")
+    return newest, state
+
+
+def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
+    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``; every rank calls it."""
+    if is_sharded(model):
+        release(model)
+        _load_shards(checkpoint, model, updater)
+        return
+    if (checkpoint / "model.safetensors").exists():
+        saved, states = load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    else:  # written by several ranks
+        whole = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(checkpoint).items()}
+        read_shards(checkpoint, whole)
+        own = _unique(model).keys()
+        saved, states = {n: whole[n] for n in own}, {name: tensor for name, tensor in whole.items() if name not in own}
+    own = _unique(model)
+    expanded = {name for name, other in overlaps(own) if name == other}
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in expanded:  # an expanded buffer cannot be written to; `check_trained` refuses such parameters
+                owner, _, last = name.rpartition(".")
+                setattr(model.get_submodule(owner), last, saved[name].to(tensor.device))
+            else:
+                tensor.copy_(saved[name])
+    updater.load(states)
+
+
+def _load_shards(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
+    """Loads the parts of a checkpoint that this rank holds; the checkpoint may be of any number of ranks."""
+    own, states = _unique(model), dict[str, torch.Tensor]()
+    for name, (shape, dtype) in stored_shapes(checkpoint).items():
+        if name in own:
+            continue
+        parameter = updater.parameters[int(name.split(".")[0])]
+        states[name] = torch.empty_like(parameter, dtype=dtype) if shape == parameter.shape else torch.empty(shape, dtype=dtype)
+    # A float32 master is read instead of the parameter that was rounded from it.
+    masters = {id(updater.parameters[int(name.split(".")[0])]) for name in states if name.endswith(".target")}
+    rounded = {name for name, parameter in model.named_parameters() if id(parameter) in masters}
+    read_shards(checkpoint, {**{name: tensor for name, tensor in own.items() if name not in rounded}, **states})
+    updater.load({name: local_of(tensor) for name, tensor in states.items()})
+
+
+def _stored(model: nn.Module, updater: Updater) -> dict[str, torch.Tensor]:
+    """Tensors of a sharded model as one process would store them: parameters with a float32 master in bfloat16."""
+    mastered = {id(p) for p in updater.parameters} if updater.config.precision == "bfloat16-master" else set()
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in mastered}
+    return {name: tensor.to(torch.bfloat16) if name in names else tensor for name, tensor in _unique(model).items()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dictionaries to dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _shown(value: Any) -> Any:
+    """Shortens a digest to its first digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else value
+
+
+def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name; tied parameters appear once."""
+    named = {name: tensor for name, tensor in model.named_parameters()}
+    named.update({name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()})
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prepares tensors for safetensors: contiguous, and copied where they share memory with another tensor."""
+    shared = {second for _, second in overlaps(tensors)}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format) if name in shared else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
