@@ -18,12 +18,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
+from undo_core import distributed
 from undo_core.cli import hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
+TOGETHER = ("run", "unlearn", "distill", "relearn", "evaluate")  # the commands that all ranks of a torchrun work on
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
     for function in (
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
     try:
+        distributed.start()
         if not arguments:
             print(hints.FIRST_STEPS)
             return 2
@@ -94,19 +97,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.subcommand is None:
             parser.print_help()
             return 2
-        return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
+        return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
-        print(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", file=sys.stderr)
-        return 2
+        return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
     except (DivergedError, OSError, SafetensorError) as error:
-        print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return _failed(f"undo: failed: {_one_line(error)}", 1)
     except BrokenProcessPool:
-        print("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", file=sys.stderr)
-        return 1
+        return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
     except KeyboardInterrupt:
-        print("undo: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return _failed("undo: interrupted; the same command continues", 130)
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        return _failed(f"undo: failed: {distributed.explained(error)}", 1)
+
+
+def _on_ranks(name: str, command: Callable[[], int]) -> int:
+    """Runs a command on all ranks if they work on it together, else on rank 0 while the others wait."""
+    if name == "sweep" and distributed.count() > 1:
+        raise ValueError(f"sweep: got {distributed.count()} ranks of torchrun, wanted none: a sweep starts its own processes")
+    code = command() if name in TOGETHER else distributed.on_first(command)
+    distributed.stop()
+    return code
+
+
+def _failed(message: str, code: int) -> int:
+    """Prints the message of a failure, once for all ranks, and returns the exit code; a rank among several ends at once."""
+    several = distributed.count() > 1
+    if distributed.first_to_fail():
+        print(message, file=sys.stderr, flush=True)
+    if several:
+        distributed.end(code)
+    return code
 
 
 def _parser(only: str | None = None) -> ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+from undo_core import distributed
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.workers import end_with, use_threads
@@ -67,7 +68,12 @@ def _rank(store: Store, stage: Stage, threads: int, launcher: int) -> None:
     end_with(launcher)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     use_threads(1)
-    store.ensure(stage)
+    distributed.start()
+    try:
+        stage.check_ranks(distributed.count())
+        store.ensure(stage)
+    finally:
+        distributed.stop()
 
 
 def _last_line(text: str) -> str:

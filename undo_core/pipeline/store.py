@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from undo_core import distributed
 from undo_core.checkpoints.files import CONFIG, weight_files
 from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
@@ -50,37 +52,54 @@ class Store:
         A build that was killed continues from its last checkpoint.
         """
         final = self.folder(stage)
-        if self.done(stage):
+        if distributed.on_first(lambda: self.done(stage)):
             return final
         inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
         lock = final.parent / f".{final.name}.lock"
-        with locked(lock, f"{final.name}: another process is building it; waiting") as hold:
-            if not self.done(stage):  # the other process may have finished it
+        waiting = f"{final.name}: another process is building it; waiting"
+        with locked(lock, waiting) if distributed.rank() == 0 else contextlib.nullcontext() as hold:
+            if not distributed.on_first(lambda: self.done(stage)):  # the other process may have finished it
                 self._build(stage, final, inputs, hold)
         return final
 
-    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path], hold: Hold) -> None:
-        """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result."""
-        partial, description = _unfinished(final, hold), self.description(stage)
+    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path], hold: Hold | None) -> None:
+        """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result.
+
+        On several ranks, rank 0 holds the lock, reads and writes the store; the others take part only in stages that all run
+        together.
+        """
+        together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
+        reset_peak()
+        began = time.monotonic()
+        work = Work(inputs, output.parent, output, stage.title or stage.kind)
+        expected = distributed.on_first(lambda: stage.expected(work))
+        facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
+        facts.setdefault("seconds", time.monotonic() - began)
+        if distributed.count() > 1 and together:
+            facts |= {"ranks": distributed.count(), "peak_bytes": max(distributed.gather(peak_bytes()))}
+        distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
+
+    def _begin(self, stage: Stage, partial: Path) -> Path:
+        """Prepares the hidden folder and returns the empty folder of the output in it."""
+        description = self.description(stage)
         begun = partial / "description.json"
         if begun.exists() and read_json(begun) != description:  # an unfinished build of another stage
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, description)
-        output = fresh(partial / "output")
-        reset_peak()
-        began = time.monotonic()
-        work = Work(inputs, partial, output, stage.title or stage.kind)
-        facts = {**stage.expected(work), **stage.run(work)}
-        facts.setdefault("seconds", time.monotonic() - began)
+        return fresh(partial / "output")
+
+    def _finish(self, stage: Stage, final: Path, work: Work, facts: dict[str, Any], hold: Hold) -> None:
+        """Writes the manifest and publishes the output."""
+        partial, output = work.scratch, work.output
         log = partial / "log.jsonl"
         if log.exists():
             shutil.copyfile(log, output / "log.jsonl")
         weights = sorted(output.glob("*.safetensors"))
         manifest = {
             "format": FORMAT,
-            **description,
-            "inputs": {name: _provenance(folder) for name, folder in inputs.items()},
+            **self.description(stage),
+            "inputs": {name: _provenance(folder) for name, folder in work.inputs.items()},
             "outputs": {path.name: hash_file(path) for path in weights},
             "versions": versions(),
             "machine": machine(),

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from undo_core import distributed
 from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
@@ -36,7 +37,7 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
         failed: called with each stage that failed and its error; stages that do not read it are still built. None raises the
             first error.
     """
-    missing = missing_with_inputs(store, stages)
+    missing = distributed.on_first(lambda: missing_with_inputs(store, stages))
     if workers == 1:
         use_threads(1)
         for stage in missing.values():

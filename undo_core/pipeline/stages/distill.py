@@ -114,7 +114,7 @@ class Distill(TrainingStage):
             folder=work.scratch,
             title=work.title,
         )
-        save(student, load_tokenizer(data), work.output)
+        save(student, load_tokenizer(data), work.output, self.train)
         flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
         return {**facts, **training_facts(result, flops)}
 
