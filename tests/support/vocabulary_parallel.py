@@ -373,7 +373,7 @@ def refused(p):
         with backend(where):
             expect(
                 ValueError, "^hidden: got different hidden states", lambda: ops.linear_kl_div(other, w_s, th, w_t, plan=plan)
-            )  # noqa: B023
+            )
 
 
 def expect(kind, text, call):

@@ -30,9 +30,9 @@ from torch import nn
 from undo_kernels.library.backends import implementation
 from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
+from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
-from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.reference.philox import words
 
 from undo_core.checkpoints.files import checkpoint_skeleton
