@@ -66,6 +66,7 @@ lint: $(VENV)/.installed-lint  ## style and types of everything, changing nothin
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/shellcheck examples/slurm/*.sbatch
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 format: $(VENV)/.installed-lint  ## rewrite what lint would complain about, as far as tools can

@@ -54,7 +54,8 @@ def launch(store: Store, stage: Stage, *, ranks: int, machines: int, machine: in
             raise RankKilledError(
                 f"rank {rank} of {ranks * machines} was ended by {ended}, perhaps for lack of memory"
             ) from None
-        raise RuntimeError(_last_line(str(failure.message))) from None
+        told = failure.error_file_data["message"]  # written by torch's launcher
+        raise RuntimeError(told["message"] if isinstance(told, dict) else told) from None
 
 
 def sizes(ranks: int, largest: int) -> list[int]:
@@ -74,7 +75,3 @@ def _rank(store: Store, stage: Stage, threads: int, launcher: int) -> None:
         store.ensure(stage)
     finally:
         distributed.stop()
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "it failed without a message"
