@@ -30,6 +30,9 @@ test: $(INSTALLED)  ## all tests, file by file on up to four cores
 test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
 	$(BIN)/python tests/matrix.py
 
+test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with several processes and with a Ray cluster on this machine
+	$(BIN)/python -m pytest -m distributed_long
+
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
 
@@ -87,4 +90,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-aot bench bench-all bench-check lint format docs dist clean
+.PHONY: help install demo test test-matrix test-distributed test-aot bench bench-all bench-check lint format docs dist clean

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from undo_kernels.projection import Projection
+from undo_kernels.vocabulary_shard import VocabularyShard
 
 DENSE = ("forward", "reverse", "jsd")
 SPARSE = ("bucket", "renormalize")
@@ -81,6 +82,16 @@ class Problem:
     @property
     def tokens(self) -> int:
         return self.student.tokens
+
+    @property
+    def shard(self) -> VocabularyShard | None:
+        """Part of the vocabulary that the heads hold; None: all of it. Labels and indices count over the whole vocabulary."""
+        return self.student.shard
+
+    @property
+    def repeated(self) -> bool:
+        """Whether an earlier call returned the losses already, and only the gradient is wanted."""
+        return self.lse_s is not None
 
     def taken(self) -> tuple[Problem, torch.Tensor | slice]:
         """Returns the problem restricted to the counted tokens, and their indices; waits for the GPU to count them."""

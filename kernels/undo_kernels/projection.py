@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from undo_kernels.matmul import Product
+from undo_kernels.vocabulary_shard import SummedGradient, VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Projection:
         softcap: ``c`` of ``c * tanh(z / c)``, or None.
         temperature: divides the capped logits.
         vocab_size: number of vocabulary entries; later rows of the weight are padding and ignored. None: every row is an entry.
+        shard: where the entries lie in the whole vocabulary, if weight and bias are this process's part of a sharded head.
     """
 
     hidden: torch.Tensor
@@ -33,6 +35,7 @@ class Projection:
     softcap: float | None = None
     temperature: float = 1.0
     vocab_size: int | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def tokens(self) -> int:
@@ -40,18 +43,29 @@ class Projection:
 
     @property
     def vocabulary(self) -> int:
+        """Number of vocabulary entries of ``weight``."""
         return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @property
+    def entries(self) -> int:
+        """Number of vocabulary entries over all processes that share the head."""
+        return self.vocabulary if self.shard is None else self.shard.entries
+
+    @property
+    def widest(self) -> int:
+        """Largest number of vocabulary entries that a process holds; decisions that all must take alike depend on it."""
+        return self.vocabulary if self.shard is None else self.shard.widest
 
     def take(self, tokens: torch.Tensor | slice) -> Projection:
         """Returns the same head on a subset of the tokens."""
-        return Projection(
-            self.hidden[tokens], self.weight, self.bias, self.scale, self.softcap, self.temperature, self.vocab_size
-        )
+        return replace(self, hidden=self.hidden[tokens])
 
     def logits(self) -> torch.Tensor:
         """Returns ``[tokens, vocabulary]`` in float32, or in float64 if an operand is float64."""
         dtype = compute_dtype(self.hidden, self.weight)
         hidden, weight = self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype)
+        if self.shard is not None and hidden.requires_grad:
+            hidden = SummedGradient.apply(hidden, self.shard)
         # Reductions over the vocabulary are several times faster if the longer of the two dimensions is contiguous.
         z = Product.apply(hidden, weight) if self.tokens <= self.vocabulary else Product.apply(weight, hidden).T
         if self.bias is not None:

@@ -1,9 +1,12 @@
-"""Stages for tests: one that ends as it is told to, and every kind there is."""
+"""Stages for tests: one that ends as it is told to, one that takes its time, and every kind there is."""
 
 import os
 import signal
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from undo_core.pipeline import stages
 from undo_core.pipeline.stage import Folder, Stage
@@ -29,6 +32,30 @@ class Ending(Stage):
             (work.output / "half").write_text("x")
             raise ValueError("half way")
         return {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "found": len(list(work.output.iterdir()))}
+
+    def memory(self, meta):
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(Stage):
+    """Writes a line with its machine and process for each step to its scratch folder, and continues there, as a training does."""
+
+    kind: ClassVar[str] = "counted"
+    model_from: ClassVar[str | None] = None
+    steps: int = 3
+    pause: float = 0.0
+    before: Stage | None = None
+
+    def run(self, work):
+        lines = work.scratch / "lines"
+        done = len(lines.read_text().splitlines()) if lines.exists() else 0
+        for step in range(done, self.steps):
+            with open(lines, "a") as file:
+                file.write(f"{step} {socket.gethostname()} {os.getpid()}\n")
+            time.sleep(self.pause)
+        (work.output / "lines").write_text(lines.read_text())
+        return {}
 
     def memory(self, meta):
         return []

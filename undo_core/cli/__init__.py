@@ -61,12 +61,16 @@ _SWEEP = """Run every combination of settings in FILE, then write a report on ea
 
   undo sweep configs/sweep-beta.yaml
   undo sweep configs/sweep-beta.yaml --dry-run
+  undo sweep configs/sweep-beta.yaml --engine ray --address head:6379
 
 FILE names a base configuration and what varies: grid maps dotted keys to lists of values, runs lists named variants. Stages
 that runs have in common are computed once. All runs share one pool of workers, one on each GPU. After an interruption, even
 kill -9, the same command continues where it stopped. A run that fails does not stop the others; it is reported at the end, and
 the exit code is 1. Results are written to OUTPUT/runs/NAME/results-seedN.json, the report on all runs to
 OUTPUT/report/comparison.html.
+
+With --engine ray, the stages run on the machines of a Ray cluster, which share the working directory and OUTPUT. The stages of a
+machine that is lost run again on another one.
 """
 
 
@@ -166,7 +170,7 @@ def _subparser(name: str) -> ArgumentParser:
             description=_SWEEP,
             exit_on_error=False,
             formatter_class=hints.HelpFormatter,
-            usage="undo sweep FILE [--dry-run] [--key=value ...]",
+            usage="undo sweep FILE [--dry-run] [--engine ray] [--key=value ...]",
         )
         sub.add_argument("--config", action="config", help="YAML file of the sweep")
         sub.add_argument(

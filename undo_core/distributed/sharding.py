@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from undo_kernels.ops.sharding import is_sharded as is_shard
+from undo_kernels.ops.checks import is_dtensor as is_shard
 from undo_kernels.ops.sharding import local_of
 
 from undo_core.distributed import ranks

@@ -30,9 +30,9 @@ from torch import nn
 from undo_kernels.library.backends import implementation
 from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
+from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.noise import segment
 from undo_kernels.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
-from undo_kernels.ops.sharding import is_sharded
 from undo_kernels.reference.philox import words
 
 from undo_core.checkpoints.files import checkpoint_skeleton
@@ -110,7 +110,7 @@ def damage_(
     chosen = _chosen(selected.parameters, layers)
     for name in chosen:
         tensor = selected.found[name][0]
-        if is_sharded(tensor) or tensor.is_meta:
+        if is_dtensor(tensor) or tensor.is_meta:
             checks.fail(f"model: {name}", f"a {'meta' if tensor.is_meta else 'sharded'} tensor", "a whole one in memory")
     result = {}
     for name in chosen:

@@ -123,7 +123,7 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
         "kind": model.kind,
         "alpha": model.alpha,
         "stage": model.stage.name,
-        "metrics": _evaluation(store, graph, model),
+        "metrics": evaluation(store, model.stage, graph.prepared),
         **damage_entry(store, model),
         "training": _training(store, graph, model),
         "attack": under[HEADLINE].entry(store) if under else None,
@@ -140,13 +140,23 @@ def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     return {} if student is None else student.results(store.manifest(student))
 
 
-def _evaluation(store: Store, graph: Graph, model: Model) -> dict[str, Any]:
-    """The model's metrics, computed once and stored beside the stages."""
-    path = store.root.parent / "evaluations" / f"{model.stage.key}-{graph.prepared.key}.json"
+def evaluation(store: Store, stage: Stage, prepared: Stage) -> dict[str, Any]:
+    """A model's metrics, computed once and stored beside the stages."""
+    path = _evaluated(store, stage, prepared)
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        write_json(path, evaluate_folder(store.folder(model.stage), store.folder(graph.prepared)))
+        write_json(path, evaluate_folder(store.folder(stage), store.folder(prepared)))
     return read_json(path)
+
+
+def evaluations(store: Store, graph: Graph) -> list[tuple[Stage, Stage]]:
+    """The models of a run that are still to be evaluated for its results, each with its prepared data."""
+    pairs = ((model.stage, graph.prepared) for model in graph.models)
+    return [pair for pair in pairs if not _evaluated(store, *pair).exists()]
+
+
+def _evaluated(store: Store, stage: Stage, prepared: Stage) -> Path:
+    return store.root.parent / "evaluations" / f"{stage.key}-{prepared.key}.json"
 
 
 def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None:

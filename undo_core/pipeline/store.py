@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -16,7 +17,8 @@ import transformers
 
 from undo_core import distributed
 from undo_core.checkpoints.files import CONFIG, weight_files
-from undo_core.io.files import fresh, hash_file, locked, publish, read_json, write_json
+from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
+from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
@@ -55,28 +57,27 @@ class Store:
         inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
         lock = final.parent / f".{final.name}.lock"
         waiting = f"{final.name}: another process is building it; waiting"
-        with locked(lock, waiting) if distributed.rank() == 0 else contextlib.nullcontext():
+        with locked(lock, waiting) if distributed.rank() == 0 else contextlib.nullcontext() as hold:
             if not distributed.on_first(lambda: self.done(stage)):  # the other process may have finished it
-                self._build(stage, final, inputs)
-        distributed.on_first(lambda: lock.unlink(missing_ok=True))
+                self._build(stage, final, inputs, hold)
         return final
 
-    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path]) -> None:
+    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path], hold: Hold | None) -> None:
         """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result.
 
-        On several ranks, rank 0 reads and writes the store; the others take part only in stages that all run together.
+        On several ranks, rank 0 holds the lock, reads and writes the store; the others take part only in stages that all run
+        together.
         """
-        partial, together = final.parent / f".{final.name}.partial", stage.together
-        output = distributed.on_first(lambda: self._begin(stage, partial))
+        together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
         reset_peak()
         began = time.monotonic()
-        work = Work(inputs, partial, output, stage.title or stage.kind)
+        work = Work(inputs, output.parent, output, stage.title or stage.kind)
         expected = distributed.on_first(lambda: stage.expected(work))
         facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
         facts.setdefault("seconds", time.monotonic() - began)
         if distributed.count() > 1 and together:
             facts |= {"ranks": distributed.count(), "peak_bytes": max(distributed.gather(peak_bytes()))}
-        distributed.on_first(lambda: self._finish(stage, final, work, facts))
+        distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
 
     def _begin(self, stage: Stage, partial: Path) -> Path:
         """Prepares the hidden folder and returns the empty folder of the output in it."""
@@ -88,7 +89,7 @@ class Store:
         write_json(begun, description)
         return fresh(partial / "output")
 
-    def _finish(self, stage: Stage, final: Path, work: Work, facts: dict[str, Any]) -> None:
+    def _finish(self, stage: Stage, final: Path, work: Work, facts: dict[str, Any], hold: Hold) -> None:
         """Writes the manifest and publishes the output."""
         partial, output = work.scratch, work.output
         log = partial / "log.jsonl"
@@ -106,8 +107,28 @@ class Store:
             **facts,
         }
         write_json(output / MANIFEST, manifest)
-        publish(output, final)
-        shutil.rmtree(partial)
+        publish(output, final, hold.check)
+        for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _partials(final: Path) -> dict[int, Path]:
+    """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N`` after the N-th takeover."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
+    found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
+    return {int(match[1] or 0): path for match, path in found if match}
+
+
+def _unfinished(final: Path, hold: Hold) -> Path:
+    """Returns the hidden folder in which ``final`` is built.
+
+    A takeover renames it. If the former owner was only stopped, what it still writes goes to a folder that nobody reads.
+    """
+    begun, first = _partials(final), final.with_name(f".{final.name}.partial")
+    if hold.takeover is None or not begun:
+        return begun[max(begun)] if begun else first
+    print(f"{final.name}: {hold.takeover}; this process continues its work", flush=True)
+    return begun[max(begun)].rename(f"{first}.{max(begun) + 1}")
 
 
 class OneFolder(Store):

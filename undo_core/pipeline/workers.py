@@ -37,7 +37,7 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
         failed: called with each stage that failed and its error; stages that do not read it are still built. None raises the
             first error.
     """
-    missing = distributed.on_first(lambda: _missing(store, stages))
+    missing = distributed.on_first(lambda: missing_with_inputs(store, stages))
     if workers == 1:
         use_threads(1)
         for stage in missing.values():
@@ -55,8 +55,8 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
         _side_by_side(store, missing, workers, finished, failed)
 
 
-def _missing(store: Store, stages: Iterable[Stage]) -> dict[str, Stage]:
-    """The stages that are not built yet, by key, inputs first."""
+def missing_with_inputs(store: Store, stages: Iterable[Stage]) -> dict[str, Stage]:
+    """Returns the stages that are missing, and those missing that they read, by key; inputs come first."""
     missing: dict[str, Stage] = {}
 
     def collect(stage: Stage) -> None:
@@ -167,7 +167,7 @@ def _drain(pipe: Connection, board: Board) -> None:
             board.show(pipe.recv())
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process as soon as ``parent``, the process that started it, has ended for any reason."""
 
     def watch() -> None:
@@ -182,7 +182,7 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
     """Sets up a worker process."""
     from transformers.utils.logging import disable_progress_bar
 
-    _end_with(parent)
+    end_with(parent)
     disable_progress_bar()
     use_threads(workers)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from undo_kernels.ops.sharding import is_sharded as is_shard
+from undo_kernels.ops.checks import is_dtensor as is_shard
 from undo_kernels.ops.sharding import local_of
 
 from undo_core.distributed.sharding import global_norm

@@ -38,8 +38,8 @@ class Run(Protocol):
 class Chunk:
     """Some tokens of a call: hidden states, running log-sum-exp statistics and factors, padded to whole vectors."""
 
-    def __init__(self, run: Run, start: int, tokens: int) -> None:
-        p = run.problem
+    def __init__(self, run: Run, number: int, start: int, tokens: int) -> None:
+        p, self.number = run.problem, number
         self.run, self.tokens, self.stride = run, tokens, plans.padded(tokens)
         self.part = slice(start, start + tokens)
         self.index = None if run.index is None else run.index[self.part]
@@ -58,7 +58,7 @@ class Chunk:
             self.per_token["own"][:tokens] = self.take(p.label_factor) * gain
             if p.labels is not None:
                 self.labels = torch.full((self.stride,), -1, dtype=torch.int64)
-                self.labels[:tokens] = self.take(p.labels)
+                self.labels[:tokens] = self.here(self.take(p.labels))
                 self.per_token["label_weight"].copy_(self.per_token["own"] * (self.labels >= 0))
         self._hidden: dict[int, torch.Tensor] | None = None
         self._packed: dict[int, torch.Tensor] | None = None
@@ -80,13 +80,18 @@ class Chunk:
         if p.target in SPARSE:
             known = p.indices.shape[-1]
             self.indices = torch.full((self.stride, known), -1, dtype=torch.int64)
-            self.indices[:tokens] = self.take(p.indices)
+            self.indices[:tokens] = self.here(self.take(p.indices))
             self.picked = torch.full((self.stride, known), -math.inf, dtype=torch.float32)
             c.known, c.indices, c.picked = known, self.indices.data_ptr(), self.picked.data_ptr()
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the chunk's part of a tensor over all tokens."""
         return tensor[self.part] if self.index is None else tensor.index_select(0, self.index)
+
+    def here(self, indices: torch.Tensor) -> torch.Tensor:
+        """Returns indices into the vocabulary as indices into the entries of this process."""
+        shard = self.run.problem.shard
+        return indices if shard is None else shard.local(indices, self.run.vocabulary)
 
     def _sides(self) -> list[Projection]:
         p = self.run.problem
@@ -131,6 +136,26 @@ class Chunk:
         padded[: self.tokens] = taken
         return padded
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Returns the sums over this process's entries, as :meth:`VocabularyShard.merged` takes them."""
+        p, n = self.run.problem, self.tokens
+        dense = p.target in DENSE
+        names = ["m_s", "l_s"] + ["m_t", "l_t", "difference"] * dense + ["cross"] * (p.target == "reverse")
+        names += ["energy", "top_s", "top_t"] * self.c.statistics + ["label"] * (self.labels is not None)
+        found = {name: self.state[Field[name.upper()], :n] for name in names}
+        if p.target in SPARSE:
+            found["picked"] = torch.where(self.indices[:n] >= 0, self.picked[:n], 0.0)
+        return found
+
+    def put_sums(self, sums: dict[str, torch.Tensor]) -> None:
+        """Replaces the sums by those over the whole vocabulary."""
+        n = self.tokens
+        if "picked" in sums:
+            self.picked[:n] = sums.pop("picked")
+        for name, values in sums.items():
+            if name != "witness":
+                self.state[Field[name.upper()], :n] = values
+
     def finish(self) -> None:
         """Computes the log-sum-exps and the values per token that the gradient derives from them."""
         run, p, n = self.run, self.run.problem, self.tokens
@@ -147,8 +172,8 @@ class Chunk:
             log_sum_s = torch.where(lse_rest > -math.inf, log_sum_s, 0.0)
         if p.target == "uniform":
             self._set("base_t", torch.zeros_like(lse_s))
-            self._set("log_sum_t", torch.full_like(lse_s, math.log(run.vocabulary)))
-            self._set("gap", log_sum_s - math.log(run.vocabulary))
+            self._set("log_sum_t", torch.full_like(lse_s, math.log(p.student.entries)))
+            self._set("gap", log_sum_s - math.log(p.student.entries))
         elif p.target in DENSE:
             # log1p is exact near zero. Far from it, the ratio may be -1 plus a rounding error, and log1p would amplify the
             # error.
@@ -177,6 +202,7 @@ class Chunk:
     def mix(self) -> None:
         """Stores KL(s || m), which the gradient of the JSD subtracts, and resets the sums for the pass that follows."""
         self._set("offset", self.state[Field.MIXED, : self.tokens])
+        self.value = self.state[Field.VALUE].clone()
         self.state[[Field.VALUE, Field.MIXED]] = 0
 
     def close(self) -> None:
@@ -186,7 +212,7 @@ class Chunk:
             self._put("divergence", self.state[Field.VALUE, :n])
         if self.labels is not None:
             label = self.state[Field.LABEL, :n]
-            self._put("nll", self.lse_s - torch.where(self.labels[:n] < 0, 0.0, label))
+            self._put("nll", self.lse_s - torch.where(self.take(p.labels) < 0, 0.0, label))
         if self.run.plan.narrow and p.needs[0]:
             self.d_hidden = self.run.narrow_hidden_gradient(self)
         elif p.needs[0] and not isinstance(p.student, GivenLogits):
@@ -211,13 +237,14 @@ class Chunk:
         p, n = self.run.problem, self.tokens
         gain = p.student.scale / p.student.temperature
         z = self.picked[:n].double()
-        terms = sparse_terms(z, self.indices[:n], self.take(p.logprobs), lse_rest, p.target, self.run.vocabulary)
+        indices = self.take(p.indices)
+        terms = sparse_terms(z, indices, self.take(p.logprobs), lse_rest, p.target, p.student.entries)
         factor = self.take(p.factor).double() * gain
         # The gradient of the rest is divided among its entries in proportion to the student's probabilities.
         self._set("own", factor * terms.rest)
         chain = 1.0
         if p.student.softcap is not None:
-            chain = 1 - torch.where(self.indices[:n] >= 0, z * p.student.temperature / p.student.softcap, 0.0) ** 2
+            chain = 1 - torch.where(indices >= 0, z * p.student.temperature / p.student.softcap, 0.0) ** 2
         self.picked[:n] = (terms.slope * chain * factor[:, None]).float()
         self._put("divergence", terms.divergence)
         return terms.lse

@@ -106,21 +106,30 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
                 break
     if plans:
         return min(plans, key=CpuPlan.cost)
+    if problem.shard is not None and problem.plan == "chunk":
+        raise ValueError(
+            "plan: got 'chunk', wanted 'auto' or 'recompute': the logits of all tokens do not fit the workspace, and a head that is "
+            "sharded by vocabulary entries has one chunk"
+        )
     least = _cpu_plan(problem, count, amx, problem.plan == "chunk", kernels.BLOCK, kernels.WIDEST)
     raise ValueError(f"workspace_bytes: got {budget}, wanted at least {least.workspace_bytes} for these shapes")
 
 
 def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """Returns the plan with as many tokens per chunk as fit the workspace, at most the default's number."""
-    vocabulary = problem.student.vocabulary
+    vocabulary = max(problem.student.vocabulary, 1)  # a process may hold no entry of a sharded head
     most = max(_CHUNK, _LOGITS // (8 * vocabulary)) if budget is None else count
     tokens = min(padded(most if stored else 2 * _CHUNK), padded(count))
+    if stored and problem.shard is not None and tokens < count:  # processes exchange once, between the passes of all tokens
+        return None
     while tokens >= kernels.WIDEST:
         plan = _cpu_plan(problem, count, amx, stored, block_v, tokens)
         if budget is None or plan.workspace_bytes <= budget:
             # Chunks of one size: the last one is not a remainder of a few tokens.
             even = padded(-(-count // max(1, -(-count // tokens))))
             return _cpu_plan(problem, count, amx, stored, block_v, min(tokens, even))
+        if stored and problem.shard is not None:
+            return None
         over = plan.workspace_bytes - budget
         tokens -= max(kernels.WIDEST, over // (16 * vocabulary) // kernels.WIDEST * kernels.WIDEST)
     return None
@@ -130,7 +139,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     p = problem
     dense = p.target in DENSE
     sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
-    vocabulary = p.student.vocabulary
+    vocabulary = max(p.student.vocabulary, 1)
     block_v = min(block_v, vocabulary)
     # The difference of two log-sum-exps that were rounded to float32 is not exact: a dense target computes it again.
     known = p.lse_s is not None and p.target in ("own", "uniform")
@@ -139,7 +148,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     outer = "vocabulary" if second_pass and not stored else "tokens"
     chunks = max(1, -(-count // tokens))
     linear = [side for side in sides if not isinstance(side, GivenLogits)]
-    narrow = stored and amx and any(p.needs) and tiled(p.student)
+    narrow = stored and amx and any(p.needs) and tiled(p.student) and p.shard is None  # else parts are summed before rounding
     widened = [side for side in linear if side.weight.dtype != torch.float32 and not (amx and tiled(side))]
     if amx and tiled(p.student) and p.needs[0] and not narrow:
         widened.append(p.student)
@@ -160,6 +169,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
         "hidden states": held * sum(side.hidden.shape[1] for side in copied),
         "packed hidden states": sum(held * side.hidden.shape[1] // 2 for side in packed),
         "hidden gradient": held * width if p.needs[0] else 0,
+        "hidden gradient of one process": p.tokens * width if p.needs[0] and p.shard is not None and linear else 0,
         "weight gradient tile": block_v * width if narrow_gradient else 0,
         "weight gradient sum": vocabulary * width if accumulator else 0,
         "rounded gradient": (block_v * tokens + held * 2 * width) // 2 if narrow else 0,

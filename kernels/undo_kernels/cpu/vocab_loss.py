@@ -25,7 +25,7 @@ import torch
 
 from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu.chunk import Chunk
-from undo_kernels.cpu.extension import kernels
+from undo_kernels.cpu.extension import Field, kernels
 from undo_kernels.cpu.instruction_set import has_amx, vectors
 from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library.backends import register
@@ -54,7 +54,7 @@ class _Run:
     """One call: the buffers shared by its chunks, and the order of its passes."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem, self.shard = problem, problem.shard
         counted = problem.counted
         self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
         self.count = problem.tokens if self.index is None else len(self.index)
@@ -73,7 +73,9 @@ class _Run:
         self.partial = new(-(-self.block_v // kernels.BLOCK), kernels.FIELDS, self.stride, dtype=torch.float64)
         self.skipped = self.dropped = 0.0
         self._outputs()
-        self.chunks = [Chunk(self, start, min(size, self.count - start)) for start in range(0, self.count, size)]
+        self.chunks = [
+            Chunk(self, number, start, min(size, self.count - start)) for number, start in enumerate(range(0, self.count, size))
+        ]
 
     def _outputs(self) -> None:
         p, new, zeros = self.problem, _new, partial(torch.zeros, dtype=torch.float32, device="cpu")
@@ -87,7 +89,7 @@ class _Run:
         }
         self.per_token = {name: zeros(p.tokens if keep else 0) for name, keep in wanted.items()}
         needs_hidden, needs_weight, needs_bias = p.needs
-        dtype = gradient_dtype(p.student.hidden.dtype)
+        dtype = gradient_dtype(p.student.hidden.dtype) if self.shard is None else torch.float32
         self.d_hidden = new(0)
         if needs_hidden and p.inplace:
             self.d_hidden = p.student.hidden
@@ -117,28 +119,14 @@ class _Run:
         """Runs the passes and returns the result."""
         if recording():
             self._record()
-        if self.plan.outer == "tokens":
-            for number, chunk in enumerate(self.chunks):
-                self._statistics(chunk)
-                self._losses(chunk)
-                # Last tile first, because it is still in the cache. Rounded gradients need ascending order: they overwrite
-                # earlier tiles.
-                tiles = list(self.tiles()) if self.plan.second_pass else []
-                for first, entries in tiles if self.plan.narrow else reversed(tiles):
-                    self._gradient(chunk, number, first, entries)
-                chunk.close()
-        else:
-            for chunk in self.chunks:
-                self._statistics(chunk)
-            if self.problem.target == "jsd":
-                for chunk in self.chunks:
-                    self._losses(chunk)
-            for first, entries in self.tiles():
-                for number, chunk in enumerate(self.chunks):
-                    self._gradient(chunk, number, first, entries)
-                if self.sum_weight is not None and self.chunks:
-                    self.d_weight[first : first + entries].copy_(self.product[:entries])
-            for chunk in self.chunks:
+        # Each part goes through all passes before the next one: a chunk whose logits are kept, or all chunks.
+        parts = [[chunk] for chunk in self.chunks] if self.plan.outer == "tokens" else [self.chunks] * bool(self.chunks)
+        for part in parts:
+            self._statistics(part)
+            self._mixtures(part)
+            self._gradients(part)
+            self._sum_losses(part)
+            for chunk in part:
                 chunk.close()
         if self.plan.accumulator and self.chunks:
             self.d_weight[: self.vocabulary].copy_(self.sum_weight)
@@ -146,14 +134,25 @@ class _Run:
             self.d_hidden[:, self.vocabulary :].zero_()
             if self.index is not None:
                 self.d_hidden.masked_fill_(~self.problem.counted[:, None], 0.0)
+        if self.shard is not None and self.problem.needs[0]:
+            self._sum_hidden_gradient()
         p, out = self.problem, self.per_token
         total = _weighted(p.factor, out["divergence"], self.index)
         if p.label_factor is not None:
             total = total + _weighted(p.label_factor, out["nll"], self.index)
-        entries = max(self.count, 1) * self.vocabulary
+        entries = max(self.count * self.vocabulary, 1)
         filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
         d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
         return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)  # pyrefly: ignore[bad-argument-count]
+
+    def _sum_hidden_gradient(self) -> None:
+        """Sums the gradient of the hidden states over the processes that share the head, before it is rounded."""
+        if self.count:
+            counted = self.d_hidden if self.index is None else self.d_hidden[self.index]
+            self.shard.sum_(counted)
+            if self.index is not None:
+                self.d_hidden[self.index] = counted
+        self.d_hidden = self.d_hidden.to(gradient_dtype(self.problem.student.hidden.dtype))
 
     def _record(self) -> None:
         p = self.problem
@@ -191,24 +190,56 @@ class _Run:
         sides = [self.problem.student] + ([self.problem.teacher] if self.problem.target in DENSE else [])
         return [self._project(chunk, side, which, first, entries) for which, side in enumerate(sides)]
 
-    def _statistics(self, chunk: Chunk) -> None:
-        """Computes the maxima and sums of exponentials of all tokens, unless they are known."""
-        if self.plan.first_pass:
+    def _statistics(self, part: list[Chunk]) -> None:
+        """Computes the maxima and sums of exponentials of all tokens, unless they are known, and what follows from them."""
+        for chunk in part if self.plan.first_pass else []:
             chunk.c.picking = True
             for first, entries in self.tiles():
                 z = self._tile(chunk, first, entries)
                 kernels.stats(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr() if len(z) > 1 else 0, first, entries)
             chunk.c.picking = False
-        chunk.finish()
+        if self.shard is not None and self.plan.first_pass:
+            sums = [chunk.sums() for chunk in part]
+            hidden = self.problem.student.hidden
+            merged = self.shard.merged(
+                {name: torch.cat([one[name] for one in sums]) for name in sums[0]},
+                hidden if self.index is None else hidden.index_select(0, self.index),
+            )
+            at = 0
+            for chunk in part:
+                chunk.put_sums({name: values[at : at + chunk.tokens] for name, values in merged.items()})
+                at += chunk.tokens
+        for chunk in part:
+            chunk.finish()
 
-    def _losses(self, chunk: Chunk) -> None:
+    def _mixtures(self, part: list[Chunk]) -> None:
         """Computes KL(s || m), which the gradient of the JSD needs in addition to the log-sum-exps."""
         if self.problem.target != "jsd" or not self.gradient:
             return
-        for first, entries in self.tiles():
-            z = self._second(chunk, first, entries)
-            kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, entries, False)
-        chunk.mix()
+        for chunk in part:
+            for first, entries in self.tiles():
+                z = self._second(chunk, first, entries)
+                kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), z[1].data_ptr(), first, entries, False)
+        self._sum_over_processes(part, [Field.VALUE, Field.MIXED])
+        for chunk in part:
+            chunk.mix()
+
+    def _sum_losses(self, part: list[Chunk]) -> None:
+        """Sums the losses over the processes that share the head, where each computed the terms of its own entries."""
+        if self.problem.target == "jsd" and self.gradient:  # summed before the gradient
+            for chunk in part if self.shard is not None else []:
+                chunk.state[Field.VALUE] = chunk.value
+        elif self.problem.target in (*DENSE, "uniform") and not self.problem.repeated:
+            self._sum_over_processes(part, [Field.VALUE])
+
+    def _sum_over_processes(self, part: list[Chunk], fields: list[Field]) -> None:
+        if self.shard is None:
+            return
+        summed = self.shard.sum_(torch.cat([chunk.state[fields, : chunk.tokens] for chunk in part], 1))
+        at = 0
+        for chunk in part:
+            chunk.state[fields, : chunk.tokens] = summed[:, at : at + chunk.tokens]
+            at += chunk.tokens
 
     def _second(self, chunk: Chunk, first: int, entries: int) -> list[torch.Tensor]:
         """Returns a tile's logits, after scale, softcap and temperature, for the second pass."""
@@ -219,9 +250,21 @@ class _Run:
             kernels.shape(self.vectors, chunk.c, tile.data_ptr(), which == 0, first, entries)
         return z
 
-    def _gradient(self, chunk: Chunk, number: int, first: int, entries: int) -> None:
+    def _gradients(self, part: list[Chunk]) -> None:
+        """Computes losses and gradients, tile by tile."""
+        tiles = list(self.tiles()) if self.plan.second_pass else []
+        if self.plan.outer == "tokens" and not self.plan.narrow:
+            # Last tile first, because it is still in the cache. Rounded gradients need ascending order: they overwrite earlier tiles.
+            tiles.reverse()
+        for first, entries in tiles:
+            for chunk in part:
+                self._gradient(chunk, first, entries)
+            if self.plan.outer == "vocabulary" and self.sum_weight is not None:
+                self.d_weight[first : first + entries].copy_(self.product[:entries])
+
+    def _gradient(self, chunk: Chunk, first: int, entries: int) -> None:
         """Adds a tile's contribution to the loss and to each gradient."""
-        p = self.problem
+        p, number = self.problem, chunk.number
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, entries)
         teacher = z[1].data_ptr() if len(z) > 1 else 0

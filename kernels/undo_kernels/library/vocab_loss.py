@@ -21,6 +21,7 @@ from undo_kernels.library.scale import is_eager, refuse_double_backward, scaled
 from undo_kernels.matmul import full_precision
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.vocabulary_shard import VocabularyShard
 
 # -- the schema ------------------------------------------------------------------------------------------------------------------
 
@@ -49,6 +50,8 @@ OPTIONS = {
     "teacher_scale": "float",
     "teacher_softcap": "float?",
     "vocab_size": "int?",
+    "group": "str?",  # of the processes that share the head; None: the head is whole
+    "shard": "int[]",  # first entry, entries and widest of its VocabularyShard
     "needs": "bool[]",
     "statistics": "bool",
     "max_counted": "int?",
@@ -85,6 +88,8 @@ def arguments(problem: Problem, backend: str) -> tuple[tuple[torch.Tensor | None
         "teacher_scale": 1.0 if teacher is None else teacher.scale,
         "teacher_softcap": None if teacher is None else teacher.softcap,
         "vocab_size": student.vocab_size,
+        "group": None if student.shard is None else student.shard.group,
+        "shard": [] if student.shard is None else [student.shard.first, student.shard.entries, student.shard.widest],
         "needs": list(problem.needs),
         "backend": backend,
     }
@@ -94,13 +99,14 @@ def arguments(problem: Problem, backend: str) -> tuple[tuple[torch.Tensor | None
 def problem_of(*tensors: torch.Tensor | None, **options: Any) -> tuple[Problem, str]:
     """Returns the problem that an op's arguments describe, and the backend; the inverse of :func:`arguments`."""
     a = dict(zip(TENSORS, tensors, strict=True)) | options
+    shard = None if a["group"] is None else VocabularyShard(a["group"], *(a["shard"] or ()))
 
     def side(hidden: torch.Tensor | None, weight: torch.Tensor | None, bias: Any, scale: float, softcap: float | None) -> Any:
         if hidden is None:
             return None
         if weight is None:
             return GivenLogits(hidden, hidden, temperature=a["temperature"], vocab_size=a["vocab_size"])
-        return Projection(hidden, weight, bias, scale, softcap, a["temperature"], a["vocab_size"])
+        return Projection(hidden, weight, bias, scale, softcap, a["temperature"], a["vocab_size"], shard)
 
     student = side(a["hidden"], a["weight"], a["bias"], a["scale"], a["softcap"])
     teacher = side(a["teacher_hidden"], a["teacher_weight"], a["teacher_bias"], a["teacher_scale"], a["teacher_softcap"])

@@ -8,6 +8,7 @@ import torch
 
 from undo_kernels.ops import checks
 from undo_kernels.ops.dispatch import LossReduction
+from undo_kernels.ops.vocabulary_parallel import local_head
 from undo_kernels.projection import GivenLogits, Projection
 
 Reduction = Literal["mean", "sum", "none"]
@@ -26,7 +27,9 @@ def projection(
     """Returns the hidden states, flattened to ``[tokens, d]``, with their head and its options."""
     check_shape(prefix, scale, softcap, temperature)
     softcap = None if softcap is None else float(softcap)
-    return Projection(hidden.reshape(-1, hidden.shape[-1]), weight, bias, float(scale), softcap, float(temperature), vocab_size)
+    hidden, weight, bias, vocab_size, shard = local_head(prefix, hidden, weight, bias, vocab_size)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return Projection(flat, weight, bias, float(scale), softcap, float(temperature), vocab_size, shard)
 
 
 def check_shape(prefix: str, scale: Any, softcap: Any, temperature: Any) -> None:
@@ -40,6 +43,9 @@ def check_shape(prefix: str, scale: Any, softcap: Any, temperature: Any) -> None
 def given_logits(name: str, logits: torch.Tensor, temperature: float, vocab_size: int | None) -> Projection:
     """Returns logits that exist already as a projection that yields them."""
     checks.number(name, temperature, "a number > 0", 0, open_ends=True)
+    if checks.is_dtensor(logits):
+        wanted = "a plain tensor; for a head that is sharded by vocabulary entries call the linear form, which needs no logits"
+        checks.fail("logits", f"a DTensor with placements {tuple(logits.placements)}", wanted)
     flat = logits.reshape(-1, logits.shape[-1])
     return GivenLogits(flat, flat, temperature=float(temperature), vocab_size=vocab_size)
 

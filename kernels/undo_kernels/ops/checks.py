@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +41,21 @@ def head(prefix: str, hidden: Any, weight: Any, bias: Any) -> None:
         same_device(f"{prefix}bias", bias, hidden)
 
 
+def is_dtensor(value: Any) -> bool:
+    """Returns whether ``value`` is a ``DTensor``. It imports nothing: a ``DTensor`` exists only where its module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def replicated(name: str, value: Any) -> Any:
+    """Returns the local tensor of a replicated ``DTensor``; other values as they are."""
+    if not is_dtensor(value):
+        return value
+    if not all(placement.is_replicate() for placement in value.placements):
+        fail(name, f"a DTensor with placements {tuple(value.placements)}", "Replicate(), or a plain tensor")
+    return value.to_local(grad_placements=value.placements)
+
+
 def same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     """Checks that ``value`` is on the device of the hidden states."""
     if value.device != like.device:
@@ -48,6 +64,7 @@ def same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
 
 def per_token(name: str, value: Any, leading: torch.Size, kind: str, device: torch.device) -> torch.Tensor:
     """Returns ``value`` if it is a tensor with one entry per token; ``kind`` is bool, int or float."""
+    value = replicated(name, value)
     if not isinstance(value, torch.Tensor):
         fail(name, type(value).__name__, f"a tensor {list(leading)}")
     right = {

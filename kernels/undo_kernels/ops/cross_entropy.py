@@ -58,7 +58,7 @@ def linear_cross_entropy(
     projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size)
     by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
-    labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.vocabulary, ignore_index, counted)
+    labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.entries, ignore_index, counted)
     return arguments.shaped(
         reduced_loss(
             projection,

@@ -47,6 +47,7 @@ class LossReduction:
     ) -> LossReduction:
         """Builds one from a call's arguments; a wrong one is a ``ValueError`` that names it."""
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        normalizer = checks.replicated("normalizer", normalizer)
         if isinstance(normalizer, torch.Tensor):
             if normalizer.ndim != 0:
                 checks.fail("normalizer", f"shape {tuple(normalizer.shape)}", "a number or a 0-d tensor")
@@ -141,7 +142,7 @@ def reduced_loss(
         indices=indices,
         logprobs=logprobs,
         beta=beta,
-        lse_t=lse_t,
+        lse_t=lse_t if student.shard is None else None,  # the gap of the two log-sum-exps needs the teacher's sums anyway
         needs=needs,
         statistics=statistics,
         max_counted=reduction.max_counted,
@@ -165,7 +166,7 @@ def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
         return "reference"
     backend = choose("vocab_loss", device)
     free = problem.plan == "auto" and problem.workspace_bytes is None
-    return "reference" if free and prefers_direct(problem.tokens, problem.student.vocabulary, backend) else backend
+    return "reference" if free and prefers_direct(problem.tokens, problem.student.widest, backend) else backend
 
 
 def prefers_direct(tokens: int, vocabulary: int, backend: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from undo_kernels.ops import arguments, checks
 from undo_kernels.ops.dispatch import LossReduction, reduced_loss
+from undo_kernels.ops.vocabulary_parallel import check_same_cut
 from undo_kernels.projection import Projection
 
 
@@ -127,6 +128,9 @@ def linear_kl_div(
     teacher = arguments.projection(
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature, size, "teacher_"
     )
+    check_same_cut(student.shard, teacher.shard, student_weight.shape[0], teacher_weight.shape[0])
+    if student.shard is not None and filter_below:
+        checks.fail("filter_below", filter_below, "0 with heads that are sharded by vocabulary entries")
     by = LossReduction.checked(leading, student_hidden.device, token_weight, reduction, normalizer, max_counted)
     memory = {
         **arguments.memory(plan, workspace_bytes),
@@ -217,7 +221,7 @@ def _kl(
     check_divergence(divergence, beta, label_weight)
     counted, labelled, weight = arguments.mask_of(mask, leading, device), None, None
     if labels is not None and label_weight:
-        labels, labelled = arguments.labels_of(labels, leading, device, student.vocabulary, ignore_index, None)
+        labels, labelled = arguments.labels_of(labels, leading, device, student.entries, ignore_index, None)
         weight = float(label_weight)
     if teacher_lse is not None:
         teacher_lse = checks.per_token("teacher_lse", teacher_lse, leading, "float", device).reshape(-1).detach()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,7 +26,7 @@ def local_pieces(name: str, tensor: torch.Tensor, memory: torch.Tensor | None = 
             dimensions, or a shard whose size differs from what its placements give.
     """
     local = local_of(tensor).detach() if memory is None else memory
-    if not is_sharded(tensor):
+    if not checks.is_dtensor(tensor):
         return [(local, 0, 0, 0)]
     dims = _intervals(name, tensor)
     shape = tuple(_length(held) for held in dims)
@@ -36,20 +35,14 @@ def local_pieces(name: str, tensor: torch.Tensor, memory: torch.Tensor | None = 
     return list(_pieces(local.view(-1), tuple(tensor.shape), dims)) if local.numel() else []
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Returns whether ``tensor`` is a ``DTensor``. It imports nothing: a ``DTensor`` exists only where its module is loaded."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the part of ``tensor`` that this process holds."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+    return tensor.detach().to_local() if checks.is_dtensor(tensor) else tensor
 
 
 def add_over_shards(tensor: torch.Tensor, sums: torch.Tensor) -> None:
     """Adds ``sums`` of this rank's shard of ``tensor`` to those of the other ranks, in place; does nothing for a plain tensor."""
-    if is_sharded(tensor):
+    if checks.is_dtensor(tensor):
         for dimension, placement in enumerate(tensor.placements):
             if not placement.is_replicate() and tensor.device_mesh.get_coordinate() is not None:
                 torch.distributed.all_reduce(sums, group=tensor.device_mesh.get_group(dimension))

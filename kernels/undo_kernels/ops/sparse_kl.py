@@ -96,7 +96,8 @@ def _sparse(
 ) -> torch.Tensor:
     leading = reduction.leading
     checks.choice("tail", tail, ("bucket", "renormalize"))
-    checks.sparse_teacher(indices, logprobs, leading, projection.vocabulary, counted)
+    indices, logprobs = checks.replicated("teacher_indices", indices), checks.replicated("teacher_logprobs", logprobs)
+    checks.sparse_teacher(indices, logprobs, leading, projection.entries, counted)
     tokens = leading.numel()
     indices = indices.reshape(tokens, indices.shape[-1]).long()
     logprobs = logprobs.detach().reshape(tokens, logprobs.shape[-1])

@@ -58,9 +58,9 @@ class TokenDivergence(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         if target in SPARSE:
-            value, gradient = _sparse(z_s, indices, logprobs, target, wanted)
+            value, gradient = sparse(z_s, indices, logprobs, target, wanted)
         else:
-            value, gradient = _dense(z_s, z_t, target, beta, wanted)
+            value, gradient = dense(z_s, z_t, target, beta, wanted)
         if wanted:
             ctx.save_for_backward(gradient, z_s, z_t, indices, logprobs)
             ctx.options = target, beta
@@ -72,7 +72,7 @@ class TokenDivergence(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             target, beta = ctx.options
             if target in SPARSE:
-                gradient = _sparse(z_s, indices, logprobs, target, True)[1]
+                gradient = sparse(z_s, indices, logprobs, target, True)[1]
             else:
                 plain = _differentiable_gradient(z_s, z_t, target, beta)
                 gradient = gradient + (plain - plain.detach())
@@ -93,36 +93,62 @@ class LogSumExp(torch.autograd.Function):
         return grad[:, None] * torch.softmax(ctx.saved_tensors[0], -1)
 
 
-def _dense(
-    z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool
+class Whole:
+    """Maxima and sums over a vocabulary that this process holds alone; :mod:`undo_kernels.reference.sharded` has the other."""
+
+    def max(self, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the maxima over the whole vocabulary, ``[tokens, 1]`` each, from those over the entries of this process."""
+        return columns
+
+    def sum(self, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the sums over the whole vocabulary, likewise."""
+        return columns
+
+    def local(self, indices: torch.Tensor, size: int) -> torch.Tensor:
+        """Returns indices into the vocabulary as indices into the ``size`` entries of this process, -1 for others."""
+        return indices
+
+    def entries(self, size: int) -> int:
+        """Returns the number of entries of the whole vocabulary."""
+        return size
+
+
+WHOLE = Whole()
+
+
+def dense(
+    z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float, gradient: bool, over: Whole = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the divergence, ``[tokens]``, and, if ``gradient``, its gradient by ``z_s``, ``[tokens, V]``; not differentiable."""
-    u, v = z_s - z_s.amax(-1, keepdim=True), z_t - z_t.amax(-1, keepdim=True)
+    m_s, m_t = over.max(largest(z_s), largest(z_t))
+    u, v = z_s - m_s, z_t - m_t
     # Two logits of -inf count as equal (-inf - -inf is NaN). A token that is not a distribution still gets NaN from its sums.
     x = torch.sub(u, v).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     e_s, e_t = u.exp_(), v.exp_()
-    sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
-    least, most = torch.minimum(sum_s, sum_t), torch.maximum(sum_s, sum_t)
     apart = expm1_(x.abs().neg_()).copysign_(x).mul_(torch.maximum(e_s, e_t))
-    ratio = apart.sum(-1, keepdim=True) / least
+    sum_s, sum_t, difference = over.sum(e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True), apart.sum(-1, keepdim=True))
+    least, most = torch.minimum(sum_s, sum_t), torch.maximum(sum_s, sum_t)
+    ratio = difference / least
     x -= torch.copysign(ratio.abs().log1p(), ratio)
     apart /= most
     apart.addcmul_(e_t.expand_as(apart), ratio.clamp_min(0) / most, value=-1)
     apart.addcmul_(e_s, ratio.clamp_max(0) / most, value=-1)  # p_s - p_t
     if target in ("forward", "uniform"):
         x.clamp_max_(_MOST).mul_(e_t.div_(sum_t)).sub_(apart)
-        return x.sum(-1).neg_().clamp_min_(0), apart
+        (kl,) = over.sum(x.sum(-1, keepdim=True).neg_().clamp_min_(0))
+        return kl.squeeze(-1), apart
     p_s = e_s.div_(sum_s)
     if target == "reverse":
-        kl = (p_s * x.clamp_min(-_MOST)).sub_(apart).sum(-1, keepdim=True).clamp_min_(0)
-        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan)) if gradient else None
+        (kl,) = over.sum((p_s * x.clamp_min(-_MOST)).sub_(apart).sum(-1, keepdim=True).clamp_min_(0))
+        return kl.squeeze(-1), _centred(p_s, x, kl.masked_fill(kl == math.inf, math.nan), over) if gradient else None
     p_t = e_t.div_(sum_t)
     m = beta * p_t + (1 - beta) * p_s
     log_m_s = _log_mixture(-x, math.log1p(-beta), beta)
     from_s = bregman(p_s, m, log_m_s).sum(-1, keepdim=True)
-    from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1)
-    value = beta * from_t + (1 - beta) * from_s.squeeze(-1)
-    return value, (1 - beta) * _centred(p_s, -log_m_s, from_s) if gradient else None
+    from_t = bregman(p_t, m, _log_mixture(x, math.log(beta), 1 - beta)).sum(-1, keepdim=True)
+    from_s, from_t = over.sum(from_s, from_t)
+    value = (beta * from_t + (1 - beta) * from_s).squeeze(-1)
+    return value, (1 - beta) * _centred(p_s, -log_m_s, from_s, over) if gradient else None
 
 
 def _differentiable_gradient(z_s: torch.Tensor, z_t: torch.Tensor, target: str, beta: float) -> torch.Tensor:
@@ -136,10 +162,16 @@ def _differentiable_gradient(z_s: torch.Tensor, z_t: torch.Tensor, target: str, 
     return (1.0 if target == "reverse" else 1 - beta) * p_s * (x - (p_s * x).sum(-1, keepdim=True))
 
 
-def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def _centred(p: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, over: Whole) -> torch.Tensor:
     """Returns ``p * (x - mean)``; ``mean`` is ``sum p x``, and the second subtraction corrects its rounding error."""
     y = x.clamp_min(_LEAST) - mean
-    return p * (y - (p * y).sum(-1, keepdim=True))
+    # Over several processes the correction would be one more exchange, and ``mean`` is a sum of terms that do not cancel.
+    return p * (y - (p * y).sum(-1, keepdim=True)) if over is WHOLE else p * y
+
+
+def largest(z: torch.Tensor) -> torch.Tensor:
+    """Returns each token's largest logit, ``[tokens, 1]``; -inf if there are no logits."""
+    return z.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), -math.inf)
 
 
 def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
@@ -149,21 +181,29 @@ def _log_mixture(x: torch.Tensor, log_own: float, other: float) -> torch.Tensor:
     return torch.where(x.abs() <= 1, torch.log1p(other * expm1(small)), far)
 
 
-def _sparse(
-    z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool
+def sparse(
+    z: torch.Tensor, indices: torch.Tensor, logprobs: torch.Tensor, target: str, gradient: bool, over: Whole = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the divergence from a sparse teacher, ``[tokens]``, and if ``gradient`` its gradient, ``[tokens, V]``.
 
     The largest logit that counts is subtracted first. That changes neither result, and keeps the log-sum-exps small and exact.
     """
-    safe = indices.clamp_min(0)
-    column = torch.where(indices >= 0, indices, z.shape[-1])  # padding gets an extra last column, which is dropped
-    taken = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device).scatter(-1, column, True)[:, :-1]
-    largest = (z.masked_fill(~taken, -math.inf) if target == "renormalize" else z).amax(-1, keepdim=True)
-    z = z - torch.where(largest == -math.inf, 0.0, largest)
+    size = z.shape[1]
+    local = over.local(indices, size)
+    column = torch.where(
+        local >= 0, local, size
+    )  # padding, and what another process holds, gets an extra column, which is dropped
+    taken = torch.zeros(z.shape[0], size + 1, dtype=torch.bool, device=z.device).scatter(-1, column, True)[:, :-1]
+    counting = z.masked_fill(~taken, -math.inf) if target == "renormalize" else z
+    maxima = over.max(largest(counting), largest(z.masked_fill(taken, -math.inf)))
+    most, most_of_rest = (torch.where(m == -math.inf, 0.0, m) for m in maxima)
+    z = z - most
     rest = z.masked_fill(taken, -math.inf)
-    lse_rest = torch.logsumexp(rest, -1)
-    terms = sparse_terms(z.gather(-1, safe), indices, logprobs, lse_rest, target, z.shape[-1])
+    known = torch.where(local >= 0, z.gather(-1, local.clamp_min(0)), 0.0) if size else z.new_zeros(indices.shape)
+    sum_of_rest, *picked = over.sum((rest - (most_of_rest - most)).exp().sum(-1, keepdim=True), *known.split(1, -1))
+    lse_rest = (most_of_rest - most + sum_of_rest.log()).squeeze(-1)
+    picked = torch.cat(picked, -1) if picked else known
+    terms = sparse_terms(picked, indices, logprobs, lse_rest, target, over.entries(size))
     if not gradient:
         return terms.divergence, None
     if target == "renormalize":

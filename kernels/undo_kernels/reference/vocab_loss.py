@@ -6,6 +6,8 @@ backward pass recomputes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -14,13 +16,14 @@ from undo_kernels.projection import Projection
 from undo_kernels.record import Call, record_autograd, recording
 from undo_kernels.reference.divergence import LogSumExp, TokenDivergence
 from undo_kernels.reference.plan import CHUNKED, COPIES, tokens_within
+from undo_kernels.reference.sharded import ShardedLosses
 
 
 def token_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Returns divergence and nll, ``[tokens]`` each, and, with ``statistics``, detached lse_s, lse_t, entropy and agreement."""
     p = problem
     tensors = (p.labels, p.indices, p.logprobs)
-    size = tokens_within(p.workspace_bytes, p.tokens, p.student.vocabulary, p.student.hidden.dtype, COPIES[p.target])
+    size = tokens_within(p.workspace_bytes, p.tokens, p.student.widest, p.student.hidden.dtype, COPIES[p.target])
     if size >= p.tokens:
         outputs = _chunk(p, p.student, p.teacher, *tensors)
     else:
@@ -48,6 +51,16 @@ def _chunk(
     logprobs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     z = student.logits()
+    if p.shard is not None:
+        with torch.no_grad():
+            z_t = (
+                z.new_zeros(1, z.shape[1])
+                if p.target == "uniform"
+                else None
+                if teacher is None
+                else teacher.logits().to(z.dtype)
+            )
+        return ShardedLosses.apply(z, z_t, labels, indices, logprobs, replace(p, student=student))
     nll = divergence = z.new_zeros(z.shape[0])
     if p.label_factor is not None and labels is None:
         nll = LogSumExp.apply(z)
