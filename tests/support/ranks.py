@@ -54,9 +54,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _work(rank: int, count: int, port: int, answer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, count: int, port: int, answer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)  # the threads of the process that was forked do not exist here
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     try:
         distributed.start()
         value = function(*arguments)

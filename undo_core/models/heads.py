@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from undo_kernels.ops.sharding import is_sharded
+from undo_kernels.ops.checks import is_dtensor
 
 from undo_core.models.adapters import Products, bare, products_of
 
@@ -72,7 +72,7 @@ def head_of(model: PreTrainedModel) -> Head:
     model = bare(model)
     constants, output = _known_constants(model), _linear(model)
     weight, bias = output.weight, output.bias
-    if is_sharded(weight):
+    if is_dtensor(weight):
         raise ValueError(
             f"model: got a {type(model).__name__} whose head is sharded here, wanted it whole: losses of a sharded model run inside one "
             "forward pass of it, and its head is no FSDP unit of its own"
