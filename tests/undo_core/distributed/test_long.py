@@ -115,7 +115,7 @@ SMALL = {
             "sliding_window": 64,
         }
     },
-    "pretrain": {"train": {"steps": 200, "batch_size": 16, "lr": 1.0e-3, "eps": 1.0e-2, "eval_every": 50}},
+    "pretrain": {"train": {"steps": 60, "batch_size": 16, "lr": 1.0e-3, "eps": 1.0e-2, "eval_every": 20}},
     "unlearn": {"method": "maxent", "train": {"steps": 5, "batch_size": 16, "lr": 1.0e-3, "eps": 1.0e-2}},
     "noise": {"alphas": [0.6]},
     "distill": {"recover": None, "train": {"steps": 10, "batch_size": 16, "lr": 1.0e-3, "eps": 1.0e-2}},
@@ -129,7 +129,13 @@ def command(folder, ranks, *flags):
     config = folder.parent / "small.yaml"
     config.write_text(yaml.safe_dump(SMALL))
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "undo_core", "run", str(config), f"--output={folder}", *flags]
+    program = [str(ROOT / "tests" / "support" / "quick_checkpoints.py")] if ranks > 1 else ["-m", "undo_core"]
+    return [sys.executable, *launcher, *program, "run", str(config), f"--output={folder}", *flags]
+
+
+def children(process):
+    """Processes that a process has started."""
+    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def call(*arguments):
@@ -163,29 +169,36 @@ def test_a_run_on_two_ranks_has_the_stages_and_weights_of_a_plain_run(whole):
     assert one.keys() == two.keys()
     assert {name: facts.get("ranks") for name, facts in one.items()} == dict.fromkeys(one)
     assert {facts.get("ranks") for name, facts in two.items() if "steps" in facts} == {2}
-    assert largest_error(weights(whole / "2"), weights(whole / "1")) < 1e-4
+    got, wanted = weights(whole / "2"), weights(whole / "1")
+    for name in one:  # over all tensors of a stage: rounding shows most in norms that training has hardly moved from 0
+        pairs = [(got[key], tensor) for key, tensor in wanted.items() if key.startswith(name)]
+        off, size = (sum(float(x.square().sum()) for x in parts) for parts in ([a - b for a, b in pairs], [b for _, b in pairs]))
+        assert off <= (1e-4) ** 2 * size, (name, (off / size) ** 0.5)
     for name, facts in one.items():
         for got, wanted in zip(two[name].get("history", []), facts.get("history", []), strict=True):
             assert got.get("loss", 0) == pytest.approx(wanted.get("loss", 0), rel=1e-4)
 
 
-@pytest.mark.parametrize("victims", ["one", "all"])
+@pytest.mark.parametrize("victims", ["a rank", "the launcher", "all"])
 def test_killed_with_signal_9_the_same_command_continues_to_the_same_bits(whole, tmp_path, victims):
     process = subprocess.Popen(
         command(tmp_path / "run", 2), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "UNDO_CHECKPOINT_SECONDS": "0.2"}, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not list((tmp_path / "run").glob("stages/.pretrain-*/checkpoint/step-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    if victims == "all":
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    for victim in {"a rank": ranks[1:], "the launcher": [process.pid], "all": [process.pid, *ranks]}[victims]:
+        os.kill(victim, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, "a rank outlives the others"
+        time.sleep(0.1)
     assert sum(line.startswith("undo: ") for line in errors.splitlines()) <= 1, errors
     done = call(tmp_path / "run", 2)
     assert done.returncode == 0, done.stderr
