@@ -22,7 +22,7 @@ from undo_core.distillation.student import distill
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.models import build_model
 from undo_core.pipeline.stages.pretrain import next_token_loss
-from undo_core.training import TrainConfig, sequence_source, train
+from undo_core.training import Source, TrainConfig, sequence_source, train
 from undo_core.training.optimizers import Updater
 from undo_core.unlearning import METHODS, RMUConfig, UnlearnConfig, unlearn
 from undo_core.unlearning.repnoise import RepNoiseConfig
@@ -75,8 +75,8 @@ def sequences(count: int = 40, seed: int = 0) -> Sequences:
 CONFIG = TrainConfig(steps=1, batch_size=7, micro_batch_size=None, lr=1e-2, clip=1.0, optimizer="sgd", beta1=0.9, seed=3)
 
 
-def pretraining(model: nn.Module, config: TrainConfig, **more: Any) -> Any:
-    source = sequence_source(sequences(), config.batch_size, 0)
+def pretraining(model: nn.Module, config: TrainConfig, source: Source | None = None, **more: Any) -> Any:
+    source = source or sequence_source(sequences(), config.batch_size, 0)
     return train(model, next_token_loss, {"text": source}, config, progress=False, **more)
 
 

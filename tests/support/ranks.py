@@ -6,41 +6,58 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
+
+from undo_core import distributed
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Calls ``function(*arguments)`` on ``count`` ranks that communicate by gloo, and returns their results.
 
-    Call it from a process that has not computed with several threads yet: forked threads do not exist.
+    Raises:
+        AssertionError: a rank raised an error or died; the others are killed.
     """
     context = multiprocessing.get_context("fork")
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_work, args=(rank, count, port, sender, function, arguments)))
+        processes[-1].start()
+        sender.close()
+        pipes.append(receiver)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < count:
+            for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in results]):
+                rank = pipes.index(pipe)
+                try:
+                    value, error = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    value, error = None, "it died"
+                assert error is None, f"rank {rank} of {count} failed:\n{error}"
+                results[rank] = value
+    finally:
+        for process in processes:
+            if len(results) < count:
+                process.kill()
+            process.join()
+    return [results[rank] for rank in range(count)]
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_work, args=(rank, count, port, results, function, arguments)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    found: dict[int, Any] = {}
-    while len(found) < count:
-        rank, value, error = pickle.loads(results.get())
-        if error is not None:
-            for process in processes:
-                process.kill()
-            raise AssertionError(f"rank {rank} of {count} failed:\n{error}")
-        found[rank] = value
-    for process in processes:
-        process.join()
-    return [found[rank] for rank in range(count)]
+        return free.getsockname()[1]
 
 
-def _work(rank: int, count: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    import torch
-
-    from undo_core import distributed
-
-    torch.set_num_threads(1)
+def _work(
+    rank: int, count: int, port: int, answer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)  # the threads of the process that was forked do not exist here
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -48,6 +65,6 @@ def _work(rank: int, count: int, port: int, results: Any, function: Callable[...
         distributed.start()
         value = function(*arguments)
         distributed.stop()
-        results.put(pickle.dumps((rank, value, None)))  # a queue would share a tensor's memory with a process that ends
+        answer.send_bytes(pickle.dumps((value, None)))  # torch's own pickling would share the memory of a process that ends
     except BaseException:
-        results.put(pickle.dumps((rank, None, traceback.format_exc())))
+        answer.send_bytes(pickle.dumps((None, traceback.format_exc())))

@@ -85,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
     try:
         distributed.start()
+        if distributed.count() > 1:
+            from undo_core.pipeline.workers import end_with
+
+            end_with(os.getppid())  # torchrun's children outlive it if it is killed
         if not arguments:
             print(hints.FIRST_STEPS)
             return 2

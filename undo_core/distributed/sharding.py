@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from undo_kernels.ops.checks import is_dtensor as is_shard
+from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.sharding import local_of
 
 from undo_core.distributed import ranks
@@ -49,7 +49,7 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    if any(map(is_shard, model.parameters())):
+    if any(map(is_dtensor, model.parameters())):
         raise ValueError("model: got one whose parameters are sharded already, wanted a whole model on every rank")
     with contextlib.suppress(UnsupportedHead):  # some methods read no head; the others raise the error when they do
         head_of(model)  # measured in a forward pass of its own, which must not run inside that of a sharded model
@@ -79,7 +79,7 @@ def run(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
 @contextlib.contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
     """Context in which the parameters of one layer are whole."""
-    if not any(map(is_shard, layer.parameters())):
+    if not any(map(is_dtensor, layer.parameters())):
         yield
         return
     layer.unshard()
@@ -113,7 +113,7 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
         if name not in saved:
             continue
         if id(tensor) not in by_id:  # tied parameters are gathered once, and stay tied
-            value = tensor.full_tensor() if is_shard(tensor) else tensor
+            value = tensor.full_tensor() if is_dtensor(tensor) else tensor
             if name in parameters and dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
             by_id[id(tensor)] = value.cpu() if ranks.rank() == 0 else value.new_empty(0)
@@ -123,7 +123,7 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 
 def like_shard(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Returns a tensor of the shape of this rank's shard of ``parameter`` as a ``DTensor`` like it; any other tensor unchanged."""
-    if not is_shard(parameter) or not tensor.ndim or tensor.shape != local_of(parameter).shape:
+    if not is_dtensor(parameter) or not tensor.ndim or tensor.shape != local_of(parameter).shape:
         return tensor
     from torch.distributed.tensor import DTensor
 

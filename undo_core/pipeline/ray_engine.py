@@ -92,7 +92,9 @@ def tasks_of(store: Store, stages: Iterable[Stage], ranks: int = 1) -> list[Task
     missing = missing_with_inputs(store, stages)
     return [
         Task(
-            stage, tuple(source.key for source in stage.inputs.values() if source.key in missing), ranks if stage.together else 1
+            stage,
+            tuple(source.key for source in stage.inputs.values() if source.key in missing),
+            ranks if stage.together else 1,
         )
         for stage in missing.values()
     ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from undo_kernels.ops.checks import is_dtensor as is_shard
+from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.sharding import local_of
 
 from undo_core.distributed.sharding import global_norm
@@ -109,6 +109,6 @@ def moved(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
 
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    if any(map(is_shard, gradients)):
+    if any(map(is_dtensor, gradients)):
         return global_norm(gradients)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2)))

@@ -62,7 +62,7 @@ class Relearn(TrainingStage):
 
     @property
     def drawn(self) -> list[int]:
-        return list(self.config.rows().values())
+        return list(self.config.sequences().values())
 
     def flag(self, name: str) -> str:
         return name
