@@ -5,8 +5,8 @@ gradients and moments are float32, the computation is bfloat16, gradients are re
 Nothing here is measured. The bytes come from undo_core/planning/communication.py, whose formulas a test compares with what processes
 move; memory and time are sums of the terms below.
 
-    python bench/ranks.py                                 prints the tables
-    python bench/ranks.py docs/results/several-gpus.md    writes them between the page's markers
+    python bench/several_gpus.py                                 prints the tables
+    python bench/several_gpus.py docs/results/several-gpus.md    writes them between the page's markers
 """
 
 from __future__ import annotations
