@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from undo_core import distributed
 from undo_core.pipeline import stages
 from undo_core.pipeline.stage import Folder, Stage
 
@@ -43,19 +44,35 @@ class Counted(Stage):
 
     kind: ClassVar[str] = "counted"
     model_from: ClassVar[str | None] = None
+    how: str = "work"
     steps: int = 3
     pause: float = 0.0
     before: Stage | None = None
 
     def run(self, work):
         lines = work.scratch / "lines"
-        done = len(lines.read_text().splitlines()) if lines.exists() else 0
-        for step in range(done, self.steps):
+
+        if self.how == "raise":
+            raise ValueError("half way")
+
+        def write(step: int) -> None:
             with open(lines, "a") as file:
-                file.write(f"{step} {socket.gethostname()} {os.getpid()}\n")
+                file.write(f"{step} {socket.gethostname()} {os.getpid()} {distributed.count()}\n")
+
+        done = distributed.on_first(lambda: len(lines.read_text().splitlines()) if lines.exists() else 0)
+        for step in range(done, self.steps):
+            distributed.on_first(lambda step=step: write(step))
             time.sleep(self.pause)
-        (work.output / "lines").write_text(lines.read_text())
+        distributed.on_first(lambda: (work.output / "lines").write_text(lines.read_text()))
         return {}
 
     def memory(self, meta):
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together(Counted):
+    """The same, in several processes."""
+
+    kind: ClassVar[str] = "together"
+    together: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stage_kinds import Counted
+from stage_kinds import Counted, Together
 
 from undo_core.io.files import read_json
 from undo_core.pipeline.ray_engine import RayEngine
@@ -90,15 +90,13 @@ def cluster(monkeypatch) -> Iterator:
 
 
 @pytest.fixture
-def engine(cluster) -> Iterator[RayEngine]:
-    """Two nodes with a place each, and a connection to them."""
-    cluster.nodes_by_raylet = {node.all_processes["raylet"][0].process.pid: node for node in map(add, [cluster] * 2)}
-    with RayEngine(cluster.address, cpus=1, ranks=1) as engine:
+def engine(cluster, request) -> Iterator[RayEngine]:
+    """Nodes with so many places, and a connection to them for stages of so many processes; by default two of one for one."""
+    places, ranks = getattr(request, "param", ([1, 1], 1))
+    nodes = [cluster.add_node(num_cpus=count) for count in places]
+    cluster.nodes_by_raylet = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
+    with RayEngine(cluster.address, cpus=1, ranks=ranks) as engine:
         yield engine
-
-
-def add(cluster):
-    return cluster.add_node(num_cpus=1)
 
 
 def appears(folder: Path, pattern: str) -> Path:
@@ -127,7 +125,7 @@ def test_the_stage_of_a_killed_node_continues_on_another(tmp_path, cluster, engi
     engine.build(store, [last], finished.append, lambda *failure: failed.append(failure))
     assert failed == [] and [stage.key for stage in finished] == [first.key, last.key]
     steps = lines(store.folder(first))
-    assert [int(step) for step, *_ in steps] == list(range(20)) and len({process for *_, process in steps}) == 2
+    assert [int(step) for step, *_ in steps] == list(range(20)) and len({process for _, _, process, _ in steps}) == 2
     assert "has ended; this process continues its work" in capfd.readouterr().out
 
 
@@ -139,6 +137,28 @@ def kill_builder(store: Store, stage: Counted, cluster) -> None:
     cluster.remove_node(cluster.nodes_by_raylet[parent_of(builder)], allow_graceful=False)
     with contextlib.suppress(ProcessLookupError):  # it ends with its node
         os.kill(builder, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("engine", [([2], 2), ([1, 1], 2)], indirect=True, ids=["one node", "two nodes"])
+def test_several_processes_build_a_stage_together(tmp_path, engine, capfd):
+    """A placement group with torchrun's launcher on each node; after a kill the stage begins again where it was."""
+    store, finished, failed = Store(tmp_path / "stages"), [], []
+    first, last = Counted(steps=1), Together(steps=12, pause=0.5, before=Counted(steps=1))
+    threading.Thread(target=kill_rank, args=(store, last)).start()
+    engine.build(store, [last, Together(how="raise", before=first)], finished.append, lambda *failure: failed.append(failure))
+    assert [stage.kind for stage in finished] == ["counted", "together"]
+    ((stage, error),) = failed
+    assert stage.how == "raise" and "half way" in str(error)
+    steps = lines(store.folder(last))
+    assert [int(step) for step, *_ in steps] == list(range(12)) and {count for *_, count in steps} == {"2"}
+    assert len({process for _, _, process, _ in steps}) == 2
+    assert "has ended; this process continues its work" in capfd.readouterr().out
+    assert engine.ray.available_resources()["CPU"] == 2, "the placement groups are gone"
+
+
+def kill_rank(store: Store, stage: Counted) -> None:
+    begun = appears(store.root, f".{stage.name}.partial/lines")
+    os.kill(int(begun.read_text().split()[2]), signal.SIGKILL)
 
 
 def test_a_sweep_ends_with_the_bits_of_one_machine(tmp_path, cluster, local):
