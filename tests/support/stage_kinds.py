@@ -55,9 +55,11 @@ class Counted(Stage):
         if self.how == "raise":
             raise ValueError("half way")
 
+        count = distributed.count()
+
         def write(step: int) -> None:
             with open(lines, "a") as file:
-                file.write(f"{step} {socket.gethostname()} {os.getpid()} {distributed.count()}\n")
+                file.write(f"{step} {socket.gethostname()} {os.getpid()} {count}\n")
 
         done = distributed.on_first(lambda: len(lines.read_text().splitlines()) if lines.exists() else 0)
         for step in range(done, self.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -45,6 +46,7 @@ def launch(store: Store, stage: Stage, *, ranks: int, machines: int, machine: in
         max_restarts=0,
         monitor_interval=0.2,
     )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs of a failure is raised here
     try:
         elastic_launch(config, _rank)(store, stage, threads, os.getpid())
     except ChildFailedError as error:

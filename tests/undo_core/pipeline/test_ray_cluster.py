@@ -153,7 +153,10 @@ def test_several_processes_build_a_stage_together(tmp_path, engine, capfd):
     assert [int(step) for step, *_ in steps] == list(range(12)) and {count for *_, count in steps} == {"2"}
     assert len({process for _, _, process, _ in steps}) == 2
     assert "has ended; this process continues its work" in capfd.readouterr().out
-    assert engine.ray.available_resources()["CPU"] == 2, "the placement groups are gone"
+    until = time.monotonic() + 60
+    while engine.ray.available_resources().get("CPU") != 2:  # the placement groups are removed
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def kill_rank(store: Store, stage: Counted) -> None:
