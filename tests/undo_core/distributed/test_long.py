@@ -172,7 +172,9 @@ def test_a_run_on_two_ranks_has_the_stages_and_weights_of_a_plain_run(whole):
     got, wanted = weights(whole / "2"), weights(whole / "1")
     for name in one:  # over all tensors of a stage: rounding shows most in norms that training has hardly moved from 0
         pairs = [(got[key], tensor) for key, tensor in wanted.items() if key.startswith(name)]
-        off, size = (sum(float(x.square().sum()) for x in parts) for parts in ([a - b for a, b in pairs], [b for _, b in pairs]))
+        off, size = (
+            sum(float(x.square().sum()) for x in parts) for parts in ([a - b for a, b in pairs], [b for _, b in pairs])
+        )
         assert off <= (1e-4) ** 2 * size, (name, (off / size) ** 0.5)
     for name, facts in one.items():
         for got, wanted in zip(two[name].get("history", []), facts.get("history", []), strict=True):
