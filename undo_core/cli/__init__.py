@@ -50,10 +50,14 @@ _PLAN = """Print the stages of CONFIG with their steps, time, disk and peak memo
 
   undo plan configs/arithmetic-cpu.yaml
   undo plan configs/arithmetic-cpu.yaml --memory 8GB
+  undo plan configs/arithmetic-cpu.yaml --ranks 2
 
 With --memory, also print the cheapest flags with which every stage fits. From cheapest to most expensive: activation
 checkpointing, smaller micro-batches, a cached teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments in
 host memory. If no flags suffice, the last line names the stages and the least memory that they need, and the exit code is 2.
+
+With --ranks N, the plan is that of `torchrun --nproc-per-node N -m undo_core run CONFIG`: the memory of one rank, and the bytes that
+it sends to the others in a training step.
 """
 
 
@@ -168,6 +172,9 @@ def _subparser(name: str) -> ArgumentParser:
         sub.add_argument("--config", action="config", help="YAML file; further files override the first")
         if name == "plan":
             sub.add_argument("--memory", type=str | None, default=None, help="memory available to a stage: 24GB, 24GiB, 500MB")
+            sub.add_argument(
+                "--ranks", type=int, default=1, help="processes of torchrun: predict the memory and traffic of one"
+            )
         sub.add_class_arguments(RunConfig)
     elif name == "sweep":
         sub = ArgumentParser(
@@ -233,8 +240,8 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     name = parsed.subcommand
     values = parser.instantiate(parsed)[name]
     if name in ("run", "plan"):
-        config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
-        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory)
+        config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory", "ranks")})
+        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory, values.ranks)
     if name == "sweep":
         fields = {key: value for key, value in vars(values).items() if key not in ("config", "dry_run")}
         return runs.sweep(SweepConfig(**fields), command, values.dry_run)

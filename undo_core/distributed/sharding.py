@@ -56,7 +56,7 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
     whole = list(model.parameters())
     mesh = init_device_mesh(whole[0].device.type, (ranks.count(),), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = _units(model)
+    layers = units_of(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -149,7 +149,7 @@ def _forward(model: nn.Module, function: Callable[..., Any], *arguments: Any) ->
     return function(model, *arguments)
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[nn.Module]:
     """Layers that become units of their own: those of the largest list whose parameters no other module shares."""
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:

@@ -30,6 +30,9 @@ from dataclasses import dataclass
 from torch import nn
 from undo_kernels.vocabulary_shard import bytes_exchanged
 
+from undo_core.pipeline.memory.shards import Traffic
+
+REDUCED = 4  # bytes of an element of the gradients, which are reduced in float32
 FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # passes of a ring over its ranks
 
 
@@ -127,6 +130,20 @@ def head_collectives(target: str, tokens: int, width: int, ranks: int, *, calls:
     """
     parts = bytes_exchanged(target, tokens, width, ranks, **given)
     return [Collective("all_reduce", f"head: {what}", payload, ranks, calls) for what, payload in parts.items()]
+
+
+def stage_collectives(traffic: Iterable[Traffic], ranks: int) -> list[Collective]:
+    """Returns the collectives of a step of a stage, as :class:`undo_core.pipeline.memory.predictor.Predictor` has counted its passes."""
+    found = []
+    for unit in traffic:
+        gathers, reductions = round(unit.gathers), round(unit.reductions)
+        found.append(
+            Collective("all_gather", f"{unit.name}: parameters", padded(unit.shapes, ranks) * unit.itemsize, ranks, gathers)
+        )
+        if reductions:
+            payload = padded(unit.trained, ranks) * REDUCED
+            found.append(Collective("reduce_scatter", f"{unit.name}: gradients", payload, ranks, reductions))
+    return found
 
 
 def wire_bytes(collectives: Iterable[Collective]) -> float:

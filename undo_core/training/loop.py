@@ -217,7 +217,7 @@ def train(
     began = last_save = time.monotonic()
     before = result.seconds
     with (
-        lean(model, config) as tied,
+        lean(model, config, count) as tied,
         updater.attached(tied),
         StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar,
     ):

@@ -91,14 +91,14 @@ class Entered:
             if others:
                 named = {f"layer.{name}": tensor for name, tensor in others.items()}
                 with gathered(layer):  # the hooks of a sharded layer would put its own parameters back
-                    output = functional_call(_Forward(layer), named, (hidden, *args), kwargs)
+                    output = functional_call(Unhooked(layer), named, (hidden, *args), kwargs)
             else:
                 output = layer(hidden, *args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
 
-class _Forward(nn.Module):
+class Unhooked(nn.Module):
     """Runs the forward pass of a layer without the layer's hooks."""
 
     def __init__(self, layer: nn.Module) -> None:

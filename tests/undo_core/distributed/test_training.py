@@ -1,5 +1,6 @@
 """Training on two ranks: gradients, curves and resumed runs are those of one process. All cases share one pair of processes."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -8,15 +9,21 @@ import pytest
 import torch
 from rank_cases import CONFIG, MODELS, STAGES, first_gradients, largest_error, pretraining, sequences, untied
 from ranks import on_ranks
+from stage_kinds import NOWHERE
+from wire import CountCollectives
 
 from undo_core import distributed
 from undo_core.distributed.sharding import shard, whole_state
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of
+from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
+from undo_core.planning.communication import stage_collectives
 from undo_core.training import TrainConfig
 from undo_core.training.batches import SequenceSource
 from undo_core.training.precision import weight_dtype
 from undo_core.training.sharded import check_ranks
+from undo_core.unlearning import UnlearnConfig
 
 # One case of each kind of loss, teacher and attack; `make test-distributed` runs all on every model.
 CASES = [
@@ -71,6 +78,23 @@ def outside(model):
     return str(raised.value)
 
 
+# Stages whose traffic is predicted, by the case that runs them.
+PLANNED = {
+    "pretrain": Pretrain(train=CONFIG, splits=("retain",), prepared=NOWHERE),
+    "maxent": Unlearn(config=UnlearnConfig(method="maxent", train=CONFIG), prepared=NOWHERE, model=NOWHERE),
+    "rmu": Unlearn(config=UnlearnConfig(method="rmu", train=MICRO), prepared=NOWHERE, model=NOWHERE),
+    "sam": Unlearn(config=UnlearnConfig(method="maxent", robust="sam", train=CONFIG), prepared=NOWHERE, model=NOWHERE),
+    "distill-resident": Distill(train=MICRO, recover=None, prepared=NOWHERE, teacher=NOWHERE, student=NOWHERE),
+}
+
+
+def moved(case):
+    """All-gathers and reduce-scatters of the first step, as counted: how many of each number of bytes."""
+    with CountCollectives(ignored=("c10d.allgather_", "c10d.broadcast_")) as found:
+        STAGES[case](untied(), PLANNED[case].training)
+    return {what: calls for what, calls in found.found.items() if what[0] != "all_reduce"}
+
+
 def everything(folder):
     """Runs all cases on this rank; the results count on rank 0."""
     found = {case: first_gradients(MODELS[case[1]](), STAGES[case[0]]) for case in CASES}
@@ -80,6 +104,7 @@ def everything(folder):
         curve(config, folder / f"{name}-killed", killed=True)
         found[f"{name}-resumed"] = curve(config, folder / f"{name}-killed")
     curve(CURVE, folder / "to-one", killed=True)
+    found["moved"] = {case: moved(case) for case in PLANNED}
     found["outside"] = outside(untied())
     found["from-one"] = curve(CURVE, folder / "from-one")
     found["alone"] = distributed.on_first(lambda: (distributed.rank(), distributed.count()))
@@ -136,6 +161,19 @@ def test_a_run_continues_on_another_number_of_ranks(two, folder):
     for got, entries in (two["from-one"], curve(CURVE, folder / "to-one")):
         assert largest_error(got, state) < 1e-5
         assert [entry["nats"] for entry in entries] == pytest.approx([entry["nats"] for entry in history], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_the_plan_predicts_what_moves(two, case):
+    model = untied()
+    traffic = Predictor(model.config, 10, ranks=2)._predicted(PLANNED[case], torch.float32)[1]
+    wanted = collections.Counter()
+    for one in stage_collectives(traffic, 2):
+        wanted[one.kind, one.payload] += one.calls
+    if case == "distill-resident":  # the root unit of a teacher is gathered once and stays whole
+        head, embedding, norm = (17 + 1) * 16, (17 + 1) * 16, 16
+        wanted["all_gather", 4 * (head + embedding + norm)] += 1
+    assert two["moved"][case] == wanted
 
 
 def test_a_sharded_head_is_not_read_outside_a_forward_pass(two):
