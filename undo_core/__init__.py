@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # editors and type checkers cannot see what __getattr__ loads
     from undo_core.distillation.student import distill
     from undo_core.distillation.teacher import TeacherConfig
     from undo_core.evaluation.metrics import evaluate
+    from undo_core.models.vocabulary_parallel import parallelize_head
     from undo_core.noise.damage import damage_
     from undo_core.noise.model import noise_
     from undo_core.ops import NoiseRule
@@ -46,6 +47,7 @@ __all__ = [
     "few_shot",
     "noise_",
     "ops",
+    "parallelize_head",
     "quantise_",
     "relearn",
     "stream_model",
@@ -68,6 +70,7 @@ _HOMES = {  # public name: module that defines it
     "evaluate": "evaluation.metrics",
     "few_shot": "attacks",
     "noise_": "noise.model",
+    "parallelize_head": "models.vocabulary_parallel",
     "quantise_": "attacks",
     "relearn": "attacks.relearning",
     "stream_model": "distillation.streaming",

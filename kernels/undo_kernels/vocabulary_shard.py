@@ -102,20 +102,8 @@ class VocabularyShard:
         """
         here = torch.stack([sums[name].double() for name in ("m_s", "m_t") if name in sums])
         most = self.max_(here.clone())
-        a, *others = torch.where(here == most, 1.0, torch.where(here == -math.inf, 0.0, (here - most).exp()))
-        l_s = sums["l_s"].double()
         checksum, room = self.witness(hidden)
-        columns = {"witness": checksum, "l_s": a * l_s}
-        if others:
-            b, l_t = others[0], sums["l_t"].double()
-            shift = (here[0] - most[0]) - (here[1] - most[1])
-            ahead = torch.where((b == 0) | ~shift.isfinite(), a - b, b * shift.expm1())  # a - b without cancellation
-            columns |= {"l_t": b * l_t, "difference": b * sums["difference"].double() + ahead * l_s}
-            if "cross" in sums:
-                columns["cross"] = torch.where((l_s > 0) & (a > 0), a * (sums["cross"].double() + shift * l_s), 0.0)
-            if "energy" in sums:
-                fall = torch.where(b == 0, 0.0, (here[1] - most[1]) * l_t)
-                columns["energy"] = torch.where(l_t > 0, b * (sums["energy"].double() + fall), 0.0)
+        columns = {"witness": checksum} | rescaled(sums, most)
         if "label" in sums:
             columns["label"] = sums["label"].double().nan_to_num(0.0, math.inf, -math.inf)
         rows = [column[None] for column in columns.values()]
@@ -127,12 +115,15 @@ class VocabularyShard:
         wrong = self.differ(checksum, summed[0], room)
         found = dict(zip(columns, summed, strict=False)) | {"m_s": most[0]}
         found["l_s"] = torch.where(wrong, math.nan, found["l_s"])
-        if others:
+        if "m_t" in sums:
             found["m_t"] = most[1]
         if "picked" in sums:
             found["picked"] = summed[len(columns) :][: sums["picked"].shape[1]].T
         if "top_s" in sums:
-            found |= {"top_s": torch.zeros_like(l_s), "top_t": self.apart(summed[-dist.get_world_size(_groups[self.group]) :])}
+            found |= {
+                "top_s": torch.zeros_like(most[0]),
+                "top_t": self.apart(summed[-dist.get_world_size(_groups[self.group]) :]),
+            }
         return found
 
     def words(self, holds: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -149,6 +140,34 @@ class VocabularyShard:
         holder_s, holder_t = (words & 1).argmax(0), (words >> 1 & 1).argmax(0)  # the first, as in a tie on one device
         same = words.gather(0, holder_s[None])[0] >> 2 & 1
         return ((holder_s != holder_t) | (same == 0)).double()
+
+
+def rescaled(sums: dict[str, torch.Tensor], most: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns ``l_s`` and, where they are given, ``l_t``, ``difference``, ``cross`` and ``energy`` relative to other maxima, in float64.
+
+    ``most`` holds the maxima of the student and, if there are sums of it, of the teacher, ``[sides, ...]``; each is at least that of the
+    sums. Added over the parts of a vocabulary, the results are the sums of the whole. See the module for the formulas.
+    """
+    sums = {name: values.double() for name, values in sums.items()}
+    down = [sums[name] - m for name, m in zip(("m_s", "m_t"), most, strict=False)]
+    # Two infinite maxima differ by NaN; -inf is that of an empty sum.
+    a, *others = (
+        torch.where(sums[name] == m, 1.0, torch.where(sums[name] == -math.inf, 0.0, fall.exp()))
+        for name, m, fall in zip(("m_s", "m_t"), most, down, strict=False)
+    )
+    l_s = sums["l_s"]
+    found = {"l_s": a * l_s}
+    if others:
+        b, l_t = others[0], sums["l_t"]
+        shift = down[0] - down[1]
+        ahead = torch.where((b == 0) | ~shift.isfinite(), a - b, b * shift.expm1())  # a - b without cancellation
+        found |= {"l_t": b * l_t, "difference": b * sums["difference"] + ahead * l_s}
+        if "cross" in sums:
+            found["cross"] = torch.where((l_s > 0) & (a > 0), a * (sums["cross"] + shift * l_s), 0.0)
+        if "energy" in sums:
+            fall = torch.where(b == 0, 0.0, down[1] * l_t)
+            found["energy"] = torch.where(l_t > 0, b * (sums["energy"] + fall), 0.0)
+    return found
 
 
 def bytes_exchanged(

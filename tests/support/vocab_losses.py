@@ -50,6 +50,18 @@ def draw(rows=ROWS, vocabulary=VOCABULARY, width=WIDTH, teacher_width=TEACHER_WI
     return [tensor.to(dtype) for tensor in tensors]
 
 
+def near_logits(tokens, vocabulary, spread, seed=2):
+    """Logits of a student and of a teacher that it almost agrees with, in multiples of 2**-17 below 64.
+
+    Their differences are exact in float32, also from their maxima: what remains is the error of the gap of the two log-sum-exps, which
+    float32 sums would leave at 1e-7, where the logits differ by 1e-5.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda: torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64)  # noqa: E731
+    student = ((make() * spread).clamp(-60, 60) * 2**12).round() / 2**12
+    return student.float(), (student + make().mul(1.3).round() / 2**17).float()
+
+
 def gradients(loss, inputs, seeds=None):
     return torch.autograd.grad(loss if loss.ndim == 0 else (loss * seeds).sum(), inputs)
 

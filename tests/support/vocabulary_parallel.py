@@ -8,7 +8,9 @@ import contextlib
 import datetime
 import functools
 import json
+import math
 import multiprocessing
+import os
 import sys
 import tempfile
 import traceback
@@ -24,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils.checkpoint import checkpoint
 from undo_kernels import backend, ops, recorded
 from undo_kernels.vocabulary_shard import bytes_exchanged
-from vocab_losses import computed_in, divergence, draw, gradients, logits, values
+from vocab_losses import computed_in, divergence, draw, gradients, logits, near_logits, values
 
 VOCABULARY, WIDTH, TOKENS = 1031, 12, 23  # a prime: no number of processes divides it
 KINDS = ("forward", "reverse", "jsd")
@@ -90,7 +92,7 @@ def dense(p, where, plan, kind, reduction, options, dtype=torch.float32):
 
     def reduced(values, count):
         values = values * keep
-        return values if reduction == "none" else values.sum() / count
+        return values if reduction == "none" else values.sum() / (count if reduction == "mean" else 1)
 
     def op(h, w, b=None):
         teacher = {
@@ -192,12 +194,12 @@ def labels_beside(p, where, plan):
     assert same[0] == 0 and (same[1].top1_agreement == 1).all()
 
 
-def near_agreement(p, where, plan, kind, dtype):
+def near_agreement(p, where, plan, kind, dtype, tokens=48, vocabulary=VOCABULARY):
     """The gradient's relative error does not grow as KL goes from 1 to 1e-6: the property of the difference form."""
     generator = torch.Generator().manual_seed(5)
-    teacher = torch.randn(48, 64, generator=generator).to(dtype)
-    weight = (torch.randn(VOCABULARY, 64, generator=generator) / 8).to(dtype)
-    step = torch.randn(48, 64, generator=generator)
+    teacher = torch.randn(tokens, 64, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, 64, generator=generator) / 8).to(dtype)
+    step = torch.randn(tokens, 64, generator=generator)
     z_t, seen = logits(teacher, weight, softcap=30.0), []
     for size in (2.0, 0.4, 0.1, 0.01, 0.0015):
         hidden = (teacher.float() + size * step * (teacher.float().norm() / step.norm())).to(dtype)
@@ -215,6 +217,31 @@ def near_agreement(p, where, plan, kind, dtype):
         for a, b in zip((found[0], p.whole(found[1])), gradients(wanted * 65536, exact), strict=True):
             assert relative(a, b) < limit, (kl, relative(a, b))
     assert max(seen) > 0.2 and min(seen) < 3e-6, seen
+
+
+def peaked(p, where, plan):
+    """Peaked teachers that the student agrees with: the gap of the log-sum-exps is not the difference of two rounded sums."""
+    eye = torch.eye(8)
+    for kind in KINDS:
+        for spread in (1, 4, 12):
+            z_s, z_t = near_logits(8, VOCABULARY, spread)
+            weight = z_s.T.contiguous().requires_grad_()  # with the identity as hidden states it is the logits
+            head, other = p.shard(weight), p.shard(z_t.T.contiguous())
+            with on(where, plan):
+                loss = ops.linear_kl_div(eye, head, eye, other, divergence=kind, reduction="sum", plan=plan)
+                (got,) = gradients(loss, [weight])
+            s, t = z_s.double().log_softmax(-1), z_t.double().log_softmax(-1)
+            x = s - t
+            if kind == "jsd":
+                m = torch.logaddexp(s, t) - math.log(2)
+                wanted = 0.5 * s.exp() * ((s - m) - (s.exp() * (s - m)).sum(-1, keepdim=True))
+            else:
+                wanted = t.exp() * x.expm1() if kind == "forward" else s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
+            assert wanted.norm() > 1e-9 and relative(p.whole(got).T, wanted) < 1e-3, (
+                kind,
+                spread,
+                relative(p.whole(got).T, wanted),
+            )
 
 
 @contextlib.contextmanager
@@ -253,11 +280,13 @@ def traffic(p, where, plan):
             lambda h, w: ops.linear_kl_div(h, w, th, w_t, labels=labels, label_weight=1.0, return_stats=True, plan=plan)[0],
         ),
         (
-            {"target": "forward", "tokens": int(mask.sum())},
+            {"target": "forward", "tokens": TOKENS if where == "triton" else int(mask.sum())},  # a GPU would wait to count them
             lambda h, w: ops.linear_kl_div(h, w, th, w_t, mask=mask, plan=plan),
         ),
     ]
     for given, call in calls:
+        if (where, plan, given["target"]) == ("triton", "recompute", "bucket"):  # there is no such plan
+            continue
         wanted = bytes_exchanged(**{"tokens": TOKENS, "width": WIDTH, "ranks": ranks, **given})
         with on(where, plan), collectives() as seen:
             call(h.clone().requires_grad_(), w_s.detach().requires_grad_()).backward()
@@ -332,7 +361,7 @@ def sixteen_bits(p, where, plan):
     """16-bit hidden states and weights: the processes' parts of the hidden gradient are summed in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         h, w, th, tw = draw(TOKENS, VOCABULARY, 32, 32, dtype=dtype)
-        w += 1  # a common component, which cancels in the sum over the vocabulary but in no part of it
+        w += 20  # a common component, which cancels in the sum over the vocabulary but in no part of it
         leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         with on(where, plan):
             found = gradients(ops.linear_kl_div(leaves[0], p.shard(leaves[1]), th, p.shard(tw), plan=plan), leaves)
@@ -372,7 +401,9 @@ def refused(p):
     for where, plan in (CPP, PLAIN):
         with backend(where):
             expect(
-                ValueError, "^hidden: got different hidden states", lambda: ops.linear_kl_div(other, w_s, th, w_t, plan=plan)
+                ValueError,
+                "^hidden: got different hidden states",
+                lambda plan=plan: ops.linear_kl_div(other, w_s, th, w_t, plan=plan),
             )
 
 
@@ -385,6 +416,31 @@ def expect(kind, text, call):
         assert re.search(text, str(error)), f"{error} does not match {text}"
         return
     raise AssertionError(f"no error where {text} was expected")
+
+
+TRITON = (("triton", "recompute"), ("triton", "chunk"))  # the interpreter, where there is no GPU
+
+
+def triton_cases():
+    """Every target in Triton: far slower under the interpreter, so on a small vocabulary and few tokens."""
+    found = {}
+    for where, plan in TRITON:
+        for number, kind in enumerate(KINDS):
+            found[f"{where} {plan} {kind}"] = functools.partial(
+                dense, where=where, plan=plan, kind=kind, reduction=("mean", "none", "sum")[number], options=OPTIONS[number]
+            )
+        names = ("cross_entropy", "uniform", "lse") + (("bucket", "renormalize") if plan == "chunk" else ())
+        for name in names:
+            found[f"{where} {plan} {name}"] = functools.partial(single, where=where, plan=plan, name=name, reduction="mean")
+        found[f"{where} {plan} labels beside"] = functools.partial(labels_beside, where=where, plan=plan)
+        found[f"{where} {plan} few entries"] = functools.partial(few_entries, where=where, plan=plan)
+        found[f"{where} {plan} 16 bits"] = functools.partial(sixteen_bits, where=where, plan=plan)
+        for dtype in (torch.float32, torch.bfloat16):
+            found[f"{where} {plan} near agreement {dtype}"] = functools.partial(
+                near_agreement, where=where, plan=plan, kind="forward", dtype=dtype, tokens=12, vocabulary=307
+            )
+        found[f"{where} {plan} traffic"] = functools.partial(traffic, where=where, plan=plan)
+    return found
 
 
 def essential_cases():
@@ -405,9 +461,15 @@ def essential_cases():
         found[f"{where} near agreement"] = functools.partial(
             near_agreement, where=where, plan=plan, kind="forward", dtype=torch.float32
         )
+        found[f"{where} peaked"] = functools.partial(peaked, where=where, plan=plan)
         found[f"{where} labels beside"] = functools.partial(labels_beside, where=where, plan=plan)
         found[f"{where} traffic"] = functools.partial(traffic, where=where, plan=plan)
         found[f"{where} few entries"] = functools.partial(few_entries, where=where, plan=plan)
+    for plan, name in (("recompute", "cross_entropy"), ("chunk", "bucket")):
+        found[f"triton {name}"] = functools.partial(single, where="triton", plan=plan, name=name, reduction="mean")
+    found["triton reverse"] = functools.partial(
+        dense, where="triton", plan="chunk", kind="reverse", reduction="mean", options=OPTIONS[2]
+    )
     found["float64"] = functools.partial(
         dense, where="reference", plan="direct", kind="reverse", reduction="mean", options=OPTIONS[1], dtype=torch.float64
     )
@@ -427,7 +489,7 @@ def long_cases():
                         where=where,
                         plan=plan,
                         kind=kind,
-                        reduction="mean" if reduction == "sum" else reduction,
+                        reduction=reduction,
                         options=options,
                     )
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -442,16 +504,16 @@ def long_cases():
     return found
 
 
-def cases(long):
-    return long_cases() if long else essential_cases()
+def cases(which):
+    return {"essential": essential_cases, "long": long_cases, "triton": triton_cases}[which]()
 
 
-def work(rank, world, store, long, out):
+def work(rank, world, store, which, out):
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
     p, said = Processes(init_device_mesh("cpu", (world,))), {}
-    for name, case in cases(long).items():
+    for name, case in cases(which).items():
         try:
             said[name] = "not run, because a case before it failed and the processes no longer wait for each other"
             if not any(said[other] for other in said if other != name):
@@ -463,10 +525,14 @@ def work(rank, world, store, long, out):
     dist.destroy_process_group()
 
 
-def main(world, out, long):
+def main(world, out, which):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter import replace_language_once
+
+        replace_language_once()
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        workers = [fork.Process(target=work, args=(rank, world, f"{folder}/store", long, out)) for rank in range(world)]
+        workers = [fork.Process(target=work, args=(rank, world, f"{folder}/store", which, out)) for rank in range(world)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -475,4 +541,4 @@ def main(world, out, long):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "long")
+    main(int(sys.argv[1]), *sys.argv[2:])

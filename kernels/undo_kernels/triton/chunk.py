@@ -113,16 +113,22 @@ class Chunks:
                 HOLES=s.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
             )  # fmt: skip
         lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.per_token["lse_s"][part]
-        run.combine(self.stats, part, self.parts, lse, s.dense, False)
+        picked = run.combine(self.stats, part, self.parts, lse, s.dense, False, self.picked if s.sparse else None)
         self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
         if s.sparse:
+            self.picked = picked
             self._sparse(part, lse)
 
     def _sparse(self, part: slice, lse_rest: torch.Tensor) -> None:
         """Computes losses, gradients at the known entries and the factor of the rest's gradient, in ``[tokens, k]`` tensors."""
         run, s = self.run, self.run.shapes
         terms = sparse_terms(
-            self.picked.double(), run.indices[part], run.logprobs[part], lse_rest, run.problem.target, run.vocabulary
+            self.picked.double(),
+            run.whole_indices[part],
+            run.logprobs[part],
+            lse_rest,
+            run.problem.target,
+            run.problem.student.entries,
         )
         keep = run.live[part] if run.masked else torch.ones_like(terms.lse, dtype=torch.bool)
         run.per_token["lse_s"][part] = torch.where(keep, terms.lse, 0.0).float()
@@ -165,11 +171,14 @@ class Chunks:
         if s.mixture_pass or not s.gradient:
             self._launch_loss(z_s, z_t, dz, part, columns, run.loss_form(False, False))
         if s.mixture_pass:
-            out["offset"][part] = self.losses[1, :count].double().sum(-1).float()
+            losses = run.over_processes(self.losses[:2, :count].double().sum(-1))
+            out["offset"][part] = losses[1].float()
         if s.gradient:
             self._launch_loss(z_s, z_t, dz, part, columns, run.loss_form(True, run.nll or s.sparse))
         if run.code != OWN.value:
-            run.put_divergence(part, self.losses[0, :count].double().sum(-1).float())
+            if not s.mixture_pass:
+                losses = run.over_processes(self.losses[:1, :count].double().sum(-1))
+            run.put_divergence(part, losses[0].float())
         if not s.gradient:
             return
         if run.filter:

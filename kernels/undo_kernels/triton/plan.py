@@ -192,7 +192,7 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
     budget, candidates, least = problem.workspace_bytes, [], []
     if problem.plan in ("auto", "chunk"):
         candidates += _chunk_plans(s, budget)
-        least.append(chunk_plan(s, 1))
+        least.append(chunk_plan(s, 1 if problem.shard is None else max(s.tokens, 1)))
     if problem.plan in ("auto", "recompute") and not s.sparse:
         candidates += _recompute_plans(s, budget)
         least.append(recompute_plan(s, 1))
@@ -205,6 +205,10 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
 
 def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
     tokens = max(s.tokens, 1)
+    if s.problem.shard is not None:  # processes exchange once, between the passes of all tokens
+        usual = max(_CHUNK_ELEMENTS // max(s.leading, 1), _CHUNK_ROWS)
+        whole = s.sparse or s.problem.plan == "chunk" or budget is not None or tokens <= usual
+        return [chunk_plan(s, tokens)] if whole else []
     if budget is None:
         chunk = max(_CHUNK_ELEMENTS // s.leading, _CHUNK_ROWS)
         chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-tokens // _SUMMED_CHUNKS)))
@@ -226,7 +230,7 @@ def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
 
 def _recompute_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
     block = s.loss_tile.block_v
-    whole = -(-s.vocabulary // block)
+    whole = max(-(-s.vocabulary // block), 1)
     high = min(whole, max(-(-1024 // block), _BLOCK_ELEMENTS // max(s.tokens, 1) // block))
     if budget is None:
         return [recompute_plan(s, high)]

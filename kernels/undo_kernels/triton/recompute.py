@@ -58,17 +58,20 @@ class Recompute:
         if s.mixture_pass or not s.gradient:
             for first in range(0, run.vocabulary, self.block):
                 self._loss(first, False)
-            run.put_divergence(self.everything, self.losses[0].double().sum(0).float())
+            losses = run.over_processes(self.losses[: 1 + s.mixture_pass].double().sum(1))
+            run.put_divergence(self.everything, losses[0].float())
         if s.mixture_pass:
-            out["offset"].copy_(self.losses[1].double().sum(0))
+            out["offset"].copy_(losses[1])
             self.losses.zero_()
         if not s.gradient:
             return
+        if not run.vocabulary and run.problem.needs[0]:  # this process holds no entry of a sharded head
+            self.d_hidden.zero_()
         for first in range(0, run.vocabulary, self.block):
             self._loss(first, True)
             self._products(first)
-        if run.code != OWN.value:
-            run.put_divergence(self.everything, self.losses[0].double().sum(0).float())
+        if run.code != OWN.value and not s.mixture_pass:
+            run.put_divergence(self.everything, run.over_processes(self.losses[:1].double().sum(1))[0].float())
         if run.filter:
             run.skipped += self.skipped.double().sum((1, 2))
         if run.problem.needs[0]:

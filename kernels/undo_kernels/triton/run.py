@@ -18,6 +18,7 @@ from undo_kernels.triton.arguments import Combined, Known, LossForm, Split, Stat
 from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
+from undo_kernels.triton.sharded import exchanged
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
@@ -99,10 +100,15 @@ class Run:
         p, n = self.problem, self.n
         self.zero = torch.zeros(1, device=self.device)
         self.per_token = {name: self.zero.new_zeros(n) for name in (*OUTPUTS, *BASES)}
-        self.labels = self._take(p.labels) if self.labelled else None
+        self.whole_labels = self.labels = self._take(p.labels) if self.labelled else None
         self.label_z = torch.full((n,), torch.nan, device=self.device) if self.labelled else self.zero
         self.known_s, self.known_t = self._take(p.lse_s), self._take(p.lse_t)
         self.indices, self.logprobs = self._take(p.indices), self._take(p.logprobs)
+        self.whole_indices = self.indices
+        if p.shard is not None:  # the kernels count from this process's first entry
+            self.labels, self.indices = (
+                None if t is None else p.shard.local(t, self.vocabulary) for t in (self.labels, self.indices)
+            )
         self.scale = None
         self.factor = self.own = self.at_label = self.zero
         self.skipped = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -129,7 +135,7 @@ class Run:
             if needs_hidden:
                 self.d_hidden = self.given if p.inplace else new(hidden.shape, dtype=gradient_dtype(hidden.dtype))
         elif needs_hidden:
-            dtype = gradient_dtype(hidden.dtype)
+            dtype = gradient_dtype(hidden.dtype) if p.shard is None else torch.float32
             extra = self.index is not None
             self.d_hidden = (self.zero.new_zeros if extra else new)((p.tokens + extra, hidden.shape[1]), dtype=dtype)
         if needs_weight:
@@ -144,6 +150,8 @@ class Run:
         if self.scale is not None:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(self.scale)
+        if p.shard is not None and p.needs[0]:
+            self._sum_hidden_gradient()
         if self.index is not None:
             spread = self.zero.new_zeros(len(OUTPUTS), p.tokens + 1)
             spread.index_copy_(1, self.place, torch.stack([out[name] for name in OUTPUTS]))
@@ -192,24 +200,64 @@ class Run:
             return head.hidden[part], None
         return taken, self.scratch.count(taken)
 
-    def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
-        """Computes log-sum-exps, their difference, reverse KL's offset and the nll; ``teacher``: there are sums of it."""
+    def _sum_hidden_gradient(self) -> None:
+        """Sums the gradient of the hidden states over the processes that share the head, before it is rounded."""
+        part = self.d_hidden if self.index is None else self.d_hidden.index_select(0, self.place)
+        if self.n:
+            self.problem.shard.sum_(part)
+        if self.index is not None:
+            self.d_hidden.index_copy_(0, self.place, part)
+        self.d_hidden = self.d_hidden.to(gradient_dtype(self.problem.student.hidden.dtype))
+
+    def over_processes(self, losses: torch.Tensor) -> torch.Tensor:
+        """Sums losses ``[1 or 2, tokens]`` over the processes that share the head, where each has those of its own entries."""
+        p = self.problem
+        wanted = p.shard is not None and not (p.repeated and len(losses) == 1)
+        return p.shard.sum_(losses) if wanted else losses
+
+    def combine(
+        self,
+        partial: torch.Tensor,
+        part: slice,
+        parts: int,
+        lse_s: torch.Tensor,
+        teacher: bool,
+        tiles: bool,
+        picked: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Computes log-sum-exps, their difference, reverse KL's offset and the nll; ``teacher``: there are sums of it.
+
+        Returns ``picked``, the logits at the known entries, with those that other processes hold.
+        """
         s, p, out, zero = self.shapes, self.problem, self.per_token, self.zero
-        split = Split(partial, self.vocabulary, 0, parts, partial.shape[1] * partial.shape[2])
+        exchange = p.shard is not None and s.student_sums
+        if exchange:
+            hidden = p.student.hidden if self.index is None else p.student.hidden.index_select(0, self.index)
+            partial, merged = exchanged(
+                p.shard, partial[:, : lse_s.shape[0]], hidden[part], teacher=teacher, cross=self.crossed,
+                statistics=p.statistics and s.dense, less_one=tiles, label=torch.where(self.labels[part] >= 0, self.label_z[part], torch.nan) if self.labelled else None,
+                picked=None if picked is None else torch.where(self.indices[part] >= 0, picked, 0.0),
+            )  # fmt: skip
+            parts, picked = 1, merged.get("picked", picked)
+            if self.labelled:
+                inside = self.whole_labels[part] < p.student.entries
+                self.label_z[part] = torch.where(inside, merged["label"], torch.nan).float()
+        split = Split(partial, p.student.entries, 0, parts, partial.shape[1] * partial.shape[2])
         known = Known(
-            self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else zero,
+            self.counted[part] if self.masked else self.counted, self.whole_labels[part] if self.labelled else zero,
             part_or(self.label_z, part, zero), part_or(self.known_s, part, zero), part_or(self.known_t, part, zero),
         )  # fmt: skip
         outputs = Combined(lse_s, out["lse_t"][part], out["nll"][part], out["entropy"][part], out["agreement"][part])
         form = StatsForm(
             STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
-            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles, PAIR=self.pair, UNIFORM=self.uniform,
+            DIFFERENCES=teacher and (exchange or not tiles), LESS_ONE=tiles, PAIR=self.pair, UNIFORM=self.uniform,
             NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
         )  # fmt: skip
         row_kernels.combine_rows[(lse_s.shape[0],)](
             split, known, self.sums(part), outputs, StatsForm(*map(tl.constexpr, form)),
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **FUSED,
         )  # fmt: skip
+        return picked
 
     def sums(self, part: slice) -> Sums:
         """Returns the statistics of some tokens, as the kernels take them."""

@@ -136,6 +136,6 @@ def tile_parts(tokens: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
 
 def _split(vocabulary: int, block: int, limit: int) -> tuple[int, int]:
     """Splits the vocabulary into at most ``limit`` parts of whole blocks."""
-    blocks = -(-vocabulary // block)
+    blocks = max(-(-vocabulary // block), 1)  # a process may hold no entry of a sharded head
     length = -(-blocks // min(limit, blocks)) * block
-    return -(-vocabulary // length), length
+    return max(-(-vocabulary // length), 1), length

@@ -1,6 +1,7 @@
 """Losses on a head that is sharded by vocabulary entries, on two and four processes; ``support/vocabulary_parallel.py`` has the cases."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ PROGRAM = Path(__file__).resolve().parents[2] / "support" / "vocabulary_parallel
 
 def said_by_all(world, out, which):
     """What each case said on each process, where it did not pass."""
-    done = subprocess.run([sys.executable, PROGRAM, str(world), out, which], capture_output=True, text=True)
+    command = [sys.executable, PROGRAM, str(world), out, which]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world)]
     assert len(files[0]) > 3 and all(file.keys() == files[0].keys() for file in files)
@@ -28,7 +30,7 @@ def test_on_two_processes(tmp_path):
 
 
 @pytest.mark.distributed_long
-@pytest.mark.parametrize(("world", "which"), [(2, "long"), (4, "essential"), (4, "long")])
+@pytest.mark.parametrize(("world", "which"), [(2, "long"), (4, "essential"), (4, "long"), (2, "triton"), (4, "triton")])
 def test_on_more_processes_with_more_options(world, which, tmp_path):
     failed = said_by_all(world, tmp_path / "out", which)
     assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())
