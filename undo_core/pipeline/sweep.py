@@ -59,7 +59,7 @@ def _run(sweep: SweepConfig, command: str, cluster: RayEngine | None) -> list[st
     for config in _configs(sweep):
         try:
             graph = graph_of(config)
-            _all_stages(config, graph)
+            _all_stages(config, graph, sweep.ranks)
             runs.append((config, graph))
         except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
@@ -113,7 +113,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     stages_of, refused = [], dict[str, list[RunConfig]]()
     for config in (configs := _configs(sweep)):
         try:
-            stages_of.append((config, _all_stages(config, graph_of(config))))
+            stages_of.append((config, _all_stages(config, graph_of(config), sweep.ranks)))
         except _UNPLANNED as error:
             refused.setdefault(_line("plan", error), []).append(config)
     wanted = collections.Counter(key for _, stages in stages_of for key in stages)
@@ -156,13 +156,18 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
     return [dataclasses.replace(config, workers=workers) for config in configs]
 
 
-def _all_stages(config: RunConfig, graph: Graph) -> dict[str, Stage]:
+def _all_stages(config: RunConfig, graph: Graph, ranks: int) -> dict[str, Stage]:
     """Every stage of a run by its key, without extensions of attack grids.
 
     Raises:
         ModuleNotFoundError: a package that an attack needs is not installed.
+        ValueError: a stage cannot be run on so many ranks.
     """
-    return {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
+    stages = {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
+    for stage in stages.values():
+        if stage.together:
+            stage.check_ranks(ranks)
+    return stages
 
 
 _UNPLANNED = (OSError, ImportError, ValueError)  # a file or a package is missing, or a setting does not fit the model

@@ -93,3 +93,12 @@ def test_a_mistake_is_one_line_before_any_work(tmp_path, sweep, flags, wanted, c
     error = capsys.readouterr().err
     assert error.startswith("undo: error: ") and error.count("\n") == 1 and wanted in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_cannot_be_shared_by_its_processes_cannot_begin(sweep, capsys):
+    flags = ["--dry-run", "--engine=ray", "--ranks=4"]
+    for more in ([], ["--overrides={distill.train.micro_batch_size: 2}"]):
+        assert main(["sweep", sweep, *flags, *more]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        refused = "got micro-batches of 2 sequences on 4 ranks" in said and "2 run(s) cannot" in said
+        assert refused == bool(more) and "4 ranks" not in said.replace("on 4 ranks", "")
