@@ -262,7 +262,9 @@ def _attempt(place: Place, store: Store, stage: Stage, parts: list[int]) -> None
             for machine, part in enumerate(parts)
         ]
         _wait(ray, launched)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
         raise RankKilledError(f"a machine was lost ({' '.join(str(error).split())[:200]})") from None
     finally:
         remove_placement_group(group)  # ends what still runs in it

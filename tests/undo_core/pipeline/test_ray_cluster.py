@@ -58,7 +58,7 @@ def begin(folder: Path, *flags: str) -> subprocess.Popen:
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
     try:
-        said, _ = process.communicate(timeout=400)
+        said, _ = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == code, said
@@ -101,7 +101,7 @@ def engine(cluster, request) -> Iterator[RayEngine]:
 
 def appears(folder: Path, pattern: str) -> Path:
     """Waits for a file."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not (found := list(folder.glob(pattern))):
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -133,10 +133,13 @@ def kill_builder(store: Store, stage: Counted, cluster) -> None:
     begun = appears(store.root, f".{stage.name}.partial/lines")
     while len(begun.read_text().splitlines()) < 3:
         time.sleep(0.01)
-    builder = int(begun.read_text().split()[2])
-    cluster.remove_node(cluster.nodes_by_raylet[parent_of(builder)], allow_graceful=False)
-    with contextlib.suppress(ProcessLookupError):  # it ends with its node
-        os.kill(builder, signal.SIGKILL)
+    family = [int(begun.read_text().split()[2])]
+    while family[-1] not in cluster.nodes_by_raylet:
+        family.append(parent_of(family[-1]))
+    cluster.remove_node(cluster.nodes_by_raylet[family.pop()], allow_graceful=False)
+    for process in family:
+        with contextlib.suppress(ProcessLookupError):  # it ends with its node
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("engine", [([2], 2), ([1, 1], 2)], indirect=True, ids=["one node", "two nodes"])
@@ -157,6 +160,18 @@ def test_several_processes_build_a_stage_together(tmp_path, engine, capfd):
     while engine.ray.available_resources().get("CPU") != 2:  # the placement groups are removed
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("engine", [([1, 1, 1], 2)], indirect=True, ids=["three nodes"])
+def test_the_processes_of_a_killed_node_begin_again_on_others(tmp_path, cluster, engine):
+    store, finished, failed = Store(tmp_path / "stages"), [], []
+    stage = Together(steps=30, pause=0.5)
+    threading.Thread(target=kill_builder, args=(store, stage, cluster)).start()
+    engine.build(store, [stage], finished.append, lambda *failure: failed.append(failure))
+    assert (failed, finished) == ([], [stage])
+    steps = lines(store.folder(stage))
+    assert [int(step) for step, *_ in steps] == list(range(30)) and {count for *_, count in steps} == {"2"}
+    assert len({process for _, _, process, _ in steps}) == 2
 
 
 def kill_rank(store: Store, stage: Counted) -> None:
