@@ -77,7 +77,7 @@ def test_a_quick_run_records_everything(bench_kl, tmp_path):
     assert row["ceilings"]["flops"] > 0 and row["ceilings"]["bytes_per_s"] > 0
     assert list(tmp_path.iterdir()) == [out]
 
-    # What the file has is not measured again, unless asked for; another row is added to it.
+    # Rows in the file are not measured again unless asked for; another row is added.
     before = json.loads(out.read_text())["rows"]
     bench_kl.main(
         ["--quick", "--no-memory", "--rounds", "1", "--contenders", "undo-core", "--only", "quick-bf16", "--out", str(out)]
@@ -283,14 +283,14 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
             assert after == before
         else:  # it was not named
             assert after["verification"]["verdict"] == "different"
-    # A row that was timed on another path is not given errors of this one.
+    # A row that was timed on another path does not get errors of this one.
     for call in spoilt["rows"][0]["contenders"][0]["ran"]["both"]:
         call["form"] = "another"
     out.write_text(json.dumps(spoilt))
     with pytest.raises(SystemExit, match=r"quick-f32: undo-core, both: timed .*another, but verified .* stays as it was"):
         bench_kl.main([*common, "undo-core", "--accuracy"])
     assert json.loads(out.read_text()) == spoilt
-    # Nothing is timed where nothing was.
+    # A row without times stays without times.
     out.unlink()
     bench_kl.main([*common, "undo-core", "--accuracy"])
     (row,) = json.loads(out.read_text())["rows"]
@@ -300,7 +300,7 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
 def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     monkeypatch.setattr(bench_kl, "ERROR_TARGETS", [1.0, 1e-5])
-    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # so few that dispatch alone would leave them to plain PyTorch
+    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # few enough that dispatch by itself would use plain PyTorch
     arguments = ["--quick", "--only", "error", "--contenders", "undo-core", "plain", "--out", str(out)]
     bench_kl.main(arguments)
     curves = json.loads(out.read_text())["error_versus_kl"]["curves"]
@@ -310,7 +310,7 @@ def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_pat
     for curve in curves:
         used = {call["backend"] for point in curve["points"] for run in point["seeds"] for call in run["ran"]}
         assert used == ({KERNELS} if curve["name"] == "undo-core" else set())
-        # What is rounded to 16 bits before the two are subtracted is lost as they meet; the kernels' error stays.
+        # Rounding to 16 bits before the subtraction loses everything as the two meet; the kernels' error stays the same.
         errors = [point["seeds"][0]["d_hidden"] for point in curve["points"]]
         assert errors[1] > 0.3 if curve["name"] == "plain" else max(errors) < (1e-2 if curve["dtype"] == "bfloat16" else 1e-3)
     if KERNELS == "cpu":
@@ -397,7 +397,7 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
     options.out.write_text(json.dumps({**record, "machine": {**record["machine"], "name": "another"}}))
     with pytest.raises(SystemExit, match=r"rows of another-.*, wanted"):
         runner.load(options.out, "kl", options, {})
-    # Clouds give several processors one name.
+    # In clouds, several processors have the same name.
     facts = {**record["machine"], "cpu_family_model_stepping": ["6", "1", "0"]}
     options.out.write_text(json.dumps({**record, "machine": facts}))
     with pytest.raises(SystemExit, match=f"rows of {facts['name']}-6-1-0, wanted"):

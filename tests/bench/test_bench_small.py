@@ -39,5 +39,5 @@ def test_a_quick_run_gives_a_table(suite, tmp_path):
                 assert record["verification"]["ran"] == record["ran"]
     if suite == "step":
         losses = {record["name"]: record["loss"] for record in rows[0]["contenders"]}
-        # Each carries the roundings of its own path and of the weights that the steps before left.
+        # Each has the roundings of its own path and of the weights after the previous steps.
         assert losses["float32"] == losses["cached"] == pytest.approx(losses["plain"], rel=4 * gamma(PATH))

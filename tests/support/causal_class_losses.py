@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from undo_core import ops
 from undo_core.models import UnsupportedHead, head_of, hidden_states
 
-# Constants of heads, none of them neutral; a model gets those that its configuration has.
+# Constants of heads, none neutral; a model gets those in its configuration.
 CONSTANTS = {
     "final_logit_softcapping": 2.0,
     "lm_head_bias": True,
@@ -28,7 +28,7 @@ CONSTANTS = {
     "output_logit_soft_cap": 2.0,
     "unpadded_vocab_size": 60,
 }
-# These do not run in float64: tensors are made, or compared, in float32 by name. Their oracle is float64 from the logits on.
+# These do not run in float64, because their code names float32. Their oracle is in float64 from the logits on.
 SINGLE = ("inkling2_loop_text", "inkling2_text", "xglm")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -42,7 +42,7 @@ def check(name: str) -> None:
     """Asserts that the losses of a model type are right, or that ``docs/models.md`` names it with the same reason."""
     found = outcome(name)
     page = PAGE.read_text(encoding="utf-8")
-    if f"of transformers {transformers.__version__} " in page:  # it tells of one version; the losses are right in any
+    if f"of transformers {transformers.__version__} " in page:  # the page describes one version; the losses are right in any
         assert (None if found == "equal" else _cell(found.partition(": ")[2])) == _stated(page).get(name)
 
 
@@ -81,7 +81,7 @@ def outcome(name: str) -> str:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)  # no bias is 0, no norm is neutral
         if (output := model.get_output_embeddings()) is not None:
             output.weight.add_(torch.randn_like(output.weight), alpha=0.2)
-    model.train(name == "reformer")  # its gradients are made in training mode alone; the settings have no dropout
+    model.train(name == "reformer")  # it has gradients only in training mode; the settings have no dropout
     try:
         head = head_of(model)
     except UnsupportedHead as error:

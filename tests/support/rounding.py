@@ -65,7 +65,7 @@ def assert_as_exact_as(got, yardstick, want, floor, name="", scale=0.0, factor=2
     finite = want.isfinite()
     if not finite.any():
         return
-    yardstick = torch.where(yardstick.isfinite(), yardstick, want)  # where torch overflows it is no yardstick
+    yardstick = torch.where(yardstick.isfinite(), yardstick, want)  # torch is not a yardstick if it overflows
     ours, theirs = error(got[finite], want[finite]), error(yardstick[finite], want[finite])
     floor = floor * max(float(want[finite].norm()), scale)
     assert ours <= factor * theirs + floor, f"{name}: error {ours:.3g}, wanted at most {factor} * {theirs:.3g} + {floor:.3g}"
@@ -85,7 +85,7 @@ def difference_form_error(z_s, z_t, terms=128):
     return 2 * p * (each + (p * each).sum(-1, keepdim=True))
 
 
-PATH = 512  # roundings on the longest path through a tiny model and back: layers, their inner products of up to 64 terms, softmaxes
+PATH = 512  # roundings on the longest path through a tiny model and back: layers, inner products of up to 64 terms, softmaxes
 
 
 def assert_same_function(got, plain, want, name=""):
@@ -123,7 +123,7 @@ def _flat(value):
 
 
 def assert_rounded(got, want, magnitude, terms=4):
-    """Every element of ``got`` is ``want`` up to so many float32 roundings of a sum whose terms' magnitudes add up to ``magnitude``."""
+    """Every element of ``got`` is ``want`` up to float32 roundings of a sum whose terms' magnitudes add up to ``magnitude``."""
     allowed = gamma(terms) * torch.as_tensor(magnitude).double() + torch.finfo(torch.float32).tiny
     off = (got.detach().double() - want.double()).abs()
     assert (off <= allowed).all(), f"error {float((off - allowed).max()):.3g} above what {terms} roundings allow"

@@ -12,7 +12,7 @@ from stage_kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A module may import modules of its own rank (where they are one concern) and of lower ranks.
+# A module may import modules of its own rank and of lower ranks.
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
     {"undo_core.planning"},
@@ -53,7 +53,7 @@ def modules() -> list[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_one_way(module, path):
-    if module == "undo_core":  # the public face names everything, lazily
+    if module == "undo_core":  # the public package names everything, but imports lazily
         return
     own = rank(module)
     assert own is not None, f"{module} has no rank: add it to RANKS"
@@ -70,7 +70,7 @@ def test_no_module_imports_itself_on_a_detour():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 graph[module] |= {alias.name for alias in node.names} & set(files)
-            elif isinstance(node, ast.ImportFrom):  # of a module by its name, or of what a package defines
+            elif isinstance(node, ast.ImportFrom):  # imports a module by name, or a name that a package defines
                 named = [f"{node.module}.{alias.name}" for alias in node.names]
                 graph[module] |= {name if name in files else node.module for name in named} & set(files)
     try:
@@ -165,7 +165,7 @@ def test_remote_code_is_refused_wherever_a_checkpoint_is_read():
 
 
 def test_the_ops_load_no_model_library():
-    code = "import sys; from undo_core import ops; print(*[name for name in ('transformers', 'matplotlib') if name in sys.modules])"
+    code = "import sys; from undo_core import ops; print(*{'transformers', 'matplotlib'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 

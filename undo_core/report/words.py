@@ -140,8 +140,8 @@ def _done(report: Report) -> str:
         if further:
             text += (
                 f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst "
+                "counts too"
             )
-            text += "counts too"
     left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
     return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
 

@@ -277,7 +277,7 @@ def test_other_optimizers_are_torch_s_and_take_the_bytes_that_are_promised(world
     kept = sum(tensor.nbytes for key, tensor in updater.tensors().items())
     assert promised["optimizer"] == pytest.approx(
         kept / model.weight.numel(), abs=0.3
-    )  # sums over rows and columns are left out
+    )  # without the sums over rows and columns
 
 
 def test_plain_bfloat16_at_a_low_rate_moves_few_weights(world):
@@ -388,7 +388,7 @@ def test_quantised_weights_are_the_nearest_of_their_grid(world, shape, bits, gro
         scale = np.abs(was).max(1, keepdims=True) / ((2**bits - 1) / 2)
         wanted = scale * np.clip(np.rint(was / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         room = 2 ** (bits - 1) * gamma(8)  # steps, of float32 scales and products
-        tie = np.abs(np.abs(was / scale) % 1 - 0.5) < room  # it may go either way: a group's largest weight is one
+        tie = np.abs(np.abs(was / scale) % 1 - 0.5) < room  # the largest weight of a group may round either way
         off = np.abs(now - wanted) / scale
         assert (off[~tie] < room).all() and (off <= 1 + room).all() and tie.mean() < 1 / columns + 0.01, name
         assert (np.abs(now - was) <= scale * (0.5 + room)).all(), name

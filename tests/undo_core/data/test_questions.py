@@ -97,7 +97,7 @@ def test_the_right_letter_is_the_likeliest_of_the_models_own_logits(model, bytew
 
 
 def test_sequences_of_like_lengths_run_together(bytewise, tmp_path, monkeypatch):
-    module = importlib.import_module("undo_core.evaluation.metrics")  # the package names the function so
+    module = importlib.import_module("undo_core.evaluation.metrics")  # the package's name of the function
     model = build_model({"model_type": "llama", "max_position_embeddings": 4000, **MODEL}, bytewise, 0)
     long = [vars(question) | {"question": "very long " * 250} for question in questions(3, seed=3)]
     path = tmp_path / "q.jsonl"

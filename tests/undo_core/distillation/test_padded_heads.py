@@ -129,7 +129,7 @@ def test_caches_know_the_tokens(padded, tokenizer, sequences, tmp_path, kind):
     how = {"k": 5} if kind == "topk" else {}
     teacher = padded(6, 1)
     with torch.no_grad():
-        teacher.lm_head.weight[size:] *= 20  # what is no token would be among the likeliest
+        teacher.lm_head.weight[size:] *= 20  # without vocab_size, padding would be among the likeliest
     make = lambda vocab_size: cache_teacher(  # noqa: E731
         teacher, plain, tmp_path / str(vocab_size), TeacherConfig(kind, vocab_size=vocab_size, **how), progress=False
     )

@@ -17,7 +17,7 @@ from undo_core.noise.damage import damage_checkpoint
 
 NAMES = [name for name in causal_models.names() if name not in causal_models.NOT_TINY]
 
-# Parameters of two or more dimensions that are no matrix of a product, besides biases.
+# Parameters of two or more dimensions, other than biases, that are not the matrix of a product.
 NO_MATRICES = {
     "A_log",
     "D",
@@ -30,7 +30,7 @@ NO_MATRICES = {
     "time_mix_value",
 }
 
-# Where the text is in models of other modalities.
+# Text modules of models with other modalities.
 _WRAPPED = ("model.language_model.", "lm_head.")
 TEXT = dict.fromkeys(("fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"), _WRAPPED)
 TEXT |= {"git": ("git.embeddings.", "git.encoder.", "output.")}
@@ -149,7 +149,7 @@ def test_every_parameter_moves_as_the_policy_says(name):
             assert (units.abs() <= 1 + rounded).all(), n
             if size >= 64:
                 assert units.abs().max() > 1 - 20 / size, f"{n}: the largest of {size} draws is smaller with a chance of e**-20"
-                # Six standard deviations: one seed in 500 million leaves them, and the seed is the same everywhere.
+                # Six standard deviations, which one seed in 500 million exceeds; the seed is the same everywhere.
                 assert abs(units.square().mean() - 1 / 3) < 6 * math.sqrt(4 / 45 / size), (
                     f"{n}: the variance of the uniform law"
                 )

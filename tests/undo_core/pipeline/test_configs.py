@@ -120,7 +120,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     sequences = splits(tmp_path / "out")
     assert all(part.starts is None for part in sequences.values())
     assert sequences["train_distill"].length == 32 and sequences["train_retain"].length == 16
-    # What is distilled on is that text alone: positions of a step are its sequences'.
+    # Distillation uses only that text, so a step has the positions of its sequences.
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")
     assert read_json(student)["positions_by_source"] == {"text": 3 * 4 * 32}
     assert found["models"][2]["training"]["steps"] == 3

@@ -60,7 +60,7 @@ def check_json(name: str, value) -> None:
 
 
 # -- files that configurations name, written by hand so that no library decides their bytes
-# ------------------------------------------
+# --------------------------------------
 
 CHECKPOINT = {
     "model_type": "gemma2",
@@ -212,10 +212,10 @@ def test_what_makes_a_run_fit(files, anywhere):
 
 
 # -- manifests and results
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 OF_THE_MACHINE = ("versions", "machine", "seconds", "peak_bytes", "predicted_bytes")
-EXACT = ("settings", "config", "flops", "alpha", "rate", "rates")  # where a number is not what a model computed
+EXACT = ("settings", "config", "flops", "alpha", "rate", "rates")  # keys whose numbers a model does not compute
 
 
 def steady(value, name: str = "", exact: bool = False):

@@ -94,7 +94,7 @@ def test_vocabulary_entries_that_are_padding_take_no_workspace():
     assert 0 < part < whole
 
 
-# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an
+# Compared beyond the process's own memory, for a few quick and different cases. UNDO_ALL_MEMORY=1 runs every one (an
 # hour).
 QUICK = ["llama: bfloat16-master", "llama: 8-bit", "gemma2: distill, cached"]
 

@@ -146,7 +146,7 @@ def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, work
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}", f"--workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
+    generator = random.Random(time.time_ns())  # at any time: the result must not depend on it
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     started = output / "stages"
@@ -169,7 +169,7 @@ def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch
     reference, config = finished
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "out"
-    shutil.copytree(reference / "stages", output / "stages")  # what comes before the teacher is shared
+    shutil.copytree(reference / "stages", output / "stages")  # stages before the teacher are shared
     command = ["run", str(config), f"--output={output}", "--distill.teacher.kind=cached"]
 
     import undo_core.distillation.cache as module

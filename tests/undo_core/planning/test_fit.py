@@ -113,7 +113,7 @@ def test_what_the_settings_refuse_is_not_suggested(robust, monkeypatch):
     stage = Unlearn(config=config, prepared=NOWHERE, model=NOWHERE)
     found = set()
     for changes in asked(stage):
-        stage.changed(changes)  # refuses what cannot go together
+        stage.changed(changes)  # refuses incompatible changes
         found |= {(path.removeprefix("train."), value) for path, value in changes.items()}
     names = {name for name, _ in found}
     assert {"activation_checkpointing", "optimizer"} <= names

@@ -104,7 +104,7 @@ def test_a_size_that_is_none_is_refused(text):
 
 def test_what_makes_every_stage_fit(tmp_path, capsys, monkeypatch):
     """The vocabulary is so large that the workspace and the gradient of the logits matter, so that changes save memory."""
-    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # memory is asked here, not time
+    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # this test needs memory, not time
     Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
     sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}

@@ -261,7 +261,7 @@ def test_label_budgets_are_drawn_where_they_were_swept() -> None:
     seeds += [("runs/y", results("y", seed, labelled=30 + seed, lr=1)) for seed in range(2)]
     assert not [point for point in plot_points(compare(seeds, "t")) if point.figure == "labels"], "seeds are no budgets"
     used = {"pretraining_tokens": 1000, "labelled_tokens": {"forget": 7, "retain": 8}, "labelled_share": 0.015}
-    for _, values in loaded:  # a token that was read twice is one label
+    for _, values in loaded:  # a token that was read twice counts as one label
         entry(values, "unlearn")["costs"] = used
     assert not [point for point in plot_points(compare(loaded, "t")) if point.figure == "labels"]
 

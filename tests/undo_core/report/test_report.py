@@ -154,7 +154,7 @@ def test_r_c_and_worst_cases_by_hand(kind: str) -> None:
     assert {s: worst[s].mean for s in STEPS} == pytest.approx(
         expected if kind == "accuracy" else {s: 1 - v for s, v in expected.items()}
     )
-    assert worst[20].rates == [4e-3] and worst[100].rates == [1e-3]  # the worst rate is chosen anew at each step
+    assert worst[20].rates == [4e-3] and worst[100].rates == [1e-3]  # the worst rate is chosen separately at each step
     assert worst[20].points[0].retain == pytest.approx(0.8) and worst[100].points[0].retain == pytest.approx(0.9)
     # (0.7 - 0.9) / (0.3 - 0.9), (0.5 - 0.9) / (0.3 - 0.9), (0.4 - 0.9) / (0.3 - 0.9); signs cancel for a loss
     assert models["undo-0.2"].robustness.mean == pytest.approx(1 / 3)
@@ -223,7 +223,7 @@ def test_data_filtering_that_needed_no_training_gives_no_c() -> None:
 
 
 def test_small_denominators_give_no_r() -> None:
-    assert ratio_of_robustness(0.7, 0.9, 0.8) == pytest.approx(2.0)  # 0.1 itself is enough, rounding aside
+    assert ratio_of_robustness(0.7, 0.9, 0.8) == pytest.approx(2.0)  # exactly 0.1 is enough, up to rounding
     assert ratio_of_robustness(0.7, 0.8, 0.9) == pytest.approx(-1.0)
     assert "0.099" in str(ratio_of_robustness(0.7, 0.801, 0.9))
     result = run()
@@ -303,7 +303,7 @@ def test_missing_parts_are_left_out_and_said(tmp_path: Any) -> None:
         part["attack"] = None
     text = write_report([result], tmp_path, "title").read_text()
     assert "No model was attacked" in text and "no data filtering" in text
-    # figures of the earlier report that this one does not have are gone
+    # figures of the earlier report that this one lacks are removed
     assert {p.stem for p in tmp_path.glob("*.png")} == {"tradeoff", "training"}
     result["models"] = result["models"][:1]
     result["models"][0] |= {"training": None, "metrics": {"retain": score(0.9), "forget": score(0.8)}}

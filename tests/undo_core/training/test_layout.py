@@ -129,7 +129,7 @@ def test_views_of_other_dtypes_and_places_are_told_apart():
     odd = torch.frombuffer(memory[33:49].numpy(), dtype=torch.float32)
     assert overlaps({"wide": wide, "narrow": narrow}) == [("wide", "narrow")]
     assert overlaps({"wide": wide, "odd": odd}) == [] and overlaps({"odd": odd, "all": memory}) == [("all", "odd")]
-    dilated = torch.zeros(12).as_strided((3, 2), (2, 3))  # its strides alone do not tell
+    dilated = torch.zeros(12).as_strided((3, 2), (2, 3))  # its strides alone do not show this
     assert overlaps({"dilated": dilated}) == [] and overlaps({"twice": torch.zeros(12).as_strided((3, 2), (1, 2))}) == [
         ("twice", "twice")
     ]

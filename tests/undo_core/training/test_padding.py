@@ -23,7 +23,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
-KINDS = ("gpt2", "qwen", "unpadded", "padded")  # the last one pads with a token of its own
+KINDS = ("gpt2", "qwen", "unpadded", "padded")  # the last one has a separate padding token
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_end_of_a_document_is_a_label_whatever_pads(splits, kind, isolated):
         ends += int((labels[mask] == EOS).sum())
     lost = sum(
         int((sequences.input_ids[:, 0] == EOS).sum()) for sequences in got.values()
-    )  # a sequence's first token is no label
+    )  # the first token of a sequence is not a label
     assert ends + lost == 320 + len(got), "one after each document, and one before the first of each split"
     assert ends > 240
 

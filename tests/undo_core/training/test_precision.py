@@ -257,7 +257,7 @@ def test_stochastic_rounding_has_no_bias():
     spacing = (rounded.double().amax(0) - rounded.double().amin(0)).clamp_min(1e-300)
     assert ((rounded.double().mean(0) - value.double()).abs() < 5 * 0.5 / 200 * spacing).all()
     neighbours = [len(column.unique()) for column in rounded.float().T]
-    assert neighbours == [2, 2, 2, 2, 2, 1, 1]  # the two beside it; what is on the grid stays
+    assert neighbours == [2, 2, 2, 2, 2, 1, 1]  # its two neighbours; values on the grid stay
 
 
 def test_stochastic_rounding_keeps_what_is_not_finite():

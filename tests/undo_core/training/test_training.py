@@ -44,7 +44,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, sequences, micro):
     for model, size in ((whole, None), (split, micro)):
         accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
-        assert_same_function(b.grad, a.grad, a.grad)  # in float64, but for the model's norms, which compute in float32
+        assert_same_function(b.grad, a.grad, a.grad)  # in float64, except for the model's norms, which compute in float32
 
 
 def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, sequences, tmp_path):
@@ -213,7 +213,7 @@ def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, sequences,
     shape |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.1}
 
     def run(source, folder=None, **changes):
-        torch.rand(3)  # whatever was drawn before
+        torch.rand(3)  # earlier draws must not matter
         model, settings = build_model(shape, tokenizer, 0), config(steps=6, eval_every=2, **changes)
         train(model, loss, {"text": source}, settings, folder=folder, checkpoint_seconds=0.0, progress=False)
         return weights(model)

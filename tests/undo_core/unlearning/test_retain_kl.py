@@ -66,7 +66,7 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, na
         exact[-1].backward()
     there, wanted = (float(value.detach()) for value in exact)
     same = [p.grad for p in same.parameters()]
-    moved(original)  # it is trained in place: the copy must not follow
+    moved(original)  # it is trained in place, and the copy must not change
     for micro in (None, 5):
         values, gradients = [], []
         for one in (method, plain):

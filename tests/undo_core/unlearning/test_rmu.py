@@ -151,7 +151,7 @@ def test_padding_on_the_left_with_an_attention_mask():
     got, wanted = got[mask.bool()], wanted[mask.bool()]
     assert_same_function(
         got, wanted, wanted
-    )  # of transformers' own mask float64 makes NaN: its lowest number, twice, is infinite
+    )  # transformers' own mask gives NaN in float64, because twice its lowest number is infinite
 
 
 def test_after_the_last_layer_the_final_norm_is_not_applied():
@@ -240,7 +240,7 @@ def test_a_compiled_model_gives_the_same_gradients():
     model = build("qwen3")
     plain = copy.deepcopy(model)
     model.model.compile(backend="eager")
-    for layer in model.model.layers[2:]:  # one that is trained beside its frozen self, and the target's
+    for layer in model.model.layers[2:]:  # a trained layer beside its frozen copy, and the target's
         layer.compile(backend="eager")
     results = []
     for one in (model, plain):

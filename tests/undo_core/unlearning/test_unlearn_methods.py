@@ -207,7 +207,7 @@ def test_the_distance_from_noise_is_the_published_one_in_expectation():
     for factor in (0.25, 0.5, 1, 2, 4):
         total += (1 - (1 + 4 / (factor * width)) ** (-d / 2)) / 40
     values = torch.stack(values)
-    # Six standard errors of the mean: a right value leaves them for one seed in 500 million.
+    # Six standard errors of the mean, which a right value exceeds for one seed in 500 million.
     assert abs(float(got) - float(values.mean() - total)) <= 6 * float(values.std()) / len(values) ** 0.5
     assert 6 * float(values.std()) / len(values) ** 0.5 < 0.1 * float(got), "enough draws to see a difference"
 
