@@ -1,16 +1,25 @@
 """Everything that needs a GPU, on a machine without network: python 3.11, torch, triton, numpy and pytest are enough to begin.
 
-tests      the Triton tests on the GPU, then compute-sanitizer's memcheck and racecheck on small problems
-tune       the fastest tile of each kernel, dtype and width; keep the file as bench/results/tiles/GPU.json, then
-           python bench/tiles.py
+In the order in which they teach most in the first minutes:
+
+tests      the Triton tests on the GPU, their files side by side
+plans      milliseconds of each kernel of both plans at three widths, beside what the cost model predicts
+products   the library's products on the same shapes, random data, by tokens and dtype of the result
+tiles      the fastest tile of the bfloat16 loss and statistics kernels
+counters   hardware counters of one launch of each of four kernels, with Nsight Compute's ncu
 bench      the losses, the noise and RMU beside what one would use instead
 memory     a distillation step of Gemma 2 2B's shape in every mode, 10 x 1024 tokens
+sanitize   compute-sanitizer's memcheck and racecheck on small problems
+tune       the fastest tile of each kernel, dtype and width; keep the file as bench/results/tiles/GPU.json, then
+           python bench/tiles.py
 pipeline   the arithmetic pipeline at the published model's shape, steps reduced
 
 Each part is one file PART.json in --out ($OUT, else runs/gpu), replaced whole after every row. A row that passed there, or in
---from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No
-part lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every
-row that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
+--from, with the same source, versions and GPU, is not run again: a command that was stopped goes on when it is given again. No part
+lasts longer than --minutes, 9 by default; without --part, parts follow each other while that lasts. Exit status 0: every row
+that was asked for passed. What a row needs and the machine lacks is said in one line, and counts as not passed.
+
+``--rehearse`` runs the rows of tests, plans, products and counters on small sizes under Triton's interpreter, where no GPU is.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +44,11 @@ import harness
 import torch
 
 ROOT = harness.ROOT
-PARTS = ("tests", "tune", "bench", "memory", "pipeline")
+PARTS = ("tests", "plans", "products", "tiles", "counters", "bench", "memory", "sanitize", "tune", "pipeline")
+REHEARSED = ("tests", "plans", "products", "counters")
 FORMAT = 1
 LEAST = 20.0  # seconds left under which no row is begun
 SAID = 4000  # characters of a failed row's output that are kept
-KERNEL_TESTS = ("on_gpu", "triton_noise", "triton_rmu", "vocab_loss_plans", "vocab_loss_numerics", "vocab_loss_options")
 SANITIZED = (
     "tests/undo_kernels/triton/test_triton_rmu.py",
     "tests/undo_kernels/triton/test_triton_noise.py::test_any_first_index",
@@ -73,15 +82,28 @@ class Row:
 def rows_of(part: str) -> list[Row]:
     """A part's rows, the most telling first."""
     pytest = ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    whole = ("torch", "triton", "numpy", "transformers", "safetensors", "rich")
+    kernels = ("torch", "triton", "numpy")
+    whole = (*kernels, "transformers", "safetensors", "rich")
     if part == "tests":
-        tested = ("pytest", *whole)
-        rows = [Row(name, (*pytest, f"tests/undo_kernels/triton/test_{name}.py"), tested) for name in KERNEL_TESTS]
+        return [Row("triton", ("{python}", "bench/gpu_tests.py"), ("pytest", *kernels), printed=True)]
+    measure = ("{python}", "bench/gpu_kernels.py")
+    if part == "plans":
+        return [Row(f"plans-{width}", (*measure, "plans", width), printed=True) for width in ("768", "2304", "320")]
+    if part == "products":
+        return [Row("products", (*measure, "products"), printed=True)]
+    if part == "counters":
+        names = "regex:stats_rows|loss_rows|stats_tiles|loss_tiles"
+        counted = ("ncu", "--set", "detailed", "--csv", "--kernel-name", names, "--launch-count", "4")
+        return [Row("counters", (*counted, *measure, "once"), kernels, "ncu", 200)]
+    if part == "sanitize":
+        rows = []
         for tool in ("memcheck", "racecheck"):  # torch's allocator would hide what lies between two of its tensors
             check = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
             command = (*check, "--target-processes", "all", *pytest, "-x", *SANITIZED)
             rows.append(Row(tool, command, ("torch", "triton", "pytest"), "compute-sanitizer", 250))
         return rows
+    if part == "tiles":
+        return [row for row in rows_of("tune") if row.id.startswith(("loss-bfloat16", "stats-bfloat16"))]
     if part == "tune":
         rows = []
         for dtype in ("bfloat16", "float32"):
@@ -182,6 +204,14 @@ def lacking(row: Row) -> str | None:
     return None
 
 
+def rehearsal(row: Row) -> Row:
+    """The same row on small sizes: a few tests, without programs that only a GPU's machine has."""
+    few = ("--only", "documented or its_teacher", "--files", "vocab_loss_numerics", "triton_rmu")
+    command = row.command[row.command.index("{python}") :]
+    command += few if command[1].endswith("gpu_tests.py") else ("--rehearse",)
+    return replace(row, command=command, tool=None, printed=True)
+
+
 def execute(row: Row, limit: float) -> dict[str, Any]:
     """Runs a row's command for at most so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -263,9 +293,11 @@ def run_part(
     runner: Runner = execute,
     clock: Callable[[], float] = time.monotonic,
     note: Callable[[str], None] = print,
+    rehearse: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs what a part lacks within so many seconds, its file replaced after every row; returns all its rows."""
     began, rows = clock(), rows_of(part)
+    rows = [rehearsal(row) for row in rows] if rehearse else rows
     done = load(part, [out, *earlier], key)
     for row in rows:
         left = seconds - (clock() - began)
@@ -340,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--from", type=Path, dest="earlier", action="append", default=[], metavar="DIR", help="folder of earlier files"
     )
+    parser.add_argument("--rehearse", action="store_true", help="small sizes under Triton's interpreter, without a GPU")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to install first, without an index")
     options = parser.parse_args(arguments)
     if options.wheels is not None and not any(options.wheels.glob("*.whl")):
@@ -347,14 +380,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.minutes > 0:
         parser.error(f"--minutes: got {options.minutes:g}, wanted a number > 0")
     began = time.monotonic()
-    if not torch.cuda.is_available():
-        parser.error("got a torch that sees no GPU, wanted one that does")
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+        if options.part and options.part not in REHEARSED:
+            parser.error(f"--rehearse: got --part {options.part}, wanted one of {', '.join(REHEARSED)}")
+    elif not torch.cuda.is_available():
+        parser.error("got a torch that sees no GPU, wanted one that does, or --rehearse")
     prepare(options.wheels)
-    key, machine = key_here(), harness.machine("cuda")
+    key, machine = key_here(), harness.machine("cpu" if options.rehearse else "cuda")
     results = {}
-    for part in [options.part] if options.part else PARTS:
+    for part in [options.part] if options.part else REHEARSED if options.rehearse else PARTS:
         left = 60 * options.minutes - (time.monotonic() - began)
-        results[part] = run_part(part, options.out, options.earlier, key, left, machine)
+        results[part] = run_part(part, options.out, options.earlier, key, left, machine, rehearse=options.rehearse)
     print(summary(results))
     return int(any(row["status"] != "passed" for rows in results.values() for row in rows))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests, tiles, benchmarks, memory and the pipeline on a GPU machine without network; bench/gpu_suite.sh --help.
+# Tests, kernels, tiles, benchmarks, memory and the pipeline on a GPU machine without network; bench/gpu_suite.sh --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1

@@ -28,7 +28,7 @@ FIELDS = ("instructions", "special", "shuffles", "barriers", "registers", "spill
 
 def compiled(target: str, every: bool) -> list[dict[str, Any]]:
     """Reports of a target's forms, from a process in which no kernel is interpreted."""
-    command = [sys.executable, "-W", "ignore", "-m", "undo_kernels.triton.aot", target, *(["all"] if every else [])]
+    command = [sys.executable, "-W", "ignore", "-m", "undo_kernels.triton.aot", target, "all" if every else "typical"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -38,10 +38,19 @@ def record(reports: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {report["name"]: {field: round(report[field], 2) for field in FIELDS} for report in reports}
 
 
+def same_form(name: str) -> str:
+    """A form's name without its tile and without how it is computed: by this, counts from before a change are found."""
+    name = re.sub(r" \d+(x\d+)*(?= |$)| warps\b| bounded\b| same\b", "", name)
+    for old, new in (("bias_s capped_s bias_t capped_t", "has_bias capped"), ("capped_s capped_t", "capped")):
+        name = name.replace(old, new)
+    return " ".join(sorted(name.split()))
+
+
 def table(counts: dict[str, Any], before: dict[str, Any] | None = None, only: str = "_(tiles|rows) ") -> str:
     """A table a target, in Markdown; ``before``: counts of the same forms to show beside."""
     lines = []
     for target, forms in counts["targets"].items():
+        earlier = {same_form(name): old for name, old in (before or {"targets": {}})["targets"].get(target, {}).items()}
         lines += [f"### {target}, Triton {counts['triton']}", ""]
         lines += [
             "| form | instructions | special | shuffles | barriers | registers | spills (bytes) |",
@@ -49,8 +58,8 @@ def table(counts: dict[str, Any], before: dict[str, Any] | None = None, only: st
         ]
         for name, now in forms.items():
             if re.search(only, name):
-                old = (before or {"targets": {}})["targets"].get(target, {}).get(name)
-                cells = [f"{old[f]:g} → {now[f]:g}" if old and old[f] != now[f] else f"{now[f]:g}" for f in FIELDS[:6]]
+                old = earlier.get(same_form(name))
+                cells = [f"{old[f]:.4g} → {now[f]:.4g}" if old and old[f] != now[f] else f"{now[f]:.4g}" for f in FIELDS[:6]]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

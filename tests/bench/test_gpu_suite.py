@@ -150,6 +150,12 @@ def test_every_part_names_what_is_there(monkeypatch):
                 assert (ROOT / word).is_file(), word
     kernels = {(row.command[3], row.command[4], row.command[5]) for row in module.rows_of("tune")}
     assert len(kernels) == 24
+    assert [row.id for row in module.rows_of("tiles")] == [
+        f"{k}-bfloat16-{d}" for k in ("loss", "stats") for d in (2304, 768, 320)
+    ]
+    assert module.PARTS[:5] == ("tests", "plans", "products", "tiles", "counters")
+    small = [module.rehearsal(row).command for part in module.REHEARSED for row in module.rows_of(part)]
+    assert all((command[0] == "{python}" and "--rehearse" in command) or "--only" in command for command in small)
     kl, rmu, noise = (importlib.import_module(f"bench_{name}") for name in ("kl", "rmu", "noise"))
     known = {row.id for row in (*kl.ROWS["cuda"], *rmu.ROWS, *noise.ROWS)} | {"error"}
     assert {row.command[row.command.index("--only") + 1] for row in module.rows_of("bench")} <= known

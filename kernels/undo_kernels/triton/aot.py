@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every form that is launched, for targets that this machine need not have.
 
-``python -m undo_kernels.triton.aot sm_90 [all]`` compiles the heaviest forms of each kernel (or all of them) and prints one
-JSON object per line: registers, spills, shared memory, and the instructions per pair that ``sass.py`` counts. It needs the
+``python -m undo_kernels.triton.aot sm_90 [few|typical|all]`` compiles forms of each kernel, see ``forms.py``, and prints one JSON
+object per line: registers, spills, shared memory, and the instructions per pair that ``sass.py`` counts. It needs the
 variable TRITON_INTERPRET unset or 0.
 """
 
@@ -55,7 +55,7 @@ def tile_reports(target: str, kernel: str, wide: bool, tile: Tile) -> list[dict[
     sizes = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces}
     operand = "fp32" if wide else "bf16"
     with tile_table.trial((target, kernel, wide, 1), tile):
-        chosen = [f for f in forms(target, False) if f.kernel.__name__ == name and sizes.items() <= f.constants.items()]
+        chosen = [f for f in forms(target, "typical") if f.kernel.__name__ == name and sizes.items() <= f.constants.items()]
     with compiling_for(target):
         return [report(form, target) for form in chosen if form.types["student.hidden_ptr"] == operand]
 
@@ -79,10 +79,10 @@ def _roundings(ptx: str) -> dict[str, int]:
     }
 
 
-def main(target: str, every: bool) -> None:
+def main(target: str, scope: str) -> None:
     """Prints a line for each form; forms that differ only in the alignment of their arguments are numbered."""
     seen = Counter[str]()
-    chosen = forms(target, every)
+    chosen = forms(target, scope)
     with compiling_for(target):
         for form in chosen:
             found = report(form, target)
@@ -95,4 +95,4 @@ def main(target: str, every: bool) -> None:
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET: got 1, wanted 0: interpreted kernels cannot be compiled")
-    main(sys.argv[1], "all" in sys.argv[2:])
+    main(sys.argv[1], *(sys.argv[2:] or ["typical"]))

@@ -167,10 +167,14 @@ def _described(kernel: Any, bound: dict[str, Any]) -> tuple[dict[str, Any], dict
     return constants, types
 
 
-def forms(target: str, every: bool) -> list[Form]:
-    """Returns the forms that a target's launches have; without ``every``, the heaviest of each kernel."""
+def forms(target: str, scope: str) -> list[Form]:
+    """Returns the forms that a target's launches have: ``all``, the ``typical`` and heaviest, or ``few``, the heaviest alone.
+
+    The typical ones, of forward KL with a softcap, are among the few of sm_90, for which ``costs.py`` predicts times.
+    """
+    every = scope == "all"
     with compiling_for(target), _recording() as found, torch.device(_META):
-        for problem in _problems(every):
+        for problem in _problems(scope, target):
             call = Run(problem, Workspace(_META), target)
             (Recompute if call.plan.name == "recompute" else Chunks)(call).passes()
         for dtype, stochastic in itertools.product(noise.DTYPES, (True, False)):
@@ -181,25 +185,32 @@ def forms(target: str, every: bool) -> list[Form]:
             if every or (own and factor and needs):
                 frozen = torch.empty(*((64, 2304) if own else (2304,)), dtype=dtype if own else torch.float32)
                 rmu.launch(torch.empty(64, 2304, dtype=dtype), frozen, torch.empty(64) if factor else None, 1.0, needs)
-    return list(found.values())
+    chosen = list(found.values())
+    if scope == "few":
+        combined = [form.key for form in chosen if form.kernel.__name__ == "combine_rows"]
+        chosen = [form for form in chosen if form.constants.get("GRADIENT", True) and form.key not in combined[1:]]
+    return chosen
 
 
-def _problems(every: bool) -> Iterator[Problem]:
-    """Yields problems of full options in the dtypes that have different code; ``every``: each combination of options."""
+def _problems(scope: str, target: str) -> Iterator[Problem]:
+    """Yields problems of full options in the dtypes that have different code; of ``all``, each combination of options."""
     full = {"softcap": True, "bias": True, "labels": True, "masked": True}
-    yield _problem("forward", "bf16", "recompute", softcap=True)
-    yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
-    yield _problem("forward", "bf16", "chunk", softcap=True)
+    if scope != "few" or target == "sm_90":
+        yield _problem("forward", "bf16", "recompute", softcap=True)
+        yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
+        yield _problem("forward", "bf16", "chunk", softcap=True)
     yield _problem("forward", "bf16", "recompute", **full)
+    yield _problem("reverse", "bf16", "recompute", statistics=True, **full)
     for kind in ("bf16", "fp32"):
-        yield _problem("reverse", kind, "recompute", statistics=True, **full)
         yield _problem("jsd", kind, "recompute", filtered=True, **full)
         yield _problem("forward", kind, "chunk", given=True)
-    for target in ("reverse", "jsd"):
-        yield _problem(target, "bf16", "chunk", statistics=target == "reverse", **full)
+    yield _problem("reverse", "bf16", "chunk", statistics=True, **full)
+    if scope != "few":
+        yield _problem("reverse", "fp32", "recompute", statistics=True, **full)
+        yield _problem("jsd", "bf16", "chunk", **full)
     yield _problem("own", "bf16", "recompute", known=True, **full)
     yield _problem("bucket", "bf16", "chunk", filtered=True, **full)
-    if not every:
+    if scope != "all":
         return
     options = ("softcap", "labels", "masked", "filtered", "bias")
     for kind, plan, target in itertools.product(("bf16", "fp32"), ("recompute", "chunk"), ("own", "uniform", *DENSE)):

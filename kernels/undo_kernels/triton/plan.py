@@ -41,7 +41,7 @@ class GpuPlan:
         buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per token.
         flops: FLOPs of the matrix products.
         traffic_bytes: bytes of device memory read and written.
-        seconds: predicted time on an H200.
+        steps: predicted seconds of each step on an H200.
     """
 
     name: str
@@ -51,7 +51,12 @@ class GpuPlan:
     buffers: dict[str, int]
     flops: float
     traffic_bytes: float
-    seconds: float
+    steps: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time on an H200."""
+        return sum(self.steps.values())
 
     @property
     def workspace_bytes(self) -> int:
@@ -277,8 +282,8 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
         summed = s.width * vocabulary * (4 if accumulator else gradient_dtype(p.student.weight.dtype).itemsize)
         traffic += float(chunks) * (heads + own * needs_hidden + 2 * summed * needs_weight)
         flops = 2 * pairs * (sum(side.weight.shape[1] for side in stored) + s.width * (needs_hidden + needs_weight))
-    seconds = _chunk_seconds(s, pairs, n / chunks, chunks, sum(logit), out_bytes * s.gradient)
-    return GpuPlan("chunk", chunk, vocabulary, accumulator, _sizes(buffers), flops, traffic, seconds)
+    steps = _chunk_steps(s, pairs, n / chunks, chunks, sum(logit), out_bytes * s.gradient)
+    return GpuPlan("chunk", chunk, vocabulary, accumulator, _sizes(buffers), flops, traffic, steps)
 
 
 def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
@@ -314,49 +319,54 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     traffic += 8.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # the sum is read and written
     traffic += float(vocabulary) * s.width * weight_dtype.itemsize * needs_weight
     flops = 2 * pairs * (own + library)
-    seconds = _recompute_seconds(s, widths, -(-vocabulary // block_v))
-    return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, seconds)
+    steps = _recompute_steps(s, widths, -(-vocabulary // block_v))
+    return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, steps)
 
 
-def _chunk_seconds(s: Shapes, pairs: float, chunk: float, chunks: int, logit_bytes: int, gradient_bytes: int) -> float:
+def _chunk_steps(s: Shapes, pairs: float, chunk: float, chunks: int, logit_bytes: int, gradient_bytes: int) -> dict[str, float]:
     p, vocabulary, jsd = s.problem, s.vocabulary, " jsd" * (s.problem.target == "jsd")
-    seconds = 0.0
+    steps: dict[str, float] = {}
     if s.student_sums:
-        seconds += costs.rows_seconds("stats_rows", s.wide, pairs, pairs * logit_bytes)
+        steps["statistics"] = costs.rows_seconds("stats_rows", s.wide, pairs, pairs * logit_bytes)
     if s.loss_pass:
-        seconds += costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
+        steps["loss"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
     if s.mixture_pass:
-        seconds += costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * logit_bytes)
+        steps["mixture"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * logit_bytes)
     if s.given:
-        return seconds
-    for side in s.sides:
-        width, itemsize = side.weight.shape[1], side.weight.dtype.itemsize
-        seconds += chunks * costs.product_seconds(chunk, vocabulary, width, s.wide, vocabulary * (4 * chunk + itemsize * width))
+        return steps
+    for name, side in zip(("student", "teacher"), s.sides, strict=False):
+        traffic = vocabulary * (4.0 * chunk + side.weight.dtype.itemsize * side.weight.shape[1])
+        one = costs.product_seconds(chunk, vocabulary, side.weight.shape[1], s.wide, traffic)
+        steps[f"{name}'s logits"] = chunks * one
     operand, weight = chunk * vocabulary * gradient_bytes, float(vocabulary) * s.width * p.student.weight.dtype.itemsize
     if p.needs[0]:
-        seconds += chunks * costs.product_seconds(chunk, s.width, vocabulary, s.wide, operand + weight)
+        one = costs.product_seconds(chunk, s.width, vocabulary, s.wide, operand + weight)
+        steps["hidden gradient"] = chunks * one
     if p.needs[1]:
-        seconds += chunks * costs.product_seconds(vocabulary, s.width, chunk, s.wide, operand + 2 * weight)
-    return seconds
+        one = costs.product_seconds(vocabulary, s.width, chunk, s.wide, operand + 2 * weight)
+        steps["weight gradient"] = chunks * one
+    return steps
 
 
-def _recompute_seconds(s: Shapes, widths: list[int], blocks: int) -> float:
+def _recompute_steps(s: Shapes, widths: list[int], blocks: int) -> dict[str, float]:
     p, n, vocabulary, itemsize = s.problem, max(s.tokens, 1), s.vocabulary, s.product.itemsize
-    jsd, part, seconds = " jsd" * (p.target == "jsd"), s.vocabulary / blocks, 0.0
+    jsd, part = " jsd" * (p.target == "jsd"), s.vocabulary / blocks
+    steps: dict[str, float] = {}
     if s.student_sums:
-        tile, known = s.stats_tile, len(widths) > 1 and not s.teacher_sums
-        read, kernel = widths[:1] if known else widths, "stats_tiles known" if known or len(widths) == 1 else "stats_tiles"
-        seconds += costs.tiles_seconds(kernel, s.wide, n, vocabulary, read, (tile.block_t, tile.block_v), 0.0)
-    tile = s.loss_tile
-    for written in [0.0] * (s.mixture_pass or not s.gradient) * s.loss_pass + [float(itemsize)] * s.gradient:
-        one = costs.tiles_seconds("loss_tiles" + jsd, s.wide, n, part, widths, (tile.block_t, tile.block_v), written * n * part)
-        seconds += blocks * one
+        tile, one_side = s.stats_tile, len(widths) == 1 or not s.teacher_sums
+        kernel, read = ("stats_tiles known", widths[:1]) if one_side else ("stats_tiles", widths)
+        steps["statistics"] = costs.tiles_seconds(kernel, s.wide, n, vocabulary, read, (tile.block_t, tile.block_v), 0.0)
+    shape = (s.loss_tile.block_t, s.loss_tile.block_v)
+    passes = {"mixture" if s.mixture_pass else "loss": 0.0} if s.loss_pass and (s.mixture_pass or not s.gradient) else {}
+    for name, written in (passes | ({"loss": float(itemsize)} if s.gradient else {})).items():
+        steps[name] = blocks * costs.tiles_seconds("loss_tiles" + jsd, s.wide, n, part, widths, shape, written * n * part)
     operand, weight = itemsize * n * part, float(part) * s.width * p.student.weight.dtype.itemsize
     if p.needs[0]:
-        seconds += blocks * costs.product_seconds(n, s.width, part, s.wide, operand + weight + 8.0 * n * s.width)
+        one = costs.product_seconds(n, s.width, part, s.wide, operand + weight + 8.0 * n * s.width)
+        steps["hidden gradient"] = blocks * one
     if p.needs[1]:
-        seconds += blocks * costs.product_seconds(part, s.width, n, s.wide, operand + weight)
-    return seconds
+        steps["weight gradient"] = blocks * costs.product_seconds(part, s.width, n, s.wide, operand + weight)
+    return steps
 
 
 def _sizes(buffers: dict[str, int]) -> dict[str, int]:
