@@ -11,7 +11,7 @@ from rounding import assert_as_exact_as, probability_error, relative
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
-from undo_kernels import backend, ops, recorded
+from undo_kernels import backend, cpu, ops, recorded
 from undo_kernels.vocabulary_shard import bytes_exchanged
 from vocab_losses import computed_in, divergence, draw, gradients, logits, near_logits, values
 
@@ -311,6 +311,22 @@ def few_entries(p, where, plan):
     leaves = [h.requires_grad_(), w.requires_grad_()]
     loss = ops.linear_kl_div(leaves[0], p.shard(leaves[1]), th, p.shard(tw), mask=mask, plan=plan)
     assert loss == 0 and all((g == 0).all() for g in gradients(loss, leaves))
+
+
+def several_chunks(p):
+    """Tokens in several chunks are exchanged together."""
+    before, cpu.plan._CHUNK = cpu.plan._CHUNK, 8
+    try:
+        for kind in KINDS:
+            dense(p, "cpu", "recompute", kind, "mean", {})
+        labels_beside(p, "cpu", "recompute")
+        traffic(p, "cpu", "recompute")
+        h, w, _, _ = draw(TOKENS, VOCABULARY, WIDTH, 7)
+        with torch.no_grad(), collectives() as seen:
+            ops.linear_lse(h, p.shard(w), plan="recompute")
+        assert [op for op, _ in seen] == ["max", "sum"], seen
+    finally:
+        cpu.plan._CHUNK = before
 
 
 def agree(p):
