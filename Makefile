@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## all tests, file by file on up to four cores
 test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
 	$(BIN)/python tests/matrix.py
 
-test-distributed: $(INSTALLED)  ## what takes several processes long: the sharded head with every option, on two and four
+test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with several processes and with a Ray cluster on this machine
 	$(BIN)/python -m pytest -m distributed_long
 
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
@@ -66,6 +66,7 @@ lint: $(VENV)/.installed-lint  ## check style and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/shellcheck examples/slurm/*.sbatch
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 format: $(VENV)/.installed-lint  ## fix style where tools can

@@ -43,7 +43,10 @@ def table(counts: dict[str, Any], before: dict[str, Any] | None = None, only: st
     lines = []
     for target, forms in counts["targets"].items():
         lines += [f"### {target}, Triton {counts['triton']}", ""]
-        lines += ["| form | instructions | special | shuffles | barriers | registers | spills (bytes) |", "| --- |" + " ---: |" * 6]
+        lines += [
+            "| form | instructions | special | shuffles | barriers | registers | spills (bytes) |",
+            "| --- |" + " ---: |" * 6,
+        ]
         for name, now in forms.items():
             if re.search(only, name):
                 old = (before or {"targets": {}})["targets"].get(target, {}).get(name)

@@ -1,10 +1,14 @@
-"""Stages for tests: one that ends as it is told to, and every kind there is."""
+"""Stages for tests: one that ends as it is told to, one that takes its time, and every kind there is."""
 
 import os
 import signal
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from undo_core import distributed
 from undo_core.pipeline import stages
 from undo_core.pipeline.stage import Folder, Stage
 
@@ -32,3 +36,45 @@ class Ending(Stage):
 
     def memory(self, meta):
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(Stage):
+    """Writes a line with its machine and process for each step to its scratch folder, and continues there, as a training does."""
+
+    kind: ClassVar[str] = "counted"
+    model_from: ClassVar[str | None] = None
+    how: str = "work"
+    steps: int = 3
+    pause: float = 0.0
+    before: Stage | None = None
+
+    def run(self, work):
+        lines = work.scratch / "lines"
+
+        if self.how == "raise":
+            raise ValueError("half way")
+
+        count = distributed.count()
+
+        def write(step: int) -> None:
+            with open(lines, "a") as file:
+                file.write(f"{step} {socket.gethostname()} {os.getpid()} {count}\n")
+
+        done = distributed.on_first(lambda: len(lines.read_text().splitlines()) if lines.exists() else 0)
+        for step in range(done, self.steps):
+            distributed.on_first(lambda step=step: write(step))
+            time.sleep(self.pause)
+        distributed.on_first(lambda: (work.output / "lines").write_text(lines.read_text()))
+        return {}
+
+    def memory(self, meta):
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together(Counted):
+    """The same, in several processes."""
+
+    kind: ClassVar[str] = "together"
+    together: ClassVar[bool] = True

@@ -21,6 +21,7 @@ RANKS = [
     {"undo_core.unlearning"},
     {"undo_core.attacks", "undo_core.distillation"},
     {"undo_core.evaluation", "undo_core.training", "undo_core.noise"},
+    {"undo_core.distributed"},
     {"undo_core.data", "undo_core.ops", "undo_core.checkpoints"},
     {"undo_core.models", "undo_core.io"},
     {"undo_core.version"},

@@ -18,12 +18,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
+from undo_core import distributed
 from undo_core.cli import hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
+TOGETHER = ("run", "unlearn", "distill", "relearn", "evaluate")  # the commands that all ranks of a torchrun work on
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
     for function in (
@@ -48,10 +50,14 @@ _PLAN = """Print the stages of CONFIG with their steps, time, disk and peak memo
 
   undo plan configs/arithmetic-cpu.yaml
   undo plan configs/arithmetic-cpu.yaml --memory 8GB
+  undo plan configs/arithmetic-cpu.yaml --ranks 2
 
 With --memory, also print the cheapest flags with which every stage fits. From cheapest to most expensive: activation
 checkpointing, smaller micro-batches, a cached teacher, steps in the backward pass, 8-bit or 4-bit moments, bfloat16, moments in
 host memory. If no flags suffice, the last line names the stages and the least memory that they need, and the exit code is 2.
+
+With --ranks N, the plan is that of `torchrun --nproc-per-node N -m undo_core run CONFIG`: the memory of one rank, and the bytes that
+it sends to the others in a training step.
 """
 
 
@@ -59,12 +65,16 @@ _SWEEP = """Run every combination of settings in FILE, then write a report on ea
 
   undo sweep configs/sweep-beta.yaml
   undo sweep configs/sweep-beta.yaml --dry-run
+  undo sweep configs/sweep-beta.yaml --engine ray --address head:6379
 
 FILE names a base configuration and what varies: grid maps dotted keys to lists of values, runs lists named variants. Stages
 that runs have in common are computed once. All runs share one pool of workers, one on each GPU. After an interruption, even
 kill -9, the same command continues where it stopped. A run that fails does not stop the others; it is reported at the end, and
 the exit code is 1. Results are written to OUTPUT/runs/NAME/results-seedN.json, the report on all runs to
 OUTPUT/report/comparison.html.
+
+With --engine ray, the stages run on the machines of a Ray cluster, which share the working directory and OUTPUT. The stages of a
+machine that is lost run again on another one.
 """
 
 
@@ -78,6 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
     try:
+        distributed.start()
+        if distributed.count() > 1:
+            from undo_core.pipeline.workers import end_with
+
+            end_with(os.getppid())  # torchrun's children outlive it if it is killed
         if not arguments:
             print(hints.FIRST_STEPS)
             return 2
@@ -90,19 +105,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.subcommand is None:
             parser.print_help()
             return 2
-        return _dispatch(parser, parsed, "undo " + shlex.join(arguments))
+        return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
-        print(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", file=sys.stderr)
-        return 2
+        return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
     except (DivergedError, OSError, SafetensorError) as error:
-        print(f"undo: failed: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return _failed(f"undo: failed: {_one_line(error)}", 1)
     except BrokenProcessPool:
-        print("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", file=sys.stderr)
-        return 1
+        return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
     except KeyboardInterrupt:
-        print("undo: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return _failed("undo: interrupted; the same command continues", 130)
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        return _failed(f"undo: failed: {distributed.explained(error)}", 1)
+
+
+def _on_ranks(name: str, command: Callable[[], int]) -> int:
+    """Runs a command on all ranks if they work on it together, else on rank 0 while the others wait."""
+    if name == "sweep" and distributed.count() > 1:
+        raise ValueError(f"sweep: got {distributed.count()} ranks of torchrun, wanted none: a sweep starts its own processes")
+    code = command() if name in TOGETHER else distributed.on_first(command)
+    distributed.stop()
+    return code
+
+
+def _failed(message: str, code: int) -> int:
+    """Prints the message of a failure, once for all ranks, and returns the exit code; a rank among several ends at once."""
+    several = distributed.count() > 1
+    if distributed.first_to_fail():
+        print(message, file=sys.stderr, flush=True)
+    if several:
+        distributed.end(code)
+    return code
 
 
 def _parser(only: str | None = None) -> ArgumentParser:
@@ -138,13 +172,16 @@ def _subparser(name: str) -> ArgumentParser:
         sub.add_argument("--config", action="config", help="YAML file; further files override the first")
         if name == "plan":
             sub.add_argument("--memory", type=str | None, default=None, help="memory available to a stage: 24GB, 24GiB, 500MB")
+            sub.add_argument(
+                "--ranks", type=int, default=1, help="processes of torchrun: predict the memory and traffic of one"
+            )
         sub.add_class_arguments(RunConfig)
     elif name == "sweep":
         sub = ArgumentParser(
             description=_SWEEP,
             exit_on_error=False,
             formatter_class=hints.HelpFormatter,
-            usage="undo sweep FILE [--dry-run] [--key=value ...]",
+            usage="undo sweep FILE [--dry-run] [--engine ray] [--key=value ...]",
         )
         sub.add_argument("--config", action="config", help="YAML file of the sweep")
         sub.add_argument(
@@ -203,8 +240,8 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     name = parsed.subcommand
     values = parser.instantiate(parsed)[name]
     if name in ("run", "plan"):
-        config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
-        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory)
+        config = RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory", "ranks")})
+        return runs.run(config, command) if name == "run" else runs.plan(config, values.memory, values.ranks)
     if name == "sweep":
         fields = {key: value for key, value in vars(values).items() if key not in ("config", "dry_run")}
         return runs.sweep(SweepConfig(**fields), command, values.dry_run)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from undo_core import distributed
 from undo_core.io.files import read_json
 from undo_core.io.progress import console
 from undo_core.noise.model import TensorNoise, by_kind
@@ -30,8 +31,9 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
             check_prepared(folder.path)
         elif not folder.names:
             check_checkpoint(name, folder.path)
+    stage.check_ranks(distributed.count())
     output, store = Path(output), OneFolder(Path(output))
-    known = store.done(stage)
+    known = distributed.on_first(lambda: store.done(stage))
     store.ensure(stage)
     if not quiet:
         console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from undo_core import distributed
 from undo_core.cli.folders import check_checkpoint, check_prepared
 from undo_core.data.questions import DESCRIPTION
 from undo_core.io.progress import console
@@ -55,8 +56,8 @@ def evaluate(
         check_prepared(Path(data))
         metrics = evaluate_folder(Path(model), Path(data))
     if config is not None:
-        metrics["multiple_choice"] = score(load_model(model), load_tokenizer(model), config)
-    print(json.dumps(metrics, indent=1))
+        metrics["multiple_choice"] = distributed.on_first(lambda: score(load_model(model), load_tokenizer(model), config))
+    distributed.on_first(lambda: print(json.dumps(metrics, indent=1)))
     return 0
 
 

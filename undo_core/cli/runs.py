@@ -33,7 +33,7 @@ def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
     return 1 if failures else 0
 
 
-def plan(config: RunConfig, memory: str | None = None) -> int:
+def plan(config: RunConfig, memory: str | None = None, ranks: int = 1) -> int:
     """Print what a configuration would do and, with ``memory``, the settings with which every stage fits in it.
 
     Raises:
@@ -43,8 +43,14 @@ def plan(config: RunConfig, memory: str | None = None) -> int:
     from undo_core.planning.table import plan_table
 
     limit = None if memory is None else bytes_of(memory)
-    out = console if console.is_terminal else Console(width=100, highlight=False)
-    out.print(plan_table(config))
+    if ranks < 1:
+        raise ValueError(f"ranks: got {ranks}, wanted an integer >= 1")
+    if ranks > 1 and limit is not None:
+        raise ValueError(
+            f"ranks: got {ranks} with memory {memory}, wanted one of the two: settings are searched for one process"
+        )
+    out = console if console.is_terminal else Console(width=100 if ranks == 1 else 110, highlight=False)
+    out.print(plan_table(config, ranks))
     if limit is None:
         return 0
     flags, hopeless = fit_notes(config, limit)

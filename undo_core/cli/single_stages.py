@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 
+from undo_core import distributed
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
 from undo_core.cli.folders import build, check_checkpoint, check_prepared, print_left, print_noise
@@ -284,7 +285,8 @@ def relearn(model: str, output: str, data: str, config: AttackConfig = AttackCon
     curves = explore(config, curve_of, accuracy)
     ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.order))
     path = Path(output) / "curves.json"
-    write_json(path, {trial.name.removeprefix("rate-"): curves[trial] for trial in ordered})
+    found = {trial.name.removeprefix("rate-"): curves[trial] for trial in ordered}
+    distributed.on_first(lambda: write_json(path, found))
     console.print(str(path))
     return 0
 

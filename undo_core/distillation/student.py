@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
+from undo_core.distributed.sharding import shard
 from undo_core.models import check_vocab_size, head_of, vocabulary_of
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.losses import HiddenTargets, Match, distillation
@@ -39,7 +40,8 @@ def distill(
 
     Args:
         student: the damaged model; trained in place. Of a ``PeftModel`` only the adapters are trained.
-        teacher: the suppressed model; its weights are not changed, and it is put in evaluation mode. Or a teacher that takes
+        teacher: the suppressed model; its weights are not changed, and it is put in evaluation mode (on several ranks it is
+            sharded). Or a teacher that takes
             less memory: streamed from disk (:class:`undo_core.distillation.teacher.ModelTeacher`), or cached
             (:class:`undo_core.distillation.cache.CachedTeacher`).
         text: all unlabeled text, forget text included (arXiv 2506.06278): token sequences, a function of the step, or an
@@ -94,6 +96,8 @@ def distill(
             "teacher": teacher_identity(known),
             "matched": None if match is None else dataclasses.asdict(match),
         }
+    if isinstance(known, ModelTeacher) and not hasattr(known.model, "_undo_reader"):  # a streamed teacher stays on disk
+        shard(known.model)
     return train(
         student,
         loss,

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.distillation.streaming import stream_model
+from undo_core.distributed.sharding import run
 from undo_core.models import head_of, hidden_states, hidden_states_at, vocabulary_of
 from undo_core.models.adapters import bare
 from undo_core.training import Batch
@@ -121,11 +122,14 @@ class ModelTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
+        return run(self.model, self._targets, batch)
+
+    def _targets(self, model: PreTrainedModel, batch: Batch) -> HiddenTargets:
         inputs = batch.shifted()[0]
         if not self.inner:
-            return HiddenTargets(hidden_states(self.model, *inputs), head_of(self.model))
-        hidden, inner = hidden_states_at(self.model, self.inner, *inputs)
-        return HiddenTargets(hidden, head_of(self.model), inner=inner)
+            return HiddenTargets(hidden_states(model, *inputs), head_of(model))
+        hidden, inner = hidden_states_at(model, self.inner, *inputs)
+        return HiddenTargets(hidden, head_of(model), inner=inner)
 
 
 def as_teacher(teacher: PreTrainedModel | Teacher) -> Teacher:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from undo_core import ops
+from undo_core import distributed, ops
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
+from undo_core.distributed.sharding import run
 from undo_core.models import Head, evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
@@ -31,7 +32,7 @@ def evaluate(
     likeliest of the letters; these sequences run sorted by length, each batch cut to its longest sequence.
 
     Args:
-        model: the model; each module keeps its training or evaluation mode.
+        model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches.
         sequences: ``[n, length]`` token sequences.
         batch_size: sequences in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
         counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for sequences
@@ -50,21 +51,26 @@ def evaluate(
     limits_of(model).check_sequences(sequences, "sequences")
     device = next(model.parameters()).device
     parts, order = [], []
+    batches, count = list(_batches(sequences, batch_size)), distributed.count()
     with evaluating(model):
-        for index, length in _batches(sequences, batch_size):
+        # Each rank takes every count-th batch. One without a batch of its own repeats the last, as the layers of a sharded model are
+        # gathered by all ranks together.
+        for turn in range(distributed.rank(), -(-len(batches) // count) * count, count):
+            index, length = batches[min(turn, len(batches) - 1)]
             ids = sequences.input_ids[index, :length].long().to(device)
             if sequences.choices is not None:
-                part = _right_letter(
-                    model, ids, sequences.answer_mask[index, :length].to(device), sequences.choices[index].to(device)
-                )
+                answers, choices = sequences.answer_mask[index, :length].to(device), sequences.choices[index].to(device)
+                part = run(model, _right_letter, ids, answers, choices)
             else:
                 chosen = counted if sequences.answer_mask is None else sequences.answer_mask
                 mask = sequences.text_mask(index) if chosen is None else chosen[index]
                 score, positions = token_nats if sequences.answer_mask is None else _correct, sequences.position_ids(index)
-                part = score(model, ids, None if positions is None else positions.to(device), mask.to(device))
-            parts.append(part.cpu())
-            order.append(index)
-    scores = torch.cat(parts)[torch.cat(order).argsort()]
+                part = run(model, score, ids, None if positions is None else positions.to(device), mask.to(device))
+            if turn < len(batches):
+                parts.append(part.cpu())
+                order.append(index)
+    found = [pair for own in distributed.gather(list(zip(parts, order, strict=True))) for pair in own]
+    scores = torch.cat([part for part, _ in found])[torch.cat([index for _, index in found]).argsort()]
     summary = accuracy if sequences.answer_mask is not None else _mean_nats
     result = summary(scores)
     if sequences.group is not None:

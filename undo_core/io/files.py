@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,8 +38,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def publish(folder: Path, final: Path) -> None:
-    """Flushes every file of ``folder`` to disk and renames the folder to ``final``, which must not exist."""
+def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Flushes every file of ``folder`` to disk and renames the folder to ``final``, which must not exist.
+
+    ``check`` is called just before the renaming, which it can prevent by raising.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with open(path, "r+b") as file:  # Windows flushes only files that are open for writing
@@ -49,6 +50,7 @@ def publish(folder: Path, final: Path) -> None:
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
+    check()
     os.rename(folder, final)
     sync_folder(final.parent)
 
@@ -72,6 +74,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def see_changes(folder: Path) -> None:
+    """Makes files visible that other machines have put into ``folder``.
+
+    An NFS client remembers for up to a minute which files a folder lacks, unless it changes the folder itself.
+    """
+    handle, name = tempfile.mkstemp(prefix=".", dir=folder)
+    os.close(handle)
+    os.unlink(name)
+
+
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -82,23 +94,3 @@ def hash_json(value: Any) -> str:
     """Returns the SHA-256 of a value's canonical JSON, in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Holds an exclusive lock on ``path``; prints ``waiting`` once if another process holds it, and waits.
-
-    The operating system releases the lock when the process is killed. Between machines the lock works only on a network file
-    system that supports such locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(waiting, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -8,6 +8,7 @@ from undo_core.models.heads import (
     head_of,
     hidden_states,
     hidden_states_at,
+    vocabulary_of,
 )
 from undo_core.models.loading import (
     architecture,
@@ -25,7 +26,6 @@ from undo_core.models.loading import (
     set_attention,
     skeleton,
     tokens_of,
-    vocabulary_of,
 )
 
 __all__ = [

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from undo_kernels.ops.checks import is_dtensor
 
 from undo_core.models.adapters import Products, bare, products_of
 
@@ -69,14 +70,29 @@ def head_of(model: PreTrainedModel) -> Head:
         UnsupportedHead: the head does more than bias, scale and softcap, so that losses computed from those would be wrong.
     """
     model = bare(model)
-    constants = getattr(model, "_undo_head", None)
-    if constants is None:
-        constants = model._undo_head = measure_head(model)
-    output = _linear(model)
+    constants, output = _known_constants(model), _linear(model)
     weight, bias = output.weight, output.bias
+    if is_dtensor(weight):
+        raise ValueError(
+            f"model: got a {type(model).__name__} whose head is sharded here, wanted it whole: losses of a sharded model run inside one "
+            "forward pass of it, and its head is no FSDP unit of its own"
+        )
     if constants.entries < len(weight):  # the model drops the logits of the others
         weight, bias = weight[: constants.entries], None if bias is None else bias[: constants.entries]
     return Head(weight, bias, constants.scale, constants.softcap)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Returns the number of logits that the model gives; its weight may have further rows, which the model drops."""
+    model = bare(model)
+    return min(_known_constants(model).entries, len(_linear(model).weight))
+
+
+def _known_constants(model: PreTrainedModel) -> Constants:
+    constants = getattr(model, "_undo_head", None)
+    if constants is None:
+        constants = model._undo_head = measure_head(model)
+    return constants
 
 
 @torch.no_grad()

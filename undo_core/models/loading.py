@@ -30,7 +30,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from undo_core.io.text_files import check_is_content
-from undo_core.models.heads import head_of
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -182,11 +181,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def vocabulary_of(model: PreTrainedModel) -> int:
-    """Returns the number of logits that the model gives; the head's weight may have further entries, which the model drops."""
-    return len(head_of(model).weight)
 
 
 def check_vocab_size(vocab_size: int | None, **sizes: int) -> None:

@@ -12,9 +12,11 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from undo_core import distributed
 from undo_core.checkpoints.files import settled_configuration, stored_dtype
 from undo_core.data.sequences import Sequences
 from undo_core.data.splits import TRAIN_SPLITS
+from undo_core.distributed.sharding import is_sharded, whole_state
 from undo_core.evaluation.metrics import evaluate
 from undo_core.io.progress import console
 from undo_core.models import forward_flops, load_model
@@ -23,6 +25,7 @@ from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.precision import Precision, weight_dtype
+from undo_core.training.sharded import check_ranks
 
 # Cheapest first: those that cost time, then those that may change the result. None: the configured size, halved repeatedly.
 CHANGES: tuple[tuple[str, Any], ...] = (
@@ -66,6 +69,8 @@ class ModelStage(Stage):
 class TrainingStage(ModelStage):
     """A stage that trains a model."""
 
+    together = True
+
     @property
     @abc.abstractmethod
     def training(self) -> TrainConfig:
@@ -83,6 +88,14 @@ class TrainingStage(ModelStage):
     def batches(self) -> int:
         """Number of batches that a step reads: one from each source."""
         return 1
+
+    @property
+    def drawn(self) -> list[int]:
+        """Number of sequences that a step draws from each source."""
+        return [self.training.batch_size] * self.batches
+
+    def check_ranks(self, count: int) -> None:
+        check_ranks(self.training, self.drawn, count)
 
     @property
     def ruled(self) -> bool:
@@ -149,10 +162,15 @@ def load_to_train(folder: Path, precision: Precision) -> PreTrainedModel:
     return load_model(folder, torch.float32 if keeps else weight_dtype(precision))
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes model and tokenizer as a Hugging Face checkpoint folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, train: TrainConfig | None = None) -> None:
+    """Writes model and tokenizer as a Hugging Face checkpoint folder; ``train`` is how a model was trained on several ranks."""
+    state = whole_state(model, weight_dtype(train.precision)) if train is not None and is_sharded(model) else None
+
+    def write() -> None:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+    distributed.on_first(write)
 
 
 def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str, float]]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.io.files import hash_json, read_json, write_json
@@ -28,9 +29,20 @@ def run(config: RunConfig, command: str) -> Path:
     After an interruption, the same call continues where it stopped and ends with the same bits.
     """
     store = Store(Path(config.output) / "stages")
-    graph = graph_of(config)
-    while stages := missing_stages(store, config, graph):
-        run_stages(store, stages, config.workers, lambda stage: announce(store, stage))
+    graph, workers = graph_of(config), config.workers
+    if distributed.count() > 1:
+        for stage in _configured(config, graph):
+            stage.check_ranks(distributed.count())
+        if workers > 1:
+            console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
+            workers = 1
+    while stages := distributed.on_first(lambda: missing_stages(store, config, graph)):
+        run_stages(store, stages, workers, lambda stage: announce(store, stage))
+    return distributed.on_first(lambda: finish(store, config, graph, command))
+
+
+def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
+    """Writes the results and the report of a run whose stages are complete; returns the path of ``report.html``."""
     results = save_results(store, config, graph, command)
     report = write_report([results], Path(config.output) / "report", config.name)
     console.print(terminal_table([results]))
@@ -43,10 +55,16 @@ def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
     attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
-    wanted = graph.stages() + [stage for entry in attacked for stage in entry.stages()]
+    wanted = _configured(config, graph)
     return [stage for stage in wanted if not store.done(stage)] or [
         stage for entry in attacked for stage in entry.extension(store)
     ]
+
+
+def _configured(config: RunConfig, graph: Graph) -> list[Stage]:
+    """The stages of all models and of the configured attacks."""
+    attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
+    return graph.stages() + [stage for entry in attacked for stage in entry.stages()]
 
 
 def save_results(store: Store, config: RunConfig, graph: Graph, command: str) -> dict[str, Any]:
@@ -105,7 +123,7 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
         "kind": model.kind,
         "alpha": model.alpha,
         "stage": model.stage.name,
-        "metrics": _evaluation(store, graph, model),
+        "metrics": evaluation(store, model.stage, graph.prepared),
         **damage_entry(store, model),
         "training": _training(store, graph, model),
         "attack": under[HEADLINE].entry(store) if under else None,
@@ -122,13 +140,23 @@ def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     return {} if student is None else student.results(store.manifest(student))
 
 
-def _evaluation(store: Store, graph: Graph, model: Model) -> dict[str, Any]:
-    """The model's metrics, computed once and stored beside the stages."""
-    path = store.root.parent / "evaluations" / f"{model.stage.key}-{graph.prepared.key}.json"
+def evaluation(store: Store, stage: Stage, prepared: Stage) -> dict[str, Any]:
+    """A model's metrics, computed once and stored beside the stages."""
+    path = _evaluated(store, stage, prepared)
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        write_json(path, evaluate_folder(store.folder(model.stage), store.folder(graph.prepared)))
+        write_json(path, evaluate_folder(store.folder(stage), store.folder(prepared)))
     return read_json(path)
+
+
+def evaluations(store: Store, graph: Graph) -> list[tuple[Stage, Stage]]:
+    """The models of a run that are still to be evaluated for its results, each with its prepared data."""
+    pairs = ((model.stage, graph.prepared) for model in graph.models)
+    return [pair for pair in pairs if not _evaluated(store, *pair).exists()]
+
+
+def _evaluated(store: Store, stage: Stage, prepared: Stage) -> Path:
+    return store.root.parent / "evaluations" / f"{stage.key}-{prepared.key}.json"
 
 
 def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None:

@@ -97,6 +97,7 @@ class Stage(abc.ABC):
         kind: unique name of the kind; first part of the folder's name.
         model_from: name of the input whose folder holds the model that the stage works on; None if there is none.
         own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
+        together: whether several ranks run the stage together; otherwise rank 0 runs it while the others wait.
     """
 
     title: str = ""
@@ -104,6 +105,7 @@ class Stage(abc.ABC):
     kind: ClassVar[str]
     model_from: ClassVar[str | None] = "model"
     own_text: ClassVar[bool] = False
+    together: ClassVar[bool] = False
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -133,6 +135,10 @@ class Stage(abc.ABC):
     def expected(self, work: Work) -> dict[str, Any]:
         """Predictions made before the stage runs, for the manifest."""
         return {}
+
+    def check_ranks(self, count: int) -> None:
+        """Raises a ValueError if the stage cannot be run on ``count`` ranks; what rank 0 runs alone can on any number."""
+        return
 
     def reads(self) -> torch.dtype:
         """Dtype of the weights that the stage reads."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -13,8 +15,10 @@ from typing import Any
 import torch
 import transformers
 
+from undo_core import distributed
 from undo_core.checkpoints.files import CONFIG, weight_files
-from undo_core.io.files import fresh, hash_file, locked, publish, read_json, write_json
+from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
+from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
@@ -48,38 +52,54 @@ class Store:
         A build that was killed continues from its last checkpoint.
         """
         final = self.folder(stage)
-        if self.done(stage):
+        if distributed.on_first(lambda: self.done(stage)):
             return final
         inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
         lock = final.parent / f".{final.name}.lock"
-        with locked(lock, f"{final.name}: another process is building it; waiting"):
-            if not self.done(stage):  # the other process may have finished it
-                self._build(stage, final, inputs)
-        lock.unlink(missing_ok=True)
+        waiting = f"{final.name}: another process is building it; waiting"
+        with locked(lock, waiting) if distributed.rank() == 0 else contextlib.nullcontext() as hold:
+            if not distributed.on_first(lambda: self.done(stage)):  # the other process may have finished it
+                self._build(stage, final, inputs, hold)
         return final
 
-    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path]) -> None:
-        """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result."""
-        partial, description = final.parent / f".{final.name}.partial", self.description(stage)
+    def _build(self, stage: Stage, final: Path, inputs: dict[str, Path], hold: Hold | None) -> None:
+        """Runs the stage in a hidden folder beside ``final``; one rename then publishes the complete result.
+
+        On several ranks, rank 0 holds the lock, reads and writes the store; the others take part only in stages that all run
+        together.
+        """
+        together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
+        reset_peak()
+        began = time.monotonic()
+        work = Work(inputs, output.parent, output, stage.title or stage.kind)
+        expected = distributed.on_first(lambda: stage.expected(work))
+        facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
+        facts.setdefault("seconds", time.monotonic() - began)
+        if distributed.count() > 1 and together:
+            facts |= {"ranks": distributed.count(), "peak_bytes": max(distributed.gather(peak_bytes()))}
+        distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
+
+    def _begin(self, stage: Stage, partial: Path) -> Path:
+        """Prepares the hidden folder and returns the empty folder of the output in it."""
+        description = self.description(stage)
         begun = partial / "description.json"
         if begun.exists() and read_json(begun) != description:  # an unfinished build of another stage
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, description)
-        output = fresh(partial / "output")
-        reset_peak()
-        began = time.monotonic()
-        work = Work(inputs, partial, output, stage.title or stage.kind)
-        facts = {**stage.expected(work), **stage.run(work)}
-        facts.setdefault("seconds", time.monotonic() - began)
+        return fresh(partial / "output")
+
+    def _finish(self, stage: Stage, final: Path, work: Work, facts: dict[str, Any], hold: Hold) -> None:
+        """Writes the manifest and publishes the output."""
+        partial, output = work.scratch, work.output
         log = partial / "log.jsonl"
         if log.exists():
             shutil.copyfile(log, output / "log.jsonl")
         weights = sorted(output.glob("*.safetensors"))
         manifest = {
             "format": FORMAT,
-            **description,
-            "inputs": {name: _provenance(folder) for name, folder in inputs.items()},
+            **self.description(stage),
+            "inputs": {name: _provenance(folder) for name, folder in work.inputs.items()},
             "outputs": {path.name: hash_file(path) for path in weights},
             "versions": versions(),
             "machine": machine(),
@@ -87,8 +107,28 @@ class Store:
             **facts,
         }
         write_json(output / MANIFEST, manifest)
-        publish(output, final)
-        shutil.rmtree(partial)
+        publish(output, final, hold.check)
+        for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _partials(final: Path) -> dict[int, Path]:
+    """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N`` after the N-th takeover."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
+    found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
+    return {int(match[1] or 0): path for match, path in found if match}
+
+
+def _unfinished(final: Path, hold: Hold) -> Path:
+    """Returns the hidden folder in which ``final`` is built.
+
+    A takeover renames it. If the former owner was only stopped, what it still writes goes to a folder that nobody reads.
+    """
+    begun, first = _partials(final), final.with_name(f".{final.name}.partial")
+    if hold.takeover is None or not begun:
+        return begun[max(begun)] if begun else first
+    print(f"{final.name}: {hold.takeover}; this process continues its work", flush=True)
+    return begun[max(begun)].rename(f"{first}.{max(begun) + 1}")
 
 
 class OneFolder(Store):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -15,7 +17,7 @@ from rich.table import Table
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import Graph, graph_of
-from undo_core.pipeline.run import announce, missing_stages, save_results
+from undo_core.pipeline.run import announce, evaluations, missing_stages, save_results
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
@@ -23,16 +25,33 @@ from undo_core.pipeline.workers import gpus, run_stages
 from undo_core.report import write_report
 from undo_core.report.compare import comparison_table, write_comparison
 
+if TYPE_CHECKING:
+    from undo_core.pipeline.ray_engine import RayEngine
+
 
 def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
-    """Runs all missing stages of all runs in one pool of workers, then writes a report on each run and one on all of them.
+    """Runs all missing stages of all runs in one pool of workers, or on a cluster, then writes a report on each run and one on all.
 
     After an interruption, the same call continues where it stopped. A run that fails, even because a file or a package is
     missing, does not stop the others.
 
     Returns:
         One line for each run that failed.
+
+    Raises:
+        ModuleNotFoundError: the engine's package is not installed.
     """
+    with contextlib.nullcontext() if sweep.engine == "local" else _cluster(sweep) as cluster:
+        return _run(sweep, command, cluster)
+
+
+def _cluster(sweep: SweepConfig) -> RayEngine:
+    from undo_core.pipeline.ray_engine import RayEngine
+
+    return RayEngine(sweep.address, sweep.cpus, sweep.ranks)
+
+
+def _run(sweep: SweepConfig, command: str, cluster: RayEngine | None) -> list[str]:
     store = Store(Path(sweep.output) / "stages")
     errors: dict[str, str] = {}
     failures: dict[tuple[str, int], str] = {}
@@ -40,7 +59,7 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
     for config in _configs(sweep):
         try:
             graph = graph_of(config)
-            _all_stages(config, graph)
+            _all_stages(config, graph, sweep.ranks)
             runs.append((config, graph))
         except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
@@ -57,7 +76,8 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
         todo = [(*run, stages) for run, stages in zip(left, wanted, strict=True) if stages]
         if todo:
             titled = _titled([(config, stages) for config, _, stages in todo])
-            run_stages(store, titled, todo[0][0].workers, lambda stage: announce(store, stage), failed)
+            build = functools.partial(run_stages, workers=todo[0][0].workers) if cluster is None else cluster.build
+            build(store, titled, finished=lambda stage: announce(store, stage), failed=failed)
         left = []
         for config, graph, stages in todo:
             reason = next((_cause(stage, errors) for stage in stages if not store.done(stage)), None)
@@ -65,6 +85,9 @@ def run_sweep(sweep: SweepConfig, command: str) -> list[str]:
                 left.append((config, graph))
             else:
                 failures[config.name, config.seed] = reason
+    if cluster is not None:
+        pairs = [pair for _, graph in whole for pair in evaluations(store, graph)]
+        cluster.evaluate(store, list({(stage.key, prepared.key): (stage, prepared) for stage, prepared in pairs}.values()))
     folders: dict[Path, list[dict[str, Any]]] = collections.defaultdict(list)
     for config, graph in sorted(whole, key=lambda run: runs.index(run)):
         try:
@@ -90,7 +113,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     stages_of, refused = [], dict[str, list[RunConfig]]()
     for config in (configs := _configs(sweep)):
         try:
-            stages_of.append((config, _all_stages(config, graph_of(config))))
+            stages_of.append((config, _all_stages(config, graph_of(config), sweep.ranks)))
         except _UNPLANNED as error:
             refused.setdefault(_line("plan", error), []).append(config)
     wanted = collections.Counter(key for _, stages in stages_of for key in stages)
@@ -133,13 +156,18 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
     return [dataclasses.replace(config, workers=workers) for config in configs]
 
 
-def _all_stages(config: RunConfig, graph: Graph) -> dict[str, Stage]:
+def _all_stages(config: RunConfig, graph: Graph, ranks: int) -> dict[str, Stage]:
     """Every stage of a run by its key, without extensions of attack grids.
 
     Raises:
         ModuleNotFoundError: a package that an attack needs is not installed.
+        ValueError: a stage cannot be run on so many ranks.
     """
-    return {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
+    stages = {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
+    for stage in stages.values():
+        if stage.together:
+            stage.check_ranks(ranks)
+    return stages
 
 
 _UNPLANNED = (OSError, ImportError, ValueError)  # a file or a package is missing, or a setting does not fit the model

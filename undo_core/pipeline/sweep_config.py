@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -32,8 +32,14 @@ class SweepConfig:
         grid: dotted keys and the values that each takes; all combinations are run. Runs that differ only in ``seed`` share a
             name.
         runs: named variants: ``name``, ``overlay`` (a file, or a list of files) and dotted keys with their values.
-        workers: number of stages that run in parallel; None for one on each GPU, or without a GPU the number in the base
-            configuration.
+        workers: number of stages that run in parallel on this machine; None for one on each GPU, or without a GPU the number in
+            the base configuration.
+        engine: local, for workers on this machine, or ray, for the machines of a Ray cluster, each stage on one GPU; all of them
+            must share the working directory and ``output``.
+        address: address of the Ray cluster; None for the one that RAY_ADDRESS names or that runs on this machine, else a new one
+            of this machine alone.
+        cpus: with ray, the number of CPU threads of each process; a continued sweep with the same number ends with the same bits.
+        ranks: with ray, the number of processes, each with its own GPU, that train a model together.
     """
 
     name: str
@@ -44,12 +50,23 @@ class SweepConfig:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     workers: int | None = None
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    cpus: int = 1
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if not (self.grid or self.runs):
             raise ValueError("grid, runs: got neither, wanted at least one of them")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
+        for name in ("cpus", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= 1")
+        if self.engine == "local" and (self.address, self.cpus, self.ranks) != (None, 1, 1):
+            raise ValueError("address, cpus, ranks: got one of them with the engine local, wanted --engine=ray")
+        if self.engine == "ray" and self.workers is not None:
+            raise ValueError(f"workers: got {self.workers} with the engine ray, which fills the cluster; wanted none")
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{key}: got no values, wanted at least one")

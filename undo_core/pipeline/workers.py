@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from undo_core import distributed
 from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
@@ -36,16 +37,7 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
         failed: called with each stage that failed and its error; stages that do not read it are still built. None raises the
             first error.
     """
-    missing: dict[str, Stage] = {}
-
-    def collect(stage: Stage) -> None:
-        if not store.done(stage):
-            for source in stage.inputs.values():
-                collect(source)
-            missing.setdefault(stage.key, stage)
-
-    for stage in stages:
-        collect(stage)
+    missing = distributed.on_first(lambda: missing_with_inputs(store, stages))
     if workers == 1:
         use_threads(1)
         for stage in missing.values():
@@ -61,6 +53,21 @@ def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Fi
                 finished(stage)
     elif missing:
         _side_by_side(store, missing, workers, finished, failed)
+
+
+def missing_with_inputs(store: Store, stages: Iterable[Stage]) -> dict[str, Stage]:
+    """Returns the stages that are missing, and those missing that they read, by key; inputs come first."""
+    missing: dict[str, Stage] = {}
+
+    def collect(stage: Stage) -> None:
+        if not store.done(stage):
+            for source in stage.inputs.values():
+                collect(source)
+            missing.setdefault(stage.key, stage)
+
+    for stage in stages:
+        collect(stage)
+    return missing
 
 
 def gpus() -> list[str]:
@@ -160,7 +167,7 @@ def _drain(pipe: Connection, board: Board) -> None:
             board.show(pipe.recv())
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process as soon as ``parent``, the process that started it, has ended for any reason."""
 
     def watch() -> None:
@@ -175,7 +182,7 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
     """Sets up a worker process."""
     from transformers.utils.logging import disable_progress_bar
 
-    _end_with(parent)
+    end_with(parent)
     disable_progress_bar()
     use_threads(workers)
 

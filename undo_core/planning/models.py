@@ -66,14 +66,20 @@ def distilled_sequences(config: RunConfig, store: Store, prepared: Stage) -> int
     return 0 if config.data.kind == "text" else 2 * config.data.train_rows
 
 
-def predictor(config: RunConfig) -> Predict:
+def predictor(config: RunConfig, ranks: int = 1) -> Predict:
     """Returns a function that predicts the memory of a stage of the run, with one predictor for each sequence length."""
+    of = predictor_of(config, ranks)
+    return lambda stage: of(stage)(stage)
+
+
+def predictor_of(config: RunConfig, ranks: int = 1) -> Callable[[Stage], Predictor]:
+    """Returns a function from a stage of the run to the predictor for its sequence length, on one of ``ranks`` ranks."""
 
     @functools.cache
     def of_length(length: int) -> Predictor:
         # The token ids of retain and forget, once apart and once joined. Most questions have four choices.
         data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
         scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
-        return Predictor(model_config(config), length, **scored, data_bytes=data)
+        return Predictor(model_config(config), length, **scored, data_bytes=data, ranks=ranks)
 
-    return lambda stage: of_length(sequence_length(config, stage))(stage)
+    return lambda stage: of_length(sequence_length(config, stage))

@@ -13,7 +13,8 @@ from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
-from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor, sequence_length
+from undo_core.planning.communication import stage_collectives, wire_bytes
+from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor_of, sequence_length
 from undo_core.planning.timing import Measure, basis
 
 
@@ -31,6 +32,7 @@ class Row:
         memory: predicted peak memory, by parts.
         measured_bytes: measured peak memory of a finished stage, else None.
         disk_bytes: bytes that the stage's folder takes on disk.
+        wire_bytes: bytes that each of several ranks sends to the others in a step.
         folder: name of the stage's folder.
         done: whether the stage is finished.
     """
@@ -44,11 +46,12 @@ class Row:
     memory: Memory
     measured_bytes: int | None
     disk_bytes: int
+    wire_bytes: float
     folder: str
     done: bool
 
 
-def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
+def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
     """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
     # graph_of comes first: it raises for a missing folder, which transformers would look up on the hub.
     graph, model = graph_of(config), planned_skeleton(config)
@@ -58,7 +61,7 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
         for attacked in models.values():
             of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
             lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
-    predict, distilled = predictor(config), distilled_sequences(config, store, graph.prepared)
+    predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, graph.prepared)
     rows = []
     for title, stages in lines:
         stage, times = largest(stages), len(stages)
@@ -72,9 +75,10 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
             positions=cost.positions * times,
             flops=cost.flops * times,
             seconds=seconds * times,
-            memory=predict(stage),
+            memory=predict(stage)(stage),
             measured_bytes=store.manifest(stage)["peak_bytes"] if store.done(stage) else None,
             disk_bytes=cost.disk * times,
+            wire_bytes=wire_bytes(stage_collectives(predict(stage).traffic(stage), ranks)) if ranks > 1 else 0.0,
             folder=stage.name,
             done=all(map(store.done, stages)),
         )
@@ -82,14 +86,15 @@ def plan_rows(config: RunConfig, store: Store) -> tuple[list[Row], int]:
     return rows, sum(row.disk_bytes for row in rows if not row.done)
 
 
-def plan_table(config: RunConfig) -> RenderableType:
+def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
     """Returns the output of ``undo plan``: a table of work, a table of memory, and notes with totals and the basis of times."""
-    rows, disk = plan_rows(config, Store(Path(config.output) / "stages"))
+    rows, disk = plan_rows(config, Store(Path(config.output) / "stages"), ranks)
     work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
     size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
     unit = "GiB" if size == 2**30 else "MiB"
     shown = lambda count: f"{count / size:,.1f}" if size == 2**30 else f"{count / size:,.0f}"  # noqa: E731
-    memory = _table(f"\nPeak memory, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS)
+    of, sent = ("", ()) if ranks == 1 else (f" of one of {ranks} ranks", ("MiB/step",))
+    memory = _table(f"\nPeak memory{of}, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS, *sent)
     for row in rows:
         limit = "<= " if row.ruled else ""
         took = "done" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
@@ -97,7 +102,8 @@ def plan_table(config: RunConfig) -> RenderableType:
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
         measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
         parts = [shown(getattr(row.memory, part)) for part in PARTS]
-        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.phase, *parts)
+        moved = [f"{row.wire_bytes / 2**20:,.1f}" if row.wire_bytes else "-"] if sent else []
+        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.phase, *parts, *moved)
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
@@ -105,10 +111,15 @@ def plan_table(config: RunConfig) -> RenderableType:
         f"{disk / 2**20:,.0f} MiB of disk.",
         "Times are upper bounds: a stop rule usually ends a stage much earlier. They exclude evaluation and grid extensions.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
-        f"Memory is that of one stage; up to {config.workers} stages run at the same time."
-        if config.workers > 1
-        else "Memory is that of the process that runs the stage.",
     ]
+    if ranks > 1:
+        notes.append(
+            f"Stages that send nothing run on rank 0. Times are of one process; {ranks} ranks divide the work of a step."
+        )
+    elif config.workers > 1:
+        notes.append(f"Memory is that of one stage; up to {config.workers} stages run at the same time.")
+    else:
+        notes.append("Memory is that of the process that runs the stage.")
     return Group(work, memory, "", *notes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from undo_core import distributed
 from undo_core.data.limits import Limits
 from undo_core.data.sequences import Sequences
 from undo_core.io.files import hash_json
@@ -97,6 +98,14 @@ class Batch:
         """Splits the batch into micro-batches of at most ``size`` sequences."""
         columns = {name: column.split(size) for name, column in self._columns().items()}
         return [Batch(**dict(zip(columns, part, strict=True)), whole=self) for part in zip(*columns.values(), strict=True)]
+
+    def share(self) -> Batch:
+        """Returns this rank's sequences of a micro-batch; the micro-batch itself in a process that runs alone."""
+        if distributed.count() == 1:
+            return self
+        start, end = distributed.share(len(self.input_ids))
+        columns = {name: column[start:end] for name, column in self._columns().items()}
+        return Batch(**columns, whole=self if self.whole is None else self.whole)
 
     def _columns(self) -> dict[str, torch.Tensor]:
         """Every tensor of the batch that is not None, by name."""

@@ -15,6 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from undo_kernels.ops.layout import check_trained
 
+from undo_core import distributed
+from undo_core.distributed.dropout import whole_dropout
+from undo_core.distributed.sharding import all_finite, release, run
 from undo_core.io.progress import StageProgress
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, Source, identity_of
@@ -23,6 +26,7 @@ from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
+from undo_core.training.sharded import check_ranks, sharded
 from undo_core.training.training_state import FORMAT, find_training_state, load_training_state, save_training_state
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
@@ -159,8 +163,10 @@ def train(
     folder = None if folder is None else Path(folder)
     at = None if evaluate_at is None else set(evaluate_at)
     device = trained[0].device
+    count = distributed.count()
+    check_ranks(config, [len(source(0).input_ids) for source in sources.values()] if count > 1 else [], count)
     made_by = {}
-    if folder is not None:
+    if folder is not None and distributed.rank() == 0:
         made_by = {
             **asdict(config),
             **_made_of(sources, folder),
@@ -172,43 +178,46 @@ def train(
             "evaluate_at": None if evaluate_at is None else sorted(at),
             **(settings or {}),
         }
-    found = None if folder is None else find_training_state(folder / "checkpoint", made_by)
+    found = None if folder is None else distributed.on_first(lambda: find_training_state(folder / "checkpoint", made_by))
     choose_kernels(model, config)
+    if count > 1:
+        trained = sharded(model, trained, config)
     updater = Updater(model, trained, config)
     result = TrainResult(tokens=dict.fromkeys(sources, 0), positions=dict.fromkeys(sources, 0))
-    total, count = torch.zeros((), device=device), 0  # training loss since the last evaluation
+    total, terms = torch.zeros((), device=device), 0  # training loss since the last evaluation
     if found is not None:
         checkpoint, saved = found
         load_training_state(checkpoint, model, updater)
         result = TrainResult(**saved["result"])
-        total, count = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
-    log = _Log(folder, result.steps)
+        total, terms = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
+    log = _Log(folder if distributed.rank() == 0 else None, result.steps)
     shown = ""
 
     def evaluate_now() -> bool:
-        nonlocal total, count, shown
+        nonlocal total, terms, shown
         outer.eval()
         with torch.no_grad():
             metrics = {} if evaluate is None else evaluate(outer)
-        entry = {"step": result.steps, **({"loss": float(total) / count} if count else {}), **metrics}
-        total, count = torch.zeros((), device=device), 0
+        release(model)
+        entry = {"step": result.steps, **({"loss": float(total) / terms} if terms else {}), **metrics}
+        total, terms = torch.zeros((), device=device), 0
         result.history.append(entry)
         log.write({**entry, "tokens": sum(result.tokens.values())})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
         if stop is not None:
-            result.stopped = stop(metrics)
+            result.stopped = distributed.on_first(lambda: stop(metrics))
         return bool(result.stopped)
 
     def save() -> None:
         if folder is not None:
-            state = {"result": vars(result), "loss_sum": float(total), "loss_count": count, "made_by": made_by}
+            state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
             save_training_state(folder / "checkpoint", result.steps, model, updater, state)
 
     done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
     before = result.seconds
     with (
-        lean(model, config) as tied,
+        lean(model, config, count) as tied,
         updater.attached(tied),
         StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar,
     ):
@@ -221,7 +230,11 @@ def train(
             with seeded(device, config.seed or 0, step):
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
-            total, count = total + value, count + 1
+            late = time.monotonic() - last_save > checkpoint_seconds
+            if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
+                value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
+                late = _is_read(device, step) and bool(asked)
+            total, terms = total + value, terms + 1
             result.steps += 1
             for name, batch in batches.items():
                 result.tokens[name] += counted[name]
@@ -236,12 +249,12 @@ def train(
             if due:
                 done = evaluate_now()
             result.seconds = before + time.monotonic() - began
-            if time.monotonic() - last_save > checkpoint_seconds:
+            if late:
                 save()
                 last_save = time.monotonic()
     outer.eval()
     # No later loss would reveal that the last step made a weight non-finite.
-    if must_stay_finite and not all(bool(end.isfinite()) for weight in trained for end in weight.detach().aminmax()):
+    if must_stay_finite and not all_finite(trained):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")
     return result
 
@@ -267,9 +280,11 @@ def accumulate(
     parts = {name: batch.split(size) for name, batch in batches.items()}
     value = None
     for index in range(max(len(part) for part in parts.values())):
-        micro = {name: part[index] for name, part in parts.items() if index < len(part)}
-        term = loss(model, micro, counted)
-        term.backward()
+        whole = {name: part[index] for name, part in parts.items() if index < len(part)}
+        micro = {name: part.share() for name, part in whole.items()}
+        with whole_dropout(model, (len(part.input_ids) for part in whole.values())):
+            term = run(model, loss, micro, counted)
+            term.backward()
         value = term.detach() if value is None else value + term.detach()
     return value
 

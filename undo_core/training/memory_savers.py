@@ -51,7 +51,7 @@ def choose_kernels(model: nn.Module, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None]:
+def lean(model: nn.Module, config: TrainConfig, ranks: int = 1) -> Iterator[TiedEmbedding | None]:
     """Context in which ``model`` trains with the memory savers of ``config``.
 
     Yields the tied weight whose gradient is completed in place, or None. Activation checkpointing keeps only the layers' inputs
@@ -62,7 +62,7 @@ def lean(model: nn.Module, config: TrainConfig) -> Iterator[TiedEmbedding | None
         yield None
         return
     checkpointing = _activation_checkpointing(model) if config.activation_checkpointing else contextlib.nullcontext()
-    with checkpointing, tied_gradient_in_place(model) as tied:
+    with checkpointing, tied_gradient_in_place(model) if ranks == 1 else contextlib.nullcontext() as tied:
         yield tied
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from undo_kernels.ops.sharding import local_of
 
+from undo_core.distributed.sharding import global_norm, is_sharded, like_shard
 from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding
 from undo_core.training.precision import convert_, round_stochastically_, seeded, weight_dtype
@@ -76,13 +78,17 @@ class Updater:
                 f"optimizer: got {config.optimizer}, which needs torchao; pip install 'undo-core[lowmem]', or choose adamw"
             )
         self.config, self.parameters = config, parameters
+        self.sharded = is_sharded(model)
         mastered = config.precision == "bfloat16-master"
-        originals = (
-            [parameter.data for parameter in parameters] if mastered else None
-        )  # the float32 bits, which the conversion rounds away
-        convert_(model, config.precision)
-        originals = originals or [parameter.data for parameter in parameters]
-        self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
+        if self.sharded:  # the shards of this rank, in the memory of the parameters
+            self.targets = [nn.Parameter(local_of(parameter)) for parameter in parameters]
+        else:
+            originals = (
+                [parameter.data for parameter in parameters] if mastered else None
+            )  # the float32 bits, which the conversion rounds away
+            convert_(model, config.precision)
+            originals = originals or [parameter.data for parameter in parameters]
+            self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
         groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
         self.parts = [optimizer_of(group, config) for group in groups]
         self._index = 0  # index of the current step
@@ -106,7 +112,7 @@ class Updater:
     def attached(self, tied: TiedEmbedding | None = None) -> Iterator[None]:
         """Context with active gradient hooks; ``tied`` is the tied weight whose gradient comes in two parts, if any."""
         hooks, self._tied = [], tied
-        for index, (parameter, target) in enumerate(zip(self.parameters, self.targets, strict=True)):
+        for index, (parameter, target) in enumerate(() if self.sharded else zip(self.parameters, self.targets, strict=True)):
             if target is not parameter or self.config.step_in_backward:
                 late = tied is not None and parameter is tied.weight
                 register = tied.on_gradient if late else parameter.register_post_accumulate_grad_hook
@@ -124,8 +130,14 @@ class Updater:
             if self.config.clip:
                 self._norm, self._square = self._square.sqrt(), torch.zeros_like(self._square)
             return
+        if self.sharded:
+            for parameter, target in zip(self.parameters, self.targets, strict=True):
+                if parameter.grad is not None:
+                    target.grad, parameter.grad = local_of(parameter.grad), None
         gradients = [target.grad for target in self.targets if target.grad is not None]
-        if self.config.clip and gradients:
+        if self.sharded and self.config.clip:
+            nn.utils.clip_grads_with_norm_(self.targets, self.config.clip, global_norm(gradients))
+        elif self.config.clip and gradients:
             norms = _norms(gradients)
             norm = torch.linalg.vector_norm(torch.stack([value.to(norms[0].device) for value in norms]))
             nn.utils.clip_grads_with_norm_(self.targets, self.config.clip, norm)
@@ -156,19 +168,20 @@ class Updater:
             self.parts[part].step()
         for index in indices:
             parameter, target = self.parameters[index], self.targets[index]
-            if target is not parameter and target.grad is not None:
+            if target is not parameter and target.grad is not None and not self.sharded:
                 parameter.copy_(target)
             target.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the state that a resumed run needs, as plain tensors by name."""
+        """Returns the state that a resumed run needs, by name: plain tensors, or DTensors like the sharded parameters."""
         found = {} if self._norm is None else {"norm": self._norm}
-        for index, target in enumerate(self.targets):
+        mastered = self.config.precision == "bfloat16-master"
+        for index, (parameter, target) in enumerate(zip(self.parameters, self.targets, strict=True)):
             for key, value in self._part(index).state.get(target, {}).items():
                 for name, tensor in _plain(value).items():
-                    found[f"{index}.{key}{name}"] = tensor.contiguous()
-            if target is not self.parameters[index]:
-                found[f"{index}.target"] = target.detach()
+                    found[f"{index}.{key}{name}"] = like_shard(tensor.contiguous(), parameter)
+            if target is not parameter and (mastered or not self.sharded):
+                found[f"{index}.target"] = like_shard(target.detach(), parameter)
         return found
 
     @torch.no_grad()

@@ -1,4 +1,8 @@
-"""Checkpoints within a stage: model and optimizer as safetensors, counters as JSON."""
+"""Checkpoints within a stage: model and optimizer as safetensors, counters as JSON.
+
+On several ranks every rank writes its own shards, by torch.distributed.checkpoint in its safetensors format. A checkpoint can be
+resumed on any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from undo_kernels.ops.layout import overlaps
+from undo_kernels.ops.sharding import local_of
 
+from undo_core.distributed import on_first
+from undo_core.distributed.sharding import is_sharded, release
+from undo_core.distributed.storage import read_shards, stored_shapes, write_shards
 from undo_core.io.files import fresh, publish, read_json, write_json
 from undo_core.training.optimizers import Updater
 
@@ -23,11 +31,18 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save_training_state(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = fresh(folder / "writing")
-    save_file(_apart(_unique(model)), temporary / "model.safetensors")
-    save_file(updater.tensors(), temporary / "optimizer.safetensors")
+    """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones; every rank calls it."""
+    temporary = on_first(lambda: fresh(folder / "writing"))
+    if is_sharded(model):
+        release(model)
+        write_shards(temporary, {**_stored(model, updater), **updater.tensors()})
+    else:
+        save_file(_apart(_unique(model)), temporary / "model.safetensors")
+        save_file(updater.tensors(), temporary / "optimizer.safetensors")
+    on_first(lambda: _publish(temporary, folder, step, state))
+
+
+def _publish(temporary: Path, folder: Path, step: int, state: dict[str, Any]) -> None:
     write_json(temporary / "state.json", {"step": step, **state})
     final = folder / f"step-{step}"
     if final.exists():  # a resumed run saves the same step again
@@ -59,8 +74,19 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
 
 
 def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
-    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``."""
-    saved, own = load_file(checkpoint / "model.safetensors"), _unique(model)
+    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``; every rank calls it."""
+    if is_sharded(model):
+        release(model)
+        _load_shards(checkpoint, model, updater)
+        return
+    if (checkpoint / "model.safetensors").exists():
+        saved, states = load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+    else:  # written by several ranks
+        whole = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(checkpoint).items()}
+        read_shards(checkpoint, whole)
+        own = _unique(model).keys()
+        saved, states = {n: whole[n] for n in own}, {name: tensor for name, tensor in whole.items() if name not in own}
+    own = _unique(model)
     expanded = {name for name, other in overlaps(own) if name == other}
     with torch.no_grad():
         for name, tensor in own.items():
@@ -69,7 +95,29 @@ def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) ->
                 setattr(model.get_submodule(owner), last, saved[name].to(tensor.device))
             else:
                 tensor.copy_(saved[name])
-    updater.load(load_file(checkpoint / "optimizer.safetensors"))
+    updater.load(states)
+
+
+def _load_shards(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
+    """Loads the parts of a checkpoint that this rank holds; the checkpoint may be of any number of ranks."""
+    own, states = _unique(model), dict[str, torch.Tensor]()
+    for name, (shape, dtype) in stored_shapes(checkpoint).items():
+        if name in own:
+            continue
+        parameter = updater.parameters[int(name.split(".")[0])]
+        states[name] = torch.empty_like(parameter, dtype=dtype) if shape == parameter.shape else torch.empty(shape, dtype=dtype)
+    # A float32 master is read instead of the parameter that was rounded from it.
+    masters = {id(updater.parameters[int(name.split(".")[0])]) for name in states if name.endswith(".target")}
+    rounded = {name for name, parameter in model.named_parameters() if id(parameter) in masters}
+    read_shards(checkpoint, {**{name: tensor for name, tensor in own.items() if name not in rounded}, **states})
+    updater.load({name: local_of(tensor) for name, tensor in states.items()})
+
+
+def _stored(model: nn.Module, updater: Updater) -> dict[str, torch.Tensor]:
+    """Tensors of a sharded model as one process would store them: parameters with a float32 master in bfloat16."""
+    mastered = {id(p) for p in updater.parameters} if updater.config.precision == "bfloat16-master" else set()
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in mastered}
+    return {name: tensor.to(torch.bfloat16) if name in names else tensor for name, tensor in _unique(model).items()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from undo_core import distributed
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
 from undo_core.models import check_vocab_size, evaluating, forward_flops, vocabulary_of
@@ -122,9 +123,18 @@ def _with_reference(model: PreTrainedModel, source: Source, method: Method, conf
         for step in range(config.steps):
             batch = source(step)
             parts = batch.to(device).split(config.micro_batch_size or len(batch.input_ids))
-            references = [referred(model, part, method).reference for part in parts]
+            references = [_own_reference(model, part, method) for part in parts]
             batches.append(dataclasses.replace(batch, reference=torch.cat(references).cpu()))
     return ReadSource(source, batches)
+
+
+def _own_reference(model: PreTrainedModel, part: Batch, method: Method) -> torch.Tensor:
+    """Reference values of a micro-batch; on several ranks 0 for the sequences of the other ranks, which are not read here."""
+    start, end = distributed.share(len(part.input_ids))
+    own = referred(model, part.share(), method).reference
+    reference = own.new_zeros(len(part.input_ids), *own.shape[1:])
+    reference[start:end] = own
+    return reference
 
 
 @torch.no_grad()

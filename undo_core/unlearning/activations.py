@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from undo_core.distributed.sharding import call_with
 from undo_core.models import check_isolation, evaluating, hidden_states
 
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
@@ -87,7 +87,7 @@ class Entered:
         for k in range(first, last):
             _, args, kwargs = self.calls[k]
             layer, others = self.trunk.layers[k], {} if frozen is None else frozen.get(k, {})
-            output = functional_call(layer, dict(others), (hidden, *args), kwargs) if others else layer(hidden, *args, **kwargs)
+            output = call_with(layer, others, hidden, *args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 

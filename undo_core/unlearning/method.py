@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from undo_core.distillation.teacher import ModelTeacher
+from undo_core.distributed.sharding import shard
 from undo_core.models import head_of
 from undo_core.training.batches import Batch
 from undo_core.training.config import TrainConfig
@@ -59,14 +60,15 @@ class Method:
         if self.parameters is None:
             yield
             return
-        before = [(p, p.requires_grad) for p in model.parameters()]
+        before = [parameter.requires_grad for parameter in model.parameters()]
         try:
             model.requires_grad_(False)
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             yield
         finally:
-            for parameter, required in before:
+            # Training on several ranks replaces the parameters by their shards.
+            for parameter, required in zip(model.parameters(), before, strict=True):
                 parameter.requires_grad_(required)
 
 
@@ -105,11 +107,12 @@ def kept(model: PreTrainedModel, config: Settings) -> Term:
 def original_of(model: PreTrainedModel, config: Settings) -> PreTrainedModel:
     """Returns a copy of the model as it is now: in the dtype of the training, without gradients, in evaluation mode.
 
-    Memory: one more model.
+    Memory: one more model; on several ranks its shards, and all of it for a moment.
     """
     original = copy.deepcopy(model).eval()
     convert_(original, config.train.precision)  # before requires_grad_, as it depends on which parameters are frozen
-    return original.requires_grad_(False)
+    shard(original.requires_grad_(False))
+    return original
 
 
 Costs = dict[str, float]

@@ -29,7 +29,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core import ops
+from undo_core import distributed, ops
+from undo_core.distributed.parts import added_up, joined, once
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
 from undo_core.unlearning.activations import find_layers
@@ -93,21 +94,27 @@ def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method
         inputs, labels, mask = batch.shifted()
         head = head_of(model)
         with outputs_of([layer.mlp for layer in chosen]) as inside, outputs_of(chosen) as after:
-            hidden_states(model, *inputs)
+            last = hidden_states(model, *inputs)
+        everywhere, count = joined(mask.flatten()), None  # both terms are of the whole micro-batch, over all ranks
         value = torch.zeros((), device=mask.device)
+        if distributed.count() > 1:
+            count = everywhere.sum().float().clamp_min(1)
+            value = last[
+                ..., :0
+            ].sum()  # 0; a sharded layer is gathered at the gradient of its output, which must be in the graph
         if settings.beta:
-            distances = [noise_distance(h.flatten(0, 1), mask.flatten(), settings.samples) for h in inside]
+            distances = [noise_distance(joined(h.flatten(0, 1)), everywhere, settings.samples) for h in inside]
             value = value + settings.beta * sum(distances) / len(chosen)
         if settings.alpha:
             labels = labels.masked_fill(~mask, -100)
-            nats = [ops.linear_cross_entropy(norm(h), head.weight, labels, **head.options()) for h in after]
-            value = value - settings.alpha * torch.log1p(sum(nats) / len(chosen))
-        return value
+            nats = [ops.linear_cross_entropy(norm(h), head.weight, labels, normalizer=count, **head.options()) for h in after]
+            value = value - settings.alpha * torch.log1p(added_up(sum(nats)) / len(chosen))
+        return once(value)
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         value = method.loss(model, batches, counted)
         if "forget" in batches:
-            share = batches["forget"].mask[:, 1:].sum() / max(counted["forget"], 1)
+            share = joined(batches["forget"].mask[:, 1:]).sum() / max(counted["forget"], 1)
             value = value + share * added(model, batches["forget"])
         return value
 

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from undo_kernels.ops.checks import is_dtensor
+from undo_kernels.ops.sharding import local_of
 
+from undo_core.distributed.sharding import global_norm
 from undo_core.training.batches import Batch
 from undo_core.training.loop import Loss
 from undo_core.training.precision import rewound
@@ -89,12 +92,12 @@ def sam(method: Method, model: PreTrainedModel, config: Settings) -> Method:
 def moved(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
     """Context with the parameters moved by ``rho * g / |g|`` and without gradients; restores their exact bits on exit."""
     with torch.no_grad():
-        norms = torch._foreach_norm([p.grad for p in parameters], 2)
-        scale = rho / torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1e-12)
-        for parameter in parameters:
-            there = parameter + scale * parameter.grad
-            parameter.grad.copy_(parameter)
-            parameter.copy_(there)
+        gradients = [parameter.grad for parameter in parameters]
+        scale = rho / _norm(gradients).clamp_min(1e-12)
+        for here, gradient in zip(map(local_of, parameters), map(local_of, gradients), strict=True):
+            there = here + scale * gradient
+            gradient.copy_(here)
+            here.copy_(there)
     kept = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -103,4 +106,10 @@ def moved(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for parameter, old in zip(parameters, kept, strict=True):
-                parameter.copy_(old)
+                local_of(parameter).copy_(local_of(old))
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    if any(map(is_dtensor, gradients)):
+        return global_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2)))

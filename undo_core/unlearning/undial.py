@@ -21,7 +21,8 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
-from undo_core.models import forward_flops, head_flops, head_of, hidden_states
+from undo_core.distributed.sharding import run
+from undo_core.models import Head, forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
 from undo_core.unlearning.method import Method, Settings, forget_and_retain, original_of, register
 
@@ -59,12 +60,19 @@ def undial(model: PreTrainedModel, config: Settings) -> Method:
     gamma, lowered = config.undial.gamma, -math.expm1(-config.undial.gamma)
     original = original_of(model, config)
 
+    @torch.no_grad()
+    def taught(original: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Head]:
+        """Final hidden states, cross-entropies of the labels, and head of the original."""
+        inputs, labels, mask = batch.shifted()
+        known, head = hidden_states(original, *inputs), head_of(original)
+        labels = labels.masked_fill(~mask, -100)
+        return known, ops.linear_cross_entropy(known, head.weight, labels, reduction="none", **head.options()), head
+
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
         inputs, labels, mask = batch.shifted()
         labels = labels.masked_fill(~mask, -100)
+        known, nats, head = run(original, taught, batch)
         with torch.no_grad():
-            known, head = hidden_states(original, *inputs), head_of(original)
-            nats = ops.linear_cross_entropy(known, head.weight, labels, reduction="none", **head.options())
             total = math.exp(-gamma) - lowered * torch.expm1(-nats)  # Z
             share = torch.exp(-nats) / total
             constant = lowered * share * nats - gamma * math.exp(-gamma) * share - total.log()

@@ -198,7 +198,7 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
 def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
     tokens = max(s.tokens, 1)
     if s.problem.shard is not None:  # processes exchange once, between the passes of all tokens
-        usual = max(_CHUNK_ELEMENTS // max(s.leading, 1), _CHUNK_TOKENS[1])
+        usual = max(_CHUNK_ELEMENTS // max(s.leading, 1), _CHUNK_TOKENS[0])
         whole = s.sparse or s.problem.plan == "chunk" or budget is not None or tokens <= usual
         return [chunk_plan(s, tokens)] if whole else []
     if budget is None:

@@ -1,15 +1,11 @@
 """Files on disk are complete even if several processes write them."""
 
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from undo_core.io.files import locked, read_json, write_json
+from undo_core.io.files import read_json, write_json
 
 
 def write_often(path: Path, value: int) -> None:
@@ -27,32 +23,6 @@ def test_two_processes_may_replace_the_same_file(tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert read_json(path) in ([1] * 50, [2] * 50) and [p.name for p in tmp_path.iterdir()] == ["results.json"]
-
-
-def hold(path: Path, held) -> None:
-    with locked(path, "waiting"):
-        held.set()
-        signal.pause()
-
-
-def test_a_lock_is_waited_for_with_one_message_and_freed_by_kill(tmp_path, capsys):
-    path, context = tmp_path / "new" / ".stage.lock", multiprocessing.get_context("fork")
-    held = context.Event()
-    holder = context.Process(target=hold, args=(path, held))
-    holder.start()
-    assert held.wait(10)
-    timer = context.Process(target=lambda: (signal.sigtimedwait([], 0.3), os.kill(holder.pid, signal.SIGKILL)))
-    timer.start()
-    with locked(path, "somebody has it"):
-        timer.join()
-        holder.join(10)
-        assert holder.exitcode == -signal.SIGKILL  # it had the lock until then
-    assert capsys.readouterr().out == "somebody has it\n"
-    with pytest.raises(KeyError), locked(path, "not said"):
-        raise KeyError
-    with locked(path, "not said either"):
-        pass
-    assert capsys.readouterr().out == ""
 
 
 WITHOUT_POSIX = """
@@ -75,7 +45,7 @@ for name in ("sched_getaffinity", "sysconf", "pwrite"):
 import undo_core, undo_core.cli, undo_core.pipeline.workers, undo_core.cli.doctor
 import torch
 from undo_core.checkpoints.files import MappedFile, TensorWriter
-from undo_core.io.files import locked
+from undo_core.io.locks import locked
 from undo_core.pipeline.store import usable_cores
 
 with TensorWriter(Path(sys.argv[1]), {"a": (torch.float32, (3,))}) as writer:

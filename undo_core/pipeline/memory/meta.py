@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from undo_core.distributed.sharding import units_of
 from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
 from undo_core.pipeline.memory.live_tensors import FUSED, LiveTensors
+from undo_core.pipeline.memory.shards import Shards, Traffic, part, resident_share
 from undo_core.pipeline.needs import PARTS, Memory
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.embedding import TiedEmbedding
@@ -70,12 +73,22 @@ class Meta:
     Attributes:
         device: device that the prediction is for, ``"cuda"`` or ``"cpu"``.
         stored: dtype of the weights that the stage reads.
+        ranks: number of ranks that run the stage together; the memory is that of one of them.
+        traffic: what travels between the ranks in a step of training.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, length: int, scored: Scored, device: str, stored: torch.dtype = torch.float32
+        self,
+        config: PreTrainedConfig,
+        length: int,
+        scored: Scored,
+        device: str,
+        stored: torch.dtype = torch.float32,
+        ranks: int = 1,
     ) -> None:
-        self.device, self.stored = device, stored
+        self.device, self.stored, self.ranks = device, stored, ranks
+        self.traffic: list[Traffic] = []
+        self._unsharded: set[int] = set()
         self._config, self._length, self._scored = config, length, scored
         self._live = LiveTensors(PARTS)
 
@@ -131,6 +144,12 @@ class Meta:
         """The memory by parts at the peak of each phase that was counted."""
         return [Memory(phase, **parts) for phase, parts in self._live.peaks.items() if phase]
 
+    def hold_teacher(self, model: PreTrainedModel, share: float | None = None) -> None:
+        """Counts a teacher's weights: a ``share`` of them, or those of a resident teacher, which is sharded over the ranks."""
+        if share is not None:
+            self._unsharded |= {id(layer) for layer in units_of(model)}
+        self.hold(model.parameters(), "teacher", resident_share(model, self.ranks) if share is None else share)
+
     def streamed_share(self, model: PreTrainedModel) -> float:
         """Share of a streamed model's weights in memory at once: all outside the layers, and one layer (two on a GPU)."""
         layers = [_bytes(layer.parameters()) for layer in find_layers(model)]
@@ -158,7 +177,8 @@ class Meta:
         live = self._live
         model = self.model(train.attention)
         convert_(model, train.precision)
-        live.hold(model.parameters(), "weights")
+        if self.ranks == 1:
+            live.hold(model.parameters(), "weights")
         live.hold(model.buffers(), "weights")
         with live:
             live.part = "weights"
@@ -166,15 +186,23 @@ class Meta:
             convert_(model, train.precision)  # the method may have added parameters
             live.part = "activations"
         trained = list(model.parameters()) if method.parameters is None else method.parameters
-        steps = _Steps(live, trained, train, self.device)
+        sequences = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
+        micro, shards, more = train.micro_batch_size or max(sequences.values()), None, 1.0
+        if self.ranks > 1:
+            shards = Shards(live, model, trained, self.ranks, train.precision == "bfloat16-master")
+            shards.apart = self._unsharded
+            more = max(math.ceil(size / micro) / math.ceil(min(size, 2 * micro) / micro) for size in sequences.values())
+            sequences = {name: _shared(size, micro, self.ranks) for name, size in sequences.items()}
+            micro = part(micro, self.ranks)
+        steps = _Steps(live, trained, train, self.device, shards)
         with live:
-            micro = train.micro_batch_size or train.batch_size
-            sequences = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
             # Two micro-batches are enough: a third does not raise the peak.
             batches = {name: self.batch(min(size, 2 * micro)) for name, size in sequences.items()}
 
             def loss(*arguments: Any) -> torch.Tensor:
                 live.phase = "forward"
+                if shards is not None:
+                    shards.forward(more)
                 value = method.loss(*arguments)
                 live.phase = "backward"
                 return value
@@ -185,14 +213,18 @@ class Meta:
             model.train()
             with (
                 method.alone(model),
-                lean(model, dataclasses.replace(train, attention="auto")) as tied,
+                lean(model, dataclasses.replace(train, attention="auto"), self.ranks) as tied,
                 steps.attached(tied),
+                contextlib.nullcontext() if shards is None else shards.counting(more),
             ):
-                method.gradient(model, loss, batches, dict.fromkeys(sequences, 1), train.micro_batch_size)
+                size = train.micro_batch_size if shards is None else micro
+                method.gradient(model, loss, batches, dict.fromkeys(sequences, 1), size)
             batches.clear()
             live.phase = "step"
             steps.step()
             self.evaluate(model)
+        if shards is not None:
+            self.traffic = [unit for unit in shards.traffic.values() if unit.gathers]
         return [loading, *self.peaks()]
 
     @torch.no_grad()
@@ -214,8 +246,16 @@ class Meta:
 class _Steps:
     """Counts the memory of :class:`undo_core.training.optimizers.Updater`: states, gradients, masters and temporaries."""
 
-    def __init__(self, live: LiveTensors, parameters: list[nn.Parameter], settings: TrainConfig, device: str) -> None:
-        self.live, self.parameters, self.settings = live, parameters, settings
+    def __init__(
+        self,
+        live: LiveTensors,
+        parameters: list[nn.Parameter],
+        settings: TrainConfig,
+        device: str,
+        shards: Shards | None = None,
+    ) -> None:
+        self.live, self.parameters, self.settings, self.shards = live, parameters, settings, shards
+        self.ranks = 1 if shards is None else shards.ranks
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
         self.masters: dict[int, torch.Tensor] = {}  # float32 gradients of the masters, by the parameter's id
@@ -223,7 +263,7 @@ class _Steps:
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
             self.temporaries[p.numel()] = _update_bytes(p.numel(), dtype, settings.optimizer, settings.precision, device)
-        live.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters)
+        live.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters) // self.ranks
 
     @contextlib.contextmanager
     def attached(self, tied: TiedEmbedding | None) -> Iterator[None]:
@@ -241,12 +281,17 @@ class _Steps:
     def step(self) -> None:
         """Counts the optimizer's step over all gradients, then frees them."""
         if not self.settings.step_in_backward and not self.remote:
-            self.live.touch("optimizer", max(map(self._temporary, self.parameters)))
+            self.live.touch("optimizer", max(map(self._temporary, self.parameters)) // self.ranks)
+        if self.shards is not None:
+            self.shards.stepped()
         self.masters.clear()
         for parameter in self.parameters:
             parameter.grad = None
 
     def _receive(self, parameter: nn.Parameter) -> None:
+        if self.shards is not None:
+            self.shards.receive(parameter)
+            return
         gradient = parameter.grad
         if self.mastered or self.remote:
             parameter.grad = None
@@ -294,6 +339,11 @@ def _state_bytes(parameter: nn.Parameter, settings: TrainConfig, device: str) ->
         if parameter.numel() < 4096 or parameter.numel() % block:
             settings = dataclasses.replace(settings, optimizer="adamw")
     return int(bytes_per_parameter(settings, device)["optimizer"] * parameter.numel())
+
+
+def _shared(size: int, micro: int, ranks: int) -> int:
+    """Sequences that a rank takes of a batch that is split into micro-batches."""
+    return sum(part(min(micro, size - start), ranks) for start in range(0, size, micro))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -114,7 +114,7 @@ class Distill(TrainingStage):
             folder=work.scratch,
             title=work.title,
         )
-        save(student, load_tokenizer(data), work.output)
+        save(student, load_tokenizer(data), work.output, self.train)
         flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
         return {**facts, **training_facts(result, flops)}
 
@@ -149,8 +149,7 @@ class Distill(TrainingStage):
         config, model = self.config, meta.model().eval()
         if config.kind == "resident":
             model.to(self._teacher_dtype(meta.stored))
-        share = {"resident": 1.0, "streamed": meta.streamed_share(model)}.get(config.kind, 0.0)
-        meta.hold(model.parameters(), "teacher", share)
+        meta.hold_teacher(model, {"resident": None, "streamed": meta.streamed_share(model)}.get(config.kind, 0.0))
         head = head_of(model)
         if config.kind == "cached":
             meta.hold([head.weight], "teacher")

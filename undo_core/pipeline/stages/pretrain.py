@@ -82,7 +82,7 @@ class Pretrain(TrainingStage):
             folder=work.scratch,
             title=work.title,
         )
-        save(model, load_tokenizer(data), work.output)
+        save(model, load_tokenizer(data), work.output, self.train)
         flops = 3 * forward_flops(model, sequences.length) * result.positions["text"]
         return {**facts, **training_facts(result, flops)}
 

@@ -60,6 +60,10 @@ class Relearn(TrainingStage):
     def retrained(self, **settings: Any) -> Self:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **settings))
 
+    @property
+    def drawn(self) -> list[int]:
+        return list(self.config.sequences().values())
+
     def flag(self, name: str) -> str:
         return name
 
@@ -81,7 +85,7 @@ class Relearn(TrainingStage):
                 name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
                 for name, sequences in tests.items()
             }
-        save(model, load_tokenizer(data), work.output)
+        save(model, load_tokenizer(data), work.output, self.training)
         curve = [{"step": step, **point} for step, point in points.items()]
         passes = self._passes()
         flops = sum(

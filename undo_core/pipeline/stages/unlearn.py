@@ -68,7 +68,7 @@ class Unlearn(TrainingStage):
         result = unlearn(
             model, forget=forget, retain=retain, config=config, evaluate=metrics, folder=work.scratch, title=work.title
         )
-        save(model, load_tokenizer(data), work.output)
+        save(model, load_tokenizer(data), work.output, config.train)
         costs = unlearn_flops(model, config, forget.length)
         flops = sum(costs[name] * count for name, count in result.positions.items())
         read = {name: result.tokens.get(name, 0) for name in ("forget", "retain")}

@@ -1,0 +1,115 @@
+"""The folder of a stage that several machines build at once, or that one takes over from another."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from stage_kinds import Counted
+
+from undo_core.io import locks
+from undo_core.io.locks import LockLostError
+from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.store import Store
+
+processes = multiprocessing.get_context("fork")
+
+
+def build(host: str, root: Path, stage: Stage, code: int = 0) -> None:
+    socket.gethostname = lambda: host
+    try:
+        Store(root).ensure(stage)
+    except LockLostError as error:
+        assert "this process was stopped" in str(error)
+        os._exit(7)
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """Starts a build on a machine of a name; leases are short."""
+    monkeypatch.setattr(locks, "LEASE", 1.5)
+    monkeypatch.setattr(locks, "RENEWAL", 0.1)
+    started = []
+
+    def start(host: str, root: Path, stage: Stage) -> multiprocessing.Process:
+        started.append(processes.Process(target=build, args=(host, root, stage)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for_lines(root: Path, stage: Stage, count: int) -> None:
+    lines = root / f".{stage.name}.partial" / "lines"
+    until = time.monotonic() + 20
+    while not (lines.exists() and len(lines.read_text().splitlines()) >= count):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_two_machines_build_a_stage_once(tmp_path, machines):
+    stage = Counted(pause=0.1)
+    builders = [machines(host, tmp_path, stage) for host in ("a", "b", "c")]
+    for builder in builders:
+        builder.join(30)
+    assert [builder.exitcode for builder in builders] == [0] * 3
+    lines = (tmp_path / stage.name / "lines").read_text().splitlines()
+    assert len(lines) == 3 and len({line.split()[1] for line in lines}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [stage.name]
+
+
+def test_another_machine_continues_the_work_of_a_lost_one(tmp_path, machines, capfd):
+    stage = Counted(pause=0.2, steps=6)
+    lost = machines("lost", tmp_path, stage)
+    wait_for_lines(tmp_path, stage, 2)
+    lost.kill()
+    other = machines("other", tmp_path, stage)
+    other.join(30)
+    hosts = [line.split()[1] for line in (tmp_path / stage.name / "lines").read_text().splitlines()]
+    assert hosts[:2] == ["lost"] * 2 and hosts[-1] == "other" and len(hosts) == 6
+    said = capfd.readouterr().out.splitlines()
+    assert said == [
+        f"{stage.name}: another process is building it; waiting",
+        f"{stage.name}: process {lost.pid} on lost has given no sign of life for 1.5 s; this process continues its work",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [stage.name]
+
+
+def test_a_builder_that_was_stopped_publishes_nothing(tmp_path, machines):
+    stage = Counted(pause=0.2, steps=8)
+    stopped = machines("stopped", tmp_path, stage)
+    wait_for_lines(tmp_path, stage, 2)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    other = machines("other", tmp_path, stage)
+    until = time.monotonic() + 20
+    while not (tmp_path / f".{stage.name}.partial.1").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(stopped.pid, signal.SIGCONT)
+    for process in (stopped, other):
+        process.join(30)
+    assert (stopped.exitcode, other.exitcode) == (7, 0)
+    hosts = [line.split()[1] for line in (tmp_path / stage.name / "lines").read_text().splitlines()]
+    assert len(hosts) == 8 and set(hosts[3:]) == {"other"}
+
+
+def test_a_lock_lost_at_the_last_moment_publishes_nothing(tmp_path, monkeypatch):
+    stage, store = Counted(), Store(tmp_path)
+    monkeypatch.setattr("undo_core.pipeline.store.versions", lambda: (tmp_path / f".{stage.name}.lock.1").unlink() or {})
+    with pytest.raises(LockLostError):
+        store.ensure(stage)
+    assert not store.done(stage) and [path.name for path in tmp_path.iterdir()] == [f".{stage.name}.partial"]
+
+
+def test_names_that_begin_alike_are_kept_apart(tmp_path):
+    stage = Counted()
+    for name in (f".{stage.name}.partial.x", f".{stage.name}.partial.2.partial", f".{stage.name}.partials"):
+        (tmp_path / name).mkdir()
+    Store(tmp_path).ensure(stage)
+    assert len(list(tmp_path.iterdir())) == 4

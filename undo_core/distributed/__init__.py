@@ -1,0 +1,35 @@
+"""Several processes that train one model: their process group, sharded models, and what must be alike on every rank."""
+
+from undo_core.distributed.ranks import (
+    OtherRankFailed,
+    count,
+    device,
+    end,
+    explained,
+    first_to_fail,
+    gather,
+    on_first,
+    rank,
+    share,
+    start,
+    stop,
+    total,
+    wait_for_all,
+)
+
+__all__ = [
+    "OtherRankFailed",
+    "count",
+    "device",
+    "end",
+    "explained",
+    "first_to_fail",
+    "gather",
+    "on_first",
+    "rank",
+    "share",
+    "start",
+    "stop",
+    "total",
+    "wait_for_all",
+]

@@ -1,0 +1,184 @@
+"""The processes that train one model together: their number, what the first of them decides, and how one failure ends all.
+
+``torchrun`` starts the processes and describes them in environment variables. Rank 0 alone draws progress bars, writes files and
+decides; the others follow. A process that runs alone is rank 0 of one, for which every function here returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from undo_core.io.progress import console, send_updates_to
+
+T = TypeVar("T")
+PATIENCE = datetime.timedelta(days=7)  # while rank 0 prepares data or writes a checkpoint, the other ranks wait
+LAST_WORDS = 5.0  # seconds in which rank 0 reports its error before the others end
+
+
+class OtherRankFailed(RuntimeError):
+    """Raised on the other ranks when rank 0 fails; rank 0 itself raises the error and reports it."""
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: number of processes.
+        device: device that this process computes on.
+        control: process group for decisions, on CPUs.
+        store: key-value store that outlives a failed process.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    control: dist.ProcessGroup
+    store: dist.Store
+
+
+_ranks: _Ranks | None = None
+
+
+def start() -> None:
+    """Joins the processes that ``torchrun`` started; does nothing in a process that runs alone, or when called again.
+
+    Each process takes the GPU of its number on the machine, with NCCL; without GPUs they communicate by gloo.
+    """
+    global _ranks
+    if _ranks is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
+    _ranks = _Ranks(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE), store)
+    if rank:
+        send_updates_to(lambda update: None)
+        console.quiet = True
+
+
+def stop() -> None:
+    """Leaves the processes that :func:`start` joined."""
+    global _ranks
+    if _ranks is not None:
+        dist.destroy_process_group()
+        _ranks = None
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return 0 if _ranks is None else _ranks.rank
+
+
+def count() -> int:
+    """Number of processes; 1 for a process that runs alone."""
+    return 1 if _ranks is None else _ranks.count
+
+
+def device() -> torch.device:
+    """Device that this process computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if _ranks is None else _ranks.device
+
+
+def control() -> dist.ProcessGroup | None:
+    """Process group on CPUs that waits for days; None in a process that runs alone."""
+    return None if _ranks is None else _ranks.control
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Calls ``function`` on rank 0, as in a process that runs alone, and returns its result on every rank; the others wait.
+
+    Raises:
+        OtherRankFailed: on the other ranks, if ``function`` raised an error on rank 0.
+    """
+    global _ranks
+    if _ranks is None:
+        return function()
+    answer: list[Any] = [None, None]
+    error: BaseException | None = None
+    together = _ranks
+    if together.rank == 0:
+        try:
+            _ranks = None
+            answer = [True, function()]
+        except BaseException as raised:
+            answer, error = [False, None], raised
+        finally:
+            _ranks = together
+    dist.broadcast_object_list(answer, src=0, group=together.control)
+    if error is not None:
+        raise error
+    if not answer[0]:
+        time.sleep(LAST_WORDS)
+        raise OtherRankFailed("rank 0 failed")
+    return answer[1]
+
+
+def gather(value: T) -> list[T]:
+    """Returns the values of all ranks on every rank, in their order."""
+    if _ranks is None:
+        return [value]
+    found: list[Any] = [None] * _ranks.count
+    dist.all_gather_object(found, value, group=_ranks.control)
+    return found
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has called it."""
+    if _ranks is not None:
+        dist.barrier(group=_ranks.control)
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of the ranks' tensors of one shape, without a gradient; for a process that runs alone, the tensor itself."""
+    if _ranks is None:
+        return tensor
+    summed = tensor.detach().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def share(size: int) -> tuple[int, int]:
+    """Returns start and end of this rank's part of ``size`` things; the parts are contiguous and differ by at most one."""
+    least, more = divmod(size, count())
+    start = rank() * least + min(rank(), more)
+    return start, start + least + (rank() < more)
+
+
+def first_to_fail() -> bool:
+    """Whether this rank is the first that reports a failure, so that one failure gives one message."""
+    if _ranks is None:
+        return True
+    with contextlib.suppress(RuntimeError):  # the store is gone if the process that held it was killed
+        return _ranks.store.add("undo/failures", 1) == 1
+    return True
+
+
+def end(code: int) -> None:
+    """Ends this process without waiting for the others, as nothing can be agreed any more; ``torchrun`` then ends them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def explained(error: BaseException) -> str:
+    """Describes an error that ends the run on this rank: its own, or the loss of another rank."""
+    own = f"rank {rank()} of {count()}"
+    text = " ".join(str(error).split())
+    if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
+        return f"{own} lost another rank, which was killed or cannot be reached; the same command continues ({text[:200]})"
+    return f"{own}: {type(error).__name__}: {text}"
