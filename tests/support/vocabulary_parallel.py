@@ -32,6 +32,7 @@ from vocabulary_parallel_checks import (
     peaked,
     recomputed,
     refused,
+    several_chunks,
     single,
     sixteen_bits,
     traffic,
@@ -93,7 +94,7 @@ def essential_cases():
         dense, where="reference", plan="direct", kind="reverse", reduction="mean", options=OPTIONS[1], dtype=torch.float64
     )
     found["cpu 16 bits"] = functools.partial(sixteen_bits, where="cpu", plan="recompute")
-    found |= {"agree": agree, "recomputed": recomputed, "refused": refused}
+    found |= {"several chunks": several_chunks, "agree": agree, "recomputed": recomputed, "refused": refused}
     return found
 
 

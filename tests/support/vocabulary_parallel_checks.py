@@ -11,7 +11,7 @@ from rounding import assert_as_exact_as, probability_error, relative
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
-from undo_kernels import backend, ops, recorded
+from undo_kernels import backend, cpu, ops, recorded
 from undo_kernels.vocabulary_shard import bytes_exchanged
 from vocab_losses import computed_in, divergence, draw, gradients, logits, near_logits, values
 
@@ -313,6 +313,22 @@ def few_entries(p, where, plan):
     assert loss == 0 and all((g == 0).all() for g in gradients(loss, leaves))
 
 
+def several_chunks(p):
+    """Tokens in several chunks are exchanged together."""
+    before, cpu.plan._CHUNK = cpu.plan._CHUNK, 8
+    try:
+        for kind in KINDS:
+            dense(p, "cpu", "recompute", kind, "mean", {})
+        labels_beside(p, "cpu", "recompute")
+        traffic(p, "cpu", "recompute")
+        h, w, _, _ = draw(TOKENS, VOCABULARY, WIDTH, 7)
+        with torch.no_grad(), collectives() as seen:
+            ops.linear_lse(h, p.shard(w), plan="recompute")
+        assert [op for op, _ in seen] == ["max", "sum"], seen
+    finally:
+        cpu.plan._CHUNK = before
+
+
 def agree(p):
     """Two calls give the same bits; all processes get the same loss and hidden gradient; the weight's gradient stays sharded."""
     h, w, th, tw = draw(TOKENS, VOCABULARY, WIDTH, 7)
@@ -352,14 +368,20 @@ def sixteen_bits(p, where, plan):
     for dtype in (torch.bfloat16, torch.float16):
         h, w, th, tw = draw(TOKENS, VOCABULARY, 32, 32, dtype=dtype)
         w += 20  # a common component, which cancels in the sum over the vocabulary but in no part of it
-        leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
-        with on(where, plan):
-            found = gradients(ops.linear_kl_div(leaves[0], p.shard(leaves[1]), th, p.shard(tw), plan=plan), leaves)
+
+        def found(head, other, dtype=dtype, h=h, w=w, th=th):
+            leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+            with on(where, plan):
+                got = gradients(ops.linear_kl_div(leaves[0], head(leaves[1]), th, other, plan=plan), leaves)
+            assert all(gradient.dtype == dtype for gradient in got)
+            return got
+
         exact = [t.double().requires_grad_() for t in (h, w)]
         wanted = gradients(divergence(logits(*exact), logits(th, tw), "forward").mean(), exact)
-        for got, want in zip((found[0], p.whole(found[1].float())), wanted, strict=True):
-            assert got.dtype == dtype or got.dtype == torch.float32
-            assert relative(got, want) < 0.01, (dtype, relative(got, want))
+        shared, alone = found(p.shard, p.shard(tw)), found(lambda w: w, tw)
+        for got, one, want in zip((shared[0], p.whole(shared[1].float())), alone, wanted, strict=True):
+            # One process with 16-bit products rounds the gradient by the logits, which the common component makes large.
+            assert relative(got, want) < max(0.01, 2 * relative(one, want)), (dtype, relative(got, want), relative(one, want))
 
 
 def refused(p):

@@ -119,8 +119,10 @@ class _Run:
         """Runs the passes and returns the result."""
         if recording():
             self._record()
-        # Each part goes through all passes before the next one: a chunk whose logits are kept, or all chunks.
-        parts = [[chunk] for chunk in self.chunks] if self.plan.outer == "tokens" else [self.chunks] * bool(self.chunks)
+        # Each part goes through all passes before the next one: a chunk whose logits are kept, or all chunks. Processes that share
+        # a head exchange once.
+        single = self.plan.outer == "tokens" and self.shard is None
+        parts = [[chunk] for chunk in self.chunks] if single else [self.chunks] * bool(self.chunks)
         for part in parts:
             self._statistics(part)
             self._mixtures(part)
