@@ -194,7 +194,7 @@ def _acquire(path: Path, waiting: str) -> Hold:
             if _create(file):
                 if [claim for claim in _claims(path) if _file(path, claim.number, claim.free) != file] == claims:
                     for claim in claims:
-                        _file(path, claim.number, claim.free).unlink()
+                        _file(path, claim.number, claim.free).unlink(missing_ok=True)
                     return Hold(file, number, None if last is None or last.free else reason)
                 file.unlink()  # the claims had changed in the meantime: an owner was only slow, or another process was faster
         elif not said:

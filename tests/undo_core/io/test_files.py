@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from undo_core.io.files import read_json, write_json
+from undo_core.io.files import read_json, see_changes, write_json
 
 
 def write_often(path: Path, value: int) -> None:
@@ -23,6 +23,12 @@ def test_two_processes_may_replace_the_same_file(tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert read_json(path) in ([1] * 50, [2] * 50) and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_to_see_the_changes_of_others_leaves_none(tmp_path):
+    before = tmp_path.stat().st_mtime_ns
+    see_changes(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and tmp_path.stat().st_mtime_ns > before, "a change that a file server sees"
 
 
 WITHOUT_POSIX = """

@@ -103,7 +103,7 @@ def count(path: Path, times: int) -> None:
 
 def test_machines_that_contend_hold_it_one_at_a_time(path, start, monkeypatch):
     """The first claim is that of a lost machine: all of them see it expire at the same time."""
-    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(locks, "LEASE", 3.0)  # a busy machine may stop a process for long
     owner = owned(path, start, "lost")
     owner.kill()
     (path.parent / "counter").write_text("0")
@@ -135,7 +135,7 @@ def slowly(path: Path, held, clock: Callable[[int], float]) -> None:
 
 
 def test_slow_owners_keep_it_whatever_their_clocks_say(tmp_path, start, monkeypatch):
-    monkeypatch.setattr(locks, "LEASE", 2.0)  # a busy machine may stop a process for long
+    monkeypatch.setattr(locks, "LEASE", 3.0)
     clocks = [lambda tick: time.time(), lambda tick: 4e9 - 100 * tick, lambda tick: tick]
     paths = [tmp_path / str(index) / "lock" for index in range(3)]
     for path, clock in zip(paths, clocks, strict=True):

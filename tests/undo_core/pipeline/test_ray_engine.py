@@ -9,7 +9,7 @@ import yaml
 from undo_core.cli import main
 from undo_core.pipeline import launcher
 from undo_core.pipeline.graph import graph_of
-from undo_core.pipeline.ray_engine import tasks_of
+from undo_core.pipeline.ray_engine import Place, tasks_of
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 
@@ -102,3 +102,10 @@ def test_a_run_that_cannot_be_shared_by_its_processes_cannot_begin(sweep, capsys
         said = " ".join(capsys.readouterr().out.split())
         refused = "got micro-batches of 2 sequences on 4 ranks" in said and "2 run(s) cannot" in said
         assert refused == bool(more) and "4 ranks" not in said.replace("on 4 ranks", "")
+
+
+def test_a_machine_that_does_not_share_the_folder_says_so(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"output: got .*/stages/\.sweep, which is not on .*; wanted folders that all machines share"
+    ):
+        Place(str(tmp_path), str(tmp_path / "stages" / ".sweep"), cpus=1, gpus=0).enter()

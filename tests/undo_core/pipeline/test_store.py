@@ -30,7 +30,7 @@ def build(host: str, root: Path, stage: Stage, code: int = 0) -> None:
 @pytest.fixture
 def machines(monkeypatch):
     """Starts a build on a machine of a name; leases are short."""
-    monkeypatch.setattr(locks, "LEASE", 1.5)
+    monkeypatch.setattr(locks, "LEASE", 2.5)
     monkeypatch.setattr(locks, "RENEWAL", 0.1)
     started = []
 
@@ -76,7 +76,7 @@ def test_another_machine_continues_the_work_of_a_lost_one(tmp_path, machines, ca
     said = capfd.readouterr().out.splitlines()
     assert said == [
         f"{stage.name}: another process is building it; waiting",
-        f"{stage.name}: process {lost.pid} on lost has given no sign of life for 1.5 s; this process continues its work",
+        f"{stage.name}: process {lost.pid} on lost has given no sign of life for 2.5 s; this process continues its work",
     ]
     assert [path.name for path in tmp_path.iterdir()] == [stage.name]
 
