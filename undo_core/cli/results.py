@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from undo_core.cli.folders import check_checkpoint, check_prepared
+from undo_core.checkpoints.files import check_checkpoint
+from undo_core.cli.folders import check_prepared
 from undo_core.data.questions import DESCRIPTION
 from undo_core.io.progress import console
 

@@ -179,7 +179,9 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert main(["sweep", path]) == 1
     out = tmp_path / "out"
     file, package, bad = capsys.readouterr().err.splitlines()
-    assert file.startswith("undo: failed: file, seed 0: plan: FileNotFoundError: data: got none.txt, which is not a file")
+    assert file.startswith(
+        "undo: failed: file, seed 0: plan: FileNotFoundError: data.retain: got none.txt, which is not a file"
+    )
     assert package.startswith("undo: failed: package, seed 0: plan: ModuleNotFoundError: kind: got lora, which needs a_package")
     assert bad == "undo: failed: bad, seed 0: bad: unlearn maxent: RuntimeError: half way"
     assert (out / "runs" / "good" / "results-seed0.json").exists() and not (out / "runs" / "bad").exists()
