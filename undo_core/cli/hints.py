@@ -34,7 +34,7 @@ _UNKNOWN = (  # jsonargparse's messages about unknown names
 )
 
 
-_AMBIGUOUS = re.compile(r"ambiguous option: --(?P<given>(?P<key>[^\s=]+).*?) could match (?P<flags>--.*)")
+_AMBIGUOUS = re.compile(r"ambiguous option: --(?P<given>[^\s=]+.*?) could match (?P<flags>--[\w.]+\+?(, --[\w.]+\+?)*)")
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -62,9 +62,10 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
     """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name."""
     if match := _AMBIGUOUS.search(message):
         flags = [flag for flag in match["flags"].split(", ") if not flag.endswith(("+", ".help"))]
-        if len(flags) > 1:
-            return f"ambiguous option: --{match['given']} could match {', '.join(flags)}"
-        return f"unrecognized arguments: --{match['given']}; did you mean {flags[0].removeprefix('--')}?"
+        said = f"ambiguous option: --{match['given']} could match {', '.join(flags)}"
+        if len(flags) == 1:
+            said = f"unrecognized arguments: --{match['given']}; did you mean {flags[0].removeprefix('--')}?"
+        return message[: match.start()] + said + message[match.end() :]
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
             given = match.groupdict()
