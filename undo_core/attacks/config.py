@@ -75,7 +75,7 @@ class AttackConfig:
         rates: learning rates of the grid, each constant after one warm-up step.
         evaluate_at: steps at which the attacked model is evaluated; the last one is the length of the attack.
         headline_step: step at which reports quote the worst case; one of ``evaluate_at``.
-        extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies.
+        extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies; 0 for never.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
             fine-tuning.
         batch_size: sequences in a step.

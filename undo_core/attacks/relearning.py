@@ -90,6 +90,11 @@ def relearn(
 ) -> dict[Trial, TrainResult]:
     """Attacks copies of ``model`` at every rate of the grid, and extends the grid while the worst rate is at its end.
 
+    The grid grows because a worst rate at its end says that a stronger attack may lie beyond it. After the configured rates, if
+    the worst rate at ``config.headline_step`` is the largest, twice that rate is tried; if it is the smallest, half of it. This
+    repeats until the worst rate lies inside the grid, at most ``config.extend`` times (by default 3, so that 2 rates may become
+    5). ``AttackConfig(extend=0)`` tries only the rates that are given.
+
     Args:
         model: not changed; each trial works on a copy.
         forget: text of the forgotten capability: token sequences, a function of the step, or an iterable of batches that can be
@@ -104,8 +109,12 @@ def relearn(
         progress: whether to show progress bars.
 
     Returns:
-        The result of each trial, ``{trial: result}``. ``trial.rate`` is the learning rate and ``trial.order`` the data order;
-        ``result.history`` has the metrics at each evaluated step.
+        The result of each trial, ``{trial: result}``, in the order in which they ran. A key is a :class:`Trial`: ``trial.rate``
+        is the learning rate, and ``trial.order`` counts the data orders of that rate from 0 (always 0 unless ``config.seeds`` is
+        above 1). A value's ``history`` is the relearning curve, a list with ``step`` and the metrics of each evaluation::
+
+            for trial, result in relearn(model, forget, config, evaluate=metrics).items():
+                print(trial.rate, {point["step"]: point["forget"] for point in result.history})
 
     Memory: one copy of the model with its optimizer state at a time.
 

@@ -77,6 +77,19 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def check_checkpoint(name: str, folder: Path) -> None:
+    """Raises a FileNotFoundError that begins with ``name``, the key or argument, unless ``folder`` holds a checkpoint."""
+    if (folder / CONFIG).is_file():
+        return
+    what, wanted = f"which has no {CONFIG}", "wanted a Hugging Face checkpoint folder"
+    if not folder.exists():
+        what = "a folder that does not exist"
+        owner = folder.parent
+        if len(folder.parts) == 2 and owner.name not in ("", "..", "~") and not owner.exists():  # as a model's name on the hub
+            wanted += f"; for a model of the Hugging Face hub, download it first: hf download {folder} --local-dir {folder}"
+    raise FileNotFoundError(f"{name}: got {folder}, {what}; {wanted}")
+
+
 def named_weight_files(folder: Path) -> list[Path]:
     """Returns the paths of :func:`weight_files` without requiring that they exist.
 

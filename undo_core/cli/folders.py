@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from undo_core import distributed
+from undo_core.checkpoints.files import check_checkpoint
 from undo_core.io.files import read_json
 from undo_core.io.progress import console
 from undo_core.noise.model import TensorNoise, by_kind
@@ -38,12 +39,6 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
     if not quiet:
         console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))
     return read_json(output / MANIFEST)
-
-
-def check_checkpoint(name: str, folder: Path) -> None:
-    """Raises a FileNotFoundError unless ``folder`` holds a checkpoint."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name}: got {folder}, which has no config.json; wanted a Hugging Face checkpoint folder")
 
 
 def check_prepared(folder: Path) -> None:

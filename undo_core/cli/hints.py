@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import pydoc
 import re
+from argparse import Action
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -33,8 +34,22 @@ _UNKNOWN = (  # jsonargparse's messages about unknown names
 )
 
 
+_AMBIGUOUS = re.compile(r"ambiguous option: --(?P<given>[^\s=]+.*?) could match (?P<flags>--[\w.]+\+?(, --[\w.]+\+?)*)")
+
+
 class HelpFormatter(DefaultHelpFormatter):
-    """Help formatter that wraps the paragraphs of a description and leaves its indented examples unchanged."""
+    """Help formatter that wraps the paragraphs of a description and leaves its indented examples unchanged.
+
+    It leaves out the forms of flags that end in +, with which jsonargparse appends to a list.
+    """
+
+    def _format_action_invocation(self, action: Action) -> str:
+        flags = action.option_strings
+        action.option_strings = [flag for flag in flags if not flag.endswith("+")]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = flags
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = re.split(r"\n\s*\n", text.strip("\n"))
@@ -45,6 +60,12 @@ class HelpFormatter(DefaultHelpFormatter):
 
 def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
     """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name."""
+    if match := _AMBIGUOUS.search(message):
+        flags = [flag for flag in match["flags"].split(", ") if not flag.endswith(("+", ".help"))]
+        said = f"ambiguous option: --{match['given']} could match {', '.join(flags)}"
+        if len(flags) == 1:
+            said = f"unrecognized arguments: --{match['given']}; did you mean {flags[0].removeprefix('--')}?"
+        return message[: match.start()] + said + message[match.end() :]
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
             given = match.groupdict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core import distributed
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
-from undo_core.cli.folders import build, check_checkpoint, check_prepared, print_left, print_noise
+from undo_core.checkpoints.files import check_checkpoint
+from undo_core.cli.folders import build, check_prepared, print_left, print_noise
 from undo_core.distillation.cache import FACTS
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json, write_json
@@ -51,6 +53,7 @@ def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnC
         config: method and training.
     """
     build(output, Unlearn(config=config, prepared=_folder(data), model=_folder(model)))
+    console.print(f"to see what it has forgotten: undo evaluate {shlex.quote(output)} {shlex.quote(data)}", soft_wrap=True)
     return 0
 
 
@@ -87,8 +90,8 @@ def noise(
         layers: noise only these layers, such as 0-3,7.
         parts: which part of a multimodal model is noised: text (its decoder, embeddings and head) or all.
         stochastic_rounding: round 16-bit parameters stochastically; false rounds to nearest.
-        replay: write N itself to OUTPUT/noise.safetensors, for audit, for the parameters that match this glob ('*' for all);
-            the model is not changed. With - as OUTPUT, print norms, hashes and first values.
+        replay: write N itself to OUTPUT/noise.safetensors for the parameters that match this glob ('*' for all), and no model:
+            it shows which noise a damaged checkpoint received. With - as OUTPUT, print norms, hashes and first values.
     """
     rules = (*rules, *(() if layers is None else (outside(layers),)))
     drawn: dict[str, Any] = {"law": law, "seed": seed, "std": std, "rules": rules}

@@ -155,10 +155,12 @@ class DataConfig:
         """Measure of performance: accuracy of the answers, or, for text without answers, cross-entropy (loss)."""
         return "loss" if self.kind == "text" and not self.questions else "accuracy"
 
-    def sources(self) -> list[str]:
-        """Every file and Hugging Face Hub data set that is read."""
-        asked = [path for questions in self.questions.chosen().values() for path in (*questions.files, *questions.examples)]
-        return [*self.retain, *self.forget, *self.distill.sources, *asked]
+    def sources(self) -> list[tuple[str, str]]:
+        """Every file and Hugging Face Hub data set that is read, each with the key that names it."""
+        named = {"retain": self.retain, "forget": self.forget, "distill.sources": self.distill.sources}
+        for name, asked in self.questions.chosen().items():
+            named |= {f"questions.{name}.files": asked.files, f"questions.{name}.examples": asked.examples}
+        return [(f"data.{key}", source) for key, sources in named.items() for source in sources]
 
 
 def _check_sources(name: str, sources: Sources, budget: str, tokens: int | None) -> None:

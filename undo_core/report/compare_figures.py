@@ -194,7 +194,7 @@ def methods(settings: Sequence[Setting], points: Points) -> Figure:
 
 
 def robustness(settings: Sequence[Setting], points: Points) -> Figure:
-    """R against C by alpha: medians, with bars from the smallest to the largest seed."""
+    """R against C by alpha: means, with bars from the smallest to the largest seed."""
     units = [unit for unit in ("steps", "flops") if any(point.panel == unit for point in points)]
     figure, panels = new_figure(4.1 * len(units) + (1.2 if len(units) == 1 else 0), 4.5, 1, len(units), sharey=True)
     colours = _method_colours([setting.label for setting in settings])
@@ -213,7 +213,7 @@ def robustness(settings: Sequence[Setting], points: Points) -> Figure:
                 if not own:
                     continue
                 xs, ys = [float(p.x) for p in own], [p.y for p in own]
-                x, y = statistics.median(xs), statistics.median(ys)
+                x, y = statistics.fmean(xs), statistics.fmean(ys)
                 right, lowest, highest = max(right, *xs), min(lowest, *ys), max(highest, *ys)
                 if len(own) > 1:
                     axes.errorbar(

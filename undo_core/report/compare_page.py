@@ -60,7 +60,7 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
         "envelopes": f"{worst}, separately at every step (line); the edge of the band is the weakest attack at that step. "
         f"After {report.headline} steps each attack counts at its own headline step. Means over seeds. {stands}",
         "robustness": "Robustness R on the scale from unlearn only (0) to data filtering (1), against compute C, the training "
-        "over data filtering's, with a point for each α: medians, bars from the smallest to the largest seed. C includes the "
+        "over data filtering's, with a point for each α: means, bars from the smallest to the largest seed. C includes the "
         "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither "
         "R nor C.",
         "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest "

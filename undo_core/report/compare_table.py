@@ -15,7 +15,18 @@ from rich.text import Text
 from undo_core.report.claims import PUBLISHED, label_shares
 from undo_core.report.metrics import Stat
 from undo_core.report.points import COMPARED, Setting
-from undo_core.report.table import NONE, Cell, Notes, Table, markdown, model_marks, performance, rate, ratio_cell
+from undo_core.report.table import (
+    NONE,
+    Cell,
+    Notes,
+    Table,
+    markdown,
+    model_marks,
+    performance,
+    rate,
+    ratio_cell,
+    terminal_notes,
+)
 
 _TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
 _TEX |= {"^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--", "α": r"$\alpha$", "β": r"$\beta$", "−": "$-$"}
@@ -80,7 +91,7 @@ def latex(table: Table) -> str:
         cells = []
         for cell in row:
             spread = f" ({_tex(cell.spread)})" if cell.spread else ""
-            marks = f"$^{{{','.join(cell.marks)}}}$" if cell.marks else ""
+            marks = f"$^{{{','.join(sorted(cell.marks))}}}$" if cell.marks else ""
             cells.append(f"{_tex(cell.main)}{spread}{marks}")
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\hline", r"\end{tabular}"]
@@ -134,12 +145,12 @@ def terminal(table: Table) -> Group:
         rich.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=name == "model")
     before = ""
     for row in table.rows:
-        cells = [Text(f"{row[index].main} {row[index].marks}".rstrip()) for index in shown]
+        cells = [Text(f"{row[index].main} {row[index].noted}".rstrip()) for index in shown]
         if 0 in shown and row[0].main == before:
             cells[0] = Text("")
         before = row[0].main
         rich.add_row(*cells)
-    return Group(rich, *(Text(f"{mark}  {text}", style="yellow") for mark, text in table.notes.items()))
+    return Group(rich, *terminal_notes(table))
 
 
 def _attack(stat: Stat) -> str:

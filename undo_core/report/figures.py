@@ -243,11 +243,14 @@ def training(report: Report) -> Figure | None:
 
 
 def rates(report: Report) -> Figure | None:
-    """Forget performance against attack step at every learning rate, with one panel per model."""
+    """Forget performance against attack step at every learning rate, with one panel per model.
+
+    There is no figure if every attack has a single curve, which the relearning figure shows already.
+    """
     models = [model for model in report.models if model.attacks]
-    if not models:
+    if all(len(attack["curves"]) == 1 for model in models for attack in model.attacks.values()):
         return None
-    grid = sorted({c["rate"] for m in models for a in m.attacks.values() for c in a["curves"]})
+    grid = report.rates
     shades = {r: colormaps["cividis"](0.93 * i / max(1, len(grid) - 1)) for i, r in enumerate(grid)}
     columns = 2 if len(models) in (2, 4) else min(3, len(models))
     rows = -(-len(models) // columns)

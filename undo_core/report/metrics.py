@@ -23,6 +23,7 @@ from undo_core.report.attacks import Point, envelope
 FORMAT = 1
 MIN_DENOMINATOR = 0.1  # smallest denominator of R; below it, R is mostly evaluation noise
 DIVERGED = 1e30  # a loss of at least this stands for a model that diverged
+KEPT = 0.9  # a model that keeps more than this share of its forget performance has hardly forgotten
 KINDS = ("original", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
 STUDENTS = ("undo", "damaged", "gated", "random")  # models that are trained to the retain target
 LABELS = {
@@ -125,6 +126,16 @@ class ModelReport:
         return {seed: entry["attack"] for seed, entry in self.entries.items() if entry.get("attack")}
 
     @property
+    def rates(self) -> list[float]:
+        """Learning rates of the headline attack, in ascending order."""
+        return sorted({curve["rate"] for attack in self.attacks.values() for curve in attack["curves"]})
+
+    @property
+    def at_end_of_grid(self) -> bool:
+        """Whether in some seed the worst learning rate of the headline attack is the smallest or the largest that was tried."""
+        return any(attack.get("worst_at_end_of_grid") for attack in self.attacks.values())
+
+    @property
     def trainings(self) -> dict[int, dict[str, Any]]:
         """Training results by seed, for seeds that have one."""
         return {seed: entry["training"] for seed, entry in self.entries.items() if entry.get("training")}
@@ -179,6 +190,23 @@ class Report:
     def steps(self) -> list[int]:
         """Attack steps at which any model was evaluated."""
         return sorted({step for model in self.models for step in model.worst})
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates of the headline attack on any model, in ascending order."""
+        return sorted({rate for model in self.models for rate in model.rates})
+
+    @property
+    def hardly_forgotten(self) -> bool:
+        """Whether the unlearned model keeps more than :data:`KEPT` of the original's forget performance, before any attack.
+
+        Performance is the accuracy, or exp(-loss), which is the geometric mean of the tokens' probabilities.
+        """
+        ends = [model.metrics.get("forget") for kind in ("original", "unlearn") for model in self.of(kind)]
+        if len(ends) != 2 or not all(ends):
+            return False
+        before, after = (stat.mean for stat in ends)
+        return after > KEPT * before if self.higher else after < before - math.log(KEPT)
 
     @property
     def strongest(self) -> ModelReport | None:

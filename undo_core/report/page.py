@@ -140,7 +140,7 @@ def table_html(table: Table) -> str:
     for row in table.rows:
         cells = []
         for cell in row:
-            marks = f"<sup>{escape(cell.marks)}</sup>" if cell.marks else ""
+            marks = f"<sup>{escape(','.join(sorted(cell.marks)))}</sup>" if cell.marks else ""
             small = "".join(f"<small>{escape(text)}</small>" for text in (cell.spread, cell.remark) if text)
             cells.append(f"<td>{escape(cell.main)}{marks}{small}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")

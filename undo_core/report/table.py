@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from undo_core.report.attacks import Point, worst_by_attack
-from undo_core.report.metrics import DIVERGED, ModelReport, Order, Report, Stat
+from undo_core.report.metrics import DIVERGED, KEPT, ModelReport, Order, Report, Stat
 
 NONE = "–"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
@@ -24,6 +25,11 @@ class Cell:
     spread: str = ""
     remark: str = ""
     marks: str = ""
+
+    @property
+    def noted(self) -> str:
+        """The footnote marks as text, such as [a,b]; empty without marks."""
+        return f"[{','.join(sorted(self.marks))}]" if self.marks else ""
 
     @property
     def small(self) -> str:
@@ -137,7 +143,7 @@ def markdown(table: Table, names: int = 1) -> str:
     lines = ["| " + " | ".join(f"{name} ({unit})" if unit else name for name, unit in table.headers) + " |"]
     lines.append("|" + "|".join(["---"] * names + ["---:"] * (len(table.headers) - names)) + "|")
     for row in table.rows:
-        cells = [f"{c.main}{f' ({c.small})' if c.small else ''}{''.join(f' [{m}]' for m in c.marks)}" for c in row]
+        cells = [f"{c.main}{f' ({c.small})' if c.small else ''}{f' {c.noted}' if c.marks else ''}" for c in row]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n" + "".join(f"\n[{mark}] {text}\n" for mark, text in table.notes.items())
 
@@ -145,7 +151,7 @@ def markdown(table: Table, names: int = 1) -> str:
 def terminal(report: Report) -> Group:
     """Renders the table of results for a terminal of 80 columns.
 
-    Below each value is its range over seeds or, with one seed, the worst learning rate. Held-out performance, C in tokens and,
+    Below each value are its range over seeds or, with one seed, the worst learning rate, and its footnotes. Held-out performance, C in tokens and,
     with several seeds, all attack steps except the headline step are only on the page.
     """
     table = results_table(report)
@@ -154,28 +160,32 @@ def terminal(report: Report) -> Group:
     if several:
         left_out |= {h for h in table.headers if " after " in h[0] and h[0] != _after(report.headline)}
     shown = [index for index, header in enumerate(table.headers) if header not in left_out]
-    title = (
-        f"{report.title}: {'accuracy in %' if report.higher else 'loss in nats/token'}, relearning at the worst learning rate"
-    )
+    rates = "the worst learning rate" if len(report.rates) != 1 else f"the learning rate {rate(report.rates[0])}"
+    title = f"{report.title}: {'accuracy in %' if report.higher else 'loss in nats/token'}, relearning at {rates}"
     rich = RichTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]
         head = name.replace(" steps", "").replace(" after ", "\nafter\n") + (f"\n{unit}" if name == "C" else "")
-        rich.add_column(head, justify="right" if index else "left", vertical="top", no_wrap=True)
+        rich.add_column(head, justify="right" if index else "left", vertical="top", no_wrap=index > 0)
     for row in table.rows:
         cells = []
         for cell in (row[index] for index in shown):
             text = Text(cell.main)
-            if cell.marks:
-                text.append(f" {cell.marks}", style="yellow")
             small = cell.spread if several else cell.remark.removeprefix("at ")
             if small:
                 text.append(f"\n{small}", style="dim")
+            if cell.marks:
+                text.append(f"\n{cell.noted}", style="yellow")
             cells.append(text)
         rich.add_row(*cells)
-    lines = [Text(f"{mark}  {text}", style="yellow") for mark, text in table.notes.items()]
+    lines = terminal_notes(table)
     lines += [Text(order_sentence(order, report)) for order in report.orders[-1:] if order.holds is not None]
     return Group(rich, *lines)
+
+
+def terminal_notes(table: Table) -> list[Text]:
+    """Renders the footnotes of a table for a terminal, a line each."""
+    return [Text(f"[{mark}] {text}", style="yellow") for mark, text in table.notes.items()]
 
 
 def order_sentence(order: Order, report: Report) -> str:
@@ -260,14 +270,35 @@ class Notes:
 
 
 def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
-    """Marks of the footnotes on a model: in which seeds it is censored, and whether a stronger attack may exist."""
+    """Marks of the footnotes on a model.
+
+    They say whether the teacher has hardly forgotten, in which seeds the model is censored, and whether a stronger attack may
+    exist.
+    """
     marks = ""
+    if model.kind == "unlearn" and report.hardly_forgotten:
+        marks += notes.mark(hardly_forgotten(report))
     if model.censored:
         where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
         marks += notes.mark(f"censored{where}: reached its step limit before the retain target, and enters neither R nor C")
-    if any(attack.get("worst_at_end_of_grid") for attack in model.attacks.values()):
-        marks += notes.mark("the worst learning rate is at an end of the grid: a stronger attack may lie beyond it")
+    if model.at_end_of_grid:
+        marks += notes.mark(
+            "only one learning rate was tried: a stronger attack may exist at another"
+            if len(model.rates) == 1
+            else "the worst learning rate is at an end of the grid: a stronger attack may lie beyond it"
+        )
     return marks
+
+
+def hardly_forgotten(report: Report) -> str:
+    """Says why the teacher counts as having hardly forgotten, and what to do."""
+    why = "accuracy is more than nine tenths of the original's"
+    if not report.higher:
+        why = f"loss is less than {-math.log(KEPT):.3f} nats/token above the original's"
+    return (
+        f"the teacher has hardly forgotten, because its forget {why}: raise unlearn.train.steps or unlearn.train.lr before you "
+        "trust the rest"
+    )
 
 
 def ratio_cell(stat: Stat, notes: Notes) -> Cell:

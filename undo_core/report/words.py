@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
-from undo_core.report.table import number, ratio
+from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
 from undo_core.unlearning.config import ROBUST
 
@@ -27,7 +27,7 @@ def method_name(name: str) -> str:
 
 def opening(report: Report) -> str:
     """Describes what was done and the main results in one paragraph."""
-    parts = (_done(report), _before(report), _attacked(report), _ratios(report), _limits(report))
+    parts = (_done(report), _before(report), _forgotten(report), _attacked(report), _ratios(report), _limits(report))
     text = " ".join(part for part in parts if part)
     return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
 
@@ -38,15 +38,17 @@ def captions(report: Report) -> dict[str, str]:
         "Bands: smallest and largest seed." if len(report.seeds) > 1 else "Bands: 95 % intervals of the evaluation (one seed)."
     )
     better = "Lower is more robust." if report.higher else "Higher is more robust."
+    most, worst = "; at every step the learning rate that recovers most of it counts", " that is worst for the forget set"
+    if len(report.rates) == 1:
+        most, worst = f" at the learning rate {rate(report.rates[0])}", f" {rate(report.rates[0])}"
     seeds = " Small points and whiskers: the seeds." if len(report.seeds) > 1 else ""
     return {
-        "relearning": "Forget performance during the attack; at every step the learning rate that recovers most of it counts. "
-        f"The dashed line is the original model. {better} {band}",
+        "relearning": f"Forget performance during the attack{most}. The dashed line is the original model. {better} {band}",
         "compute": "Robustness R against compute C, with a point per α; models without R or C are left out (see the table). C "
         "includes the unlearning, whose steps are converted to steps of as many tokens as the student's; FLOPs also include "
         f"the teacher's forward passes. The diagonal is drawn for orientation.{seeds}",
         "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} attack steps "
-        "(filled) at the learning rate that is worst for the forget set; means over seeds.",
+        f"(filled) at the learning rate{worst}; means over seeds.",
         "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
         "reaches the target; a cross marks a student that reached its step limit first (censored).",
         "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
@@ -69,8 +71,8 @@ def definitions(report: Report) -> list[tuple[str, str]]:
     terms = {
         "retain, forget": f"{value}, on the test {scored} of what is to be kept and of what is to be forgotten",
         "held-out": "the same on problems that neither training nor an attack has seen",
-        "values": f"{several}; an interval covers only the sampling of the evaluated {scored}, neither training nor the choice "
-        "of the worst rate",
+        "values": f"{several}; an interval covers only the sampling of the evaluated {scored}, "
+        + ("not training" if len(report.rates) == 1 else "neither training nor the choice of the worst rate"),
         "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
         "separately at each step",
         "unlearn only": "the suppressed model, which is also the teacher",
@@ -111,7 +113,7 @@ def _over(report: Report) -> str:
     """Describes the set that a worst case is chosen from."""
     further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
     if not further:
-        return "the attack's learning rates"
+        return "the attack's learning rates" if len(report.rates) != 1 else "the attack's one learning rate"
     return (
         "all attacks and their learning rates; each attack counts with its last evaluation up to the step, and after "
         f"{report.headline} steps with that at its own headline step"
@@ -132,10 +134,13 @@ def _done(report: Report) -> str:
     text = f"The forget capability was suppressed{by}"
     if alphas:
         text += f"; copies of the result were damaged by noise (α = {', '.join(alphas)}) and distilled back on unlabeled text"
-    grid = sorted({c["rate"] for m in report.models for a in m.attacks.values() for c in a["curves"]})
-    if grid:
-        rates = f"{len(grid)} learning rates" if len(grid) > 1 else "one learning rate"
-        text += f"; every model but the original was then fine-tuned on the forget set at {rates}, of which the worst counts"
+    if report.rates:
+        rates = f"{len(report.rates)} learning rates, of which the worst counts"
+        if len(report.rates) == 1:
+            orders = any(len(attack["curves"]) > 1 for model in report.models for attack in model.attacks.values())
+            rates = f"one learning rate, {rate(report.rates[0])}"
+            rates += ", in several data orders, of which the worst counts" if orders else ""
+        text += f"; every model but the original was then fine-tuned on the forget set at {rates}"
         further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
         if further:
             text += (
@@ -166,21 +171,28 @@ def _before(report: Report) -> str:
     return f"Before the attack {'; '.join(parts)}." if parts else ""
 
 
+def _forgotten(report: Report) -> str:
+    text = hardly_forgotten(report)
+    return f"{text[0].upper()}{text[1:]}." if report.hardly_forgotten else ""
+
+
 def _attacked(report: Report) -> str:
     at = {model.name: model.worst[report.headline] for model in report.models if model.worst.get(report.headline)}
     if not at:
         return "No model was attacked, so nothing is known about robustness." if report.models else ""
     parts = [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("unlearn") if m.name in at]
     students = [m for m in report.of("undo") if m.name in at]
-    whole = [m for m in students if not m.censored]
-    if whole:
-        ordered = sorted(whole, key=lambda m: at[m.name].mean)
-        low, high = ordered[0], ordered[-1]
-        text = f"UNDO at {_say(at[low.name], report)} (α = {low.alpha:g})"
-        if high is not low:
-            lowest = number(at[low.name].mean, report.higher)
-            text = f"UNDO between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
-        parts.append(text)
+    for name, some in (
+        ("UNDO", [m for m in students if not m.censored]),
+        ("censored UNDO", [m for m in students if m.censored]),
+    ):
+        if some:
+            low, high = (side(some, key=lambda m: at[m.name].mean) for side in (min, max))
+            text = f"{name} at {_say(at[low.name], report)} (α = {low.alpha:g})"
+            if high is not low:
+                lowest = number(at[low.name].mean, report.higher)
+                text = f"{name} between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
+            parts.append(text)
     parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
     text = (
         f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, "
@@ -191,7 +203,8 @@ def _attacked(report: Report) -> str:
     censored = [m for m in report.models if m.censored]
     if censored:
         text += (
-            f" Censored, because they reached the step limit before the retain target: {_join([_name(m) for m in censored])}."
+            f" Censored, because training reached its step limit before the retain target: "
+            f"{_join([_name(m) for m in censored])}."
         )
     return text
 
@@ -216,10 +229,11 @@ def _limits(report: Report) -> str:
         if seeds == 1
         else f"Values are means over {seeds} seeds."
     )
-    at_end = [m for m in report.models if any(a.get("worst_at_end_of_grid") for a in m.attacks.values())]
+    if len(report.rates) == 1:
+        return f"{text} Only one learning rate was tried, so a stronger attack may exist."
+    at_end = [_name(m) for m in report.models if m.at_end_of_grid]
     if at_end:
-        names = _join([_name(m) for m in at_end])
-        text += f" The worst rate of {names} lies at an end of the grid, so a stronger attack may exist."
+        text += f" The worst rate of {_join(at_end)} lies at an end of the grid, so a stronger attack may exist."
     return text
 
 

@@ -8,6 +8,8 @@ from undo_core.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
+TEMPLATE = str(ROOT / "configs" / "hf-template.yaml")
+TEXT = [f"--data.retain=[{TEMPLATE}]", f"--data.forget=[{TEMPLATE}]"]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,16 @@ DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
         (["run", DEMO, "--relearn.headline_step=77"], ["headline_step", "77"]),
         (["frobnicate"], ["frobnicate"]),
         (["unlearn", "no-model", "out", "no-data"], ["no-data", "undo prepare"]),
-        (["noise", "no-model", "out", "--alpha=0.5"], ["model", "no-model", "config.json"]),
+        (["noise", "no-model", "out", "--alpha=0.5"], ["model: got no-model, a folder that does not exist"]),
+        (["noise", ".", "out"], ["model: got ., which has no config.json"]),
+        (
+            ["plan", TEMPLATE, "--model.path=google/gemma-2-2b", *TEXT],
+            ["model.path", "does not exist", "hf download google/gemma-2-2b --local-dir google/gemma-2-2b"],
+        ),
+        (
+            ["plan", TEMPLATE, "--model.path=.", f"--data.retain=[{TEMPLATE}]", "--data.forget=[b.txt]"],
+            ["data.forget: got b.txt"],
+        ),
         (["noise", "no-model", "out", "--alpha=1.5"], ["alpha", "1.5", "[0, 1]"]),
         (["report", "none.json", "--output=out"], ["none.json"]),
         (["report", "a", "b"], ["results", "a"]),

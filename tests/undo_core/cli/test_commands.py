@@ -102,7 +102,9 @@ def test_the_method_by_hand(checkpoint, capsys):
 
     before = hash_file(folder("teacher") / "model.safetensors")
     undo("unlearn", folder("model"), folder("teacher"), folder("data"), "--method=maxent", *small)
-    assert "already there" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already there" in printed
+    assert printed.splitlines()[-1] == f"to see what it has forgotten: undo evaluate {folder('teacher')} {folder('data')}"
     assert (
         main([str(a) for a in ("unlearn", folder("model"), folder("teacher"), folder("data"), "--method=graddiff", *small)])
         == 2

@@ -1,6 +1,7 @@
 """The command line's answers to a misspelt name, to a call without arguments, and to a shell that completes."""
 
 import importlib.util
+import re
 
 import pytest
 import yaml
@@ -19,6 +20,10 @@ DEMO = "configs/arithmetic-cpu.yaml"
         (["plan", DEMO, "--unlearn.trian.steps=3"], "did you mean unlearn.train.steps?"),
         (["plan", DEMO, "--alphas=[0.6]"], "did you mean noise.alphas or controls.gate.alphas or damage.alphas?"),
         (["plan", DEMO, "--unlearn.method=maxnet"], "did you mean maxent?"),
+        (["plan", DEMO, "--noise.alpha=[0.6, 0.3]"], "arguments: --noise.alpha=[0.6, 0.3]; did you mean noise.alphas?"),
+        (["plan", DEMO, "--data.f=x"], "unrecognized arguments: --data.f=x; did you mean data.forget?"),
+        (["plan", DEMO, "--data.v=x"], "ambiguous option: --data.v=x could match --data.valid_fraction, --data.vocab_size"),
+        (["noise", "model", "output", "--rule=[]"], "did you mean rules?"),
         (["noise", "model", "output", "--alhpa=0.6"], "did you mean alpha?"),
     ],
 )
@@ -74,6 +79,14 @@ def test_completion(capsys):
     assert main(["completion"]) == (0 if there else 2)
     printed = capsys.readouterr()
     assert "complete" in printed.out if there else "pip install 'undo-core[completion]'" in printed.err
+
+
+def test_help_hides_the_forms_of_flags_that_append(capsys):
+    for command, listed in (("run", "--noise.alphas [ITEM,...]\n"), ("evaluate", "--examples EXAMPLES")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        printed = capsys.readouterr().out
+        assert listed in printed and not re.search(r"--[\w.]+\+", printed)
 
 
 def test_help_keeps_its_examples(capsys):

@@ -267,7 +267,7 @@ def test_questions_are_part_of_the_key_and_only_where_there_are_some(tmp_path):
     keys.add(prepare_stage(data, model, 0).key)
     assert len(keys) == 3, "the files' contents count, those of examples too"
     dev.unlink()
-    with pytest.raises(FileNotFoundError, match=r"dev\.jsonl, which is not a file; check .*data\.questions"):
+    with pytest.raises(FileNotFoundError, match=r"data\.questions\.retain\.examples: got .*dev\.jsonl, which is not a file"):
         prepare_stage(data, model, 0)
 
 

@@ -82,7 +82,7 @@ def test_named_runs_overlays_and_the_grid_multiply(tmp_path):
     [
         ({}, ["grid, runs: got neither"]),
         ({"grid": {"noise.beta": []}}, ["grid.noise.beta: got no values"]),
-        ({"grid": {"noise.alpha": [0.1]}}, ["run alpha=0.1", "noise.alpha"]),
+        ({"grid": {"noise.alpha": [0.1]}}, ["run alpha=0.1", "did you mean noise.alphas?"]),
         ({"grid": {"noise.alphas": [[0.5], [1.5]]}}, ["run alphas=1.5", "1.5", "[0, 1]"]),
         ({"runs": [{"name": "../up"}]}, ["runs: got the name '../up'"]),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, ["runs: got the name 'a'"]),
@@ -179,7 +179,9 @@ def test_a_failed_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert main(["sweep", path]) == 1
     out = tmp_path / "out"
     file, package, bad = capsys.readouterr().err.splitlines()
-    assert file.startswith("undo: failed: file, seed 0: plan: FileNotFoundError: data: got none.txt, which is not a file")
+    assert file.startswith(
+        "undo: failed: file, seed 0: plan: FileNotFoundError: data.retain: got none.txt, which is not a file"
+    )
     assert package.startswith("undo: failed: package, seed 0: plan: ModuleNotFoundError: kind: got lora, which needs a_package")
     assert bad == "undo: failed: bad, seed 0: bad: unlearn maxent: RuntimeError: half way"
     assert (out / "runs" / "good" / "results-seed0.json").exists() and not (out / "runs" / "bad").exists()

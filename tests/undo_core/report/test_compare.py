@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from undo_core.report import derive
 from undo_core.report.attacks import envelope
 from undo_core.report.claims import claims
 from undo_core.report.compare import compare, comparison_table, load, write_comparison
+from undo_core.report.compare_figures import robustness
 from undo_core.report.compare_table import latex, methods_csv, methods_table
 from undo_core.report.points import FIGURES, plot_points
 from undo_core.report.table import attack_table
@@ -199,6 +201,21 @@ def test_data_filtering_is_trained_once_for_all_methods() -> None:
         values["config"]["relearn"] = {"batch_size": 8}  # another attack: nothing to compare with
     other = compare(loaded, "t")[1]
     assert other.lender is None and [p.seed for p in other.report.of("undo")[0].robustness.points] == [1]
+
+
+def test_the_figure_of_robustness_shows_what_the_table_says() -> None:
+    """Means over seeds in both; three seeds, because the mean of two is their median."""
+    settings = compare(methods(3), "t")
+    figure = robustness(settings, [point for point in plot_points(settings) if point.figure == "robustness"])
+    for axes, unit in zip(figure.axes, ("steps", "flops"), strict=True):
+        drawn = [line.get_xydata()[0] for line in axes.lines if len(line.get_xydata()) == 1]
+        students = [
+            model for setting in settings for model in setting.report.models if model.robustness and model.compute[unit]
+        ]
+        assert students and all(statistics.median(p.value for p in m.robustness.points) != m.robustness.mean for m in students)
+        for model in students:
+            shown = (model.compute[unit].mean, model.robustness.mean)
+            assert any(point == pytest.approx(shown) for point in drawn)
 
 
 def test_settings_are_named_by_what_tells_them_apart() -> None:

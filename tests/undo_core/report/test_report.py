@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from undo_core.report import backend, derive, terminal_table, write_report
-from undo_core.report.figures import spread_apart
+from undo_core.report.figures import rates, spread_apart
 from undo_core.report.metrics import ratio_of_robustness
-from undo_core.report.table import group_table
-from undo_core.report.words import opening
+from undo_core.report.page import table_html
+from undo_core.report.table import group_table, markdown, results_table
+from undo_core.report.words import captions, definitions, opening
 
 STEPS = [0, 20, 100]
 RATES = [1e-3, 4e-3]
@@ -71,7 +72,8 @@ def trained(steps: int, flops: float, reached: bool = True) -> dict[str, Any]:
 
 
 def model(kind: str, training: dict[str, Any], attacked: dict[str, Any] | None, alpha: float | None = None) -> dict[str, Any]:
-    metrics = {name: score(value) for name, value in {"retain": 0.95, "forget": 0.05, "heldout_forget": 0.06}.items()}
+    forget = 0.98 if kind == "original" else 0.05
+    metrics = {name: score(value) for name, value in {"retain": 0.95, "forget": forget, "heldout_forget": 0.06}.items()}
     metrics["retain"]["groups"] = {"+": score(0.96), "-": score(0.94)}
     name = f"undo-{alpha:g}" if alpha is not None else kind
     return {
@@ -124,6 +126,20 @@ def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def censor(result: dict[str, Any], name: str) -> None:
     entry(result, name)["training"] |= {"stop_step": None, "stop_tokens": None, "stop_flops": None, "limit_reached": True}
+
+
+def with_one_rate(result: dict[str, Any]) -> dict[str, Any]:
+    """The results of an attack with the first learning rate alone, which is then at both ends of the grid."""
+    for model in result["models"]:
+        if model["attack"]:
+            model["attack"] |= {"rates": RATES[:1], "curves": model["attack"]["curves"][:1], "worst_at_end_of_grid": True}
+    return result
+
+
+def printed(*results: dict[str, Any]) -> str:
+    console = Console(width=80, record=True, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(list(results)))
+    return console.export_text()
 
 
 def test_the_opening_says_what_the_damage_left() -> None:
@@ -322,8 +338,6 @@ def test_a_diverged_attack_and_the_end_of_the_grid(tmp_path: Any) -> None:
 
 
 def test_the_opening_quotes_the_numbers() -> None:
-    from undo_core.report.words import opening
-
     result = run()
     text = opening(derive([result], "title")).replace("\u00a0", " ")
     assert "the unlearn-only model is at 90.0 %, UNDO between 50.0 (α = 0.6) and 70.0 % (α = 0.2)" in text
@@ -333,15 +347,87 @@ def test_the_opening_quotes_the_numbers() -> None:
     assert "UNDO at 70.0 % (α = 0.2)" in text and "Censored" in text and "R = 0.67" not in text
 
 
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_the_opening_gives_undos_result_where_the_student_is_censored(kind: str) -> None:
+    results = [run(kind=kind)]
+    results[0]["models"] = [m for m in results[0]["models"] if m["alpha"] != 0.2]
+    censor(results[0], "undo-0.6")
+    text = opening(derive(results, "title")).replace("\u00a0", " ")
+    one, two = ("90.0 %", "50.0 %") if kind == "accuracy" else ("0.100 nats/token", "0.500 nats/token")
+    assert f"the unlearn-only model is at {one}, censored UNDO at {two} (α = 0.6), the random student" in text
+    assert "Censored, because training reached its step limit before the retain target: UNDO α=0.6." in text
+    results = [run(kind=kind)]
+    censor(results[0], "undo-0.6")
+    text = opening(derive(results, "title")).replace("\u00a0", " ")
+    assert f"censored UNDO at {two} (α = 0.6)" in text and text.count("UNDO at") == 2
+
+
+def test_the_words_fit_one_learning_rate() -> None:
+    result = with_one_rate(run())
+    report = derive([result], "title")
+    text = opening(report)
+    assert "on the forget set at one learning rate, 1e-3. Before" in text
+    assert "Only one learning rate was tried, so a stronger attack may exist." in text
+    shown = printed(result)
+    assert "relearning at the learning rate 1e-3" in shown and "[a] only one learning rate was tried" in shown
+    said = " ".join([text, shown, *captions(report).values(), *(meaning for _, meaning in definitions(report))])
+    assert not [words for words in ("of which the worst", "end of the grid", "worst rate", "rate that") if words in said]
+    assert rates(report) is None, "it would repeat the figure of relearning"
+    several = with_one_rate(run())
+    for model in several["models"]:
+        if model["attack"]:
+            model["attack"]["curves"] *= 2
+    report = derive([several], "title")
+    assert "at one learning rate, 1e-3, in several data orders, of which the worst counts" in opening(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "original", "unlearned", "warned"),
+    [
+        ("accuracy", 0.98, 0.90, True),  # nine tenths of it are 0.882
+        ("accuracy", 0.98, 0.88, False),
+        ("accuracy", 0.0, 0.0, False),  # nothing to forget
+        ("loss", 2.0, 2.1, True),  # exp(-0.1) = 0.905
+        ("loss", 2.0, 2.11, False),  # exp(-0.11) = 0.896
+        ("loss", 2.0, 3.4e38, False),
+    ],
+)
+def test_a_teacher_that_has_hardly_forgotten(kind: str, original: float, unlearned: float, warned: bool) -> None:
+    result = run(kind=kind)
+    for name, value in {"original": original, "unlearn": unlearned}.items():
+        entry(result, name)["metrics"]["forget"] = score(value)
+    shown, text = " ".join(printed(result).split()), opening(derive([result], "title"))
+    for said in (shown, text):
+        assert ("he teacher has hardly forgotten, because its forget" in said) == warned
+        assert ("raise unlearn.train.steps or unlearn.train.lr before you trust the rest" in said) == warned
+    result["models"] = result["models"][1:]
+    assert not derive([result], "title").hardly_forgotten, "without an original there is nothing to compare with"
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_terminal_table_fits_80_columns(seeds: int) -> None:
     results = [run(seed) for seed in range(seeds)]
     censor(results[0], "undo-0.6")
-    console = Console(width=80, record=True, file=io.StringIO(), color_system=None)
-    console.print(terminal_table(results))
-    text = console.export_text()
+    text = printed(*results)
     assert "…" not in text and "data filtering" in text and "censored" in text
     assert "90.0" in text and "0.33" in text
+
+
+def test_footnotes_do_not_look_like_part_of_a_name() -> None:
+    result = run()
+    censor(result, "undo-0.6")
+    entry(result, "undo-0.2")["attack"]["worst_at_end_of_grid"] = True
+    entry(result, "undo-0.6")["attack"]["worst_at_end_of_grid"] = True
+    lines = printed(result).splitlines()
+    names = [index for index, line in enumerate(lines) if line.strip().startswith("UNDO α=")]
+    assert [lines[index].split()[1] for index in names] == ["α=0.2", "α=0.6"]
+    assert [lines[index].split()[2] for index in names] == ["95.0", "95.0"], "the first number follows the name"
+    assert [lines[index + 1].split()[0] for index in names] == ["[a]", "[a,b]"]
+    assert any(line.startswith("[b] censored") for line in lines)
+    report = derive([result], "title")
+    table = results_table(report)
+    assert "| UNDO α=0.6 [a,b] | 95.0" in markdown(table)
+    assert "UNDO α=0.6<sup>a,b</sup>" in table_html(table)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from undo_core.checkpoints.files import INDEX, SINGLE, named_weight_files, stored_dtype
+from undo_core.checkpoints.files import CONFIG, INDEX, SINGLE, check_checkpoint, named_weight_files, stored_dtype
 from undo_core.data.limits import Limits
 from undo_core.data.splits import make_splits
 from undo_core.io.files import hash_file
@@ -98,20 +98,17 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
         ValueError: one of the files is only a Git LFS pointer.
     """
     data, model = seeded(data, seed, "data"), seeded(model, seed, "model")
-    files = [Path(path) for path in data.sources() if "://" not in path]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data: got {path}, which is not a file; check data.retain, data.forget, data.distill.sources and "
-                "data.questions"
-            )
+    files = []
+    for key, source in data.sources():
+        if "://" in source:
+            continue
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{key}: got {source}, which is not a file; wanted a file or hf://NAME")
+        files.append(Path(source))
     if model.path:
         checkpoint = Path(model.path)
-        if not (checkpoint / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model.path: got {checkpoint}, which has no config.json; wanted a Hugging Face checkpoint folder"
-            )
-        files += [checkpoint / "config.json", *(path for path in named_weight_files(checkpoint) if path.is_file())]
+        check_checkpoint("model.path", checkpoint)
+        files += [checkpoint / CONFIG, *(path for path in named_weight_files(checkpoint) if path.is_file())]
     if data.tokenizer and not Path(data.tokenizer).is_dir():
         raise FileNotFoundError(
             f"data.tokenizer: got {data.tokenizer}, which is not a folder; wanted one with a tokenizer's files"

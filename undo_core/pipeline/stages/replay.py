@@ -1,4 +1,4 @@
-"""Writes the noise N to a file, for audit."""
+"""Writes the noise N to a file, which shows what noise a damaged checkpoint received."""
 
 from __future__ import annotations
 
