@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.sharding import local_of
 
@@ -76,17 +77,30 @@ def run(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(model, *arguments) if method is None else method(function, *arguments)
 
 
-@contextlib.contextmanager
-def gathered(layer: nn.Module) -> Iterator[None]:
-    """Context in which the parameters of one layer are whole."""
+def call_with(layer: nn.Module, tensors: Mapping[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
+    """Calls a layer with ``tensors`` in the place of its parameters of these names, without gradients for a sharded layer."""
+    if not tensors:
+        return layer(*arguments, **options)
     if not any(map(is_dtensor, layer.parameters())):
-        yield
-        return
+        return functional_call(layer, dict(tensors), arguments, options)
     layer.unshard()
-    try:
-        yield
+    try:  # without the layer's hooks, which would put its own parameters back
+        return functional_call(
+            _Unhooked(layer), {f"layer.{name}": tensor for name, tensor in tensors.items()}, arguments, options
+        )
     finally:
         layer.reshard()
+
+
+class _Unhooked(nn.Module):
+    """Runs the forward pass of a layer without its hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.layer.forward(*arguments, **options)
 
 
 def release(model: nn.Module) -> None:

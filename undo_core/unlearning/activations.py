@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from undo_core.distributed.sharding import gathered
+from undo_core.distributed.sharding import call_with
 from undo_core.models import check_isolation, evaluating, hidden_states
 
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
@@ -88,25 +87,9 @@ class Entered:
         for k in range(first, last):
             _, args, kwargs = self.calls[k]
             layer, others = self.trunk.layers[k], {} if frozen is None else frozen.get(k, {})
-            if others:
-                named = {f"layer.{name}": tensor for name, tensor in others.items()}
-                with gathered(layer):  # the hooks of a sharded layer would put its own parameters back
-                    output = functional_call(Unhooked(layer), named, (hidden, *args), kwargs)
-            else:
-                output = layer(hidden, *args, **kwargs)
+            output = call_with(layer, others, hidden, *args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
-
-
-class Unhooked(nn.Module):
-    """Runs the forward pass of a layer without the layer's hooks."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer.forward(*args, **kwargs)
 
 
 class _StandIn(nn.Module):

@@ -22,7 +22,6 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from undo_core.distributed.sharding import units_of
 from undo_core.pipeline.memory.live_tensors import LiveTensors
-from undo_core.unlearning.activations import Unhooked
 
 LAYERS_AT_ONCE = 3
 
@@ -89,8 +88,7 @@ class Shards:
         """Counts the calls of layers inside the block as those of a step; ``micro_batches`` is by how many more a step has."""
         layers = {id(layer): self.traffic.get(id(layer)) for layer in units_of(self.model)}
 
-        def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            layer = module.layer if isinstance(module, Unhooked) else module
+        def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if type(layer) is not self.kind or id(layer) in self.apart or self.live.phase == "backward":
                 return  # in the backward pass a checkpointed layer runs again, which moves nothing
             if id(layer) not in layers:  # of a copy of the model
