@@ -71,7 +71,8 @@ class VocabularyShard:
 
     def witness(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the checksum of each token's hidden states, ``[tokens]`` float64, and by how much the ranks' may differ."""
-        return hidden.sum(-1, dtype=torch.float64), hidden.abs().sum(-1, dtype=torch.float64) * _ROOM
+        size = torch.linalg.vector_norm(hidden, 1, dim=-1, dtype=torch.float64)
+        return hidden.sum(-1, dtype=torch.float64), size * _ROOM
 
     def differ(self, checksum: torch.Tensor, total: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
         """Returns ``[tokens]`` bool, where the processes passed different hidden states.
@@ -88,21 +89,21 @@ class VocabularyShard:
             )
         return wrong
 
-    def merged(self, sums: dict[str, torch.Tensor], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    def merged(self, sums: dict[str, torch.Tensor], witness: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the sums over the whole vocabulary, from those over this process's entries; see the module.
 
         Args:
             sums: ``[tokens]`` each: ``m_s`` and ``l_s``; with a teacher ``m_t``, ``l_t`` and ``difference``; with statistics
                 ``energy``, ``top_s`` and ``top_t``; optionally ``cross``, ``label`` (NaN where another process holds it) and
                 ``picked`` ``[tokens, k]`` (0 where another process holds it).
-            hidden: the student's hidden states ``[tokens, d]``, for the checksum.
+            witness: :meth:`witness` of the student's hidden states of these tokens.
 
         Returns:
             The same names. ``top_s`` and ``top_t`` are equal where the two most likely entries are the same, and differ elsewhere.
         """
         here = torch.stack([sums[name].double() for name in ("m_s", "m_t") if name in sums])
         most = self.max_(here.clone())
-        checksum, room = self.witness(hidden)
+        checksum, room = witness
         columns = {"witness": checksum} | rescaled(sums, most)
         if "label" in sums:
             columns["label"] = sums["label"].double().nan_to_num(0.0, math.inf, -math.inf)

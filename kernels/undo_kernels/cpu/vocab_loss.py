@@ -119,8 +119,10 @@ class _Run:
         """Runs the passes and returns the result."""
         if recording():
             self._record()
-        # Each part goes through all passes before the next one: a chunk whose logits are kept, or all chunks.
-        parts = [[chunk] for chunk in self.chunks] if self.plan.outer == "tokens" else [self.chunks] * bool(self.chunks)
+        # Each part goes through all passes before the next one: a chunk whose logits are kept, or all chunks. Processes that share
+        # a head exchange once.
+        single = self.plan.outer == "tokens" and self.shard is None
+        parts = [[chunk] for chunk in self.chunks] if single else [self.chunks] * bool(self.chunks)
         for part in parts:
             self._statistics(part)
             self._mixtures(part)
@@ -200,11 +202,10 @@ class _Run:
             chunk.c.picking = False
         if self.shard is not None and self.plan.first_pass:
             sums = [chunk.sums() for chunk in part]
-            hidden = self.problem.student.hidden
-            merged = self.shard.merged(
-                {name: torch.cat([one[name] for one in sums]) for name in sums[0]},
-                hidden if self.index is None else hidden.index_select(0, self.index),
-            )
+            whole = {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
+            checksum, room = self.shard.witness(self.problem.student.hidden)
+            counted = slice(None) if self.index is None else self.index
+            merged = self.shard.merged(whole, (checksum[counted], room[counted]))
             at = 0
             for chunk in part:
                 chunk.put_sums({name: values[at : at + chunk.tokens] for name, values in merged.items()})

@@ -28,6 +28,10 @@ stays ``p_s - p_t`` there; for reverse KL it has no limit and is NaN at that tok
 NaN, or with none but -inf, gives NaN. Such a NaN stays out of the other tokens' gradients, but the gradients of weight and bias are
 sums over tokens and contain it; mask the token, or give it weight 0, to leave it out. All backends agree on this.
 
+**Sharded heads.** The weight, and the bias with it, may be a ``DTensor`` with placement ``Shard(0)`` on a mesh of one dimension: every
+process of the mesh passes the same tokens and computes its part of the vocabulary, and all of them get the same loss and the same
+gradient of the hidden states; that of the weight stays sharded. :mod:`undo_kernels.vocabulary_shard` says what they exchange.
+
 **Dtypes.** Hidden states and weights may be float32, bfloat16, float16 or float64, and may differ. The arithmetic is float32 at least,
 no logit is rounded to 16 bits, also under ``torch.autocast``, and gradients take their input's dtype.
 

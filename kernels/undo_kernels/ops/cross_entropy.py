@@ -33,7 +33,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., d]``; gradient.
-        weight: ``[V, d]``; gradient.
+        weight: ``[V, d]``; gradient. It may be sharded by vocabulary entries.
         labels: ``[...]`` integers; the caller shifts them.
         ignore_index: label that does not count.
         mask: ``[...]`` bool, True counts.

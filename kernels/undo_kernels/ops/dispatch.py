@@ -66,8 +66,10 @@ class LossReduction:
         if counted is not None:
             factor = torch.where(counted, factor, 0.0)
         if self.max_counted is not None:
-            count = tokens if counted is None else counted.sum()
-            factor = torch.where(torch.as_tensor(count, device=device) > self.max_counted, torch.nan, factor)
+            if counted is not None:
+                factor = torch.where(counted.sum() > self.max_counted, torch.nan, factor)
+            elif tokens > self.max_counted:  # decided on the host: a copy to the device would wait for it
+                factor = torch.full_like(factor, torch.nan)
         if self.kind != "mean":
             return factor
         if self.normalizer is not None:

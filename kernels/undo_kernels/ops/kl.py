@@ -69,7 +69,7 @@ def linear_kl_div(
 
     Args:
         student_hidden: ``[..., d_s]``; gradient.
-        student_weight: ``[V, d_s]``; gradient.
+        student_weight: ``[V, d_s]``; gradient. It may be sharded by vocabulary entries, and then so must the teacher's be.
         teacher_hidden: ``[..., d_t]``; no gradient.
         teacher_weight: ``[V, d_t]``; no gradient.
         mask: ``[...]`` bool, True counts.

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 
 class Logits(NamedTuple):
-    """Stored logits of one side, and what shapes them: ``outer * tanh(inner * (z + bias))``; uncapped, ``inner * (z + bias)``."""
+    """Stored logits of one side, and what shapes them; see ``pair_math.py``."""
 
     z_ptr: Any  # [tokens, >= vocabulary]
     bias_ptr: Any
     stride: int  # from one token to the next
     inner: float
     outer: float
+    origin: float
     HAS_BIAS: Any
     CAPPED: Any
+    BOUNDED: Any  # the cap is the base of the exponentials
+    MATH: Any  # see math.py
 
 
 class Head(NamedTuple):
@@ -32,8 +35,11 @@ class Head(NamedTuple):
     stride_weight: int
     inner: float
     outer: float
+    origin: float
     HAS_BIAS: Any
     CAPPED: Any
+    BOUNDED: Any  # the cap is the base of the exponentials
+    MATH: Any  # see math.py
     EVEN: Any  # the width is a multiple of BLOCK_D
 
 
@@ -75,6 +81,7 @@ class LossForm(NamedTuple):
 
     TARGET: Any
     UNIFORM: Any
+    SAME: Any  # both sides have the same ``outer``
     GRADIENT: Any
     NLL: Any  # a multiple of p_s is added
     LABELS: Any
@@ -100,6 +107,8 @@ class Known(NamedTuple):
     label_z_ptr: Any  # the logit of each label
     lse_s_ptr: Any
     lse_t_ptr: Any
+    origin_s: float
+    origin_t: float
 
 
 class StatsForm(NamedTuple):
@@ -110,6 +119,7 @@ class StatsForm(NamedTuple):
     CROSS: Any  # E_s[z_s - z_t], for the gradient of reverse KL; needs TEACHER, like STATISTICS
     STATISTICS: Any  # the teacher's entropy and both top-1
     DIFFERENCES: Any  # the sum of the differences of the exponentials
+    FAST: Any  # they are in units of log 2
     LESS_ONE: Any  # the sums of exponentials leave out the largest term, 1
     PAIR: Any  # there is a teacher, given by sums, by its known log-sum-exp, or UNIFORM
     UNIFORM: Any

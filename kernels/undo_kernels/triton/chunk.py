@@ -110,7 +110,7 @@ class Chunks:
             row_kernels.stats_rows[(count, self.parts)](
                 run.student.logits(z_s), (run.teacher or run.student).logits(z_t), self._split(self.stats), self._counted(part),
                 TEACHER=s.dense, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, MASKED=run.masked,
-                HOLES=s.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
+                SAME=run.same, HOLES=s.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
             )  # fmt: skip
         lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.per_token["lse_s"][part]
         picked = run.combine(self.stats, part, self.parts, lse, s.dense, False, self.picked if s.sparse else None)
@@ -158,7 +158,7 @@ class Chunks:
             slope = slope + own[:, None] * gradient
             rest = rest + own * torch.where(empty, 0.0, (lse_rest - terms.lse).exp())
         if run.student.capped:
-            slope = slope * (1 - torch.where(run.indices[part] >= 0, z / run.student.outer, 0.0) ** 2)
+            slope = slope * (1 - torch.where(run.indices[part] >= 0, z / run.student.cap, 0.0) ** 2)
         self.own, self.slope = rest.float(), slope.float()
 
     def _loss(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice, hidden: torch.Tensor | None) -> None:
@@ -209,11 +209,13 @@ class Chunks:
         moved = run.index is not None
         shape = dz.shape[0], weight.shape[1]
         out = scratch.take(*shape, dtype=run.d_hidden.dtype) if moved else run.d_hidden[part]
+        # In float32 also for 16-bit results: a library may split the long sum and round its parts to the dtype of the result.
+        wide = out if out.dtype == torch.float32 else scratch.take(*shape)
         if weight.dtype == run.student.product:
-            multiply(out, dz, weight, False, scratch)
+            multiply(wide, dz, weight, False, scratch)
         else:
-            wide = scratch.take(*shape)
             multiply_widened(wide, dz, weight, self._buffer(run.student), False, scratch)
+        if wide is not out:
             out.copy_(wide)
             scratch.give(wide)
         if moved:

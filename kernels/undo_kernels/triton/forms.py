@@ -187,12 +187,16 @@ def forms(target: str, every: bool) -> list[Form]:
 def _problems(every: bool) -> Iterator[Problem]:
     """Yields problems of full options in the dtypes that have different code; ``every``: each combination of options."""
     full = {"softcap": True, "bias": True, "labels": True, "masked": True}
+    yield _problem("forward", "bf16", "recompute", softcap=True)
+    yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
+    yield _problem("forward", "bf16", "chunk", softcap=True)
     yield _problem("forward", "bf16", "recompute", **full)
     for kind in ("bf16", "fp32"):
-        yield _problem("reverse", kind, "recompute", **full)
+        yield _problem("reverse", kind, "recompute", statistics=True, **full)
         yield _problem("jsd", kind, "recompute", filtered=True, **full)
         yield _problem("forward", kind, "chunk", given=True)
-    yield _problem("reverse", "bf16", "chunk", statistics=True, **full)
+    for target in ("reverse", "jsd"):
+        yield _problem(target, "bf16", "chunk", statistics=target == "reverse", **full)
     yield _problem("own", "bf16", "recompute", known=True, **full)
     yield _problem("bucket", "bf16", "chunk", filtered=True, **full)
     if not every:

@@ -1,15 +1,28 @@
-"""Device functions shared by the kernels: logits from products, and loss and gradient of one (token, vocabulary entry) pair.
+"""Device functions of one (token, vocabulary entry) pair: its logits from products, and its loss and gradient.
 
-In a form that does not cancel, with ``x = log p_s - log p_t``::
+A logit is ``origin + unit * outer * q``. ``q`` is what a product turns into by bias, scale and softcap; ``outer`` is a constant of
+the call. For float32 inputs (EXACT) the unit is 1 and the origin 0::
+
+    no softcap   q = product + bias                              outer = scale / temperature
+    softcap c    q = tanh(scale (product + bias) / c)            outer = c / temperature
+
+For 16-bit inputs the unit is log 2, so that exponentials are ex2 instructions, and the softcap needs one exponential and one
+reciprocal. The cap itself is the base of the exponentials, where they cannot underflow: no running maximum::
+
+    no softcap   q = product + bias                              outer = scale / (temperature log 2)             origin = 0
+    softcap c    q = 1 / (1 + e**(2 scale (product + bias) / c)) outer = -2 c / (temperature log 2)     origin = c / temperature
+
+The divergences, in a form that does not cancel, with ``x = log p_s - log p_t``::
 
     forward   KL(t||s) = sum p_t (expm1(x) - x)     dKL/dz_s = p_t expm1(x)
     reverse   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
     jsd       sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
               dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
 
-All are computed from the larger of the two probabilities and ``u = -|x|``: nothing overflows or cancels, and every term is >=
-0. ``offset`` is the KL inside reverse's and jsd's gradients. Infinite logits follow the limits of these formulas, which
-``reference/divergence.py`` states.
+``offset`` is the KL inside reverse's and jsd's gradients. ``x`` comes from the difference of the ``q`` of both sides (SAME:
+multiplied by the one ``outer`` that they share), so a student that is its teacher gets exactly 0: a difference of two products
+would be contracted to a fused multiply-add on a GPU, which leaves half a unit in the last place. Nothing overflows or cancels,
+and every term is >= 0. Infinite logits follow the limits of these formulas, which ``reference/divergence.py`` states.
 
 Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the token's loss.
 """
@@ -17,7 +30,7 @@ Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the 
 import triton
 import triton.language as tl
 
-from undo_kernels.triton.math import expm1, log1p, log1p_near, tanh
+from undo_kernels.triton.math import EXACT, LN2, divide, exp2, expm1, log1p, log1p_near, reciprocal, tanh
 
 OWN = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
@@ -40,14 +53,25 @@ LARGE = tl.constexpr(1.0e30)
 
 
 @triton.jit
-def shape_logits(z, bias, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """``outer * tanh(inner * (z + bias))``: inner = scale / c, outer = c / temperature; uncapped, scale / temperature."""
-    if HAS_BIAS:
-        z += bias
-    z *= inner
-    if CAPPED:
-        z = outer * tanh(z)
+def squash(z, side):
+    """Returns ``q`` of a product with its bias; ``side``: Logits or Head."""
+    if side.CAPPED:
+        z = tanh(side.inner * z) if side.MATH == EXACT else reciprocal(1.0 + exp2(side.inner * z, side.MATH), side.MATH)
     return z
+
+
+@triton.jit
+def natural(q, side):
+    """Returns the logit of ``q``."""
+    z = side.outer * q if side.MATH == EXACT else side.origin + LN2 * (side.outer * q)
+    return z
+
+
+@triton.jit
+def squash_slope(q, side):
+    """Returns the softcap's derivative, relative to scale / temperature."""
+    slope = 1.0 - q * q if side.MATH == EXACT else 4.0 * (q - q * q)
+    return slope
 
 
 @triton.jit
@@ -63,56 +87,72 @@ def log_difference(u, v, x):
 
 
 @triton.jit
-def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
+def difference(q_s, q_t, student, teacher, form):
+    """Returns the logits' difference in units, without the origins'."""
+    d = student.outer * (q_s - q_t) if form.SAME else student.outer * q_s - teacher.outer * q_t
+    return d
+
+
+@triton.jit
+def loss_and_slope(
+    q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+):  # fmt: skip
     """Returns the term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
 
     ``base`` is usually the token's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
     """
+    if student.MATH == EXACT:
+        value, mixed, p_s, slope = exact_loss(
+            q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+        )
+    else:
+        value, mixed, p_s, slope = fast_loss(
+            q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+        )
+    return value, mixed, p_s, slope
+
+
+@triton.jit
+def exact_loss(
+    q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+):  # fmt: skip
+    s = student.outer * q_s
     u_s = s - base_s
     log_s = u_s - log_sum_s
-    if TARGET == OWN:
+    if form.TARGET == OWN:
         p_s = tl.exp(log_s)
         value = p_s * 0.0
         mixed = value
         slope = value
     else:
-        u_t = t - base_t
+        if form.UNIFORM:
+            u_t = 0.0 * q_s - base_t
+            d = s
+        else:
+            u_t = teacher.outer * q_t - base_t
+            d = difference(q_s, q_t, student, teacher, form)
         log_t = u_t - log_sum_t
-        # Subtract what is exact: s - t if the logits nearly agree; else u_s - u_t, small for probable entries.
+        # Subtract what is exact: the logits if they nearly agree; else u_s - u_t, small for probable entries.
         shift = base_s - base_t
-        x = tl.where(tl.abs(shift) < 1.0, (s - t) - shift, u_s - u_t) - gap
+        x = tl.where(tl.abs(shift) < 1.0, d - shift, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
-        if TARGET == FORWARD:  # noqa: SIM108
+        if form.TARGET == FORWARD:  # noqa: SIM108
             x = log_difference(log_s, log_t, x)
         else:  # saves a register; a NaN still reaches the result through the token's offset
             x = tl.where(log_big < -87.0, 0.0, x)
         big = tl.exp(log_big)
         u = -tl.abs(x)
-        if TARGET == JSD:
-            u = cut(u)
-        e, w, q = expm1(u)  # q is infinite where the smaller side is 0
-        p_s = tl.where(up, big, big * e)
-        if TARGET == JSD:
-            low = tl.where(up, beta_t, beta_s)  # weights of the smaller and of the larger side in m
-            high = tl.where(up, beta_s, beta_t)
-            ratio = high + low * e  # m / big = 1 + low w
-            l, h = log1p(low * w, ratio)  # log(m / big); m phi(big / m - 1) = big h
-            y = high * w / ratio  # small / m - 1
-            l_y, h_y, near = log1p_near(y)
-            l_small = tl.where(near, l_y, u - l)  # log(small / m)
-            phi = tl.where(near, ratio * (y * y - (1.0 + y) * h_y), e * l_small - high * w)
-            phi = tl.where(phi < 0.0, 0.0, phi)
-            h = tl.where(h < 0.0, 0.0, h)
-            value = big * (high * h + low * phi)
-            mixed = big * tl.where(up, h, phi)
-            slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
+        if form.TARGET == JSD:
+            value, mixed, p_s, slope = jsd_loss(big, up, cut(u), offset, beta_t, beta_s, student.MATH)
         else:
+            e, w, q = expm1(u, EXACT)  # q is infinite where the smaller side is 0
+            p_s = tl.where(up, big, big * e)
             # KL's term is big * q if the larger side is the first argument, else big * (e * u - w), rewritten where that
             # cancels.
             u = cut(u)
             other = tl.where(u > -0.34657359, u * u - q * (1.0 - u), e * u - w)
-            if TARGET == FORWARD:
+            if form.TARGET == FORWARD:
                 value = big * tl.where(up, other, q)
                 slope = big * tl.where(up, -w, w)
             else:
@@ -123,9 +163,111 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
 
 
 @triton.jit
+def fast_loss(
+    q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+):  # fmt: skip
+    """With approximate instructions and logarithms to base 2; near 0, polynomials whose first omitted term is below 1e-5."""
+    norm_s = base_s + log_sum_s
+    log_s = student.outer * q_s - norm_s
+    p_s = exp2(log_s, student.MATH)
+    value = p_s * 0.0
+    mixed = value
+    slope = value
+    if form.TARGET != OWN:
+        norm_t = base_t + log_sum_t
+        apart = (base_s - base_t) + gap
+        if form.UNIFORM:
+            log_t = 0.0 * q_s - norm_t
+            x = student.outer * q_s - apart
+        else:
+            log_t = teacher.outer * q_t - norm_t
+            x = difference(q_s, q_t, student, teacher, form) - apart
+        if form.TARGET == JSD:
+            up = x > 0.0
+            log_big = tl.where(up, log_s, log_t)
+            x = tl.where(log_big < -126.0, 0.0, x)
+            big = exp2(log_big, student.MATH)
+            value, mixed, p_s, slope = jsd_loss(big, up, cut(-tl.abs(x) * LN2), offset, beta_t, beta_s, student.MATH)
+        else:
+            x *= LN2
+            p_t = exp2(log_t, student.MATH)
+            near = tl.abs(x) < 0.25
+            if form.TARGET == FORWARD:
+                r = tl.where(near, x, 0.0)
+                q = r * r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0))))  # expm1(x) - x
+                far = p_s - p_t
+                slope = tl.where(near, p_t * (r + q), far)
+                value = tl.where(near, p_t * q, far - tl.where(p_t == 0.0, 0.0, p_t * x))
+            else:
+                r = tl.where(near, x, 0.0)
+                q = r * r * (0.5 - r * (1.0 / 6.0 - r * (1.0 / 24.0 - r * (1.0 / 120.0))))  # expm1(-x) + x
+                product = tl.where(p_s == 0.0, 0.0, p_s * x)
+                value = tl.where(near, p_s * q, (p_t - p_s) + product)
+                slope = product - p_s * offset
+            mixed = value
+    return value, mixed, p_s, slope
+
+
+@triton.jit
+def jsd_loss(big, up, u, offset, beta_t, beta_s, MATH: tl.constexpr):
+    """From the larger probability, whether it is the student's, and ``u = -|log p_s - log p_t|``."""
+    e, w, _ = expm1(u, MATH)
+    p_s = tl.where(up, big, big * e)
+    low = tl.where(up, beta_t, beta_s)  # weights of the smaller and of the larger side in m
+    high = tl.where(up, beta_s, beta_t)
+    ratio = high + low * e  # m / big = 1 + low w
+    l, h = log1p(low * w, ratio, MATH)  # log(m / big); m phi(big / m - 1) = big h
+    y = divide(high * w, ratio, MATH)  # small / m - 1
+    l_y, h_y, near = log1p_near(y, MATH)
+    l_small = tl.where(near, l_y, u - l)  # log(small / m)
+    phi = tl.where(near, ratio * (y * y - (1.0 + y) * h_y), e * l_small - high * w)
+    phi = tl.where(phi < 0.0, 0.0, phi)
+    h = tl.where(h < 0.0, 0.0, h)
+    value = big * (high * h + low * phi)
+    mixed = big * tl.where(up, h, phi)
+    slope = beta_s * p_s * (tl.where(up, -l, l_small) - offset)
+    return value, mixed, p_s, slope
+
+
+@triton.jit
+def add_block(q, keep, side, o_v, m, l, energy, top, STATISTICS: tl.constexpr):
+    """Adds a block ``[lanes, entries]`` to each lane's maximum and sums, with approximate instructions.
+
+    Returns the exponentials, the rescaling of the old sums, and the new sums. Where the logits are BOUNDED
+    by a softcap the base of the exponentials is the cap, and ``m`` stays 0.
+    """
+    b_y = tl.where(keep, side.outer * q, float("-inf"))
+    if side.BOUNDED:
+        b_e = exp2(b_y, side.MATH)
+        rescale = 1.0
+        l += tl.sum(b_e, 1)
+    else:
+        here = tl.max(b_y, 1)
+        m_new = tl.maximum(m, here)
+        rescale = exp2(m - m_new, side.MATH)
+        b_low = b_y - m_new[:, None]
+        b_e = exp2(b_low, side.MATH)
+        if STATISTICS:
+            at = tl.min(tl.where(b_y == here[:, None], o_v, 2147483647), 1)
+            top = tl.where(here > m, at, top)
+            # Logits are relative to the maximum, so when it rises by a shift, shift * sum is subtracted.
+            energy = (energy - l * (m_new - m)) * rescale + tl.sum(b_e * cut(b_low), 1)
+        l = l * rescale + tl.sum(b_e, 1)
+        m = m_new
+    return b_e, rescale, m, l, energy, top
+
+
+@triton.jit
+def add_cross(b_e, q_s, q_t, student, teacher, SAME: tl.constexpr):
+    """Returns each lane's sum of ``e**(z_s - base) (z_s - z_t)``, in units and without the origins."""
+    b_d = student.outer * (q_s - q_t) if SAME else student.outer * q_s - teacher.outer * q_t
+    return tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_d), 1)
+
+
+@triton.jit
 def rescale_difference(rescale_s, rescale_t, shift):
     """Returns ``rescale_s - rescale_t`` without cancellation; ``shift`` is the difference of their logarithms."""
-    _, w, _ = expm1(-tl.abs(shift))
+    _, w, _ = expm1(-tl.abs(shift), EXACT)
     return tl.where(shift < 0.0, rescale_t * w, -rescale_s * w)
 
 

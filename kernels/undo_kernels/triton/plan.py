@@ -5,10 +5,9 @@ Bytes of device memory for each (token, vocabulary entry) pair, dense target and
     chunk       products write 8, statistics read 8, the gradient reads 8 and writes 2, its two products read 2 each     30
     recompute   the gradient writes 2, its two products read 2 each                                                       6
 
-and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. If all products were
-equally fast, these bytes alone would make both plans take the same time at a width of 1100, or of 2205 with the log-sum-exps
-known. Every chunk reads the heads and the weight's gradient again, which raises that width; the slower products of
-``tile_kernels.py`` lower it. Predicted times are sums: no overlap is assumed. This module can be imported without triton.
+and products over [tokens, V, d]: chunk 4, recompute 6, or 5 where the teacher's log-sum-exps are known. ``costs.py`` predicts the
+time of each step from products, bytes and instructions; ``auto`` takes the plan with the smaller sum. This module can be imported
+without triton.
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ import torch
 from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, SPARSE, Problem, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import tile_table
+from undo_kernels.triton import costs, tile_table
 from undo_kernels.triton.products import product_dtype, separate_bytes
-
-BANDWIDTH = 4.3e12  # bytes/s, H200, measured by a copy
-MATRIX_16 = 790e12  # FLOP/s, H200, measured, 16-bit library products
-MATRIX_32 = 67e12  # FLOP/s, H200's data sheet, float32 without tensor cores
-TILES_16 = 510e12  # products inside the recompute plan's kernels: the best reported for Triton with an epilogue on Hopper
-TILES_32 = MATRIX_32
 
 ALIGNED = 64  # rows of the buffers are padded to a multiple of this, for 16-byte loads and whole tiles
 _CHUNK_ELEMENTS = 1 << 28  # (token, vocabulary entry) pairs of a chunk by default: 2.7 GB at 10 bytes
-_CHUNK_ROWS = 1024  # minimum for a large vocabulary: fewer rows would read the heads too often
-_MAX_CHUNK_ROWS = 2048
+_CHUNK_TOKENS = (1024, 2048)  # range for a large vocabulary: fewer would read the heads too often
 _SUMMED_CHUNKS = 8  # most chunks over which a 16-bit weight gradient is summed in its own dtype
 _BLOCK_ELEMENTS = 1 << 26  # pairs of a vocabulary block of the recompute plan: 134 MB of 16-bit gradient
 
@@ -206,12 +198,12 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
 def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
     tokens = max(s.tokens, 1)
     if s.problem.shard is not None:  # processes exchange once, between the passes of all tokens
-        usual = max(_CHUNK_ELEMENTS // max(s.leading, 1), _CHUNK_ROWS)
+        usual = max(_CHUNK_ELEMENTS // max(s.leading, 1), _CHUNK_TOKENS[0])
         whole = s.sparse or s.problem.plan == "chunk" or budget is not None or tokens <= usual
         return [chunk_plan(s, tokens)] if whole else []
     if budget is None:
-        chunk = max(_CHUNK_ELEMENTS // s.leading, _CHUNK_ROWS)
-        chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-tokens // _SUMMED_CHUNKS)))
+        least = max(_CHUNK_TOKENS[0], min(_CHUNK_TOKENS[1], -(-tokens // _SUMMED_CHUNKS)))
+        chunk = max(_CHUNK_ELEMENTS // s.leading, costs.fullest_chunk(least, _CHUNK_TOKENS[1], s.width))
         return [chunk_plan(s, min(chunk, tokens))]
     plans = []
     # A float32 accumulator appears below an eighth of the tokens, so both ranges are searched separately.
@@ -267,11 +259,11 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
             accumulator = weight_dtype == torch.bfloat16 and chunks > _SUMMED_CHUNKS
             buffers["weight gradient sum"] = 4 * vocabulary * s.width * accumulator
             out = torch.float32 if accumulator else weight_dtype
-            buffers["weight gradient tile"] = separate_bytes(out, s.product, vocabulary, s.width, chunks > 1)
+            buffers["weight gradient tile"] = separate_bytes(out, s.product, vocabulary, s.width)
         if needs_hidden:
             cast = p.student.weight.dtype != s.product
-            separate = separate_bytes(hidden_dtype, s.product, chunk, s.width, False)
-            buffers["hidden gradient"] = chunk * s.width * (4 * cast + hidden_dtype.itemsize * s.compacted) + separate
+            wide = 4 * (cast or hidden_dtype != torch.float32)  # a library may round the parts of a split sum to 16 bits
+            buffers["hidden gradient"] = chunk * s.width * (wide + hidden_dtype.itemsize * s.compacted)
     pairs = float(n) * vocabulary
     logit = [side.hidden.dtype.itemsize if isinstance(side, GivenLogits) else 4 for side in s.sides]
     traffic = pairs * 4 * len(stored)
@@ -285,7 +277,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
         summed = s.width * vocabulary * (4 if accumulator else gradient_dtype(p.student.weight.dtype).itemsize)
         traffic += float(chunks) * (heads + own * needs_hidden + 2 * summed * needs_weight)
         flops = 2 * pairs * (sum(side.weight.shape[1] for side in stored) + s.width * (needs_hidden + needs_weight))
-    seconds = flops / (MATRIX_32 if s.wide else MATRIX_16) + traffic / BANDWIDTH
+    seconds = _chunk_seconds(s, pairs, n / chunks, chunks, sum(logit), out_bytes * s.gradient)
     return GpuPlan("chunk", chunk, vocabulary, accumulator, _sizes(buffers), flops, traffic, seconds)
 
 
@@ -307,11 +299,10 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
         "contiguous copies": sum(tensor.numel() * tensor.dtype.itemsize for tensor in strided),
     }
     if needs_hidden:
-        own = 4 * n * s.width * (hidden_dtype != torch.float32 or s.compacted)
-        buffers["hidden gradient"] = own + separate_bytes(torch.float32, s.product, n, s.width, True)
+        buffers["hidden gradient"] = 4 * n * s.width * (hidden_dtype != torch.float32 or s.compacted)
         buffers["widened weight tile"] = s.upcast_bytes(4096)
     if needs_weight:
-        buffers["weight gradient tile"] = separate_bytes(weight_dtype, s.product, block_v, s.width, False)
+        buffers["weight gradient tile"] = separate_bytes(weight_dtype, s.product, block_v, s.width)
     pairs = float(n) * vocabulary
     widths = [side.weight.shape[1] for side in s.sides]
     loss_passes = s.loss_pass + s.mixture_pass
@@ -320,11 +311,52 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     traffic = pairs * itemsize * (s.gradient + sum(p.needs))
     heads = vocabulary * sum(side.weight.shape[1] * side.weight.dtype.itemsize for side in s.sides)
     traffic += float(heads) * (s.student_sums + loss_passes)
-    traffic += 20.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # a separate product, added to the sum
+    traffic += 8.0 * n * s.width * needs_hidden * -(-vocabulary // block_v)  # the sum is read and written
     traffic += float(vocabulary) * s.width * weight_dtype.itemsize * needs_weight
     flops = 2 * pairs * (own + library)
-    seconds = 2 * pairs * own / (TILES_32 if s.wide else TILES_16) + 2 * pairs * library / (MATRIX_32 if s.wide else MATRIX_16)
-    return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, seconds + traffic / BANDWIDTH)
+    seconds = _recompute_seconds(s, widths, -(-vocabulary // block_v))
+    return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, seconds)
+
+
+def _chunk_seconds(s: Shapes, pairs: float, chunk: float, chunks: int, logit_bytes: int, gradient_bytes: int) -> float:
+    p, vocabulary, jsd = s.problem, s.vocabulary, " jsd" * (s.problem.target == "jsd")
+    seconds = 0.0
+    if s.student_sums:
+        seconds += costs.rows_seconds("stats_rows", s.wide, pairs, pairs * logit_bytes)
+    if s.loss_pass:
+        seconds += costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
+    if s.mixture_pass:
+        seconds += costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * logit_bytes)
+    if s.given:
+        return seconds
+    for side in s.sides:
+        width, itemsize = side.weight.shape[1], side.weight.dtype.itemsize
+        seconds += chunks * costs.product_seconds(chunk, vocabulary, width, s.wide, vocabulary * (4 * chunk + itemsize * width))
+    operand, weight = chunk * vocabulary * gradient_bytes, float(vocabulary) * s.width * p.student.weight.dtype.itemsize
+    if p.needs[0]:
+        seconds += chunks * costs.product_seconds(chunk, s.width, vocabulary, s.wide, operand + weight)
+    if p.needs[1]:
+        seconds += chunks * costs.product_seconds(vocabulary, s.width, chunk, s.wide, operand + 2 * weight)
+    return seconds
+
+
+def _recompute_seconds(s: Shapes, widths: list[int], blocks: int) -> float:
+    p, n, vocabulary, itemsize = s.problem, max(s.tokens, 1), s.vocabulary, s.product.itemsize
+    jsd, part, seconds = " jsd" * (p.target == "jsd"), s.vocabulary / blocks, 0.0
+    if s.student_sums:
+        tile, known = s.stats_tile, len(widths) > 1 and not s.teacher_sums
+        read, kernel = widths[:1] if known else widths, "stats_tiles known" if known or len(widths) == 1 else "stats_tiles"
+        seconds += costs.tiles_seconds(kernel, s.wide, n, vocabulary, read, (tile.block_t, tile.block_v), 0.0)
+    tile = s.loss_tile
+    for written in [0.0] * (s.mixture_pass or not s.gradient) * s.loss_pass + [float(itemsize)] * s.gradient:
+        one = costs.tiles_seconds("loss_tiles" + jsd, s.wide, n, part, widths, (tile.block_t, tile.block_v), written * n * part)
+        seconds += blocks * one
+    operand, weight = itemsize * n * part, float(part) * s.width * p.student.weight.dtype.itemsize
+    if p.needs[0]:
+        seconds += blocks * costs.product_seconds(n, s.width, part, s.wide, operand + weight + 8.0 * n * s.width)
+    if p.needs[1]:
+        seconds += blocks * costs.product_seconds(part, s.width, n, s.wide, operand + weight)
+    return seconds
 
 
 def _sizes(buffers: dict[str, int]) -> dict[str, int]:

@@ -54,17 +54,14 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
     if out.dtype == a.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
         return
-    if out.dtype == wide and not add:
-        torch.mm(a, b, out_dtype=wide, out=out)
+    if out.dtype == wide:
+        torch.addmm(out, a, b, out_dtype=wide, out=out) if add else torch.mm(a, b, out_dtype=wide, out=out)
         return
     part = scratch.take(min(TILE_ROWS, out.shape[0]), out.shape[1])
     for first in range(0, out.shape[0], TILE_ROWS):
         rows = out[first : first + TILE_ROWS]
         tile = part[: rows.shape[0]]
-        if a.dtype == wide:
-            torch.mm(a[first : first + TILE_ROWS], b, out=tile)
-        else:
-            torch.mm(a[first : first + TILE_ROWS], b, out_dtype=wide, out=tile)
+        torch.mm(a[first : first + TILE_ROWS], b, out=tile)
         rows.add_(tile) if add else rows.copy_(tile)
     scratch.give(part)
 
@@ -78,9 +75,9 @@ def multiply_widened(
         multiply(out, dz[:, first : first + TILE_ROWS], tile, add or first > 0, scratch)
 
 
-def separate_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int, add: bool) -> int:
+def separate_bytes(out: torch.dtype, operand: torch.dtype, rows: int, columns: int) -> int:
     """Returns the bytes of the separate buffer that :func:`multiply` uses on a GPU."""
-    if out == operand or (out == torch.float32 and not add):
+    if out in (operand, torch.float32):
         return 0
     return 4 * min(TILE_ROWS, rows) * columns
 

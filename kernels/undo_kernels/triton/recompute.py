@@ -100,8 +100,8 @@ class Recompute:
         if s.student_sums:
             tile_kernels.stats_tiles[(triton.cdiv(run.n, tile.block_t) * parts,)](
                 student, teacher, Split(partial, run.vocabulary, part, parts, run.n * parts),
-                run.labels if run.labelled else run.zero, run.label_z, run.n,
-                TEACHER=s.teacher_sums, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, LABELS=run.labelled,
+                run.labels if run.labelled else run.zero, run.label_z, run.n, LABELS=run.labelled,
+                TEACHER=s.teacher_sums, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, SAME=run.same,
                 **self._options(tile),
             )  # fmt: skip
         if run.labelled and not s.student_sums:

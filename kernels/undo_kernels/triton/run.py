@@ -13,8 +13,9 @@ import triton.language as tl
 
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import arguments, row_kernels, tile_table
+from undo_kernels.triton import arguments, combine, tile_table
 from undo_kernels.triton.arguments import Combined, Known, LossForm, Split, StatsForm, Sums, Weights
+from undo_kernels.triton.math import CUDA, EXACT, LN2, LOG2E, PORTABLE, SIMULATED
 from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
@@ -23,24 +24,41 @@ from undo_kernels.triton.sharded import exchanged
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
 BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per token
+_BOUND = 100.0  # largest distance from the cap, in powers of two, at which exponentials are safe from underflow
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
-class Head:
-    """Student or teacher: its tensors and options in the form that the kernels take."""
+def math_of(target: str, wide: bool) -> int:
+    """Returns how a target computes exponentials and reciprocals; ``wide``: of float32 inputs."""
+    if wide:
+        return EXACT.value
+    if target == tile_table.INTERPRETER:
+        return SIMULATED.value
+    return CUDA.value if target.startswith("sm_") else PORTABLE.value
 
-    def __init__(self, side: Projection) -> None:
+
+class Head:
+    """Student or teacher: its tensors and options in the form that the kernels take; see ``pair_math.py``."""
+
+    def __init__(self, side: Projection, math: int, maxima: bool) -> None:
         self.side = side
         self.given = isinstance(side, GivenLogits)
         self.hidden, self.weight = side.hidden, side.weight
         self.product = product_dtype(side.hidden, side.weight)
         self.capped = side.softcap is not None
         self.gain = side.scale / side.temperature
-        self.inner = side.scale / side.softcap if self.capped else self.gain
-        self.outer = side.softcap / side.temperature if self.capped else 1.0
+        self.cap = side.softcap / side.temperature if self.capped else 0.0
+        inner, outer, origin = side.scale / side.softcap if self.capped else 1.0, self.cap or self.gain, 0.0
+        if math != EXACT.value:
+            inner, outer = 2 * inner * LOG2E.value, outer * LOG2E.value
+            if self.capped:
+                outer, origin = -2 * outer, self.cap
+        self.outer, self.origin = float(outer), float(origin)
+        bounded = math != EXACT.value and self.capped and -self.outer <= _BOUND and not maxima
         self.has_bias = side.bias is not None
         self.bias = side.bias.contiguous() if self.has_bias else side.hidden
-        self.shape = (self.inner, self.outer, tl.constexpr(self.has_bias), tl.constexpr(self.capped))
+        flags = (self.has_bias, self.capped, bounded, math)
+        self.shape = (float(inner), self.outer, self.origin, *map(tl.constexpr, flags))
 
     def logits(self, z: torch.Tensor) -> arguments.Logits:
         """Returns stored logits as the kernels take them."""
@@ -63,8 +81,11 @@ class Run:
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
         self.n, self.vocabulary = s.tokens, s.vocabulary
-        self.student = Head(p.student)
-        self.teacher = Head(p.teacher) if s.dense else None
+        self.math = math_of(self.target, s.wide)
+        self.fast = self.math != EXACT.value
+        self.student = Head(p.student, self.math, p.statistics)
+        self.teacher = Head(p.teacher, self.math, p.statistics) if s.dense else None
+        self.same = self.teacher is not None and self.student.outer == self.teacher.outer
         self.code = _TARGETS.get(p.target, OWN.value)
         self.uniform, self.pair = p.target == "uniform", p.target in (*DENSE, "uniform")
         self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
@@ -232,10 +253,12 @@ class Run:
         s, p, out, zero = self.shapes, self.problem, self.per_token, self.zero
         exchange = p.shard is not None and s.student_sums
         if exchange:
-            hidden = p.student.hidden if self.index is None else p.student.hidden.index_select(0, self.index)
+            witness = [t if self.index is None else t[self.index] for t in p.shard.witness(p.student.hidden)]
             partial, merged = exchanged(
-                p.shard, partial[:, : lse_s.shape[0]], hidden[part], teacher=teacher, cross=self.crossed,
-                statistics=p.statistics and s.dense, less_one=tiles, label=torch.where(self.labels[part] >= 0, self.label_z[part], torch.nan) if self.labelled else None,
+                p.shard, partial[:, : lse_s.shape[0]], (witness[0][part], witness[1][part]), teacher=teacher, cross=self.crossed,
+                statistics=p.statistics and s.dense, less_one=tiles and not self.fast, differences=not (tiles or self.fast),
+                unit=LN2.value if self.fast else 1.0,
+                label=torch.where(self.labels[part] >= 0, self.label_z[part], torch.nan) if self.labelled else None,
                 picked=None if picked is None else torch.where(self.indices[part] >= 0, picked, 0.0),
             )  # fmt: skip
             parts, picked = 1, merged.get("picked", picked)
@@ -246,14 +269,16 @@ class Run:
         known = Known(
             self.counted[part] if self.masked else self.counted, self.whole_labels[part] if self.labelled else zero,
             part_or(self.label_z, part, zero), part_or(self.known_s, part, zero), part_or(self.known_t, part, zero),
+            self.student.origin, 0.0 if self.teacher is None else self.teacher.origin,
         )  # fmt: skip
         outputs = Combined(lse_s, out["lse_t"][part], out["nll"][part], out["entropy"][part], out["agreement"][part])
         form = StatsForm(
             STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
-            DIFFERENCES=teacher and (exchange or not tiles), LESS_ONE=tiles, PAIR=self.pair, UNIFORM=self.uniform,
+            DIFFERENCES=teacher and (exchange or not (tiles or self.fast)), FAST=self.fast, LESS_ONE=tiles and not self.fast,
+            PAIR=self.pair, UNIFORM=self.uniform,
             NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
         )  # fmt: skip
-        row_kernels.combine_rows[(lse_s.shape[0],)](
+        combine.combine_rows[(lse_s.shape[0],)](
             split, known, self.sums(part), outputs, StatsForm(*map(tl.constexpr, form)),
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **FUSED,
         )  # fmt: skip
@@ -271,7 +296,15 @@ class Run:
 
     def loss_form(self, gradient: bool, mixed: bool) -> LossForm:
         """Returns what a launch of a loss kernel computes; ``mixed``: it adds a multiple of the student's probabilities."""
-        flags = (self.uniform, gradient, mixed and gradient, self.labelled and gradient, self.filter and gradient, self.masked)
+        flags = (
+            self.uniform,
+            self.same,
+            gradient,
+            mixed and gradient,
+            self.labelled and gradient,
+            self.filter and gradient,
+            self.masked,
+        )
         return LossForm(tl.constexpr(self.code), *map(tl.constexpr, flags))
 
     @property

@@ -12,6 +12,7 @@ Indices past the last token or vocabulary entry are clamped to it; the results a
 import triton
 import triton.language as tl
 
+from undo_kernels.triton.math import EXACT
 from undo_kernels.triton.pair_math import (
     CROSS_S,
     ENERGY_T,
@@ -23,11 +24,15 @@ from undo_kernels.triton.pair_math import (
     OWN,
     TOP_S,
     TOP_T,
+    add_block,
+    add_cross,
     cut,
     loss_and_slope,
     narrow,
-    shape_logits,
-)
+    natural,
+    squash,
+    squash_slope,
+)  # fmt: skip
 
 
 @triton.jit
@@ -78,11 +83,10 @@ def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PI
 
 
 @triton.jit
-def shape_piece(b_z, head, o_v, last):
-    bias = 0.0
+def squash_piece(b_z, head, o_v, last):
     if head.HAS_BIAS:
-        bias = tl.load(head.bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
-    return shape_logits(b_z, bias, head.inner, head.outer, head.HAS_BIAS, head.CAPPED)
+        b_z += tl.load(head.bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
+    return squash(b_z, head)
 
 
 @triton.jit
@@ -96,59 +100,53 @@ def add_piece(l_rest, m, m_new, rescale, b_e):
 
 
 @triton.jit
-def student_piece(
-    b_z, head, m, l_rest, top, label, label_z, first, end,
-    STATISTICS: tl.constexpr, LABELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Adds a piece to the student's maximum and sums; also returns it shaped, its exponentials and the old sums' rescaling."""
+def add_exact(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds a piece to each token's maximum and sums; also returns its ``q``, logits, exponentials and the old sums' rescaling."""
     o_v = first + tl.arange(0, WIDTH)
-    b_z = shape_piece(b_z, head, o_v, end)
-    b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
-    if LABELS:
-        label_z += tl.sum(tl.where((o_v[None, :] == label[:, None]) & (o_v < end)[None, :], b_z, 0.0), 1)
+    b_q = squash_piece(b_z, head, o_v, end)
+    b_z = tl.where((o_v < end)[None, :], head.outer * b_q, float("-inf"))
     here = tl.max(b_z, 1)
-    if STATISTICS:
-        at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
-        top = tl.where(here > m, at, top)
-    m_new = tl.maximum(m, here)
-    rescale = tl.exp(m - m_new)
-    b_e = tl.exp(b_z - m_new[:, None])
-    return b_z, b_e, rescale, m_new, add_piece(l_rest, m, m_new, rescale, b_e), top, label_z
-
-
-@triton.jit
-def teacher_piece(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds a piece to the teacher's maximum and sums; also returns it shaped."""
-    o_v = first + tl.arange(0, WIDTH)
-    b_z = shape_piece(b_z, head, o_v, end)
-    b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
-    here = tl.max(b_z, 1)
-    if STATISTICS:
-        at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
-        top = tl.where(here > m, at, top)
     m_new = tl.maximum(m, here)
     rescale = tl.exp(m - m_new)
     b_low = b_z - m_new[:, None]
-    b_g = tl.exp(b_low)
+    b_e = tl.exp(b_low)
     if STATISTICS:
+        at = tl.min(tl.where(b_z == here[:, None], o_v[None, :], 2147483647), 1)
+        top = tl.where(here > m, at, top)
         # Logits are relative to the maximum, so when it rises by a shift, shift * sum is subtracted.
-        energy = (energy - (l_rest + 1.0) * (m_new - m)) * rescale
-        energy += tl.sum(b_g * cut(b_low), 1)
-    return b_z, m_new, add_piece(l_rest, m, m_new, rescale, b_g), energy, top
+        energy = (energy - (l_rest + 1.0) * (m_new - m)) * rescale + tl.sum(b_e * cut(b_low), 1)
+    return b_q, b_z, b_e, rescale, m_new, add_piece(l_rest, m, m_new, rescale, b_e), energy, top
+
+
+@triton.jit
+def add_fast(b_z, head, m, l, energy, top, first, end, STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Adds a tile to each token's maximum and sums; see ``pair_math.add_block``; returns the tile's ``q`` first."""
+    o_v = first + tl.arange(0, BLOCK_V)
+    b_q = squash_piece(b_z, head, o_v, end)
+    b_e, rescale, m, l, energy, top = add_block(b_q, (o_v < end)[None, :], head, o_v[None, :], m, l, energy, top, STATISTICS)
+    return b_q, b_e, rescale, m, l, energy, top
+
+
+@triton.jit
+def pick_piece(b_q, label, first, WIDTH: tl.constexpr):
+    """Returns ``q`` of each token's label, 0 for a token whose label is elsewhere."""
+    b_hit = (first + tl.arange(0, WIDTH))[None, :] == label[:, None]
+    return tl.sum(tl.where(b_hit, b_q, 0.0), 1)
 
 
 @triton.jit
 def stats_tiles(
     student, teacher, split, labels_ptr, label_z_ptr, tokens,
-    TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,  # see StatsForm
+    TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr, SAME: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Computes maxima and sums of exponentials, minus 1, of BLOCK_T tokens over one part of the vocabulary.
+    """Computes maxima and sums of exponentials of BLOCK_T tokens over one part of the vocabulary.
 
-    It omits the sum of the differences, which would need both products at once and so smaller tiles. Without the largest term,
-    1, the rounding error of a sum is 1e-7 of the other terms, like that of the products.
+    It omits the sum of the differences, which would need both products at once and so smaller tiles. For float32 inputs the sums
+    leave out the largest term, 1: then their rounding error is 1e-7 of the other terms, like that of the products.
     """
     WIDTH: tl.constexpr = BLOCK_V // PIECES
+    FAST: tl.constexpr = student.MATH != EXACT
     blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
     i_part = tl.program_id(0) // blocks
@@ -158,55 +156,71 @@ def stats_tiles(
     start = i_part * split.part
     end = tl.minimum(start + split.part, split.vocabulary)
     label = tl.full([BLOCK_T], -1, tl.int32)
+    label_q = tl.zeros([BLOCK_T], tl.float32)
     if LABELS:
         label = tl.minimum(tl.load(labels_ptr + o_t), split.vocabulary).to(tl.int32)
 
-    m_s = tl.full([BLOCK_T], LOWEST, tl.float32)
-    m_t = tl.full([BLOCK_T], LOWEST, tl.float32)
-    l_rest_s = tl.full([BLOCK_T], -1, tl.float32)  # an empty sum, minus 1
-    l_rest_t = tl.full([BLOCK_T], -1, tl.float32)
+    m_s = tl.full([BLOCK_T], 0.0 if student.BOUNDED else LOWEST, tl.float32)
+    m_t = tl.full([BLOCK_T], 0.0 if teacher.BOUNDED else LOWEST, tl.float32)
+    l_s = tl.full([BLOCK_T], 0.0 if FAST else -1.0, tl.float32)  # of an empty sum; minus 1
+    l_t = tl.full([BLOCK_T], 0.0 if FAST else -1.0, tl.float32)
     cross = tl.zeros([BLOCK_T], tl.float32)
     energy = tl.zeros([BLOCK_T], tl.float32)
-    label_z = tl.zeros([BLOCK_T], tl.float32)
     top_s = tl.full([BLOCK_T], -1, tl.int32)
     top_t = tl.full([BLOCK_T], -1, tl.int32)
     for first in range(start, end, BLOCK_V):
         o_w = tl.minimum(first + tl.arange(0, BLOCK_V), split.vocabulary - 1).to(tl.int64)
         if TEACHER or CROSS:
             b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
-            if not CROSS:
+            if FAST:
+                b_t, _, _, m_t, l_t, energy, top_t = add_fast(
+                    b_t, teacher, m_t, l_t, energy, top_t, first, end, STATISTICS, BLOCK_V
+                )
+            elif not CROSS:
                 for i in tl.static_range(PIECES):
                     b_z = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
-                    _, m_t, l_rest_t, energy, top_t = teacher_piece(
-                        b_z, teacher, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end, STATISTICS, WIDTH
-                    )  # fmt: skip
+                    _, _, _, _, m_t, l_t, energy, top_t = add_exact(
+                        b_z, teacher, m_t, l_t, energy, top_t, first + i * WIDTH, end, STATISTICS, WIDTH
+                    )
         b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
-        for i in tl.static_range(PIECES):
+        if FAST:
+            b_s, b_e, rescale, m_s, l_s, _, top_s = add_fast(
+                b_s, student, m_s, l_s, energy, top_s, first, end, STATISTICS, BLOCK_V
+            )
+            if LABELS:
+                label_q += pick_piece(b_s, label, first, BLOCK_V)
             if CROSS:
+                cross = cross * rescale + add_cross(b_e, b_s, b_t, student, teacher, SAME)
+        else:
+            for i in tl.static_range(PIECES):
                 was_s = m_s
                 was_t = m_t
-                was_sum = l_rest_s + 1.0
-            b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-            b_z, b_e, rescale, m_s, l_rest_s, top_s, label_z = student_piece(
-                b_z, student, m_s, l_rest_s, top_s, label, label_z, first + i * WIDTH, end, STATISTICS, LABELS, WIDTH
-            )  # fmt: skip
-            if CROSS:
-                b_y, m_t, l_rest_t, energy, top_t = teacher_piece(
-                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end,
-                    STATISTICS, WIDTH,
-                )  # fmt: skip
-                b_y = (b_z - m_s[:, None]) - (b_y - m_t[:, None])
-                shift = (was_s - m_s) - (was_t - m_t)
-                cross = rescale * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
-    if LABELS:
-        # Only the part that holds the label stores its logit.
-        tl.store(label_z_ptr + o_t, label_z, mask=keep_t & (label >= start) & (label < end))
+                was_sum = l_s + 1.0
+                b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
+                b_q, b_z, b_e, rescale, m_s, l_s, _, top_s = add_exact(
+                    b_z, student, m_s, l_s, energy, top_s, first + i * WIDTH, end, STATISTICS, WIDTH
+                )
+                if LABELS:
+                    label_q += pick_piece(b_q, label, first + i * WIDTH, WIDTH)
+                if CROSS:
+                    _, b_y, _, _, m_t, l_t, energy, top_t = add_exact(
+                        piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, m_t, l_t, energy, top_t, first + i * WIDTH, end,
+                        STATISTICS, WIDTH,
+                    )  # fmt: skip
+                    b_y = (b_z - m_s[:, None]) - (b_y - m_t[:, None])
+                    shift = (was_s - m_s) - (was_t - m_t)
+                    cross = rescale * (cross + shift * was_sum) + tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_y), 1)
+    if LABELS:  # only the part that holds the label stores its logit
+        within = (label >= start) & (label < end)
+        tl.store(label_z_ptr + o_t, natural(label_q, student), mask=keep_t & within)
+    if FAST:
+        cross -= l_s * (m_s - m_t)
     partial_ptrs = split.partial_ptr + o_t * split.parts + i_part
     tl.store(partial_ptrs + M_S * split.stride_field, m_s, mask=keep_t)
-    tl.store(partial_ptrs + L_S * split.stride_field, l_rest_s, mask=keep_t)
+    tl.store(partial_ptrs + L_S * split.stride_field, l_s, mask=keep_t)
     if TEACHER:
         tl.store(partial_ptrs + M_T * split.stride_field, m_t, mask=keep_t)
-        tl.store(partial_ptrs + L_T * split.stride_field, l_rest_t, mask=keep_t)
+        tl.store(partial_ptrs + L_T * split.stride_field, l_t, mask=keep_t)
     if CROSS:
         tl.store(partial_ptrs + CROSS_S * split.stride_field, cross, mask=keep_t)
     if STATISTICS:
@@ -264,6 +278,7 @@ def loss_tiles(
 
     total = tl.zeros([BLOCK_T], tl.float32)
     total_mixed = tl.zeros([BLOCK_T], tl.float32)
+    b_total = tl.zeros([BLOCK_T, WIDTH], tl.float32)
     skipped = 0.0
     squares = 0.0
     for i in tl.static_range(PIECES):
@@ -272,17 +287,18 @@ def loss_tiles(
         within = (o_v < last)[None, :]
         keep = within & counts[:, None]
         b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-        b_z = shape_piece(b_z, student, o_v, last)
+        b_z = squash_piece(b_z, student, o_v, last)
+        b_y = b_z
         if TWO:
-            b_y = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
-            b_y = shape_piece(b_y, teacher, o_v, last)
-        else:
-            b_y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
+            b_y = squash_piece(piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, o_v, last)
         value, mixed, b_p, b_g = loss_and_slope(
-            b_z, b_y, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form.TARGET
+            b_z, b_y, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form
         )
         if form.TARGET != OWN:
-            total += tl.sum(tl.where(keep, value, 0.0), 1)
+            if student.MATH == EXACT:
+                total += tl.sum(tl.where(keep, value, 0.0), 1)
+            else:  # summed over the tokens' entries at the end: fewer shuffles, more registers
+                b_total += tl.where(keep, value, 0.0)
             if not form.GRADIENT:
                 total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
         if form.GRADIENT:
@@ -303,8 +319,7 @@ def loss_tiles(
                         loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
                 b_out += b_own
             if student.CAPPED:
-                b_tanh = b_z / student.outer
-                b_out *= 1.0 - b_tanh * b_tanh
+                b_out *= squash_slope(b_z, student)
             b_out = tl.where(keep, b_out, 0.0)
             if form.FILTER:
                 quiet = loud == 0
@@ -315,6 +330,7 @@ def loss_tiles(
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
     # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
     if form.TARGET != OWN:
+        total += tl.sum(b_total, 1)
         partial_ptrs = partial_ptr + i_v.to(tl.int64) * tokens + o_t
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
         if not form.GRADIENT:
@@ -338,8 +354,8 @@ def pick_labels(head, labels_ptr, out_ptr, vocabulary, BLOCK_D: tl.constexpr):
         o_d = first + tl.arange(0, BLOCK_D)
         b_h = tl.load(head.hidden_ptr + i_token * head.stride_hidden + o_d, mask=o_d < head.width, other=0.0).to(tl.float32)
         b_z += b_h * tl.load(head.weight_ptr + at * head.stride_weight + o_d, mask=o_d < head.width, other=0.0).to(tl.float32)
-    bias = 0.0
+    z = tl.sum(b_z, 0)
     if head.HAS_BIAS:
-        bias = tl.load(head.bias_ptr + at).to(tl.float32)
-    z = shape_logits(tl.sum(b_z, 0), bias, head.inner, head.outer, head.HAS_BIAS, head.CAPPED)
+        z += tl.load(head.bias_ptr + at).to(tl.float32)
+    z = natural(squash(z, head), head)
     tl.store(out_ptr + i_token, tl.where(label < vocabulary, z, float("nan")))

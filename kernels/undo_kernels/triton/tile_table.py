@@ -54,7 +54,7 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     ("sm_86", "filter", True): Tile(64, 128, 32, 8, 2, 8),
     ("sm_86", "filter", False): Tile(64, 128, 64, 8, 3, 8),
     **{("sm_100", kernel, False): Tile(64, 128, 64, 8, 3, 8) for kernel in ("stats", "filter")},
-    ("sm_90", "stats", False): Tile(64, 256, 64, 8, 3, 4),
+    ("sm_90", "stats", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_100", "loss", False): Tile(128, 128, 64, 8, 3, 8),
     **{("gfx942", kernel, False): Tile(128, 128, 64, 8, 2, 8) for kernel in ("stats", "loss")},
@@ -62,7 +62,7 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     **{(INTERPRETER, kernel, wide): Tile(16, 64, 16, 4, 1, 2) for kernel in KERNELS for wide in (False, True)},
 }
 _ROWS = {
-    **{target: RowBlock(2048, 8) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
+    **{target: RowBlock(1024, 4) for target in ("sm_80", "sm_86", "sm_90", "sm_100")},
     "gfx942": RowBlock(2048, 4),
     INTERPRETER: RowBlock(128, 4),
 }

@@ -34,6 +34,11 @@ _REGISTERS = 256  # a thread's; two tiles of float32 sums must leave room
 _SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 _TOLERANCE = {False: 1e-2, True: 1e-4}
 
+# What a tile that cannot be launched raises; PTXASError is no RuntimeError.
+_FAILURES = (
+    triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError, RuntimeError,
+)  # fmt: skip
+
 Seconds = Callable[[Callable[[], Any]], float]
 
 
@@ -140,7 +145,7 @@ def tune(
                     record["failed"] = "other numbers than the default tile's"
                 elif not first:
                     record["seconds"] = seconds(launch)
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as failure:
+        except _FAILURES as failure:
             said = str(failure).strip().partition("\n")[0]
             record["failed"] = f"{type(failure).__name__}: {said[:120]}"
         finally:

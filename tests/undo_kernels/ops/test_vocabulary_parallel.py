@@ -1,4 +1,4 @@
-"""Losses on a head that is sharded by vocabulary entries, on two and four processes; ``support/vocabulary_parallel.py`` has the cases."""
+"""Losses on a head that is sharded by vocabulary entries, on two and four processes; ``support/vocabulary_parallel.py`` lists the cases."""
 
 import json
 import os

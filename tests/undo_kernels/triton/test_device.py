@@ -8,12 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from undo_kernels.noise_segments import Segment
 from undo_kernels.problem import Problem
 from undo_kernels.projection import Projection
-from undo_kernels.triton import device, noise, rmu, row_kernels, tile_kernels, tile_table
+from undo_kernels.triton import combine, device, noise, rmu, row_kernels, tile_kernels, tile_table
 from undo_kernels.triton import vocab_loss as driver
 
 DEVICE = torch.device("cuda:1")
 KERNELS = {
-    row_kernels: ("stats_rows", "combine_rows", "loss_rows", "pick_rows", "put_rows"),
+    combine: ("combine_rows",),
+    row_kernels: ("stats_rows", "loss_rows", "pick_rows", "put_rows"),
     tile_kernels: ("stats_tiles", "loss_tiles", "pick_labels"),
     rmu: ("rmu_rows",),
     noise: ("noise_blocks", "noise_sums"),

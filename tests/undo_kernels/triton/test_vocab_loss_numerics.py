@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from rounding import EXPONENTIAL, assert_as_exact_as, difference_form_error, gamma, probability_error
 from triton_problems import (
     DENSE,
@@ -23,6 +25,10 @@ from triton_problems import (
 from undo_kernels import backend
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
+from undo_kernels.triton import math as elementary
+from undo_kernels.triton import tile_table
+from undo_kernels.triton import vocab_loss as driver
+from undo_kernels.triton.run import math_of
 
 from undo_core import ops
 
@@ -37,7 +43,7 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
     """Relative error of the gradients from a KL of about 1 to 1e-6, logits of standard deviation 3."""
     for dtype in (torch.bfloat16, torch.float32):
         reached = []
-        for apart in (0.4, 0.012, 0.0004) if dtype == torch.float32 else (0.4, 0.01):
+        for apart in (0.4, 0.012, 0.0006):
             # A 16-bit student cannot be moved by less than its spacing: the bias, in float32, moves it.
             p = problem(
                 target,
@@ -69,7 +75,7 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
             assert error(got.divergence, want["divergence"]) < 1e-3, (dtype, kl)
             assert (got.divergence >= 0).all()
         assert max(reached) > 0.1
-        assert min(reached) < (1e-5 if dtype == torch.float32 else 1e-3)
+        assert min(reached) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -246,10 +252,11 @@ def test_peaked_teachers_that_the_student_agrees_with(target, spread, near):
     assert (got.d_hidden - want).norm() <= difference_form_error(z_s, z_t, z_s.shape[1]).norm()
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, 7.0), (torch.bfloat16, 7.0), (torch.bfloat16, None)], ids=str)
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 @pytest.mark.parametrize("target", DENSE)
-def test_a_student_that_is_its_teacher_gets_no_gradient(target, plan):
-    p = problem(target, plan=plan, spread=3.0, softcap=7.0)
+def test_a_student_that_is_its_teacher_gets_no_gradient(target, plan, dtype, softcap):
+    p = problem(target, plan=plan, spread=3.0, softcap=softcap, dtype=dtype)
     p = dataclasses.replace(p, teacher=p.student)
     first = vocab_loss(p)
     for got in (first, vocab_loss(dataclasses.replace(p, lse_s=first.lse_s, lse_t=first.lse_t))):
@@ -296,3 +303,51 @@ def test_sparse_gradient_as_the_divergence_vanishes(target):
         want, got = oracle(p), vocab_loss(p)
         assert error(got.d_hidden, want["d_hidden"]) < (1e-4 if apart > 0.1 else 3e-3)
         assert error(got.divergence, want["divergence"]) < 1e-3
+
+
+@triton.jit
+def _functions(x_ptr, out_ptr, MATH: tl.constexpr, BLOCK: tl.constexpr):
+    o_x = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o_x)
+    tl.store(out_ptr + o_x, elementary.exp2(x, MATH))
+    tl.store(out_ptr + BLOCK + o_x, elementary.reciprocal(x, MATH))
+    tl.store(out_ptr + 2 * BLOCK + o_x, elementary.log(x, MATH))
+
+
+def test_approximate_functions_err_as_documented():
+    """On a GPU the instructions themselves; interpreted, errors as large as PTX documents: about half of them above half of that."""
+    x = torch.linspace(0.01, 40.0, 4096)
+    out = torch.empty(3, 4096, device=DEVICE)
+    _functions[(1,)](x.to(DEVICE), out, MATH=math_of(tile_table.target_of(DEVICE), False), BLOCK=4096)
+    got, wide = out.cpu().double(), x.double()
+    rounding = gamma(4)  # of the interpreter's own function, two units, and of two products
+    for value, want, bound in zip(got, (wide.exp2(), 1 / wide, wide.log()), (2.0**-22, 2.0**-23, 2.0**-22), strict=True):
+        size = want.abs().clamp_min(math.log(2.0) * bool((want < 0).any()))  # a logarithm's error is absolute near 1
+        apart = (value - want).abs() / size
+        assert apart.max() <= bound + rounding
+        assert not driver.INTERPRETED or apart.max() > bound / 2
+
+
+@pytest.mark.parametrize("target", DENSE)
+def test_suppressed_entries_of_16_bit_logits(target):
+    """An entry that both sides give no probability counts for nothing, and one that the first argument gives none has its limit."""
+    g = torch.Generator().manual_seed(3)
+    z_s, z_t = (torch.randn(3, 70, generator=g).mul(3).bfloat16() for _ in range(2))
+
+    def loss(s, t):
+        p = Problem(GivenLogits(s, s), target, torch.ones(3), teacher=GivenLogits(t, t), needs=(True, False, False))
+        return vocab_loss(p)
+
+    keep = torch.arange(70) != 5
+    want = loss(z_s[:, keep].contiguous(), z_t[:, keep].contiguous())
+    z_s[:, 5] = z_t[:, 5] = -math.inf
+    got = loss(z_s, z_t)
+    torch.testing.assert_close(got.divergence, want.divergence, rtol=1e-5, atol=0)
+    assert not got.d_hidden[:, 5].any() and torch.isfinite(got.d_hidden).all()
+    first = z_t if target == "forward" else z_s
+    first[:, 9] = -math.inf
+    got = loss(z_s, z_t)
+    assert torch.isfinite(got.divergence).all() and torch.isfinite(got.d_hidden).all()
+    second = z_s if target == "forward" else z_t
+    second[:, 11] = -math.inf
+    assert loss(z_s, z_t).divergence.isinf().all() == (target != "jsd")
