@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(BIN)/python -c 'import undo_kernels; why = undo_kernels.unavailable().get("cpu"); why and print(f"undo-core: NO C++ KERNELS: {why}; the reference backend is used")'
 	@touch $@
 
-install: $(INSTALLED)  ## virtual environment and install
+install: $(INSTALLED)  ## create a virtual environment and install
 
 demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 	$(BIN)/undo run configs/arithmetic-cpu.yaml
@@ -36,7 +36,7 @@ test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with severa
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
 
-bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside what one would use instead, about nine minutes; results in bench/results
+bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside the alternatives, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/bench_cross_entropy.py
 	$(BIN)/python bench/bench_noise.py
@@ -62,13 +62,13 @@ $(VENV)/.installed-%: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r $@.txt
 	@touch $@
 
-lint: $(VENV)/.installed-lint  ## style and types of everything, changing nothing
+lint: $(VENV)/.installed-lint  ## check style and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
-format: $(VENV)/.installed-lint  ## rewrite what lint would complain about, as far as tools can
+format: $(VENV)/.installed-lint  ## fix style where tools can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
@@ -87,7 +87,7 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 	$(EMPTY)/bin/python tests/smoke.py
 	rm -rf $(EMPTY)
 
-clean:  ## remove the environment and what was built
+clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
 .PHONY: help install demo test test-matrix test-distributed test-aot bench bench-all bench-check lint format docs dist clean

@@ -88,7 +88,7 @@ class Suite:
         return replace(activations.load(file).to(DTYPES[row.dtype], device), softcap=row.softcap)
 
 
-# -- verification ----------------------------------------------------------------------------------------------------------------
+# -- verification --------------------------------------------------------------------------------------------------------------
 
 
 def verify(contender: Contender, steps: Mapping[str, Callable[[], Outputs]], wanted: Outputs, dtype: str) -> dict[str, Any]:

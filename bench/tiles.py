@@ -27,7 +27,7 @@ CHECK = """
 import sys, json
 from undo_kernels.triton import aot, tile_table
 target, kernel, wide, *fields = json.loads(sys.argv[1])
-reports = [aot.compile_variant(v, target) for v in aot._tile_variants(target, kernel, wide, tile_table.Tile(*fields), False)]
+reports = aot.tile_reports(target, kernel, wide, tile_table.Tile(*fields))
 print(json.dumps([max(r["spills"] for r in reports), max(r["shared"] for r in reports), aot.SHARED_LIMIT[target]]))
 """
 

@@ -1,9 +1,10 @@
-"""What MkDocs cannot do by itself: pages made from the program, and links that work both in the repository and on the site.
+"""Extends MkDocs: pages generated from the program, and links that work both in the repository and on the site.
 
 - ``cli/NAME.md``: the help of each command, as the program prints it at build time.
 - ``api/*.md``: a section for each public name of the packages, which mkdocstrings fills from the docstrings.
 - ``contributing.md`` and ``changelog.md``: the files of the repository's root.
-- A link that leaves ``docs/`` names a file of the repository: it becomes a page of the site, or the file is copied to ``files/``.
+- A link that leaves ``docs/`` names a file of the repository: it becomes a page of the site, or the file is copied to
+  ``files/``.
 - A finished page that would load anything from another host fails the build.
 """
 
@@ -24,7 +25,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-API = {  # page: package, what stands above the names
+API = {  # page: package, and the text above the names
     "undo_core": "The method. Every name is loaded on first use.",
     "undo_core.ops": "The fused ops. They know tensors and no models, and import neither transformers nor a configuration.",
     "undo_kernels": "The implementations of the ops, and how to choose and to observe them.",
@@ -35,7 +36,7 @@ LOADED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?/
 
 
 def on_config(config):
-    """Lists the generated pages where the navigation of mkdocs.yml says ``cli`` and ``api``."""
+    """Lists the generated pages at ``cli`` and ``api`` in the navigation of mkdocs.yml."""
     made = {"cli": {name: f"cli/{name}.md" for name in _commands()}, "api": {name: f"api/{name}.md" for name in API}}
     for section in config["nav"]:
         for entries in section.values():
@@ -81,13 +82,13 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return f"{match[1]}{posixpath.relpath(site, here or '.')}{match[3] or ''}{match[4]}"
 
     def changed(text: str) -> str:
-        return LINK.sub(rewritten, text).replace("] [", "] \\[")  # two footnote marks in a row are no reference to a link
+        return LINK.sub(rewritten, text).replace("] [", "] \\[")  # two footnote marks in a row are not a reference link
 
     return _outside_code(changed, markdown)
 
 
 def on_page_content(content: str, page, config, files: Files) -> str:
-    """Drops the roles of references in docstrings, which editors read: ``:func:`name` `` is shown as ``name``."""
+    """Removes the roles of references in docstrings, which are meant for editors: ``:func:`name` `` is shown as ``name``."""
     return ROLE.sub("<code>", content)
 
 
@@ -109,7 +110,7 @@ def _targets(markdown: str) -> list[str]:
 
 
 def _repository_path(src_uri: str):
-    """Where a relative link of the page ``src_uri`` points to, from the root of the repository."""
+    """Returns the target of a relative link of the page ``src_uri``, from the root of the repository."""
     from_root = src_uri in PAGES.values() and src_uri != "index.md"
     folder = "" if from_root else posixpath.dirname(f"docs/{src_uri}")
     return lambda link: posixpath.normpath(posixpath.join(folder, link))
@@ -134,11 +135,11 @@ def _help(*command: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main([*command, "--help"])
-    return printed.getvalue().replace(" \b", "")  # a terminal shows it so
+    return printed.getvalue().replace(" \b", "")  # as a terminal shows it
 
 
 def _command_page(name: str) -> str:
-    """The description as text, its examples and the flags as code."""
+    """Renders a command's description as text, and its examples and flags as code."""
     usage, description, flags = re.fullmatch(r"usage: (.*?)\n\n(.*?)\n\n(options:.*)", _help(name), re.S).groups()
     parts = [f"# undo {name}"]
     for part in description.split("\n\n"):

@@ -2,8 +2,8 @@
 
     python examples/checkpoint.py CHECKPOINT OUTPUT --retain keep.txt --forget forget.txt
 
-CHECKPOINT is a Hugging Face folder; a line of a text file is a document. The settings are for a small model: see what `undo plan` says
-about yours. `undo run configs/hf-template.yaml` does the same with controls, checkpoints, resuming and a report.
+CHECKPOINT is a Hugging Face folder; a line of a text file is a document. The settings are for a small model: see what `undo
+plan` says about yours. `undo run configs/hf-template.yaml` does the same with controls, checkpoints, resuming and a report.
 """
 
 import argparse
@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         result[name] = min(curve.history[-1]["forget"] for curve in curves.values())
     for name, value in result.items():
         print(
-            f"{name}: cross-entropy {value:.3f} per token of held-out forget text{'' if name == 'original' else ' after the attack'}"
+            f"{name}: cross-entropy {value:.3f} per token of held-out forget "
+            f"text{'' if name == 'original' else ' after the attack'}"
         )
     return result
 

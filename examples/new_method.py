@@ -1,7 +1,8 @@
 """A new unlearning method in one file: ascend on the forget text only where the model is still better than a bound.
 
-A method is a function from the model, still the original, and the configuration to a Method. Put into undo_core/unlearning/, this file
-needs nothing else: it is found there, gets settings of its own (`settings=` names their dataclass), and appears in `undo run --help`.
+A method is a function from the original model and the configuration to a Method. In undo_core/unlearning/ this file needs no
+further registration: it is found there, gets its own settings (`settings=` names their dataclass), and appears in
+`undo run --help`.
 """
 
 import tiny
@@ -10,7 +11,7 @@ from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.training.losses import cross_entropy
 from undo_core.unlearning.method import Method, forget_and_retain, register
 
-BOUND = 6.0  # nats per token: text that is already as unlikely as this is left alone
+BOUND = 6.0  # nats per token; text that is already this unlikely has no further ascent
 
 
 @register("bounded", "Bounded ascent")

@@ -2,7 +2,8 @@
 
     python examples/noise_checkpoint.py CHECKPOINT OUTPUT
 
-The same as `undo noise CHECKPOINT OUTPUT --alpha=0.6`. The bits do not depend on the machine, and they are those of `noise_` in memory.
+The same as `undo noise CHECKPOINT OUTPUT --alpha=0.6`. The bits do not depend on the machine, and they are those of `noise_` in
+memory.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""Settings that torch and Triton read when they are imported: the number of threads of a test process, the folder of Inductor's cache,
-and that Triton's kernels run on CPU tensors under its interpreter, unless there is a GPU."""
+"""Sets what torch and Triton read on import: the number of threads of a test process, the folder of Inductor's cache, and,
+without a GPU, Triton's interpreter, which runs its kernels on CPU tensors."""
 
 import getpass
 import os

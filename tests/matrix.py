@@ -1,9 +1,10 @@
-"""The kernels' tests on what one machine can vary: torch's vector units, threads, the C++ instruction set, MKL's code path.
+"""Runs the kernels' tests in all variations of a machine: torch's vector units, threads, C++ instruction set, MKL's code path.
 
     python tests/matrix.py [pytest arguments]
 
-Each line is one run of tests/undo_kernels in a process of its own, one after the other; the exit status is 1 if any fails. Ahead-of-time
-compilation is left out: it depends on none of this. An instruction set that this processor lacks is named and not run.
+Each line is one run of tests/undo_kernels in a separate process, one after the other; the exit status is 1 if any fails. The
+runs omit ahead-of-time compilation, which depends on none of this. An instruction set that this processor lacks is named and
+not run.
 """
 
 import os
@@ -27,7 +28,7 @@ VARIED = sorted({name for variation in VARIATIONS for name in variation})
 
 
 def run(variation: dict[str, str], arguments: list[str]) -> tuple[bool, str]:
-    """Whether pytest passed, and its closing line."""
+    """Runs pytest; returns whether it passed, and its closing line."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIED} | BASE | variation
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""The installed wheel computes with its C++ kernels: `python tests/smoke.py`, in an environment that has only the wheel.
+"""Checks that an installed wheel computes with its C++ kernels: `python tests/smoke.py`, in an environment with only the wheel.
 
-Run by `make dist` and by the workflow that builds wheels. Losses and gradients are compared with plain torch in float64, and the noise
-with the reference backend, bit for bit.
+Run by `make dist` and by the workflow that builds wheels. Losses and gradients are compared with plain torch in float64, and
+the noise with the reference backend, bit for bit.
 """
 
 from pathlib import Path

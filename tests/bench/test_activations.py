@@ -1,4 +1,4 @@
-"""Problems from trained models: hidden states that give the models' own logits, from a run's folders or trained on the spot."""
+"""Problems from trained models: their hidden states give the models' own logits, from a run's folders or newly trained."""
 
 import copy
 import importlib
@@ -23,7 +23,7 @@ def activations(monkeypatch):
 
 @pytest.fixture
 def stages(activations, tmp_path):
-    """Folders as a run leaves them: prepared data, a teacher and a distilled student."""
+    """Makes folders like those of a run: prepared data, a teacher and a distilled student."""
     config = activations.AutoConfig.for_model(
         "gemma2", vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=16, pad_token_id=0,

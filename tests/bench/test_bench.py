@@ -1,4 +1,4 @@
-"""The benchmark runs, records what its readers need, and times nobody who computes something else."""
+"""The benchmark runs, records what its readers need, and times no contender that computes something else."""
 
 import dataclasses
 import importlib
@@ -77,7 +77,7 @@ def test_a_quick_run_records_everything(bench_kl, tmp_path):
     assert row["ceilings"]["flops"] > 0 and row["ceilings"]["bytes_per_s"] > 0
     assert list(tmp_path.iterdir()) == [out]
 
-    # What the file has is not measured again, unless asked for; another row is added to it.
+    # Rows in the file are not measured again unless asked for; another row is added.
     before = json.loads(out.read_text())["rows"]
     bench_kl.main(
         ["--quick", "--no-memory", "--rounds", "1", "--contenders", "undo-core", "--only", "quick-bf16", "--out", str(out)]
@@ -111,7 +111,7 @@ WRONG = {
 
 
 def quick(suite, dtype, softcap=None):
-    """The inputs of a quick row."""
+    """Returns the inputs of a quick row."""
     problems = importlib.import_module("problems")
     row = next(row for row in suite.quick["cpu"] if row.dtype == dtype)
     return problems.draw(dataclasses.replace(row, softcap=softcap), "cpu", suite.teacher)
@@ -132,7 +132,7 @@ def test_a_wrong_contender_is_rejected(suite, dtype, fault):
 
 
 def timed(suite, monkeypatch, tmp_path, name, build):
-    """The record of one contender, built otherwise, of a quick run."""
+    """Returns the record of one contender of a quick run, built with changes."""
     monkeypatch.setitem(suite.contenders, name, dataclasses.replace(suite.contenders[name], build=build))
     out = tmp_path / "results.json"
     arguments = ["--quick", "--no-memory", "--rounds", "1", "--only", "quick-f32", "--contenders", name, "--out", str(out)]
@@ -156,7 +156,7 @@ def test_a_wrong_contender_is_not_timed(bench_kl, monkeypatch, tmp_path):
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here that another path could differ from")
 @pytest.mark.parametrize("calls", [3, 4], ids=["between check and time", "between two modes' times"])
 def test_a_contender_that_is_timed_on_another_path_than_verified_is_no_record(bench_kl, monkeypatch, tmp_path, calls):
-    """The fault that the benchmark once had: errors of plain PyTorch beside the times of the kernels."""
+    """The benchmark once reported errors of plain PyTorch beside times of the kernels."""
     suite = bench_kl.SUITE
     right, done = suite.contenders["undo-core"].build, []
 
@@ -185,7 +185,7 @@ def test_the_reference_contender_that_ran_something_else_has_no_verdict(bench_kl
 
 
 def test_every_row_is_large_enough_for_the_kernels(suite):
-    """Of fewer pairs dispatch leaves the work to plain PyTorch; the warm-up of a memory measurement must not be left, either."""
+    """Dispatch leaves smaller problems to plain PyTorch; the warm-up of a memory measurement must run the kernels too."""
     measuring, problems = importlib.import_module("measuring"), importlib.import_module("problems")
     backends = {"cpu": "cpu", "cuda": "triton"}
     rows = [(row, backends[device]) for table in (suite.rows, suite.quick) for device in table for row in table[device]]
@@ -242,7 +242,7 @@ def test_every_contender_that_is_here_computes_the_same(suite, dtype):
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_oracles_in_blocks_are_the_definition(suite, problems, monkeypatch, softcap):
-    """In float64 from torch's own losses, whole; the block of 3 tokens leaves one over."""
+    """Compares with torch's losses in float64 on the whole problem; blocks of 3 tokens leave one token over."""
     row = problems.Row("r", 7, 50, 12, "float32", softcap, ())
     inputs = problems.draw(row, "cpu", True)
     hidden, weight, *teacher = (t.detach().double().requires_grad_() for t in inputs.heads)
@@ -283,14 +283,14 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
             assert after == before
         else:  # it was not named
             assert after["verification"]["verdict"] == "different"
-    # A row that was timed on another path is not given errors of this one.
+    # A row that was timed on another path does not get errors of this one.
     for call in spoilt["rows"][0]["contenders"][0]["ran"]["both"]:
         call["form"] = "another"
     out.write_text(json.dumps(spoilt))
     with pytest.raises(SystemExit, match=r"quick-f32: undo-core, both: timed .*another, but verified .* stays as it was"):
         bench_kl.main([*common, "undo-core", "--accuracy"])
     assert json.loads(out.read_text()) == spoilt
-    # Nothing is timed where nothing was.
+    # A row without times stays without times.
     out.unlink()
     bench_kl.main([*common, "undo-core", "--accuracy"])
     (row,) = json.loads(out.read_text())["rows"]
@@ -300,7 +300,7 @@ def test_accuracy_is_measured_again_without_timing(bench_kl, tmp_path, capsys):
 def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     monkeypatch.setattr(bench_kl, "ERROR_TARGETS", [1.0, 1e-5])
-    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # so few that dispatch alone would leave them to plain PyTorch
+    monkeypatch.setitem(bench_kl.ERROR_PAIRS, "cpu", 8209 * 8)  # few enough that dispatch by itself would use plain PyTorch
     arguments = ["--quick", "--only", "error", "--contenders", "undo-core", "plain", "--out", str(out)]
     bench_kl.main(arguments)
     curves = json.loads(out.read_text())["error_versus_kl"]["curves"]
@@ -310,7 +310,7 @@ def test_gradient_errors_are_of_the_path_of_a_row(bench_kl, monkeypatch, tmp_pat
     for curve in curves:
         used = {call["backend"] for point in curve["points"] for run in point["seeds"] for call in run["ran"]}
         assert used == ({KERNELS} if curve["name"] == "undo-core" else set())
-        # What is rounded to 16 bits before the two are subtracted is lost as they meet; the kernels' error stays.
+        # Rounding to 16 bits before the subtraction loses everything as the two meet; the kernels' error stays the same.
         errors = [point["seeds"][0]["d_hidden"] for point in curve["points"]]
         assert errors[1] > 0.3 if curve["name"] == "plain" else max(errors) < (1e-2 if curve["dtype"] == "bfloat16" else 1e-3)
     if KERNELS == "cpu":
@@ -349,7 +349,7 @@ def test_a_missing_peer_is_a_row_that_says_so(bench_kl, monkeypatch):
 
 
 def test_problems_of_a_given_divergence(problems):
-    """In a row's own shape, which its products' forms depend on."""
+    """The problems have the row's shape, which decides the forms of its products."""
     for dtype in ("float32", "bfloat16"):
         student = problems.Approaching(problems.Row("r", 100, 500, 64, dtype, None, ()), 20, "cpu", 0)
         for target in (0.1, 1e-5):
@@ -397,7 +397,7 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
     options.out.write_text(json.dumps({**record, "machine": {**record["machine"], "name": "another"}}))
     with pytest.raises(SystemExit, match=r"rows of another-.*, wanted"):
         runner.load(options.out, "kl", options, {})
-    # Clouds give several processors one name.
+    # In clouds, several processors have the same name.
     facts = {**record["machine"], "cpu_family_model_stepping": ["6", "1", "0"]}
     options.out.write_text(json.dumps({**record, "machine": facts}))
     with pytest.raises(SystemExit, match=f"rows of {facts['name']}-6-1-0, wanted"):

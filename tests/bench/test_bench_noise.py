@@ -1,4 +1,4 @@
-"""Both contenders of the noise benchmark leave tensors close to each other in size."""
+"""Both contenders of the noise benchmark leave tensors of nearly the same norms."""
 
 import importlib
 import math
@@ -25,7 +25,7 @@ def test_both_add_noise_of_the_same_size(bench_noise, monkeypatch):
             build(tensors, row)()
             norms.append(float(tensors["w"].double().norm()))
             assert torch.equal(tensors["norm"], torch.full((300,), 0.5))
-        # Norms of 60,000 draws each, within six standard deviations of their difference: seeds that leave them are one in 500 million.
+        # Norms of 60,000 draws each, within six standard deviations of their difference; one seed in 500 million exceeds them.
         assert norms[0] == pytest.approx(norms[1], rel=6 / math.sqrt(tensors["w"].numel()))
 
 

@@ -1,4 +1,4 @@
-"""The smaller benchmarks run, record what they measured, and have a table each."""
+"""The smaller benchmarks run, record what they measure, and print a table each."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ SUITES = {
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_quick_run_gives_a_table(suite, tmp_path):
-    """Every contender's memory is measured in a process of its own, which imports everything: there are as few as will do."""
+    """Each contender's memory is measured in a separate process, which imports everything, so the test uses few."""
     arguments, expected = SUITES[suite]
     results, document = tmp_path / "results.json", tmp_path / "page.md"
     importlib.import_module(f"bench_{suite}").main([*arguments, "--out", str(results)])
@@ -39,5 +39,5 @@ def test_a_quick_run_gives_a_table(suite, tmp_path):
                 assert record["verification"]["ran"] == record["ran"]
     if suite == "step":
         losses = {record["name"]: record["loss"] for record in rows[0]["contenders"]}
-        # Each carries the roundings of its own path and of the weights that the steps before left.
+        # Each has the roundings of its own path and of the weights after the previous steps.
         assert losses["float32"] == losses["cached"] == pytest.approx(losses["plain"], rel=4 * gamma(PATH))

@@ -83,7 +83,7 @@ def test_numbers_are_compared_with_those_of_the_backend_that_ran(regressions, mo
     assert regressions.ratio_key() == here
     with regressions.undo_kernels.backend("reference"):
         assert regressions.ratio_key() == f"{here}, backend reference"
-    # A step that shrinks below what dispatch leaves to plain PyTorch is noticed, not compared.
+    # A step so small that dispatch uses plain PyTorch is an error, not a comparison.
     one = next(iter(small))
     monkeypatch.setitem(small, one, (small[one][0], regressions.replace(small[one][1], vocabulary=600)))
     with pytest.raises(RuntimeError, match="ran on cpu, reference of undo-core's backends, wanted one"):

@@ -1,4 +1,4 @@
-"""The tables in the documents are what the recorded results say."""
+"""The tables in the documents agree with the recorded results."""
 
 import importlib
 import json
@@ -85,7 +85,7 @@ def test_generation_is_idempotent_and_touches_nothing_else(tables, document):
 
 
 def test_what_a_newer_record_has_is_shown(tables, document):
-    """The floor beside the time, the forward pass alone in the full table, errors on captured activations."""
+    """A newer record shows the floor beside the time, the forward pass in the full table, and errors on activations."""
     path, recorded = document
     found = results()
     row = found["rows"][0]

@@ -1,4 +1,4 @@
-"""The tiles in code are those that were measured, and the tuner takes none that is wrong."""
+"""The tiles in the code are the measured ones, and the tuner rejects invalid tiles."""
 
 import importlib
 import json
@@ -68,7 +68,7 @@ def test_there_are_candidates_and_not_too_many(target, wide):
 
 
 def on_cpu(kernel, seconds, **options):
-    arguments = {"rows": 3, "vocabulary": 70, **options}
+    arguments = {"tokens": 3, "vocabulary": 70, **options}
     return tuner.tune(kernel, False, 32, torch.device("cpu"), seconds, **arguments)
 
 

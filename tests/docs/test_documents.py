@@ -1,4 +1,4 @@
-"""The documents: every link leads somewhere, every block of code is code, and the names and commands in them exist."""
+"""The documents: every link has a target, every block of Python compiles, and all named commands and files exist."""
 
 import ast
 import contextlib
@@ -29,7 +29,7 @@ def blocks(language):
 
 
 def anchors(path):
-    """As MkDocs and GitHub make them from headings."""
+    """Returns the anchors that MkDocs and GitHub make from headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -74,7 +74,7 @@ def test_the_block_that_explains_a_plan_runs(capsys):
 
 @pytest.mark.parametrize(("path", "block"), blocks("bash"))
 def test_commands_exist(path, block):
-    """``undo`` has the command and the flag, ``make`` the target, and a file that is named is there."""
+    """Every command and flag of ``undo``, every target of ``make`` and every named file exists."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -96,7 +96,7 @@ def test_yaml_is_yaml():
 
 
 def test_versions_agree():
-    """The tools that people install by hand or by pre-commit are those of ``constraints.txt``; the citation has the version."""
+    """Tools installed by hand or by pre-commit have the versions of ``constraints.txt``; the citation has the version."""
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     hooks = {
         r["repo"].rsplit("/", 1)[1]: r["rev"] for r in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
@@ -107,7 +107,7 @@ def test_versions_agree():
 
 
 def test_every_page_is_in_the_navigation():
-    """MkDocs would say so too, but only where it is installed."""
+    """MkDocs checks this too, but only if it is installed."""
     text = (ROOT / "mkdocs.yml").read_text()
     listed = set(re.findall(r"([\w/.-]+\.md)$", text, re.M))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}

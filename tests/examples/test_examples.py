@@ -1,4 +1,4 @@
-"""Every script of ``examples/`` runs, and its numbers agree with what transformers and torch compute by themselves."""
+"""Every script of ``examples/`` runs, and its numbers agree with those that transformers and torch compute."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports an example by name, and forgets it and the methods that it registered."""
+    """Imports an example by name; afterwards removes it and the methods that it registered."""
     from undo_core.unlearning.method import METHODS
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -30,7 +30,7 @@ def example(monkeypatch):
 
 
 def exact_divergence(student, teacher, batch):
-    """In float64, from the models' own logits."""
+    """Returns the divergence in float64, from the models' own logits."""
     labels = batch["labels"][:, 1:]
     inputs = {name: column for name, column in batch.items() if name != "labels"}
     s, t = (model.double()(**inputs).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
@@ -83,7 +83,7 @@ def test_noise_checkpoint(example, tmp_path):
 
 
 def test_notebook(tmp_path, capsys):
-    """Its cells run on a recorded result; the cell that computes it starts the demo."""
+    """The cells run on a recorded result; the cell that computes it starts the demo."""
     matplotlib.use("Agg")
     shutil.copy(ROOT / "bench/results/sweep-alpha/runs/sweep-alpha/results-seed0.json", tmp_path)
     cells = [cell for cell in json.loads((EXAMPLES / "demo.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]

@@ -1,4 +1,4 @@
-"""Every causal class against torch: the losses of hidden states and head, and their gradients, are those of the model's own logits."""
+"""Checks every causal class: losses of hidden states and head, and their gradients, equal those of the model's own logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from undo_core import ops
 from undo_core.models import UnsupportedHead, head_of, hidden_states
 
-# Constants of heads, none of them neutral; a model gets those that its configuration has.
+# Constants of heads, none neutral; a model gets those in its configuration.
 CONSTANTS = {
     "final_logit_softcapping": 2.0,
     "lm_head_bias": True,
@@ -28,26 +28,26 @@ CONSTANTS = {
     "output_logit_soft_cap": 2.0,
     "unpadded_vocab_size": 60,
 }
-# These do not run in float64: tensors are made, or compared, in float32 by name. Their oracle is float64 from the logits on.
+# These do not run in float64, because their code names float32. Their oracle is in float64 from the logits on.
 SINGLE = ("inkling2_loop_text", "inkling2_text", "xglm")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
 def model_types(first: str, last: str) -> list[str]:
-    """The model types whose names begin with the letters from ``first`` to ``last``; one test file has each range."""
+    """Returns the model types whose names begin with ``first`` to ``last``; each range has a test file."""
     return [name for name in names() if first <= name[0] <= last]
 
 
 def check(name: str) -> None:
-    """The losses of a model type are right, or it is one of those that ``docs/models.md`` names, for the reason that stands there."""
+    """Asserts that the losses of a model type are right, or that ``docs/models.md`` names it with the same reason."""
     found = outcome(name)
     page = PAGE.read_text(encoding="utf-8")
-    if f"of transformers {transformers.__version__} " in page:  # it tells of one version; the losses are right in any
+    if f"of transformers {transformers.__version__} " in page:  # the page describes one version; the losses are right in any
         assert (None if found == "equal" else _cell(found.partition(": ")[2])) == _stated(page).get(name)
 
 
 def check_page() -> None:
-    """The counts of ``docs/models.md`` are those of its tables and of the installed transformers."""
+    """Asserts that the counts in ``docs/models.md`` agree with its tables and the installed transformers."""
     page = PAGE.read_text(encoding="utf-8")
     stated, left = set(_stated(page)), NOT_TINY.keys()
     total, version = re.search(r"\| (\d+) model types of transformers (\S+) \|", page).groups()
@@ -58,12 +58,12 @@ def check_page() -> None:
 
 
 def _stated(page: str) -> dict[str, str]:
-    """Reasons by model type in the page's tables."""
+    """Returns the reasons in the page's tables, by model type."""
     return dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", page, re.MULTILINE))
 
 
 def outcome(name: str) -> str:
-    """``equal``, or why the model type is refused or left out.
+    """Returns ``equal``, or why the model type is refused or omitted.
 
     Raises:
         AssertionError: a loss or a gradient differs by more than rounding.
@@ -81,7 +81,7 @@ def outcome(name: str) -> str:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)  # no bias is 0, no norm is neutral
         if (output := model.get_output_embeddings()) is not None:
             output.weight.add_(torch.randn_like(output.weight), alpha=0.2)
-    model.train(name == "reformer")  # its gradients are made in training mode alone; the settings have no dropout
+    model.train(name == "reformer")  # it has gradients only in training mode; the settings have no dropout
     try:
         head = head_of(model)
     except UnsupportedHead as error:
@@ -133,7 +133,7 @@ def _by_ops(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, teacher: 
 
 
 def table() -> str:
-    """What ``docs/models.md`` shows: how many model types are equal, and which others are not, and why."""
+    """Returns the tables of ``docs/models.md``: how many model types are equal, and which are not, with the reasons."""
     found = {name: outcome(name) for name in names()}
     refused = {name: text.removeprefix("refused: ") for name, text in found.items() if text.startswith("refused")}
     left = {name: text.removeprefix("not tiny: ") for name, text in found.items() if text.startswith("not tiny")}

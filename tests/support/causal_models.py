@@ -1,8 +1,8 @@
 """A tiny model of every causal class that the installed transformers knows.
 
-``names()`` lists the model types that ``AutoModelForCausalLM`` maps to a class, ``build(name)`` makes one of them on the CPU from random
-numbers, and ``NOT_TINY`` says why the others are left out. Sizes come from one table of settings by name, and from a table of what a
-model needs beyond it.
+``names()`` lists the model types that ``AutoModelForCausalLM`` maps to a class, ``build(name)`` makes one of them on the CPU
+from random numbers, and ``NOT_TINY`` says why the others are omitted. Sizes come from one table of settings by name, and from a
+table of what a model needs beyond it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY = 64
 
-# Settings that have one name in many configurations. A model gets those that its configuration has.
+# Settings with the same name in many configurations. A model gets those in its configuration.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": 0,
@@ -296,7 +296,7 @@ def _config(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTraine
     chosen = {name: value for name, value in SIZES.items() if name in fields} | settings
     for part, inner in _parts(kind).items():
         own = chosen.pop(part, {})
-        if part == "text_config":  # where else would a wrapper's vocabulary be?
+        if part == "text_config":  # the vocabulary of a wrapper
             own = {name: chosen.pop(name) for name in list(settings) if name in fields_of(inner) - fields} | own
         chosen[part] = _config(inner, own).to_dict()
     with _quiet():
@@ -305,7 +305,7 @@ def _config(kind: type[PreTrainedConfig], settings: dict[str, Any]) -> PreTraine
 
 def _parts(kind: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """Classes of the nested configurations."""
-    defaults = getattr(kind, "sub_configs_defaults", {})  # older versions of transformers do not say which one is meant
+    defaults = getattr(kind, "sub_configs_defaults", {})  # ambiguous in older versions of transformers
     return {
         part: CONFIG_MAPPING[defaults[part].model_type] if inner is AutoConfig else inner
         for part, inner in kind.sub_configs.items()

@@ -4,7 +4,8 @@ The instruction set, the number of threads and the library decide in which order
 None of them can leave these bounds (Higham, "Accuracy and Stability of Numerical Algorithms", sections 3.1 and 4.2):
 
 - one operation is right to ``u``, half the distance of neighbouring numbers: 2**-24 in float32;
-- a sum, or an inner product, of n terms in any order is within ``gamma(n) = n u / (1 - n u)`` times the sum of the terms' magnitudes;
+- a sum, or an inner product, of n terms in any order is within ``gamma(n) = n u / (1 - n u)`` times the sum of the terms'
+  magnitudes;
 - the exponential of an x that carries the absolute error e is relatively wrong by e, plus what the library's ``exp`` adds.
 """
 
@@ -49,10 +50,11 @@ def error(got, want):
 
 
 def assert_as_exact_as(got, yardstick, want, floor, name="", scale=0.0, factor=2.0):
-    """``got`` errs at most ``factor`` times as much as ``yardstick``, torch's own result in the same dtype, plus what rounding may do.
+    """``got`` errs at most ``factor`` times as much as ``yardstick``, torch's own result in the same dtype, plus what rounding
+    may do.
 
-    That is ``floor``, relative to the norm of ``want`` or to ``scale``, the norm of what ``want`` is a difference of. It is needed
-    where torch happens to be exact. Infinities and NaN are compared by place.
+    That is ``floor``, relative to the norm of ``want`` or to ``scale``, the norm of what ``want`` is a difference of. It is
+    needed where torch happens to be exact. Infinities and NaN are compared by place.
     """
     got, yardstick, want = got.detach().double(), yardstick.detach().double(), want.detach().double()
     assert got.shape == want.shape, (name, got.shape, want.shape)
@@ -63,7 +65,7 @@ def assert_as_exact_as(got, yardstick, want, floor, name="", scale=0.0, factor=2
     finite = want.isfinite()
     if not finite.any():
         return
-    yardstick = torch.where(yardstick.isfinite(), yardstick, want)  # where torch overflows it is no yardstick
+    yardstick = torch.where(yardstick.isfinite(), yardstick, want)  # torch is not a yardstick if it overflows
     ours, theirs = error(got[finite], want[finite]), error(yardstick[finite], want[finite])
     floor = floor * max(float(want[finite].norm()), scale)
     assert ours <= factor * theirs + floor, f"{name}: error {ours:.3g}, wanted at most {factor} * {theirs:.3g} + {floor:.3g}"
@@ -72,9 +74,9 @@ def assert_as_exact_as(got, yardstick, want, floor, name="", scale=0.0, factor=2
 def difference_form_error(z_s, z_t, terms=128):
     """Elementwise bound on the error of a divergence's gradient that is formed from the difference of given float32 logits.
 
-    The maxima are subtracted with one rounding, u and v; their difference x and the gap of the log-sum-exps with another each. The
-    gap is a mean of x under the probabilities, so it errs by the mean of x's errors and by those of its sums, and so does the KL
-    that reverse KL and JSD subtract. A probability errs by u's error under the exponential.
+    The maxima are subtracted with one rounding, u and v; their difference x and the gap of the log-sum-exps with another each.
+    The gap is a mean of x under the probabilities, so it errs by the mean of x's errors and by those of its sums, and so does
+    the KL that reverse KL and JSD subtract. A probability errs by u's error under the exponential.
     """
     s, t = (z.double().log_softmax(-1) for z in (z_s, z_t))
     away = sum((z.double() - z.double().amax(-1, keepdim=True)).abs() for z in (z_s, z_t))
@@ -83,14 +85,15 @@ def difference_form_error(z_s, z_t, terms=128):
     return 2 * p * (each + (p * each).sum(-1, keepdim=True))
 
 
-PATH = 512  # roundings on the longest path through a tiny model and back: layers, their inner products of up to 64 terms, softmaxes
+PATH = 512  # roundings on the longest path through a tiny model and back: layers, inner products of up to 64 terms, softmaxes
 
 
 def assert_same_function(got, plain, want, name=""):
-    """``got`` and ``plain`` are float32 results of one function of a tiny model, computed in two ways; ``want`` is ``plain`` in float64.
+    """``got`` and ``plain`` are float32 results of one function of a tiny model, computed in two ways; ``want`` is ``plain`` in
+    float64.
 
-    Neither way is the more exact one, so ``got`` may err twice as much as ``plain`` does, and by as many roundings as a path through
-    such a model has. Each may be a tensor, a number, or a sequence of tensors, whose errors are measured together.
+    Neither way is the more exact one, so ``got`` may err twice as much as ``plain`` does, and by as many roundings as a path
+    through such a model has. Each may be a tensor, a number, or a sequence of tensors, whose errors are measured together.
     """
     got, plain, want = (_flat(value) for value in (got, plain, want))
     assert_as_exact_as(got, plain, want, gamma(PATH), name)
@@ -100,7 +103,8 @@ PATH_16 = 32  # results on that path that are rounded to 16 bits; the sums insid
 
 
 def assert_same_training(got, other, start, steps, dtype=torch.float32):
-    """``got`` and ``other`` are parameters that steps of SGD, which is linear in the gradient, made of ``start``, with roundings of their own.
+    """``got`` and ``other`` are parameters that steps of SGD, which is linear in the gradient, made of ``start``, with
+    roundings of their own.
 
     Both gradients err by the roundings of a path through a tiny model; each step is rounded into the weight.
     """
@@ -119,7 +123,7 @@ def _flat(value):
 
 
 def assert_rounded(got, want, magnitude, terms=4):
-    """Every element of ``got`` is ``want`` up to so many float32 roundings of a sum whose terms' magnitudes add up to ``magnitude``."""
+    """Every element of ``got`` is ``want`` up to float32 roundings of a sum whose terms' magnitudes add up to ``magnitude``."""
     allowed = gamma(terms) * torch.as_tensor(magnitude).double() + torch.finfo(torch.float32).tiny
     off = (got.detach().double() - want.double()).abs()
     assert (off <= allowed).all(), f"error {float((off - allowed).max()):.3g} above what {terms} roundings allow"

@@ -62,7 +62,8 @@ def values(function, tensors, seeds=None):
 
 
 def assert_as_exact_as_torch(op, formula, tensors, seeds=None, floor=None):
-    """An op's loss and gradients in float32 against the formula in float64, their errors against those of the formula in float32.
+    """An op's loss and gradients in float32 against the formula in float64, their errors against those of the formula in
+    float32.
 
     ``floor`` is the relative error that rounding may cause where torch happens to be exact; without one it is that of the
     probabilities of a head whose hidden states and weight come first. Returns the op's results.

@@ -1,4 +1,4 @@
-"""What the tests of the method share: a tiny model and a little arithmetic."""
+"""Fixtures that the tests of the method share: a tiny model and a little arithmetic."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def tiny(tokenizer):
 
 @pytest.fixture
 def sequences(tokenizer):
-    """A hundred additions of digits, one a sequence."""
+    """Returns a hundred additions of digits, one per sequence."""
     texts = [f"{a}+{b}={a + b}" for a in range(10) for b in range(10)]
     ids = torch.zeros(len(texts), 8, dtype=torch.int32)
     answers = torch.zeros(len(texts), 8, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The ten lines of the README: somebody else's model, somebody else's batches, no YAML."""
+"""The ten lines of the README run with a user's model and batches, without YAML."""
 
 import copy
 import re

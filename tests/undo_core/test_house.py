@@ -1,4 +1,4 @@
-"""Rules of the house: imports go one way, and the repository shadows nobody's package."""
+"""Rules of the code: imports go one way, and the repository shadows no other package."""
 
 import ast
 import graphlib
@@ -12,7 +12,7 @@ from stage_kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A module may import modules of its own rank (where they are one concern) and of lower ranks.
+# A module may import modules of its own rank and of lower ranks.
 RANKS = [
     {"undo_core.cli", "undo_core.__main__"},
     {"undo_core.planning"},
@@ -54,7 +54,7 @@ def modules() -> list[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_one_way(module, path):
-    if module == "undo_core":  # the public face names everything, lazily
+    if module == "undo_core":  # the public package names everything, but imports lazily
         return
     own = rank(module)
     assert own is not None, f"{module} has no rank: add it to RANKS"
@@ -64,14 +64,14 @@ def test_imports_go_one_way(module, path):
 
 
 def test_no_module_imports_itself_on_a_detour():
-    """No circles, counting the imports inside functions and those for type checkers too."""
+    """There are no import cycles, even if imports inside functions and for type checkers count."""
     files = {module: path for module, path in modules() if module.startswith("undo_core.")}
     graph = {module: set() for module in files}
     for module, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 graph[module] |= {alias.name for alias in node.names} & set(files)
-            elif isinstance(node, ast.ImportFrom):  # of a module by its name, or of what a package defines
+            elif isinstance(node, ast.ImportFrom):  # imports a module by name, or a name that a package defines
                 named = [f"{node.module}.{alias.name}" for alias in node.names]
                 graph[module] |= {name if name in files else node.module for name in named} & set(files)
     try:
@@ -81,7 +81,7 @@ def test_no_module_imports_itself_on_a_detour():
 
 
 def handled(path: Path) -> list[str]:
-    """Places where a file decides by a stage's kind: a comparison, a match, a table by kind, or a test of a stage's class."""
+    """Returns the places where a file decides by a stage's kind: a comparison, a match, a table, or a test of a class."""
     kinds, classes = {kind.kind for kind in KINDS}, {kind.__name__ for kind in KINDS}
 
     def of_a_kind(node: ast.expr | None) -> bool:
@@ -106,7 +106,7 @@ def handled(path: Path) -> list[str]:
 
 
 def test_stages_alone_know_their_kinds(tmp_path):
-    """What a kind means is one file; the graph composes stages, and everything else treats them alike."""
+    """Each kind is defined in one file; the graph composes stages, and all other code treats them alike."""
     base = ROOT / "undo_core"
     files = [path for part in ("pipeline", "planning", "cli") for path in (base / part).rglob("*.py")]
     outside = [path for path in files if path.parent != base / "pipeline" / "stages"]
@@ -157,7 +157,7 @@ def test_nothing_is_unpickled():
 
 
 def test_remote_code_is_refused_wherever_a_checkpoint_is_read():
-    """Left out, transformers asks on a terminal whether the checkpoint's own code may run."""
+    """Without the argument, transformers asks on a terminal whether the checkpoint's code may run."""
     for path in (ROOT / "undo_core").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
@@ -166,7 +166,7 @@ def test_remote_code_is_refused_wherever_a_checkpoint_is_read():
 
 
 def test_the_ops_load_no_model_library():
-    code = "import sys; from undo_core import ops; print(*[name for name in ('transformers', 'matplotlib') if name in sys.modules])"
+    code = "import sys; from undo_core import ops; print(*{'transformers', 'matplotlib'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 

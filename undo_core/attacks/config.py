@@ -75,19 +75,19 @@ class AttackConfig:
         rates: learning rates of the grid, each constant after one warm-up step.
         evaluate_at: steps at which the attacked model is evaluated; the last one is the length of the attack.
         headline_step: step at which reports quote the worst case; one of ``evaluate_at``.
-        extend: how often the grid may grow by a factor of 2 at the end at which the worst rate lies.
+        extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
             fine-tuning.
         batch_size: sequences in a step.
-        micro_batch_size: as in :class:`~undo_core.training.TrainConfig`, for each source.
+        micro_batch_size: as in the training of other stages, for each source.
         clip: largest norm of the gradient.
-        weight_decay: as in :class:`~undo_core.training.TrainConfig`.
+        weight_decay: as in the training of other stages.
         beta1: decay of AdamW's first moment; the momentum of sgd.
-        precision: as in :class:`~undo_core.training.TrainConfig`; the published attack uses bfloat16, rounded to nearest.
-        optimizer: as in :class:`~undo_core.training.TrainConfig`.
-        step_in_backward: as in :class:`~undo_core.training.TrainConfig`.
-        activation_checkpointing: as in :class:`~undo_core.training.TrainConfig`.
-        attention: as in :class:`~undo_core.training.TrainConfig`.
+        precision: as in the training of other stages; the published attack uses bfloat16, rounded to nearest.
+        optimizer: as in the training of other stages.
+        step_in_backward: as in the training of other stages.
+        activation_checkpointing: as in the training of other stages.
+        attention: as in the training of other stages.
         lora: settings of lora.
         shots: grid of fewshot: numbers of examples.
         bits: grid of quantise: bits of a weight, from 2 to 8. With 8 each row of a matrix has one scale, with fewer each group
@@ -191,7 +191,7 @@ def check_installed(kind: str) -> None:
     """Raises a ModuleNotFoundError if the package that an attack of this kind needs is not installed."""
     package = NEEDS.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[attacks]', or leave it out")
+        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[attacks]', or remove it")
 
 
 def _different(name: str, values: list[int], low: int, high: int) -> None:

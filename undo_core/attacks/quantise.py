@@ -73,6 +73,6 @@ def _check_all_matrices(model: PreTrainedModel, layers: Iterable[nn.Module]) -> 
     unknown = [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and id(parameter) not in known]
     if unknown:
         raise ValueError(
-            f"model: got {type(model).__name__}, whose {unknown[0]} (of {len(unknown)} such) is the weight of no Linear or "
-            "Conv1D and cannot be rounded; wanted a model without such matrices"
+            f"model: got {type(model).__name__}, whose {unknown[0]} (of {len(unknown)} such) is not the weight of a Linear "
+            "or Conv1D and cannot be rounded; wanted a model without such matrices"
         )

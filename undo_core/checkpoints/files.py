@@ -222,7 +222,9 @@ def _groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -
         if target not in state:
             if any(re.search(expression, name) for expression in ignored):
                 continue
-            raise ValueError(f"model: got {name}, which {type(model).__name__} has no place for; wanted its own tensors")
+            raise ValueError(
+                f"model: got {name}, which is not a parameter of {type(model).__name__}; wanted a checkpoint of this class"
+            )
         group = found.setdefault(target, Group())
         if pattern is None:
             group.parameters = [target]

@@ -24,7 +24,7 @@ def evaluate(
 ) -> int:
     """Print metrics of the checkpoint MODEL as JSON, with 95 % intervals.
 
-    On the test rows of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as in lm-eval's WMDP and MMLU
+    On the test sequences of DATA: undo evaluate MODEL DATA. On multiple-choice questions, scored as in lm-eval's WMDP and MMLU
     tasks: undo evaluate MODEL --multiple-choice wmdp.jsonl; 5-shot MMLU: --multiple-choice mmlu.parquet --examples dev.parquet
     --shots 5
 

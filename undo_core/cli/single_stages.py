@@ -125,7 +125,7 @@ def damage(
     parts: Parts = "text",
     seed: int = 0,
 ) -> int:
-    """Damage the matrices of the checkpoint MODEL by another operator than `undo noise` and write the result to OUTPUT.
+    """Damage the matrices of the checkpoint MODEL with an operator other than `undo noise` and write the result to OUTPUT.
 
     gaussian adds noise in proportion to each matrix's root mean square; prune zeroes the smallest entries; permute,
     permute-rows and permute-columns move entries, rows or columns. With --alpha, the damage matches that of the published
@@ -144,7 +144,7 @@ def damage(
         seed: seed of the random draws.
     """
     if (strength is None) == (alpha is None):
-        raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted one of the two")
+        raise ValueError(f"strength: got {strength} with alpha {alpha}, wanted exactly one of the two")
     check_arguments(operator, strength or 0.0, seed)
     selection(layers)
     like = None
@@ -191,7 +191,7 @@ def cache(
         topk: store this many most likely tokens for each position instead, 8 bytes each; approximate.
         batch_size: sequences in a forward pass; use the micro-batch size of the distillation for results equal to the bit.
         streamed: read the teacher's layers from disk in each forward pass, for a teacher that does not fit in memory.
-        vocab_size: number of real tokens, for a teacher whose head is padded to more rows; null for all rows.
+        vocab_size: number of real tokens, for a teacher whose head is padded to more vocabulary entries; null for all.
     """
     stored = {"kind": "cached", "dtype": dtype} if topk is None else {"kind": "topk", "dtype": dtype, "k": topk}
     config = TeacherConfig(**stored, batch_size=batch_size, vocab_size=vocab_size)
@@ -228,14 +228,14 @@ def distill(
             with cache.
         hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
             final norm; null for every layer.
-        vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
-            all rows, or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for the rows of the
-            smaller one.
+        vocab_size: number of real tokens, for a head that is padded to more vocabulary entries; the KL leaves the padding out.
+            null for all entries or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for those
+            of the smaller head.
     """
     config, source = TeacherConfig("streamed" if streamed else "resident"), None
     if cache is not None:
         if streamed:
-            raise ValueError("streamed: got true with cache, wanted one of the two")
+            raise ValueError("streamed: got true with cache, wanted only one of the two")
         if not (Path(cache) / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
         made = read_json(Path(cache) / FACTS)["identity"]

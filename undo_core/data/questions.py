@@ -37,7 +37,7 @@ class MultipleChoiceConfig:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise ValueError("multiple_choice: got no file, wanted at least one of questions")
+            raise ValueError("multiple_choice: got no files, wanted at least one file of questions")
         if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 0:
             raise ValueError(f"shots: got {self.shots}, wanted an integer >= 0")
         if self.shots and not self.examples:
@@ -163,7 +163,7 @@ def _question(record: Any, where: str) -> Question:
         raise ValueError(f"{where}: got {type(record).__name__}, wanted an object with question, choices and answer")
     question, choices, answer = (record.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: got the question {question!r}, wanted a text")
+        raise ValueError(f"{where}: got the question {question!r}, wanted text")
     if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"{where}: got the choices {choices!r}, wanted a list of 2 to 26 texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):

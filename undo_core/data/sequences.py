@@ -223,7 +223,7 @@ _cache: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """Returns the permutation of ``n`` sequences for ``(seed, epoch)``; caches the last few, which consecutive batches share."""
+    """Returns the permutation of ``n`` sequences for ``(seed, epoch)``; caches the last few, which batches share."""
     key = (n, seed, epoch)
     if key not in _cache:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

@@ -23,16 +23,16 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)  # odd constants of the hash
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Settings of filter-then-distill: the original model teaches on the sequences that a classifier keeps; nothing is
-    unlearned.
+    """Settings of filter-then-distill: the original model teaches on the sequences that a classifier keeps, without unlearning.
 
     Attributes:
-        share: share of the retain and of the forget training rows that are labelled, in (0, 1]; 0 leaves this control out.
+        share: share of the retain and of the forget training sequences that are labelled, in (0, 1]; 0 leaves this control
+            out.
         alphas: noise strengths; each student is a copy of the original with the run's noise at this strength. Empty for one
             student with random weights.
         buckets: number of buckets of the hashed counts, which is the number of weights of the classifier.
         penalty: factor of the L2 penalty that is added to the mean loss.
-        seed: seed of the choice of labelled rows; None derives it from the run's seed.
+        seed: seed of the choice of labelled sequences; None derives it from the run's seed.
     """
 
     share: float = 0.0

@@ -26,17 +26,17 @@ class TeacherConfig:
     """Where the teacher is kept while a student learns from it.
 
     Attributes:
-        kind: resident: a second model in memory; within a run it is in 16 bits if both its checkpoint and the student's
-            training are. streamed: layers are read from disk for each forward pass, in float32; same bits as a resident float32
-            teacher. cached: the final hidden states are computed once and stored, the loss is exact, and only the head stays in
-            memory. topk: only the most likely tokens are stored; small, but approximate.
-        dtype: dtype of the stored hidden states (cached): float32 for the bits of the resident teacher, bfloat16 for half the
-            disk space.
+        kind: resident keeps a second model in memory; within a run it is in 16 bits if its checkpoint and the student's
+            training are. streamed reads the layers from disk in each forward pass, in float32, and gives the same bits as a
+            resident float32 teacher. cached computes and stores the final hidden states once; the loss is exact, and only the
+            head stays in memory. topk stores only the most likely tokens; it is small, but approximate.
+        dtype: dtype of the stored hidden states (cached): float32 gives the same bits as the resident teacher, bfloat16 takes
+            half the disk space.
         k: number of tokens stored at each position (topk).
-        vocab_size: number of real tokens if the head has more rows (cached, topk); the other rows are never among the most
-            likely tokens and have no probability. None for all rows.
-        batch_size: rows per forward pass while the cache is made (cached, topk). None for the distillation's own, which gives
-            the same bits as the resident teacher.
+        vocab_size: number of real tokens if the head has more vocabulary entries (cached, topk); the others are never among the
+            most likely tokens and have no probability. None for all entries.
+        batch_size: sequences in a forward pass while the cache is made (cached, topk). None for the distillation's micro-batch
+            size, which gives the same bits as the resident teacher.
     """
 
     kind: Kind = "resident"

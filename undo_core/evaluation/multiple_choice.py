@@ -76,7 +76,10 @@ def encode_each(
     given, *wholes = encoded_with_beginning(tokenizer, [kept, *(prompt + text for text in continuations)], parse=parse)
     for text, whole in zip(continuations, wholes, strict=True):
         if len(whole) <= len(given):
-            raise ValueError(f"tokenizer: got no token for {text!r} after the prompt, wanted one that keeps it apart")
+            raise ValueError(
+                f"tokenizer: got no token for {text!r} after the prompt, wanted a tokenizer that gives it tokens apart from "
+                "the prompt"
+            )
     return [(given, whole[len(given) :]) for whole in wholes]
 
 

@@ -288,14 +288,14 @@ def _linear(model: PreTrainedModel) -> Products:
         return found
     if type(output).__module__.startswith("peft."):
         raise UnsupportedHead(
-            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is no plain LoRA; wanted "
-            "it merged (merge_and_unload), or the output layer left out of target_modules"
+            f"model: got a {name} whose output layer has an adapter, a {type(output).__name__}, that is not plain LoRA; "
+            "wanted a merged adapter (merge_and_unload), or an output layer that is not in target_modules"
         )
     if not isinstance(output, nn.Linear):
         raise UnsupportedHead(f"model: got a {name} whose output layer is {type(output).__name__}, wanted a Linear head")
     raise UnsupportedHead(
-        f"model: got a {name} whose output layer, a {type(output).__name__}, has a forward of its own; wanted a plain Linear, "
-        f"whose products alone can be computed in parts"
+        f"model: got a {name} whose output layer, a {type(output).__name__}, overrides forward; wanted a plain Linear, "
+        "because only its products can be computed in parts"
     )
 
 

@@ -240,7 +240,11 @@ def _match(
         return math.sqrt(wanted / float(profile)), distance
     if wanted > float(profile.max()):
         most = math.sqrt(float(profile.max()) / total)
-        checks.fail("like", f"noise of distance {distance:.4f}", f"at most {most:.4f}, which is what {operator} can do here")
+        checks.fail(
+            "like",
+            f"noise of distance {distance:.4f}",
+            f"at most {most:.4f}, the largest distance that {operator} reaches here",
+        )
     return _SHARES[int((profile - wanted).abs().argmin())], distance
 
 

@@ -139,7 +139,7 @@ class DataConfig:
             raise ValueError(f"data.documents: got {self.documents!r}, wanted shared or isolated")
         if self.documents == "isolated" and self.kind == "arithmetic-compact":
             raise ValueError(
-                "data.documents: got isolated with kind arithmetic-compact, whose rows hold one problem; wanted shared"
+                "data.documents: got isolated with kind arithmetic-compact, whose sequences hold one problem; wanted shared"
             )
         if self.special_tokens not in ("text", "parse"):
             raise ValueError(f"data.special_tokens: got {self.special_tokens!r}, wanted text or parse")
@@ -272,8 +272,8 @@ class DistillConfig:
             a resident or streamed teacher. 0, as published, leaves it out.
         hidden_layers: layers after which hidden states are compared: 0 is the embeddings, the last layer is taken after the
             final norm; null for every layer.
-        vocab_size: number of real tokens, for a head that is padded to more rows; the padding is left out of the KL. null for
-            all rows.
+        vocab_size: number of real tokens, for a head that is padded to more vocabulary entries; the KL leaves the padding out.
+            null for all entries.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)

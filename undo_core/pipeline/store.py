@@ -149,7 +149,7 @@ class OneFolder(Store):
         if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
             return True
         raise FileExistsError(
-            f"output: got {self.root}, which exists and was made otherwise, from other inputs or settings; wanted a new folder"
+            f"output: got {self.root}, which exists and was made from other inputs or settings; wanted a new folder"
         )
 
     def description(self, stage: Stage) -> dict[str, Any]:

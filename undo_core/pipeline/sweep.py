@@ -128,21 +128,21 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
         seeds = ", ".join(str(config.seed) for config, _ in group)
         table.add_row(name, seeds, str(len(own)), str(shared), str(missing), f"{done} of {len(group)}")
     kinds = Table(title="\nTheir stages", title_justify="left", box=None, pad_edge=False)
-    for heading in ("kind", "asked for", "distinct", "there", "missing"):
+    for heading in ("kind", "needed", "distinct", "finished", "missing"):
         kinds.add_column(heading, justify="left" if heading == "kind" else "right")
     every = {key: stage for _, stages in stages_of for key, stage in stages.items()}
-    asked, distinct, there = collections.Counter(), collections.Counter(), collections.Counter()
+    needed, distinct, finished = collections.Counter(), collections.Counter(), collections.Counter()
     for key, stage in every.items():
-        asked[stage.kind] += wanted[key]
+        needed[stage.kind] += wanted[key]
         distinct[stage.kind] += 1
-        there[stage.kind] += store.done(stage)
+        finished[stage.kind] += store.done(stage)
     for kind, count in distinct.items():
-        kinds.add_row(kind, str(asked[kind]), str(count), str(there[kind]), str(count - there[kind]))
+        kinds.add_row(kind, str(needed[kind]), str(count), str(finished[kind]), str(count - finished[kind]))
     shared = sum(times > 1 for times in wanted.values())
     notes = [
-        f"{len(stages_of)} runs ask for {wanted.total()} stages, {len(every)} of them distinct, {shared} shared by several "
-        f"runs; {len(every) - there.total()} to do with {configs[0].workers} worker(s).",
-        "Attacks by which a grid of rates grows come on top. For steps, memory and time of one run: undo plan.",
+        f"{len(stages_of)} runs need {wanted.total()} stages: {len(every)} distinct ones, {shared} of them shared by several "
+        f"runs; {len(every) - finished.total()} are missing, to run with {configs[0].workers} worker(s).",
+        "Attacks that extend a grid of rates are not included. `undo plan` shows the steps, memory and time of one run.",
     ]
     for reason, left_out in refused.items():
         named = ", ".join(dict.fromkeys(config.name for config in left_out))

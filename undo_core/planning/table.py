@@ -97,7 +97,7 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
     memory = _table(f"\nPeak memory{of}, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS, *sent)
     for row in rows:
         limit = "<= " if row.ruled else ""
-        took = "there" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
+        took = "done" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
         done = (f"{limit}{row.steps:,}", f"{row.positions:,}", f"{row.flops / 1e12:.2f}") if row.steps else ("-", "-", "-")
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
         measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
@@ -107,9 +107,9 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines, at most {_duration(total)} with {config.workers} worker(s), "
+        f"To do: {len(left)} of {len(rows)} lines; at most {_duration(total)} with {config.workers} worker(s), "
         f"{disk / 2**20:,.0f} MiB of disk.",
-        "Times are of limits; a stop rule usually ends a stage much earlier. Evaluation and grid extensions come on top.",
+        "Times are upper bounds: a stop rule usually ends a stage much earlier. They exclude evaluation and grid extensions.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
     ]
     if ranks > 1:
@@ -117,9 +117,9 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
             f"Stages that send nothing run on rank 0. Times are of one process; {ranks} ranks divide the work of a step."
         )
     elif config.workers > 1:
-        notes.append(f"Memory is of one stage; {config.workers} run side by side.")
+        notes.append(f"Memory is that of one stage; up to {config.workers} stages run at the same time.")
     else:
-        notes.append("Memory is of the process that runs.")
+        notes.append("Memory is that of the process that runs the stage.")
     return Group(work, memory, "", *notes)
 
 

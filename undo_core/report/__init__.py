@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
+from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.metrics import Report, derive

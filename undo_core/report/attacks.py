@@ -16,7 +16,7 @@ class Point:
         seed: seed of the run.
         value: accuracy in [0, 1], nats per token, or a ratio.
         low, high: 95 % interval of the evaluation, if the value is a single evaluation.
-        n: number of rows evaluated.
+        n: number of sequences evaluated.
         rate: learning rate of the attack that gave the value.
         retain: retain performance of the same attacked model.
         attack: name of the attack that gave the value; None for the headline attack.

@@ -46,21 +46,23 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
     """Returns a caption for each figure."""
     report = settings[0].report
     alphas = sorted({s.report.strongest.alpha or 0.0 for s in settings if s.report.strongest})
-    stands = f"UNDO stands with the largest α that no seed's step limit censored ({', '.join(f'{a:g}' for a in alphas)})."
+    stands = f"UNDO is shown at the largest α that no seed's step limit censored ({', '.join(f'{a:g}' for a in alphas)})."
     stands = stands if alphas else ""
-    worst = "The worst case is over all attacks and learning rates"
+    worst = "The worst case is taken over all attacks and learning rates"
     return {
         "overview": f"Each method alone and after UNDO, before and after {report.headline} attack steps; {worst[4:].lower()}, "
         f"each attack at its own headline step. {stands} "
         "Means; lines from the smallest to the largest seed.",
-        "oracle": "A model that behaves like data filtering is not yet as robust: the data-filtered model distilled into the "
-        "original one, or into random weights where that was run. Lines: worst case at every step, means over seeds.",
-        "methods": f"Every method from unlearning alone (square) to UNDO (circle), before the attack and after {report.headline} steps "
-        f"of it. {stands} Means; bars from the smallest to the largest seed.",
-        "envelopes": f"{worst}, at every step anew (line), and the weakest attack at that step (edge of the band), after "
-        f"{report.headline} steps each attack at its own headline step; means over seeds. {stands}",
-        "robustness": "R, robustness on the scale from unlearn only (0) to data filtering (1), against C, training over data "
-        "filtering's, a point for each α: medians, bars from the smallest to the largest seed. FLOPs count the teacher's "
-        "forward passes and the unlearning. Numbers: α, where there is room. Censored models have neither.",
-        "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest seed.",
+        "oracle": "A model that behaves like data filtering is not always as robust: the data-filtered model was distilled into "
+        "the original one and, if configured, into random weights. Lines show the worst case at every step, as means over seeds.",
+        "methods": f"Each method from unlearning alone (square) to UNDO (circle), before the attack and after "
+        f"{report.headline} attack steps. {stands} Means; bars from the smallest to the largest seed.",
+        "envelopes": f"{worst}, separately at every step (line); the edge of the band is the weakest attack at that step. "
+        f"After {report.headline} steps each attack counts at its own headline step. Means over seeds. {stands}",
+        "robustness": "Robustness R on the scale from unlearn only (0) to data filtering (1), against compute C, the training "
+        "over data filtering's, with a point for each α: medians, bars from the smallest to the largest seed. C includes the "
+        "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither "
+        "R nor C.",
+        "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest "
+        "seed.",
     }

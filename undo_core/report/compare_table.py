@@ -50,7 +50,10 @@ def methods_table(settings: Sequence[Setting]) -> Table:
             stats = (model.robustness, model.compute.get("steps", Stat()), model.compute.get("flops", Stat()))
             row += [ratio_cell(stat, notes) for stat in stats]
             if setting.lender and model.kind == "undo":
-                text = f"against the data filtering of {setting.lender}: C up to where it met this retain target, R as it ended"
+                text = (
+                    f"relative to the data filtering of {setting.lender}: C counts its training up to this retain target, R "
+                    "uses its final model"
+                )
                 row[-3:] = [dataclasses.replace(cell, marks=cell.marks + notes.mark(text)) for cell in row[-3:]]
             rows.append(row)
     return Table(headers, rows, notes.texts)

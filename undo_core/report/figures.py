@@ -82,8 +82,15 @@ def compute(report: Report) -> Figure | None:
     for axes, unit in zip(axes_row, panels, strict=True):
         axes.axline((0, 0), (1, 1), color="#bbbbbb", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         axes.plot(1, 1, marker=MARKERS["filter"], color=COLOURS["filter"], markersize=9, linestyle="none", zorder=3)
-        spent = _unlearning_share(report) if unit == "flops" else 0.0
-        axes.plot(spent, 0, marker=MARKERS["unlearn"], color=COLOURS["unlearn"], markersize=8, linestyle="none", zorder=3)
+        axes.plot(
+            _unlearning_share(report, unit),
+            0,
+            marker=MARKERS["unlearn"],
+            color=COLOURS["unlearn"],
+            markersize=8,
+            linestyle="none",
+            zorder=3,
+        )
         means = []
         for model in students:
             pairs = _pairs(model, unit)
@@ -340,14 +347,16 @@ def _pairs(model: ModelReport, unit: str) -> list[tuple[float, float]]:
     return [(c[p.seed], p.value) for p in model.robustness.points if p.seed in c]
 
 
-def _unlearning_share(report: Report) -> float:
-    """Ratio of the FLOPs of unlearning to those of data filtering, as a mean over seeds."""
+def _unlearning_share(report: Report, unit: str) -> float:
+    """Ratio of the steps or FLOPs of unlearning to those of data filtering, as a mean over seeds."""
+    # Its steps are recorded with the students, in steps of as many tokens as theirs.
+    kind, key = ("undo", "unlearning_steps") if unit == "steps" else ("unlearn", "flops")
     shares = []
-    for unlearn, control in ((u, f) for u in report.of("unlearn") for f in report.of("filter")):
-        for seed, run in unlearn.trainings.items():
-            base = control.trainings.get(seed, {}).get("stop_flops")
-            if base:
-                shares.append(run["flops"] / base)
+    for model, control in ((m, f) for m in report.of(kind) for f in report.of("filter")):
+        for seed, run in model.trainings.items():
+            base = control.trainings.get(seed, {}).get(f"stop_{'step' if unit == 'steps' else unit}")
+            if base and key in run:
+                shares.append(run[key] / base)
     return sum(shares) / len(shares) if shares else 0.0
 
 

@@ -91,7 +91,7 @@ class ModelReport:
     Attributes:
         name, kind, alpha: as in the results.
         metrics: retain, forget and held-out performance before the attack.
-        groups: the same for each group of rows, ``{"retain +": ...}``.
+        groups: the same for each group of sequences, ``{"retain +": ...}``.
         worst: worst-case forget performance, ``{attack step: ...}``.
         robustness: R.
         compute: C in steps, tokens and FLOPs.

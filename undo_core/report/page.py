@@ -90,9 +90,7 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     attacks = attack_table(report)
     if attacks.rows:
         parts.append(f"<h2>By attack</h2>{table_html(attacks)}")
-        parts.append(
-            '<p class="soft">Each at its own headline step, the worst of its grid: rates, orders of the data, examples, bits.</p>'
-        )
+        parts.append('<p class="soft">Each attack counts at its own headline step, with the worst trial of its grid.</p>')
     for name, png in figures.items():
         parts.append(figure_html(_TITLES[name], png, captions[name]))
     costs, groups = cost_table(report), group_table(report)
@@ -101,14 +99,14 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         parts.append(f"<h2>What it took</h2>{table_html(costs)}")
         parts.append(f'<p class="soft">{means}Tokens and FLOPs of students include the unlearning.</p>')
     if groups.rows:
-        parts.append(f"<details><summary>By group of rows, before the attack</summary>{table_html(groups)}</details>")
+        parts.append(f"<details><summary>By group, before the attack</summary>{table_html(groups)}</details>")
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in words.definitions(report))
     parts.append(f"<h2>Terms</h2><dl>{terms}</dl><h2>To repeat it</h2>")
     commands = "\n".join(dict.fromkeys(result.get("command", "") for result in report.results))
     parts.append(f"<pre>{escape(commands)}</pre>")
     kept = {key: first.get(key) for key in ("versions", "machine")}
     parts.append(_details("Versions and machine", kept))
-    parts.append(_details("Rows evaluated", first["metric"].get("eval_splits") or {}))
+    parts.append(_details("Sequences evaluated", first["metric"].get("eval_splits") or {}))
     parts.append(
         _details("Configuration" + (f" (of seed {report.seeds[0]})" if len(report.seeds) > 1 else ""), first.get("config"))
     )

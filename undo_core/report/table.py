@@ -115,7 +115,7 @@ def cost_table(report: Report) -> Table:
 
 
 def group_table(report: Report) -> Table:
-    """Table of performance before the attack for each group of rows.
+    """Table of performance before the attack for each group of sequences.
 
     It has one row per model, or with more than 20 groups one row per group; no rows if there are no groups.
     """
@@ -183,7 +183,7 @@ def order_sentence(order: Order, report: Report) -> str:
     labels = {model.name: model.label for model in report.models}
     who = "Mean over seeds" if order.seed is None else f"Seed {order.seed}"
     chain = " → ".join(f"{labels[name]} {number(value, report.higher)}" for name, value in order.chain)
-    end = f" Left out, being censored: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
+    end = f" Not compared because they are censored: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
     if order.holds:
         verdict = "the attack never gets easier along"
     else:
@@ -264,7 +264,7 @@ def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
     marks = ""
     if model.censored:
         where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
-        marks += notes.mark(f"censored{where}: the step limit came before the retain target; never enters R or C")
+        marks += notes.mark(f"censored{where}: reached its step limit before the retain target, and enters neither R nor C")
     if any(attack.get("worst_at_end_of_grid") for attack in model.attacks.values()):
         marks += notes.mark("the worst learning rate is at an end of the grid: a stronger attack may lie beyond it")
     return marks

@@ -40,26 +40,26 @@ def captions(report: Report) -> dict[str, str]:
     better = "Lower is more robust." if report.higher else "Higher is more robust."
     seeds = " Small points and whiskers: the seeds." if len(report.seeds) > 1 else ""
     return {
-        "relearning": "At every step, the learning rate that recovers most of the forget performance; the dashed line is the "
-        f"original model. {better} {band}",
-        "compute": "Robustness against compute, a point per α; models without R or C are left out (see the table). In steps, "
-        "only the student's training counts, so unlearning alone stands at 0; FLOPs also count the teacher's forward passes "
-        f"and the unlearning. The diagonal is for orientation.{seeds}",
-        "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} steps of it at "
-        "the rate that is worst for the forget set (filled); means over seeds.",
-        "training": "Retain performance on the validation split during training. A student stops at its first evaluation at "
-        "the target; a cross marks one that met its step limit first (censored).",
-        "rates": "Every learning rate of the attack, and the worst case over them.",
+        "relearning": "Forget performance during the attack; at every step the learning rate that recovers most of it counts. "
+        f"The dashed line is the original model. {better} {band}",
+        "compute": "Robustness R against compute C, with a point per α; models without R or C are left out (see the table). C "
+        "includes the unlearning, whose steps are converted to steps of as many tokens as the student's; FLOPs also include "
+        f"the teacher's forward passes. The diagonal is drawn for orientation.{seeds}",
+        "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} attack steps "
+        "(filled) at the learning rate that is worst for the forget set; means over seeds.",
+        "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
+        "reaches the target; a cross marks a student that reached its step limit first (censored).",
+        "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
     }
 
 
 def definitions(report: Report) -> list[tuple[str, str]]:
     """Returns the terms of the report, each with a one-line definition."""
-    value, rows = "mean cross-entropy in nats per token", "rows"
+    value, scored = "mean cross-entropy in nats per token", "sequences"
     if report.higher:
         value = "share of prompts whose greedy answer matches exactly"
     if _asked(report):
-        value, rows = "share of multiple-choice questions whose right letter is the likeliest", "questions"
+        value, scored = "share of multiple-choice questions whose right letter is the likeliest", "questions"
     several = (
         "mean over seeds, with the smallest and the largest seed"
         if len(report.seeds) > 1
@@ -67,23 +67,23 @@ def definitions(report: Report) -> list[tuple[str, str]]:
     )
     worst = "largest" if report.higher else "smallest"
     terms = {
-        "retain, forget": f"{value}, on test {rows} of what is to be kept and of what is to be forgotten",
-        "held-out": "the same on problems that no stage of training, and no attack, has seen",
-        "values": f"{several}; an interval covers the sampling of evaluation rows alone, not training nor the choice "
+        "retain, forget": f"{value}, on the test {scored} of what is to be kept and of what is to be forgotten",
+        "held-out": "the same on problems that neither training nor an attack has seen",
+        "values": f"{several}; an interval covers only the sampling of the evaluated {scored}, neither training nor the choice "
         "of the worst rate",
         "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
-        "anew at each step",
+        "separately at each step",
         "unlearn only": "the suppressed model, which is also the teacher",
         "UNDO α": "a copy of it, damaged by noise of strength α and distilled back on unlabeled text",
         "random student": "the teacher distilled into a fresh initialisation",
         "data filtering": "trained from scratch without the forget set",
         "oracle matching": "the data-filtered model distilled into the original one",
         "R": "robustness, (P_undo − P_unlearn) / (P_filter − P_unlearn): 0 is unlearn only, 1 is data filtering; "
-        f"P is the worst case after {report.headline} attack steps; n/a where the denominator is under "
+        f"P is the worst case after {report.headline} attack steps; n/a if the denominator is under "
         f"{MIN_DENOMINATOR:g}{'' if report.higher else ' nats'} in size",
-        "C": "compute, S_undo / S_filter: the training until the retain target was first reached, the unlearning "
-        "included, and in FLOPs the teacher's forward passes too",
-        "censored": "the step limit came before the retain target; such a model has no R and no C",
+        "C": "compute, S_undo / S_filter: the training until the retain target was first reached; it includes the unlearning, "
+        "and in FLOPs the teacher's forward passes",
+        "censored": "the model reached its step limit before the retain target; it has no R and no C",
     }
     kinds = {model.kind for model in report.models}
     if not any(model.worst for model in report.models):
@@ -113,8 +113,8 @@ def _over(report: Report) -> str:
     if not further:
         return "the attack's learning rates"
     return (
-        "all attacks and their learning rates, each as it was last evaluated, but after "
-        f"{report.headline} steps each attack as at its own headline step"
+        "all attacks and their learning rates; each attack counts with its last evaluation up to the step, and after "
+        f"{report.headline} steps with that at its own headline step"
     )
 
 
@@ -139,7 +139,8 @@ def _done(report: Report) -> str:
         further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
         if further:
             text += (
-                f", or attacked otherwise ({', '.join(further)}), each to its own headline step, of which the worst counts too"
+                f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst "
+                "counts too"
             )
     left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
     return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
@@ -148,7 +149,7 @@ def _done(report: Report) -> str:
 def _or_further(report: Report) -> str:
     """Phrase for further attacks, if any, that enter the worst case at the headline step."""
     further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
-    return ", or as many as a further attack has," if further else ""
+    return " (or as many as a further attack has)" if further else ""
 
 
 def _before(report: Report) -> str:
@@ -168,7 +169,7 @@ def _before(report: Report) -> str:
 def _attacked(report: Report) -> str:
     at = {model.name: model.worst[report.headline] for model in report.models if model.worst.get(report.headline)}
     if not at:
-        return "No model was attacked: nothing is known of robustness." if report.models else ""
+        return "No model was attacked, so nothing is known about robustness." if report.models else ""
     parts = [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("unlearn") if m.name in at]
     students = [m for m in report.of("undo") if m.name in at]
     whole = [m for m in students if not m.censored]
@@ -189,7 +190,9 @@ def _attacked(report: Report) -> str:
     )
     censored = [m for m in report.models if m.censored]
     if censored:
-        text += f" Censored, having met the step limit before the retain target: {_join([_name(m) for m in censored])}."
+        text += (
+            f" Censored, because they reached the step limit before the retain target: {_join([_name(m) for m in censored])}."
+        )
     return text
 
 
@@ -208,7 +211,11 @@ def _ratios(report: Report) -> str:
 
 def _limits(report: Report) -> str:
     seeds = len(report.seeds)
-    text = "One seed: differences between seeds are unknown." if seeds == 1 else f"Values are means over {seeds} seeds."
+    text = (
+        "There is one seed, so differences between seeds are unknown."
+        if seeds == 1
+        else f"Values are means over {seeds} seeds."
+    )
     at_end = [m for m in report.models if any(a.get("worst_at_end_of_grid") for a in m.attacks.values())]
     if at_end:
         names = _join([_name(m) for m in at_end])

@@ -336,7 +336,7 @@ def _column(values: Any, key: str, name: str) -> torch.Tensor:
         column = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name}: got {key} that are no tensor ({reason}), wanted integers [batch, length]") from None
+        raise ValueError(f"{name}: got {key} that cannot become a tensor ({reason}), wanted integers [batch, length]") from None
     truth = column.dtype == torch.bool and key == "attention_mask"
     if not truth and (column.is_floating_point() or column.is_complex() or column.dtype == torch.bool):
         raise ValueError(

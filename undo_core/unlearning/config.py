@@ -29,10 +29,10 @@ class _Common:
         retain_weight: factor on the retain term.
         retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept in
             memory.
-        vocab_size: number of real tokens, for a head that is padded to more rows: MaxEnt's uniform distribution covers only
-            these. None means all rows of the head; a run and ``undo unlearn`` then use the tokenizer's size. Cross-entropies
-            always cover all rows, as in transformers.
-        forget_rows: use only the first this many of the labelled forget sequences; None uses all.
+        vocab_size: number of real tokens, for a head that is padded to more vocabulary entries: MaxEnt's uniform distribution
+            covers only these. None means all entries of the head; a run and ``undo unlearn`` then use the tokenizer's size.
+            Cross-entropies always cover all entries, as in transformers.
+        forget_rows: number of labelled forget sequences to use, from the first on; None uses all.
         robust: protection against relearning that is added to the method: none, {robust}.
         train: optimizer, learning rates, batch sizes.
     """

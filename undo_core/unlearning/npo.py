@@ -26,9 +26,9 @@ class NPOConfig:
 
     Attributes:
         beta: how fast the ascent decays; near 0 the method is GradDiff. The published value is 0.1.
-        unit: unit whose log-probabilities are compared: row (summed over a row's labels, as published, where a row is one
-            answer) or token (each label by itself, for packed rows: their sums are so large that the weight of a row would be
-            all or nothing).
+        unit: unit whose log-probabilities are compared: row (summed over the labels of a sequence, as published, where a
+            sequence is one answer) or token (each label by itself, for packed sequences, whose sums are so large that the
+            weight of a sequence would be all or nothing).
     """
 
     beta: float = 0.1

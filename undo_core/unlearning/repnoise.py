@@ -183,4 +183,6 @@ def _final_norm(model: PreTrainedModel) -> nn.Module:
     for name in NORMS:
         if isinstance(getattr(model.base_model, name, None), nn.Module):
             return getattr(model.base_model, name)
-    raise ValueError(f"model: got {type(model).__name__}, whose final norm is none of {', '.join(NORMS)}; RepNoise needs it")
+    raise ValueError(
+        f"model: got {type(model).__name__}, whose final norm has none of the names {', '.join(NORMS)}; RepNoise needs it"
+    )

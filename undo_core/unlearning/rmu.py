@@ -46,8 +46,8 @@ class RMUConfig:
         coefficient: norm of the misdirection vector; the published arithmetic setting is 6.
         trained: pattern of the names of trained parameters within a layer; for GPT-NeoX it is ``mlp.dense_4h_to_h.weight``. In
             a model with adapters, the pattern of the weights whose adapters are trained.
-        normalize: what the means are over: all (every position, padding included, as published), masked (the tokens that are
-            labels) or sequence (first over each row's labels, then over the rows that have any).
+        normalize: positions that the means are taken over: all (every position, padding included, as published), masked (the
+            tokens that are labels) or sequence (first over the labels of each sequence, then over the sequences with labels).
         direction: distribution of the entries of the misdirection vector: gaussian, or uniform on (0, 1).
     """
 

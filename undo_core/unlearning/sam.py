@@ -56,7 +56,8 @@ def _check(config: Settings) -> None:
             raise ValueError(f"robust: got sam with train.{name} {value}, wanted {wanted} with it")
     if train.optimizer == "adamw-offload":
         raise ValueError(
-            "robust: got sam with train.optimizer adamw-offload, wanted another: it needs the gradients beside the weights"
+            "robust: got sam with train.optimizer adamw-offload, wanted another optimizer: SAM needs the gradients on the "
+            "device of the weights"
         )
 
 

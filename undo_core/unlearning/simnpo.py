@@ -24,7 +24,7 @@ class SimNPOConfig:
     """Settings of SimNPO alone.
 
     Attributes:
-        beta: how fast the ascent decays as the row's cross-entropy grows; the authors' code has 0.1 for WMDP.
+        beta: how fast the ascent decays as the sequence's cross-entropy grows; the authors' code has 0.1 for WMDP.
         gamma: margin; the ascent has half its weight where ``beta * CE`` equals gamma; 0 in the authors' TOFU setting.
     """
 

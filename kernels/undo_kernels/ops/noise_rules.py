@@ -27,17 +27,17 @@ _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 
 @dataclass(frozen=True)
 class NoiseRule:
-    """Other settings for some parameters; what is None stays as the rules before it, or the call, have it.
+    """Other settings for some parameters; None keeps the value of the earlier rules or of the call.
 
     Attributes:
-        match: a glob over canonical names (``*.mlp.*``), or ``matrices`` (two and more dimensions, embeddings excepted), ``vectors``
-            (everything else: norms, biases and other parameters that are no matrix of a product), ``embeddings`` or layers by number
-            (``layers:0-3,7``); ``not`` before any of these (``not layers:4-9``) matches the others.
-        alpha: strength, in [0, 1]; 0 leaves the parameter as it is.
+        match: a glob over canonical names (``*.mlp.*``), or ``matrices`` (of two or more dimensions, except embeddings),
+            ``vectors`` (all others: norms, biases and parameters that are not the matrix of a product), ``embeddings``, or
+            layers by number (``layers:0-3,7``); ``not`` before any of these (``not layers:4-9``) matches all others.
+        alpha: strength, in [0, 1]; 0 leaves the parameter unchanged.
         beta: scale of the noise, >= 0.
-        law: of ``N``. Vectors, which get no noise otherwise, get it when a rule gives them the normal law.
-        std: of the normal law.
-        toward: what the vectors shrink toward.
+        law: distribution of ``N``. Vectors get noise only from a rule that gives them the normal law.
+        std: standard deviation of the normal law.
+        toward: value that the vectors shrink toward.
     """
 
     match: str

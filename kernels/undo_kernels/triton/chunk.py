@@ -8,16 +8,15 @@ Precomputed logits are one chunk without products. Nothing here makes the host w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 
 from undo_kernels.sparse_kl_terms import sparse_terms
 from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton.arguments import LossForm, Split
 from undo_kernels.triton.pair_math import OWN
 from undo_kernels.triton.products import TILE_ROWS, logits, multiply, multiply_widened
-from undo_kernels.triton.run import BASES, FUSED, Head, Run, part_or
+from undo_kernels.triton.run import FUSED, Head, Run
 
 
 class Chunks:
@@ -86,24 +85,17 @@ class Chunks:
         width = head.weight.shape[1]
         return self.upcast.view(-1)[: self.upcast.shape[0] * width].view(-1, width)
 
-    def _common(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice) -> dict[str, Any]:
-        run, t = self.run, self.run.teacher or self.run.student
-        return {
-            "z_s_ptr": z_s, "z_t_ptr": z_t, "bias_s_ptr": run.student.bias, "bias_t_ptr": t.bias,
-            "counted_ptr": run.counted[part] if run.masked else run.counted,
-            "vocabulary": run.vocabulary, "part": self.part, "parts": self.parts,
-            "stride_s": z_s.stride(0), "stride_t": z_t.stride(0), "stride_field": self.stats.shape[1] * self.parts,
-            "MASKED": run.masked, "HOLES": run.shapes.sparse, "BLOCK_V": self.block.block_v, "num_warps": self.block.warps,
-            **run.projections(), **FUSED,
-        }  # fmt: skip
+    def _split(self, partial: torch.Tensor) -> Split:
+        return Split(partial, self.run.vocabulary, self.part, self.parts, self.stats.shape[1] * self.parts)
+
+    def _counted(self, part: slice) -> torch.Tensor:
+        return self.run.counted[part] if self.run.masked else self.run.counted
 
     def _pick(self, z: torch.Tensor, index: torch.Tensor, out: torch.Tensor, part: slice, take: bool) -> None:
         run, known = self.run, index.shape[1]
         row_kernels.pick_rows[(z.shape[0],)](
-            z, run.student.bias, index, run.counted[part] if run.masked else run.counted, out,
-            run.student.inner, run.student.outer, run.vocabulary, known, z.stride(0),
-            HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, MASKED=run.masked, TAKE=take,
-            BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
+            run.student.logits(z), index, self._counted(part), out, run.vocabulary, known,
+            MASKED=run.masked, TAKE=take, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
         )  # fmt: skip
 
     def _statistics(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice) -> None:
@@ -116,34 +108,35 @@ class Chunks:
             self._pick(z_s, run.indices[part], self.picked, part, True)
         if s.student_sums:
             row_kernels.stats_rows[(count, self.parts)](
-                partial_ptr=self.stats, TEACHER=s.dense, CROSS=run.crossed,
-                STATISTICS=run.problem.statistics and s.dense, **self._common(z_s, z_t, part),
+                run.student.logits(z_s), (run.teacher or run.student).logits(z_t), self._split(self.stats), self._counted(part),
+                TEACHER=s.dense, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, MASKED=run.masked,
+                HOLES=s.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
             )  # fmt: skip
-        lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.row["lse_s"][part]
+        lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.per_token["lse_s"][part]
         run.combine(self.stats, part, self.parts, lse, s.dense, False)
         self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
         if s.sparse:
             self._sparse(part, lse)
 
     def _sparse(self, part: slice, lse_rest: torch.Tensor) -> None:
-        """Computes losses, gradients at the known entries and the factor of the rest's gradient, in ``[rows, k]`` tensors."""
+        """Computes losses, gradients at the known entries and the factor of the rest's gradient, in ``[tokens, k]`` tensors."""
         run, s = self.run, self.run.shapes
         terms = sparse_terms(
             self.picked.double(), run.indices[part], run.logprobs[part], lse_rest, run.problem.target, run.vocabulary
         )
         keep = run.live[part] if run.masked else torch.ones_like(terms.lse, dtype=torch.bool)
-        run.row["lse_s"][part] = torch.where(keep, terms.lse, 0.0).float()
+        run.per_token["lse_s"][part] = torch.where(keep, terms.lse, 0.0).float()
         run.put_divergence(part, terms.divergence.float())
         if run.nll:
             nll = terms.lse
             if run.labelled:
                 nll = torch.where(run.labels[part] < 0, nll, nll - run.label_z[part].double())
-            run.row["nll"][part] = torch.where(keep, nll, 0.0).float()
+            run.per_token["nll"][part] = torch.where(keep, nll, 0.0).float()
         if not s.gradient:
             return
         empty = lse_rest == -torch.inf
         for name in ("base_s", "log_sum_s"):  # if all entries are known, every remaining logit is -inf
-            run.row[name][part] = torch.where(empty, 0.0, run.row[name][part])
+            run.per_token[name][part] = torch.where(empty, 0.0, run.per_token[name][part])
         factor, own = run.factor[part].double(), run.own[part].double()
         rest = factor * terms.rest
         slope = factor[:, None] * terms.slope
@@ -163,28 +156,18 @@ class Chunks:
         self.own, self.slope = rest.float(), slope.float()
 
     def _loss(self, z_s: torch.Tensor, z_t: torch.Tensor, part: slice, hidden: torch.Tensor | None) -> None:
-        run, p, s, out = self.run, self.run.problem, self.run.shapes, self.run.row
+        run, p, s, out = self.run, self.run.problem, self.run.shapes, self.run.per_token
         if run.code == OWN.value and not s.gradient:
             return
         count = z_s.shape[0]
         dz = (run.d_hidden[part] if run.student.given else self.dz[:count]) if s.gradient else z_s
         columns = p.student.hidden.shape[1] if run.student.given else run.vocabulary
-        arguments = {
-            **self._common(z_s, z_t, part), "partial_ptr": self.losses,
-            **{f"{name}_ptr": out[name][part] for name in BASES}, "factor_ptr": part_or(run.factor, part, run.zero),
-            "own_ptr": self.own, "at_label_ptr": self.at_label, "labels_ptr": run.labels[part] if run.labelled else run.zero,
-            "dz_ptr": dz, "beta_t": p.beta, "beta_s": 1.0 - p.beta, "filter_below": p.filter_below, "columns": columns,
-            "stride_dz": dz.stride(0), "TARGET": run.code, "UNIFORM": run.uniform,
-        }  # fmt: skip
-        grid = (count, self.parts)
-        forward = {"GRADIENT": False, "NLL": False, "LABELS": False, "FILTER": False}
         if s.mixture_pass or not s.gradient:
-            row_kernels.loss_rows[grid](**arguments, **forward)
+            self._launch_loss(z_s, z_t, dz, part, columns, run.loss_form(False, False))
         if s.mixture_pass:
             out["offset"][part] = self.losses[1, :count].double().sum(-1).float()
         if s.gradient:
-            mixed = run.nll or s.sparse
-            row_kernels.loss_rows[grid](**arguments, GRADIENT=True, NLL=mixed, LABELS=run.labelled, FILTER=run.filter)
+            self._launch_loss(z_s, z_t, dz, part, columns, run.loss_form(True, run.nll or s.sparse))
         if run.code != OWN.value:
             run.put_divergence(part, self.losses[0, :count].double().sum(-1).float())
         if not s.gradient:
@@ -194,14 +177,23 @@ class Chunks:
         if s.sparse:
             known = run.indices.shape[1]
             row_kernels.put_rows[(count,)](
-                dz, run.indices[part], self.slope, run.counted[part] if run.masked else run.counted, run.vocabulary, known,
-                dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
+                dz, run.indices[part], self.slope, self._counted(part), run.vocabulary, known, dz.stride(0), MASKED=run.masked, BLOCK_K=triton.next_power_of_2(max(known, 1)), num_warps=1, **FUSED,
             )  # fmt: skip
         if hidden is not None:
             dz = dz[:, : run.vocabulary]
             run.products_of_gradient(dz, hidden, slice(0, run.vocabulary), self.sums, part.start > 0)
             if p.needs[0]:
                 self._hidden_gradient(dz, part)
+
+    def _launch_loss(
+        self, z_s: torch.Tensor, z_t: torch.Tensor, dz: torch.Tensor, part: slice, columns: int, form: LossForm
+    ) -> None:
+        run = self.run
+        row_kernels.loss_rows[(z_s.shape[0], self.parts)](
+            run.student.logits(z_s), (run.teacher or run.student).logits(z_t), self._counted(part), run.sums(part),
+            run.weights(part, self.own, self.at_label), dz, dz.stride(0), columns, self._split(self.losses), form,
+            HOLES=run.shapes.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
+        )  # fmt: skip
 
     def _hidden_gradient(self, dz: torch.Tensor, part: slice) -> None:
         run, weight, scratch = self.run, self._weight(self.run.student), self.run.scratch

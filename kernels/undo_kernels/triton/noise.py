@@ -78,7 +78,8 @@ def noise_(segments: Sequence[Segment], seed: int, stochastic_rounding: bool) ->
         record(Call("noise_", "triton", "inplace", form, len(segments), elements(segments)))
     sums = {device: torch.zeros(len(segments), 3, dtype=torch.float64, device=device) for device, _ in groups}
     for (device, dtype), rows in groups.items():
-        _launch([(row, segments[row]) for row in rows], device, dtype, seed, stochastic_rounding, sums[device])
+        chosen, target = [(row, segments[row]) for row in rows], tile_table.target_of(device)
+        launch(chosen, device, dtype, seed, stochastic_rounding, sums[device], target)
     total = sums.pop(first, None)
     if total is None:
         total = torch.zeros(len(segments), 3, dtype=torch.float64, device=first)
@@ -92,13 +93,20 @@ def warps(target: str) -> int:
     return THREADS // (64 if target.startswith("gfx") else 32)
 
 
-def _launch(
-    chosen: list[tuple[int, Segment]], device: torch.device, dtype: torch.dtype, seed: int, stochastic: bool, sums: torch.Tensor
+def launch(
+    chosen: list[tuple[int, Segment]],
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    stochastic: bool,
+    sums: torch.Tensor,
+    target: str,
 ) -> None:
+    """Launches the kernels for the parameters of one device and dtype, given with their rows of ``sums``."""
     table, programs = _table(chosen, seed)
     wide = dtype == torch.float64
     stochastic = stochastic and dtype in (torch.bfloat16, torch.float16)
-    options = {"num_warps": warps(tile_table.target_of(device)), "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": warps(target), "num_stages": 1, "enable_fp_fusion": False}
     with current(device):
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)

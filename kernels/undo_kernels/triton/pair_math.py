@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: logits from products, and loss and gradient of one (token, vocabulary row) pair.
+"""Device functions shared by the kernels: logits from products, and loss and gradient of one (token, vocabulary entry) pair.
 
 In a form that does not cancel, with ``x = log p_s - log p_t``::
 
@@ -11,7 +11,7 @@ All are computed from the larger of the two probabilities and ``u = -|x|``: noth
 0. ``offset`` is the KL inside reverse's and jsd's gradients. Infinite logits follow the limits of these formulas, which
 ``reference/divergence.py`` states.
 
-Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the row's loss.
+Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the token's loss.
 """
 
 import triton
@@ -24,7 +24,7 @@ FORWARD = tl.constexpr(1)
 REVERSE = tl.constexpr(2)
 JSD = tl.constexpr(3)
 
-# Partial sums of one part of a row.
+# Partial sums of one part of a token's logits.
 M_S = tl.constexpr(0)
 L_S = tl.constexpr(1)
 M_T = tl.constexpr(2)
@@ -66,7 +66,7 @@ def log_difference(u, v, x):
 def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET: tl.constexpr):
     """Returns the term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
 
-    ``base`` is usually the row's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
+    ``base`` is usually the token's maximum; ``gap`` is the difference of the logarithms of the sums of ``e**(z - base)``.
     """
     u_s = s - base_s
     log_s = u_s - log_sum_s
@@ -85,7 +85,7 @@ def loss_and_slope(s, t, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta
         log_big = tl.where(up, log_s, log_t)
         if TARGET == FORWARD:  # noqa: SIM108
             x = log_difference(log_s, log_t, x)
-        else:  # saves a register; a NaN still reaches the result through the row's offset
+        else:  # saves a register; a NaN still reaches the result through the token's offset
             x = tl.where(log_big < -87.0, 0.0, x)
         big = tl.exp(log_big)
         u = -tl.abs(x)

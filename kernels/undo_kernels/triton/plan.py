@@ -1,6 +1,6 @@
 """The plans ``chunk`` and ``recompute`` on a GPU: bytes, FLOPs, predicted time and workspace, from shapes and dtypes alone.
 
-Bytes of device memory for each (token, vocabulary row) pair, dense target and 16-bit inputs, full gradient::
+Bytes of device memory for each (token, vocabulary entry) pair, dense target and 16-bit inputs, full gradient::
 
     chunk       products write 8, statistics read 8, the gradient reads 8 and writes 2, its two products read 2 each     30
     recompute   the gradient writes 2, its two products read 2 each                                                       6
@@ -30,7 +30,7 @@ TILES_16 = 510e12  # products inside the recompute plan's kernels: the best repo
 TILES_32 = MATRIX_32
 
 ALIGNED = 64  # rows of the buffers are padded to a multiple of this, for 16-byte loads and whole tiles
-_CHUNK_ELEMENTS = 1 << 28  # (token, vocabulary row) pairs of a chunk by default: 2.7 GB at 10 bytes
+_CHUNK_ELEMENTS = 1 << 28  # (token, vocabulary entry) pairs of a chunk by default: 2.7 GB at 10 bytes
 _CHUNK_ROWS = 1024  # minimum for a large vocabulary: fewer rows would read the heads too often
 _MAX_CHUNK_ROWS = 2048
 _SUMMED_CHUNKS = 8  # most chunks over which a 16-bit weight gradient is summed in its own dtype
@@ -43,10 +43,10 @@ class GpuPlan:
 
     Attributes:
         name: chunk or recompute.
-        rows_per_chunk: rows whose logits are held at once; all of them in recompute.
-        block_v: vocabulary rows whose gradient is held at once; all of them in chunk.
+        rows_per_chunk: tokens whose logits are held at once; all of them in recompute.
+        block_v: vocabulary entries whose gradient is held at once; all of them in chunk.
         accumulator: whether a 16-bit weight's gradient is summed in a float32 buffer.
-        buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per row.
+        buffers: bytes of each buffer, by name; everything beyond inputs, outputs and a few floats per token.
         flops: FLOPs of the matrix products.
         traffic_bytes: bytes of device memory read and written.
         seconds: predicted time on an H200.
@@ -96,7 +96,7 @@ class Shapes:
         return p.counted is not None and p.max_counted is not None and p.max_counted < p.tokens and not self.given
 
     @property
-    def rows(self) -> int:
+    def tokens(self) -> int:
         """Number of tokens processed."""
         return self.problem.max_counted if self.compacted else self.problem.tokens
 
@@ -164,9 +164,9 @@ class Shapes:
         masked = side is self.problem.student and self.problem.counted is not None
         return self.compacted or masked or side.hidden.dtype != product_dtype(side.hidden, side.weight)
 
-    def hidden_bytes(self, rows: int) -> int:
+    def hidden_bytes(self, tokens: int) -> int:
         linear = [s for s in self.sides if not isinstance(s, GivenLogits) and self.copies(s)]
-        return sum(rows * s.hidden.shape[1] * product_dtype(s.hidden, s.weight).itemsize for s in linear)
+        return sum(tokens * s.hidden.shape[1] * product_dtype(s.hidden, s.weight).itemsize for s in linear)
 
     def upcast_bytes(self, rows: int) -> int:
         cast = [s for s in self.sides if not isinstance(s, GivenLogits) and s.weight.dtype != product_dtype(s.hidden, s.weight)]
@@ -184,7 +184,7 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
     """
     s = Shapes(problem, target or tile_table.target_of(problem.student.hidden.device))
     if s.given and not s.sparse:  # the logits exist: no plan to choose
-        return chunk_plan(s, max(s.rows, 1))
+        return chunk_plan(s, max(s.tokens, 1))
     if problem.plan not in ("auto", "chunk", "recompute"):
         raise ValueError(f"plan: got {problem.plan!r}, wanted auto, direct, chunk or recompute")
     if problem.plan == "recompute" and s.sparse:
@@ -204,14 +204,14 @@ def gpu_plan(problem: Problem, target: str | None = None) -> GpuPlan:
 
 
 def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
-    rows = max(s.rows, 1)
+    tokens = max(s.tokens, 1)
     if budget is None:
         chunk = max(_CHUNK_ELEMENTS // s.leading, _CHUNK_ROWS)
-        chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-rows // _SUMMED_CHUNKS)))
-        return [chunk_plan(s, min(chunk, rows))]
+        chunk = max(chunk, min(_MAX_CHUNK_ROWS, -(-tokens // _SUMMED_CHUNKS)))
+        return [chunk_plan(s, min(chunk, tokens))]
     plans = []
-    # A float32 accumulator appears below an eighth of the rows, so both ranges are searched separately.
-    for low, high in ((-(-rows // _SUMMED_CHUNKS), rows), (1, -(-rows // _SUMMED_CHUNKS) - 1)):
+    # A float32 accumulator appears below an eighth of the tokens, so both ranges are searched separately.
+    for low, high in ((-(-tokens // _SUMMED_CHUNKS), tokens), (1, -(-tokens // _SUMMED_CHUNKS) - 1)):
         if low > high or chunk_plan(s, low).workspace_bytes > budget:
             continue
         while low < high:
@@ -227,7 +227,7 @@ def _chunk_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
 def _recompute_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
     block = s.loss_tile.block_v
     whole = -(-s.vocabulary // block)
-    high = min(whole, max(-(-1024 // block), _BLOCK_ELEMENTS // max(s.rows, 1) // block))
+    high = min(whole, max(-(-1024 // block), _BLOCK_ELEMENTS // max(s.tokens, 1) // block))
     if budget is None:
         return [recompute_plan(s, high)]
     low = 1
@@ -241,8 +241,8 @@ def _recompute_plans(s: Shapes, budget: int | None) -> list[GpuPlan]:
 
 
 def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
-    """Returns the chunk plan with at most ``chunk`` rows at a time, evened out."""
-    p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
+    """Returns the chunk plan with at most ``chunk`` tokens at a time, evened out."""
+    p, n, vocabulary = s.problem, max(s.tokens, 1), s.vocabulary
     chunks = -(-n // chunk)
     if even:
         chunk = min(chunk, -(-n // chunks // 16) * 16)  # each chunk starts at an address that allows 16-byte loads
@@ -287,7 +287,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
 
 def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     """Returns the recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
-    p, n, vocabulary = s.problem, max(s.rows, 1), s.vocabulary
+    p, n, vocabulary = s.problem, max(s.tokens, 1), s.vocabulary
     tile = s.loss_tile
     block_v = blocks * tile.block_v
     needs_hidden, needs_weight, _ = p.needs

@@ -14,9 +14,10 @@ import torch
 import triton
 
 from undo_kernels.triton import tile_kernels, tile_table
+from undo_kernels.triton.arguments import Head, Split
 from undo_kernels.triton.pair_math import OWN
 from undo_kernels.triton.products import TILE_ROWS, Workspace, multiply, multiply_widened
-from undo_kernels.triton.run import BASES, FUSED, Run
+from undo_kernels.triton.run import FUSED, Run
 
 
 class Recompute:
@@ -49,7 +50,7 @@ class Recompute:
 
     def passes(self) -> None:
         """Computes the statistics, then the loss and gradient block by block of the vocabulary."""
-        run, s, out = self.run, self.run.shapes, self.run.row
+        run, s, out = self.run, self.run.shapes, self.run.per_token
         self._statistics()
         if not s.loss_pass:
             return
@@ -76,55 +77,45 @@ class Recompute:
             elif self.d_hidden is not run.d_hidden:
                 run.d_hidden.copy_(self.d_hidden)
 
-    def _common(self, tile: tile_table.Tile) -> dict[str, Any]:
+    def _heads(self, block_d: int) -> tuple[Head, Head]:
         run = self.run
-        t = run.teacher or run.student
-        width_s, width_t = self.hidden_s.shape[1], self.hidden_t.shape[1]
+        student = run.student.matrices(self.hidden_s, self.weight_s, block_d)
+        return student, (run.teacher or run.student).matrices(self.hidden_t, self.weight_t, block_d)
+
+    def _options(self, tile: tile_table.Tile) -> dict[str, Any]:
         return {
-            "hidden_s_ptr": self.hidden_s, "weight_s_ptr": self.weight_s, "bias_s_ptr": run.student.bias,
-            "hidden_t_ptr": self.hidden_t, "weight_t_ptr": self.weight_t, "bias_t_ptr": t.bias,
-            "labels_ptr": run.labels if run.labelled else run.zero, "LABELS": run.labelled,
-            "rows": run.n, "width_s": width_s, "width_t": width_t,
-            "stride_hidden_s": self.hidden_s.stride(0), "stride_weight_s": self.weight_s.stride(0),
-            "stride_hidden_t": self.hidden_t.stride(0), "stride_weight_t": self.weight_t.stride(0),
-            "EVEN_S": width_s % tile.block_d == 0, "EVEN_T": width_t % tile.block_d == 0,
-            "PRECISION": tile_table.precision(run.target, run.shapes.wide),
+            "PRECISION": tile_table.precision(self.run.target, self.run.shapes.wide),
             "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
-            "num_warps": tile.warps, "num_stages": tile.stages,
-            **run.projections(), **FUSED,
+            "num_warps": tile.warps, "num_stages": tile.stages, **FUSED,
         }  # fmt: skip
 
     def _statistics(self) -> None:
         run, s, tile = self.run, self.run.shapes, self.stats_tile
         parts, part = tile_table.tile_parts(run.n, run.vocabulary, tile)
         partial = run.scratch.take(tile_table.FIELDS, run.n, parts)
+        student, teacher = self._heads(tile.block_d)
         if s.student_sums:
-            grid = (triton.cdiv(run.n, tile.block_t) * parts,)
-            tile_kernels.stats_tiles[grid](
-                partial_ptr=partial, label_z_ptr=run.label_z, vocabulary=run.vocabulary, part=part, parts=parts,
-                stride_field=run.n * parts, TEACHER=s.teacher_sums, CROSS=run.crossed,
-                STATISTICS=run.problem.statistics and s.dense, **self._common(tile),
+            tile_kernels.stats_tiles[(triton.cdiv(run.n, tile.block_t) * parts,)](
+                student, teacher, Split(partial, run.vocabulary, part, parts, run.n * parts),
+                run.labels if run.labelled else run.zero, run.label_z, run.n,
+                TEACHER=s.teacher_sums, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, LABELS=run.labelled,
+                **self._options(tile),
             )  # fmt: skip
         if run.labelled and not s.student_sums:
             tile_kernels.pick_labels[(run.n,)](
-                self.hidden_s, self.weight_s, run.student.bias, run.labels, run.label_z, run.student.inner, run.student.outer,
-                run.vocabulary, self.hidden_s.shape[1], self.hidden_s.stride(0), self.weight_s.stride(0),
-                HAS_BIAS=run.student.has_bias, CAPPED=run.student.capped, BLOCK_D=256, num_warps=1, **FUSED,
-            )  # fmt: skip
-        run.combine(partial, self.everything, parts, run.row["lse_s"], s.teacher_sums, True)
+                student, run.labels, run.label_z, run.vocabulary, BLOCK_D=256, num_warps=1, **FUSED
+            )
+        run.combine(partial, self.everything, parts, run.per_token["lse_s"], s.teacher_sums, True)
         run.scratch.give(partial)
 
     def _loss(self, first: int, gradient: bool) -> None:
-        run, p, out, tile = self.run, self.run.problem, self.run.row, self.loss_tile
+        run, tile = self.run, self.loss_tile
         last = min(first + self.block, run.vocabulary)
-        grid = (triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)
-        dz = self.dz if gradient else run.zero
-        options = self._common(tile) | {"LABELS": run.labelled and gradient}
-        tile_kernels.loss_tiles[grid](
-            counted_ptr=run.counted, **{f"{name}_ptr": out[name] for name in BASES}, factor_ptr=run.factor, own_ptr=run.own, at_label_ptr=self.at_label, dz_ptr=dz,
-            partial_ptr=self.losses, skipped_ptr=self.skipped, beta_t=p.beta, beta_s=1.0 - p.beta, filter_below=p.filter_below,
-            begin=first, last=last, tiles=self.tiles, stride_dz=self.block, TARGET=run.code, UNIFORM=run.uniform,
-            GRADIENT=gradient, NLL=run.nll and gradient, FILTER=run.filter and gradient, MASKED=run.masked, **options,
+        tile_kernels.loss_tiles[(triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)](
+            *self._heads(tile.block_d), run.counted, run.sums(self.everything),
+            run.weights(self.everything, run.own, self.at_label),
+            self.dz if gradient else run.zero, self.losses, self.skipped, run.n, first, last, self.tiles, self.block,
+            run.loss_form(gradient, run.nll), **self._options(tile),
         )  # fmt: skip
 
     def _products(self, first: int) -> None:

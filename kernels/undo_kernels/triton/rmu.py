@@ -60,19 +60,28 @@ def rmu_loss(
     """Returns the loss, and its gradient if ``needs``; see ``undo_kernels.library.rmu``."""
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(f"backend: got triton for tensors on {hidden.device}, wanted a GPU or TRITON_INTERPRET=1")
-    rows, width = hidden.shape
+    tokens, width = hidden.shape
     if recording():
-        record(Call("rmu_loss", "triton", "one pass", "interpreted" if INTERPRETED else "", rows, width, needs))
-    gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
-    partial = hidden.new_empty(rows, dtype=torch.float32)
-    own = target.ndim == 2
-    if rows:
-        with current(hidden.device):
-            rmu_rows[(rows,)](
-                hidden, target, partial if factor is None else factor.contiguous(), gradient, partial,
-                width, hidden.stride(0), target.stride(0) if own else 0,
-                coefficient, 1.0 / rows,
-                FACTOR=factor is not None, OWN_TARGET=own, GRADIENT=needs,
-                BLOCK_D=min(BLOCK_D, triton.next_power_of_2(width)), num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+        record(Call("rmu_loss", "triton", "one pass", "interpreted" if INTERPRETED else "", tokens, width, needs))
+    with current(hidden.device):
+        partial, gradient = launch(hidden, target, factor, coefficient, needs)
     return partial.sum(dtype=torch.float64).float(), gradient
+
+
+def launch(
+    hidden: torch.Tensor, target: torch.Tensor, factor: torch.Tensor | None, coefficient: float, needs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the kernel; returns the tokens' losses and the gradient."""
+    tokens, width = hidden.shape
+    gradient = hidden.new_empty(hidden.shape if needs else 0, dtype=gradient_dtype(hidden.dtype))
+    partial = hidden.new_empty(tokens, dtype=torch.float32)
+    own = target.ndim == 2
+    if tokens:
+        rmu_rows[(tokens,)](
+            hidden, target, partial if factor is None else factor.contiguous(), gradient, partial,
+            width, hidden.stride(0), target.stride(0) if own else 0,
+            coefficient, 1.0 / tokens,
+            FACTOR=factor is not None, OWN_TARGET=own, GRADIENT=needs,
+            BLOCK_D=min(BLOCK_D, triton.next_power_of_2(width)), num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return partial, gradient

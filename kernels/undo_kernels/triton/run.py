@@ -1,27 +1,27 @@
-"""State shared by the passes of one call: the rows processed, their inputs and outputs, and the gradients.
+"""State shared by the passes of one call: the tokens processed, their inputs and outputs, and the gradients.
 
-float16 products take their gradient times a power of two, found on the device from the factors of the rows and divided out of
+float16 products take their gradient times a power of two, found on the device from the factors of the tokens and divided out of
 the float32 results: at a KL of 1e-6 the gradient's entries are below float16's subnormals. Those of reverse KL have no bound;
 they keep room for 128 times the factor and saturate there.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
+import triton.language as tl
 
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
-from undo_kernels.triton import row_kernels, tile_table
+from undo_kernels.triton import arguments, row_kernels, tile_table
+from undo_kernels.triton.arguments import Combined, Known, LossForm, Split, StatsForm, Sums, Weights
 from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
 from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
-BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per row
+BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per token
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
@@ -39,18 +39,29 @@ class Head:
         self.outer = side.softcap / side.temperature if self.capped else 1.0
         self.has_bias = side.bias is not None
         self.bias = side.bias.contiguous() if self.has_bias else side.hidden
+        self.shape = (self.inner, self.outer, tl.constexpr(self.has_bias), tl.constexpr(self.capped))
+
+    def logits(self, z: torch.Tensor) -> arguments.Logits:
+        """Returns stored logits as the kernels take them."""
+        return arguments.Logits(z, self.bias, z.stride(0), *self.shape)
+
+    def matrices(self, hidden: torch.Tensor, weight: torch.Tensor, block_d: int) -> arguments.Head:
+        """Returns the operands of the products as the kernels take them."""
+        width = hidden.shape[1]
+        operands = (hidden, weight, self.bias, width, hidden.stride(0), weight.stride(0))
+        return arguments.Head(*operands, *self.shape, tl.constexpr(width % block_d == 0))
 
 
 class Run:
-    """One call: the inputs, outputs and options shared by its passes."""
+    """One call: the inputs, outputs and options shared by its passes; ``target`` is the device's unless it is given."""
 
-    def __init__(self, problem: Problem, scratch: Workspace) -> None:
+    def __init__(self, problem: Problem, scratch: Workspace, target: str | None = None) -> None:
         p = self.problem = problem
         self.scratch, self.device = scratch, p.student.hidden.device
-        self.target = tile_table.target_of(self.device)
+        self.target = target or tile_table.target_of(self.device)
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
-        self.n, self.vocabulary = s.rows, s.vocabulary
+        self.n, self.vocabulary = s.tokens, s.vocabulary
         self.student = Head(p.student)
         self.teacher = Head(p.teacher) if s.dense else None
         self.code = _TARGETS.get(p.target, OWN.value)
@@ -58,11 +69,11 @@ class Run:
         self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
         self.filter = p.filter_below > 0 and s.gradient
         self._select()
-        self._rows()
+        self._tokens()
         self._gradients()
 
     def _select(self) -> None:
-        """Chooses the rows to process: all, all but the masked ones, or the counted ones gathered in their order."""
+        """Chooses the tokens to process: all, all but the masked ones, or the counted ones gathered in their order."""
         p, count = self.problem, self.problem.tokens
         self.index = self.place = self.live = None
         if not self.shapes.compacted:
@@ -70,11 +81,11 @@ class Run:
         else:
             position = p.counted.long().cumsum(0) - 1
             target = torch.where(p.counted & (position < self.n), position, self.n)
-            rows_of = torch.arange(count, device=self.device)
-            index = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device).scatter_(0, target, rows_of)[: self.n]
+            tokens = torch.arange(count, device=self.device)
+            index = torch.zeros(self.n + 1, dtype=torch.int64, device=self.device).scatter_(0, target, tokens)[: self.n]
             self.live = torch.arange(self.n, device=self.device) < p.counted.sum()
             self.index = torch.where(self.live, index, 0)
-            self.place = torch.where(self.live, index, count)  # unused places point to an extra row, which is dropped
+            self.place = torch.where(self.live, index, count)  # unused places point to an extra token, which is dropped
         self.masked = self.live is not None
         self.counted = self.live.to(torch.uint8) if self.masked else torch.ones(1, dtype=torch.uint8, device=self.device)
 
@@ -83,11 +94,11 @@ class Run:
             return None
         return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
 
-    def _rows(self) -> None:
-        """Collects the inputs of the rows and allocates their outputs."""
+    def _tokens(self) -> None:
+        """Collects the inputs of the tokens and allocates their outputs."""
         p, n = self.problem, self.n
         self.zero = torch.zeros(1, device=self.device)
-        self.row = {name: self.zero.new_zeros(n) for name in (*OUTPUTS, *BASES)}
+        self.per_token = {name: self.zero.new_zeros(n) for name in (*OUTPUTS, *BASES)}
         self.labels = self._take(p.labels) if self.labelled else None
         self.label_z = torch.full((n,), torch.nan, device=self.device) if self.labelled else self.zero
         self.known_s, self.known_t = self._take(p.lse_s), self._take(p.lse_t)
@@ -129,7 +140,7 @@ class Run:
 
     def result(self) -> Result:
         """Returns the result, after the passes of the plan."""
-        p, out = self.problem, self.row
+        p, out = self.problem, self.per_token
         if self.scale is not None:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(self.scale)
@@ -164,9 +175,9 @@ class Run:
         )
 
     def hidden(self, head: Head, part: slice, clear: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns rows of hidden states in the product's dtype, and the copy if rows had to be moved, cleared or cast.
+        """Returns hidden states of some tokens in the product's dtype, and the copy if tokens had to be moved, cleared or cast.
 
-        Rows that do not count are cleared because their gradient is 0, and 0 * NaN would reach d_weight.
+        Tokens that do not count are cleared because their gradient is 0, and 0 * NaN would reach d_weight.
         """
         clear = clear and self.masked
         if self.index is not None:
@@ -183,44 +194,53 @@ class Run:
 
     def combine(self, partial: torch.Tensor, part: slice, parts: int, lse_s: torch.Tensor, teacher: bool, tiles: bool) -> None:
         """Computes log-sum-exps, their difference, reverse KL's offset and the nll; ``teacher``: there are sums of it."""
-        s, out = self.shapes, self.row
-        count = lse_s.shape[0]
-        p = self.problem
-        row_kernels.combine_rows[(count,)](
-            partial, self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else self.zero,
-            part_or(self.label_z, part, self.zero), part_or(self.known_s, part, self.zero), part_or(self.known_t, part, self.zero),
-            lse_s, out["lse_t"][part], *(out[name][part] for name in BASES), out["nll"][part], out["entropy"][part],
-            out["agreement"][part], self.vocabulary, parts, partial.shape[1] * partial.shape[2],
+        s, p, out, zero = self.shapes, self.problem, self.per_token, self.zero
+        split = Split(partial, self.vocabulary, 0, parts, partial.shape[1] * partial.shape[2])
+        known = Known(
+            self.counted[part] if self.masked else self.counted, self.labels[part] if self.labelled else zero,
+            part_or(self.label_z, part, zero), part_or(self.known_s, part, zero), part_or(self.known_t, part, zero),
+        )  # fmt: skip
+        outputs = Combined(lse_s, out["lse_t"][part], out["nll"][part], out["entropy"][part], out["agreement"][part])
+        form = StatsForm(
             STUDENT=s.student_sums, TEACHER=teacher, CROSS=self.crossed, STATISTICS=p.statistics and s.dense,
-            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles,
-            PAIR=self.pair, UNIFORM=self.uniform, NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
+            DIFFERENCES=teacher and not tiles, LESS_ONE=tiles, PAIR=self.pair, UNIFORM=self.uniform,
+            NLL=self.nll and not s.sparse, LABELS=self.labelled, MASKED=self.masked,
+        )  # fmt: skip
+        row_kernels.combine_rows[(lse_s.shape[0],)](
+            split, known, self.sums(part), outputs, StatsForm(*map(tl.constexpr, form)),
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **FUSED,
         )  # fmt: skip
+
+    def sums(self, part: slice) -> Sums:
+        """Returns the statistics of some tokens, as the kernels take them."""
+        return Sums(*(self.per_token[name][part] for name in BASES))
+
+    def weights(self, part: slice, own: torch.Tensor, at_label: torch.Tensor) -> Weights:
+        """Returns the factors of some tokens' gradients, as the kernels take them."""
+        p, labels = self.problem, self.labels[part] if self.labelled else self.zero
+        factor = part_or(self.factor, part, self.zero)
+        return Weights(factor, own, at_label, labels, p.beta, 1.0 - p.beta, p.filter_below)
+
+    def loss_form(self, gradient: bool, mixed: bool) -> LossForm:
+        """Returns what a launch of a loss kernel computes; ``mixed``: it adds a multiple of the student's probabilities."""
+        flags = (self.uniform, gradient, mixed and gradient, self.labelled and gradient, self.filter and gradient, self.masked)
+        return LossForm(tl.constexpr(self.code), *map(tl.constexpr, flags))
 
     @property
     def crossed(self) -> bool:
         return self.problem.target == "reverse" and self.shapes.gradient
 
     def label_gradient(self, part: slice) -> torch.Tensor:
-        """Returns the nll's gradient at each row's label, before the softcap's derivative: p - 1, without cancellation."""
+        """Returns the nll's gradient at each token's label, before the softcap's derivative: p - 1, without cancellation."""
         if not (self.labelled and self.shapes.gradient):
             return self.zero
-        return (self.own[part].double() * torch.expm1(-self.row["nll"][part].double())).float()
+        return (self.own[part].double() * torch.expm1(-self.per_token["nll"][part].double())).float()
 
     def put_divergence(self, part: slice, value: torch.Tensor) -> None:
-        self.row["divergence"][part] = value if not self.masked else torch.where(self.live[part], value, 0.0)
-
-    def projections(self) -> dict[str, Any]:
-        """Returns the options of the two heads that all kernels take."""
-        t = self.teacher or self.student
-        s = self.student
-        return {
-            "inner_s": s.inner, "outer_s": s.outer, "inner_t": t.inner, "outer_t": t.outer,
-            "BIAS_S": s.has_bias, "CAPPED_S": s.capped, "BIAS_T": t.has_bias, "CAPPED_T": t.capped,
-        }  # fmt: skip
+        self.per_token["divergence"][part] = value if not self.masked else torch.where(self.live[part], value, 0.0)
 
     def products_of_gradient(self, dz: torch.Tensor, hidden: torch.Tensor, part: slice, sums: torch.Tensor, add: bool) -> None:
-        """Computes ``d_weight (+)= dz.T @ hidden`` and adds to d_bias, of ``dz[rows, part of the vocabulary]``."""
+        """Computes ``d_weight (+)= dz.T @ hidden`` and adds to d_bias, of ``dz[tokens, part of the vocabulary]``."""
         if self.problem.needs[1]:
             multiply(sums[part], dz.T, hidden, add, self.scratch)
         if self.problem.needs[2]:
@@ -233,6 +253,6 @@ def part_or(tensor: torch.Tensor | None, part: slice, otherwise: torch.Tensor) -
 
 
 def _weighted(factor: torch.Tensor, values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of factor times value over counted rows, in float64; rows of factor 0 are ignored, even if NaN."""
+    """Returns the sum of factor times value over counted tokens, in float64; tokens of factor 0 are ignored, even if NaN."""
     terms = torch.where(factor == 0, 0.0, factor.double() * values.double())
     return (terms if counted is None else torch.where(counted, terms, 0.0)).sum()

@@ -1,12 +1,12 @@
 """Matrix-tile kernels of the recompute plan: logits of a [BLOCK_T, BLOCK_V] tile live in registers and are never stored.
 
-    stats_tiles  2 rows V (d_s + d_t) FLOPs; writes a few floats per row and part of the vocabulary
-    loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary row) pair
+    stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
+    loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
 Student and teacher products run one after the other in one program. Programs of the same vocabulary tile are neighbours in the
 grid, so that a tile of the weight is read from memory once and then from the L2 cache.
 
-Indices past the last row or vocabulary row are clamped to it; the results are not stored. The inner loop then needs no mask.
+Indices past the last token or vocabulary entry are clamped to it; the results are not stored. The inner loop then needs no mask.
 """
 
 import triton
@@ -31,22 +31,19 @@ from undo_kernels.triton.pair_math import (
 
 
 @triton.jit
-def project(
-    hidden_ptr, weight_ptr, o_t, o_v, width, stride_hidden, stride_weight,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def project(head, o_t, o_v, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """Returns the products of one tile in float32, before bias, scale and softcap."""
     o_d = tl.arange(0, BLOCK_D)
-    hidden_ptrs = hidden_ptr + o_t[:, None] * stride_hidden + o_d[None, :]
-    weight_ptrs = weight_ptr + o_v[None, :] * stride_weight + o_d[:, None]
+    hidden_ptrs = head.hidden_ptr + o_t[:, None] * head.stride_hidden + o_d[None, :]
+    weight_ptrs = head.weight_ptr + o_v[None, :] * head.stride_weight + o_d[:, None]
     b_z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for first in range(0, width, BLOCK_D):
-        if EVEN_D:
+    for first in range(0, head.width, BLOCK_D):
+        if head.EVEN:
             b_h = tl.load(hidden_ptrs)
             b_w = tl.load(weight_ptrs)
         else:
-            b_h = tl.load(hidden_ptrs, mask=o_d[None, :] < width - first, other=0.0)
-            b_w = tl.load(weight_ptrs, mask=o_d[:, None] < width - first, other=0.0)
+            b_h = tl.load(hidden_ptrs, mask=o_d[None, :] < head.width - first, other=0.0)
+            b_w = tl.load(weight_ptrs, mask=o_d[:, None] < head.width - first, other=0.0)
         if PRECISION == "interpreted":  # the interpreter would multiply the integer bits of bfloat16
             b_z = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
         else:
@@ -81,11 +78,11 @@ def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PI
 
 
 @triton.jit
-def shape_piece(b_z, bias_ptr, o_v, last, inner, outer, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+def shape_piece(b_z, head, o_v, last):
     bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
-    return shape_logits(b_z, bias, inner, outer, HAS_BIAS, CAPPED)
+    if head.HAS_BIAS:
+        bias = tl.load(head.bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
+    return shape_logits(b_z, bias, head.inner, head.outer, head.HAS_BIAS, head.CAPPED)
 
 
 @triton.jit
@@ -100,12 +97,12 @@ def add_piece(l_rest, m, m_new, rescale, b_e):
 
 @triton.jit
 def student_piece(
-    b_z, m, l_rest, top, label, label_z, first, end, bias_ptr, inner, outer,
-    STATISTICS: tl.constexpr, LABELS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
+    b_z, head, m, l_rest, top, label, label_z, first, end,
+    STATISTICS: tl.constexpr, LABELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds a piece to the student's maximum and sums; also returns it shaped, its exponentials and the old sums' rescaling."""
     o_v = first + tl.arange(0, WIDTH)
-    b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
+    b_z = shape_piece(b_z, head, o_v, end)
     b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
     if LABELS:
         label_z += tl.sum(tl.where((o_v[None, :] == label[:, None]) & (o_v < end)[None, :], b_z, 0.0), 1)
@@ -120,13 +117,10 @@ def student_piece(
 
 
 @triton.jit
-def teacher_piece(
-    b_z, m, l_rest, energy, top, first, end, bias_ptr, inner, outer,
-    STATISTICS: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def teacher_piece(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.constexpr, WIDTH: tl.constexpr):
     """Adds a piece to the teacher's maximum and sums; also returns it shaped."""
     o_v = first + tl.arange(0, WIDTH)
-    b_z = shape_piece(b_z, bias_ptr, o_v, end, inner, outer, HAS_BIAS, CAPPED)
+    b_z = shape_piece(b_z, head, o_v, end)
     b_z = tl.where((o_v < end)[None, :], b_z, float("-inf"))
     here = tl.max(b_z, 1)
     if STATISTICS:
@@ -145,35 +139,27 @@ def teacher_piece(
 
 @triton.jit
 def stats_tiles(
-    hidden_s_ptr, weight_s_ptr, bias_s_ptr, hidden_t_ptr, weight_t_ptr, bias_t_ptr,
-    labels_ptr,
-    # [FIELDS, rows, parts], [rows]
-    partial_ptr, label_z_ptr,
-    inner_s, outer_s, inner_t, outer_t,
-    rows, vocabulary, width_s, width_t, part, parts,
-    stride_hidden_s, stride_weight_s, stride_hidden_t, stride_weight_t, stride_field,
-    TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,
-    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
-    EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
+    student, teacher, split, labels_ptr, label_z_ptr, tokens,
+    TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, LABELS: tl.constexpr,  # see StatsForm
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Computes maxima and sums of exponentials, minus 1, of BLOCK_T rows over one part of the vocabulary; see row_kernels.stats_rows.
+    """Computes maxima and sums of exponentials, minus 1, of BLOCK_T tokens over one part of the vocabulary.
 
     It omits the sum of the differences, which would need both products at once and so smaller tiles. Without the largest term,
     1, the rounding error of a sum is 1e-7 of the other terms, like that of the products.
     """
     WIDTH: tl.constexpr = BLOCK_V // PIECES
-    blocks = tl.cdiv(rows, BLOCK_T)
+    blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
     i_part = tl.program_id(0) // blocks
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    keep_t = o_t < rows
-    o_t = tl.where(keep_t, o_t, rows - 1).to(tl.int64)
-    start = i_part * part
-    end = tl.minimum(start + part, vocabulary)
+    keep_t = o_t < tokens
+    o_t = tl.where(keep_t, o_t, tokens - 1).to(tl.int64)
+    start = i_part * split.part
+    end = tl.minimum(start + split.part, split.vocabulary)
     label = tl.full([BLOCK_T], -1, tl.int32)
     if LABELS:
-        label = tl.minimum(tl.load(labels_ptr + o_t), vocabulary).to(tl.int32)
+        label = tl.minimum(tl.load(labels_ptr + o_t), split.vocabulary).to(tl.int32)
 
     m_s = tl.full([BLOCK_T], LOWEST, tl.float32)
     m_t = tl.full([BLOCK_T], LOWEST, tl.float32)
@@ -185,23 +171,16 @@ def stats_tiles(
     top_s = tl.full([BLOCK_T], -1, tl.int32)
     top_t = tl.full([BLOCK_T], -1, tl.int32)
     for first in range(start, end, BLOCK_V):
-        o_w = tl.minimum(first + tl.arange(0, BLOCK_V), vocabulary - 1).to(tl.int64)
+        o_w = tl.minimum(first + tl.arange(0, BLOCK_V), split.vocabulary - 1).to(tl.int64)
         if TEACHER or CROSS:
-            b_t = project(
-                hidden_t_ptr, weight_t_ptr, o_t, o_w, width_t, stride_hidden_t, stride_weight_t,
-                EVEN_T, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-            )  # fmt: skip
+            b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
             if not CROSS:
                 for i in tl.static_range(PIECES):
                     b_z = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
                     _, m_t, l_rest_t, energy, top_t = teacher_piece(
-                        b_z, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end, bias_t_ptr, inner_t, outer_t,
-                        STATISTICS, BIAS_T, CAPPED_T, WIDTH,
+                        b_z, teacher, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end, STATISTICS, WIDTH
                     )  # fmt: skip
-        b_s = project(
-            hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
-            EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
+        b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
         for i in tl.static_range(PIECES):
             if CROSS:
                 was_s = m_s
@@ -209,13 +188,12 @@ def stats_tiles(
                 was_sum = l_rest_s + 1.0
             b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
             b_z, b_e, rescale, m_s, l_rest_s, top_s, label_z = student_piece(
-                b_z, m_s, l_rest_s, top_s, label, label_z, first + i * WIDTH, end, bias_s_ptr, inner_s, outer_s,
-                STATISTICS, LABELS, BIAS_S, CAPPED_S, WIDTH,
+                b_z, student, m_s, l_rest_s, top_s, label, label_z, first + i * WIDTH, end, STATISTICS, LABELS, WIDTH
             )  # fmt: skip
             if CROSS:
                 b_y, m_t, l_rest_t, energy, top_t = teacher_piece(
-                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), m_t, l_rest_t, energy, top_t, first + i * WIDTH, end,
-                    bias_t_ptr, inner_t, outer_t, STATISTICS, BIAS_T, CAPPED_T, WIDTH,
+                    piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, m_t, l_rest_t, energy, top_t, first + i * WIDTH, end,
+                    STATISTICS, WIDTH,
                 )  # fmt: skip
                 b_y = (b_z - m_s[:, None]) - (b_y - m_t[:, None])
                 shift = (was_s - m_s) - (was_t - m_t)
@@ -223,78 +201,66 @@ def stats_tiles(
     if LABELS:
         # Only the part that holds the label stores its logit.
         tl.store(label_z_ptr + o_t, label_z, mask=keep_t & (label >= start) & (label < end))
-    partial_ptrs = partial_ptr + o_t * parts + i_part
-    tl.store(partial_ptrs + M_S * stride_field, m_s, mask=keep_t)
-    tl.store(partial_ptrs + L_S * stride_field, l_rest_s, mask=keep_t)
+    partial_ptrs = split.partial_ptr + o_t * split.parts + i_part
+    tl.store(partial_ptrs + M_S * split.stride_field, m_s, mask=keep_t)
+    tl.store(partial_ptrs + L_S * split.stride_field, l_rest_s, mask=keep_t)
     if TEACHER:
-        tl.store(partial_ptrs + M_T * stride_field, m_t, mask=keep_t)
-        tl.store(partial_ptrs + L_T * stride_field, l_rest_t, mask=keep_t)
+        tl.store(partial_ptrs + M_T * split.stride_field, m_t, mask=keep_t)
+        tl.store(partial_ptrs + L_T * split.stride_field, l_rest_t, mask=keep_t)
     if CROSS:
-        tl.store(partial_ptrs + CROSS_S * stride_field, cross, mask=keep_t)
+        tl.store(partial_ptrs + CROSS_S * split.stride_field, cross, mask=keep_t)
     if STATISTICS:
-        tl.store(partial_ptrs + ENERGY_T * stride_field, energy, mask=keep_t)
-        tl.store(partial_ptrs + TOP_S * stride_field, top_s.to(tl.float32), mask=keep_t)
-        tl.store(partial_ptrs + TOP_T * stride_field, top_t.to(tl.float32), mask=keep_t)
+        tl.store(partial_ptrs + ENERGY_T * split.stride_field, energy, mask=keep_t)
+        tl.store(partial_ptrs + TOP_S * split.stride_field, top_s.to(tl.float32), mask=keep_t)
+        tl.store(partial_ptrs + TOP_T * split.stride_field, top_t.to(tl.float32), mask=keep_t)
 
 
 @triton.jit
 def loss_tiles(
-    hidden_s_ptr, weight_s_ptr, bias_s_ptr, hidden_t_ptr, weight_t_ptr, bias_t_ptr, counted_ptr,
-    base_s_ptr, base_t_ptr, log_sum_s_ptr, log_sum_t_ptr, gap_ptr, offset_ptr, factor_ptr, own_ptr, at_label_ptr, labels_ptr,
-    # dz [rows, last - begin]; partial [2, tiles, rows] is added to: divergence, KL(s||m); skipped [2, tiles, row blocks]
+    student, teacher, counted_ptr, sums, weights,
+    # dz [tokens, last - begin]; partial [2, tiles, tokens] is added to: divergence, KL(s||m); skipped [2, tiles, token blocks]
     dz_ptr, partial_ptr, skipped_ptr,
-    inner_s, outer_s, inner_t, outer_t, beta_t, beta_s, filter_below,
-    rows, begin, last, width_s, width_t, tiles,
-    stride_hidden_s, stride_weight_s, stride_hidden_t, stride_weight_t, stride_dz,
-    TARGET: tl.constexpr, UNIFORM: tl.constexpr, GRADIENT: tl.constexpr, NLL: tl.constexpr, LABELS: tl.constexpr,
-    FILTER: tl.constexpr, MASKED: tl.constexpr,
-    BIAS_S: tl.constexpr, CAPPED_S: tl.constexpr, BIAS_T: tl.constexpr, CAPPED_T: tl.constexpr,
-    EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, begin, last, tiles, stride_dz,
+    form, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Computes divergence and d total / d product of one tile of vocabulary rows ``begin`` to ``last``; see row_kernels.loss_rows."""
+    """Computes divergence and d total / d product of one tile of vocabulary entries ``begin`` to ``last``."""
     WIDTH: tl.constexpr = BLOCK_V // PIECES
-    TWO: tl.constexpr = TARGET != OWN and not UNIFORM
-    blocks = tl.cdiv(rows, BLOCK_T)
+    TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
+    blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
     i_v = tl.program_id(0) // blocks
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    keep_t = o_t < rows
-    o_t = tl.where(keep_t, o_t, rows - 1).to(tl.int64)
+    keep_t = o_t < tokens
+    o_t = tl.where(keep_t, o_t, tokens - 1).to(tl.int64)
     column = i_v * BLOCK_V  # of dz
     o_w = tl.minimum(begin + column + tl.arange(0, BLOCK_V), last - 1).to(tl.int64)
 
     if TWO:
-        b_t = project(
-            hidden_t_ptr, weight_t_ptr, o_t, o_w, width_t, stride_hidden_t, stride_weight_t,
-            EVEN_T, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-    b_s = project(
-        hidden_s_ptr, weight_s_ptr, o_t, o_w, width_s, stride_hidden_s, stride_weight_s,
-        EVEN_S, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+        b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+    b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
 
     counts = keep_t
-    if MASKED:
+    if form.MASKED:
         counts = counts & (tl.load(counted_ptr + o_t) != 0)
-    base_s = tl.load(base_s_ptr + o_t)[:, None]
-    log_sum_s = tl.load(log_sum_s_ptr + o_t)[:, None]
+    base_s = tl.load(sums.base_s_ptr + o_t)[:, None]
+    log_sum_s = tl.load(sums.log_sum_s_ptr + o_t)[:, None]
     base_t = 0.0
     log_sum_t = 0.0
     gap = 0.0
     offset = 0.0
-    if TARGET != OWN:
-        base_t = tl.load(base_t_ptr + o_t)[:, None]
-        log_sum_t = tl.load(log_sum_t_ptr + o_t)[:, None]
-        gap = tl.load(gap_ptr + o_t)[:, None]
-        offset = tl.load(offset_ptr + o_t)[:, None]
-        if GRADIENT:
-            factor = tl.load(factor_ptr + o_t)[:, None]
-    if NLL:
-        own = tl.load(own_ptr + o_t)[:, None]
-    if LABELS:
-        at_label = tl.load(at_label_ptr + o_t)[:, None]
-        label = (tl.minimum(tl.load(labels_ptr + o_t), last) - begin - column).to(tl.int32)[:, None]
+    if form.TARGET != OWN:
+        base_t = tl.load(sums.base_t_ptr + o_t)[:, None]
+        log_sum_t = tl.load(sums.log_sum_t_ptr + o_t)[:, None]
+        gap = tl.load(sums.gap_ptr + o_t)[:, None]
+        offset = tl.load(sums.offset_ptr + o_t)[:, None]
+        if form.GRADIENT:
+            factor = tl.load(weights.factor_ptr + o_t)[:, None]
+    if form.NLL:
+        own = tl.load(weights.own_ptr + o_t)[:, None]
+    if form.LABELS:
+        at_label = tl.load(weights.at_label_ptr + o_t)[:, None]
+        label = (tl.minimum(tl.load(weights.labels_ptr + o_t), last) - begin - column).to(tl.int32)[:, None]
 
     total = tl.zeros([BLOCK_T], tl.float32)
     total_mixed = tl.zeros([BLOCK_T], tl.float32)
@@ -306,39 +272,41 @@ def loss_tiles(
         within = (o_v < last)[None, :]
         keep = within & counts[:, None]
         b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-        b_z = shape_piece(b_z, bias_s_ptr, o_v, last, inner_s, outer_s, BIAS_S, CAPPED_S)
+        b_z = shape_piece(b_z, student, o_v, last)
         if TWO:
             b_y = piece(b_t, i, BLOCK_T, BLOCK_V, PIECES)
-            b_y = shape_piece(b_y, bias_t_ptr, o_v, last, inner_t, outer_t, BIAS_T, CAPPED_T)
+            b_y = shape_piece(b_y, teacher, o_v, last)
         else:
             b_y = tl.zeros([BLOCK_T, WIDTH], tl.float32)
         value, mixed, b_p, b_g = loss_and_slope(
-            b_z, b_y, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, TARGET
+            b_z, b_y, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form.TARGET
         )
-        if TARGET != OWN:
+        if form.TARGET != OWN:
             total += tl.sum(tl.where(keep, value, 0.0), 1)
-            if not GRADIENT:
+            if not form.GRADIENT:
                 total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
-        if GRADIENT:
-            if FILTER:
-                b_test = b_p if TARGET == OWN else b_g
-                loud = tl.max(tl.max(tl.where(keep & ~(tl.abs(b_test) < filter_below), 1, 0), 1), 0)  # NaN counts as large
+        if form.GRADIENT:
+            if form.FILTER:
+                b_test = b_p if form.TARGET == OWN else b_g
+                loud = tl.max(
+                    tl.max(tl.where(keep & ~(tl.abs(b_test) < weights.filter_below), 1, 0), 1), 0
+                )  # NaN counts as large
             b_out = b_g
-            if TARGET != OWN:
+            if form.TARGET != OWN:
                 b_out = b_g * factor
-            if NLL:
+            if form.NLL:
                 b_own = own * b_p
-                if LABELS:
+                if form.LABELS:
                     b_hit = o_p[None, :] == label
                     b_own = tl.where(b_hit, at_label, b_own)
-                    if FILTER:
+                    if form.FILTER:
                         loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
                 b_out += b_own
-            if CAPPED_S:
-                b_tanh = b_z / outer_s
+            if student.CAPPED:
+                b_tanh = b_z / student.outer
                 b_out *= 1.0 - b_tanh * b_tanh
             b_out = tl.where(keep, b_out, 0.0)
-            if FILTER:
+            if form.FILTER:
                 quiet = loud == 0
                 skipped += tl.sum(tl.sum(tl.where(keep & quiet, 1.0, 0.0), 1), 0)
                 squares += tl.sum(tl.sum(tl.where(quiet, b_out * b_out, 0.0), 1), 0)
@@ -346,13 +314,13 @@ def loss_tiles(
             dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
     # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
-    if TARGET != OWN:
-        partial_ptrs = partial_ptr + i_v.to(tl.int64) * rows + o_t
+    if form.TARGET != OWN:
+        partial_ptrs = partial_ptr + i_v.to(tl.int64) * tokens + o_t
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
-        if not GRADIENT:
-            partial_ptrs += tiles * rows
+        if not form.GRADIENT:
+            partial_ptrs += tiles * tokens
             tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
-    if FILTER:
+    if form.FILTER:
         skipped_ptr += i_v * blocks + i_t
         tl.store(skipped_ptr, tl.load(skipped_ptr) + skipped)
         skipped_ptr += tiles * blocks
@@ -360,21 +328,18 @@ def loss_tiles(
 
 
 @triton.jit
-def pick_labels(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, out_ptr, inner, outer, vocabulary, width, stride_hidden, stride_weight,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Computes the logit of one row's label, for calls without a statistics pass; NaN for a label outside the vocabulary."""
-    i_row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + i_row)
+def pick_labels(head, labels_ptr, out_ptr, vocabulary, BLOCK_D: tl.constexpr):
+    """Computes the logit of one token's label, for calls without a statistics pass; NaN for a label outside the vocabulary."""
+    i_token = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + i_token)
     at = tl.minimum(tl.maximum(label, 0), vocabulary - 1)
     b_z = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, width, BLOCK_D):
+    for first in range(0, head.width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(hidden_ptr + i_row * stride_hidden + o_d, mask=o_d < width, other=0.0).to(tl.float32)
-        b_z += b_h * tl.load(weight_ptr + at * stride_weight + o_d, mask=o_d < width, other=0.0).to(tl.float32)
+        b_h = tl.load(head.hidden_ptr + i_token * head.stride_hidden + o_d, mask=o_d < head.width, other=0.0).to(tl.float32)
+        b_z += b_h * tl.load(head.weight_ptr + at * head.stride_weight + o_d, mask=o_d < head.width, other=0.0).to(tl.float32)
     bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + at).to(tl.float32)
-    z = shape_logits(tl.sum(b_z, 0), bias, inner, outer, HAS_BIAS, CAPPED)
-    tl.store(out_ptr + i_row, tl.where(label < vocabulary, z, float("nan")))
+    if head.HAS_BIAS:
+        bias = tl.load(head.bias_ptr + at).to(tl.float32)
+    z = shape_logits(tl.sum(b_z, 0), bias, head.inner, head.outer, head.HAS_BIAS, head.CAPPED)
+    tl.store(out_ptr + i_token, tl.where(label < vocabulary, z, float("nan")))

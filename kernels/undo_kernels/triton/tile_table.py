@@ -39,7 +39,7 @@ class RowBlock:
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
-FIELDS = 9  # number of partial sums per part of a row, see tiles.py
+FIELDS = 9  # number of partial sums per part of a token, see pair_math.py
 
 # Keyed by target, kernel and whether operands are float32. "cross" is the statistics kernel with the offset of reverse KL or
 # the top-1; "filter" is the loss kernel with the block filter or jsd. Both need more registers than "stats" and "loss".
@@ -123,14 +123,14 @@ def precision(target: str, wide: bool) -> str:
     return "tf32x3" if wide and target.startswith("sm_") else "ieee"
 
 
-def row_parts(rows: int, vocabulary: int, block_v: int) -> tuple[int, int]:
-    """Returns how many parts a row is split into, and their length; few rows get more parts, to occupy the GPU."""
-    return _split(vocabulary, block_v, min(-(-2048 // max(rows, 1)), 64))
+def row_parts(tokens: int, vocabulary: int, block_v: int) -> tuple[int, int]:
+    """Returns how many parts a token's logits are split into, and their length; few tokens get more parts, to occupy the GPU."""
+    return _split(vocabulary, block_v, min(-(-2048 // max(tokens, 1)), 64))
 
 
-def tile_parts(rows: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
+def tile_parts(tokens: int, vocabulary: int, tile: Tile) -> tuple[int, int]:
     """Returns how many parts the recompute plan's statistics split the vocabulary into, and their length."""
-    blocks = -(-max(rows, 1) // tile.block_t)
+    blocks = -(-max(tokens, 1) // tile.block_t)
     return _split(vocabulary, tile.block_v, min(-(-1056 // blocks), 256))  # 1056: eight waves of 132 multiprocessors
 
 

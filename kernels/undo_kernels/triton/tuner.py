@@ -26,7 +26,7 @@ from undo_kernels.triton.recompute import Recompute
 from undo_kernels.triton.run import Run
 from undo_kernels.triton.vocab_loss import INTERPRETED
 
-ROWS, VOCABULARY = 4096, 65536  # a hundred waves of tiles
+TOKENS, VOCABULARY = 4096, 65536  # a hundred waves of tiles
 WIDTHS = (320, 768, 2304)
 REPEATS = 7
 TARGETS = {"stats": "forward", "cross": "reverse", "loss": "forward", "filter": "jsd"}  # of a problem that launches the kernel
@@ -55,17 +55,17 @@ def candidates(target: str, wide: bool) -> Iterator[tile_table.Tile]:
             yield tile_table.Tile(block_t, block_v, block_d, warps, stages, pieces)
 
 
-def problem(kernel: str, wide: bool, width: int, rows: int, vocabulary: int, device: torch.device) -> Problem:
+def problem(kernel: str, wide: bool, width: int, tokens: int, vocabulary: int, device: torch.device) -> Problem:
     """Returns a problem with logits of standard deviation 2 that needs the gradients of hidden states and weight."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if wide else torch.bfloat16
 
     def side() -> Projection:
         weight = torch.randn(vocabulary, width, generator=generator) * 2 / width**0.5
-        hidden = torch.randn(rows, width, generator=generator)
+        hidden = torch.randn(tokens, width, generator=generator)
         return Projection(hidden.to(device, dtype), weight.to(device, dtype), softcap=30.0)
 
-    factor = torch.full((rows,), 1 / rows, device=device)
+    factor = torch.full((tokens,), 1 / tokens, device=device)
     return Problem(side(), TARGETS[kernel], factor, teacher=side(), needs=(True, True, False), plan="recompute")
 
 
@@ -90,7 +90,7 @@ def launcher(p: Problem, kernel: str) -> tuple[Callable[[], None], Callable[[], 
     passes._statistics()
     passes.at_label = run.zero
     if kernel in ("stats", "cross"):
-        return passes._statistics, lambda: torch.stack([run.row["lse_s"], run.row["lse_t"]])
+        return passes._statistics, lambda: torch.stack([run.per_token["lse_s"], run.per_token["lse_t"]])
     passes.dz.fill_(torch.nan)
     return lambda: passes._loss(0, True), lambda: passes.dz[:, : min(64, p.student.vocabulary)].float()
 
@@ -101,7 +101,7 @@ def tune(
     width: int,
     device: torch.device,
     seconds: Seconds,
-    rows: int = ROWS,
+    tokens: int = TOKENS,
     vocabulary: int = VOCABULARY,
     first: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -113,7 +113,7 @@ def tune(
         fastest.
     """
     target = tile_table.target_of(device)
-    p = problem(kernel, wide, width, rows, vocabulary, device)
+    p = problem(kernel, wide, width, tokens, vocabulary, device)
     key = (target, kernel, wide, width)
     names = ("stats_tiles",) if kernel in ("stats", "cross") else ("loss_tiles",)
     default = tile_table.tile(*key)
@@ -149,7 +149,7 @@ def tune(
             launch = written = None
     timed = [record for record in tried if "seconds" in record]
     best = min(timed, key=lambda record: record["seconds"])["tile"] if timed else None
-    found = {"kernel": kernel, "wide": wide, "width": width, "target": target, "rows": rows, "vocabulary": vocabulary}
+    found = {"kernel": kernel, "wide": wide, "width": width, "target": target, "tokens": tokens, "vocabulary": vocabulary}
     return found | {"default": list(astuple(default)), "best": best, "tried": tried}
 
 
@@ -181,7 +181,7 @@ def main() -> None:
         parser.error("got no GPU, wanted one")
     arguments = (options.kernel, options.dtype == "float32", options.width, torch.device("cuda", 0), median_of_events)
     if options.first:  # sizes do not affect the compilation, except that they are multiples of 16
-        found = tune(*arguments, rows=256, vocabulary=8192, first=True, share=tuple(options.first))
+        found = tune(*arguments, tokens=256, vocabulary=8192, first=True, share=tuple(options.first))
     else:
         found = tune(*arguments)
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The attacks beside full fine-tuning: adapters, mixes, other optimizers, prompting, quantisation."""
+"""Attacks other than full fine-tuning: adapters, mixes, other optimizers, prompting, quantisation."""
 
 import copy
 import dataclasses
@@ -50,12 +50,12 @@ GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positi
 
 
 def stage_of(config, trial):
-    """The stage that makes a trial."""
+    """Returns the stage that makes a trial."""
     return trial_stage(config, trial, NOWHERE, NOWHERE, "")
 
 
 def problems(tokenizer, operation):
-    """All problems of two digits below five, one a sequence, with their answers."""
+    """Returns all problems of two digits below five, one per sequence, with their answers."""
     texts = [f"{a}{operation}{b}={a * b if operation == '*' else a + b}" for a, b in itertools.product(range(5), repeat=2)]
     ids = torch.zeros(len(texts), 8, dtype=torch.int32)
     answers = torch.zeros(len(texts), 8, dtype=torch.bool)
@@ -68,7 +68,7 @@ def problems(tokenizer, operation):
 
 @pytest.fixture(scope="module")
 def world():
-    """A tokenizer, forget and retain sequences, the model that knows both, and unlearn-only."""
+    """Returns a tokenizer, forget and retain sequences, the model that knows both, and the unlearned model."""
     torch.set_num_threads(1)
     tokenizer = character_tokenizer("0123456789+-*/=")
     forget, retain = problems(tokenizer, "*"), problems(tokenizer, "+")
@@ -277,7 +277,7 @@ def test_other_optimizers_are_torch_s_and_take_the_bytes_that_are_promised(world
     kept = sum(tensor.nbytes for key, tensor in updater.tensors().items())
     assert promised["optimizer"] == pytest.approx(
         kept / model.weight.numel(), abs=0.3
-    )  # sums over rows and columns are left out
+    )  # without the sums over rows and columns
 
 
 def test_plain_bfloat16_at_a_low_rate_moves_few_weights(world):
@@ -388,7 +388,7 @@ def test_quantised_weights_are_the_nearest_of_their_grid(world, shape, bits, gro
         scale = np.abs(was).max(1, keepdims=True) / ((2**bits - 1) / 2)
         wanted = scale * np.clip(np.rint(was / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         room = 2 ** (bits - 1) * gamma(8)  # steps, of float32 scales and products
-        tie = np.abs(np.abs(was / scale) % 1 - 0.5) < room  # it may go either way: a group's largest weight is one
+        tie = np.abs(np.abs(was / scale) % 1 - 0.5) < room  # the largest weight of a group may round either way
         off = np.abs(now - wanted) / scale
         assert (off[~tie] < room).all() and (off <= 1 + room).all() and tie.mean() < 1 / columns + 0.01, name
         assert (np.abs(now - was) <= scale * (0.5 + room)).all(), name
@@ -410,9 +410,7 @@ def test_a_matrix_that_has_no_whole_groups_is_refused_before_any_change(world):
 def test_a_model_with_matrices_that_cannot_be_rounded_is_refused_before_any_change(world):
     model = build_model({**SHAPE, "model_type": "mixtral", "num_local_experts": 2, "num_key_value_heads": 2}, world[0], 0)
     before = weights(model).clone()
-    wanted = (
-        r"^model: got MixtralForCausalLM, whose model\.layers\.0\.mlp\.experts\.gate_up_proj \(of 2 such\) is the weight of no"
-    )
+    wanted = r"^model: got MixtralForCausalLM, whose model\.layers\.0\.mlp\.experts\.gate_up_proj \(of 2 such\) is not the"
     with pytest.raises(ValueError, match=wanted):
         quantise_(model, 8)
     assert torch.equal(weights(model), before)

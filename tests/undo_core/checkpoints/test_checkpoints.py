@@ -1,4 +1,4 @@
-"""Every reader of a checkpoint folder gets what transformers' own from_pretrained gets: the files, the ties and the bits."""
+"""Every reader of a checkpoint folder gets the same files, ties and bits as transformers' from_pretrained."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def other_name(folder):
 
 
 def stale_index(folder):
-    """What an older, sharded save left beside the single file."""
+    """An index that an older, sharded save left beside the single file."""
     tensors = {name: tensor + 1 for name, tensor in read(folder).items()}
     save_file(tensors, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
@@ -59,7 +59,7 @@ def stale_index(folder):
 
 
 def other_file(folder):
-    """The configuration names the file; one with the usual name lies beside it."""
+    """The configuration names the file, and a file with the usual name lies beside it."""
     tensors = read(folder)
     save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, folder / "other.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

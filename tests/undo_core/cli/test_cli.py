@@ -1,4 +1,4 @@
-"""A mistake ends in one line that names the key and the fix, exit code 2, before any work."""
+"""A mistake gives one line that names the key and the fix, and exit code 2, before any work."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
 
 
 def test_an_unknown_setting_of_the_architecture_is_named(tmp_path, capsys):
-    """transformers takes any keyword, and would build its default width."""
+    """transformers accepts any keyword and would build a model of its default width."""
     assert main(["plan", DEMO, '--model.config={"model_type": "gemma2", "hiden_size": 96}']) == 2
     assert "model.config: got hiden_size, wanted hidden_size, or another setting of Gemma2Config" in capsys.readouterr().err
 

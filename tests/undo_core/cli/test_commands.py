@@ -1,4 +1,4 @@
-"""Every stage alone, on Hugging Face checkpoint folders in and out."""
+"""Every single-stage command reads and writes Hugging Face checkpoint folders."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from undo_core.io.files import hash_file, read_json
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Somebody's own model and two text files."""
+    """Writes a user's model and two text files."""
     for name, words in (("retain", "one two three"), ("forget", "uno dos tres")):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{words} {i} {words} {i + 1}" for i in range(60)))
     tokenizer = train_bpe([str(tmp_path / "retain.txt"), str(tmp_path / "forget.txt")], 280)
@@ -107,7 +107,7 @@ def test_the_method_by_hand(checkpoint, capsys):
         main([str(a) for a in ("unlearn", folder("model"), folder("teacher"), folder("data"), "--method=graddiff", *small)])
         == 2
     )
-    assert "made otherwise" in capsys.readouterr().err and hash_file(folder("teacher") / "model.safetensors") == before
+    assert "made from other inputs" in capsys.readouterr().err and hash_file(folder("teacher") / "model.safetensors") == before
 
 
 def test_a_wrong_teacher_is_refused(checkpoint, capsys):

@@ -16,7 +16,7 @@ def test_the_doctor_finds_this_machine_well(capsys):
 
 
 def test_the_doctor_reports_no_kernel_that_did_not_run(capsys, monkeypatch):
-    """A dispatch that leaves everything to plain PyTorch gives right numbers, and a verdict about nothing."""
+    """If dispatch leaves everything to plain PyTorch, the numbers are right but no kernel was checked."""
     monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})
     monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "reference")
     kernels = "cpu" not in undo_kernels.unavailable()
@@ -26,7 +26,7 @@ def test_the_doctor_reports_no_kernel_that_did_not_run(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_the_doctor_notices_a_wrong_gradient(capsys, monkeypatch, name):
-    """On each backend, in the gradient alone: the pipeline runs on the first that is there."""
+    """A fault in the gradient alone is found on each backend, since the pipeline runs on the first available one."""
     monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})
     right = ops.linear_kl_div
 

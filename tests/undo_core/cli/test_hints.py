@@ -1,4 +1,4 @@
-"""What the command line says to a misspelt name, to no arguments at all, and to a shell."""
+"""The command line's answers to a misspelt name, to a call without arguments, and to a shell that completes."""
 
 import importlib.util
 

@@ -26,7 +26,7 @@ def parse(text):
 
 
 def key(text):
-    """What is held out: a commutative operation's operands in either order."""
+    """Returns the key of a held-out problem, which ignores the order of operands of a commutative operation."""
     a, op, b, _ = parse(text)
     return (op, *((a, b) if op == "/" else sorted((a, b))))
 

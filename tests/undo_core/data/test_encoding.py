@@ -1,4 +1,4 @@
-"""Control tokens: those that stand in a text are text, and those that a tokenizer adds by itself are where they belong."""
+"""Control tokens that are written in a text stay text, and those that a tokenizer adds are at the right places."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_slow_tokenizer_does_the_same():
 
 
 def test_a_vocabulary_that_has_a_control_token_as_a_piece():
-    """Unigram and word vocabularies list it among their pieces: it is cut up, or refused."""
+    """Unigram and word vocabularies list the control token among their pieces; it is split, or refused."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "ab</s>")]
     made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
@@ -93,7 +93,7 @@ def test_a_character_without_a_token_is_an_error_and_not_padding():
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_what_is_put_around_a_text(kind):
-    """Also of a tokenizer that knows few characters: it is asked with the text itself."""
+    """It also works for a tokenizer that knows few characters, because it is tried on the text itself."""
     assert encoded_with_beginning(character_tokenizer("ab"), ["ba", ""]) == [[3, 2], []]
     before, after = surroundings(tokenizer_of(kind), "Answer")
     around = AROUND.get(kind, "")
@@ -121,7 +121,7 @@ def model():
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_letter_is_what_is_scored(model, asked, kind):
-    """The right answers are those that transformers' logits give after the prompt's own tokens."""
+    """The right answers are those of transformers' logits after the tokens of the prompt."""
     tokenizer, config = tokenizer_of(kind), MultipleChoiceConfig([asked], description="About {subject}. <eos>\n\n")
     right, (found, texts) = [], module.posed(config)
     begin = [BOS] * AROUND.get(kind, "").startswith("<bos>")
@@ -144,7 +144,7 @@ def test_the_letter_is_what_is_scored(model, asked, kind):
 
 
 def test_white_space_before_a_continuation_belongs_to_it():
-    """As in lm-eval: a prompt that ends with a space would be tokenised otherwise than the whole."""
+    """As in lm-eval, because a prompt that ends with a space would be tokenised differently from the whole."""
     tokenizer = tokenizer_of("llama")
     assert module.encode(tokenizer, "Answer: ", "B") == module.encode(tokenizer, "Answer:", " B")
     with pytest.raises(ValueError, match=r"^tokenizer: got no token for ''"):

@@ -34,7 +34,7 @@ def sequences(length, largest=299):
 
 
 def uses(kind, data, folder):
-    """Each face that reads sequences, by the name of the argument and of the function."""
+    """Returns each public function that reads sequences, by the names of the argument and of the function."""
     method = UnlearnConfig("graddiff", train=SHORT)
     attack = AttackConfig(rates=[1e-3], batch_size=2, evaluate_at=[0, 1], headline_step=1, extend=0)
     return {
@@ -70,7 +70,7 @@ def test_every_face_names_what_the_model_cannot_read(kind, tmp_path):
 
 
 def test_what_has_no_limit_has_none():
-    """And a model whose limit has another name in its configuration; transformers fails past it."""
+    """A model whose limit has another name in its configuration is treated as unlimited; transformers fails beyond it."""
     bloom = AutoConfig.for_model("bloom", vocab_size=300, hidden_size=16, n_layer=1, n_head=2)
     assert positions_of(bloom) is None and positions_of(AutoConfig.for_model("mamba")) is None
     config = AutoConfig.for_model("mpt", **MODELS["mpt"], vocab_size=300)

@@ -1,4 +1,4 @@
-"""A run that is scored by multiple-choice questions: sequences, splits, and `undo run` end to end beside `undo evaluate`."""
+"""Runs scored by multiple-choice questions: sequences, splits, and `undo run` end to end compared with `undo evaluate`."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ def bytewise():
 
 @pytest.fixture(scope="module", params=["gemma2", "llama", "cohere"])
 def model(request, bytewise):
-    """With a softcap, without, and with a scale on the logits; each answers differently from question to question."""
+    """Models with a softcap, without one, and with a scale on the logits; the answers of each vary between questions."""
     made = build_model({"model_type": request.param, "max_position_embeddings": 80, **MODEL}, bytewise, 0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -53,7 +53,7 @@ def model(request, bytewise):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Questions of two to four choices, and how they are put; some prompts are longer than the models have positions."""
+    """Questions of two to four choices and their format; some prompts are longer than the models' positions."""
     folder = tmp_path_factory.mktemp("asked")
     files = [write(folder / "q.jsonl", questions(60, seed=1, choices=(2, 4)))]
     examples = [write(folder / "dev.jsonl", questions(9, seed=2))]
@@ -66,7 +66,7 @@ def splits_of(bytewise, asked, **changes):
 
 
 def test_sequences_are_scored_as_questions_are(model, bytewise, asked):
-    """Both splits together against the command's own scores, which a test holds equal to lm-eval's."""
+    """The scores of both splits together equal those of the command, which another test compares with lm-eval's."""
     wanted = multiple_choice(model, bytewise, asked)
     splits, cut = splits_of(bytewise, asked)
     assert 0 < sum(cut.values()) == wanted["truncated"] < wanted["n"]
@@ -81,7 +81,7 @@ def test_sequences_are_scored_as_questions_are(model, bytewise, asked):
 
 
 def test_the_right_letter_is_the_likeliest_of_the_models_own_logits(model, bytewise, tmp_path):
-    """Texts written out here, tokens and logits of transformers."""
+    """Compares with texts written out here, and with tokens and logits of transformers."""
     files = [write(tmp_path / "q.jsonl", made := questions(25, seed=5, subjects=("biology",)))]
     splits, _ = splits_of(bytewise, MultipleChoiceConfig(files, description=ABOUT), positions=None, valid_fraction=0.3)
     right = []
@@ -97,7 +97,7 @@ def test_the_right_letter_is_the_likeliest_of_the_models_own_logits(model, bytew
 
 
 def test_sequences_of_like_lengths_run_together(bytewise, tmp_path, monkeypatch):
-    module = importlib.import_module("undo_core.evaluation.metrics")  # the package names the function so
+    module = importlib.import_module("undo_core.evaluation.metrics")  # the package's name of the function
     model = build_model({"model_type": "llama", "max_position_embeddings": 4000, **MODEL}, bytewise, 0)
     long = [vars(question) | {"question": "very long " * 250} for question in questions(3, seed=3)]
     path = tmp_path / "q.jsonl"
@@ -126,7 +126,7 @@ def test_a_diverged_model_answers_nothing(bytewise, asked):
 
 
 def test_a_questions_split_is_its_own(bytewise, tmp_path):
-    """Copies go together, the seed decides, and no question depends on another."""
+    """Copies fall into the same split, the seed decides the split, and no question depends on another."""
     made = questions(80, seed=1)
 
     def texts(asked, seed):
@@ -167,7 +167,7 @@ def test_sequences_with_choices_survive_the_disk_and_are_checked(bytewise, asked
 
 
 def test_answered_questions_are_shown_before_a_question(bytewise, tmp_path):
-    """The few-shot attack: what stands before a question leaves its letters and its answer what they are."""
+    """The few-shot attack puts examples before a question and keeps its letters and its answer."""
     files = [write(tmp_path / "q.jsonl", questions(30, seed=4, choices=(2, 4)))]
     splits, _ = splits_of(bytewise, MultipleChoiceConfig(files, description="It.\n\n"), positions=None)
     sequences, shown = splits["test_forget"], splits["valid_forget"]
@@ -308,7 +308,7 @@ attacks:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, bytewise):
-    """A finished run on generated text and questions: its folder and the configuration."""
+    """Returns the folder and the configuration of a finished run on generated text and questions."""
     folder = tmp_path_factory.mktemp("asked-run")
     draw = random.Random(0)
     for name, words in (("retain", WORDS[:6]), ("forget", WORDS[6:])):
@@ -349,7 +349,7 @@ def test_a_run_scores_questions_before_after_and_under_every_attack(finished):
 
 
 def test_its_scores_are_those_of_the_command(finished, bytewise, tmp_path, capsys):
-    """`undo evaluate --multiple-choice` on each model's folder and the questions of the test split."""
+    """Compares with `undo evaluate --multiple-choice` on each model's folder and the questions of the test split."""
     results = read_json(finished / "out" / "results-seed0.json")
     (data,) = (finished / "out" / "stages").glob("prepare-*/data")
     flags = {
@@ -390,7 +390,7 @@ def test_stop_rules_follow_the_metric(finished):
 
 
 def test_text_is_held_out_beside_the_questions(finished):
-    """What is said of text, the error of a cache and the quality of a gate, is measured on text."""
+    """The error of a cache and the quality of a gate are measured on text."""
     stages = finished / "out" / "stages"
     (data,) = stages.glob("prepare-*/data")
     splits = {path.stem: Sequences.load(path) for path in data.iterdir()}
@@ -407,7 +407,7 @@ def test_text_is_held_out_beside_the_questions(finished):
 
 
 def test_what_is_cut_is_said(finished, tmp_path, capsys):
-    """Prepared for a model of fewer positions."""
+    """The questions are prepared for a model with fewer positions."""
     flags = [f"--data.{name}=[{finished}/{name}.jsonl]" for name in ("retain", "forget")]
     flags += [f"--data.questions.forget.files=[{finished}/wmdp.jsonl]", "--data.questions.forget.description=x"]
     flags += [

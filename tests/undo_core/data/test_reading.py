@@ -1,4 +1,4 @@
-"""Files as they come: one rule in every format, and one line that names the file and the row."""
+"""Files of every format follow one rule, and an error names the file and the row in one line."""
 
 import json
 import re

@@ -71,7 +71,7 @@ def test_packing_keeps_every_token_in_order(length):
     sequences = pack(documents, length, separator_id=1, pad_id=0)
     stream = sequences.input_ids.flatten().tolist()
     wanted = [token for document in documents for token in [1, *document]]
-    wanted += [1] * (len(wanted) % length > 0)  # the end of the last document, where its sequence has room
+    wanted += [1] * (len(wanted) % length > 0)  # the end of the last document, if its sequence has room
     assert [t for t in stream if t] == wanted and all(t == 0 for t in stream[len(wanted) :]) and sequences.length == length
     assert sequences.tokens() == len(wanted) and sequences.lengths.tolist()[:-1] == [length] * (len(sequences) - 1)
 
@@ -142,7 +142,7 @@ def test_documents_fall_into_splits_by_hash(tmp_path):
 
 @pytest.fixture
 def mix(tmp_path):
-    """A tokenizer of one token a character, and settings of three files of 200 documents of ten characters."""
+    """Returns a tokenizer with one token per character, and settings for three files of 200 documents of ten characters."""
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i:09}" for i in range(200)))
     tokenizer = character_tokenizer("abc0123456789")

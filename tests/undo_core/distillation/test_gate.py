@@ -1,4 +1,4 @@
-"""The gate of filter-then-distill: what it learns from a few labelled sequences, and that it is a function of them."""
+"""The gate of filter-then-distill learns from a few labelled sequences, and depends on them alone."""
 
 import math
 import random
@@ -13,7 +13,7 @@ PAD = 0
 
 
 def spoken(tokens, count, seed, length=20) -> Sequences:
-    """Sequences of random tokens of one kind, of different lengths."""
+    """Returns sequences of random tokens of one kind, with different lengths."""
     draw = random.Random(seed)
     ids = torch.zeros(count, length, dtype=torch.int32)
     for sequence in range(count):
@@ -37,7 +37,7 @@ def test_a_small_sample_tells_overlapping_kinds_apart():
 
 
 def test_the_order_of_tokens_is_seen():
-    """The same tokens in either kind: only pairs tell them apart."""
+    """Both kinds have the same tokens, so that only pairs tell them apart."""
     rising = torch.arange(1, 17).repeat(8, 1)
     forget, retain = (Sequences(ids.int(), PAD) for ids in (rising, rising.flip(1)))
     classifier = fit_classifier(forget, retain)
@@ -59,7 +59,7 @@ def test_features_against_a_count_by_hand():
 
 
 def test_the_fit_is_the_minimum():
-    """At the minimum of the penalised loss its gradient vanishes; computed here by hand."""
+    """At the minimum of the penalised loss its gradient vanishes; the gradient is computed here by hand."""
     forget, retain = spoken(range(30, 60), 40, 1), spoken(range(1, 40), 60, 2)
     config = GateConfig(buckets=256, penalty=1e-3)
     classifier = fit_classifier(forget, retain, config)
@@ -71,7 +71,7 @@ def test_the_fit_is_the_minimum():
 
 
 def test_precision_and_recall():
-    """Weights that say forget wherever token 9 stands."""
+    """The weights classify a sequence as forget if it has token 9."""
     weight = features(torch.tensor([[9]]), torch.tensor([[True]]), 4096)[0]
     classifier = Classifier(weight, torch.tensor(-0.1, dtype=torch.float64))
     forget, retain = (Sequences(torch.tensor(ids), PAD) for ids in ([[9], [9], [9], [2]], [[9], [3], [4], [5]]))

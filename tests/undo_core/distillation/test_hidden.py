@@ -1,4 +1,4 @@
-"""Distillation of hidden states besides logits, against its formula on transformers' own hidden states."""
+"""Distillation of hidden states and logits, against its formula on transformers' hidden states."""
 
 import copy
 
@@ -23,7 +23,7 @@ from undo_core.training.losses import Match, distillation, relative_error
 
 @pytest.fixture
 def models(tiny):
-    """A teacher and a student with weights of some size, both in float32."""
+    """Returns a teacher and a student with weights that are not small, both in float32."""
     made = tiny(1), tiny(2)
     with torch.no_grad():
         for model in made:
@@ -37,7 +37,7 @@ def _in(model, dtype):
 
 
 def wanted_loss(student, teacher, batch, weight, layers, dtype=torch.float64):
-    """Written out in ``dtype``, logits and all, from models run without this project's code."""
+    """Returns the loss, with all logits in ``dtype``, from models run without this project's code."""
     ids, keep = batch.input_ids, batch.input_ids[:, 1:] != 0
     outputs = [m(input_ids=ids, output_hidden_states=True) for m in (_in(student, dtype), _in(teacher, dtype))]
     s, t = (output.logits[:, :-1].log_softmax(-1) for output in outputs)

@@ -1,4 +1,4 @@
-"""Heads with vocabulary entries beyond the tokenizer's: what is padding gets no probability and no gradient, whoever is padded."""
+"""Heads with more entries than the tokenizer: the padding of either head gets no probability and no gradient."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ LLAMA = {
 
 @pytest.fixture
 def padded(tokenizer):
-    """Makes a model whose head has so many vocabulary entries more than there are tokens."""
+    """Makes a model whose head has the given number of entries more than there are tokens."""
     return lambda extra, seed=0: build_model({**LLAMA, "vocab_size": tokens_of(tokenizer) + extra}, tokenizer, seed)
 
 
@@ -129,7 +129,7 @@ def test_caches_know_the_tokens(padded, tokenizer, sequences, tmp_path, kind):
     how = {"k": 5} if kind == "topk" else {}
     teacher = padded(6, 1)
     with torch.no_grad():
-        teacher.lm_head.weight[size:] *= 20  # what is no token would be among the likeliest
+        teacher.lm_head.weight[size:] *= 20  # without vocab_size, padding would be among the likeliest
     make = lambda vocab_size: cache_teacher(  # noqa: E731
         teacher, plain, tmp_path / str(vocab_size), TeacherConfig(kind, vocab_size=vocab_size, **how), progress=False
     )

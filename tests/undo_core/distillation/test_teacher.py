@@ -1,4 +1,4 @@
-"""Where the teacher is must not change the student: streamed and cached against resident, and what a cache refuses."""
+"""The place of the teacher does not change the student: streamed and cached against resident; and what a cache refuses."""
 
 import copy
 import shutil
@@ -32,7 +32,7 @@ CACHED = TeacherConfig("cached", batch_size=16)
 
 @pytest.fixture(params=["gemma2", "llama"])
 def pair(request, tiny, tokenizer, tmp_path):
-    """A teacher with weights of some size, its folder, and a student."""
+    """Returns a teacher with weights that are not small, its folder, and a student."""
     make = tiny if request.param == "gemma2" else lambda seed=0: build_model(LLAMA, tokenizer, seed)
     with torch.no_grad():
         made = make(1)
@@ -88,10 +88,10 @@ def test_a_bfloat16_cache_is_close_and_says_how_close(pair, sequences, tmp_path)
     assert loss == pytest.approx(exact.history[-1]["loss"], rel=1e-2) and loss != exact.history[-1]["loss"]
     far = cached.facts["error"]["far from"]
     assert 0 < far["kl_error"] < 1e-2 and 0 < far["gradient_error"] < 2e-2
-    assert cached.targets(rows_source_batch(sequences)).hidden.dtype == torch.float32
+    assert cached.targets(first_batch(sequences)).hidden.dtype == torch.float32
 
 
-def rows_source_batch(sequences, size=16):
+def first_batch(sequences, size=16):
     return sequence_source(sequences, size, 0)(0)
 
 
@@ -302,7 +302,7 @@ def test_a_resumed_distillation_has_the_same_bits(cache, tiny, sequences, tmp_pa
 
 def test_the_padding_token_within_a_text_is_stored_like_any_other(tiny, sequences, tmp_path):
     ids = sequences.input_ids.clone()
-    ids[:, 3] = 0  # as where one id is both padding and the end of a text
+    ids[:, 3] = 0  # as if one id were both padding and the end of a text
     both = Sequences(ids, 0, lengths=sequences.lengths)
     cached = cache_teacher(tiny(1), both, tmp_path / "cache", CACHED, progress=False)
     assert cached.facts["positions"] == int((sequences.input_ids[:, 1:] != 0).sum())

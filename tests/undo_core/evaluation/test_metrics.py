@@ -55,7 +55,7 @@ def test_cross_entropy_is_the_mean_over_tokens(half_trained, sequences):
 def test_wilson_interval(half_trained, sequences):
     got = evaluate(half_trained, sequences)
     p, n, z = got["value"], 100, 1.959964
-    for bound in (got["low"], got["high"]):  # the interval's ends are where p is just z standard errors away
+    for bound in (got["low"], got["high"]):  # at the interval's ends p is z standard errors away
         assert abs(p - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / n), rel=1e-6)
 
 

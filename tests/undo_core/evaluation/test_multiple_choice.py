@@ -1,4 +1,4 @@
-"""Multiple choice: the scores of transformers' own logits and of lm-eval, whatever the batches; files, prompts, the command."""
+"""Multiple choice: scores equal those of transformers' logits and of lm-eval for any batches; files, prompts, the command."""
 
 import copy
 import importlib.util
@@ -41,7 +41,7 @@ def model(request, bytewise):
 
 
 def naive(model, request):
-    """One request, from the model's own logits in float64."""
+    """Scores one request from the model's own logits in float64."""
     given, asked = request
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*given, *asked]])).logits[0].double().log_softmax(-1)

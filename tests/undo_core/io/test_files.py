@@ -1,4 +1,4 @@
-"""Files on disk: complete, whoever else writes them."""
+"""Files on disk are complete even if several processes write them."""
 
 import multiprocessing
 import subprocess

@@ -1,4 +1,4 @@
-"""Models with adapters of peft: what is trained is the adapters, and loss and gradients are those of peft's own forward pass."""
+"""Models with adapters of peft: only the adapters are trained, with the loss and gradients of peft's own forward pass."""
 
 import copy
 import dataclasses
@@ -63,7 +63,7 @@ def base(seed=0, dtype=torch.float32, **settings):
 
 
 def adapted(kind="lora", seed=0, model=None, **more):
-    """Adapters whose second factor is not 0, as it is at peft's initialisation."""
+    """Returns a model with adapters whose second factor is not 0, unlike at peft's initialisation."""
     model = base(seed) if model is None else model
     torch.manual_seed(seed + 10)
     made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **{**KINDS[kind], **more}))
@@ -201,7 +201,7 @@ def test_every_method_moves_the_adapters_alone(settings, text):
 
 
 def test_unlearning_is_that_of_the_merged_model_at_first(text):
-    """The losses that are read before the first step do not depend on where the weights are."""
+    """The losses before the first step do not depend on whether adapters are merged."""
     model = adapted("lora on the head")
     merged = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
     for method in ("npo", "undial", "maxent"):
@@ -245,7 +245,7 @@ def test_relearn_evaluate_cache_and_resume(text, tmp_path):
 
 
 def test_a_folder_is_of_the_adapters_settings_too(text, tmp_path):
-    """Weights are alike; scale, dropout and which adapter is active decide what they compute."""
+    """The weights are equal, but scale, dropout and the active adapter decide what they compute."""
 
     def disabled(model):
         model.base_model.disable_adapter_layers()
@@ -323,7 +323,7 @@ def test_what_cannot_be_is_refused_by_name(text):
     ):
         refused(
             peft.get_peft_model(base(), config),
-            r"output layer has an adapter, a \w+, that is no plain LoRA; wanted it merged",
+            r"output layer has an adapter, a \w+, that is not plain LoRA; wanted a merged adapter",
             UnsupportedHead,
         )
     refused(adapted("lora on the head", lora_dropout=0.2), "lora_dropout 0.2 in the adapter default of the output layer")

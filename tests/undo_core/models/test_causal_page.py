@@ -1,4 +1,4 @@
-"""The page that counts the causal classes: docs/models.md."""
+"""The page that counts the causal classes, docs/models.md, is right."""
 
 from causal_class_losses import check_page
 

@@ -1,4 +1,4 @@
-"""Heads are what the model's own logits say, or refused."""
+"""A head gives the model's own logits, or it is refused."""
 
 import copy
 
@@ -85,7 +85,7 @@ def test_initialisation_is_a_function_of_the_seed():
 
 
 def counted_flops(model, length):
-    """Of a token in a sequence of ``length``, as torch counts them."""
+    """Returns the FLOPs of a token in a sequence of ``length``, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -127,7 +127,7 @@ class Scaled(nn.Linear):
 def test_a_head_with_a_forward_of_its_own_is_refused_however_near_it_is():
     model = build("llama")
     model.lm_head = Scaled(16, 40, bias=False)
-    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM whose output layer, a Scaled, has a forward of its own"):
+    with pytest.raises(UnsupportedHead, match="LlamaForCausalLM whose output layer, a Scaled, overrides forward"):
         head_of(model)
 
 

@@ -1,4 +1,4 @@
-"""Damage by other operators, against their definitions, and as much of it as the published noise does."""
+"""Damage by other operators, against their definitions, and matched to the damage of the published noise."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def values(model):
 
 
 def distance(before, after):
-    """Over all matrices, by hand."""
+    """Returns the distance over all matrices, computed by hand."""
     matrices = [name for name in before if before[name].ndim > 1]
     change = sum(float(np.square(after[name] - before[name]).sum()) for name in matrices)
     return math.sqrt(change / sum(float(np.square(before[name]).sum()) for name in matrices))
@@ -156,9 +156,9 @@ def test_as_much_as_the_noise(tmp_path, operator, alpha):
         return damage_(model, operator, strength=min(strength, 1.0), seed=4), distance(before, values(model))
 
     assert at(facts["strength"])[0] == facts["tensors"]
-    if operator == "gaussian":  # in closed form, but for the rounding of each weight
+    if operator == "gaussian":  # in closed form, except for the rounding of each weight
         assert got == pytest.approx(wanted, rel=gamma(6) * (1 + 1 / wanted))
-    else:  # a little less is too little and a little more too much: a unit and a half of the matrix that has fewest, 8
+    else:  # 1.5 units of the smallest matrix, which has 8, below is too little and above is too much
         step = 1.5 / 8 if operator in ("permute-rows", "permute-columns") else facts["strength"] / 64
         assert at(max(facts["strength"] - step, 0.0))[1] < wanted < at(facts["strength"] + step)[1]
 
@@ -232,7 +232,7 @@ for operator in ("gaussian", "permute"):  # the first loads every library
     shutil.rmtree(output)
 print(grown)
 """
-    # Memory is given back at once: what the allocator keeps differs from run to run by as much as is measured.
+    # Memory is returned at once, because what the allocator keeps varies as much as the measured amount.
     exact = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ | exact)
     grown = json.loads(done.stdout.splitlines()[-1])
@@ -247,7 +247,7 @@ def test_the_command(tmp_path, capsys):
     assert facts["distance"] == pytest.approx(facts["wanted"], rel=1e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "d").config.model_type == "gemma2"
     assert main(["damage", str(source), str(tmp_path / "e"), "prune"]) == 2
-    assert "strength: got None with alpha None, wanted one of the two" in capsys.readouterr().err
+    assert "strength: got None with alpha None, wanted exactly one of the two" in capsys.readouterr().err
 
     assert main(["noise", str(source), str(tmp_path / "n"), "--alpha=0.5", "--layers=0"]) == 0
     before, after = (values(AutoModelForCausalLM.from_pretrained(folder)) for folder in (source, tmp_path / "n"))

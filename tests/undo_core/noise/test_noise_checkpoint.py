@@ -1,4 +1,4 @@
-"""Noise from disk to disk: the bits of the model in memory, for every way in which transformers stores one."""
+"""Noise from disk to disk gives the bits of noise in memory, for every way in which transformers stores a model."""
 
 import shutil
 import subprocess
@@ -94,7 +94,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(tmp_path, spoil, message):
 
 
 def test_memory_is_bounded_by_a_tensor(tmp_path):
-    """Two matrices of 32 MiB in a file of 64: the process may grow by one of them and some slack."""
+    """A file of 64 MiB has two matrices of 32 MiB; the process may grow by one of them and some slack."""
     config = AutoConfig.for_model("llama", **{**SMALL, "vocab_size": 131072, "hidden_size": 64, "num_hidden_layers": 1})
     source, output = tmp_path / "source", tmp_path / "output"
     AutoModelForCausalLM.from_config(config).save_pretrained(source)

@@ -1,4 +1,4 @@
-"""The policy of the noise for every parameter of every causal class of transformers, against the classes' own initialisation."""
+"""The noise's policy for each parameter of every causal class of transformers, against the class's own initialisation."""
 
 import math
 
@@ -17,7 +17,7 @@ from undo_core.noise.damage import damage_checkpoint
 
 NAMES = [name for name in causal_models.names() if name not in causal_models.NOT_TINY]
 
-# Parameters of two or more dimensions that are no matrix of a product, besides biases.
+# Parameters of two or more dimensions, other than biases, that are not the matrix of a product.
 NO_MATRICES = {
     "A_log",
     "D",
@@ -30,7 +30,7 @@ NO_MATRICES = {
     "time_mix_value",
 }
 
-# Where the text is in models of other modalities.
+# Text modules of models with other modalities.
 _WRAPPED = ("model.language_model.", "lm_head.")
 TEXT = dict.fromkeys(("fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"), _WRAPPED)
 TEXT |= {"git": ("git.embeddings.", "git.encoder.", "output.")}
@@ -69,14 +69,14 @@ ALPHA, BETA, SEED = 0.5, 0.75, 11
 
 
 def starts(model, seed):
-    """Another model of this class and configuration, as transformers makes it."""
+    """Returns another model of this class and configuration, as transformers makes it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return dict(type(model)(model.config).named_parameters())
 
 
 def moved(model):
-    """The model with every parameter away from where it started, and its parameters in float64."""
+    """Returns the model with every parameter moved from its start, and its parameters in float64."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ def moved(model):
 
 
 def owners(model):
-    """Module and own name of each parameter, by name."""
+    """Returns the module and the local name of each parameter, by its full name."""
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
         for prefix, module in model.named_modules()
@@ -94,7 +94,7 @@ def owners(model):
 
 
 def fans(module, name, shape):
-    """Fan in plus fan out of one matrix."""
+    """Returns fan in plus fan out of one matrix."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return (shape[0] + shape[1]) * math.prod(shape[2:])
     if type(module).__name__ == "DbrxExpertGLU":
@@ -149,7 +149,7 @@ def test_every_parameter_moves_as_the_policy_says(name):
             assert (units.abs() <= 1 + rounded).all(), n
             if size >= 64:
                 assert units.abs().max() > 1 - 20 / size, f"{n}: the largest of {size} draws is smaller with a chance of e**-20"
-                # Six standard deviations: one seed in 500 million leaves them, and the seed is the same everywhere.
+                # Six standard deviations, which one seed in 500 million exceeds; the seed is the same everywhere.
                 assert abs(units.square().mean() - 1 / 3) < 6 * math.sqrt(4 / 45 / size), (
                     f"{n}: the variance of the uniform law"
                 )

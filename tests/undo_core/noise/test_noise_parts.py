@@ -1,4 +1,4 @@
-"""What of a model the damage is about: text by default, everything on request; the report, the commands and the run say what was left."""
+"""The damage affects the text part of a model by default, and all of it on request; reports and commands list the rest."""
 
 import shutil
 from pathlib import Path
@@ -168,7 +168,7 @@ def test_a_folder_is_kept_for_the_same_configuration_and_tokenizer_alone(checkpo
         path = source / name
         before = path.read_bytes() if path.exists() else None
         path.write_text(new if before is None else before.decode().replace(old, new, 1))
-        assert main(command) == 2 and "was made otherwise" in capsys.readouterr().err
+        assert main(command) == 2 and "was made from other inputs" in capsys.readouterr().err
         path.unlink() if before is None else path.write_bytes(before)
     (source / "notes.json").write_text("{}")
     assert main(command) == 0, "a file that decides nothing"

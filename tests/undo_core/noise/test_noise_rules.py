@@ -1,4 +1,4 @@
-"""What a policy says of each parameter, and the errors of one that cannot be followed."""
+"""The settings of each parameter under a policy, and the errors of an impossible policy."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_the_report_tells_norms_and_shares():
         if before[name].ndim > 1:
             noise = change + 0.5 * before[name].double()
             shares = [float(part.square().sum()) for part in (0.5 * before[name].double(), noise)]
-            # Noise is what the roundings of the weights leave; the factors are float32.
+            # The noise has an error of the weights' roundings; the factors are float32.
             room = gamma(16) + 2 * gamma(6) * float(after[name].detach().double().norm()) / shares[1] ** 0.5
             assert got.noise == pytest.approx(shares[1] / sum(shares), rel=room)
         else:
@@ -93,7 +93,7 @@ def test_a_vector_that_is_where_it_shrinks_to_does_not_change():
     assert moved.change == pytest.approx(0.6 * 2 * 8**0.5, rel=gamma(16)) and moved.shrink == 1.0
     vector["norm"].fill_(1.0)
     still = report(apply(vector, alpha=0.6, beta=0.1, seed=0, toward=1.0))["norm"]
-    # What does not cancel is the square root of a rounding of the squares.
+    # The remaining error is the square root of a rounding of the squares.
     assert still.change <= gamma(16) ** 0.5 * still.before and still.before == pytest.approx(still.after)
 
 

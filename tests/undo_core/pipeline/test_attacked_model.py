@@ -40,7 +40,7 @@ attacks:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run: its folder and its configuration."""
+    """Returns the folder and the configuration of a finished run."""
     folder = tmp_path_factory.mktemp("attacked")
     config = folder / "run.yaml"
     config.write_text(RUN.format(output=folder / "out"))
@@ -168,13 +168,13 @@ def test_the_plan_has_a_line_for_each_attack(finished, capsys):
     table = capsys.readouterr().out
     lines = {"same undo-0.5, 1 rates", "mixed unlearn, 2 trials", "adapters unlearn, 1 rates", "prompted unlearn, 2 trials"}
     for line in lines | {"relearn unlearn, 1 rates", "rounded undo-0.5, 2 trials"}:
-        (row,) = [row for row in table.splitlines() if row.startswith(line) and "there" in row]
+        (row,) = [row for row in table.splitlines() if row.startswith(line) and "done" in row]
         assert ("probe" in row) == ("prompted" in line or "rounded" in line)
 
 
 @pytest.mark.parametrize(("optimizer", "swapped"), [("adamw", True), ("sgd", False)])
 def test_what_makes_an_attack_fit(optimizer, swapped):
-    """Settings that are left out of the stage are at their defaults, and another optimizer would be another attack."""
+    """Settings that the stage leaves out have their defaults; another optimizer is another attack and is not suggested."""
     stage = Relearn(config=AttackConfig(seed=0, optimizer=optimizer), prepared=NOWHERE, model=NOWHERE)
     saved = {"micro_batch_size": 4, "activation_checkpointing": 1}
     need = lambda changes: 10 - sum(saved.get(name, 0) for name in changes)  # noqa: E731

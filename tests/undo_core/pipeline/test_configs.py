@@ -1,4 +1,4 @@
-"""The shipped configurations for a checkpoint: planned without a network, run end to end at a tiny size."""
+"""The shipped configurations for a checkpoint are planned without a network and run end to end at a tiny size."""
 
 import json
 import random
@@ -29,7 +29,7 @@ WORDS = {
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Whoever opens a connection fails."""
+    """Makes every attempt to open a connection fail."""
 
     def refuse(*_, **__):
         raise AssertionError("the network was touched")
@@ -40,7 +40,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Gemma 2 of two layers, saved in bfloat16 like the published one, and three files of generated text."""
+    """Writes a Gemma 2 of two layers in bfloat16, like the published one, and three files of generated text."""
     folder = tmp_path_factory.mktemp("own")
     draw = random.Random(0)
     for name, words in WORDS.items():
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def small(folder, output, batch_size, micro_batch_size):
-    """Overrides of paths, sizes and steps."""
+    """Returns overrides of paths, sizes and steps."""
     sizes = [f"--{stage}.train.{name}" for stage in ("unlearn", "distill") for name in ("steps=3", "lr=0.001")]
     sizes += [f"--unlearn.train.batch_size={batch_size}", f"--distill.train.batch_size={batch_size}"]
     sizes += [
@@ -120,7 +120,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
     sequences = splits(tmp_path / "out")
     assert all(part.starts is None for part in sequences.values())
     assert sequences["train_distill"].length == 32 and sequences["train_retain"].length == 16
-    # What is distilled on is that text alone: positions of a step are its sequences'.
+    # Distillation uses only that text, so a step has the positions of its sequences.
     (student,) = (tmp_path / "out" / "stages").glob("distill-*/manifest.json")
     assert read_json(student)["positions_by_source"] == {"text": 3 * 4 * 32}
     assert found["models"][2]["training"]["steps"] == 3
@@ -134,7 +134,7 @@ def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):
 
 
 def test_the_published_settings_are_the_published_ones(tmp_path, capsys):
-    """Sizes as shipped, data on the hub: planned without a connection, a weight or a tokenizer."""
+    """The shipped sizes with data on the hub are planned without a connection, weights or a tokenizer."""
     Gemma2Config().save_pretrained(tmp_path)  # the defaults are those of 2 billion parameters
     assert main(["plan", WMDP, f"--model.path={tmp_path}"]) == 0
     table = capsys.readouterr().out

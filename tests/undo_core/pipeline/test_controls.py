@@ -1,4 +1,4 @@
-"""The controls beside the published ones, and what a run's results say that each student cost."""
+"""Controls beyond the published ones, and the costs of each student in a run's results."""
 
 from dataclasses import replace
 
@@ -118,7 +118,7 @@ def test_a_retain_text_that_is_not_read_is_not_counted(finished):
 
 
 def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeypatch):
-    """What the unlearned model retains, not what the original does, its teacher."""
+    """The target is the unlearned model's retain performance, not that of the original, which is the teacher."""
     settings, folder = finished
     stages = {model.name: model.stage for model in graph_of(settings).models}
     store = Store(folder / "stages")
@@ -140,13 +140,13 @@ def test_the_plan_knows_them(finished):
     gate = next(line for line in lines.values() if line.title == "gate")
     student = next(line for line in lines.values() if line.title == "distill 0.5")
     damaged = next(line for line in lines.values() if line.title == "prune 0.4")
-    # The peak is this process's, which holds what other tests left in it too: how exact a prediction is, test_memory.py says.
+    # The peak is that of this process, which also holds memory of other tests; test_memory.py checks how exact predictions are.
     assert all(0 < line.memory.total < 2 * line.measured_bytes for line in (damaged, student, gate))
     assert gate.steps == 0
 
 
 def test_what_is_left_at_its_default_is_in_no_key():
-    """So that stages made before these settings were there are found again."""
+    """Stages made before these settings existed are therefore found again."""
     base = config(unlearn=UnlearnConfig(), distill=DistillConfig(), controls=ControlsConfig(oracle_steps=3))
     stages = {stage.title: stage for stage in graph_of(base).stages()}
     assert "forget_rows" not in stages["unlearn maxent"].settings
@@ -200,7 +200,7 @@ def test_costs_by_hand():
     found = with_costs(models)[1]["costs"]
     assert found["labelled_tokens"] == {"forget": 40, "retain": 60} and found["labelled_share"] == 0.1
     assert found["of_filter"] == {"steps": 0.6, "tokens": 0.6, "flops": 0.6}
-    models[1]["training"]["unlearning_steps"] = 5  # tokens and FLOPs have them already
+    models[1]["training"]["unlearning_steps"] = 5  # tokens and FLOPs already include them
     assert with_costs(models)[1]["costs"]["of_filter"] == {"steps": 0.7, "tokens": 0.6, "flops": 0.6}
     assert "costs" not in with_costs(models)[0] and "costs" not in with_costs(models)[2]
     distinct = {"forget": 4, "retain": 6}

@@ -1,4 +1,4 @@
-"""What users see and what runs are found by, frozen: stage keys, manifests, results, help texts and plans.
+"""Frozen texts: what users see, and what runs are found by: stage keys, manifests, results, help texts and plans.
 
 Each test makes its text again and compares it with the file in ``goldens/``. A change that is meant is recorded by
 
@@ -46,7 +46,7 @@ SWEEPS = sorted((ROOT / "configs").glob("sweep-*.yaml"))
 
 
 def golden(name: str, text: str) -> str:
-    """The recorded text; the one that was made, where goldens are written."""
+    """Returns the recorded text, or records and returns ``made`` if goldens are written."""
     path = GOLDENS / name
     if os.environ.get("UNDO_GOLDENS") == "write":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def check_json(name: str, value) -> None:
 
 
 # -- files that configurations name, written by hand so that no library decides their bytes
-# ------------------------------------------
+# --------------------------------------
 
 CHECKPOINT = {
     "model_type": "gemma2",
@@ -106,7 +106,7 @@ SPECIAL = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder to work in with everything that the configurations name."""
+    """Makes a working folder with all files that the configurations name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("keep", "forget"):
@@ -119,7 +119,7 @@ def files(tmp_path, monkeypatch):
 
 
 def configuration(path: Path) -> RunConfig:
-    """A configuration of a run; what is laid over another is laid over the demo's; text files where it names none."""
+    """Returns a run's configuration. An overlay is applied to the demo; text files are added where none are named."""
     settings = yaml.safe_load(path.read_text())
     name = f"configs/{path.name}"
     arguments = ["--config", name] if "model" in settings else ["--config=configs/arithmetic-cpu.yaml", f"--config={name}"]
@@ -131,11 +131,11 @@ def configuration(path: Path) -> RunConfig:
 
 
 def stages(config: RunConfig):
-    """Every stage of a run but those by which grids grow."""
+    """Returns every stage of a run except those that extend grids."""
     return missing_stages(Store(Path("nowhere")), config, graph_of(config))
 
 
-# -- keys ----------------------------------------------------------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -144,7 +144,7 @@ def test_keys_of_runs(path, files):
 
 
 def test_keys_of_sweeps(files):
-    """Of each run at the first seed its models, and a digest of all its stages."""
+    """Records each run's models at its first seed, and a digest of all its stages."""
     found = {}
     for path in SWEEPS:
         sweep = SweepConfig(**yaml.safe_load(path.read_text()))
@@ -155,11 +155,11 @@ def test_keys_of_sweeps(files):
     check_json("keys/sweeps.json", found)
 
 
-# -- help ----------------------------------------------------------------------------------------------------------------------------
+# -- help ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_help(monkeypatch):
-    """Lines may break elsewhere: that is the parser's library's business."""
+    """Line breaks may differ; the parser's library decides them."""
     monkeypatch.setenv("COLUMNS", "120")
     parser = cli._parser()
     texts = {"undo": parser.format_help()}
@@ -169,12 +169,12 @@ def test_help(monkeypatch):
         assert "".join(text.split()) == "".join(golden(f"help/{name}.txt", text).split()), name
 
 
-# -- plans ---------------------------------------------------------------------------------------------------------------------------
+# -- plans ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """No GPU, no kernels of this processor, and a second a step."""
+    """Removes what depends on the machine: no GPU, no kernels of this processor, and one second per step."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)
     monkeypatch.setattr(Measure, "_matrix_rate", lambda self: 1e12)
@@ -183,7 +183,7 @@ def anywhere(monkeypatch):
 
 
 def close(one: str, other: str) -> bool:
-    """Whether two words of a table of memory agree: what a model keeps for its backward pass differs a little between versions."""
+    """Whether two numbers of memory agree; what a model keeps for its backward pass differs a little between versions."""
     values = [word.replace(",", "") for word in (one, other)]
     if one == other or not all(re.fullmatch(r"[\d.]+", value) for value in values):
         return one == other
@@ -192,7 +192,7 @@ def close(one: str, other: str) -> bool:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_plans(path, files, anywhere):
-    """Work and disk to the letter, memory to 3 %."""
+    """Work and disk agree exactly, memory within 3 %."""
     console = Console(width=140, highlight=False)
     with console.capture() as capture:
         console.print(plan_table(configuration(path)))
@@ -212,14 +212,14 @@ def test_what_makes_a_run_fit(files, anywhere):
 
 
 # -- manifests and results
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 OF_THE_MACHINE = ("versions", "machine", "seconds", "peak_bytes", "predicted_bytes")
-EXACT = ("settings", "config", "flops", "alpha", "rate", "rates")  # where a number is not what a model computed
+EXACT = ("settings", "config", "flops", "alpha", "rate", "rates")  # keys whose numbers a model does not compute
 
 
 def steady(value, name: str = "", exact: bool = False):
-    """A manifest or results without what depends on the machine: digests, sizes, times, and what is computed in floating point."""
+    """Removes what depends on the machine: digests, sizes, times, and results in floating point."""
     exact = exact or name in EXACT
     if name in OF_THE_MACHINE:
         return "of the machine"

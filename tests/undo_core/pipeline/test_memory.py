@@ -35,13 +35,13 @@ SHAPE = {
 
 
 def distilled(**train) -> Distill:
-    """A distillation that is predicted and not run."""
+    """Returns a distillation that is predicted and not run."""
     inputs = dict.fromkeys(("prepared", "teacher", "student"), NOWHERE)
     return Distill(train=TrainConfig(steps=1, **train), recover=None, **inputs)
 
 
 def saved_bytes(model, settings, device) -> int:
-    """Storages that autograd keeps after a forward pass, the parameters' own left out."""
+    """Returns the bytes that autograd keeps after a forward pass, without those of the parameters."""
     convert_(model, settings.precision)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = {}
@@ -73,7 +73,7 @@ def test_activations_are_those_of_the_real_model(kind, precision, checkpointing)
 
 
 def test_predictions_run_the_losses_plan_of_the_machine_they_are_for():
-    """Not the reference's, which holds every logit; and nothing falls back on the way."""
+    """The prediction uses the plan of the kernels, not that of the reference, which holds every logit."""
     config = AutoConfig.for_model(
         "gemma2", vocab_size=50_000, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, **SHAPE
     )
@@ -94,7 +94,7 @@ def test_vocabulary_entries_that_are_padding_take_no_workspace():
     assert 0 < part < whole
 
 
-# Beyond what a process takes anyway; a few cases that are quick and unlike one another. UNDO_ALL_MEMORY=1 runs every one (an
+# Compared beyond the process's own memory, for a few quick and different cases. UNDO_ALL_MEMORY=1 runs every one (an
 # hour).
 QUICK = ["llama: bfloat16-master", "llama: 8-bit", "gemma2: distill, cached"]
 
@@ -112,7 +112,7 @@ def test_predicted_peaks_are_within_a_tenth_of_the_measured():
 
 
 def test_updates_are_counted_in_their_own_code():
-    """A block at a time where they are not fused, nothing within one kernel."""
+    """An update that is not fused runs block by block; a fused one takes no memory."""
     for optimizer, precision in (("adamw-8bit", "float32"), ("adamw-4bit", "float32"), ("adamw", "bfloat16-stochastic")):
         dtype = torch.bfloat16 if precision == "bfloat16-stochastic" else torch.float32
         taken = [meta._update_bytes(count, dtype, optimizer, precision, "cpu") for count in (1 << 20, 1 << 28)]

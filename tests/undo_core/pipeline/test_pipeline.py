@@ -1,4 +1,4 @@
-"""The whole method at a size that takes seconds: keys, resume, controls, attack."""
+"""The whole method at a tiny size: keys, resuming, controls, attack."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ relearn: {{rates: [1.0e-3, 2.0e-3], evaluate_at: [0, 2, 4], headline_step: 4, ex
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished tiny run: its folder and its configuration file."""
+    """Returns the folder and the configuration file of a finished tiny run."""
     folder = tmp_path_factory.mktemp("run")
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(output=folder / "out"))
@@ -128,7 +128,7 @@ def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
 
 
 def session(leader):
-    """Processes of a session, where the system tells."""
+    """Returns the processes of a session, if the system lists them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -146,7 +146,7 @@ def test_killed_at_random_it_ends_with_the_same_weights(finished, tmp_path, work
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "undo_core", "run", str(config), f"--output={output}", f"--workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    generator = random.Random(time.time_ns())  # any moment will do: the result must not depend on it
+    generator = random.Random(time.time_ns())  # at any time: the result must not depend on it
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     started = output / "stages"
@@ -169,7 +169,7 @@ def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch
     reference, config = finished
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "out"
-    shutil.copytree(reference / "stages", output / "stages")  # what comes before the teacher is shared
+    shutil.copytree(reference / "stages", output / "stages")  # stages before the teacher are shared
     command = ["run", str(config), f"--output={output}", "--distill.teacher.kind=cached"]
 
     import undo_core.distillation.cache as module
@@ -254,7 +254,7 @@ def test_every_setting_is_part_of_the_key():
     config = small()
 
     def attacked(config: RunConfig) -> str:
-        """Key of the headline attack on the unlearned model at its first rate."""
+        """Returns the key of the headline attack on the unlearned model at its first rate."""
         return attacked_models(config, graph_of(config))["relearn"]["unlearn"].stages()[0].key
 
     for name, value in (("batch_size", 8), ("clip", 0.5), ("evaluate_at", [0, 100]), ("seed", 7), ("precision", "bfloat16")):

@@ -1,4 +1,4 @@
-"""The published settings: the numbers of the shipped files, that every method runs with them, and a run of each new file at a tiny size."""
+"""The published settings: the shipped files have them, every method runs with them, and each file runs at a tiny size."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def shipped(name):
 
 @functools.cache
 def runs_of(name):
-    """Of a sweep, by name, at its first seed."""
+    """Returns the runs of a sweep at its first seed, by name."""
     settings = shipped(name)
     settings["grid"] = {"seed": settings["grid"]["seed"][:1]}
     return {config.name: config for config in expand(SweepConfig(**settings))}
@@ -162,7 +162,7 @@ def test_the_methods_are_the_published_ones(at_root, name, table):
     ("name", "run"), [(name, run) for name, table in (("language", LANGUAGE), ("wmdp", WMDP)) for run in table]
 )
 def test_every_method_runs_with_them(at_root, tokenizer, sequences, name, run):
-    """Two steps of a model with as many layers and a narrow trunk; arithmetic has the code paths of language."""
+    """Takes two steps with a narrow model of as many layers; arithmetic uses the same code paths as language."""
     settings = runs_of(name)[run].unlearn
     size = {"batch_size": 4, "micro_batch_size": settings.train.micro_batch_size and min(settings.train.micro_batch_size, 2)}
     config = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=2, lr=1e-2, **size))
@@ -178,7 +178,7 @@ def test_every_method_runs_with_them(at_root, tokenizer, sequences, name, run):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer, a checkpoint in bfloat16 and two files of generated text."""
+    """Writes a tokenizer, a checkpoint in bfloat16 and two files of generated text."""
     folder, draw = tmp_path_factory.mktemp("published"), random.Random(0)
     for name, words in WORDS.items():
         lines = [{"text": " ".join(draw.choices(words.split(), k=draw.randint(8, 30)))} for _ in range(300)]
@@ -194,7 +194,7 @@ def folder(tmp_path_factory):
 
 
 def reduced(folder, output):
-    """Text, tokens, lengths, steps and rates; what else the file says stays."""
+    """Returns overrides of text, tokens, lengths, steps and rates; all other settings of the file stay."""
     settings = {"data.retain": [f"{folder}/english.jsonl"], "data.forget": [f"{folder}/korean.jsonl"], "data.length": 32}
     settings |= {"data.tokens": 4000, "data.valid_fraction": 0.1, "output": str(output), "relearn.rates": [1e-3]}
     settings |= {"relearn.evaluate_at": [0, 2], "relearn.headline_step": 2, "relearn.batch_size": 4}
@@ -224,7 +224,7 @@ def test_the_language_run_runs(folder, tmp_path):
 
 
 def test_wmdps_maxent_runs_in_a_sweep(folder, tmp_path, at_root):
-    """From a checkpoint in bfloat16, with the divergence on the retain text; its seeds share the text."""
+    """The sweep starts from a checkpoint in bfloat16 and uses the divergence on the retain text; its seeds share the text."""
     settings = shipped("wmdp")
     own = {key: value for key, value in reduced(folder, "").items() if not key.startswith("pretrain") and key != "output"}
     small = {

@@ -1,4 +1,4 @@
-"""What all kinds of stages have in common."""
+"""Properties that all kinds of stages share."""
 
 import dataclasses
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_what_cannot_be_changed_is_refused():
 
 
 def test_a_folder_is_known_by_what_decides(tmp_path):
-    """Not by its name, nor by files that nothing reads."""
+    """A folder's key depends neither on its name nor on files that no stage reads."""
     for name in ("one", "two"):
         (tmp_path / name / "data").mkdir(parents=True)
         (tmp_path / name / "data" / "train.safetensors").write_bytes(b"rows")
@@ -73,7 +73,7 @@ def test_one_folder_is_made_once_and_never_over_something_else(tmp_path):
     assert store.ensure(Ending(how="work")) == tmp_path / "out" and store.manifest(Ending(how="work"))["sources"] == {}
     before = hash_file(tmp_path / "out" / "manifest.json")
     store.ensure(Ending(how="work", title="again"))
-    with pytest.raises(FileExistsError, match=r"^output: got .*out, which exists and was made otherwise"):
+    with pytest.raises(FileExistsError, match=r"^output: got .*out, which exists and was made from other inputs"):
         store.ensure(Ending(how="work", number=1))
     assert hash_file(tmp_path / "out" / "manifest.json") == before and [path.name for path in Path(tmp_path).iterdir()] == [
         "out"

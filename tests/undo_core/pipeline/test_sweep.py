@@ -1,4 +1,4 @@
-"""A sweep: what it expands to, what it shares, and that neither a failure nor a kill loses what the others have."""
+"""A sweep: the runs that it expands to, the stages that they share, and that no failure or kill loses other runs' work."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ relearn: {{rates: [1.0e-3], evaluate_at: [0, 1], headline_step: 1, extend: 1, ba
 
 
 def write(folder: Path, workers: int = 1, **sweep) -> str:
-    """The files of a sweep in ``folder``; returns the sweep's."""
+    """Writes the files of a sweep to ``folder`` and returns the path of the sweep's."""
     (folder / "base.yaml").write_text(BASE.format(workers=workers))
     (folder / "strong.yaml").write_text("unlearn: {method: graddiff}\n")
     path = folder / "sweep.yaml"
@@ -105,7 +105,7 @@ def test_the_dry_run_names_the_runs_that_cannot_begin(tmp_path, capsys):
     path = write(tmp_path, runs=[{"name": "plain"}, {"name": "lost", **lost}, {"name": "gone", **lost}])
     assert main(["sweep", path, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 runs ask for" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data: got no.txt" in said
+    assert "1 runs need" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data: got no.txt" in said
 
 
 def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
@@ -117,7 +117,10 @@ def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
     for command in (["sweep", path, "--dry-run"], ["plan", path]):
         assert main(command) == 0 and not (tmp_path / "out").exists()
         text = " ".join(capsys.readouterr().out.split())
-        assert "2 runs ask for 18 stages, 12 of them distinct, 6 shared by several runs; 12 to do with 1 worker(s)." in text
+        assert (
+            "2 runs need 18 stages: 12 distinct ones, 6 of them shared by several runs; 12 are missing, to run with 1 "
+            "worker(s)." in text
+        )
         assert "beta=0.1 0 9 6 9 0 of 1" in text and "relearn 6 4 0 4" in text and "pretrain 4 2 0 2" in text
 
 

@@ -1,4 +1,4 @@
-"""The search for settings that fit, on predictions that are known; what is predicted is of test_memory.py."""
+"""The search for settings that fit, with known predictions; pipeline/test_memory.py tests the predictions."""
 
 import itertools
 
@@ -33,13 +33,13 @@ def pretrained(**train) -> Pretrain:
 
 
 def need(changes):
-    """Bytes: what the changes save, and two for each sequence of a micro-batch."""
+    """Returns bytes: a base less what the changes save, and two for each sequence of a micro-batch."""
     sequences = next((value for path, value in changes.items() if path.endswith("micro_batch_size")), 64)
     return 1000 + 2 * sequences - sum(SAVED.get((path.removeprefix("train."), value), 0) for path, value in changes.items())
 
 
 def every_set(stage):
-    """Sets of changes that agree, in the order of binary numbers, each micro-batch of halves; by brute force."""
+    """Yields, by brute force, all compatible sets of changes in the order of binary numbers, with each halved micro-batch."""
     possible = stage.cheaper()
     for number in range(1 << len(possible)):
         chosen = [change for index, change in enumerate(possible) if number >> index & 1]
@@ -98,7 +98,7 @@ def test_changes_of_one_name_or_that_exclude_each_other_are_never_made_together(
 
 
 def asked(stage):
-    """Every set of changes that is tried, at a limit that none meets and at those that some meet."""
+    """Returns each set of changes that is tried, for a limit that none meets and for limits that some meet."""
     tried = []
     for limit in (0, 500, 700, 900, 1000):
         cheapest_fit(stage, limit, lambda changes: tried.append(changes) or need(changes))
@@ -113,7 +113,7 @@ def test_what_the_settings_refuse_is_not_suggested(robust, monkeypatch):
     stage = Unlearn(config=config, prepared=NOWHERE, model=NOWHERE)
     found = set()
     for changes in asked(stage):
-        stage.changed(changes)  # refuses what cannot go together
+        stage.changed(changes)  # refuses incompatible changes
         found |= {(path.removeprefix("train."), value) for path, value in changes.items()}
     names = {name for name, _ in found}
     assert {"activation_checkpointing", "optimizer"} <= names

@@ -1,4 +1,4 @@
-"""What ``undo plan`` says is what then runs, and its flags make every stage fit."""
+"""The stages run as ``undo plan`` says, and its flags make every stage fit."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
 
     run(settings, "test")
     by_folder = {row.folder: row for row in plan_rows(settings, store)[0]}
-    assert all(row.done for row in by_folder.values()) and show(settings).count("there") == len(by_folder)
+    assert all(row.done for row in by_folder.values()) and show(settings).count("done") == len(by_folder)
     for stage in graph_of(settings).stages():
         facts, row = store.manifest(stage), by_folder[stage.name]
         assert 0.5 < row.memory.total / facts["peak_bytes"] < 2
@@ -103,8 +103,8 @@ def test_a_size_that_is_none_is_refused(text):
 
 
 def test_what_makes_every_stage_fit(tmp_path, capsys, monkeypatch):
-    """A vocabulary whose logits' workspace and gradient matter, so that there is something to save."""
-    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # memory is asked here, not time
+    """The vocabulary is so large that the workspace and the gradient of the logits matter, so that changes save memory."""
+    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)  # this test needs memory, not time
     Path(tmp_path / "a.jsonl").write_text("".join(f'{{"text": "word {i} and {i * 7} more"}}\n' for i in range(300)))
     sources = [f"--data.{name}=[{tmp_path / 'a.jsonl'}]" for name in ("retain", "forget")]
     shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 64, "vocab_size": 60000}

@@ -1,4 +1,4 @@
-"""The report over several runs: settings, worst cases over all attacks, points that lead back to their runs, tables that parse."""
+"""The report on several runs: settings, worst cases over all attacks, points that name their runs, tables that parse."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_runs_that_differ_in_seed_or_alphas_are_one_setting() -> None:
 
 
 def test_data_filtering_is_trained_once_for_all_methods() -> None:
-    """A method without its own takes that of the method that has one, seed by seed, and says so."""
+    """A method without data filtering uses that of the method that has it, seed by seed, and a footnote says so."""
     loaded = methods()
     for _, values in loaded[2:]:
         values["models"] = [model for model in values["models"] if not model["kind"].startswith(("filter", "oracle"))]
@@ -261,7 +261,7 @@ def test_label_budgets_are_drawn_where_they_were_swept() -> None:
     seeds += [("runs/y", results("y", seed, labelled=30 + seed, lr=1)) for seed in range(2)]
     assert not [point for point in plot_points(compare(seeds, "t")) if point.figure == "labels"], "seeds are no budgets"
     used = {"pretraining_tokens": 1000, "labelled_tokens": {"forget": 7, "retain": 8}, "labelled_share": 0.015}
-    for _, values in loaded:  # a token that was read twice is one label
+    for _, values in loaded:  # a token that was read twice counts as one label
         entry(values, "unlearn")["costs"] = used
     assert not [point for point in plot_points(compare(loaded, "t")) if point.figure == "labels"]
 

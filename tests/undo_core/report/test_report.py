@@ -1,11 +1,13 @@
-"""The report: R, C and worst cases against sums done by hand, what is left out and why, and the files it writes."""
+"""The report: R, C and worst cases against values computed by hand, what is omitted and why, and the files."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import json
+import os
 from html.parser import HTMLParser
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from undo_core.report import derive, terminal_table, write_report
+from undo_core.report import backend, derive, terminal_table, write_report
 from undo_core.report.figures import spread_apart
 from undo_core.report.metrics import ratio_of_robustness
 from undo_core.report.table import group_table
@@ -30,7 +32,7 @@ def score(value: float) -> dict[str, Any]:
 
 
 def attack(*curves: list[float]) -> dict[str, Any]:
-    """An attack with one forget curve per rate; its retain performance is 0.9, 0.8, 0.7 in that order of rates."""
+    """Returns an attack with one forget curve per rate, and retain performance 0.9, 0.8, 0.7 in the order of the rates."""
     return {
         "rates": RATES,
         "steps": STEPS,
@@ -152,7 +154,7 @@ def test_r_c_and_worst_cases_by_hand(kind: str) -> None:
     assert {s: worst[s].mean for s in STEPS} == pytest.approx(
         expected if kind == "accuracy" else {s: 1 - v for s, v in expected.items()}
     )
-    assert worst[20].rates == [4e-3] and worst[100].rates == [1e-3]  # the worst rate is chosen anew at each step
+    assert worst[20].rates == [4e-3] and worst[100].rates == [1e-3]  # the worst rate is chosen separately at each step
     assert worst[20].points[0].retain == pytest.approx(0.8) and worst[100].points[0].retain == pytest.approx(0.9)
     # (0.7 - 0.9) / (0.3 - 0.9), (0.5 - 0.9) / (0.3 - 0.9), (0.4 - 0.9) / (0.3 - 0.9); signs cancel for a loss
     assert models["undo-0.2"].robustness.mean == pytest.approx(1 / 3)
@@ -221,7 +223,7 @@ def test_data_filtering_that_needed_no_training_gives_no_c() -> None:
 
 
 def test_small_denominators_give_no_r() -> None:
-    assert ratio_of_robustness(0.7, 0.9, 0.8) == pytest.approx(2.0)  # 0.1 itself is enough, rounding aside
+    assert ratio_of_robustness(0.7, 0.9, 0.8) == pytest.approx(2.0)  # exactly 0.1 is enough, up to rounding
     assert ratio_of_robustness(0.7, 0.8, 0.9) == pytest.approx(-1.0)
     assert "0.099" in str(ratio_of_robustness(0.7, 0.801, 0.9))
     result = run()
@@ -249,7 +251,7 @@ def test_order_over_alpha(kind: str) -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a page would load."""
+    """Collects the resources that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +303,7 @@ def test_missing_parts_are_left_out_and_said(tmp_path: Any) -> None:
         part["attack"] = None
     text = write_report([result], tmp_path, "title").read_text()
     assert "No model was attacked" in text and "no data filtering" in text
-    # figures of the earlier report that this one does not have are gone
+    # figures of the earlier report that this one lacks are removed
     assert {p.stem for p in tmp_path.glob("*.png")} == {"tradeoff", "training"}
     result["models"] = result["models"][:1]
     result["models"][0] |= {"training": None, "metrics": {"retain": score(0.9), "forget": score(0.8)}}
@@ -325,7 +327,7 @@ def test_the_opening_quotes_the_numbers() -> None:
     result = run()
     text = opening(derive([result], "title")).replace("\u00a0", " ")
     assert "the unlearn-only model is at 90.0 %, UNDO between 50.0 (α = 0.6) and 70.0 % (α = 0.2)" in text
-    assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "One seed" in text
+    assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "one seed" in text
     censor(result, "undo-0.6")
     text = opening(derive([result], "title")).replace("\u00a0", " ")
     assert "UNDO at 70.0 % (α = 0.2)" in text and "Censored" in text and "R = 0.67" not in text
@@ -366,3 +368,13 @@ def test_labels_stay_apart_in_order_and_in_range(values: list[float]) -> None:
 
 def test_labels_with_room_stay_where_they_are() -> None:
     assert spread_apart([0.2, 0.5, 0.9], 0.05, 0.0, 1.0) == pytest.approx([0.2, 0.5, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("module://nowhere_to_be_found.backend", False), ("module://json", True), ("agg", True)]
+)
+def test_a_notebooks_backend_that_is_not_installed_is_dropped(monkeypatch, name, kept):
+    """Matplotlib refuses to be imported with one, and a notebook passes its own to the commands that it starts."""
+    monkeypatch.setenv("MPLBACKEND", name)
+    importlib.reload(backend)
+    assert ("MPLBACKEND" in os.environ) == kept

@@ -1,4 +1,4 @@
-"""Batches in transformers' convention: its own loss on the same batch is the oracle; what is no batch is refused by name."""
+"""Batches in transformers' convention, with its loss on the same batch as the oracle; other data is refused by name."""
 
 import copy
 
@@ -56,7 +56,7 @@ def loss(model, item):
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_the_loss_is_transformers_own(model, form):
-    """Labels that are not the ids, some of them where the attention mask has none; padding on either side."""
+    """The labels differ from the ids, some are outside the attention mask, and padding is on either side."""
     masked, wide = torch.where(RIGHT.bool(), IDS, -100), copy.deepcopy(model).double()
     for columns in (
         {"labels": OTHER},
@@ -77,7 +77,7 @@ def test_the_loss_is_transformers_own(model, form):
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_an_attention_mask_alone_says_what_is_text(model, form):
-    """The labels are those of each sequence alone, on whichever side it is padded; a sequence's first token is none."""
+    """The labels are those of each sequence alone, with padding on either side; a first token is never a label."""
     ids, mask = (FORMS[form](t) for t in (IDS, RIGHT))
     got = as_batch({"input_ids": ids, "attention_mask": mask})
     labelled = {"input_ids": IDS, "attention_mask": RIGHT, "labels": torch.where(RIGHT.bool(), IDS, -100)}
@@ -90,12 +90,12 @@ def test_an_attention_mask_alone_says_what_is_text(model, form):
 
 
 def each_alone(model, pieces):
-    """The mean over the labels of pieces that are each a batch of their own."""
+    """Returns the mean over the labels of pieces that are separate batches."""
     return sum(loss(model, piece[None]) * (len(piece) - 1) for piece in pieces) / sum(len(piece) - 1 for piece in pieces)
 
 
 def test_sequences_padded_on_the_left_have_the_loss_of_each_alone():
-    """Of a model that knows relative positions alone; transformers gives one with a table the positions of the batch."""
+    """The model has only relative positions; to one with a table, transformers gives the positions of the batch."""
     made = build_model(SHAPES["llama"], tokenizer_of("padded"), 0).eval()
     pieces = [IDS[sequence, : int(RIGHT[sequence].sum())] for sequence in range(4)]
     ids = torch.stack([torch.cat([torch.full((9 - len(piece),), 7), piece]) for piece in pieces])
@@ -104,7 +104,7 @@ def test_sequences_padded_on_the_left_have_the_loss_of_each_alone():
 
 
 def test_a_table_of_positions_is_read_where_the_batch_says():
-    """GPT-2 padded on the left, with the positions of each sequence alone; transformers' own loss beside it."""
+    """GPT-2 gets left-padded sequences with the positions of each alone, and is compared with transformers' loss."""
     made = build_model(SHAPES["gpt2"], tokenizer_of("padded"), 0).eval()
     attention = RIGHT.flip(1)
     item = {"input_ids": IDS, "attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp_min(0)}
@@ -126,7 +126,7 @@ def test_micro_batches_keep_their_labels():
 
 
 def test_every_loss_takes_the_labels(model):
-    """Transformers' logits and the labels by hand; and each method that reads labels gives another loss for others."""
+    """Compares with transformers' logits and the labels by hand; each method that reads labels depends on them."""
     batch = as_batch({"input_ids": IDS, "labels": OTHER})
     with torch.no_grad():
         written = []
@@ -156,7 +156,7 @@ SHORT = {"steps": 1, "batch_size": 4, "lr": 1e-3}
 
 
 def runs(data):
-    """Each function that takes text, with ``data`` as one of its arguments, by the argument's name."""
+    """Returns calls of each function that takes text, with ``data`` as one argument, by that argument's name."""
     make = lambda seed: build_model(SHAPES["gpt2"], tokenizer_of("padded"), seed)  # noqa: E731
     config, good = UnlearnConfig("graddiff", train=TrainConfig(**SHORT)), [IDS]
     attack = AttackConfig(rates=[1e-3], batch_size=4, evaluate_at=[0, 1], headline_step=1, extend=0)
@@ -204,14 +204,14 @@ def test_what_a_model_cannot_read_is_named(name):
         ({"attention_mask": RIGHT.numpy().astype(np.float32)}, r"got attention_mask of shape .* and torch.float32"),
         ({"attention_mask": RIGHT * 2}, r"got attention_mask with 2, wanted 1 for text and 0 for padding"),
         ({"attention_mask": RIGHT[:, None, None, :]}, r"got attention_mask of shape \(4, 1, 1, 9\), wanted \(4, 9\)"),
-        ({"attention_mask": [[1] * 9, [1] * 8]}, r"got attention_mask that are no tensor"),
+        ({"attention_mask": [[1] * 9, [1] * 8]}, r"got attention_mask that cannot become a tensor"),
         ({"position_ids": torch.arange(9)[None]}, r"got position_ids of shape \(1, 9\), wanted \(4, 9\)"),
         ({"position_ids": IDS - 200}, r"got position_ids with -\d+, wanted positions, from 0"),
         ({"input_ids": IDS.float()}, r"got input_ids of shape \(4, 9\) and torch.float32, wanted integers"),
         ({"input_ids": IDS > 9}, r"got input_ids of shape \(4, 9\) and torch.bool, wanted integers"),
         ({"input_ids": IDS[0]}, r"got input_ids of shape \(9,\)"),
         ({"input_ids": -IDS}, r"got input_ids with -\d+, wanted token ids, from 0"),
-        ({"input_ids": [["a", "b"]]}, r"got input_ids that are no tensor"),
+        ({"input_ids": [["a", "b"]]}, r"got input_ids that cannot become a tensor"),
         ({"input_ids": None}, r"got dict, wanted token ids"),
     ],
 )

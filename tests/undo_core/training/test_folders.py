@@ -1,4 +1,4 @@
-"""A folder is resumed by the run that it belongs to, bit for bit; another run is refused there by the name of what differs."""
+"""A folder is resumed bit for bit by the run that it belongs to; another run gets an error that names the difference."""
 
 import pytest
 import torch

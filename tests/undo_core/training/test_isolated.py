@@ -1,4 +1,4 @@
-"""Packed documents that do not attend to each other: everywhere a model runs, a document in a sequence is the document alone."""
+"""Isolated documents in a packed sequence give the same results as each document alone, everywhere a model runs."""
 
 import copy
 import dataclasses
@@ -65,7 +65,7 @@ def sequences():
 
 
 def spans(sequences):
-    """Row, first and last of each piece of a document, its separator included, and of the padding that follows it."""
+    """Yields the sequence, first and last position of each piece of a document, with its separator and following padding."""
     for sequence, positions in enumerate(sequences.position_ids().tolist()):
         starts = [i for i, position in enumerate(positions) if position == 0]
         yield from ((sequence, a, b) for a, b in zip(starts, [*starts[1:], len(positions)], strict=True))
@@ -102,7 +102,7 @@ def test_a_packed_document_is_the_document_alone(model, sequences):
 
 
 def alone(sequences):
-    """Every piece of a document in a sequence of its own, with the next piece's separator as its last label."""
+    """Returns each piece of a document as a separate sequence, with the next piece's separator as its last label."""
     pieces, ids = [], sequences.input_ids.long()
     for sequence, first, last in spans(sequences):
         pieces.append(ids[sequence, first : last + 1])

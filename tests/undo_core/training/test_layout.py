@@ -1,4 +1,4 @@
-"""Parameters that are views: trained as their contiguous copies are, or refused by name where writing to one would change another."""
+"""Parameters that are views train like contiguous copies, or are refused by name if writing to one changes another."""
 
 import importlib.util
 
@@ -20,7 +20,7 @@ MODES = [(p, o) for p in PRECISIONS for o in OPTIMIZERS if p != "bfloat16-stocha
 
 
 class Net(nn.Module):
-    """A matrix large enough to be quantised and in several blocks, another, a bias and a buffer; as views of other memory or not."""
+    """Two matrices, one large enough to be quantised in several blocks, a bias and a buffer; as views or not."""
 
     def __init__(self, views: bool) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_views_of_other_dtypes_and_places_are_told_apart():
     odd = torch.frombuffer(memory[33:49].numpy(), dtype=torch.float32)
     assert overlaps({"wide": wide, "narrow": narrow}) == [("wide", "narrow")]
     assert overlaps({"wide": wide, "odd": odd}) == [] and overlaps({"odd": odd, "all": memory}) == [("all", "odd")]
-    dilated = torch.zeros(12).as_strided((3, 2), (2, 3))  # its strides alone do not tell
+    dilated = torch.zeros(12).as_strided((3, 2), (2, 3))  # its strides alone do not show this
     assert overlaps({"dilated": dilated}) == [] and overlaps({"twice": torch.zeros(12).as_strided((3, 2), (1, 2))}) == [
         ("twice", "twice")
     ]

@@ -1,4 +1,4 @@
-"""Training on less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
+"""Training with less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
 import pytest
 import torch
@@ -98,14 +98,14 @@ def test_many_tokens_of_a_bfloat16_weight_are_summed_before_they_are_rounded():
         weight.grad = torch.ones_like(weight)
         ids = torch.full((1, 512), 7)
         (model.get_input_embeddings()(ids) * 0.002).sum().backward()
-    # What is multiplied, the gradient of each token, is bfloat16, and so is the result; the sum between them is not.
+    # The gradient of each token and the result are bfloat16; the sum between them is not.
     got, wanted = weight.grad[7].double(), 1 + 512 * 0.002
     assert ((got - wanted).abs() <= 4 * unit(torch.bfloat16) * wanted).all()
     assert torch.equal(weight.grad[8], torch.ones(16, dtype=torch.bfloat16))
 
 
 def test_training_repeats_bit_for_bit_on_many_tokens():
-    """Sums over repeated tokens have an order, whatever the threads do."""
+    """Sums over repeated tokens have a fixed order for any number of threads."""
 
     def gradient():
         model = model_of("gemma2", hidden_size=256, head_dim=128)
@@ -158,7 +158,9 @@ def test_a_small_weight_is_left_alone(monkeypatch):
 
 def steps(model, **settings):
     source = {"text": lambda step: batches(1)[0]}
-    config = TrainConfig(steps=3, batch_size=3, lr=1e-2, optimizer="sgd", **settings)  # Adam makes a step of any rounding
+    config = TrainConfig(
+        steps=3, batch_size=3, lr=1e-2, optimizer="sgd", **settings
+    )  # Adam turns any rounding into a whole step
     train(model, lambda m, b, counted: cross_entropy(m, b["text"], counted["text"]), source, config, progress=False)
     return [p.detach() for p in model.parameters()]
 

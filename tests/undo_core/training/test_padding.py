@@ -1,4 +1,4 @@
-"""Padding is a position: whatever token fills a sequence, what is text, a label or the end of a document is the same."""
+"""Padding is given by positions: the token that fills a sequence changes neither text, labels nor document ends."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
-KINDS = ("gpt2", "qwen", "unpadded", "padded")  # the last one pads with a token of its own
+KINDS = ("gpt2", "qwen", "unpadded", "padded")  # the last one has a separate padding token
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def model():
 
 @torch.no_grad()
 def transformers_loss(model, sequences):
-    """Transformers' own, of sequences without isolation, with labels made by hand: everything up to the last end of a document."""
+    """Returns transformers' loss of sequences without isolation, with labels by hand up to the last end of a document."""
     ids = sequences.input_ids.long()
     labels, last = ids.clone(), ids[-1].tolist()
     end = len(last)
@@ -79,7 +79,7 @@ def test_the_end_of_a_document_is_a_label_whatever_pads(splits, kind, isolated):
         ends += int((labels[mask] == EOS).sum())
     lost = sum(
         int((sequences.input_ids[:, 0] == EOS).sum()) for sequences in got.values()
-    )  # a sequence's first token is no label
+    )  # the first token of a sequence is not a label
     assert ends + lost == 320 + len(got), "one after each document, and one before the first of each split"
     assert ends > 240
 
@@ -107,7 +107,7 @@ def test_a_token_that_ends_texts_is_learned_though_it_pads(tmp_path):
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_nothing_knows_what_pads(splits, model, tmp_path, isolated):
-    """The cached and the resident teacher, the gate and the few-shot attack, of sequences that differ in their padding alone."""
+    """Both teachers, the gate and the few-shot attack give the same for sequences that differ only in their padding."""
     results, trained = [], []
     for kind in ("gpt2", "padded"):
         sequences, other = (splits[kind, isolated][name] for name in ("valid_forget", "valid_retain"))

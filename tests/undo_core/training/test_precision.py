@@ -1,4 +1,4 @@
-"""Precision and optimizer of a stage: the same curve, the same bits after a kill, the bytes that were promised."""
+"""Precision and optimizer of a stage: the same curve, the same bits after a kill, and the promised bytes."""
 
 import importlib.util
 import itertools
@@ -67,7 +67,7 @@ def curve(arithmetic):
 
 
 def assert_keeps_to(losses, curve):
-    """Nowhere further from the float32 curve than a tenth of what float32 learns: how well a mode learns, not how it rounds."""
+    """Asserts that the curve is everywhere within a tenth of what float32 learns; this checks learning, not rounding."""
     fall = curve[0] - curve[-1]
     assert fall > 0.2 * curve[0]
     assert max(abs(a - b) for a, b in zip(losses, curve, strict=True)) < 0.1 * fall
@@ -137,7 +137,7 @@ def test_clipping_in_the_backward_pass_stays_near_the_curve(arithmetic, curve, p
 
 
 class Pair(nn.Module):
-    """A loss whose gradients are given."""
+    """A model and loss whose gradients are given."""
 
     def __init__(self):
         super().__init__()
@@ -257,7 +257,7 @@ def test_stochastic_rounding_has_no_bias():
     spacing = (rounded.double().amax(0) - rounded.double().amin(0)).clamp_min(1e-300)
     assert ((rounded.double().mean(0) - value.double()).abs() < 5 * 0.5 / 200 * spacing).all()
     neighbours = [len(column.unique()) for column in rounded.float().T]
-    assert neighbours == [2, 2, 2, 2, 2, 1, 1]  # the two beside it; what is on the grid stays
+    assert neighbours == [2, 2, 2, 2, 2, 1, 1]  # its two neighbours; values on the grid stay
 
 
 def test_stochastic_rounding_keeps_what_is_not_finite():
@@ -378,7 +378,7 @@ def test_a_model_is_saved_in_its_dtype_and_loaded_in_float32(arithmetic, tmp_pat
 
 
 def test_a_stage_loads_what_it_trains_in(arithmetic, tmp_path):
-    """The same bits as loading in float32 and converting, without the float32 weights in memory."""
+    """The weights have the same bits as float32 weights converted after loading, which are never in memory."""
     from undo_core.pipeline.model_stage import load_to_train
 
     wide, _ = run(arithmetic, steps=1)

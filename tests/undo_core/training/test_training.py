@@ -44,7 +44,7 @@ def test_micro_batches_do_not_change_the_gradient(tiny, sequences, micro):
     for model, size in ((whole, None), (split, micro)):
         accumulate(model.double(), loss, {"text": batch}, {"text": batch.counted}, size)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
-        assert_same_function(b.grad, a.grad, a.grad)  # in float64, but for the model's norms, which compute in float32
+        assert_same_function(b.grad, a.grad, a.grad)  # in float64, except for the model's norms, which compute in float32
 
 
 def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, sequences, tmp_path):
@@ -173,7 +173,7 @@ def test_a_diverged_run_says_so(tiny, sequences):
 
 
 def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
-    """As on a GPU, where a step's loss is not waited for: a published stage has no NaN in any."""
+    """On a GPU a step does not wait for its loss; still, a NaN in any loss is found before the stage is published."""
     monkeypatch.setattr(loop, "_is_read", lambda device, step: step % 10 == 0)
     seen = []
 
@@ -189,7 +189,7 @@ def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_an_infinite_gradient_in_the_last_step_is_not_published(tiny, sequences, finite):
-    """The loss of that step is fine, and no later one would show what its update did."""
+    """The loss of that step is finite, and no later loss would show the effect of its update."""
 
     def gradient(model, *arguments):
         value = loop.accumulate(model, *arguments)
@@ -213,7 +213,7 @@ def test_what_dropout_draws_is_a_function_of_seed_and_step(tokenizer, sequences,
     shape |= {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.1}
 
     def run(source, folder=None, **changes):
-        torch.rand(3)  # whatever was drawn before
+        torch.rand(3)  # earlier draws must not matter
         model, settings = build_model(shape, tokenizer, 0), config(steps=6, eval_every=2, **changes)
         train(model, loss, {"text": source}, settings, folder=folder, checkpoint_seconds=0.0, progress=False)
         return weights(model)

@@ -1,4 +1,4 @@
-"""The retain term that is a divergence from the original model, against its formula in float64 on logits."""
+"""The retain term as divergence from the original model, against its formula in float64 on logits."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ def drawn(sequences):
 
 
 def moved(model):
-    """As in the middle of training."""
+    """Moves the model as in the middle of training."""
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
@@ -41,7 +41,7 @@ def moved(model):
 
 
 def divergence(original, model, batch):
-    """``KL(p_original || p)``: a mean over labels, its sums written out."""
+    """Returns ``KL(p_original || p)`` as a mean over labels, with its sums written out."""
     ids, keep = batch.input_ids, batch.mask[:, 1:]
     with torch.no_grad():
         p = original(input_ids=ids).logits[:, :-1].softmax(-1)
@@ -51,7 +51,7 @@ def divergence(original, model, batch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, name):
-    """Of every method: what is left of loss and gradient, without the forget term, in any micro-batches."""
+    """For every method, loss and gradient less the forget term are those of the divergence, in any micro-batches."""
     data, counted = drawn(sequences)
     original = tiny()
     original.lm_head.weight.data.mul_(30)  # sure of some labels, unsure of others
@@ -66,7 +66,7 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, na
         exact[-1].backward()
     there, wanted = (float(value.detach()) for value in exact)
     same = [p.grad for p in same.parameters()]
-    moved(original)  # it is trained in place: the copy must not follow
+    moved(original)  # it is trained in place, and the copy must not change
     for micro in (None, 5):
         values, gradients = [], []
         for one in (method, plain):
@@ -82,7 +82,7 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, na
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_at_the_original_it_is_nothing(tokenizer, sequences, precision, monkeypatch):
-    """In whatever a float32 checkpoint is trained: the copy has the weights, rotary frequencies and attention kernel of the trained model."""
+    """In every precision, the copy has the weights, rotary frequencies and attention kernel of the trained model."""
     data, counted = drawn(sequences)
     model, copies = build_model(LLAMA, tokenizer, 0), []
     monkeypatch.setattr(base, "ModelTeacher", lambda copied: copies.append(copied) or ModelTeacher(copied))
@@ -100,7 +100,7 @@ def test_at_the_original_it_is_nothing(tokenizer, sequences, precision, monkeypa
 
 
 def test_a_resumed_run_keeps_to_the_original(tiny, sequences, tmp_path):
-    """Ended after the third step and begun again from its checkpoint: the bits of the whole run."""
+    """A run that ends after the third step and resumes gives the bits of the whole run."""
     train = TrainConfig(steps=5, batch_size=8, lr=1e-2, micro_batch_size=5, eval_every=1)
     config = UnlearnConfig(retain_loss="kl", train=train)
     options = {"forget": sequences, "retain": sequences, "config": config, "progress": False}

@@ -1,4 +1,4 @@
-"""RMU against the usual way: a second, frozen model, every layer run, every hidden state kept."""
+"""RMU against the usual way, which keeps a second, frozen model, runs every layer and keeps every hidden state."""
 
 import contextlib
 import copy
@@ -63,7 +63,7 @@ def settings(kind="llama", retain_weight=2.0, seed=4, **more):
 
 
 def draw(seed=0, size=5, length=9):
-    """Right-padded sequences, without an attention mask."""
+    """Returns right-padded sequences without an attention mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, SHAPE["vocab_size"], (size, length), generator=generator)
     for sequence, cut in enumerate(torch.randint(3, length + 1, (size,), generator=generator).tolist()):
@@ -77,14 +77,14 @@ def data(seed=0):
 
 
 def disturb(method):
-    """Trained matrices that have moved from the frozen ones."""
+    """Moves the trained matrices away from the frozen ones."""
     with torch.no_grad():
         for parameter in method.parameters:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def usual(model, frozen, config, parts):
-    """The definition, with nothing saved."""
+    """Computes the definition, without saving anything."""
     rmu, total = config.rmu, 0.0
     direction = ops.misdirection(SHAPE["hidden_size"], config.train.seed, rmu.direction)
     for name, weight in (("forget", 1.0), ("retain", config.retain_weight)):
@@ -151,7 +151,7 @@ def test_padding_on_the_left_with_an_attention_mask():
     got, wanted = got[mask.bool()], wanted[mask.bool()]
     assert_same_function(
         got, wanted, wanted
-    )  # of transformers' own mask float64 makes NaN: its lowest number, twice, is infinite
+    )  # transformers' own mask gives NaN in float64, because twice its lowest number is infinite
 
 
 def test_after_the_last_layer_the_final_norm_is_not_applied():
@@ -171,7 +171,7 @@ def test_after_the_last_layer_the_final_norm_is_not_applied():
 
 @contextlib.contextmanager
 def counting(model):
-    """How often each layer, and the head, ran."""
+    """Counts how often each layer and the head ran."""
     calls = dict.fromkeys([*range(4), "head"], 0)
 
     def count(key):
@@ -240,7 +240,7 @@ def test_a_compiled_model_gives_the_same_gradients():
     model = build("qwen3")
     plain = copy.deepcopy(model)
     model.model.compile(backend="eager")
-    for layer in model.model.layers[2:]:  # one that is trained beside its frozen self, and the target's
+    for layer in model.model.layers[2:]:  # a trained layer beside its frozen copy, and the target's
         layer.compile(backend="eager")
     results = []
     for one in (model, plain):

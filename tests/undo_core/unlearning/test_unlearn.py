@@ -1,4 +1,4 @@
-"""The unlearning methods against their published formulas, written out."""
+"""Unlearning methods against their published formulas, written out."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""NPO, SimNPO, UNDIAL, SAM and RepNoise against their formulas, in float64 on logits, and what wraps them."""
+"""NPO, SimNPO, UNDIAL, SAM and RepNoise against their formulas in float64 on logits, and within `unlearn`."""
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def drawn(sequences):
 
 
 def changed(model, seed=1):
-    """Another model near the original, so that the two differ as in the middle of training."""
+    """Returns a model near the original, so that the two differ as in the middle of training."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def token_logprobs(model, batch):
 
 
 def oracle(config, model, original, data):
-    """The published loss, its sums written out."""
+    """Returns the published loss with its sums written out."""
     forget, retain = data["forget"], data["retain"]
     logp, z = token_logprobs(model, forget)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_loss_and_gradient_are_the_published_ones(tiny, sequences, config):
 
 
 def test_npo_at_the_original_is_half_the_ascent(tiny, sequences):
-    """Where nothing has changed the weight of every token is 1/2 of 2: the gradient is that of -CE."""
+    """As long as nothing has changed, the weight of every token is 1/2 of 2, and the gradient is that of -CE."""
     data, counted = drawn(sequences)
     gradients, ascent = [], UnlearnConfig("graddiff")
     runs = ((tiny(), UnlearnConfig("npo", npo=NPOConfig(0.1, "token"))), (tiny(), ascent), (tiny().double(), ascent))
@@ -131,7 +131,7 @@ def test_npo_at_the_original_is_half_the_ascent(tiny, sequences):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_npos_reference_is_of_the_model_as_it_is_trained(tiny, sequences, precision, monkeypatch):
-    """A gap of 0 at the first step, of a float32 checkpoint and whatever it is trained in; the masters keep their bits."""
+    """The gap is 0 at the first step of a float32 checkpoint in every precision; the masters keep their bits."""
     gaps, own = [], npo.token_cross_entropy
 
     def kept(model, batch):
@@ -164,7 +164,7 @@ def test_other_sequences_to_forget_are_refused_with_a_reference_too(tiny, sequen
 
 @pytest.mark.parametrize("seed", [2, 8])
 def test_undial_holds_where_the_original_is_certain(seed, tiny, sequences):
-    """What 1 / Z, large there, makes of rounding."""
+    """There 1 / Z is large and amplifies rounding."""
     data, counted = drawn(sequences)
     data = {"forget": data["forget"]}
     original = tiny()
@@ -181,7 +181,7 @@ def test_undial_holds_where_the_original_is_certain(seed, tiny, sequences):
 
 
 def published_distance(x, draws):
-    """MMD as in the authors' description: five kernels over pooled distances, with drawn noise."""
+    """Returns MMD as the authors describe it: five kernels over pooled distances, with drawn noise."""
     pooled = torch.cat([x, draws])
     squares = torch.cdist(pooled, pooled, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     n = len(pooled)
@@ -207,7 +207,7 @@ def test_the_distance_from_noise_is_the_published_one_in_expectation():
     for factor in (0.25, 0.5, 1, 2, 4):
         total += (1 - (1 + 4 / (factor * width)) ** (-d / 2)) / 40
     values = torch.stack(values)
-    # Six standard errors of the mean: a right value leaves them for one seed in 500 million.
+    # Six standard errors of the mean, which a right value exceeds for one seed in 500 million.
     assert abs(float(got) - float(values.mean() - total)) <= 6 * float(values.std()) / len(values) ** 0.5
     assert 6 * float(values.std()) / len(values) ** 0.5 < 0.1 * float(got), "enough draws to see a difference"
 
@@ -244,7 +244,7 @@ def repnoise(base="maxent", **settings):
 
 
 def test_repnoise_adds_the_layers_of_the_model(tiny, sequences):
-    """Its ascent against hidden states and logits from transformers; its distance against the function, on an mlp called by hand."""
+    """Checks the ascent against hidden states and logits of transformers, and the distance on an mlp called by hand."""
     data, counted = drawn(sequences)
     model, batch = tiny(), data["forget"]
     keep, labels = batch.mask[:, 1:], batch.input_ids[:, 1:]
@@ -326,7 +326,7 @@ def test_sam_is_the_gradient_at_a_moved_copy(tiny, sequences, base):
 
 
 def test_both_passes_of_sam_draw_the_same_dropout(tokenizer, sequences):
-    """So near that the two gradients are one, but for what is drawn."""
+    """The passes are so close that the two gradients differ only in what dropout draws."""
     data, counted = drawn(sequences)
     shape = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.3}
     plain, near = build_model(shape, tokenizer, 0).train(), build_model(shape, tokenizer, 0).train()
@@ -363,7 +363,7 @@ EVERY = [
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: config.title)
 def test_a_resumed_run_ends_with_the_same_bits(tiny, sequences, tmp_path, config):
-    """Ended after the third step by an exception, as a kill would, and begun again from its checkpoint with a fresh original."""
+    """The run ends after the third step by an exception, like a kill, and resumes from its checkpoint with a fresh original."""
     settings = TrainConfig(steps=5, batch_size=8, lr=1e-3, micro_batch_size=5, eval_every=1)
     config = dataclasses.replace(config, train=settings)
     whole, resumed = tiny(), tiny()
@@ -480,7 +480,7 @@ def scaled(model, config):
 
 
 def test_a_method_is_one_file(tmp_path):
-    """In a copy of the package: its name and its settings are in the help, in the configuration and in the plan."""
+    """In a copy of the package with one more file, its name and settings are in the help, the configuration and the plan."""
     package = Path(undo_core.__file__).parent
     shutil.copytree(package, tmp_path / "undo_core", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "undo_core" / "unlearning" / "scaled.py").write_text(OWN)

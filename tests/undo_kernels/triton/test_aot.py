@@ -1,6 +1,6 @@
 """Every Triton kernel compiled for targets that this machine need not have: no spills, shared memory within limits, wgmma.
 
-``UNDO_AOT=all`` compiles every form that is launched, for consumer cards too; the default is each kernel with every option on.
+``UNDO_AOT=all`` compiles every form that is launched, for consumer cards too; the default is the heaviest of each kernel.
 """
 
 import json
@@ -32,8 +32,7 @@ def reports():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills(reports, target):
-    # "of ones": every size is 1, which Triton compiles apart; that it compiles is all that such a launch needs.
-    spilled = {r["name"]: r["spills"] for r in reports[target] if r["spills"] and not r["name"].endswith(" of ones")}
+    spilled = {report["name"]: report["spills"] for report in reports[target] if report["spills"]}
     assert not spilled
 
 
@@ -45,7 +44,7 @@ def test_shared_memory_within_the_limit(reports, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_gradient_over_its_logits_is_written_by_the_threads_that_read_them(reports, target):
-    inplace = [report for report in reports[target] if "layouts" in report and "of ones" not in report["name"]]
+    inplace = [report for report in reports[target] if "layouts" in report]
     layouts = {report["name"]: report["layouts"] for report in inplace}
     assert len(layouts) >= 2
     assert all(len(names) == 1 for names in layouts.values()), layouts
@@ -84,5 +83,5 @@ def test_every_kernel_was_compiled(reports, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_rmu_rows_is_light_in_every_dtype(reports, target):
     found = {report["name"]: report for report in reports[target] if report["name"].startswith("rmu_rows ")}
-    assert {"rmu_rows fp32", "rmu_rows bf16", "rmu_rows fp16"} <= found.keys()
+    assert all(any(f" {kind} to" in name for name in found) for kind in ("bf16", "fp16", "fp32"))
     assert all(report["spills"] == 0 and report["registers"] <= 128 for report in found.values())
