@@ -72,31 +72,44 @@ def _problem(row: dict[str, Any]) -> str:
 
 def _summary(results: dict[str, Any]) -> str:
     rows = harness.summary_rows(results)
+    timed = [row for row in rows if any(record["status"] == "measured" for record in row["contenders"])]
+    rows = timed or rows
     longest_first = sorted(rows, key=lambda row: -len(row["contenders"]))  # the longest list gives the order of all
     names = dict.fromkeys(record["name"] for row in longest_first for record in row["contenders"])
     section = results.get("error_versus_kl") or {"curves": []}
     curves = {curve["name"]: curve for curve in section["curves"] if curve["dtype"] == "bfloat16" and curve["points"]}
     header = ["tokens × vocabulary × width", *(_problem(row) for row in rows)]
-    header += [f"dH error, bfloat16, KL {SHOWN_KL:g}" if curves else "gradient error"]
-    lines = []
+    header += [f"error of the hidden gradient, bfloat16, KL {SHOWN_KL:g}" if curves else "gradient error"]
+    lines, absent = [], []
     for name in names:
         records = [harness.contender(row, name) for row in rows]
         label = next(record["label"] for record in records if record)
         cells = [_cell(row, record) for row, record in zip(rows, records, strict=True)]
         error = _error_at(curves.get(name), SHOWN_KL) if curves else _worst_error(records)
-        lines.append([f"**{label}**" if name == "undo-core" else label, *cells, error])
+        if error == "–" and not any(record and record["status"] in ("measured", "verified") for record in records):
+            absent.append(f"{label} ({cells[0]})")
+        else:
+            lines.append([f"**{label}**" if name == "undo-core" else label, *cells, error])
     said = (
-        "Forward and backward. Time (undo-core's own, the others' in multiples of it) · peak memory beyond inputs and "
-        "gradients. *Bare products*: the matrix products that every method owes, alone."
+        "Forward and backward. First the time: undo-core's own, and the others' in multiples of it. Last the peak memory beyond "
+        "inputs and gradients. *Bare products*: only the matrix products that every method must do."
     )
     if any("ceilings" in row for row in rows):
         said += (
-            " The share before the memory: the least time that the owed products or bytes take at the rates measured in the "
-            "same run, over the contender's. Above 100 %, the square product that gives the rate was slower in that run than "
-            "the owed ones."
+            " In between, how near the time is to the least possible: what those products, or the bytes where they take longer, "
+            "need at the best rates of a square product and of a copy in the same run, divided by the contender's time. Narrow "
+            "products do not reach the rate of a square one, so the bare ones do not have 100 % either."
+        )
+    if curves:
+        said += (
+            f" The error is that of the gradient of the student's hidden states against float64, where the true KL is {SHOWN_KL:g}: "
+            "student and teacher then nearly agree, and a loss that rounds logits or probabilities to 16 bits before it subtracts "
+            "them loses the difference."
         )
     if any("captured_loss" in row for row in rows):
         said += " On the hidden states of trained models: last, the larger error of the two gradients on them."
+    if absent:
+        said += f" Not run here: {', '.join(absent)}."
     return f"{markdown(header, lines)}\n\n{said}"
 
 
