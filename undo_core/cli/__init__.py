@@ -261,7 +261,7 @@ def _settings_class(function: Callable[..., int]) -> type | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class ModelStage(Stage):
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         sequences, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
-        predict = Predictor(settled_configuration(source), sequences.length, **_scored(scored))
+        predict = Predictor(settled_configuration(source), sequences.length, **_scored(scored), ranks=work.ranks)
         try:
             predicted = predict(self, stored_dtype(source)).total
         except Exception as error:

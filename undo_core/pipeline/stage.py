@@ -37,12 +37,14 @@ class Work:
         scratch: folder for checkpoints and the log; it is kept if the process is killed.
         output: folder for the result; empty at first, it becomes the stage's folder.
         title: title of the progress bar.
+        ranks: number of ranks that run the stage, if it is one that they run together.
     """
 
     inputs: dict[str, Path]
     scratch: Path
     output: Path
     title: str
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

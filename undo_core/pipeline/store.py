@@ -71,7 +71,7 @@ class Store:
         together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
         reset_peak()
         began = time.monotonic()
-        work = Work(inputs, output.parent, output, stage.title or stage.kind)
+        work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count())
         expected = distributed.on_first(lambda: stage.expected(work))
         facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
         facts.setdefault("seconds", time.monotonic() - began)

@@ -100,10 +100,17 @@ class Batch:
         return [Batch(**dict(zip(columns, part, strict=True)), whole=self) for part in zip(*columns.values(), strict=True)]
 
     def share(self) -> Batch:
-        """Returns this rank's sequences of a micro-batch; the micro-batch itself in a process that runs alone."""
+        """Returns this rank's sequences of a micro-batch; the micro-batch itself in a process that runs alone.
+
+        Raises:
+            ValueError: the micro-batch has fewer sequences than there are ranks.
+        """
         if distributed.count() == 1:
             return self
-        start, end = distributed.share(len(self.input_ids))
+        size, count = len(self.input_ids), distributed.count()
+        if size < count:
+            raise ValueError(f"batch: got a micro-batch of {size} sequences on {count} ranks, wanted at least one for each")
+        start, end = distributed.share(size)
         columns = {name: column[start:end] for name, column in self._columns().items()}
         return Batch(**columns, whole=self if self.whole is None else self.whole)
 

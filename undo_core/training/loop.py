@@ -20,7 +20,7 @@ from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
 from undo_core.io.progress import StageProgress
 from undo_core.models.adapters import bare, check_adapters
-from undo_core.training.batches import Batch, Source, identity_of
+from undo_core.training.batches import Batch, SequenceSource, Source, identity_of
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
@@ -164,7 +164,7 @@ def train(
     at = None if evaluate_at is None else set(evaluate_at)
     device = trained[0].device
     count = distributed.count()
-    check_ranks(config, [len(source(0).input_ids) for source in sources.values()] if count > 1 else [], count)
+    check_ranks(config, [source.size for source in sources.values() if isinstance(source, SequenceSource)], count)
     made_by = {}
     if folder is not None and distributed.rank() == 0:
         made_by = {

@@ -1,5 +1,6 @@
 """Long tests of several ranks: every stage on every model, resuming 4 -> 2 -> 1, and killed commands. `make test-distributed`."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -15,10 +16,18 @@ import yaml
 from rank_cases import CONFIG, MODELS, STAGES, first_gradients, largest_error, pretraining, sequences, untied
 from ranks import free_port, on_ranks
 from safetensors.torch import load_file
+from stage_kinds import NOWHERE
+from transformers import AutoConfig
 
 from undo_core import distributed
+from undo_core.data.sequences import Sequences
+from undo_core.distillation.student import distill
 from undo_core.distributed.sharding import whole_state
 from undo_core.evaluation.metrics import evaluate
+from undo_core.io.memory_use import peak_bytes, reset_peak, resident_bytes
+from undo_core.models import initialise
+from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.stages import Distill, Pretrain
 from undo_core.training import TrainConfig
 from undo_core.training.batches import SequenceSource
 
@@ -93,6 +102,41 @@ def test_a_run_moves_between_numbers_of_ranks(tmp_path, order):
     assert largest_error(found[0], state) < 1e-5
     assert [entry["nats"] for entry in found[1]] == pytest.approx([entry["nats"] for entry in history], rel=1e-5)
     assert [entry.get("loss", 0) for entry in found[1]] == pytest.approx([entry.get("loss", 0) for entry in history], rel=1e-5)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------------------
+
+LLAMA = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000}
+STEPS = TrainConfig(steps=2, batch_size=8, seed=0)
+PLANNED = {
+    "pretrain": Pretrain(train=STEPS, splits=("retain",), prepared=NOWHERE),
+    "distill": Distill(train=STEPS, recover=None, prepared=NOWHERE, teacher=NOWHERE, student=NOWHERE),
+}
+
+
+def peak(stage, config):
+    """Bytes at the peak of a stage on this rank, without those of the process itself."""
+    allocator = ctypes.CDLL(None)  # glibc keeps freed memory otherwise; the prediction is of the memory in use
+    allocator.mallopt(-3, 1 << 16), allocator.mallopt(-1, 0)
+    ids = torch.randint(1, 32000, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    process = resident_bytes()
+    model, data = initialise(config, 0), Sequences(ids, 0)
+    reset_peak()
+    if stage == "pretrain":
+        pretraining(model, STEPS, source=SequenceSource(data, STEPS.batch_size, 0))
+    else:
+        distill(model, initialise(config, 1), data, STEPS, progress=False)
+    return peak_bytes() - process
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", PLANNED)
+def test_the_peak_of_a_rank_is_predicted(stage, tied):
+    config = AutoConfig.for_model("llama", tie_word_embeddings=tied, **LLAMA)
+    phases = Predictor(config, 64, ranks=2, device="cpu", evaluated=1).phases(PLANNED[stage], torch.float32)
+    predicted = max(memory.total - memory.process for memory in phases if memory.phase != "evaluation")
+    for measured in on_ranks(2, peak, stage, config):
+        assert measured == pytest.approx(predicted, rel=0.15)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def engine(cluster, request) -> Iterator[RayEngine]:
 
 def appears(folder: Path, pattern: str) -> Path:
     """Waits for a file."""
-    until = time.monotonic() + 400
+    until = time.monotonic() + 900
     while not (found := list(folder.glob(pattern))):
         assert time.monotonic() < until
         time.sleep(0.01)
