@@ -61,7 +61,9 @@ def start() -> None:
     if _ranks is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
     if dist.is_initialized():
-        raise ValueError("start: got a process group that exists already, wanted none: start() makes the default one and others")
+        raise ValueError(
+            "start: got a process group that exists already, wanted none: start() makes the default one and others"
+        )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

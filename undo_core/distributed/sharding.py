@@ -52,8 +52,7 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
 
     if any(map(is_dtensor, model.parameters())):
         raise ValueError("model: got one whose parameters are sharded already, wanted a whole model on every rank")
-    with contextlib.suppress(UnsupportedHead):  # some methods read no head; the others raise the error when they do
-        head_of(model)  # measured in a forward pass of its own, which must not run inside that of a sharded model
+    measure(model)
     whole = list(model.parameters())
     mesh = init_device_mesh(whole[0].device.type, (ranks.count(),), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -70,6 +69,12 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
     setattr(model, _METHOD, types.MethodType(_forward, model))
     register_fsdp_forward_method(model, _METHOD)
     vars(model)[_UNITS] = units
+
+
+def measure(model: nn.Module) -> None:
+    """Measures the head of a whole model, in a forward pass of its own, which must not run inside that of a sharded model."""
+    with contextlib.suppress(UnsupportedHead):  # some methods read no head; the others raise the error when they do
+        head_of(model)
 
 
 def run(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:

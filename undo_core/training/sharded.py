@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from undo_core import distributed
-from undo_core.distributed.sharding import shard
+from undo_core.distributed.sharding import measure, shard
 from undo_core.models.adapters import has_adapters
 from undo_core.training.config import TrainConfig
 from undo_core.training.precision import convert_, weight_dtype
@@ -68,6 +68,7 @@ def sharded(model: nn.Module, trained: list[nn.Parameter], config: TrainConfig) 
     names = [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
     masters = [parameter.data.float() for parameter in trained] if mastered else []
     convert_(model, config.precision)
+    measure(model)  # while all parameters have one dtype
     for parameter, master in zip(trained, masters, strict=mastered):
         parameter.data = master.contiguous()
     shard(model, weight_dtype(config.precision) if mastered else None)
