@@ -138,8 +138,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t entries,
                         bool gradient) {
     py::gil_scoped_release released;
-    const undo::Peak peak = undo::loss_kernels(set.c_str())
-                                .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, entries, gradient);
+    const undo::Peak peak =
+        undo::loss_kernels(set.c_str())
+            .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, entries, gradient);
     return std::pair<float, double>(peak.largest, peak.squares);
   });
 

@@ -57,7 +57,8 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
   const auto* t = static_cast<const typename T::type*>(c.target) + i * c.stride_target;
   const V minus = all(-c.coefficient);
   const double exact = 2 * factor / double(c.width);
-  const V slope = all(float(exact)), rest = all(float(exact - float(exact)));  // in two parts: its rounding error would enter every element
+  const V slope = all(float(exact)),
+          rest = all(float(exact - float(exact)));  // in two parts: its rounding error would enter every element
   constexpr int64_t UNROLL = 4, STEP = UNROLL * LANES, BLOCK_WIDTH = 2048;
   double sum = 0;
   for (int64_t start = 0; start < c.width; start += BLOCK_WIDTH) {
