@@ -62,7 +62,7 @@ class CpuPlan:
     def kept_bytes(self, problem: Problem) -> int:
         """Returns the bytes of the tiles of logits, which the thread keeps for its next call."""
         sides = 2 if problem.target in DENSE else 1
-        extent = problem.student.vocabulary if self.stored else min(self.block_v, problem.student.vocabulary)
+        extent = problem.student.widest if self.stored else min(self.block_v, problem.student.widest)
         return 4 * sides * extent * leading(padded(min(self.tokens_per_chunk, problem.tokens)))
 
     def cost(self) -> float:
@@ -117,7 +117,7 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
 
 def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """Returns the plan with as many tokens per chunk as fit the workspace, at most the default's number."""
-    vocabulary = max(problem.student.vocabulary, 1)  # a process may hold no entry of a sharded head
+    vocabulary = max(problem.student.widest, 1)  # so that all processes that share a head choose alike
     most = max(_CHUNK, _LOGITS // (8 * vocabulary)) if budget is None else count
     tokens = min(padded(most if stored else 2 * _CHUNK), padded(count))
     if stored and problem.shard is not None and tokens < count:  # processes exchange once, between the passes of all tokens
@@ -139,7 +139,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     p = problem
     dense = p.target in DENSE
     sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
-    vocabulary = max(p.student.vocabulary, 1)
+    vocabulary = max(p.student.widest, 1)
     block_v = min(block_v, vocabulary)
     # The difference of two log-sum-exps that were rounded to float32 is not exact: a dense target computes it again.
     known = p.lse_s is not None and p.target in ("own", "uniform")

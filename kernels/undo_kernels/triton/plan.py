@@ -99,7 +99,8 @@ class Shapes:
 
     @property
     def vocabulary(self) -> int:
-        return self.problem.student.vocabulary
+        """Most vocabulary entries of any process that shares the head, so that all of them choose alike."""
+        return self.problem.student.widest
 
     @property
     def leading(self) -> int:

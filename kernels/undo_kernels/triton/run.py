@@ -80,7 +80,7 @@ class Run:
         self.target = target or tile_table.target_of(self.device)
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
-        self.n, self.vocabulary = s.tokens, s.vocabulary
+        self.n, self.vocabulary = s.tokens, p.student.vocabulary
         self.math = math_of(self.target, s.wide)
         self.fast = self.math != EXACT.value
         self.student = Head(p.student, self.math, p.statistics)
