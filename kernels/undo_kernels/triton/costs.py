@@ -36,6 +36,8 @@ _SPLITS = (1, 2, 4)  # parts that the library may split a sum into, where there 
 INSTRUCTIONS: dict[tuple[str, bool], tuple[float, float]] = {
     ("stats_rows", False): (18.9, 6.0),
     ("stats_rows", True): (116.0, 6.4),
+    ("stats_rows known", False): (9.6, 3.0),
+    ("stats_rows known", True): (49.0, 3.1),
     ("loss_rows", False): (40.1, 6.0),
     ("loss_rows", True): (120.0, 6.0),
     ("stats_tiles", False): (22.0, 6.0),

@@ -39,13 +39,14 @@ def rmu_rows(
     factor = even_factor
     if FACTOR:
         factor = tl.load(factor_ptr + i_row)
-    last = tl.where(factor == 0.0, 0, width)
+    counts = factor != 0.0
     slope = 2.0 * factor / width
     b_squares = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(hidden_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
-        b_t = tl.load(target_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
+        keep = (o_d < width) & counts
+        b_h = tl.load(hidden_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
+        b_t = tl.load(target_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
         b_x = b_h - coefficient * b_t
         b_squares += b_x * b_x
         if GRADIENT:

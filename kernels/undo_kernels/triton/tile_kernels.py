@@ -21,6 +21,7 @@ from undo_kernels.triton.math import EXACT
 from undo_kernels.triton.pair_math import (
     CROSS_S,
     ENERGY_T,
+    JSD,
     L_S,
     L_T,
     LOWEST,
@@ -245,6 +246,7 @@ def loss_tiles(
 ):  # fmt: skip
     """Computes divergence and d total / d product of one tile of vocabulary entries ``begin`` to ``last``."""
     WIDTH: tl.constexpr = BLOCK_V // PIECES
+    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD  # sum over a token's entries last, if registers suffice
     TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
     blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
@@ -300,10 +302,10 @@ def loss_tiles(
             b_z, b_y, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form
         )
         if form.TARGET != OWN:
-            if student.MATH == EXACT:
-                total += tl.sum(tl.where(keep, value, 0.0), 1)
-            else:  # summed over the tokens' entries at the end: fewer shuffles, more registers
+            if LATE:
                 b_total += tl.where(keep, value, 0.0)
+            else:
+                total += tl.sum(tl.where(keep, value, 0.0), 1)
             if not form.GRADIENT:
                 total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
         if form.GRADIENT:
