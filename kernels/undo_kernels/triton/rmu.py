@@ -43,9 +43,8 @@ def rmu_rows(
     b_squares = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        keep = o_d < width
-        if FACTOR:
-            keep = keep & (factor != 0.0)
+        b_factor = tl.full([BLOCK_D], 0.0, tl.float32) + factor
+        keep = (o_d < width) & (b_factor != 0.0)
         b_h = tl.load(hidden_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
         b_t = tl.load(target_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
         b_x = b_h - coefficient * b_t
