@@ -3,7 +3,7 @@
     stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
     loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
-After the products stats_tiles takes 22 instructions a pair for both sides and 11 for one, loss_tiles 50, 6 of them special functions
+After the products stats_tiles takes 28 instructions a pair for both sides and 14 for one, loss_tiles 67, 6 of them special functions
 each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 160). Rejected on sm_90: 64 x 256 statistics tiles
 (24 instructions; 189 and 102 barriers before a piece was a choice of registers), 64 x 128 with four warps (24 and 51, two programs a
 multiprocessor, but half as many bytes again from the L2 cache), 128 x 256 (spills with labels and bias).
