@@ -17,7 +17,6 @@ class Logits(NamedTuple):
     stride: int  # from one token to the next
     inner: float
     outer: float
-    origin: float
     HAS_BIAS: Any
     CAPPED: Any
     BOUNDED: Any  # the cap is the base of the exponentials
@@ -35,7 +34,6 @@ class Head(NamedTuple):
     stride_weight: int
     inner: float
     outer: float
-    origin: float
     HAS_BIAS: Any
     CAPPED: Any
     BOUNDED: Any  # the cap is the base of the exponentials
@@ -107,8 +105,6 @@ class Known(NamedTuple):
     label_z_ptr: Any  # the logit of each label
     lse_s_ptr: Any
     lse_t_ptr: Any
-    origin_s: float
-    origin_t: float
 
 
 class StatsForm(NamedTuple):

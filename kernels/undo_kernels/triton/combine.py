@@ -1,4 +1,4 @@
-"""Combines the partial sums of one token's logits, in a fixed order and in float64; see ``pair_math.py`` for units and origins."""
+"""Combines the partial sums of one token's logits, in a fixed order and in float64; see ``pair_math.py`` for units."""
 
 import triton
 import triton.language as tl
@@ -57,12 +57,8 @@ def combine_rows(split, known, sums, out, form, BLOCK_P: tl.constexpr):
     i_token = tl.program_id(0).to(tl.int64)
     zero = tl.full([], 0.0, tl.float64)
     unit = tl.full([], 1.0, tl.float64)
-    origin_s = zero
-    origin_t = zero
     if form.FAST:
         unit = tl.full([], LN2, tl.float64)
-        origin_s += known.origin_s
-        origin_t += known.origin_t
     lse_s = zero
     lse_t = zero
     base_s = zero
@@ -86,7 +82,7 @@ def combine_rows(split, known, sums, out, form, BLOCK_P: tl.constexpr):
             base_s = unit * m_s.to(tl.float64)
             log_sum_s = tl.log(l_s)
         else:
-            base_s = tl.load(known.lse_s_ptr + i_token).to(tl.float64) - origin_s
+            base_s = tl.load(known.lse_s_ptr + i_token).to(tl.float64)
         if form.UNIFORM:
             log_sum_t = tl.log(zero + split.vocabulary)
         elif form.TEACHER:
@@ -103,9 +99,9 @@ def combine_rows(split, known, sums, out, form, BLOCK_P: tl.constexpr):
                 top_t = combine_top(partial_ptr, split, o_p, TOP_T, b_m_t, m_t)
                 agreement = tl.where(top_s == top_t, 1.0, 0.0).to(tl.float64)
         elif form.PAIR:
-            base_t = tl.load(known.lse_t_ptr + i_token).to(tl.float64) - origin_t
-        lse_s = origin_s + base_s + log_sum_s
-        lse_t = origin_t + base_t + log_sum_t
+            base_t = tl.load(known.lse_t_ptr + i_token).to(tl.float64)
+        lse_s = base_s + log_sum_s
+        lse_t = base_t + log_sum_t
         gap = log_sum_s - log_sum_t
         if form.DIFFERENCES:
             b_difference = load_field(partial_ptr, DIFFERENCE, split, o_p, 0.0).to(tl.float64)

@@ -1,16 +1,14 @@
 """Device functions of one (token, vocabulary entry) pair: its logits from products, and its loss and gradient.
 
-A logit is ``origin + unit * outer * q``. ``q`` is what a product turns into by bias, scale and softcap; ``outer`` is a constant of
-the call. For float32 inputs (EXACT) the unit is 1 and the origin 0::
+A logit is ``unit * outer * q``. ``q`` is what a product turns into by bias, scale and softcap; ``outer`` is a constant of the call::
 
-    no softcap   q = product + bias                              outer = scale / temperature
-    softcap c    q = tanh(scale (product + bias) / c)            outer = c / temperature
+    no softcap   q = product + bias                        outer = scale / (temperature unit)
+    softcap c    q = tanh(scale (product + bias) / c)      outer = c / (temperature unit)
 
-For 16-bit inputs the unit is log 2, so that exponentials are ex2 instructions, and the softcap needs one exponential and one
-reciprocal. The cap itself is the base of the exponentials, where they cannot underflow: no running maximum::
-
-    no softcap   q = product + bias                              outer = scale / (temperature log 2)             origin = 0
-    softcap c    q = 1 / (1 + e**(2 scale (product + bias) / c)) outer = -2 c / (temperature log 2)     origin = c / temperature
+For float32 inputs (EXACT) the unit is 1. For 16-bit inputs it is log 2, so that exponentials are ex2 instructions, and
+``tanh u = 1 - 2 / (1 + e**2u)`` takes one exponential and one reciprocal. It errs by 3e-7, which is too much for the difference of
+two small logits: the loss kernels (FINE) use a polynomial there. The cap itself is the base of the exponentials, where they cannot
+underflow (BOUNDED): no running maximum.
 
 The divergences, in a form that does not cancel, with ``x = log p_s - log p_t``::
 
@@ -30,7 +28,7 @@ Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the 
 import triton
 import triton.language as tl
 
-from undo_kernels.triton.math import EXACT, LN2, divide, exp2, expm1, log1p, log1p_near, reciprocal, tanh
+from undo_kernels.triton.math import EXACT, LN2, divide, exp2, expm1, fast_tanh, fine_tanh, log1p, log1p_near, tanh
 
 OWN = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
@@ -53,25 +51,26 @@ LARGE = tl.constexpr(1.0e30)
 
 
 @triton.jit
-def squash(z, side):
+def squash(z, side, FINE: tl.constexpr):
     """Returns ``q`` of a product with its bias; ``side``: Logits or Head."""
     if side.CAPPED:
-        z = tanh(side.inner * z) if side.MATH == EXACT else reciprocal(1.0 + exp2(side.inner * z, side.MATH), side.MATH)
+        u = side.inner * z
+        if side.MATH == EXACT:
+            z = tanh(u)
+        elif FINE:
+            z = fine_tanh(u, side.MATH)
+        else:
+            z = fast_tanh(u, side.MATH)
     return z
 
 
 @triton.jit
 def natural(q, side):
     """Returns the logit of ``q``."""
-    z = side.outer * q if side.MATH == EXACT else side.origin + LN2 * (side.outer * q)
+    z = side.outer * q
+    if side.MATH != EXACT:
+        z *= LN2
     return z
-
-
-@triton.jit
-def squash_slope(q, side):
-    """Returns the softcap's derivative, relative to scale / temperature."""
-    slope = 1.0 - q * q if side.MATH == EXACT else 4.0 * (q - q * q)
-    return slope
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def log_difference(u, v, x):
 
 @triton.jit
 def difference(q_s, q_t, student, teacher, form):
-    """Returns the logits' difference in units, without the origins'."""
+    """Returns the logits' difference in units."""
     d = student.outer * (q_s - q_t) if form.SAME else student.outer * q_s - teacher.outer * q_t
     return d
 
@@ -234,11 +233,11 @@ def add_block(q, keep, side, o_v, m, l, energy, top, STATISTICS: tl.constexpr):
     """Adds a block ``[lanes, entries]`` to each lane's maximum and sums, with approximate instructions.
 
     Returns the exponentials, the rescaling of the old sums, and the new sums. Where the logits are BOUNDED
-    by a softcap the base of the exponentials is the cap, and ``m`` stays 0.
+    by a softcap the base of the exponentials is the cap, and ``m`` stays there.
     """
     b_y = tl.where(keep, side.outer * q, float("-inf"))
     if side.BOUNDED:
-        b_e = exp2(b_y, side.MATH)
+        b_e = exp2(b_y - side.outer, side.MATH)
         rescale = 1.0
         l += tl.sum(b_e, 1)
     else:
@@ -259,7 +258,7 @@ def add_block(q, keep, side, o_v, m, l, energy, top, STATISTICS: tl.constexpr):
 
 @triton.jit
 def add_cross(b_e, q_s, q_t, student, teacher, SAME: tl.constexpr):
-    """Returns each lane's sum of ``e**(z_s - base) (z_s - z_t)``, in units and without the origins."""
+    """Returns each lane's sum of ``e**(z_s - base) (z_s - z_t)``, in units."""
     b_d = student.outer * (q_s - q_t) if SAME else student.outer * q_s - teacher.outer * q_t
     return tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_d), 1)
 

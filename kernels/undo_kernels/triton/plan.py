@@ -135,10 +135,14 @@ class Shapes:
     def teacher_sums(self) -> bool:
         """Whether the recompute plan computes the teacher's sums.
 
-        The chunk plan, which holds the logits, always does for a dense target.
         The difference of two log-sum-exps that were rounded to float32 is not exact; that of one is, to 1e-7.
         """
         return self.dense and (self.crossed or self.problem.lse_t is None or self.problem.lse_s is not None)
+
+    @property
+    def teacher_sums_of_chunks(self) -> bool:
+        """Whether the chunk plan does, which for float32 inputs sums the differences of both sides' exponentials."""
+        return self.dense and (self.wide or self.teacher_sums)
 
     @property
     def loss_pass(self) -> bool:
@@ -273,7 +277,8 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     pairs = float(n) * vocabulary
     logit = [side.hidden.dtype.itemsize if isinstance(side, GivenLogits) else 4 for side in s.sides]
     traffic = pairs * 4 * len(stored)
-    traffic += pairs * sum(logit) * (s.student_sums + s.loss_pass + s.mixture_pass)
+    sums = sum(logit) if s.teacher_sums_of_chunks else logit[0]
+    traffic += pairs * (sums * s.student_sums + sum(logit) * (s.loss_pass + s.mixture_pass))
     out_bytes = gradient_dtype(p.student.hidden.dtype).itemsize if s.given else gradient_bytes
     traffic += pairs * out_bytes * (s.gradient + (0 if s.given else sum(p.needs)))
     flops = 0.0
@@ -283,7 +288,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
         summed = s.width * vocabulary * (4 if accumulator else gradient_dtype(p.student.weight.dtype).itemsize)
         traffic += float(chunks) * (heads + own * needs_hidden + 2 * summed * needs_weight)
         flops = 2 * pairs * (sum(side.weight.shape[1] for side in stored) + s.width * (needs_hidden + needs_weight))
-    steps = _chunk_steps(s, pairs, n / chunks, chunks, sum(logit), out_bytes * s.gradient)
+    steps = _chunk_steps(s, pairs, n / chunks, chunks, logit, out_bytes * s.gradient)
     return GpuPlan("chunk", chunk, vocabulary, accumulator, _sizes(buffers), flops, traffic, steps)
 
 
@@ -324,11 +329,15 @@ def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     return GpuPlan("recompute", n, block_v, False, _sizes(buffers), flops, traffic, steps)
 
 
-def _chunk_steps(s: Shapes, pairs: float, chunk: float, chunks: int, logit_bytes: int, gradient_bytes: int) -> dict[str, float]:
+def _chunk_steps(
+    s: Shapes, pairs: float, chunk: float, chunks: int, logits: list[int], gradient_bytes: int
+) -> dict[str, float]:
     p, vocabulary, jsd = s.problem, s.vocabulary, " jsd" * (s.problem.target == "jsd")
     steps: dict[str, float] = {}
+    logit_bytes = sum(logits)
     if s.student_sums:
-        steps["statistics"] = costs.rows_seconds("stats_rows", s.wide, pairs, pairs * logit_bytes)
+        kernel, read = ("stats_rows", logit_bytes) if s.teacher_sums_of_chunks else ("stats_rows known", logits[0])
+        steps["statistics"] = costs.rows_seconds(kernel, s.wide, pairs, pairs * read)
     if s.loss_pass:
         steps["loss"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
     if s.mixture_pass:

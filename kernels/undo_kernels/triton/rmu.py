@@ -1,7 +1,7 @@
 """RMU's activation loss on GPUs: ``sum_i factor_i mean_j (h_ij - c t_ij)**2`` and its gradient.
 
-One program takes one row: it reads h (and t, where every row has its own) and writes the gradient, 4 bytes an element in 16
-bits against one target, 6 against frozen activations; 3 FLOPs per element. The rows' losses are summed by a second, tiny
+One program takes one token: it reads h (and t, where every token has its own) and writes the gradient, 4 bytes an element in 16
+bits against one target, 6 against frozen activations; 3 FLOPs per element. The tokens' losses are summed by a second, tiny
 reduction: no atomics.
 """
 
@@ -25,32 +25,33 @@ def rmu_rows(
     hidden_ptr, target_ptr, factor_ptr, gradient_ptr, partial_ptr,
     width, stride_hidden, stride_target,
     coefficient, even_factor,
-    FACTOR: tl.constexpr,  # each row has a factor; rows of factor 0 are not read
-    OWN_TARGET: tl.constexpr,  # each row has its own target
+    FACTOR: tl.constexpr,  # each token has a factor; tokens of factor 0 are not read
+    OWN_TARGET: tl.constexpr,  # each token has its own target
     GRADIENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Computes one row's loss and gradient."""
-    i_row = tl.program_id(0).to(tl.int64)
-    hidden_ptr += i_row * stride_hidden
-    gradient_ptr += i_row * width
+    """Computes one token's loss and gradient."""
+    i_token = tl.program_id(0).to(tl.int64)
+    hidden_ptr += i_token * stride_hidden
+    gradient_ptr += i_token * width
     if OWN_TARGET:
-        target_ptr += i_row * stride_target
+        target_ptr += i_token * stride_target
     factor = even_factor
     if FACTOR:
-        factor = tl.load(factor_ptr + i_row)
-    last = tl.where(factor == 0.0, 0, width)
+        factor = tl.load(factor_ptr + i_token)
     slope = 2.0 * factor / width
     b_squares = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, width, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(hidden_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
-        b_t = tl.load(target_ptr + o_d, mask=o_d < last, other=0.0).to(tl.float32)
+        b_factor = tl.full([BLOCK_D], 0.0, tl.float32) + factor
+        keep = (o_d < width) & (b_factor != 0.0)
+        b_h = tl.load(hidden_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
+        b_t = tl.load(target_ptr + o_d, mask=keep, other=0.0).to(tl.float32)
         b_x = b_h - coefficient * b_t
         b_squares += b_x * b_x
         if GRADIENT:
             tl.store(gradient_ptr + o_d, (slope * b_x).to(gradient_ptr.dtype.element_ty), mask=o_d < width)
-    tl.store(partial_ptr + i_row, factor * (tl.sum(b_squares, 0) / width))
+    tl.store(partial_ptr + i_token, factor * (tl.sum(b_squares, 0) / width))
 
 
 @register("rmu_loss", "triton")

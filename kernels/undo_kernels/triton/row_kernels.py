@@ -3,10 +3,10 @@
 One program processes one part of the logits of one token; parts are combined in a fixed order. Cost of each (token, vocabulary
 entry) pair::
 
-    stats_rows   reads 8 bytes (4 without a teacher), 19 instructions, 6 of them special functions (float32 inputs: 116)
-    loss_rows    reads 8 bytes, writes the gradient (2 or 4), 40 instructions, 6 special (float32 inputs: 120)
+    stats_rows   reads 8 bytes (4 without a teacher), 25 instructions, 6 of them special functions (float32 inputs: 116)
+    loss_rows    reads 8 bytes, writes the gradient (2 or 4), 58 instructions, 6 special (float32 inputs: 120)
 
-on sm_90, forward KL with a softcap; jsd takes 113 in loss_rows. With 16-bit inputs both wait for memory, not for instructions.
+on sm_90, forward KL with a softcap; jsd takes 129 in loss_rows. With 16-bit inputs both wait for memory, not for instructions.
 Rejected: a maximum over the whole block in each iteration (2 shuffles a pair and 4 barriers; now one for each four logits).
 
 Nest an ``if`` on a tensor inside the ``if`` on a constexpr: with ``and``, Triton evaluates both operands.
@@ -39,19 +39,18 @@ from undo_kernels.triton.pair_math import (
     natural,
     rescale_difference,
     squash,
-    squash_slope,
 )  # fmt: skip
 
 
 @triton.jit
-def load_squashed(z_ptr, side, o_v, keep, HOLES: tl.constexpr):
+def load_squashed(z_ptr, side, o_v, keep, HOLES: tl.constexpr, FINE: tl.constexpr):
     """Loads a block of one token's logits; returns their ``q``, and which of them are there: with HOLES, none that was removed."""
     raw = tl.load(z_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
     if HOLES:
         keep = keep & (raw != float("-inf"))
     if side.HAS_BIAS:
         raw += tl.load(side.bias_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
-    return squash(raw, side), keep
+    return squash(raw, side, FINE), keep
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def exact_stats(
     for first in range(start, end, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         keep = o_v < end
-        b_q, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES)
+        b_q, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
         b_s = tl.where(b_here, student.outer * b_q, float("-inf"))
         here = tl.max(b_s, 0)
         if STATISTICS:
@@ -85,7 +84,7 @@ def exact_stats(
         rescale_s = tl.exp(m_s - m_new_s)
         b_u = b_s - m_new_s
         if TEACHER:
-            b_q, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False)
+            b_q, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
             b_t = tl.where(keep, teacher.outer * b_q, float("-inf"))
             here = tl.max(b_t, 0)
             if STATISTICS:
@@ -135,8 +134,8 @@ def fast_stats(
 ):  # fmt: skip
     """Maxima and sums of one part of one token: each lane of four neighbouring logits has its own until the end."""
     LANES: tl.constexpr = BLOCK_V // 4
-    m_s = tl.full([LANES], 0.0 if student.BOUNDED else LOWEST, tl.float32)
-    m_t = tl.full([LANES], 0.0 if teacher.BOUNDED else LOWEST, tl.float32)
+    m_s = tl.full([LANES], 0.0, tl.float32) + (student.outer if student.BOUNDED else LOWEST)
+    m_t = tl.full([LANES], 0.0, tl.float32) + (teacher.outer if teacher.BOUNDED else LOWEST)
     l_s = tl.zeros([LANES], tl.float32)
     l_t = tl.zeros([LANES], tl.float32)
     cross = tl.zeros([LANES], tl.float32)
@@ -146,11 +145,11 @@ def fast_stats(
     for first in range(start, end, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         keep = o_v < end
-        b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES)
+        b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
         b_s, b_here, o_l = tl.reshape(b_s, [LANES, 4]), tl.reshape(b_here, [LANES, 4]), tl.reshape(o_v, [LANES, 4])
         b_e, rescale, m_s, l_s, _, top_s = add_block(b_s, b_here, student, o_l, m_s, l_s, energy, top_s, STATISTICS)
         if TEACHER:
-            b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False)
+            b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
             b_t = tl.reshape(b_t, [LANES, 4])
             _, _, m_t, l_t, energy, top_t = add_block(
                 b_t, tl.reshape(keep, [LANES, 4]), teacher, o_l, m_t, l_t, energy, top_t, STATISTICS
@@ -258,11 +257,11 @@ def loss_rows(
         for first in range(start, end, BLOCK_V):
             o_v = first + tl.arange(0, BLOCK_V)
             keep = o_v < end
-            b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES)
+            b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, True)
             b_t = b_s
             if form.TARGET != OWN:  # noqa: SIM102
                 if not form.UNIFORM:
-                    b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False)
+                    b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, True)
             value, mixed, b_p, b_g = loss_and_slope(
                 b_s, b_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset,
                 weights.beta_t, weights.beta_s, form,
@@ -283,7 +282,7 @@ def loss_rows(
                         loud = tl.where((label >= first) & (label < first + BLOCK_V), 1, loud)
                     b_out += b_own
                 if student.CAPPED:
-                    b_out *= squash_slope(b_s, student)
+                    b_out *= 1.0 - b_s * b_s
                 if form.FILTER:
                     b_squares += tl.where(keep & (loud == 0), b_out * b_out, 0.0)
                     skipped += tl.where(loud == 0, tl.minimum(BLOCK_V, end - first).to(tl.float32), 0.0)
@@ -325,7 +324,7 @@ def pick_rows(
     b_raw = tl.load(z_ptr + b_at, mask=real, other=0.0).to(tl.float32)
     if side.HAS_BIAS:
         b_raw += tl.load(side.bias_ptr + b_at, mask=real, other=0.0).to(tl.float32)
-    b_z = natural(squash(b_raw, side), side)
+    b_z = natural(squash(b_raw, side, True), side)
     b_z = tl.where(b_at < 0, float("-inf"), tl.where(b_at >= vocabulary, float("nan"), b_z))
     tl.store(out_ptr + i_token * known + o_k, b_z, mask=within)
     if TAKE:

@@ -48,17 +48,13 @@ class Head:
         self.capped = side.softcap is not None
         self.gain = side.scale / side.temperature
         self.cap = side.softcap / side.temperature if self.capped else 0.0
-        inner, outer, origin = side.scale / side.softcap if self.capped else 1.0, self.cap or self.gain, 0.0
-        if math != EXACT.value:
-            inner, outer = 2 * inner * LOG2E.value, outer * LOG2E.value
-            if self.capped:
-                outer, origin = -2 * outer, self.cap
-        self.outer, self.origin = float(outer), float(origin)
-        bounded = math != EXACT.value and self.capped and -self.outer <= _BOUND and not maxima
+        inner, outer = side.scale / side.softcap if self.capped else 1.0, self.cap or self.gain
+        self.outer = float(outer if math == EXACT.value else outer * LOG2E.value)
+        bounded = math != EXACT.value and self.capped and 2 * self.outer <= _BOUND and not maxima
         self.has_bias = side.bias is not None
         self.bias = side.bias.contiguous() if self.has_bias else side.hidden
         flags = (self.has_bias, self.capped, bounded, math)
-        self.shape = (float(inner), self.outer, self.origin, *map(tl.constexpr, flags))
+        self.shape = (float(inner), self.outer, *map(tl.constexpr, flags))
 
     def logits(self, z: torch.Tensor) -> arguments.Logits:
         """Returns stored logits as the kernels take them."""
@@ -269,7 +265,6 @@ class Run:
         known = Known(
             self.counted[part] if self.masked else self.counted, self.whole_labels[part] if self.labelled else zero,
             part_or(self.label_z, part, zero), part_or(self.known_s, part, zero), part_or(self.known_t, part, zero),
-            self.student.origin, 0.0 if self.teacher is None else self.teacher.origin,
         )  # fmt: skip
         outputs = Combined(lse_s, out["lse_t"][part], out["nll"][part], out["entropy"][part], out["agreement"][part])
         form = StatsForm(

@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 
 _TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _PRODUCT = re.compile(r"^(?:[HIQ]?GMMA|HMMA|[A-Z]*UTC\w*MMA)")
 
 
@@ -27,19 +27,21 @@ class Instruction:
         address: its place in the function.
         name: mnemonic with its modifiers.
         target: address that a branch goes to, else None.
+        ends: whether the program ends here in any case.
     """
 
     address: int
     name: str
     target: int | None
+    ends: bool
 
 
 def disassemble(cubin: bytes) -> list[Instruction]:
     """Returns the instructions of a binary with one function, without the padding behind its last branch."""
     found = []
-    for address, name, operands in _LINE.findall(_run("-sass", cubin)):
+    for address, predicate, name, operands in _LINE.findall(_run("-sass", cubin)):
         to = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
-        found.append(Instruction(int(address, 16), name, int(to[1], 16) if to else None))
+        found.append(Instruction(int(address, 16), name, int(to[1], 16) if to else None, name == "EXIT" and not predicate))
     return [i for i in found if i.name != "NOP" and i.target != i.address]
 
 
@@ -62,6 +64,7 @@ def counts(code: list[Instruction], elements: float) -> dict[str, float]:
     The iteration is the body of the outermost loop, if it holds most of the special-function instructions, else everything.
     """
     loops = sorted({(i.target, i.address) for i in code if i.target is not None and i.target < i.address})
+    loops = [loop for loop in loops if not any(i.ends for i in _of(code, loop))]  # else a jump back from code behind the end
     products = [loop for loop in loops if _multiplies(code, loop)]
     products = [loop for loop in products if not any(_inside(other, loop) for other in products)]
     rest = [loop for loop in loops if not any(_inside(loop, product) or loop == product for product in products)]

@@ -3,7 +3,7 @@
     stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
     loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
-After the products stats_tiles takes 22 instructions a pair for both sides and 11 for one, loss_tiles 50, 6 of them special functions
+After the products stats_tiles takes 28 instructions a pair for both sides and 14 for one, loss_tiles 67, 6 of them special functions
 each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 160). Rejected on sm_90: 64 x 256 statistics tiles
 (24 instructions; 189 and 102 barriers before a piece was a choice of registers), 64 x 128 with four warps (24 and 51, two programs a
 multiprocessor, but half as many bytes again from the L2 cache), 128 x 256 (spills with labels and bias).
@@ -21,6 +21,7 @@ from undo_kernels.triton.math import EXACT
 from undo_kernels.triton.pair_math import (
     CROSS_S,
     ENERGY_T,
+    JSD,
     L_S,
     L_T,
     LOWEST,
@@ -36,7 +37,6 @@ from undo_kernels.triton.pair_math import (
     narrow,
     natural,
     squash,
-    squash_slope,
 )  # fmt: skip
 
 
@@ -88,10 +88,10 @@ def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PI
 
 
 @triton.jit
-def squash_piece(b_z, head, o_v, last):
+def squash_piece(b_z, head, o_v, last, FINE: tl.constexpr):
     if head.HAS_BIAS:
         b_z += tl.load(head.bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
-    return squash(b_z, head)
+    return squash(b_z, head, FINE)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def add_piece(l_rest, m, m_new, rescale, b_e):
 def add_exact(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.constexpr, WIDTH: tl.constexpr):
     """Adds a piece to each token's maximum and sums; also returns its ``q``, logits, exponentials and the old sums' rescaling."""
     o_v = first + tl.arange(0, WIDTH)
-    b_q = squash_piece(b_z, head, o_v, end)
+    b_q = squash_piece(b_z, head, o_v, end, False)
     b_z = tl.where((o_v < end)[None, :], head.outer * b_q, float("-inf"))
     here = tl.max(b_z, 1)
     m_new = tl.maximum(m, here)
@@ -127,7 +127,7 @@ def add_exact(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.cons
 def add_fast(b_z, head, m, l, energy, top, first, end, STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr):
     """Adds a tile to each token's maximum and sums; see ``pair_math.add_block``; returns the tile's ``q`` first."""
     o_v = first + tl.arange(0, BLOCK_V)
-    b_q = squash_piece(b_z, head, o_v, end)
+    b_q = squash_piece(b_z, head, o_v, end, False)
     b_e, rescale, m, l, energy, top = add_block(b_q, (o_v < end)[None, :], head, o_v[None, :], m, l, energy, top, STATISTICS)
     return b_q, b_e, rescale, m, l, energy, top
 
@@ -165,8 +165,8 @@ def stats_tiles(
     if LABELS:
         label = tl.minimum(tl.load(labels_ptr + o_t), split.vocabulary).to(tl.int32)
 
-    m_s = tl.full([BLOCK_T], 0.0 if student.BOUNDED else LOWEST, tl.float32)
-    m_t = tl.full([BLOCK_T], 0.0 if teacher.BOUNDED else LOWEST, tl.float32)
+    m_s = tl.full([BLOCK_T], 0.0, tl.float32) + (student.outer if student.BOUNDED else LOWEST)
+    m_t = tl.full([BLOCK_T], 0.0, tl.float32) + (teacher.outer if teacher.BOUNDED else LOWEST)
     l_s = tl.full([BLOCK_T], 0.0 if FAST else -1.0, tl.float32)  # of an empty sum; minus 1
     l_t = tl.full([BLOCK_T], 0.0 if FAST else -1.0, tl.float32)
     cross = tl.zeros([BLOCK_T], tl.float32)
@@ -245,6 +245,7 @@ def loss_tiles(
 ):  # fmt: skip
     """Computes divergence and d total / d product of one tile of vocabulary entries ``begin`` to ``last``."""
     WIDTH: tl.constexpr = BLOCK_V // PIECES
+    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD  # sum over a token's entries last, if registers suffice
     TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
     blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
@@ -292,18 +293,18 @@ def loss_tiles(
         within = (o_v < last)[None, :]
         keep = within & counts[:, None]
         b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-        b_z = squash_piece(b_z, student, o_v, last)
+        b_z = squash_piece(b_z, student, o_v, last, True)
         b_y = b_z
         if TWO:
-            b_y = squash_piece(piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, o_v, last)
+            b_y = squash_piece(piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, o_v, last, True)
         value, mixed, b_p, b_g = loss_and_slope(
             b_z, b_y, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form
         )
         if form.TARGET != OWN:
-            if student.MATH == EXACT:
-                total += tl.sum(tl.where(keep, value, 0.0), 1)
-            else:  # summed over the tokens' entries at the end: fewer shuffles, more registers
+            if LATE:
                 b_total += tl.where(keep, value, 0.0)
+            else:
+                total += tl.sum(tl.where(keep, value, 0.0), 1)
             if not form.GRADIENT:
                 total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
         if form.GRADIENT:
@@ -324,7 +325,7 @@ def loss_tiles(
                         loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
                 b_out += b_own
             if student.CAPPED:
-                b_out *= squash_slope(b_z, student)
+                b_out *= 1.0 - b_z * b_z
             b_out = tl.where(keep, b_out, 0.0)
             if form.FILTER:
                 quiet = loud == 0
@@ -362,5 +363,5 @@ def pick_labels(head, labels_ptr, out_ptr, vocabulary, BLOCK_D: tl.constexpr):
     z = tl.sum(b_z, 0)
     if head.HAS_BIAS:
         z += tl.load(head.bias_ptr + at).to(tl.float32)
-    z = natural(squash(z, head), head)
+    z = natural(squash(z, head, True), head)
     tl.store(out_ptr + i_token, tl.where(label < vocabulary, z, float("nan")))
