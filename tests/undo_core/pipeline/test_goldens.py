@@ -127,7 +127,7 @@ def configuration(path: Path) -> RunConfig:
         arguments += ["--data.retain=[keep.txt]", "--data.forget=[forget.txt]"]
     parser = cli._parser()
     values = parser.instantiate(parser.parse_args(["plan", *arguments]))["plan"]
-    return RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory")})
+    return RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory", "ranks")})
 
 
 def stages(config: RunConfig):
