@@ -88,6 +88,12 @@ def sharded_twice(kind, tied, mesh):
     for module in (model, *model.model.layers):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no product before the sum
+    try:
+        head_of(model)
+    except ValueError as error:  # FSDP has not gathered it here
+        assert "whose head is sharded" in str(error), error
+    else:
+        raise AssertionError("the head was read outside of the forward pass")
     model.loss = types.MethodType(loss_of, model)
     register_fsdp_forward_method(model, "loss")
     ids = batch(4)
@@ -101,7 +107,7 @@ def sharded_twice(kind, tied, mesh):
 
 def work(rank, world, store, out):
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=120)
+    patience = datetime.timedelta(minutes=10)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
     line, said = init_device_mesh("cpu", (world,)), {}
     grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor")) if world > 2 else None

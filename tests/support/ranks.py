@@ -1,4 +1,4 @@
-"""Runs a function on several processes of one run, forked from this one, so that they need not import anything again."""
+"""Runs a function on several processes of one run, forked from this one, so that what is imported here they need not import again."""
 
 import multiprocessing
 import os
@@ -10,6 +10,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
 from undo_core import distributed
 

@@ -130,7 +130,7 @@ def cases(which):
 
 def work(rank, world, store, which, out):
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=60)
+    patience = datetime.timedelta(minutes=10)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
     p, said = Processes(init_device_mesh("cpu", (world,))), {}
     for name, case in cases(which).items():

@@ -3,7 +3,6 @@
 from undo_core.distributed.ranks import (
     OtherRankFailed,
     count,
-    device,
     end,
     explained,
     first_to_fail,
@@ -14,13 +13,11 @@ from undo_core.distributed.ranks import (
     start,
     stop,
     total,
-    wait_for_all,
 )
 
 __all__ = [
     "OtherRankFailed",
     "count",
-    "device",
     "end",
     "explained",
     "first_to_fail",
@@ -31,5 +28,4 @@ __all__ = [
     "start",
     "stop",
     "total",
-    "wait_for_all",
 ]

@@ -36,14 +36,12 @@ class _Ranks:
     Attributes:
         rank: number of this process, from 0.
         count: number of processes.
-        device: device that this process computes on.
         control: process group for decisions, on CPUs.
         store: key-value store that outlives a failed process.
     """
 
     rank: int
     count: int
-    device: torch.device
     control: dist.ProcessGroup
     store: dist.Store
 
@@ -55,17 +53,21 @@ def start() -> None:
     """Joins the processes that ``torchrun`` started; does nothing in a process that runs alone, or when called again.
 
     Each process takes the GPU of its number on the machine, with NCCL; without GPUs they communicate by gloo.
+
+    Raises:
+        ValueError: the caller has initialised a process group already.
     """
     global _ranks
     if _ranks is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
+    if dist.is_initialized():
+        raise ValueError("start: got a process group that exists already, wanted none: start() makes the default one and others")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
-    _ranks = _Ranks(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE), store)
+    _ranks = _Ranks(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE), store)
     if rank:
         send_updates_to(lambda update: None)
         console.quiet = True
@@ -87,11 +89,6 @@ def rank() -> int:
 def count() -> int:
     """Number of processes; 1 for a process that runs alone."""
     return 1 if _ranks is None else _ranks.count
-
-
-def device() -> torch.device:
-    """Device that this process computes on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if _ranks is None else _ranks.device
 
 
 def control() -> dist.ProcessGroup | None:
@@ -135,12 +132,6 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * _ranks.count
     dist.all_gather_object(found, value, group=_ranks.control)
     return found
-
-
-def wait_for_all() -> None:
-    """Returns when every rank has called it."""
-    if _ranks is not None:
-        dist.barrier(group=_ranks.control)
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

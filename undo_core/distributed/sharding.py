@@ -26,7 +26,7 @@ from undo_core.distributed import ranks
 from undo_core.models import UnsupportedHead, head_of
 from undo_core.models.adapters import bare
 
-_METHOD = "_undo_forward"
+_METHOD, _UNITS = "_undo_forward", "_undo_units"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -61,14 +61,15 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in (model, *layers):
+    units: list[Any] = [model, *layers]  # now FSDP modules
+    for module in units:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies first
     for parameter in whole:
         parameter.data = parameter.data.new_empty(0)
     setattr(model, _METHOD, types.MethodType(_forward, model))
     register_fsdp_forward_method(model, _METHOD)
-    model._undo_units = layers
+    vars(model)[_UNITS] = units
 
 
 def run(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -77,7 +78,7 @@ def run(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(model, *arguments) if method is None else method(function, *arguments)
 
 
-def call_with(layer: nn.Module, tensors: Mapping[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
+def call_with(layer: Any, tensors: Mapping[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
     """Calls a layer with ``tensors`` in the place of its parameters of these names, without gradients for a sharded layer."""
     if not tensors:
         return layer(*arguments, **options)
@@ -105,10 +106,8 @@ class _Unhooked(nn.Module):
 
 def release(model: nn.Module) -> None:
     """Frees what a forward pass without a backward pass left whole, so that the parameters are shards again."""
-    model = bare(model)
-    if is_sharded(model):
-        for module in (model, *model._undo_units):
-            module.reshard()
+    for module in vars(bare(model)).get(_UNITS, ()):
+        module.reshard()
 
 
 @torch.no_grad()

@@ -66,13 +66,17 @@ class UnsupportedHead(ValueError):
 def head_of(model: PreTrainedModel) -> Head:
     """Returns the head of ``model``. The first call compares it with the model's own logits on a few tokens.
 
+    After :func:`undo_core.parallelize_head` its weight and bias are sharded by vocabulary entries, as the losses of
+    :mod:`undo_core.ops` take them.
+
     Raises:
+        ValueError: FSDP shards the head, and it is read outside of the forward pass of its unit.
         UnsupportedHead: the head does more than bias, scale and softcap, so that losses computed from those would be wrong.
     """
     model = bare(model)
     constants, output = _known_constants(model), _linear(model)
     weight, bias = output.weight, output.bias
-    if is_dtensor(weight):
+    if is_dtensor(weight) and weight.device_mesh != getattr(model, "_undo_head_mesh", None):  # parallelize_head sets it
         raise ValueError(
             f"model: got a {type(model).__name__} whose head is sharded here, wanted it whole: losses of a sharded model run inside one "
             "forward pass of it, and its head is no FSDP unit of its own"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
+from undo_core.models.adapters import bare
 from undo_core.models.heads import head_of
 
 
@@ -64,9 +64,5 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
     parallelize_module(output, mesh, ColwiseParallel(output_layouts=Replicate()))
     if tied:
         output.weight = embedding.weight
+    bare(model)._undo_head_mesh = mesh  # tells a head that is shared from one that FSDP has not gathered
     return model
-
-
-def is_vocabulary_parallel(weight: torch.Tensor) -> bool:
-    """Returns whether a head's weight is sharded by vocabulary entries, as :func:`parallelize_head` does it."""
-    return isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)

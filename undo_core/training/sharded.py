@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from undo_core import distributed
@@ -74,8 +73,3 @@ def sharded(model: nn.Module, trained: list[nn.Parameter], config: TrainConfig) 
     shard(model, weight_dtype(config.precision) if mastered else None)
     named = dict(model.named_parameters())
     return [named[name] for name in names]
-
-
-def compute_dtype(precision: str) -> torch.dtype | None:
-    """Dtype in which the parameters of a trained, sharded model are saved, where it differs from that of the shards."""
-    return torch.bfloat16 if precision == "bfloat16-master" else None
