@@ -8,7 +8,9 @@ file's time. Who waits looks at whether that time changes; the clocks of two mac
 - if the owner has ended, which a process on the same machine sees at once;
 - if the claim has not changed for ``LEASE`` seconds: the owner's machine is lost, or the owner is stopped.
 
-An owner that was only stopped finds its claim removed when it continues, and fails before it publishes anything.
+An owner that was only stopped finds its claim removed when it continues, and fails before it publishes anything. It must not meet a
+later claim under its own number: once a claim was taken over from an owner that may continue, numbers only grow, and the last claim stays
+in the folder, given up, when its owner is done. Before an owner touches its claim it also reads it, in case the folder was changed by hand.
 
 filelock is not used. Its native locks depend on the file server. Its leases (version 4.3) take over the lock of a dead owner by an
 exchange of two names, which NFS refuses, so that the waiting process would wait forever.
@@ -19,6 +21,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -51,6 +54,7 @@ class Owner:
         pid: number of the process.
         start: time at which the process started, in ticks since the boot; empty if the system does not tell.
         token: random; no two claims are equal.
+        follows: whether an earlier owner lost the lock and may still continue.
     """
 
     host: str
@@ -58,11 +62,12 @@ class Owner:
     pid: int
     start: str
     token: str
+    follows: bool = False
 
     @classmethod
-    def new(cls) -> Owner:
+    def new(cls, follows: bool = False) -> Owner:
         """This process as the owner of a new claim."""
-        return cls(socket.gethostname(), _system(), os.getpid(), _start(os.getpid()), secrets.token_hex(8))
+        return cls(socket.gethostname(), _system(), os.getpid(), _start(os.getpid()), secrets.token_hex(8), follows)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -96,6 +101,11 @@ class Claim:
     owner: Owner | None
     renewed: int
 
+    @property
+    def may_return(self) -> bool:
+        """Whether its owner, or an earlier one that lost the lock, may continue after another process has taken it over."""
+        return self.owner is None or self.owner.follows or not (self.free or self.owner.ended())
+
     def void(self, unchanged: float) -> str | None:
         """Says why the claim is void, after it has not changed for ``unchanged`` seconds; None if it is valid."""
         owner = str(self.owner or "an unknown process")
@@ -114,18 +124,15 @@ class Hold:
         takeover: says from which process the lock was taken over, and why; None if no process left it behind.
     """
 
-    def __init__(self, file: Path, number: int, takeover: str | None) -> None:
-        self.file, self.number, self.takeover, self.lost = file, number, takeover, False
+    def __init__(self, file: Path, number: int, owner: Owner, takeover: str | None) -> None:
+        self.file, self.number, self.owner, self.takeover, self.lost = file, number, owner, takeover, False
         self._stopped, self._interrupts = threading.Event(), threading.current_thread() is threading.main_thread()
         self._renewing = threading.Thread(target=self._renew, daemon=True)
         self._renewing.start()
 
     def check(self) -> None:
         """Raises a LockLostError if another process has taken the lock over."""
-        try:
-            open(self.file).close()  # unlike exists(), opening it asks the file server
-        except FileNotFoundError:
-            self.lost = True
+        self.lost = self.lost or not self._own()
         if self.lost:
             raise LockLostError(f"{self.file}: got no such lock any more; this process was stopped, or the folder was moved")
 
@@ -134,15 +141,31 @@ class Hold:
         self._stopped.set()
         self._renewing.join()
 
+    def release(self, normal: bool) -> None:
+        """Deletes the claim after a ``normal`` end, unless its number must stay known; else gives it up. A lost one is left alone."""
+        if not self._own():
+            return
+        with contextlib.suppress(FileNotFoundError):  # the lock was lost at this moment
+            if normal and not self.owner.follows:
+                self.file.unlink()
+            else:
+                self.file.rename(f"{self.file}.{FREE}")
+
+    def _own(self) -> bool:
+        """Whether the claim exists and is this one."""
+        read = _read(self.file)
+        return read is not None and _owner(read[0]) == self.owner
+
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._stopped.wait(RENEWAL):
             try:
-                os.utime(self.file)
-                renewed = time.monotonic()
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError) and time.monotonic() - renewed < LEASE:
-                    continue  # the file server may come back
+                if own := self._own():
+                    os.utime(self.file)
+                    renewed = time.monotonic()
+            except OSError:
+                own = time.monotonic() - renewed < LEASE  # the file server may come back
+            if not own:
                 self.lost = True
                 if self._interrupts and hasattr(signal, "pthread_kill"):
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # it also ends a sleep
@@ -155,7 +178,7 @@ class Hold:
 def locked(path: Path, waiting: str) -> Iterator[Hold]:
     """Holds the lock ``path`` inside the block; prints ``waiting`` once if another process holds it, and waits.
 
-    The claim is deleted when the block ends normally, and given up when it raises.
+    When the block ends normally, the claim is deleted, unless a process that lost the lock may still continue; otherwise it is given up.
 
     Raises:
         LockLostError: another process took the lock over, because this one was stopped. A block in the main thread is interrupted,
@@ -173,30 +196,31 @@ def locked(path: Path, waiting: str) -> Iterator[Hold]:
         hold.check()
         raise
     finally:
-        with contextlib.suppress(FileNotFoundError):  # the lock was lost
-            if normal:
-                hold.file.unlink()
-            else:
-                hold.file.rename(f"{hold.file}.{FREE}")
+        hold.release(normal)
 
 
 def _acquire(path: Path, waiting: str) -> Hold:
-    seen, since, said, pause = None, 0.0, False, 0.05
+    seen, silent, looked, said, pause = None, 0.0, time.monotonic(), False, 0.05
     while True:
         claims = _claims(path)
         last, now = claims[-1] if claims else None, time.monotonic()
-        if last != seen:
-            seen, since = last, now
-        reason = None if last is None else last.void(now - since)
+        # of the time since the last look no more counts than a look takes: this process may have been stopped together with the owner
+        silent = silent + min(now - looked, 2 * pause + 1) if last == seen else 0.0
+        seen, looked = last, now
+        reason = None if last is None else last.void(silent)
         if last is None or reason is not None:
-            number = 1 if last is None else last.number + 1
+            number, owner = (1, Owner.new()) if last is None else (last.number + 1, Owner.new(last.may_return))
             file = _file(path, number)
-            if _create(file):
-                if [claim for claim in _claims(path) if _file(path, claim.number, claim.free) != file] == claims:
+            if _create(file, owner):
+                found = _claims(path)
+                others = [claim for claim in found if claim.owner != owner]
+                if others == claims and len(found) == len(claims) + 1:
                     for claim in claims:
                         _file(path, claim.number, claim.free).unlink(missing_ok=True)
-                    return Hold(file, number, None if last is None or last.free else reason)
-                file.unlink()  # the claims had changed in the meantime: an owner was only slow, or another process was faster
+                    return Hold(file, number, owner, None if last is None or last.free else reason)
+                # the claims had changed in the meantime: an owner was only slow, or another process was faster
+                if len(others) < len(found):
+                    file.unlink(missing_ok=True)
         elif not said:
             print(waiting, flush=True)
             said = True
@@ -204,11 +228,11 @@ def _acquire(path: Path, waiting: str) -> Hold:
         pause = min(2 * pause, 2.0)
 
 
-def _create(file: Path) -> bool:
+def _create(file: Path, owner: Owner) -> bool:
     """Makes a claim; False if another process was faster."""
     try:
         with open(file, "x") as claim:
-            json.dump(dataclasses.asdict(Owner.new()), claim)
+            json.dump(dataclasses.asdict(owner), claim)
     except FileExistsError:
         return False
     return True
@@ -225,9 +249,22 @@ def _claims(path: Path) -> list[Claim]:
         number, _, suffix = name.removeprefix(f"{path.name}.").partition(".")
         if not name.startswith(f"{path.name}.") or not number.isdecimal() or suffix not in ("", FREE):
             continue
-        with contextlib.suppress(FileNotFoundError), open(path.with_name(name)) as file:  # opening it asks the file server
-            found.append(Claim(int(number), bool(suffix), _owner(file.read()), os.fstat(file.fileno()).st_mtime_ns))
+        if (read := _read(path.with_name(name))) is not None:
+            found.append(Claim(int(number), bool(suffix), _owner(read[0]), read[1]))
     return sorted(found, key=lambda claim: (claim.number, claim.free))
+
+
+def _read(file: Path) -> tuple[str, int] | None:
+    """Text and time of a claim; None if it does not exist."""
+    try:
+        with open(file) as claim:  # unlike exists(), opening it asks the file server
+            return claim.read(), os.fstat(claim.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # so says NFS of a file that another machine deletes after it was opened here
+            raise
+        return None
 
 
 def _owner(text: str) -> Owner | None:

@@ -60,10 +60,21 @@ def launch(store: Store, stage: Stage, *, ranks: int, machines: int, machine: in
         raise RuntimeError(told["message"] if isinstance(told, dict) else told) from None
 
 
-def sizes(ranks: int, largest: int) -> list[int]:
-    """Divides ``ranks`` processes among as few machines as possible, equally many on each and at most ``largest``."""
-    each = max(count for count in range(1, min(ranks, largest) + 1) if ranks % count == 0)
-    return [each] * (ranks // each)
+def sizes(ranks: int, rooms: list[int]) -> list[int]:
+    """Divides processes among as few machines as possible, equally many on each.
+
+    Args:
+        ranks: number of processes.
+        rooms: number of processes for which each machine of the cluster has room.
+
+    Returns:
+        Number of processes on each machine that is used; empty if the cluster has no room for them.
+    """
+    for machines in range(1, ranks + 1):
+        each = ranks // machines
+        if each * machines == ranks and sum(room >= each for room in rooms) >= machines:
+            return [each] * machines
+    return []
 
 
 def _rank(store: Store, stage: Stage, threads: int, launcher: int) -> None:

@@ -13,7 +13,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,7 +28,9 @@ from undo_core.pipeline.workers import Failed, Finished, missing_with_inputs, us
 
 RETRIES = 3  # a stage is started again this often after its process or machine was lost
 PASSED_ON = ("UNDO_", "HF_", "TRANSFORMERS_", "NCCL_", "GLOO_")  # environment variables that the machines get from this process
-LINGER = 60.0  # seconds that the other machines of a stage have to end after one has failed
+LINGER = 180.0  # seconds that the other machines of a stage have to end after one has failed; Ray notices a lost one after about 70 s
+LOOK = 30.0  # seconds after which a stage that waits for room looks whether the cluster has changed
+REPLACED = 600.0  # seconds that a stage waits for machines without which the cluster has no room for it
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,24 @@ def installed() -> ModuleType:
     return ray
 
 
+def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment variables for the machines; no secrets, since Ray shows them to all who see its dashboard or logs."""
+    return {name: value for name, value in variables.items() if name.startswith(PASSED_ON) and not name.endswith("TOKEN")}
+
+
+def rooms(ray: ModuleType, cpus: int, gpus: int | None = None) -> tuple[list[int], int]:
+    """Returns for how many processes each machine has room, busy places included, and the number of GPUs of a process.
+
+    Args:
+        ray: the package, connected to a cluster.
+        cpus: CPU threads of each process.
+        gpus: GPUs of each process; by default 1 if a machine has any, else 0.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(any(machine.get("GPU") for machine in machines)) if gpus is None else gpus
+    return [int(min([m.get("CPU", 0) // cpus, *([m.get("GPU", 0)] if gpus else [])])) for m in machines], gpus
+
+
 class RayEngine:
     """A connection to a Ray cluster; a context manager that ends it on exit.
 
@@ -129,20 +149,11 @@ class RayEngine:
         self.ray, self.address, self.cpus, self.ranks = installed(), address, cpus, ranks
 
     def __enter__(self) -> RayEngine:
-        passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        self.ray.init(address=self.address, runtime_env={"env_vars": passed}, logging_level="warning")
-        machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        self.gpus = int(any(machine.get("GPU") for machine in machines))
-        room = [
-            int(min(m.get("CPU", 0) // self.cpus, *([m.get("GPU", 0)] if self.gpus else []), float("inf"))) for m in machines
-        ]
-        self.largest = max(room, default=0)
-        if not self.largest or self.ranks > sum(room):
+        self.ray.init(address=self.address, runtime_env={"env_vars": passed_on(os.environ)}, logging_level="warning")
+        room, self.gpus = rooms(self.ray, self.cpus)
+        if not sizes(self.ranks, room):
             self.ray.shutdown()
-            raise ValueError(
-                f"cpus, ranks: got {self.cpus} and {self.ranks}, which do not fit the cluster of {len(machines)} machine(s) with "
-                f"{', '.join(map(str, room))} place(s) for a process of {self.cpus} CPU(s)" + " and a GPU" * self.gpus
-            )
+            raise ValueError(_no_room(self.cpus, self.ranks, room, self.gpus))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,9 +169,8 @@ class RayEngine:
                 if task.ranks == 1:
                     results[task.stage.key] = self._remote(_build, place).remote(place, store, task.stage, *inputs)
                 else:
-                    parts = sizes(task.ranks, self.largest)
                     coordinate = self.ray.remote(_build_together).options(num_cpus=0, max_retries=RETRIES, name=task.stage.name)
-                    results[task.stage.key] = coordinate.remote(place, store, task.stage, parts, *inputs)
+                    results[task.stage.key] = coordinate.remote(place, store, task.stage, task.ranks, *inputs)
             waiting = {results[task.stage.key]: task for task in tasks}
             while waiting:
                 done, _ = self.ray.wait(list(waiting))
@@ -193,9 +203,9 @@ class RayEngine:
         except self.ray.exceptions.RayTaskError as error:
             return error.cause if isinstance(error.cause, Exception) else error
         except self.ray.exceptions.RayError as error:
-            return ChildProcessError(
-                f"its process or machine was lost {RETRIES + 1} times ({' '.join(str(error).split())[:200]})"
-            )
+            if isinstance(error, (self.ray.exceptions.WorkerCrashedError, self.ray.exceptions.NodeDiedError)):
+                return ChildProcessError(f"its process or machine was lost {RETRIES + 1} times ({_said(error)})")
+            return RuntimeError(f"Ray could not run it ({_said(error)})")
         return None
 
     @contextlib.contextmanager
@@ -220,31 +230,73 @@ def _evaluate(place: Place, store: Store, stage: Stage, prepared: Stage) -> None
     evaluation(store, stage, prepared)
 
 
-def _build_together(place: Place, store: Store, stage: Stage, parts: list[int], *inputs: None) -> None:
-    """Builds a stage in several processes, on machines with ``parts`` processes each; begins again after the loss of one."""
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _no_room(cpus: int, ranks: int, room: list[int], gpus: int) -> str:
+    return (
+        f"cpus, ranks: got {cpus} and {ranks}, which do not fit the cluster of {len(room)} machine(s) with "
+        f"{', '.join(map(str, room))} place(s) for a process of {cpus} CPU(s)"
+        + " and a GPU" * gpus
+        + "; each machine that is used takes equally many processes" * (ranks > 1)
+    )
+
+
+def _build_together(place: Place, store: Store, stage: Stage, ranks: int, *inputs: None) -> None:
+    """Builds a stage in several processes; begins again after the loss of one."""
     for attempt in range(RETRIES + 1):
         try:
-            return _attempt(place, store, stage, parts)
+            return _attempt(place, store, stage, ranks)
         except RankKilledError:
             if attempt == RETRIES:
                 raise
 
 
-def _attempt(place: Place, store: Store, stage: Stage, parts: list[int]) -> None:
+def _reserve(ray: ModuleType, place: Place, name: str, ranks: int) -> tuple[Any, list[int]]:
+    """Waits for a placement group and returns it, with the number of processes on each machine.
+
+    Ray keeps the group of a coordinator that was lost, so one of the same name is removed first. The processes are divided anew if
+    the cluster changes before it has room.
+
+    Raises:
+        ValueError: the cluster has lost machines, and nothing has replaced them.
+    """
+    from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+
+    with contextlib.suppress(ValueError):  # so says Ray if there is none
+        remove_placement_group(get_placement_group(name))
+    until = time.monotonic() + REPLACED
+    while True:
+        room, _ = rooms(ray, place.cpus, place.gpus)
+        parts = sizes(ranks, room)
+        if parts:
+            needed = [{"CPU": part * place.cpus, **({"GPU": part} if place.gpus else {})} for part in parts]
+            group = placement_group(needed, strategy="STRICT_SPREAD" if len(parts) > 1 else "PACK", name=name)
+            while sizes(ranks, rooms(ray, place.cpus, place.gpus)[0]) == parts:
+                if group.wait(LOOK):  # other stages may need the places for long
+                    return group, parts
+            remove_placement_group(group)
+            until = time.monotonic() + REPLACED
+        elif time.monotonic() >= until:
+            raise ValueError(_no_room(place.cpus, ranks, room, place.gpus))
+        else:
+            time.sleep(LOOK)
+
+
+def _attempt(place: Place, store: Store, stage: Stage, ranks: int) -> None:
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    needed = [{"CPU": part * place.cpus, **({"GPU": part} if place.gpus else {})} for part in parts]
-    group = placement_group(needed, strategy="STRICT_SPREAD" if len(parts) > 1 else "PACK")
+    group, parts = _reserve(ray, place, stage.name, ranks)
     try:
-        ray.get(group.ready())
 
         def on(machine: int, function: Any, *arguments: Any, **amounts: float) -> Any:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=machine)
             return ray.remote(function).options(max_retries=0, scheduling_strategy=where, **amounts).remote(*arguments)
 
-        endpoint = ray.get(on(0, _endpoint, num_cpus=place.cpus))
+        endpoint = ray.get(on(0, _endpoint, num_cpus=place.cpus), timeout=LINGER)  # its machine may be lost by now
         launched = [
             on(
                 machine,
@@ -265,7 +317,7 @@ def _attempt(place: Place, store: Store, stage: Stage, parts: list[int]) -> None
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
-        raise RankKilledError(f"a machine was lost ({' '.join(str(error).split())[:200]})") from None
+        raise RankKilledError(f"a machine was lost, or Ray could not use it ({_said(error)})") from None
     finally:
         remove_placement_group(group)  # ends what still runs in it
 

@@ -113,7 +113,7 @@ class Store:
 
 
 def _partials(final: Path) -> dict[int, Path]:
-    """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N`` after the N-th takeover."""
+    """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N``, begun or taken over by a later claim."""
     name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
     found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
     return {int(match[1] or 0): path for match, path in found if match}
@@ -124,11 +124,14 @@ def _unfinished(final: Path, hold: Hold) -> Path:
 
     A takeover renames it. If the former owner was only stopped, what it still writes goes to a folder that nobody reads.
     """
-    begun, first = _partials(final), final.with_name(f".{final.name}.partial")
-    if hold.takeover is None or not begun:
-        return begun[max(begun)] if begun else first
-    print(f"{final.name}: {hold.takeover}; this process continues its work", flush=True)
-    return begun[max(begun)].rename(f"{first}.{max(begun) + 1}")
+    begun, number = _partials(final), hold.number - 1
+    if begun and hold.takeover is None:
+        return begun[max(begun)]
+    if begun:
+        print(f"{final.name}: {hold.takeover}; this process continues its work", flush=True)
+        number = max(number, max(begun) + 1)
+    own = final.with_name(f".{final.name}.partial" + (number > 0) * f".{number}")
+    return begun[max(begun)].rename(own) if begun else own
 
 
 class OneFolder(Store):

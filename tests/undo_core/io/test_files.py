@@ -1,6 +1,7 @@
 """Files on disk are complete even if several processes write them."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,20 @@ def test_two_processes_may_replace_the_same_file(tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert read_json(path) in ([1] * 50, [2] * 50) and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_machines_whose_processes_have_the_same_number_may_replace_the_same_file(tmp_path, monkeypatch):
+    """The second machine writes its file while the first is about to rename its own."""
+    path, replace = tmp_path / "results.json", os.replace
+
+    def second_machine(temporary: Path, final: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write_json(path, "second")
+        replace(temporary, final)
+
+    monkeypatch.setattr(os, "replace", second_machine)
+    write_json(path, "first")
+    assert read_json(path) == "first" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_to_see_the_changes_of_others_leaves_none(tmp_path):

@@ -1,6 +1,8 @@
 """A lock that machines share through a folder: one holder at a time, dead owners replaced, slow ones left in peace."""
 
 import contextlib
+import dataclasses
+import errno
 import multiprocessing
 import os
 import signal
@@ -111,7 +113,7 @@ def test_machines_that_contend_hold_it_one_at_a_time(path, start, monkeypatch):
     for contender in contenders:
         contender.join(30)
     assert [contender.exitcode for contender in contenders] == [0] * 4
-    assert (path.parent / "counter").read_text() == "20" and left(path) == ["counter"]
+    assert (path.parent / "counter").read_text() == "20" and left(path) == [".stage.lock.21.free", "counter"]
 
 
 def test_the_lock_of_a_lost_machine_expires(path, start, capsys):
@@ -161,7 +163,111 @@ def test_an_owner_that_was_stopped_finds_it_lost(path, start):
         os.kill(owner.pid, signal.SIGCONT)
         assert ended.wait(10), "it was interrupted"
         hold.check()
-    assert left(path) == []
+    assert left(path) == [".stage.lock.2.free"]
+
+
+def stopped_in_the_block(path: Path, seen) -> None:
+    """Holds the lock, is stopped, and tells whether it still has the lock when it continues; nothing interrupts it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with locked(path, "waiting") as hold:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        with contextlib.suppress(LockLostError):
+            hold.check()
+            seen.set()
+
+
+@pytest.mark.parametrize("host", ["another", socket.gethostname()])
+def test_an_owner_that_was_stopped_meets_no_later_claim_under_its_number(path, start, host):
+    """One process takes the lock over and ends, then a third one holds it when the first continues."""
+    seen = processes.Event()
+    owner = start(host, stopped_in_the_block, path, seen)
+    while os.waitid(os.P_PID, owner.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT) is None:
+        time.sleep(0.01)
+    with locked(path, "waiting") as hold:
+        assert hold.number == 2
+    with locked(path, "waiting") as hold:
+        assert hold.number == 3 and hold.takeover is None
+        os.kill(owner.pid, signal.SIGCONT)
+        owner.join(10)
+        assert owner.exitcode == 0 and not seen.is_set()
+        hold.check()
+        assert left(path) == [".stage.lock.3"]
+    assert left(path) == [".stage.lock.3.free"], "the next number stays known"
+
+
+def test_a_claim_that_was_exchanged_by_hand_is_neither_renewed_nor_deleted(path, monkeypatch):
+    monkeypatch.setattr(locks, "RENEWAL", 60.0)
+    with pytest.raises(LockLostError), locked(path, "waiting") as hold:
+        hold.file.unlink()
+        assert locks._create(hold.file, Owner.new())
+        hold.check()
+    assert left(path) == [".stage.lock.1"]
+
+    left_alone = hold.file.stat().st_mtime_ns
+    monkeypatch.setattr(locks, "RENEWAL", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        hold = locks.Hold(hold.file, 1, Owner.new(), None)
+        time.sleep(10)
+    assert hold.lost and hold.file.stat().st_mtime_ns == left_alone
+
+
+class Clock:
+    """Time that passes only when a process sleeps, and jumps once, as it does for processes that are stopped together."""
+
+    def __init__(self, jump: float) -> None:
+        self.now, self.jump = 0.0, jump
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > 10:
+            self.now, self.jump = self.now + self.jump, 0.0
+
+
+@pytest.mark.parametrize("jump", [0.0, 1000.0])
+def test_time_in_which_the_waiting_process_was_stopped_too_does_not_count(path, monkeypatch, jump):
+    path.parent.mkdir()
+    assert locks._create(path.with_name(f"{path.name}.1"), dataclasses.replace(Owner.new(), host="another"))
+    clock = Clock(jump)
+    monkeypatch.setattr(locks, "LEASE", 120.0)
+    monkeypatch.setattr(locks, "time", clock)
+    with locked(path, "waiting") as hold:
+        assert hold.number == 2 and 120 - 6 <= clock.now - jump <= 120 + 6
+
+
+def test_a_claim_that_another_machine_deletes_while_it_is_read_is_missing(path, monkeypatch):
+    path.parent.mkdir()
+    path.with_name(f"{path.name}.1").touch()
+
+    def stale(file: Path, *mode: str):
+        if not mode:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return open(file, *mode)
+
+    monkeypatch.setattr(locks, "open", stale, raising=False)
+    assert locks._claims(path) == []
+    monkeypatch.setattr(locks, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")), raising=False)
+    with pytest.raises(OSError, match="broken"):
+        locks._claims(path)
+
+
+def test_a_claim_that_others_removed_before_it_was_held_is_not_held(path, monkeypatch):
+    """Its process is stopped just after it made the claim, until others have taken it over and are done."""
+    create, created = locks._create, []
+
+    def stopped(file: Path, owner: Owner) -> bool:
+        created.append(file.name)
+        made = create(file, owner)
+        if len(created) == 1:
+            file.unlink()
+        return made
+
+    monkeypatch.setattr(locks, "_create", stopped)
+    with locked(path, "waiting") as hold:
+        hold.check()
+    assert len(created) == 2
 
 
 def test_an_owner_that_was_nearly_too_slow_keeps_it(path, start, monkeypatch):
@@ -170,11 +276,11 @@ def test_an_owner_that_was_nearly_too_slow_keeps_it(path, start, monkeypatch):
     create = locks._create
     created = []
 
-    def late(file: Path) -> bool:
+    def late(file: Path, owner: Owner) -> bool:
         (claim,) = path.parent.iterdir()
         os.utime(claim)
         created.append(file.name)
-        return create(file)
+        return create(file, owner)
 
     monkeypatch.setattr(locks, "_create", late)
     monkeypatch.setattr(locks.Claim, "void", lambda self, unchanged: "it seemed so" if len(created) < 3 else None)

@@ -174,6 +174,32 @@ def test_the_processes_of_a_killed_node_begin_again_on_others(tmp_path, cluster,
     assert len({process for _, _, process, _ in steps}) == 2
 
 
+@pytest.mark.parametrize("engine", [([2], 2)], indirect=True, ids=["one node"])
+def test_a_lost_coordinator_leaves_its_places_to_the_next(tmp_path, engine):
+    """The cluster has places for one group only, and Ray does not remove that of a task that was killed."""
+    store, finished, failed = Store(tmp_path / "stages"), [], []
+    stage = Together(steps=12, pause=0.5)
+    killer = threading.Thread(target=kill_coordinator, args=(store, stage))
+    killer.start()
+    engine.build(store, [stage], finished.append, lambda *failure: failed.append(failure))
+    killer.join()
+    assert (failed, finished) == ([], [stage])
+    assert [int(step) for step, *_ in lines(store.folder(stage))] == list(range(12))
+
+
+def kill_coordinator(store: Store, stage: Counted) -> None:
+    """Kills the process that Ray names after the stage."""
+    begun = appears(store.root, f".{stage.name}.partial/lines")
+    while len(begun.read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if command.read_bytes().startswith(f"ray::{stage.name}".encode()):
+                os.kill(int(command.parent.name), signal.SIGKILL)
+                return
+    raise AssertionError("no coordinator")
+
+
 def kill_rank(store: Store, stage: Counted) -> None:
     begun = appears(store.root, f".{stage.name}.partial/lines")
     os.kill(int(begun.read_text().split()[2]), signal.SIGKILL)

@@ -1,13 +1,15 @@
 """A sweep's stages as tasks of a cluster: what waits for what, and what a mistake says. Nothing here needs Ray."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
 
 from undo_core.cli import main
-from undo_core.pipeline import launcher
+from undo_core.pipeline import launcher, ray_engine
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.ray_engine import Place, tasks_of
 from undo_core.pipeline.store import Store
@@ -60,11 +62,135 @@ def test_each_stage_is_one_task_after_those_that_it_reads(tmp_path, sweep):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "largest", "parts"),
-    [(1, 8, [1]), (4, 8, [4]), (8, 8, [8]), (16, 8, [8, 8]), (12, 8, [6, 6]), (6, 4, [3, 3]), (7, 4, [1] * 7), (2, 1, [1, 1])],
+    ("ranks", "rooms", "parts"),
+    [
+        (1, [8], [1]),
+        (4, [8], [4]),
+        (8, [8], [8]),
+        (16, [8, 8], [8, 8]),
+        (12, [8, 0, 8], [6, 6]),
+        (6, [4, 4], [3, 3]),
+        (7, [4] * 7, [1] * 7),
+        (2, [1, 1], [1, 1]),
+        (4, [3, 1], []),
+        (4, [3, 1, 1, 1], [1] * 4),
+        (7, [4, 4], []),
+        (1, [0], []),
+        (2, [], []),
+    ],
 )
-def test_processes_are_divided_equally_among_few_machines(ranks, largest, parts):
-    assert launcher.sizes(ranks, largest) == parts
+def test_processes_are_divided_equally_among_few_machines(ranks, rooms, parts):
+    assert launcher.sizes(ranks, rooms) == parts
+
+
+class Cluster:
+    """As much of Ray as reserving places needs: machines with so many places, and groups that have a name."""
+
+    def __init__(self, *places: int) -> None:
+        self.places, self.groups, self.held, self.after = list(places), {}, 0, lambda: None
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": places > 0, "Resources": {"CPU": places}} for places in self.places]
+
+    def placement_group(self, needed: list[dict], strategy: str, name: str) -> "Cluster.Group":
+        assert name not in self.groups and strategy == ("STRICT_SPREAD" if len(needed) > 1 else "PACK")
+        self.groups[name] = self.Group(self, name, [int(bundle["CPU"]) for bundle in needed])
+        return self.groups[name]
+
+    def get_placement_group(self, name: str) -> "Cluster.Group":
+        if name not in self.groups:
+            raise ValueError("Failed to look up placement group")
+        return self.groups[name]
+
+    def remove_placement_group(self, group: "Cluster.Group") -> None:
+        del self.groups[group.name]
+
+    class Group:
+        def __init__(self, cluster: "Cluster", name: str, parts: list[int]) -> None:
+            self.cluster, self.name, self.parts = cluster, name, parts
+
+        def wait(self, timeout_seconds: float) -> bool:
+            others = sum(sum(group.parts) for group in self.cluster.groups.values() if group is not self)
+            if sum(self.parts) + others <= sum(self.cluster.places):
+                return True
+            self.cluster.after()
+            return False
+
+
+@pytest.fixture
+def reserve(monkeypatch, tmp_path):
+    """Reserves four places of a cluster in which nothing takes time."""
+    monkeypatch.setattr(ray_engine.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ray_engine, "REPLACED", 0.0)
+
+    def call(cluster: Cluster):
+        for name in ("ray", "ray.util"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "ray.util.placement_group", cluster)
+        return ray_engine._reserve(cluster, Place(str(tmp_path), str(tmp_path), cpus=1, gpus=0), "stage", 4)
+
+    return call
+
+
+def test_the_places_of_a_lost_coordinator_are_freed(reserve):
+    cluster = Cluster(4)
+    reserve(cluster)
+    group, parts = reserve(cluster)
+    assert parts == [4] and cluster.groups == {"stage": group}
+
+
+def test_processes_are_divided_anew_when_the_cluster_changes(reserve):
+    cluster = Cluster(4)
+    cluster.placement_group([{"CPU": 4}], "PACK", "another stage")
+    looks = []
+
+    def change() -> None:
+        looks.append(len(cluster.groups))
+        if len(looks) == 2:
+            cluster.places[:] = [0, 2, 2]
+            del cluster.groups["another stage"]
+
+    cluster.after = change
+    group, parts = reserve(cluster)
+    assert parts == group.parts == [2, 2] and looks == [2, 2], "it waited for a busy cluster"
+
+
+def test_a_cluster_that_became_too_small_is_named(reserve):
+    cluster = Cluster(4)
+    cluster.placement_group([{"CPU": 4}], "PACK", "another stage")
+    cluster.after = lambda: cluster.places.__setitem__(0, 3)
+    with pytest.raises(ValueError, match=r"cpus, ranks: got 1 and 4, which do not fit the cluster of 1 machine.* with 3 place"):
+        reserve(cluster)
+    assert list(cluster.groups) == ["another stage"]
+
+
+def test_no_secret_goes_into_the_environment_that_ray_shows():
+    variables = {"HF_HOME": "/hf", "HF_TOKEN": "hf_x", "HF_HUB_TOKEN": "hf_y", "NCCL_DEBUG": "WARN", "AWS_SECRET": "z"}
+    assert ray_engine.passed_on(variables) == {"HF_HOME": "/hf", "NCCL_DEBUG": "WARN"}
+
+
+class LostError(Exception):
+    """Stands for any error of Ray."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("NodeDiedError", "its process or machine was lost 4 times (NodeDiedError: on host)"),
+        ("WorkerCrashedError", "its process or machine was lost 4 times (WorkerCrashedError: on host)"),
+        ("RuntimeEnvSetupError", "Ray could not run it (RuntimeEnvSetupError: on host)"),
+    ],
+)
+def test_what_ray_reports_is_said(kind, said):
+    kinds = {name: type(name, (LostError,), {}) for name in ("NodeDiedError", "WorkerCrashedError", "RuntimeEnvSetupError")}
+    engine = ray_engine.RayEngine.__new__(ray_engine.RayEngine)
+
+    def get(result: None) -> None:
+        raise kinds[kind]("on\n  host")
+
+    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (LostError,), {}), RayError=LostError, **kinds)
+    engine.ray = SimpleNamespace(get=get, exceptions=exceptions)
+    assert str(engine._error(None)) == said
 
 
 def test_without_ray_one_line_says_what_to_install(tmp_path, sweep, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from stage_kinds import Counted
@@ -13,7 +14,7 @@ from stage_kinds import Counted
 from undo_core.io import locks
 from undo_core.io.locks import LockLostError
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.store import Store
+from undo_core.pipeline.store import Store, _unfinished
 
 processes = multiprocessing.get_context("fork")
 
@@ -78,7 +79,7 @@ def test_another_machine_continues_the_work_of_a_lost_one(tmp_path, machines, ca
         f"{stage.name}: another process is building it; waiting",
         f"{stage.name}: process {lost.pid} on lost has given no sign of life for 2.5 s; this process continues its work",
     ]
-    assert [path.name for path in tmp_path.iterdir()] == [stage.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{stage.name}.lock.2.free", stage.name]
 
 
 def test_a_builder_that_was_stopped_publishes_nothing(tmp_path, machines):
@@ -97,6 +98,17 @@ def test_a_builder_that_was_stopped_publishes_nothing(tmp_path, machines):
     assert (stopped.exitcode, other.exitcode) == (7, 0)
     hosts = [line.split()[1] for line in (tmp_path / stage.name / "lines").read_text().splitlines()]
     assert len(hosts) == 8 and set(hosts[3:]) == {"other"}
+
+
+def test_no_later_claim_builds_in_the_folder_of_an_owner_that_may_continue(tmp_path):
+    """It may have been stopped before it made the folder, or the folder was finished and the result deleted since."""
+    final = tmp_path / "stage"
+    for number, folder in ((1, ".stage.partial"), (2, ".stage.partial.1"), (5, ".stage.partial.4")):
+        assert _unfinished(final, Mock(number=number, takeover=None)).name == folder
+    (tmp_path / ".stage.partial.1").mkdir()
+    assert _unfinished(final, Mock(number=5, takeover=None)).name == ".stage.partial.1", "given up, or its owner has ended"
+    assert _unfinished(final, Mock(number=6, takeover="lost")).name == ".stage.partial.5"
+    assert _unfinished(final, Mock(number=2, takeover="files of the locks were deleted")).name == ".stage.partial.6"
 
 
 def test_a_lock_lost_at_the_last_moment_publishes_nothing(tmp_path, monkeypatch):
