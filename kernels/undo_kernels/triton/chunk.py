@@ -113,7 +113,9 @@ class Chunks:
                 SAME=run.same, HOLES=s.sparse, BLOCK_V=self.block.block_v, num_warps=self.block.warps, **FUSED,
             )  # fmt: skip
         lse = torch.empty(count, dtype=torch.float64, device=run.device) if s.sparse else run.per_token["lse_s"][part]
-        picked = run.combine(self.stats, part, self.parts, lse, s.teacher_sums_of_chunks, False, self.picked if s.sparse else None)
+        picked = run.combine(
+            self.stats, part, self.parts, lse, s.teacher_sums_of_chunks, False, self.picked if s.sparse else None
+        )
         self.own, self.at_label = (run.own[part] if run.nll else run.zero), run.label_gradient(part)
         if s.sparse:
             self.picked = picked
