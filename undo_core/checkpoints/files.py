@@ -84,9 +84,7 @@ def check_checkpoint(name: str, folder: Path) -> None:
     what, wanted = f"which has no {CONFIG}", "wanted a Hugging Face checkpoint folder"
     if not folder.exists():
         what = "a folder that does not exist"
-        owner = folder.parent
-        if len(folder.parts) == 2 and owner.name not in ("", "..", "~") and not owner.exists():  # as a model's name on the hub
-            wanted += f"; for a model of the Hugging Face hub, download it first: hf download {folder} --local-dir {folder}"
+        wanted += f"; a model of the Hugging Face hub must be downloaded first: hf download ORG/NAME --local-dir {folder}"
     raise FileNotFoundError(f"{name}: got {folder}, {what}; {wanted}")
 
 

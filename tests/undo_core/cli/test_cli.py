@@ -33,7 +33,7 @@ TEXT = [f"--data.retain=[{TEMPLATE}]", f"--data.forget=[{TEMPLATE}]"]
         (["noise", ".", "out"], ["model: got ., which has no config.json"]),
         (
             ["plan", TEMPLATE, "--model.path=google/gemma-2-2b", *TEXT],
-            ["model.path", "does not exist", "hf download google/gemma-2-2b --local-dir google/gemma-2-2b"],
+            ["model.path", "does not exist", "hf download ORG/NAME --local-dir google/gemma-2-2b"],
         ),
         (
             ["plan", TEMPLATE, "--model.path=.", f"--data.retain=[{TEMPLATE}]", "--data.forget=[b.txt]"],

@@ -149,7 +149,7 @@ def test_the_published_settings_are_the_published_ones(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ([WMDP], ["model.path: got checkpoints/gemma-2-2b", "config.json"]),
+        ([WMDP], ["model.path: got checkpoints/gemma-2-2b", "does not exist", "hf download ORG/NAME"]),
         ([LANGUAGE], ["data.tokenizer: got checkpoints/gemma-2-2b", "not a folder"]),
         ([TEMPLATE], ["data.retain", "got no files"]),
         ([TEMPLATE, "--data.retain=[a.txt]", "--data.forget=[b.txt]"], ["a.txt", "not a file"]),
