@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from undo_core import distributed
 from undo_core.attacks.config import LoraConfig, check_installed
 from undo_core.models.adapters import has_adapters
 
@@ -58,12 +59,23 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
 
 @contextlib.contextmanager
 def adapted(model: PreTrainedModel, settings: LoraConfig, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Context in which ``model`` has adapters; yields the parameters to train, and merges the adapters on exit."""
+    """Context in which ``model`` has adapters; yields the parameters to train, and merges the adapters on exit.
+
+    After an error on one of several ranks they are left unmerged: merging shards needs all ranks, and the others do not come.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuner, parameters = insert(model, settings, seed)
     try:
         yield parameters
-    finally:
-        tuner.merge_and_unload()
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+    except BaseException:
+        if distributed.count() == 1:
+            _merge(tuner, before)
+        raise
+    _merge(tuner, before)
+
+
+def _merge(tuner: Any, before: list[tuple[nn.Parameter, bool]]) -> None:
+    """Adds the adapters to the weights, and restores which parameters are trained."""
+    tuner.merge_and_unload()
+    for parameter, required in before:
+        parameter.requires_grad_(required)

@@ -2,6 +2,7 @@
 
 from undo_core.distributed.ranks import (
     OtherRankFailed,
+    check_joined,
     count,
     end,
     explained,
@@ -17,6 +18,7 @@ from undo_core.distributed.ranks import (
 
 __all__ = [
     "OtherRankFailed",
+    "check_joined",
     "count",
     "end",
     "explained",

@@ -28,18 +28,28 @@ def whole_dropout(model: nn.Module, sizes: Iterable[int]) -> Iterator[None]:
     if ranks.count() == 1 or not drops(model):
         yield
         return
+    attention = getattr(bare(model).config, "_attn_implementation", "eager")
+    if attention != "eager" and any(value > 0 for value in _configured(model, "att")):
+        raise ValueError(
+            f"attention: got {attention} for a model with dropout in its attention on {ranks.count()} ranks, wanted eager: the mask "
+            "inside a fused kernel depends on the number of ranks"
+        )
     with _Shared(sizes):
         yield
 
 
 def drops(model: nn.Module) -> bool:
     """Whether the model has a dropout with a probability above 0."""
-    config = getattr(bare(model), "config", None)
-    own = {} if config is None else vars(config.get_text_config())
-    configured = (value for name, value in own.items() if "drop" in name and isinstance(value, float))
-    return any(value > 0 for value in configured) or any(
+    return any(value > 0 for value in _configured(model)) or any(
         module.p > 0 for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)
     )
+
+
+def _configured(model: nn.Module, part: str = "") -> list[float]:
+    """Returns the dropout probabilities in the model's configuration whose names contain ``part``."""
+    config = getattr(bare(model), "config", None)
+    own = {} if config is None else vars(config.get_text_config())
+    return [value for name, value in own.items() if "drop" in name and part in name and isinstance(value, float)]
 
 
 class _Shared(TorchFunctionMode):

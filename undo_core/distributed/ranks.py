@@ -47,6 +47,7 @@ class _Ranks:
 
 
 _ranks: _Ranks | None = None
+_joined = False  # also while rank 0 decides as if it ran alone
 
 
 def start() -> None:
@@ -57,7 +58,7 @@ def start() -> None:
     Raises:
         ValueError: the caller has initialised a process group already.
     """
-    global _ranks
+    global _joined, _ranks
     if _ranks is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return
     if dist.is_initialized():
@@ -69,6 +70,7 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
+    _joined = True
     _ranks = _Ranks(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE), store)
     if rank:
         send_updates_to(lambda update: None)
@@ -77,10 +79,23 @@ def start() -> None:
 
 def stop() -> None:
     """Leaves the processes that :func:`start` joined."""
-    global _ranks
+    global _joined, _ranks
     if _ranks is not None:
         dist.destroy_process_group()
-        _ranks = None
+        _ranks, _joined = None, False
+
+
+def check_joined() -> None:
+    """Checks that the processes of a process group train one model together, and not a copy each without knowing of the others.
+
+    Raises:
+        ValueError: there is a process group of several processes that :func:`start` did not make.
+    """
+    if not _joined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"torch.distributed: got a process group of {dist.get_world_size()} processes, in which each would train a copy of its own; "
+            "wanted undo_core.distributed.start() in place of init_process_group, under torchrun"
+        )
 
 
 def rank() -> int:

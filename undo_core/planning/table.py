@@ -56,11 +56,15 @@ def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row
     # graph_of comes first: it raises for a missing folder, which transformers would look up on the hub.
     graph, model = graph_of(config), planned_skeleton(config)
     measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
+    for stage in graph.stages():
+        stage.check_ranks(ranks)
     lines = [(stage.title, [stage]) for stage in graph.stages()]
     for models in attacked_models(config, graph).values():
         for attacked in models.values():
             of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
             lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
+            for trial in attacked.stages():
+                trial.check_ranks(ranks)
     predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, graph.prepared)
     rows = []
     for title, stages in lines:

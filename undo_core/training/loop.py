@@ -150,6 +150,7 @@ def train(
         ValueError: no parameter to train, parameters that share memory, or a checkpoint in ``folder`` from a different stage.
         ModuleNotFoundError: the optimizer needs torchao, which is not installed.
     """
+    distributed.check_joined()
     outer, model = model, bare(model)
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     if not trained:

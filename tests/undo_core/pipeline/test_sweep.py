@@ -105,7 +105,9 @@ def test_the_dry_run_names_the_runs_that_cannot_begin(tmp_path, capsys):
     path = write(tmp_path, runs=[{"name": "plain"}, {"name": "lost", **lost}, {"name": "gone", **lost}])
     assert main(["sweep", path, "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 runs need" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data.retain: got no.txt" in said
+    assert (
+        "1 runs need" in said and "2 run(s) cannot begin (lost, gone): plan: FileNotFoundError: data.retain: got no.txt" in said
+    )
 
 
 def test_the_dry_run_counts_what_is_shared(tmp_path, capsys):
