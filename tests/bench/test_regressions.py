@@ -39,10 +39,11 @@ def test_a_pass_that_runs_twice_fails_and_is_named(regressions, monkeypatch, cap
     assert regressions.main(["--only", "calls"]) == 0, capsys.readouterr().out
     once = vocab_loss._Run._statistics
 
-    def twice(self, chunk):
-        for first, rows in self.tiles():
-            self._tile(chunk, first, rows)
-        once(self, chunk)
+    def twice(self, chunks):
+        for chunk in chunks:
+            for first, entries in self.tiles():
+                self._tile(chunk, first, entries)
+        once(self, chunks)
 
     monkeypatch.setattr(vocab_loss._Run, "_statistics", twice)
     assert regressions.main(["--only", "calls"]) == 1

@@ -63,8 +63,10 @@ def tile_reports(target: str, kernel: str, wide: bool, tile: Tile) -> list[dict[
 def _layouts(module: str, form: Form) -> list[str]:
     """Returns the layouts of the logits read and the gradient written: a thread may overwrite only what it read itself."""
     kind = form.types["dz_ptr"].replace("fp", "f")
-    pattern = rf"tt\.(?:load|store) .*?tensor<{form.constants['BLOCK_V']}x!tt\.ptr<{kind}>, (#\w+)>"
-    return sorted(set(re.findall(pattern, module)))
+    size = form.constants["BLOCK_V"]
+    pattern = rf"tt\.(?:load|store) .*?tensor<{size}x!tt\.ptr<{kind}>, (#\w+)>"
+    on_amd = rf"amdg\.buffer_(?:load|store) .*?tensor<{size}x{kind}, (#\w+)>"  # of a pointer and 32-bit offsets
+    return sorted(set(re.findall(pattern, module) + re.findall(on_amd, module)))
 
 
 def _roundings(ptx: str) -> dict[str, int]:

@@ -125,7 +125,7 @@ def exact_loss(
         slope = value
     else:
         if form.UNIFORM:
-            u_t = 0.0 * q_s - base_t
+            u_t = tl.zeros_like(q_s) - base_t  # not 0 * q_s, which is NaN for an infinite logit
             d = s
         else:
             u_t = teacher.outer * q_t - base_t
@@ -176,7 +176,7 @@ def fast_loss(
         norm_t = base_t + log_sum_t
         apart = (base_s - base_t) + gap
         if form.UNIFORM:
-            log_t = 0.0 * q_s - norm_t
+            log_t = tl.zeros_like(q_s) - norm_t
             x = student.outer * q_s - apart
         else:
             log_t = teacher.outer * q_t - norm_t

@@ -94,6 +94,6 @@ def test_help_keeps_its_examples(capsys):
         main(["plan", "--help"])
     printed = capsys.readouterr().out
     assert (
-        "\n\n  undo plan configs/arithmetic-cpu.yaml\n  undo plan configs/arithmetic-cpu.yaml --memory 8GB\n\nWith --memory"
-        in printed
+        "\n\n  undo plan configs/arithmetic-cpu.yaml\n  undo plan configs/arithmetic-cpu.yaml --memory 8GB\n"
+        "  undo plan configs/arithmetic-cpu.yaml --ranks 2\n\nWith --memory" in printed
     )
