@@ -11,7 +11,7 @@ from file_hashes import weight_hashes
 
 from undo_core import distill
 from undo_core.data.sequences import Sequences
-from undo_core.distillation import cache as teacher_cache
+from undo_core.distillation import cache_writer
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
@@ -115,8 +115,8 @@ def test_the_error_of_the_top_k_falls_with_k(pair, sequences, tmp_path):
 def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, sequences, monkeypatch):
     model = tiny(1).bfloat16()
     hidden = torch.randn(12, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
-    whole = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
-    monkeypatch.setattr(teacher_cache, "LOGIT_BYTES", 4 * 17 * 2)  # two tokens at a time
+    whole = cache_writer.stored_form(hidden, head_of(model), TeacherConfig("topk", k=4))
+    monkeypatch.setattr(cache_writer, "LOGIT_BYTES", 4 * 17 * 2)  # two tokens at a time
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         casts, products = 0, 0
@@ -127,7 +127,7 @@ def test_the_head_is_cast_once_for_all_chunks_of_logits(tiny, sequences, monkeyp
             return function(*arguments, **(keywords or {}))
 
     with torch.no_grad(), Watch() as watch:
-        parts = teacher_cache._store(hidden, head_of(model), TeacherConfig("topk", k=4))
+        parts = cache_writer.stored_form(hidden, head_of(model), TeacherConfig("topk", k=4))
     assert watch.products == 6 and watch.casts == 1
     assert torch.equal(parts["indices"], whole["indices"])
 
@@ -192,7 +192,7 @@ def test_killed_while_caching_it_continues(cache, tiny, sequences, tmp_path, sec
     cache_teacher(teacher, sequences, whole, config, **small)
     assert len(weight_hashes(whole)) == 3
 
-    import undo_core.distillation.cache as module
+    import undo_core.distillation.cache_writer as module
 
     forward, calls = module.hidden_states, 0
 
@@ -230,7 +230,7 @@ def test_killed_while_caching_it_continues(cache, tiny, sequences, tmp_path, sec
 
 
 def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, sequences, tmp_path, monkeypatch):
-    import undo_core.distillation.cache as module
+    import undo_core.distillation.cache_writer as module
 
     small = {"shard_bytes": 20_000, "checkpoint_seconds": 0.0, "progress": False}
     config, folder = TeacherConfig("cached", batch_size=8), tmp_path / "killed"
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line(tiny, sequences, tmp_path, monkeypatch):
         cache_teacher(tiny(1), sequences, tmp_path / "cache", CACHED, progress=False)
     assert "\n" not in str(info.value) and not list((tmp_path / "cache").iterdir())
     monkeypatch.undo()
-    import undo_core.distillation.cache as module
+    import undo_core.distillation.cache_writer as module
 
     write, left = module.os.pwrite, [3]
 

@@ -172,7 +172,7 @@ def test_a_cached_teacher_gives_the_same_results(finished, tmp_path, monkeypatch
     shutil.copytree(reference / "stages", output / "stages")  # stages before the teacher are shared
     command = ["run", str(config), f"--output={output}", "--distill.teacher.kind=cached"]
 
-    import undo_core.distillation.cache as module
+    import undo_core.distillation.cache_writer as module
 
     forward, calls = module.hidden_states, 0
 

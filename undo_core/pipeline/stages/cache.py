@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from undo_core import ops
-from undo_core.distillation.cache import BATCH_SIZE, LOGIT_BYTES, cache_teacher
+from undo_core.distillation.cache import cache_teacher
+from undo_core.distillation.cache_identity import BATCH_SIZE
+from undo_core.distillation.cache_writer import LOGIT_BYTES
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json
