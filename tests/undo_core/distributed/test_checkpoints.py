@@ -130,7 +130,9 @@ def test_a_missing_shard_is_refused(cut):
     folder, checkpoint = cut
     shard = min(checkpoint.glob("*.safetensors"))
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"^checkpoint: .*step-2 lacks {shard.name}, written by one of 2 ranks; delete") as error:
+    with pytest.raises(
+        ValueError, match=rf"^checkpoint: .*step-2 lacks {shard.name}, written by one of 2 ranks; delete"
+    ) as error:
         trained(folder)
     assert "\n" not in str(error.value)
 
