@@ -146,7 +146,7 @@ def test_a_torn_shard_is_refused(cut):
 
 
 def test_the_previous_complete_checkpoint_is_used(cut, capsys):
-    folder, checkpoint = cut
+    _, checkpoint = cut
     newer = checkpoint.with_name("step-3")
     shutil.copytree(checkpoint, newer)
     min(newer.glob("*.safetensors")).unlink()

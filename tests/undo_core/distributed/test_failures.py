@@ -5,31 +5,14 @@ import time
 
 import pytest
 import torch
-import yaml
 from rank_cases import pretraining, untied
 from ranks import on_ranks
+from tiny_run import write_run
 
 from undo_core import distributed
 from undo_core.cli import main
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.optimizers import Updater
-
-SMALL = {
-    "name": "small",
-    "data": {"kind": "arithmetic-compact", "train_rows": 200, "eval_prompts": 20},
-    "model": {
-        "config": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
-    },
-    "pretrain": {"train": {"steps": 6, "batch_size": 4}},
-    "unlearn": {"train": {"steps": 1, "batch_size": 4}},
-    "relearn": {"rates": [1e-3], "evaluate_at": [0, 1], "headline_step": 1, "extend": 0, "batch_size": 4},
-}
 
 
 def fail_once(where):
@@ -59,12 +42,12 @@ def run_command(folder, where):
     """Runs the command as torchrun would; it ends the process where it fails."""
     sys.stderr = open(folder / f"said-{distributed.rank()}", "w")  # noqa: SIM115
     fail_once(where)
-    main(["run", str(folder / "small.yaml"), f"--output={folder / 'out'}"])
+    main(["run", str(folder / "base.yaml"), f"--output={folder / 'out'}"])
 
 
 @pytest.mark.parametrize("where", ["loss", "step"])
 def test_an_error_on_one_rank_in_a_step_ends_all_with_one_message(tmp_path, where):
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    write_run(tmp_path, steps=6)
     began = time.monotonic()
     with pytest.raises(AssertionError, match="it died"):
         on_ranks(2, run_command, tmp_path, where, kill=False)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from stage_kinds import Counted, Together
+from tiny_run import write_run
 
 from undo_core.io.files import read_json
 from undo_core.pipeline.ray_engine import RayEngine
@@ -20,34 +20,8 @@ from undo_core.pipeline.store import Store
 
 pytestmark = pytest.mark.distributed_long
 
-BASE = {
-    "name": "tiny",
-    "output": "unused",
-    "data": {"kind": "arithmetic-compact", "train_rows": 200, "eval_prompts": 20},
-    "model": {
-        "config": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
-    },
-    "pretrain": {"train": {"steps": 300, "batch_size": 8}},
-    "unlearn": {"train": {"steps": 1, "batch_size": 4}},
-    "noise": {"alphas": [0.5]},
-    "distill": {"recover": None, "train": {"steps": 2, "batch_size": 4}},
-    "controls": {"random": False, "filter": False},
-    "relearn": {"rates": [1e-3], "evaluate_at": [0, 1], "headline_step": 1, "extend": 1, "batch_size": 4},
-}
-
-
-def write(folder: Path, **sweep) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
-    values = {"name": "small", "base": "base.yaml", "output": "out", "grid": {"noise.beta": [0.1, 0.5]}, **sweep}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(values))
-    return folder
+STEPS = 300  # of pretraining, so that a test can stop it
+GRID = {"noise.beta": [0.1, 0.5]}
 
 
 def begin(folder: Path, *flags: str) -> subprocess.Popen:
@@ -67,13 +41,13 @@ def end(process: subprocess.Popen, code: int = 0) -> str:
 
 def weights(folder: Path) -> dict[str, dict[str, str]]:
     """Hashes of the weights of every stage."""
-    return {path.parent.name: read_json(path)["outputs"] for path in sorted(folder.glob("out/stages/*/manifest.json"))}
+    return {path.parent.name: read_json(path)["outputs"] for path in sorted(folder.glob("swept/stages/*/manifest.json"))}
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> dict[str, dict[str, str]]:
     """The weights that the local engine makes."""
-    folder = write(tmp_path_factory.mktemp("local"))
+    folder = write_run(tmp_path_factory.mktemp("local"), steps=STEPS, grid=GRID)
     end(begin(folder))
     return weights(folder)
 
@@ -206,22 +180,22 @@ def kill_rank(store: Store, stage: Counted) -> None:
 
 
 def test_a_sweep_ends_with_the_bits_of_one_machine(tmp_path, cluster, local):
-    folder = write(tmp_path)
+    folder = write_run(tmp_path, steps=STEPS, grid=GRID)
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     end(begin(folder, "--engine=ray", f"--address={cluster.address}"))
-    assert weights(folder) == local and not list(folder.glob("out/stages/.*"))
-    assert len(list(folder.glob("out/runs/*/results-seed0.json"))) == 2 and (folder / "out/report/comparison.html").exists()
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("out/**/*.json")}
+    assert weights(folder) == local and not list(folder.glob("swept/stages/.*"))
+    assert len(list(folder.glob("swept/runs/*/results-seed0.json"))) == 2 and (folder / "swept/report/comparison.html").exists()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("swept/**/*.json")}
     end(begin(folder, "--engine=ray", f"--address={cluster.address}"))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a second call does nothing"
 
 
 def test_a_stopped_sweep_continues(tmp_path, cluster, local):
     cluster.add_node(num_cpus=2)
-    folder = write(tmp_path)
+    folder = write_run(tmp_path, steps=STEPS, grid=GRID)
     sweep = begin(folder, "--engine=ray", f"--address={cluster.address}")
-    appears(folder, "out/stages/.pretrain-*.partial/log.jsonl")
+    appears(folder, "swept/stages/.pretrain-*.partial/log.jsonl")
     sweep.send_signal(signal.SIGKILL)
     end(sweep, -signal.SIGKILL)
     end(begin(folder, "--engine=ray", f"--address={cluster.address}"))
@@ -230,11 +204,11 @@ def test_a_stopped_sweep_continues(tmp_path, cluster, local):
 
 def test_a_failed_run_stops_no_other_and_too_small_a_cluster_is_refused(tmp_path, cluster):
     cluster.add_node(num_cpus=2)
-    folder = write(tmp_path, runs=[{"name": "good"}, {"name": "bad", "pretrain.train.lr": 1e12}], grid={})
+    folder = write_run(tmp_path, runs=[{"name": "good"}, {"name": "bad", "pretrain.train.lr": 1e12}])
     address = f"--address={cluster.address}"
     said = end(begin(folder, "--engine=ray", address, "--cpus=3"), 2)
-    assert "cpus, ranks: got 3 and 1, which do not fit the cluster" in said and not (folder / "out").exists()
+    assert "cpus, ranks: got 3 and 1, which do not fit the cluster" in said and not (folder / "swept").exists()
     said = end(begin(folder, "--engine=ray", address), 1)
     (line,) = [line for line in said.splitlines() if line.startswith("undo: failed: ")]
     assert line.startswith("undo: failed: bad, seed 0: bad: pretrain: DivergedError: ")
-    assert [path.parent.name for path in folder.glob("out/runs/*/results-seed0.json")] == ["good"]
+    assert [path.parent.name for path in folder.glob("swept/runs/*/results-seed0.json")] == ["good"]
