@@ -13,12 +13,13 @@ Collectives per call, all over one process group, in float64 except the last; ``
 
     MAX  [sides, tokens]    maxima of the student and, where there is one, the teacher
     SUM  [k, tokens]        l_s; l_t and difference; cross (reverse); energy and a word for each rank (statistics); the label's logit;
-                            logits at the known entries (sparse); a checksum of the hidden states
+                            logits at the known entries (sparse); a checksum of the hidden states, its square and their size
     SUM  [tokens]           the divergence of dense and uniform targets; [2, tokens] where jsd has a gradient
     SUM  [tokens, d]        gradient of the hidden states in float32, where it is needed
 
 The ranks must pass the same hidden states. The checksum detects if they do not, which is what happens where a data-parallel shard
-of the weight (FSDP) is taken for a vocabulary-parallel one.
+of the weight (FSDP) is taken for a vocabulary-parallel one. The ranks decide from its sums alone, so that all of them decide alike:
+an error on some of them only would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -69,18 +70,20 @@ class VocabularyShard:
         dist.all_reduce(tensor, dist.ReduceOp.SUM, _groups[self.group])
         return tensor
 
-    def witness(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the checksum of each token's hidden states, ``[tokens]`` float64, and by how much the ranks' may differ."""
-        size = torch.linalg.vector_norm(hidden, 1, dim=-1, dtype=torch.float64)
-        return hidden.sum(-1, dtype=torch.float64), size * _ROOM
+    def witness(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns a checksum of each token's hidden states, its square, and the sum of their magnitudes, ``[3, tokens]`` float64."""
+        checksum = hidden.sum(-1, dtype=torch.float64)
+        return torch.stack([checksum, checksum.square(), torch.linalg.vector_norm(hidden, 1, dim=-1, dtype=torch.float64)])
 
-    def differ(self, checksum: torch.Tensor, total: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tokens]`` bool, where the processes passed different hidden states.
+    def differ(self, summed: torch.Tensor) -> torch.Tensor:
+        """Returns ``[tokens]`` bool, where the processes passed different hidden states, from the sum of their :meth:`witness`.
 
         Raises:
             ValueError: some did, and the host can see it (on a CPU). Elsewhere the caller makes the loss NaN.
         """
-        wrong = (total / dist.get_world_size(_groups[self.group]) - checksum).abs() > room
+        ranks = dist.get_world_size(_groups[self.group])
+        checksum, square, size = summed
+        wrong = square - checksum.square() / ranks > (size / ranks * _ROOM).square()  # the squared distances from the mean
         if wrong.device.type == "cpu" and wrong.any():
             raise ValueError(
                 "hidden: got different hidden states on the processes that share a head, wanted the same on all of them: each "
@@ -89,7 +92,7 @@ class VocabularyShard:
             )
         return wrong
 
-    def merged(self, sums: dict[str, torch.Tensor], witness: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def merged(self, sums: dict[str, torch.Tensor], witness: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the sums over the whole vocabulary, from those over this process's entries; see the module.
 
         Args:
@@ -103,17 +106,16 @@ class VocabularyShard:
         """
         here = torch.stack([sums[name].double() for name in ("m_s", "m_t") if name in sums])
         most = self.max_(here.clone())
-        checksum, room = witness
-        columns = {"witness": checksum} | rescaled(sums, most)
+        columns = rescaled(sums, most)
         if "label" in sums:
             columns["label"] = sums["label"].double().nan_to_num(0.0, math.inf, -math.inf)
-        rows = [column[None] for column in columns.values()]
+        rows = [witness, *(column[None] for column in columns.values())]
         if "picked" in sums:
             rows.append(sums["picked"].double().T)
         if "top_s" in sums:
             rows.append(self.words(here == most, sums["top_s"] == sums["top_t"]))
         summed = self.sum_(torch.cat(rows))
-        wrong = self.differ(checksum, summed[0], room)
+        wrong, summed = self.differ(summed[: len(witness)]), summed[len(witness) :]
         found = dict(zip(columns, summed, strict=False)) | {"m_s": most[0]}
         found["l_s"] = torch.where(wrong, math.nan, found["l_s"])
         if "m_t" in sums:
@@ -195,7 +197,7 @@ def bytes_exchanged(
         gradient: whether the gradient of the hidden states is.
     """
     dense = target in ("forward", "reverse", "jsd")
-    sums = 2 + 2 * dense + (target == "reverse") + labels + known + (1 + ranks) * statistics  # the checksum and l_s first
+    sums = 4 + 2 * dense + (target == "reverse") + labels + known + (1 + ranks) * statistics  # three of the checksum, and l_s
     losses = (2 if target == "jsd" and gradient else 1) if dense or target == "uniform" else 0
     columns = {"maxima": 8 * (1 + dense), "sums": 8 * sums, "losses": 8 * losses, "hidden gradient": 4 * width * gradient}
     return {name: size * tokens for name, size in columns.items() if size}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
@@ -100,38 +101,10 @@ def test_a_sweep_has_a_cluster_that_ends_with_it(tmp_path):
     ]
 
 
-def config(folder: Path) -> None:
-    """A tiny run, and a sweep over it."""
-    base = {
-        "name": "tiny",
-        "output": "out",
-        "data": {"kind": "arithmetic-compact", "train_rows": 200, "eval_prompts": 20},
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-            }
-        },
-        "pretrain": {"train": {"steps": 2, "batch_size": 8}},
-        "unlearn": {"train": {"steps": 1, "batch_size": 4}},
-        "noise": {"alphas": [0.5]},
-        "distill": {"recover": None, "train": {"steps": 2, "batch_size": 4}},
-        "controls": {"random": False, "filter": False},
-        "relearn": {"rates": [1e-3], "evaluate_at": [0, 1], "headline_step": 1, "extend": 1, "batch_size": 4},
-    }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    (folder / "sweep.yaml").write_text(
-        yaml.safe_dump({"name": "s", "base": "base.yaml", "output": "swept", "grid": {"seed": [0, 1]}})
-    )
-
-
 @pytest.mark.distributed_long
 def test_a_run_on_two_machines(tmp_path):
     """Both are this one: two launchers with a process each."""
-    config(tmp_path)
+    write_run(tmp_path)
     stubs = {**STUBS, "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}
     host = socket.gethostname()
     code, said = end(submit(tmp_path, "run.sbatch", ["run", "base.yaml"], stubs, f"{host} {host}", None, 1))
@@ -144,7 +117,7 @@ def test_a_run_on_two_machines(tmp_path):
 @pytest.mark.distributed_long
 def test_a_sweep_on_two_machines(tmp_path):
     """Both are this one: two Ray nodes with a place each."""
-    config(tmp_path)
+    write_run(tmp_path, grid={"seed": [0, 1]})
     stubs = {
         **STUBS,
         "undo": f'exec {sys.executable} -m undo_core "$@"',
@@ -153,4 +126,4 @@ def test_a_sweep_on_two_machines(tmp_path):
     host = socket.gethostname()
     code, said = end(submit(tmp_path, "sweep.sbatch", ["sweep.yaml"], stubs, f"{host} {host}", None, 1))
     assert code == 0, said
-    assert len(list(tmp_path.glob("swept/runs/s/results-seed*.json"))) == 2
+    assert len(list(tmp_path.glob("swept/runs/small/results-seed*.json"))) == 2

@@ -17,11 +17,17 @@ import torch.distributed.tensor
 from undo_core import distributed
 
 
-def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, kill: bool = True) -> list[Any]:
     """Calls ``function(*arguments)`` on ``count`` ranks that communicate by gloo, and returns their results.
 
+    Args:
+        count: number of ranks.
+        function: called on each rank.
+        arguments: its arguments.
+        kill: whether the other ranks are killed when one has failed; otherwise they must end by themselves.
+
     Raises:
-        AssertionError: a rank raised an error or died; the others are killed.
+        AssertionError: a rank raised an error or died.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -45,7 +51,7 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
                 results[rank] = value
     finally:
         for process in processes:
-            if len(results) < count:
+            if kill and len(results) < count:
                 process.kill()
             process.join()
     return [results[rank] for rank in range(count)]

@@ -13,6 +13,7 @@ from undo_core.pipeline import stages
 from undo_core.pipeline.stage import Folder, Stage
 
 KINDS = [getattr(stages, name) for name in stages.__all__]
+HELD = 3
 NOWHERE = Folder(Path("nowhere"))  # an input of stages that are predicted and not run
 
 
@@ -40,13 +41,22 @@ class Ending(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Counted(Stage):
-    """Writes a line with its machine and process for each step to its scratch folder, and continues there, as a training does."""
+    """Writes a line with its machine and process for each step to its scratch folder, and continues there, as a training does.
+
+    Attributes:
+        how: ``raise`` to fail.
+        steps: number of lines.
+        pause: seconds after each.
+        gate: a file for which it waits after ``HELD`` steps; empty to wait for none.
+        before: stage that it reads.
+    """
 
     kind: ClassVar[str] = "counted"
     model_from: ClassVar[str | None] = None
     how: str = "work"
     steps: int = 3
     pause: float = 0.0
+    gate: str = ""
     before: Stage | None = None
 
     def run(self, work):
@@ -63,6 +73,8 @@ class Counted(Stage):
 
         done = distributed.on_first(lambda: len(lines.read_text().splitlines()) if lines.exists() else 0)
         for step in range(done, self.steps):
+            while step == HELD and self.gate and not Path(self.gate).exists():
+                time.sleep(0.05)
             distributed.on_first(lambda step=step: write(step))
             time.sleep(self.pause)
         distributed.on_first(lambda: (work.output / "lines").write_text(lines.read_text()))

@@ -37,13 +37,15 @@ class _Ranks:
         rank: number of this process, from 0.
         count: number of processes.
         control: process group for decisions, on CPUs.
-        store: key-value store that outlives a failed process.
+        background: process group on CPUs for a thread that writes a checkpoint beside the training.
+        store: key-value store that outlives a failed process; None if another made the default process group.
     """
 
     rank: int
     count: int
     control: dist.ProcessGroup
-    store: dist.Store
+    background: dist.ProcessGroup
+    store: dist.Store | None
 
 
 _ranks: _Ranks | None = None
@@ -51,38 +53,45 @@ _joined = False  # also while rank 0 decides as if it ran alone
 
 
 def start() -> None:
-    """Joins the processes that ``torchrun`` started; does nothing in a process that runs alone, or when called again.
+    """Joins the processes that train one model; does nothing in a process that runs alone, or when called again.
 
-    Each process takes the GPU of its number on the machine, with NCCL; without GPUs they communicate by gloo.
-
-    Raises:
-        ValueError: the caller has initialised a process group already.
+    A default process group that the caller made is used as it is: its processes train one model together, and on which device is
+    the caller's choice. Otherwise it is made from what ``torchrun`` says: each process takes the GPU of its number on the machine,
+    with NCCL; without GPUs they communicate by gloo.
     """
     global _joined, _ranks
-    if _ranks is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if _ranks is not None:
         return
-    if dist.is_initialized():
-        raise ValueError(
-            "start: got a process group that exists already, wanted none: start() makes the default one and others"
-        )
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
+    store = None
+    if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
+    elif dist.get_world_size() == 1:
+        return
     _joined = True
-    _ranks = _Ranks(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE), store)
-    if rank:
+    control, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    _ranks = _Ranks(dist.get_rank(), dist.get_world_size(), control, background, store)
+    if _ranks.rank:
         send_updates_to(lambda update: None)
         console.quiet = True
 
 
 def stop() -> None:
-    """Leaves the processes that :func:`start` joined."""
+    """Leaves the processes that :func:`start` joined; a default process group that the caller made stays."""
     global _joined, _ranks
-    if _ranks is not None:
+    if _ranks is None:
+        return
+    if _ranks.store is None:
+        dist.destroy_process_group(_ranks.control)
+        dist.destroy_process_group(_ranks.background)
+    else:
         dist.destroy_process_group()
-        _ranks, _joined = None, False
+    _ranks, _joined = None, False
 
 
 def check_joined() -> None:
@@ -94,7 +103,7 @@ def check_joined() -> None:
     if not _joined and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"torch.distributed: got a process group of {dist.get_world_size()} processes, in which each would train a copy of its own; "
-            "wanted undo_core.distributed.start() in place of init_process_group, under torchrun"
+            "wanted a call of undo_core.distributed.start() first, on every process"
         )
 
 
@@ -111,6 +120,11 @@ def count() -> int:
 def control() -> dist.ProcessGroup | None:
     """Process group on CPUs that waits for days; None in a process that runs alone."""
     return None if _ranks is None else _ranks.control
+
+
+def background() -> dist.ProcessGroup | None:
+    """A second one, for one thread beside the main thread: collectives of two threads on one group could be mistaken for each other."""
+    return None if _ranks is None else _ranks.background
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -169,7 +183,7 @@ def share(size: int) -> tuple[int, int]:
 
 def first_to_fail() -> bool:
     """Whether this rank is the first that reports a failure, so that one failure gives one message."""
-    if _ranks is None:
+    if _ranks is None or _ranks.store is None:
         return True
     with contextlib.suppress(RuntimeError):  # the store is gone if the process that held it was killed
         return _ranks.store.add("undo/failures", 1) == 1

@@ -83,8 +83,6 @@ def _rank(store: Store, stage: Stage, threads: int, launcher: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     use_threads(1)
     distributed.start()
-    try:
-        stage.check_ranks(distributed.count())
-        store.ensure(stage)
-    finally:
-        distributed.stop()
+    stage.check_ranks(distributed.count())
+    store.ensure(stage)
+    distributed.stop()  # not after an error: the other ranks may wait in a collective, and this process must end for them to end

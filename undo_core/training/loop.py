@@ -27,7 +27,7 @@ from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
 from undo_core.training.sharded import check_ranks, sharded
-from undo_core.training.training_state import FORMAT, find_training_state, load_training_state, save_training_state
+from undo_core.training.training_state import FORMAT, CheckpointWriter, find_training_state, load_training_state
 
 Loss = Callable[[nn.Module, dict[str, Batch], dict[str, int]], torch.Tensor]
 """``loss(model, micro_batches, counted)``: a scalar.
@@ -210,9 +210,8 @@ def train(
         return bool(result.stopped)
 
     def save() -> None:
-        if folder is not None:
-            state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
-            save_training_state(folder / "checkpoint", result.steps, model, updater, state)
+        state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
+        checkpoints.write(result.steps, state)
 
     done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
@@ -221,6 +220,7 @@ def train(
         lean(model, config, count) as tied,
         updater.attached(tied),
         StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar,
+        CheckpointWriter(None if folder is None else folder / "checkpoint", model, updater) as checkpoints,
     ):
         while result.steps < config.steps and not done:
             step = result.steps

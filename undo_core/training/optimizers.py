@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,12 +15,9 @@ from undo_kernels.ops.sharding import local_of
 from undo_core.distributed.sharding import global_norm, is_sharded, like_shard
 from undo_core.training.config import TrainConfig
 from undo_core.training.embedding import TiedEmbedding
-from undo_core.training.precision import convert_, round_stochastically_, seeded, weight_dtype
+from undo_core.training.precision import convert_, seeded, weight_dtype
+from undo_core.training.stochastic_adamw import BLOCK_CPU, StochasticAdamW, block_size, flattened, held
 
-BLOCK_CPU, BLOCK_GPU = (
-    1 << 16,
-    1 << 22,
-)  # elements converted to float32 at a time: a CPU block fits a core's cache, a GPU block occupies every SM
 QUANTISED = {"adamw-8bit": (8, 256), "adamw-4bit": (4, 128)}  # bits per entry of a moment, entries that share a float32 scale
 
 
@@ -91,6 +87,10 @@ class Updater:
             self.targets = [_target(*pair, config) for pair in zip(parameters, originals, strict=True)]
         groups = [[target] for target in self.targets] if config.step_in_backward else [self.targets]
         self.parts = [optimizer_of(group, config) for group in groups]
+        whole = {id(target): held(number, p) for number, (p, target) in enumerate(zip(parameters, self.targets, strict=True))}
+        for part in self.parts:
+            if isinstance(part, StochasticAdamW):
+                part.held = whole
         self._index = 0  # index of the current step
         self._tied: TiedEmbedding | None = None
         self._norm: torch.Tensor | None = None  # norm of the previous step's gradient, with step_in_backward
@@ -163,7 +163,7 @@ class Updater:
 
     def _update(self, part: int, indices: range | list[int]) -> None:
         device = self.targets[indices[0]].device
-        draws = self.config.precision == "bfloat16-stochastic"
+        draws = self.config.precision == "bfloat16-stochastic"  # torchao's optimizers, from the device's generator
         with seeded(device, self.config.seed or 0, self._index, part) if draws else contextlib.nullcontext():
             self.parts[part].step()
         for index in indices:
@@ -262,7 +262,7 @@ def optimizer_of(targets: list[nn.Parameter], config: TrainConfig, device: str |
     if config.optimizer in QUANTISED:
         return _torchao(config.optimizer)(targets, bf16_stochastic_round=stochastic, **settings)
     if stochastic:
-        return StochasticAdamW(targets, **settings, block=_block(device or targets[0].device.type))
+        return StochasticAdamW(targets, **settings, seed=config.seed or 0, block=block_size(device or targets[0].device.type))
     return torch.optim.AdamW(targets, fused=True, **settings)
 
 
@@ -297,7 +297,7 @@ def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
             state["step"] += 1
             rounds = self.bf16_stochastic_round and target.dtype is torch.bfloat16
             settings = (None, group["lr"], *group["betas"], group["weight_decay"], group["eps"], self.is_adamw, rounds)
-            with _flat(target) as weight:
+            with flattened(target) as weight:
                 gradient = target.grad.reshape(-1)
                 for start in range(0, len(weight), BLOCK_CPU):
                     part = slice(start, min(start + BLOCK_CPU, len(weight)))
@@ -305,15 +305,6 @@ def _torchao(name: str) -> Callable[..., torch.optim.Optimizer]:
                     adam.single_param_adam(weight[part], gradient[part], state["step"], *moments, *settings)
 
     return Quantised
-
-
-@contextlib.contextmanager
-def _flat(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Context that yields ``tensor`` flattened: a writable view or, if not contiguous, a copy that is written back on exit."""
-    whole = tensor.detach().contiguous()
-    yield whole.view(-1)
-    if not tensor.is_contiguous():
-        tensor.copy_(whole)
 
 
 def _moment_part(moment: Any, part: slice) -> torch.Tensor:
@@ -328,65 +319,6 @@ def _moment_part(moment: Any, part: slice) -> torch.Tensor:
         () if moment.codes.numel() == moment.numel() else ((part.stop - part.start,),)
     )  # the 4-bit class packs two entries per byte and takes the shape as well
     return type(moment)(codes, scale, moment.qmap, moment.signed, *packed, dtype=moment.dtype)
-
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW on bfloat16 weights and moments, computed in float32, all three rounded stochastically.
-
-    With rounding to nearest the second moment would stop changing: a step changes it by ``1 - beta2 = 0.001`` of its value,
-    which is below half the spacing of bfloat16. Draws from the global generator of the device. Temporaries: about 30 bytes per
-    element of one block, which has 2**16 elements on a CPU and 2**22 elsewhere.
-    """
-
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        block: int | None = None,
-    ):
-        self.block = block
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-                state["step"] += 1
-                moments = (state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
-                size = self.block or _block(parameter.device.type)
-                with _flat(parameter) as weight:
-                    blocks = (flat.split(size) for flat in (weight, parameter.grad.reshape(-1), *moments))
-                    for part, gradient, first, second in zip(*blocks, strict=True):
-                        _step_block(part, gradient, first, second, int(state["step"]), group)
-
-
-def _step_block(
-    weight: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: int, group: dict[str, Any]
-) -> None:
-    rate, (beta1, beta2) = group["lr"], group["betas"]
-    g, w = gradient.float(), weight.float()
-    m = first.float().lerp_(g, 1 - beta1)
-    v = second.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    scale = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    w.mul_(1 - rate * group["weight_decay"]).addcdiv_(m, scale, value=-rate / (1 - beta1**step))
-    for target, value in ((weight, w), (first, m), (second, v)):
-        round_stochastically_(target, value)
-
-
-def _block(device: str) -> int:
-    return BLOCK_CPU if device == "cpu" else BLOCK_GPU
 
 
 def _plain(value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -60,17 +60,23 @@ def converted(model: nn.Module, precision: Precision) -> Iterator[None]:
 
 
 @torch.no_grad()
-def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
+def random_bits(count: int, device: torch.device) -> torch.Tensor:
+    """Draws 16 bits for each of ``count`` values from the device's global generator, int16."""
+    # The generator's time depends on the number of draws, so one draw of 64 bits serves four values.
+    return torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:count]
+
+
+@torch.no_grad()
+def round_stochastically_(target: torch.Tensor, value: torch.Tensor, bits: torch.Tensor | None = None) -> None:
     """Writes float32 ``value`` into bfloat16 ``target`` with stochastic rounding.
 
     A value is rounded away from zero with a probability equal to the fraction of the bfloat16 spacing that truncation would
     lose. The rounding is unbiased, and exact for values that bfloat16 can represent; NaN and infinity are kept, and a value
-    beyond the largest bfloat16 becomes infinite. Draws from the global generator of the device; overwrites ``value``.
+    beyond the largest bfloat16 becomes infinite. ``bits`` are :func:`random_bits`, drawn here if None; overwrites ``value``.
     Temporaries: 6 bytes per element, 11 on a GPU or if a value is not finite.
     """
-    # The generator's time depends on the number of draws, so one draw of 64 bits serves four values.
-    drawn = torch.empty(-(-value.numel() // 4), dtype=torch.int64, device=value.device).random_(-(2**63), None)
-    drawn = drawn.view(torch.int16)[: value.numel()].view(value.shape).to(torch.int32).bitwise_and_(0xFFFF)
+    bits = random_bits(value.numel(), value.device) if bits is None else bits
+    drawn = bits.view(value.shape).to(torch.int32).bitwise_and_(0xFFFF)
     # On a GPU, `isfinite` would wait for the device; on a CPU a sum is cheaper than a mask.
     nan = None if value.device.type == "cpu" and math.isfinite(value.sum()) else value.isnan()
     # Floats are sign and magnitude: random bits added to the dropped half carry into the kept half with the wanted probability.

@@ -1,16 +1,21 @@
 """Checkpoints within a stage: model and optimizer as safetensors, counters as JSON.
 
 On several ranks every rank writes its own shards, by torch.distributed.checkpoint in its safetensors format. A checkpoint can be
-resumed on any number of ranks.
+resumed on any number of ranks. Its ``state.json`` lists the files with their sizes, so that one with a missing or torn file is not
+resumed.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import json
 import re
+import secrets
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,33 +23,80 @@ from torch import nn
 from undo_kernels.ops.layout import overlaps
 from undo_kernels.ops.sharding import local_of
 
-from undo_core.distributed import on_first
+from undo_core.distributed import count, on_first
 from undo_core.distributed.sharding import is_sharded, release
-from undo_core.distributed.storage import read_shards, stored_shapes, write_shards
+from undo_core.distributed.storage import read_shards, result_of, stored_shapes, write_shards
 from undo_core.io.files import fresh, publish, read_json, write_json
 from undo_core.training.optimizers import Updater
 
 FORMAT = (
-    1  # increase it when the computation of a step or the contents of a checkpoint change, so that no old checkpoint is resumed
+    2  # increase it when the computation of a step or the contents of a checkpoint change, so that no old checkpoint is resumed
 )
+LAST_WRITE = 60.0  # seconds that a run which an error ends waits for the checkpoint that is being written
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_training_state(folder: Path, step: int, model: nn.Module, updater: Updater, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of ``step`` under ``folder``, then removes the older ones; every rank calls it."""
-    temporary = on_first(lambda: fresh(folder / "writing"))
-    if is_sharded(model):
-        release(model)
-        write_shards(temporary, {**_stored(model, updater), **updater.tensors()})
-    else:
-        save_file(_apart(_unique(model)), temporary / "model.safetensors")
-        save_file(updater.tensors(), temporary / "optimizer.safetensors")
-    on_first(lambda: _publish(temporary, folder, step, state))
+class CheckpointWriter:
+    """Writes the checkpoints of a stage; the newest is kept. Every rank takes part in each call.
+
+    A checkpoint is written into a folder of its own and published by one rename. On several ranks the training goes on while it is
+    written; the next checkpoint and the end of the ``with`` block wait for it.
+
+    Args:
+        folder: folder of the checkpoints; None to write none.
+        model: the trained model.
+        updater: its optimizer.
+    """
+
+    def __init__(self, folder: Path | None, model: nn.Module, updater: Updater) -> None:
+        self.folder, self.model, self.updater = folder, model, updater
+        self._writing: Future | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._writing is not None:  # the error that ends the block is the one to report
+            concurrent.futures.wait([self._writing], LAST_WRITE)
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Begins the checkpoint of ``step``, with ``state`` as JSON values."""
+        if self.folder is None:
+            return
+        self.wait()
+        temporary = on_first(lambda: _begin(self.folder, step))
+        publish_it = functools.partial(_publish, temporary, self.folder, json.dumps({"step": step, "ranks": count(), **state}))
+        if is_sharded(self.model):
+            release(self.model)
+            tensors = {**_stored(self.model, self.updater), **self.updater.tensors()}
+            self._writing = write_shards(temporary, tensors, publish_it)
+        else:
+            save_file(_apart(_unique(self.model)), temporary / "model.safetensors")
+            save_file(self.updater.tensors(), temporary / "optimizer.safetensors")
+            on_first(publish_it)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that was begun is published."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            result_of(writing)
 
 
-def _publish(temporary: Path, folder: Path, step: int, state: dict[str, Any]) -> None:
-    write_json(temporary / "state.json", {"step": step, **state})
-    final = folder / f"step-{step}"
+def _begin(folder: Path, step: int) -> Path:
+    """Removes what killed runs left unfinished, and returns an empty folder for a checkpoint."""
+    for path in folder.glob("writing*"):
+        shutil.rmtree(path)
+    return fresh(folder / f"writing-{step}-{secrets.token_hex(4)}")
+
+
+def _publish(temporary: Path, folder: Path, text: str) -> None:
+    """Publishes a checkpoint whose files are complete, then removes the older ones; ``text`` is its state as JSON."""
+    state = json.loads(text)
+    files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    write_json(temporary / "state.json", {**state, "files": files})
+    final = folder / f"step-{state['step']}"
     if final.exists():  # a resumed run saves the same step again
         shutil.rmtree(final)
     publish(temporary, final)
@@ -57,12 +109,23 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
     """Returns the newest complete checkpoint under ``folder`` and its state, or None if there is none.
 
     Raises:
-        ValueError: the checkpoint was made with a different ``made_by``; the message names what differs.
+        ValueError: there are checkpoints and none is complete, or the checkpoint was made with a different ``made_by``; the
+            message names what is missing or differs.
     """
-    steps = [int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    if not steps:
+    steps = sorted((int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))), reverse=True)
+    damaged = ""
+    for step in steps:
+        newest = folder / f"step-{step}"
+        fault = _fault(newest)
+        if not fault:
+            break
+        damaged = damaged or f"{newest} {fault}"
+    else:
+        if damaged:
+            raise ValueError(f"checkpoint: got one that is not complete: {damaged}; delete {folder} to begin the stage again")
         return None
-    newest = folder / f"step-{max(steps)}"
+    if damaged:
+        print(f"checkpoint: {damaged}; continuing from {newest.name}", flush=True)
     state = read_json(newest / "state.json")
     found, wanted = _flat(state.get("made_by", {})), _flat(json.loads(json.dumps(made_by)))
     changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
@@ -71,6 +134,19 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
         hint = "; a run resumes from the model as it was before its first step" if "model.weights" in changed else ""
         raise ValueError(f"folder: got {folder.parent} with a checkpoint made with {was}; wanted {now}, or a new folder{hint}")
     return newest, state
+
+
+def _fault(checkpoint: Path) -> str:
+    """Says which of its files a checkpoint lacks, or has in part only; empty if it is complete."""
+    if not (checkpoint / "state.json").exists():
+        return "lacks state.json"
+    state = read_json(checkpoint / "state.json")
+    for name, size in state.get("files", {}).items():
+        if not (checkpoint / name).exists():
+            return f"lacks {name}, written by one of {state['ranks']} ranks"
+        if (found := (checkpoint / name).stat().st_size) != size:
+            return f"has {found} of the {size} bytes of {name}"
+    return ""
 
 
 def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) -> None:

@@ -153,8 +153,7 @@ class Chunk:
         if "picked" in sums:
             self.picked[:n] = sums.pop("picked")
         for name, values in sums.items():
-            if name != "witness":
-                self.state[Field[name.upper()], :n] = values
+            self.state[Field[name.upper()], :n] = values
 
     def finish(self) -> None:
         """Computes the log-sum-exps and the values per token that the gradient derives from them."""

@@ -203,9 +203,8 @@ class _Run:
         if self.shard is not None and self.plan.first_pass:
             sums = [chunk.sums() for chunk in part]
             whole = {name: torch.cat([one[name] for one in sums]) for name in sums[0]}
-            checksum, room = self.shard.witness(self.problem.student.hidden)
-            counted = slice(None) if self.index is None else self.index
-            merged = self.shard.merged(whole, (checksum[counted], room[counted]))
+            witness = self.shard.witness(self.problem.student.hidden)
+            merged = self.shard.merged(whole, witness if self.index is None else witness[:, self.index])
             at = 0
             for chunk in part:
                 chunk.put_sums({name: values[at : at + chunk.tokens] for name, values in merged.items()})

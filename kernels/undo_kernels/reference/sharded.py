@@ -48,8 +48,7 @@ class Exchange(Whole):
         if self.l:
             return tuple(self.shard.sum_(torch.stack(columns)))
         hidden = self.problem.student.hidden.detach()
-        checksum, room = self.shard.witness(hidden)
-        extra = [checksum[:, None].to(self.z_s.dtype)]
+        extra = list(self.shard.witness(hidden)[:, :, None])
         if self.own is not None:
             at = self.z_s.gather(1, self.own.clamp_min(0)[:, None]) if self.z_s.shape[1] else columns[0]
             extra.append(torch.where(self.own[:, None] >= 0, at, 0.0))
@@ -63,9 +62,10 @@ class Exchange(Whole):
             ]
             holds = torch.stack([largest(z)[:, 0] == m[:, 0] for z, m in zip((self.z_s, self.z_t), self.m, strict=True)])
             extra += self.shard.words(holds, tops[0] == tops[1]).to(self.z_s.dtype)[:, :, None].unbind()
-        whole = self.shard.sum_(torch.stack([*columns, *extra]))
-        found, extra = whole[: len(columns)], list(whole[len(columns) :])
-        wrong = self.shard.differ(checksum, extra.pop(0)[:, 0].double(), room)
+        whole = self.shard.sum_(torch.stack([column.double() for column in (*columns, *extra)]))
+        wrong = self.shard.differ(whole[len(columns) :][:3, :, 0])
+        whole = whole.to(self.z_s.dtype)
+        found, extra = whole[: len(columns)], list(whole[len(columns) + 3 :])
         self.l = (torch.where(wrong[:, None], math.nan, found[0]), *found[1:])
         if self.own is not None:
             self.label = extra.pop(0)[:, 0]

@@ -249,9 +249,10 @@ class Run:
         s, p, out, zero = self.shapes, self.problem, self.per_token, self.zero
         exchange = p.shard is not None and s.student_sums
         if exchange:
-            witness = [t if self.index is None else t[self.index] for t in p.shard.witness(p.student.hidden)]
+            witness = p.shard.witness(p.student.hidden)
+            witness = (witness if self.index is None else witness[:, self.index])[:, part]
             partial, merged = exchanged(
-                p.shard, partial[:, : lse_s.shape[0]], (witness[0][part], witness[1][part]), teacher=teacher, cross=self.crossed,
+                p.shard, partial[:, : lse_s.shape[0]], witness, teacher=teacher, cross=self.crossed,
                 statistics=p.statistics and s.dense, less_one=tiles and not self.fast, differences=not (tiles or self.fast),
                 unit=LN2.value if self.fast else 1.0,
                 label=torch.where(self.labels[part] >= 0, self.label_z[part], torch.nan) if self.labelled else None,

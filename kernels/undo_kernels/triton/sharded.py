@@ -15,7 +15,7 @@ _TOPS = {"top_s": TOP_S, "top_t": TOP_T}
 def exchanged(
     shard: VocabularyShard,
     partial: torch.Tensor,
-    witness: tuple[torch.Tensor, torch.Tensor],
+    witness: torch.Tensor,
     *,
     teacher: bool,
     cross: bool,

@@ -10,6 +10,7 @@ import torch
 from rank_cases import CONFIG, MODELS, STAGES, first_gradients, largest_error, pretraining, sequences, untied
 from ranks import on_ranks
 from stage_kinds import NOWHERE
+from torch.distributed.tensor import distribute_tensor
 from wire import CountCollectives
 
 from undo_core import distributed
@@ -21,8 +22,9 @@ from undo_core.pipeline.stages import Distill, Unlearn
 from undo_core.planning.communication import stage_collectives
 from undo_core.training import TrainConfig
 from undo_core.training.batches import SequenceSource
+from undo_core.training.optimizers import Updater
 from undo_core.training.precision import weight_dtype
-from undo_core.training.sharded import check_ranks
+from undo_core.training.sharded import check_ranks, sharded
 from undo_core.unlearning import UnlearnConfig
 
 # One case of each kind of loss, teacher and attack; `make test-distributed` runs all on every model.
@@ -40,6 +42,8 @@ MICRO = dataclasses.replace(CONFIG, micro_batch_size=4)
 # With a large eps AdamW's step is smooth in the gradient; with a small one the rounding of a gradient near 0 moves a weight by lr.
 CURVE = TrainConfig(steps=4, batch_size=8, lr=1e-2, eps=1e-2, clip=0.5, eval_every=2, seed=1)
 MASTERED = dataclasses.replace(CURVE, precision="bfloat16-master")
+STOCHASTIC = dataclasses.replace(CURVE, precision="bfloat16-stochastic")
+BOUNDS = {"float32": (CURVE, 1e-5), "bfloat16-master": (MASTERED, 2**-7), "bfloat16-stochastic": (STOCHASTIC, 2**-5)}
 
 
 class Killed(SequenceSource):
@@ -63,6 +67,26 @@ def curve(config, folder, killed=False):
         return None
     state = model.state_dict() if distributed.count() == 1 else whole_state(model, weight_dtype(config.precision))
     return state, result.history
+
+
+def stochastic(seed=3):
+    """Whole weights after three updates with gradients that do not depend on the number of ranks; blocks of 100 elements."""
+    model, config = untied(), TrainConfig(precision="bfloat16-stochastic", lr=1e-2, seed=seed, clip=0.0)
+    trained = list(model.parameters())
+    trained = trained if distributed.count() == 1 else sharded(model, trained, config)
+    updater = Updater(model, trained, config)
+    (optimizer,) = updater.parts
+    optimizer.block = 100  # no shard begins with a block
+    for step in range(3):
+        updater.begin(step, config.lr)
+        for number, parameter in enumerate(trained):
+            generator = torch.Generator().manual_seed(10 * step + number)
+            gradient = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
+            parameter.grad = (
+                distribute_tensor(gradient, parameter.device_mesh, parameter.placements) if updater.sharded else gradient
+            )
+        updater.step()
+    return whole_state(model) if updater.sharded else model.state_dict()
 
 
 def outside(model):
@@ -92,11 +116,12 @@ def everything(folder):
     """Runs all cases on this rank; the results count on rank 0."""
     found = {case: first_gradients(MODELS[case[1]](), STAGES[case[0]]) for case in CASES}
     found["micro"] = first_gradients(untied(), pretraining, MICRO)
-    for name, config in (("float32", CURVE), ("bfloat16-master", MASTERED)):
+    for name, (config, _) in BOUNDS.items():
         found[name] = curve(config, None)
         curve(config, folder / f"{name}-killed", killed=True)
         found[f"{name}-resumed"] = curve(config, folder / f"{name}-killed")
     curve(CURVE, folder / "to-one", killed=True)
+    found["stochastic"] = stochastic()
     found["moved"] = {case: moved(case) for case in PLANNED}
     found["outside"] = outside(untied())
     found["from-one"] = curve(CURVE, folder / "from-one")
@@ -131,8 +156,9 @@ def test_micro_batches_are_shared_out(two):
     assert largest_error(two["micro"], first_gradients(untied(), pretraining, MICRO)) < 2e-6
 
 
-@pytest.mark.parametrize(("name", "config", "bound"), [("float32", CURVE, 1e-5), ("bfloat16-master", MASTERED, 2**-7)])
-def test_curves_agree_to_rounding(two, name, config, bound):
+@pytest.mark.parametrize("name", BOUNDS)
+def test_curves_agree_to_rounding(two, name):
+    config, bound = BOUNDS[name]
     state, history = alone(config)
     assert largest_error(two[name][0], state) < bound
     assert [entry["step"] for entry in two[name][1]] == [entry["step"] for entry in history]
@@ -141,7 +167,14 @@ def test_curves_agree_to_rounding(two, name, config, bound):
         assert got.get("loss", 0) == pytest.approx(wanted.get("loss", 0), rel=bound)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16-master"])
+def test_stochastic_rounding_draws_the_bits_of_one_process(two):
+    wanted = stochastic()
+    assert all(torch.equal(two["stochastic"][name], tensor) for name, tensor in wanted.items())
+    other = stochastic(seed=4)
+    assert not any(torch.equal(other[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("name", BOUNDS)
 def test_killed_on_two_ranks_it_ends_with_the_same_bits(two, name):
     (state, history), (resumed, again) = two[name], two[f"{name}-resumed"]
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in state.items()) and history == again
@@ -183,7 +216,6 @@ def test_rank_0_acts_as_if_alone(two):
         ({"optimizer": "adamw-8bit"}, "optimizer: got adamw-8bit on 2 ranks"),
         ({"optimizer": "adafactor"}, "optimizer: got adafactor on 2 ranks"),
         ({"optimizer": "adamw-offload"}, "optimizer: got adamw-offload on 2 ranks"),
-        ({"precision": "bfloat16-stochastic"}, "precision: got bfloat16-stochastic on 2 ranks"),
         ({"step_in_backward": True}, "step_in_backward: got true on 2 ranks"),
         ({"micro_batch_size": 1}, "micro_batch_size: got micro-batches of 1 sequences on 2 ranks"),
         ({"micro_batch_size": 7}, "micro_batch_size: got micro-batches of 1 sequences on 2 ranks"),  # 8 = 7 + 1

@@ -14,7 +14,7 @@ from undo_core import TrainConfig, UnlearnConfig, ops, unlearn
 from undo_core.data.sequences import Sequences
 from undo_core.models import forward_flops
 from undo_core.training.batches import Batch
-from undo_core.training.training_state import save_training_state
+from undo_core.training.training_state import CheckpointWriter
 from undo_core.unlearning import METHODS, RMUConfig, unlearn_flops
 from undo_core.unlearning.activations import Trunk, evaluating
 
@@ -292,13 +292,14 @@ def test_a_killed_run_continues_to_the_same_bits_against_the_original_activation
 
     whole = run(tmp_path / "whole")
 
-    def save_and_die(folder, step, *rest):
-        save_training_state(folder, step, *rest)
-        if step == 3:
-            raise Killed
+    class Dying(CheckpointWriter):
+        def write(self, step, state):
+            super().write(step, state)
+            if step == 3:
+                raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("undo_core.training.loop.save_training_state", save_and_die)
+        patch.setattr("undo_core.training.loop.CheckpointWriter", Dying)
         with pytest.raises(Killed):
             run(tmp_path / "cut")
     resumed = run(tmp_path / "cut")

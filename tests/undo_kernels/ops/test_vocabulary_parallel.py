@@ -39,9 +39,9 @@ def test_on_more_processes_with_more_options(world, which, tmp_path):
 def test_what_is_exchanged_does_not_depend_on_the_vocabulary():
     """The figures of the guide: a call on 8,192 tokens of width 2,304."""
     found = bytes_exchanged("forward", 8192, 2304, 8)
-    assert found == {"maxima": 8192 * 16, "sums": 8192 * 32, "losses": 8192 * 8, "hidden gradient": 8192 * 2304 * 4}
-    assert bytes_exchanged("own", 10, 4, 2, labels=True, gradient=False) == {"maxima": 80, "sums": 240}
-    assert bytes_exchanged("bucket", 10, 4, 2, known=6)["sums"] == 10 * 8 * 8
+    assert found == {"maxima": 8192 * 16, "sums": 8192 * 48, "losses": 8192 * 8, "hidden gradient": 8192 * 2304 * 4}
+    assert bytes_exchanged("own", 10, 4, 2, labels=True, gradient=False) == {"maxima": 80, "sums": 400}
+    assert bytes_exchanged("bucket", 10, 4, 2, known=6)["sums"] == 10 * 8 * 10
 
 
 def test_a_sharded_head_of_one_process_is_the_whole_head():

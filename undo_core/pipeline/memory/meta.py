@@ -262,7 +262,8 @@ class _Steps:
         self.temporaries = {}  # bytes of an update by number of elements; computed here, outside any other count
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
-            self.temporaries[p.numel()] = _update_bytes(p.numel(), dtype, settings.optimizer, settings.precision, device)
+            own = math.ceil(p.numel() / self.ranks)
+            self.temporaries[p.numel()] = _update_bytes(own, dtype, settings.optimizer, settings.precision, device)
         live.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters) // self.ranks
 
     @contextlib.contextmanager
@@ -281,7 +282,7 @@ class _Steps:
     def step(self) -> None:
         """Counts the optimizer's step over all gradients, then frees them."""
         if not self.settings.step_in_backward and not self.remote:
-            self.live.touch("optimizer", max(map(self._temporary, self.parameters)) // self.ranks)
+            self.live.touch("optimizer", max(map(self._temporary, self.parameters)))
         if self.shards is not None:
             self.shards.stepped()
         self.masters.clear()
