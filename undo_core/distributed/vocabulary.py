@@ -191,7 +191,9 @@ def divide(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
     model, group = bare(model), Group(layout.mesh["tensor"], layout.control)
     output, embedding = check_divisible(model, group.mesh)
     if embedding is not None and (embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse):
-        raise ValueError("model: got a tied embedding with max_norm, scale_grad_by_freq or sparse, wanted one without for parallel.tensor")
+        raise ValueError(
+            "model: got a tied embedding with max_norm, scale_grad_by_freq or sparse, wanted one without for parallel.tensor"
+        )
     whole = output.weight
     output.weight = nn.Parameter(_part(whole.data, group.mesh), whole.requires_grad)
     whole.data = whole.data.new_empty(0)
