@@ -126,6 +126,8 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
         notes.append(
             f"Stages that send nothing run on rank 0. Times are of one process; {ranks} ranks divide the work of a step."
         )
+        if config.parallel.tensor > 1:
+            notes.append(f"Groups of {config.parallel.tensor} ranks share a head (parallel.tensor).")
     elif config.workers > 1:
         notes.append(f"Memory is that of one stage; up to {config.workers} stages run at the same time.")
     else:

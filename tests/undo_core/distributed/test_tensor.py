@@ -12,12 +12,13 @@ from stage_kinds import NOWHERE
 from undo_kernels.ops import dispatch
 from wire import CountCollectives
 
-from undo_core import distributed
+from undo_core import distributed, parallelize_head
 from undo_core.data.sequences import Sequences
 from undo_core.distributed import ParallelConfig
+from undo_core.distributed.head_ops import logits_of, most_likely
 from undo_core.distributed.sharding import shard
 from undo_core.evaluation.metrics import evaluate
-from undo_core.models import head_of
+from undo_core.models import head_of, hidden_states
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
 from undo_core.planning.communication import exchange_collectives, stage_collectives
@@ -31,7 +32,6 @@ TWO = [
     ("rmu-all", "demo"),
     ("repnoise", "tied"),
     ("distill-resident", "demo"),
-    ("distill-streamed", "tied"),
     ("distill-cached", "untied"),
     ("distill-topk", "demo"),
     ("relearn-lora", "tied"),
@@ -79,6 +79,16 @@ def evaluated(model):
     return {name: evaluate(model, part, batch_size=4)["value"] for name, part in parts.items()}
 
 
+@torch.no_grad()
+def scores_for_the_same_tokens(model, mesh=None):
+    """Most likely tokens, and logits of some, of a model whose head is whole, or shared by ranks that all have these tokens."""
+    ids = sequences(3).input_ids.long()
+    if mesh is not None:
+        parallelize_head(model, mesh)
+    hidden, head = hidden_states(model, ids).flatten(0, 1), head_of(model)
+    return most_likely(hidden, head), logits_of(hidden, head, torch.arange(30)[:, None] * torch.tensor([3, 5]) % 17)
+
+
 def unpadded(count=40, seed=0):
     """Sequences of one length, so that all ranks have as many counted tokens."""
     ids = torch.randint(2, rank_cases.VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
@@ -106,8 +116,9 @@ def everything(cases, planned):
     found["rows"] = shared.lm_head.weight.to_local().shape[0], distributed.tensor()
     with pytest.raises(ValueError, match="sharded here"):
         head_of(shared)
-    with pytest.raises(ValueError, match="parallel.tensor: got 3 on"):
+    with pytest.raises(ValueError, match=r"parallel\.tensor: got 3 on"):
         distributed.arrange(ParallelConfig(tensor=3))
+    found["same"] = scores_for_the_same_tokens(MODELS["tied"](), distributed.layout().mesh["tensor"])
     found["moved"] = {case: moved(case) for case in planned}
     return found if distributed.rank() == 0 else None
 
@@ -140,6 +151,12 @@ def test_evaluations_are_those_of_one_process(two, four, model):
         assert found["evaluated"][model] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_ranks_with_the_same_tokens_find_the_same_scores(two):
+    likely, logits = scores_for_the_same_tokens(MODELS["tied"]())
+    assert torch.equal(two["same"][0], likely)
+    torch.testing.assert_close(two["same"][1], logits)
+
+
 def test_a_rank_holds_its_part_of_the_head(two, four):
     assert (two["rows"], four["rows"]) == ((9, 2), (5, 2))  # of 17 entries
 
@@ -158,9 +175,9 @@ def test_the_plan_predicts_what_moves(two, four, ranks, case, monkeypatch):
 
 
 def test_one_process_shares_no_head():
-    with pytest.raises(ValueError, match="parallel.tensor: got 2 for a process that runs alone"):
+    with pytest.raises(ValueError, match=r"parallel\.tensor: got 2 for a process that runs alone"):
         distributed.arrange(ParallelConfig(tensor=2))
-    with pytest.raises(ValueError, match="parallel.tensor: got 0, wanted an integer >= 1"):
+    with pytest.raises(ValueError, match=r"parallel\.tensor: got 0, wanted an integer >= 1"):
         ParallelConfig(tensor=0)
     distributed.arrange(ParallelConfig())
     assert distributed.tensor() == 1

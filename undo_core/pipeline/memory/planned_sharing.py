@@ -61,12 +61,12 @@ class PlannedSharing(Sharing):
         return model
 
     def called(self, problem: Problem) -> None:
-        """Counts what a call of a fused loss exchanges."""
+        """Counts what a call of a fused loss exchanges; where logits are so few that plain PyTorch computes them, there is no such call."""
         if self.ranks > 1:
             known = 0 if problem.indices is None else problem.indices.shape[1]
             given = {"labels": problem.labels is not None, "known": known, "gradient": problem.needs[0]}
-            hidden = problem.student.hidden
-            parts = bytes_exchanged(problem.target, *hidden.shape, self.ranks, statistics=problem.statistics, **given)
+            tokens, width = problem.student.hidden.shape
+            parts = bytes_exchanged(problem.target, tokens, width, self.ranks, statistics=problem.statistics, **given)
             if problem.lse_s is not None and problem.teacher is None and problem.indices is None:
                 parts = {what: parts[what] for what in parts if what == "hidden gradient"}  # the forward pass had all sums
             for what, payload in parts.items():

@@ -67,7 +67,7 @@ class Shards:
     ) -> None:
         self.live, self.ranks, self.tensor = live, ranks, tensor
         layers = units_of(model)
-        self.head = list(model.get_output_embeddings().parameters()) if tensor > 1 else []
+        self.head = _shared(model, tensor)
         self._of_head = {id(p) for p in self.head}
         inside = {id(p) for layer in layers for p in layer.parameters()} | self._of_head
         self.root = [p for p in model.parameters() if id(p) not in inside]
@@ -172,8 +172,13 @@ def resident_share(model: nn.Module, ranks: int, tensor: int = 1) -> float:
     if ranks == 1:
         return 1.0
     whole, layers = _bytes(model.parameters()), _bytes(p for layer in units_of(model) for p in layer.parameters())
-    head = _bytes(model.get_output_embeddings().parameters()) if tensor > 1 else 0
+    head = _bytes(_shared(model, tensor))
     return (layers / ranks + (whole - layers - head) * (1 + 1 / ranks) + head * (1 + tensor / ranks)) / whole
+
+
+def _shared(model: Any, tensor: int) -> list[nn.Parameter]:
+    """The parameters of which a rank has a part where ``tensor`` ranks share a head: those of the head, an embedding tied to it included."""
+    return list(model.get_output_embeddings().parameters()) if tensor > 1 else []
 
 
 def part(size: int, ranks: int) -> int:
