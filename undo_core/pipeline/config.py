@@ -334,7 +334,7 @@ class RunConfig:
         seed: seed from which all other seeds derive, unless a stage sets its own.
         workers: number of stages that run in parallel, each with its share of the CPU threads. Continue a run with the number
             that it was started with: the order of a sum, and so its last bit, can depend on the number of threads.
-        parallel: how the ranks of ``torchrun`` work together.
+        parallel: how the ranks of torchrun work together.
         data: what is retained and what is forgotten.
         pretrain: pretraining of the original and of the data-filtering control.
         unlearn: how the capability is suppressed.
