@@ -15,6 +15,7 @@ from undo_core.checkpoints.files import check_checkpoint
 from undo_core.cli.folders import build, check_prepared, print_left, print_noise
 from undo_core.distillation.cache import FACTS
 from undo_core.distillation.teacher import TeacherConfig
+from undo_core.distributed.config import ParallelConfig
 from undo_core.io.files import read_json, write_json
 from undo_core.io.progress import console
 from undo_core.noise.checkpoint import describe_replay, replay_checkpoint
@@ -43,7 +44,9 @@ def prepare(output: str, data: DataConfig, model: ModelConfig, seed: int = 0) ->
     return 0
 
 
-def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnConfig()) -> int:
+def unlearn(
+    model: str, output: str, data: str, config: UnlearnConfig = UnlearnConfig(), parallel: ParallelConfig = ParallelConfig()
+) -> int:
     """Suppress the capability shown by the forget data in the checkpoint MODEL and write the result to OUTPUT.
 
     Args:
@@ -51,7 +54,9 @@ def unlearn(model: str, output: str, data: str, config: UnlearnConfig = UnlearnC
         output: folder to make.
         data: folder made by ``undo prepare``.
         config: method and training.
+        parallel: how the ranks of torchrun work together.
     """
+    distributed.arrange(parallel)
     build(output, Unlearn(config=config, prepared=_folder(data), model=_folder(model)))
     console.print(f"to see what it has forgotten: undo evaluate {shlex.quote(output)} {shlex.quote(data)}", soft_wrap=True)
     return 0
@@ -214,6 +219,7 @@ def distill(
     hidden_weight: float = 0.0,
     hidden_layers: list[int] | None = None,
     vocab_size: int | None = None,
+    parallel: ParallelConfig = ParallelConfig(),
 ) -> int:
     """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
 
@@ -234,7 +240,9 @@ def distill(
         vocab_size: number of real tokens, for a head that is padded to more vocabulary entries; the KL leaves the padding out.
             null for all entries or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for those
             of the smaller head.
+        parallel: how the ranks of torchrun work together.
     """
+    distributed.arrange(parallel)
     config, source = TeacherConfig("streamed" if streamed else "resident"), None
     if cache is not None:
         if streamed:
@@ -261,7 +269,9 @@ def distill(
     return 0
 
 
-def relearn(model: str, output: str, data: str, config: AttackConfig = AttackConfig()) -> int:
+def relearn(
+    model: str, output: str, data: str, config: AttackConfig = AttackConfig(), parallel: ParallelConfig = ParallelConfig()
+) -> int:
     """Attack the checkpoint MODEL at every learning rate; write a folder for each rate and curves.json to OUTPUT.
 
     --kind=lora trains adapters and merges them. --kind=fewshot and --kind=quantise train nothing and write one folder for each
@@ -272,7 +282,9 @@ def relearn(model: str, output: str, data: str, config: AttackConfig = AttackCon
         output: folder to make.
         data: folder made by ``undo prepare``.
         config: the grid and the evaluations.
+        parallel: how the ranks of torchrun work together.
     """
+    distributed.arrange(parallel)
     check_installed(config.kind)
     config = with_seed(config, 0)
     check_prepared(Path(data))

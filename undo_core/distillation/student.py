@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from undo_core import distributed
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.distributed.sharding import shard
-from undo_core.models import check_vocab_size, head_of, vocabulary_of
+from undo_core.distributed.vocabulary import divide, divided
+from undo_core.models import Head, check_vocab_size, head_of, vocabulary_of
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.losses import HiddenTargets, Match, distillation
 
@@ -73,6 +76,12 @@ def distill(
     _check_apart(student, known)
     head_of(student)  # raises before anything is changed
     vocab_size = common_vocabulary(student, known, vocab_size)
+    own, other = vocabulary_of(student), known.vocabulary
+    if distributed.tensor() > 1 and own != other and getattr(known, "kind", None) != "topk":
+        raise ValueError(
+            f"parallel.tensor: got {distributed.tensor()} for heads of {own} and {other} vocabulary entries, wanted 1, or equal numbers, "
+            "of which a rank holds the same ones"
+        )
     known.check(text)
     limits = limits_of(student, *([known.model] if isinstance(known, ModelTeacher) else []))
     match = None
@@ -96,8 +105,7 @@ def distill(
             "teacher": teacher_identity(known),
             "matched": None if match is None else dataclasses.asdict(match),
         }
-    if isinstance(known, ModelTeacher) and not hasattr(known.model, "_undo_reader"):  # a streamed teacher stays on disk
-        shard(known.model)
+    known = _spread(known)
     return train(
         student,
         loss,
@@ -109,6 +117,19 @@ def distill(
         progress=progress,
         **train_options,
     )
+
+
+def _spread(teacher: Teacher) -> Teacher:
+    """Returns the teacher with its weights divided among the ranks, or its head among those that share heads."""
+    layout = distributed.layout()
+    if isinstance(teacher, ModelTeacher) and not hasattr(teacher.model, "_undo_reader"):
+        shard(teacher.model)
+    elif isinstance(teacher, ModelTeacher) and layout is not None:  # the layers of a streamed teacher stay on disk
+        divide(teacher.model, layout)
+    elif layout is not None and isinstance(getattr(teacher, "head", None), Head):  # of a cache
+        teacher = copy.copy(teacher)
+        teacher.head = divided(teacher.head, layout)
+    return teacher
 
 
 def _check_apart(student: nn.Module, teacher: Teacher) -> None:

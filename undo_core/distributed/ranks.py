@@ -7,6 +7,7 @@ decides; the others follow. A process that runs alone is rank 0 of one, for whic
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import sys
@@ -17,7 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
+from undo_core.distributed.config import ParallelConfig
 from undo_core.io.progress import console, send_updates_to
 
 T = TypeVar("T")
@@ -30,6 +33,20 @@ class OtherRankFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Groups of neighbouring ranks that share heads.
+
+    Attributes:
+        mesh: dimension ``tensor`` are the ranks of a group, which hold different parts; dimension ``data`` are the ranks that hold the
+            same part.
+        control: process group of this rank's group, on CPUs.
+    """
+
+    mesh: DeviceMesh
+    control: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
 class _Ranks:
     """This process among those of the run.
 
@@ -39,6 +56,7 @@ class _Ranks:
         control: process group for decisions, on CPUs.
         background: process group on CPUs for a thread that writes a checkpoint beside the training.
         store: key-value store that outlives a failed process; None if another made the default process group.
+        layout: groups of ranks that share heads; None if every rank has whole ones.
     """
 
     rank: int
@@ -46,6 +64,7 @@ class _Ranks:
     control: dist.ProcessGroup
     background: dist.ProcessGroup
     store: dist.Store | None
+    layout: Layout | None = None
 
 
 _ranks: _Ranks | None = None
@@ -81,6 +100,27 @@ def start() -> None:
         console.quiet = True
 
 
+def arrange(config: ParallelConfig) -> None:
+    """Divides the ranks into groups of ``config.tensor`` that share the heads of models sharded from now on; every rank calls it.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of ``config.tensor``; a process that runs alone is one rank.
+    """
+    global _ranks
+    config.check(count())
+    if _ranks is None or config.tensor == tensor():
+        return
+    layout = None
+    if config.tensor > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (_ranks.count // config.tensor, config.tensor)
+        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", shape, mesh_dim_names=("data", "tensor"))
+        control, _ = dist.new_subgroups(config.tensor, backend="gloo", timeout=PATIENCE)
+        layout = Layout(mesh, control)
+    _ranks = dataclasses.replace(_ranks, layout=layout)
+
+
 def stop() -> None:
     """Leaves the processes that :func:`start` joined; a default process group that the caller made stays."""
     global _joined, _ranks
@@ -89,6 +129,8 @@ def stop() -> None:
     if _ranks.store is None:
         dist.destroy_process_group(_ranks.control)
         dist.destroy_process_group(_ranks.background)
+        if _ranks.layout is not None:
+            dist.destroy_process_group(_ranks.layout.control)
     else:
         dist.destroy_process_group()
     _ranks, _joined = None, False
@@ -115,6 +157,17 @@ def rank() -> int:
 def count() -> int:
     """Number of processes; 1 for a process that runs alone."""
     return 1 if _ranks is None else _ranks.count
+
+
+def layout() -> Layout | None:
+    """The groups of ranks that share heads, as :func:`arrange` made them; None if every rank has whole heads."""
+    return None if _ranks is None else _ranks.layout
+
+
+def tensor() -> int:
+    """Number of ranks that share a head; 1 if every rank has whole heads."""
+    own = layout()
+    return 1 if own is None else own.mesh["tensor"].size()
 
 
 def control() -> dist.ProcessGroup | None:

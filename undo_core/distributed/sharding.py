@@ -1,7 +1,9 @@
 """Models whose parameters are sharded over the ranks by FSDP2, and computations that need them whole.
 
 Each element of the largest list of layers is a unit of its own, gathered before it computes and freed after it. All other
-parameters (embedding, final norm and head, tied or not) are in the root unit. The trunk and the loss must run inside *one* method
+parameters (embedding, final norm and head, tied or not) are in the root unit, except where ranks share heads
+(:func:`undo_core.distributed.arrange`): each of them then holds a part of the head and of an embedding tied to it, and these are a unit
+that is sharded over, and gathered among, the ranks with the same part. The trunk and the loss must run inside *one* method
 of the whole model that FSDP2 knows as a forward pass: only there the head is whole, and its gradient is reduced. :func:`run` does
 that. A head that is read outside is a ``DTensor``, which :func:`undo_core.models.head_of` refuses.
 
@@ -23,10 +25,11 @@ from undo_kernels.ops.checks import is_dtensor
 from undo_kernels.ops.sharding import local_of
 
 from undo_core.distributed import ranks
+from undo_core.distributed.vocabulary import divide
 from undo_core.models import UnsupportedHead, head_of
 from undo_core.models.adapters import bare
 
-_METHOD, _UNITS = "_undo_forward", "_undo_units"
+_METHOD, _UNITS, _SHARED = "_undo_forward", "_undo_units", "_undo_shared"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,14 +56,17 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
     if any(map(is_dtensor, model.parameters())):
         raise ValueError("model: got one whose parameters are sharded already, wanted a whole model on every rank")
     measure(model)
-    whole = list(model.parameters())
+    layout, whole = ranks.layout(), list(model.parameters())
+    shared: Any = [] if layout is None else divide(model, layout)
     mesh = init_device_mesh(whole[0].device.type, (ranks.count(),), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = units_of(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if shared:
+        fully_shard(shared, mesh=layout.mesh["data"], mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    units: list[Any] = [model, *layers]  # now FSDP modules
+    units: list[Any] = [model, *shared[:1], *layers]  # now FSDP modules
     for module in units:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies first
@@ -68,7 +74,7 @@ def shard(model: nn.Module, compute: torch.dtype | None = None) -> None:
         parameter.data = parameter.data.new_empty(0)
     setattr(model, _METHOD, types.MethodType(_forward, model))
     register_fsdp_forward_method(model, _METHOD)
-    vars(model)[_UNITS] = units
+    vars(model)[_UNITS], vars(model)[_SHARED] = units, shared[:1]
 
 
 def measure(model: nn.Module) -> None:
@@ -131,12 +137,25 @@ def whole_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
         if name not in saved:
             continue
         if id(tensor) not in by_id:  # tied parameters are gathered once, and stay tied
-            value = tensor.full_tensor() if is_dtensor(tensor) else tensor
+            value = full(tensor)
             if name in parameters and dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
             by_id[id(tensor)] = value.cpu() if ranks.rank() == 0 else value.new_empty(0)
         found[name] = by_id[id(tensor)]
     return {name: found[name] for name in saved} if ranks.rank() == 0 else None
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a ``DTensor`` whole, on every rank; any other tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    placements = list(tensor.placements)
+    for dimension in range(tensor.device_mesh.ndim):  # the outer ones first, as FSDP has cut the parts of a head again
+        placements[dimension] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def like_shard(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -164,6 +183,8 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def _forward(model: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    for unit in vars(model)[_SHARED]:
+        unit.unshard()  # no forward pass of the head runs, which would do it
     return function(model, *arguments)
 
 

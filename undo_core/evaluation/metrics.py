@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from undo_core import distributed, ops
+from undo_core import distributed
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
+from undo_core.distributed.head_ops import linear_cross_entropy, logits_of, most_likely
 from undo_core.distributed.sharding import run
-from undo_core.models import Head, evaluating, head_of, hidden_states
+from undo_core.models import evaluating, head_of, hidden_states
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 sequences
-LOGITS = 1 << 25  # largest number of logits held at once
 
 
 @torch.no_grad()
@@ -124,35 +124,14 @@ def letter_logits(model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor, c
     Within a sequence they differ from log-likelihoods by a constant. Only the letters' vocabulary entries of the head are read.
     """
     hidden = _hidden(model, ids, None)[torch.arange(len(ids), device=ids.device), at - 1]
-    head, letters = head_of(model), choices.clamp_min(0)
-    bias = None if head.bias is None else head.bias[letters].float()
-    products = torch.bmm(head.weight[letters].float(), hidden.float()[:, :, None])[:, :, 0]
-    return _logits(products, bias, head).masked_fill(choices < 0, -math.inf)
-
-
-def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Returns the tokens ``[n]`` with the largest logits, from hidden states ``[n, d]``."""
-    weight, bias = head.weight.float().T, None if head.bias is None else head.bias.float()
-    tokens = []
-    for part in hidden.split(max(1, LOGITS // weight.shape[1])):
-        tokens.append(_logits(part.float() @ weight, bias, head).argmax(-1))
-    return torch.cat(tokens)
-
-
-def _logits(logits: torch.Tensor, bias: torch.Tensor | None, head: Head) -> torch.Tensor:
-    """Applies the head's bias, scale and softcap to ``hidden @ weight.T``. The softcap matters because it can create ties."""
-    if bias is not None:
-        logits = logits + bias
-    logits = logits * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return logits_of(hidden, head_of(model), choices.clamp_min(0)).masked_fill(choices < 0, -math.inf)
 
 
 def token_nats(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """Returns ``[batch, 2]`` float64: the cross-entropy in nats summed over a sequence's labels, and the number of labels."""
     labels, mask = ids[:, 1:], mask[:, 1:]
-    head = head_of(model)
-    summed = ops.linear_cross_entropy(
-        _hidden(model, ids, positions), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
+    summed = linear_cross_entropy(
+        _hidden(model, ids, positions), head_of(model), labels.masked_fill(~mask, -100), reduction="none"
     )
     return torch.stack([summed.double().sum(1), mask.double().sum(1)], dim=1)
 

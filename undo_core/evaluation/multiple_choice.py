@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from undo_core import ops
 from undo_core.data.encoding import encoded_with_beginning
 from undo_core.data.questions import LETTERS, MultipleChoiceConfig, posed
+from undo_core.distributed.head_ops import linear_cross_entropy
 from undo_core.evaluation.metrics import POSITIONS, accuracy
 from undo_core.models import evaluating, head_of, hidden_states, positions_of
 
@@ -126,6 +126,6 @@ def log_likelihoods(model: PreTrainedModel, requests: Sequence[Request], *, posi
         sequence, position, token, index = torch.tensor(where).T
         with evaluating(model):
             hidden = hidden_states(model, ids.to(device))[sequence.to(device), position.to(device)]
-        nats = ops.linear_cross_entropy(hidden, head.weight, token.to(device), reduction="none", **head.options())
+        nats = linear_cross_entropy(hidden, head, token.to(device), reduction="none")
         scores.index_add_(0, index, -nats.double().cpu())
     return scores

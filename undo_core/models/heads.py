@@ -38,12 +38,15 @@ class Head:
         bias: ``[V]`` or None.
         scale: factor on ``hidden @ weight.T + bias``.
         softcap: ``c`` of ``c * tanh(z / c)``, or None.
+        sharing: the ranks that each hold some of the entries and have tokens of their own, a
+            :class:`undo_core.distributed.vocabulary.Sharing`; None for a head that serves the same tokens wherever it is.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: float
     softcap: float | None
+    sharing: Any = None
 
     def options(self, prefix: str = "") -> dict[str, Any]:
         """Returns the fused ops' keyword arguments, with ``prefix`` (``"student_"``, ``"teacher_"``) before their names."""
@@ -83,7 +86,7 @@ def head_of(model: PreTrainedModel) -> Head:
         )
     if constants.entries < len(weight):  # the model drops the logits of the others
         weight, bias = weight[: constants.entries], None if bias is None else bias[: constants.entries]
-    return Head(weight, bias, constants.scale, constants.softcap)
+    return Head(weight, bias, constants.scale, constants.softcap, getattr(model, "_undo_sharing", None))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

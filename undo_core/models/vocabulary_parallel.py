@@ -39,6 +39,22 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
         ValueError: a mesh of several dimensions or another kind of device, or a model whose output layer is sharded already, has an
             adapter, computes more logits than the model returns, or is tied to something else than an embedding.
     """
+    output, embedding = check_divisible(model, mesh)
+    if embedding is not None:
+        parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
+    parallelize_module(output, mesh, ColwiseParallel(output_layouts=Replicate()))
+    if embedding is not None:
+        output.weight = embedding.weight
+    bare(model)._undo_head_mesh = mesh  # tells a head that is shared from one that FSDP has not gathered
+    return model
+
+
+def check_divisible(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[nn.Linear, nn.Embedding | None]:
+    """Checks that the head of a whole ``model`` can be divided over ``mesh``; returns it, and the embedding tied to it, if any.
+
+    Raises:
+        ValueError: as :func:`parallelize_head`.
+    """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: got a mesh of {mesh.ndim} dimensions, wanted one dimension, such as mesh['tensor']")
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -56,13 +72,8 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
             f"model: got an output layer of {len(output.weight)} entries, of which the model returns {len(head.weight)} logits; "
             "wanted a layer without further entries"
         )
-    tied = embedding.weight is output.weight
-    if tied:
-        if not isinstance(embedding, nn.Embedding):
-            raise ValueError(f"model: got weights tied to a {type(embedding).__name__}, wanted an Embedding")
-        parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
-    parallelize_module(output, mesh, ColwiseParallel(output_layouts=Replicate()))
-    if tied:
-        output.weight = embedding.weight
-    bare(model)._undo_head_mesh = mesh  # tells a head that is shared from one that FSDP has not gathered
-    return model
+    if embedding.weight is not output.weight:
+        return output, None
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"model: got weights tied to a {type(embedding).__name__}, wanted an Embedding")
+    return output, embedding

@@ -16,6 +16,7 @@ from undo_core.attacks.config import HEADLINE, AttackConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
+from undo_core.distributed.config import ParallelConfig
 from undo_core.noise.damage import DamageConfig
 from undo_core.noise.parameters import PARTS, Parts
 from undo_core.training.config import TrainConfig
@@ -333,6 +334,7 @@ class RunConfig:
         seed: seed from which all other seeds derive, unless a stage sets its own.
         workers: number of stages that run in parallel, each with its share of the CPU threads. Continue a run with the number
             that it was started with: the order of a sum, and so its last bit, can depend on the number of threads.
+        parallel: how the ranks of torchrun work together.
         data: what is retained and what is forgotten.
         pretrain: pretraining of the original and of the data-filtering control.
         unlearn: how the capability is suppressed.
@@ -349,6 +351,7 @@ class RunConfig:
     model: ModelConfig
     seed: int = 0
     workers: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)

@@ -56,7 +56,9 @@ class ModelStage(Stage):
 
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         sequences, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
-        predict = Predictor(settled_configuration(source), sequences.length, **_scored(scored), ranks=work.ranks)
+        predict = Predictor(
+            settled_configuration(source), sequences.length, **_scored(scored), ranks=work.ranks, tensor=work.tensor
+        )
         try:
             predicted = predict(self, stored_dtype(source)).total
         except Exception as error:

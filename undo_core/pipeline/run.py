@@ -28,6 +28,7 @@ def run(config: RunConfig, command: str) -> Path:
 
     After an interruption, the same call continues where it stopped and ends with the same bits.
     """
+    distributed.arrange(config.parallel)
     store = Store(Path(config.output) / "stages")
     graph, workers = graph_of(config), config.workers
     if distributed.count() > 1:

@@ -38,6 +38,7 @@ class Work:
         output: folder for the result; empty at first, it becomes the stage's folder.
         title: title of the progress bar.
         ranks: number of ranks that run the stage, if it is one that they run together.
+        tensor: number of ranks that share a head.
     """
 
     inputs: dict[str, Path]
@@ -45,6 +46,7 @@ class Work:
     output: Path
     title: str
     ranks: int = 1
+    tensor: int = 1
 
 
 @dataclass(frozen=True)

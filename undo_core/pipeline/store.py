@@ -71,12 +71,14 @@ class Store:
         together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
         reset_peak()
         began = time.monotonic()
-        work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count())
+        work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count(), distributed.tensor())
         expected = distributed.on_first(lambda: stage.expected(work))
         facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
         facts.setdefault("seconds", time.monotonic() - began)
         if distributed.count() > 1 and together:
-            facts |= {"ranks": distributed.count(), "peak_bytes": max(distributed.gather(peak_bytes()))}
+            facts |= {"ranks": distributed.count(), "tensor": distributed.tensor()} | {
+                "peak_bytes": max(distributed.gather(peak_bytes()))
+            }
         distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
 
     def _begin(self, stage: Stage, partial: Path) -> Path:

@@ -161,8 +161,13 @@ def _all_stages(config: RunConfig, graph: Graph, ranks: int) -> dict[str, Stage]
 
     Raises:
         ModuleNotFoundError: a package that an attack needs is not installed.
-        ValueError: a stage cannot be run on so many ranks.
+        ValueError: a stage cannot be run on so many ranks, or the configuration wants ranks that share a head.
     """
+    if config.parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor: got {config.parallel.tensor} in a sweep, wanted 1: stages that runs have in common are trained once, by "
+            "ranks with whole heads"
+        )
     stages = {stage.key: stage for stage in missing_stages(_EMPTY, config, graph)}
     for stage in stages.values():
         if stage.together:

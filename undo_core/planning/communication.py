@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from torch import nn
 from undo_kernels.vocabulary_shard import bytes_exchanged
 
+from undo_core.pipeline.memory.planned_sharing import Exchanges
 from undo_core.pipeline.memory.shards import Traffic
 
 REDUCED = 4  # bytes of an element of the gradients, which are reduced in float32
@@ -136,14 +137,20 @@ def stage_collectives(traffic: Iterable[Traffic], ranks: int) -> list[Collective
     """Returns the collectives of a step of a stage, as :class:`undo_core.pipeline.memory.predictor.Predictor` has counted its passes."""
     found = []
     for unit in traffic:
-        gathers, reductions = round(unit.gathers), round(unit.reductions)
+        over, gathers, reductions = ranks // unit.tensor, round(unit.gathers), round(unit.reductions)
         found.append(
-            Collective("all_gather", f"{unit.name}: parameters", padded(unit.shapes, ranks) * unit.itemsize, ranks, gathers)
+            Collective("all_gather", f"{unit.name}: parameters", padded(unit.shapes, over) * unit.itemsize, over, gathers)
         )
         if reductions:
-            payload = padded(unit.trained, ranks) * REDUCED
-            found.append(Collective("reduce_scatter", f"{unit.name}: gradients", payload, ranks, reductions))
+            payload = padded(unit.trained, over) * REDUCED
+            found.append(Collective("reduce_scatter", f"{unit.name}: gradients", payload, over, reductions))
     return found
+
+
+def exchange_collectives(exchanges: Exchanges, tensor: int) -> list[Collective]:
+    """Returns the collectives of a step of a stage by which ``tensor`` ranks share heads, as
+    :class:`undo_core.pipeline.memory.predictor.Predictor` has counted them."""
+    return [Collective(kind, what, payload, tensor, round(calls)) for (kind, what, payload), calls in exchanges.items()]
 
 
 def wire_bytes(collectives: Iterable[Collective]) -> float:

@@ -73,13 +73,18 @@ def predictor(config: RunConfig, ranks: int = 1) -> Predict:
 
 
 def predictor_of(config: RunConfig, ranks: int = 1) -> Callable[[Stage], Predictor]:
-    """Returns a function from a stage of the run to the predictor for its sequence length, on one of ``ranks`` ranks."""
+    """Returns a function from a stage of the run to the predictor for its sequence length, on one of ``ranks`` ranks.
+
+    Raises:
+        ValueError: they cannot be divided as ``config.parallel`` says.
+    """
+    config.parallel.check(ranks)
 
     @functools.cache
     def of_length(length: int) -> Predictor:
         # The token ids of retain and forget, once apart and once joined. Most questions have four choices.
         data = 0 if config.data.kind == "text" else 2 * 2 * 4 * config.data.train_rows * length
         scored = {"answers": config.data.metric == "accuracy", "choices": 4 if config.data.questions else 0}
-        return Predictor(model_config(config), length, **scored, data_bytes=data, ranks=ranks)
+        return Predictor(model_config(config), length, **scored, data_bytes=data, ranks=ranks, tensor=config.parallel.tensor)
 
     return lambda stage: of_length(sequence_length(config, stage))

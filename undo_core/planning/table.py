@@ -10,10 +10,11 @@ from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import attacked_models, graph_of
+from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
-from undo_core.planning.communication import stage_collectives, wire_bytes
+from undo_core.planning.communication import exchange_collectives, stage_collectives, wire_bytes
 from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor_of, sequence_length
 from undo_core.planning.timing import Measure, basis
 
@@ -82,12 +83,17 @@ def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row
             memory=predict(stage)(stage),
             measured_bytes=store.manifest(stage)["peak_bytes"] if store.done(stage) else None,
             disk_bytes=cost.disk * times,
-            wire_bytes=wire_bytes(stage_collectives(predict(stage).traffic(stage), ranks)) if ranks > 1 else 0.0,
+            wire_bytes=_wire(predict(stage), stage) if ranks > 1 else 0.0,
             folder=stage.name,
             done=all(map(store.done, stages)),
         )
         rows.append(row)
     return rows, sum(row.disk_bytes for row in rows if not row.done)
+
+
+def _wire(predictor: Predictor, stage: Stage) -> float:
+    shared = exchange_collectives(predictor.exchanges(stage), predictor.tensor)
+    return wire_bytes([*stage_collectives(predictor.traffic(stage), predictor.ranks), *shared])
 
 
 def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
@@ -120,6 +126,8 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
         notes.append(
             f"Stages that send nothing run on rank 0. Times are of one process; {ranks} ranks divide the work of a step."
         )
+        if config.parallel.tensor > 1:
+            notes.append(f"Groups of {config.parallel.tensor} ranks share a head (parallel.tensor).")
     elif config.workers > 1:
         notes.append(f"Memory is that of one stage; up to {config.workers} stages run at the same time.")
     else:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core import ops
+from undo_core.distributed import head_ops
 from undo_core.models import Head, head_of, hidden_states, hidden_states_at
 from undo_core.training.batches import Batch
 
@@ -16,22 +17,16 @@ from undo_core.training.batches import Batch
 def cross_entropy(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
     """Next-token cross-entropy, summed over the batch's labels and divided by ``counted``; a scalar."""
     inputs, labels, mask = batch.shifted()
-    head = head_of(model)
-    return ops.linear_cross_entropy(
-        hidden_states(model, *inputs),
-        head.weight,
-        labels.masked_fill(~mask, -100),
-        normalizer=float(max(counted, 1)),
-        **head.options(),
+    return head_ops.linear_cross_entropy(
+        hidden_states(model, *inputs), head_of(model), labels.masked_fill(~mask, -100), normalizer=float(max(counted, 1))
     )
 
 
 def token_cross_entropy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each next token, ``[batch, length - 1]`` float32, 0 without a label; computes the logits twice."""
     inputs, labels, mask = batch.shifted()
-    head = head_of(model)
-    return ops.linear_cross_entropy(
-        hidden_states(model, *inputs), head.weight, labels.masked_fill(~mask, -100), reduction="none", **head.options()
+    return head_ops.linear_cross_entropy(
+        hidden_states(model, *inputs), head_of(model), labels.masked_fill(~mask, -100), reduction="none"
     )
 
 
@@ -42,14 +37,12 @@ def uniform_kl(model: PreTrainedModel, batch: Batch, counted: int, vocab_size: i
     distributions over the entries before.
     """
     inputs, _, mask = batch.shifted()
-    head = head_of(model)
-    return ops.linear_uniform_kl(
+    return head_ops.linear_uniform_kl(
         hidden_states(model, *inputs),
-        head.weight,
+        head_of(model),
         mask=mask,
         normalizer=float(max(counted, 1)),
         vocab_size=vocab_size,
-        **head.options(),
     )
 
 
@@ -143,16 +136,5 @@ def _divergence(
 ) -> torch.Tensor:
     counts = {"mask": mask, "normalizer": float(max(counted, 1)), "vocab_size": vocab_size}
     if isinstance(targets, TopTargets):
-        return ops.linear_sparse_kl_div(
-            hidden, head.weight, targets.indices, targets.logprobs, tail="bucket", **counts, **head.options()
-        )
-    return ops.linear_kl_div(
-        hidden,
-        head.weight,
-        targets.hidden,
-        targets.head.weight.detach(),
-        teacher_lse=targets.lse,
-        **counts,
-        **head.options("student_"),
-        **targets.head.options("teacher_"),
-    )
+        return head_ops.linear_sparse_kl_div(hidden, head, targets.indices, targets.logprobs, tail="bucket", **counts)
+    return head_ops.linear_kl_div(hidden, head, targets.hidden, targets.head, teacher_lse=targets.lse, **counts)

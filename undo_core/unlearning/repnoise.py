@@ -29,7 +29,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core import distributed, ops
+from undo_core import distributed
+from undo_core.distributed import head_ops
 from undo_core.distributed.parts import added_up, joined, once
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
@@ -107,7 +108,7 @@ def repnoise(method: Method, model: PreTrainedModel, config: Settings) -> Method
             value = value + settings.beta * sum(distances) / len(chosen)
         if settings.alpha:
             labels = labels.masked_fill(~mask, -100)
-            nats = [ops.linear_cross_entropy(norm(h), head.weight, labels, normalizer=count, **head.options()) for h in after]
+            nats = [head_ops.linear_cross_entropy(norm(h), head, labels, normalizer=count) for h in after]
             value = value - settings.alpha * torch.log1p(added_up(sum(nats)) / len(chosen))
         return once(value)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from undo_core import ops
+from undo_core.distributed import head_ops
 from undo_core.distributed.sharding import run
 from undo_core.models import Head, forward_flops, head_flops, head_of, hidden_states
 from undo_core.training.batches import Batch
@@ -66,7 +66,7 @@ def undial(model: PreTrainedModel, config: Settings) -> Method:
         inputs, labels, mask = batch.shifted()
         known, head = hidden_states(original, *inputs), head_of(original)
         labels = labels.masked_fill(~mask, -100)
-        return known, ops.linear_cross_entropy(known, head.weight, labels, reduction="none", **head.options()), head
+        return known, head_ops.linear_cross_entropy(known, head, labels, reduction="none"), head
 
     def forget(model: PreTrainedModel, batch: Batch, counted: int) -> torch.Tensor:
         inputs, labels, mask = batch.shifted()
@@ -78,13 +78,8 @@ def undial(model: PreTrainedModel, config: Settings) -> Method:
             constant = lowered * share * nats - gamma * math.exp(-gamma) * share - total.log()
         own, hidden = head_of(model), hidden_states(model, *inputs)
         normalizer = float(max(counted, 1))
-        whole = ops.linear_kl_div(
-            hidden, own.weight, known, head.weight, mask=mask, token_weight=1 / total, normalizer=normalizer,
-            **own.options("student_"), **head.options("teacher_"),
-        )  # fmt: skip
-        label = ops.linear_cross_entropy(
-            hidden, own.weight, labels, token_weight=lowered * share, normalizer=normalizer, **own.options()
-        )
+        whole = head_ops.linear_kl_div(hidden, own, known, head, mask=mask, token_weight=1 / total, normalizer=normalizer)
+        label = head_ops.linear_cross_entropy(hidden, own, labels, token_weight=lowered * share, normalizer=normalizer)
         return whole - label + constant.masked_fill(~mask, 0.0).sum() / normalizer
 
     return Method(forget_and_retain(forget, model, config))

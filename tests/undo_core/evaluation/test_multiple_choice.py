@@ -69,10 +69,10 @@ def test_letters_share_a_pass_and_the_head_sees_the_answers_alone(model, bytewis
     import undo_core.evaluation.multiple_choice as module
 
     sequences, scored = [], []
-    forward, cross_entropy = module.hidden_states, module.ops.linear_cross_entropy
+    forward, cross_entropy = module.hidden_states, module.linear_cross_entropy
     monkeypatch.setattr(module, "hidden_states", lambda model, ids: sequences.append(tuple(ids.shape)) or forward(model, ids))
     monkeypatch.setattr(
-        module.ops,
+        module,
         "linear_cross_entropy",
         lambda hidden, *a, **k: scored.append(hidden.shape[0]) or cross_entropy(hidden, *a, **k),
     )

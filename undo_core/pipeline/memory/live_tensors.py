@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class LiveTensors(TorchDispatchMode):
 
     Args:
         parts: names of the parts to count; they must include ``activations``, ``gradients`` and ``workspace``.
+        called: called with each problem that a fused loss computes.
 
     Attributes:
         now: live bytes of each part.
@@ -37,8 +38,9 @@ class LiveTensors(TorchDispatchMode):
         peaks: ``now`` at the largest sum of each phase.
     """
 
-    def __init__(self, parts: Iterable[str]) -> None:
+    def __init__(self, parts: Iterable[str], called: Callable[[Problem], None] = lambda problem: None) -> None:
         super().__init__()
+        self._called = called
         self.now = dict.fromkeys(parts, 0)
         self.part, self.phase = "activations", ""
         self.peaks: dict[str, dict[str, int]] = {}
@@ -81,6 +83,7 @@ class LiveTensors(TorchDispatchMode):
         return output
 
     def _workspace(self, problem: Problem, backend: str) -> None:
+        self._called(problem)
         if backend == "cpu":
             from undo_kernels.cpu.instruction_set import has_amx
 

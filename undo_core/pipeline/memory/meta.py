@@ -29,6 +29,7 @@ from undo_core.distributed.sharding import units_of
 from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
 from undo_core.pipeline.memory.live_tensors import FUSED, LiveTensors
+from undo_core.pipeline.memory.planned_sharing import PlannedSharing
 from undo_core.pipeline.memory.shards import Shards, Traffic, part, resident_share
 from undo_core.pipeline.needs import PARTS, Memory
 from undo_core.training import Batch, TrainConfig
@@ -75,6 +76,7 @@ class Meta:
         stored: dtype of the weights that the stage reads.
         ranks: number of ranks that run the stage together; the memory is that of one of them.
         traffic: what travels between the ranks in a step of training.
+        sharing: stands for the ranks that share a head, and counts what they exchange in a step of training.
     """
 
     def __init__(
@@ -85,17 +87,19 @@ class Meta:
         device: str,
         stored: torch.dtype = torch.float32,
         ranks: int = 1,
+        tensor: int = 1,
     ) -> None:
         self.device, self.stored, self.ranks = device, stored, ranks
+        self.sharing = PlannedSharing(tensor)
         self.traffic: list[Traffic] = []
         self._unsharded: set[int] = set()
         self._config, self._length, self._scored = config, length, scored
-        self._live = LiveTensors(PARTS)
+        self._live = LiveTensors(PARTS, self.sharing.called)
 
     @functools.cached_property
     def sizes(self) -> list[int]:
         """Number of elements of each parameter."""
-        return [parameter.numel() for parameter in self.model().parameters()]
+        return [parameter.numel() for parameter in meta_model(self._config).parameters()]
 
     @property
     def elements(self) -> int:
@@ -117,8 +121,8 @@ class Meta:
         return self.mapped * self.elements + (self.mapped and dtype != self.stored) * dtype.itemsize * self.largest
 
     def model(self, attention: str = "auto") -> PreTrainedModel:
-        """The model on the meta device, in float32."""
-        return meta_model(self._config, attention)
+        """The model on the meta device, in float32; where ranks share heads, with the part of its head that one of them holds."""
+        return self.sharing.divided(meta_model(self._config, attention))
 
     def batch(self, sequences: int) -> Batch:
         """A batch of ``sequences`` sequences on the meta device."""
@@ -148,7 +152,9 @@ class Meta:
         """Counts a teacher's weights: a ``share`` of them, or those of a resident teacher, which is sharded over the ranks."""
         if share is not None:
             self._unsharded |= {id(layer) for layer in units_of(model)}
-        self.hold(model.parameters(), "teacher", resident_share(model, self.ranks) if share is None else share)
+        self.hold(
+            model.parameters(), "teacher", resident_share(model, self.ranks, self.sharing.ranks) if share is None else share
+        )
 
     def streamed_share(self, model: PreTrainedModel) -> float:
         """Share of a streamed model's weights in memory at once: all outside the layers, and one layer (two on a GPU)."""
@@ -189,7 +195,7 @@ class Meta:
         sequences = sources if isinstance(sources, Mapping) else dict.fromkeys(sources, train.batch_size)
         micro, shards, more = train.micro_batch_size or max(sequences.values()), None, 1.0
         if self.ranks > 1:
-            shards = Shards(live, model, trained, self.ranks, train.precision == "bfloat16-master")
+            shards = Shards(live, model, trained, self.ranks, train.precision == "bfloat16-master", self.sharing.ranks)
             shards.apart = self._unsharded
             more = max(math.ceil(size / micro) / math.ceil(min(size, 2 * micro) / micro) for size in sequences.values())
             sequences = {name: _shared(size, micro, self.ranks) for name, size in sequences.items()}
@@ -216,6 +222,7 @@ class Meta:
                 lean(model, dataclasses.replace(train, attention="auto"), self.ranks) as tied,
                 steps.attached(tied),
                 contextlib.nullcontext() if shards is None else shards.counting(more),
+                self.sharing.counting(more),
             ):
                 size = train.micro_batch_size if shards is None else micro
                 method.gradient(model, loss, batches, dict.fromkeys(sequences, 1), size)
@@ -255,16 +262,16 @@ class _Steps:
         shards: Shards | None = None,
     ) -> None:
         self.live, self.parameters, self.settings, self.shards = live, parameters, settings, shards
-        self.ranks = 1 if shards is None else shards.ranks
+        self.part_of = (lambda _: 1) if shards is None else shards.divisor
         self.remote = settings.optimizer == "adamw-offload" and device == "cuda"
         self.mastered = settings.precision == "bfloat16-master"
         self.masters: dict[int, torch.Tensor] = {}  # float32 gradients of the masters, by the parameter's id
-        self.temporaries = {}  # bytes of an update by number of elements; computed here, outside any other count
+        self.temporaries = {}  # bytes of an update by a parameter's elements and parts; computed here, outside any other count
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
-            own = math.ceil(p.numel() / self.ranks)
-            self.temporaries[p.numel()] = _update_bytes(own, dtype, settings.optimizer, settings.precision, device)
-        live.now["optimizer"] += sum(_state_bytes(p, settings, device) for p in parameters) // self.ranks
+            own = math.ceil(p.numel() / self.part_of(p))
+            self.temporaries[p.numel(), self.part_of(p)] = _update_bytes(own, dtype, settings.optimizer, settings.precision, device)
+        live.now["optimizer"] += sum(_state_bytes(p, settings, device) // self.part_of(p) for p in parameters)
 
     @contextlib.contextmanager
     def attached(self, tied: TiedEmbedding | None) -> Iterator[None]:
@@ -307,7 +314,7 @@ class _Steps:
             parameter.grad = None
 
     def _temporary(self, parameter: nn.Parameter) -> int:
-        return self.temporaries[parameter.numel()]
+        return self.temporaries[parameter.numel(), self.part_of(parameter)]
 
 
 @functools.cache

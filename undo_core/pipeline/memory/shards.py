@@ -37,6 +37,8 @@ class Traffic:
         itemsize: bytes of a gathered element.
         gathers: all-gathers of the parameters.
         reductions: reduce-scatters of the gradients.
+        tensor: number of ranks among which the unit is divided before it is sharded over those with the same part; 1 except for heads
+            that ranks share.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Traffic:
     itemsize: int
     gathers: float = 0
     reductions: float = 0
+    tensor: int = 1
 
 
 class Shards:
@@ -56,12 +59,17 @@ class Shards:
         trained: its trained parameters.
         ranks: number of ranks.
         mastered: whether the shards of trained parameters are float32 masters, which are counted with the optimizer.
+        tensor: number of ranks that share a head, of which the model has one part.
     """
 
-    def __init__(self, live: LiveTensors, model: nn.Module, trained: list[nn.Parameter], ranks: int, mastered: bool) -> None:
-        self.live, self.ranks = live, ranks
+    def __init__(
+        self, live: LiveTensors, model: nn.Module, trained: list[nn.Parameter], ranks: int, mastered: bool, tensor: int = 1
+    ) -> None:
+        self.live, self.ranks, self.tensor = live, ranks, tensor
         layers = units_of(model)
-        inside = {id(p) for layer in layers for p in layer.parameters()}
+        self.head = _shared(model, tensor)
+        self._of_head = {id(p) for p in self.head}
+        inside = {id(p) for layer in layers for p in layer.parameters()} | self._of_head
         self.root = [p for p in model.parameters() if id(p) not in inside]
         chosen = {id(p) for p in trained}
         self.model, self.kind = model, type(layers[0]) if layers else None
@@ -69,14 +77,19 @@ class Shards:
         self.traffic: dict[int, Traffic] = {}
         self._backward: set[int] = set()  # layers that the backward pass of this micro-batch reaches
         self._add(id(model), "root", self.root, chosen)
+        self.whole = [self.traffic[id(model)]]  # units that are gathered once in a micro-batch
+        if self.head:
+            self._add(id(self.head), "head", self.head, chosen)
+            self.whole.append(self.traffic[id(self.head)])
+            self.whole[1].tensor = tensor
         for index, layer in enumerate(layers):
             self._add(id(layer), f"layer {index}", list(layer.parameters()), chosen)
         for parameter in model.parameters():
-            live.hold([parameter], "weights", 0.0 if mastered and id(parameter) in chosen else 1 / ranks)
-        live.now["weights"] += _bytes(self.root) + LAYERS_AT_ONCE * max(
+            live.hold([parameter], "weights", 0.0 if mastered and id(parameter) in chosen else 1 / self.divisor(parameter))
+        live.now["weights"] += _bytes(self.root + self.head) + LAYERS_AT_ONCE * max(
             (_bytes(layer.parameters()) for layer in layers), default=0
         )
-        units = [self.root, *(list(layer.parameters()) for layer in layers)]
+        units = [self.root, self.head, *(list(layer.parameters()) for layer in layers)]
         self._unit_of = {id(p): number for number, unit in enumerate(units) for p in unit}
         self._missing = [{id(p) for p in unit} & chosen for unit in units]
         self._came = [list[nn.Parameter]() for _ in units]
@@ -113,12 +126,12 @@ class Shards:
             hook.remove()
 
     def forward(self, micro_batches: float) -> None:
-        """Counts the gather of the root unit at the start of a micro-batch, and the reduction at its end."""
+        """Counts the gather of the root unit and the head at the start of a micro-batch, and the reduction at its end."""
         self._backward.clear()
-        root = self.traffic[id(self.model)]
-        root.gathers += micro_batches
-        root.reductions += micro_batches * bool(root.trained)
-        self.live.touch("weights", _bytes(self.root))  # the buffer from which the root is filled
+        for unit in self.whole:
+            unit.gathers += micro_batches
+            unit.reductions += micro_batches * bool(unit.trained)
+        self.live.touch("weights", max(_bytes(self.root), _bytes(self.head)))  # the buffer from which a unit is filled
 
     def receive(self, parameter: nn.Parameter) -> None:
         """Counts a gradient that the backward pass has completed; the last one of a unit has all of them reduced."""
@@ -130,10 +143,15 @@ class Shards:
             return
         came, self._came[number] = self._came[number], []
         elements, again = sum(p.numel() for p in came), sum(p.nbytes for p in came if id(p) in self._reduced)
-        self.live.touch("gradients", again + 4 * elements + 4 * elements // self.ranks)
+        share = self.divisor(parameter)
+        self.live.touch("gradients", again + 4 * elements + 4 * elements // share)
         for own in came:  # the meta device keeps them whole; only their shards count from here on
-            self.live.hold([own.grad], "gradients", (self._shard or own.itemsize) / own.itemsize / self.ranks)
+            self.live.hold([own.grad], "gradients", (self._shard or own.itemsize) / own.itemsize / share)
             self._reduced.add(id(own))
+
+    def divisor(self, parameter: torch.Tensor) -> int:
+        """Number of ranks over which a parameter, as it is in the model, is sharded."""
+        return self.ranks // self.tensor if id(parameter) in self._of_head else self.ranks
 
     def stepped(self) -> None:
         """Forgets the gradients, which the optimizer's step has used."""
@@ -146,12 +164,21 @@ class Shards:
         self.traffic[key] = Traffic(name, shapes, own, itemsize)
 
 
-def resident_share(model: nn.Module, ranks: int) -> float:
-    """Share of a frozen, sharded model that a rank holds: its shards, and the root unit, which stays whole."""
+def resident_share(model: nn.Module, ranks: int, tensor: int = 1) -> float:
+    """Share of a frozen, sharded model that a rank holds: its shards, and the root unit and the head, which stay whole.
+
+    ``tensor`` is the number of ranks that share the head; the model has the part of one of them.
+    """
     if ranks == 1:
         return 1.0
     whole, layers = _bytes(model.parameters()), _bytes(p for layer in units_of(model) for p in layer.parameters())
-    return (layers / ranks + (whole - layers) * (1 + 1 / ranks)) / whole
+    head = _bytes(_shared(model, tensor))
+    return (layers / ranks + (whole - layers - head) * (1 + 1 / ranks) + head * (1 + tensor / ranks)) / whole
+
+
+def _shared(model: Any, tensor: int) -> list[nn.Parameter]:
+    """The parameters of which a rank has a part where ``tensor`` ranks share a head: those of the head, an embedding tied to it included."""
+    return list(model.get_output_embeddings().parameters()) if tensor > 1 else []
 
 
 def part(size: int, ranks: int) -> int:

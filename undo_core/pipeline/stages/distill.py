@@ -154,6 +154,7 @@ class Distill(TrainingStage):
         if config.kind == "cached":
             meta.hold([head.weight], "teacher")
         known, match = ModelTeacher(model), None
+        vocab_size = self.vocab_size and min(self.vocab_size, len(head.weight))  # of ranks that share it, the head has a part
         if self.hidden_weight:
             match = matching(student, known, self.hidden_weight, self.hidden_layers)
             known = ModelTeacher(model, match.layers)
@@ -170,7 +171,7 @@ class Distill(TrainingStage):
 
         return Method(
             lambda student, batches, counted: distillation(
-                student, targets(batches["text"]), batches["text"], counted["text"], match, self.vocab_size
+                student, targets(batches["text"]), batches["text"], counted["text"], match, vocab_size
             )
         )
 
