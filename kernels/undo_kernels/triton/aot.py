@@ -27,11 +27,12 @@ from undo_kernels.triton import sass, tile_table
 from undo_kernels.triton.forms import Form, compiling_for, forms
 from undo_kernels.triton.tile_table import Tile
 
+PAIR_KERNELS = ("stats_rows", "loss_rows", "stats_tiles", "loss_tiles")  # that process (token, vocabulary entry) pairs
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
-def report(form: Form, target: str) -> dict[str, Any]:
-    """Compiles and measures one form."""
+def report(form: Form, target: str, counted: bool = True) -> dict[str, Any]:
+    """Compiles and measures one form; ``counted``: its instructions too, whose disassembly takes half a second."""
     compiled = form.compile()
     found = {"name": form.name, "target": target, "triton": triton.__version__, "shared": compiled.metadata.shared}
     found["matrix_16"] = form.kernel.__name__.endswith("_tiles") and "fp32" not in form.types.get("student.hidden_ptr", "fp32")
@@ -50,7 +51,8 @@ def report(form: Form, target: str) -> dict[str, Any]:
         found["spills"] += int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
         return found
     found |= sass.resources(compiled.asm["cubin"])
-    found |= _counts(compiled.asm["cubin"], form.elements / form.threads)
+    if counted:
+        found |= _counts(compiled.asm["cubin"], form.elements / form.threads)
     found["wgmma"] = "wgmma" in compiled.asm["ptx"]
     found["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
     return found
@@ -130,8 +132,9 @@ def main(targets: str, scope: str = "typical", share: str = "0/1") -> None:
                 if number % every != first:
                     continue
                 name = form.name + (f" #{seen[form.name]}" if seen[form.name] > 1 else "")
+                counted = scope != "few" or (target == "sm_90" and form.kernel.__name__ in PAIR_KERNELS)
                 try:
-                    found = report(form, target)
+                    found = report(form, target, counted)
                 except Exception as error:  # of Triton, LLVM or ptxas, which share no class; the other forms go on
                     found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
                 print(json.dumps(found | {"name": name, "target": target, "number": number}), flush=True)
