@@ -197,7 +197,7 @@ def headline(result: Any) -> str:
         return ""
     if "plans" in result:
         cells = [
-            f"{e['plan']}{' lse' * e['teacher_lse']} {e.get('ms', 0):.1f} ms (predicted {e.get('predicted_ms', 0):.1f})"
+            f"{e['plan']}{' lse' * e['teacher_lse']} {e.get('ms', 0):.4g} ms (predicted {e.get('predicted_ms', 0):.3g})"
             for e in result["plans"]
         ]
         return "; ".join(cells)

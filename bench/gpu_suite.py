@@ -119,7 +119,8 @@ def execute(row: Row, limit: float) -> dict[str, Any]:
             printed.seek(0)
             errors.seek(0)
             lines = printed.read().strip().splitlines()
-            text = "\n".join([*lines, errors.read().strip()]).strip()[-SAID:]
+            wrong = errors.read().strip().splitlines()
+            text = "\n".join([*lines, *wrong]).strip()[-SAID:]
         record: dict[str, Any] = {"status": "passed", "said": ""}
         try:
             if row.printed:
@@ -131,7 +132,7 @@ def execute(row: Row, limit: float) -> dict[str, Any]:
         if code is None:
             return record | {"status": "stopped", "said": f"stopped after {limit:.0f} s\n{text}"}
         if code:
-            return record | {"status": "failed", "said": f"exit status {code}\n{text}"}
+            return record | {"status": "failed", "said": f"exit status {code}: {(wrong or lines or [''])[-1][:300]}\n{text}"}
         return record
 
 

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from triton.runtime.errors import OutOfResources
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"commit": "a", "source": "s", "versions": {"torch": "1"}, "gpu": "g"}
@@ -141,7 +142,7 @@ def test_commands_are_run_and_their_results_kept(suite):
     written = suite.execute(row("import sys; open(sys.argv[1], 'w').write('[2]')"), 60)
     assert written["status"] == "passed" and written["result"] == [2]
     failed = suite.execute(row("import sys; print('why'); sys.exit(3)"), 60)
-    assert failed["status"] == "failed" and failed["said"] == "exit status 3\nwhy"
+    assert failed["status"] == "failed" and failed["said"] == "exit status 3: why\nwhy"
     assert suite.execute(row("print('no json')", printed=True), 60)["status"] == "failed"
     both = suite.execute(row("import sys; print('{\"x\": 1}'); sys.exit(1)", printed=True), 60)
     assert both["status"] == "failed" and both["result"] == {"x": 1}
@@ -201,6 +202,31 @@ def test_every_part_names_what_is_there(suite):
     assert {command[command.index("--only") + 1] for command in measured} <= known
     assert set(parts.PEERS) <= set(kl.CONTENDERS)
     assert {row.id for row in parts.rows_of("memory")} == set(importlib.import_module("bench_step_gpu").MODES)
+
+
+def test_a_kernel_that_cannot_be_launched_is_an_entry_that_says_so(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    kernels = importlib.import_module("gpu_kernels")
+
+    def measure():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    (failed,) = [kernels.attempt({"plan": "recompute"}, measure)]
+    assert failed["plan"] == "recompute" and failed["failed"].startswith("OutOfResources: out of resource: shared memory")
+    assert kernels.attempt({"plan": "chunk"}, lambda: {"ms": 1.0}) == {"plan": "chunk", "ms": 1.0}
+
+
+def test_a_tool_that_refuses_the_machine_is_one_line(suite, tmp_path, monkeypatch):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\necho "==ERROR== LibraryNotLoaded" > "$2"\nexit 1\n'
+    )
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{suite.os.environ['PATH']}")
+    record = suite.execute(suite.Row("c", ("{python}", "bench/gpu_counters.py"), (), "ncu", printed=True), 60)
+    assert record["status"] == "failed" and record["result"] == {"counted": {}}
+    first = "exit status 1: no counters of stats_rows, loss_rows, stats_tiles, loss_tiles: ==ERROR== LibraryNotLoaded"
+    assert record["said"].splitlines()[0] == first
 
 
 def test_counters_are_of_the_first_launch_of_each_kernel(monkeypatch):
