@@ -254,13 +254,11 @@ def install(wheels: Path) -> list[str]:
 
 
 def deadlines(parts: Sequence[str], whole: float) -> dict[str, float]:
-    """Returns the second, from the begin of the command, at which each part must end: the limits of the parts up to it."""
-    if len(parts) == 1:
-        return {parts[0]: whole}
-    scale, used, ends = min(1.0, whole / sum(gpu_parts.SECONDS.values())), 0.0, {}
+    """Returns the second of the command at which each part must end: its limit and those before it, scaled to fill the whole."""
+    limited, used, ends = sum(gpu_parts.SECONDS[part] for part in parts), 0.0, {}
     for part in parts:
-        used += scale * gpu_parts.SECONDS[part]
-        ends[part] = used if gpu_parts.SECONDS[part] else whole
+        used += gpu_parts.SECONDS[part]
+        ends[part] = whole * used / limited if gpu_parts.SECONDS[part] else whole
     return ends
 
 
@@ -268,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").replace("{first:.0f}", f"{sum(gpu_parts.SECONDS.values()):.0f}")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="this one alone; may be given again")
-    parser.add_argument("--minutes", type=float, default=9.3, help="that the command may last (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="that the command may last (default: 9.3, and 30 with --rehearse)")
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu"), help=f"folder of {FILE}"
     )
@@ -281,8 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if options.wheels is not None and not any(options.wheels.glob("*.whl")):
         parser.error(f"--wheels: got {options.wheels}, which holds no *.whl; wanted a folder of wheels")
-    if not options.minutes > 0:
-        parser.error(f"--minutes: got {options.minutes:g}, wanted a number > 0")
+    minutes = options.minutes if options.minutes is not None else 30.0 if options.rehearse else 9.3
+    if not minutes > 0:
+        parser.error(f"--minutes: got {minutes:g}, wanted a number > 0")
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
@@ -293,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wheel {line}")
     book = Book(options.out, options.earlier, key_here(), about)
     parts = [part for part in PARTS if part in (options.part or PARTS)]
-    ends, results = deadlines(parts, 60 * options.minutes), {}
+    ends, results = deadlines(parts, 60 * minutes), {}
     for part in parts:
         began_part = time.monotonic()
         rows = gpu_parts.rows_of(part, options.rehearse, f"runs/gpu-arithmetic-{book.key['source']}")
