@@ -5,7 +5,7 @@
     python bench/gpu_kernels.py once 768        one launch of each kernel, for a profiler of hardware counters
 
 8,192 tokens, a vocabulary of 256,000, bfloat16, softcap 30. Data are random: products of ones take less power and run faster.
-Prints one JSON object. ``--rehearse`` runs everything on small sizes, also without a GPU under TRITON_INTERPRET=1.
+Prints what it has as a line of JSON after each measurement. One that fails is an entry that says so. ``--rehearse`` runs everything on small sizes, also without a GPU under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from undo_kernels.triton.products import Workspace
 
 REPEATS = 5
 SHAPE, REHEARSAL = (8192, 256_000), (16, 256)
+ONE_CHUNK = 1024  # tokens that every chunk plan takes in one chunk
 
 
 def problem(width: int, plan: str, device: torch.device, tokens: int, vocabulary: int) -> Problem:
@@ -75,35 +76,61 @@ def kernel_milliseconds(step: Callable[[], Any], device: torch.device) -> dict[s
     return {name: round(value, 4) for name, value in sorted(taken.items(), key=lambda item: -item[1])[:20]}
 
 
-def plans(width: int, device: torch.device, tokens: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Both plans, with and without the teacher's log-sum-exps."""
-    found = []
+def attempt(about: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns an entry with what was measured, or with ``failed``: the errors of compilers and libraries share no class."""
+    try:
+        return about | measure()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return about | {"failed": f"{type(error).__name__}: {lines[0][:300]}"}
+
+
+def plans(width: int, device: torch.device, tokens: int, vocabulary: int) -> Iterator[dict[str, Any]]:
+    """Yields both plans, with and without the teacher's log-sum-exps."""
+    p = problem(width, "chunk", device, tokens, vocabulary)
+    lse_t = torch.cat([torch.logsumexp(_logits(p.teacher, part), 1) for part in torch.arange(tokens, device=device).split(512)])
+
+    def measure(given: Problem) -> dict[str, Any]:
+        chosen = gpu_plan(given, "sm_90")
+
+        def step() -> Any:
+            return vocab_loss.run(given, Workspace(device))
+
+        return {
+            "tokens_per_chunk": chosen.rows_per_chunk, "ms": median_seconds(step, device) * 1e3,
+            "predicted_ms": chosen.seconds * 1e3,
+            "predicted_steps_ms": {name: value * 1e3 for name, value in chosen.steps.items()},
+            "kernels_ms": kernel_milliseconds(step, device), "workspace_bytes": chosen.workspace_bytes,
+        }  # fmt: skip
+
     for plan in ("chunk", "recompute"):
-        p = problem(width, plan, device, tokens, vocabulary)
-        lse_t = vocab_loss.run(p, Workspace(device)).lse_t
         for known in (False, True):
-            given = replace(p, lse_t=lse_t if known else None)
-            chosen = gpu_plan(given, "sm_90")
-            step = lambda given=given: vocab_loss.run(given, Workspace(device))  # noqa: E731
-            seconds = median_seconds(step, device)
-            found.append(
-                {
-                    "width": width, "plan": plan, "teacher_lse": known, "tokens_per_chunk": chosen.rows_per_chunk,
-                    "ms": seconds * 1e3, "predicted_ms": chosen.seconds * 1e3,
-                    "predicted_steps_ms": {name: value * 1e3 for name, value in chosen.steps.items()},
-                    "kernels_ms": kernel_milliseconds(step, device), "workspace_bytes": chosen.workspace_bytes,
-                }
-            )  # fmt: skip
-    return found
+            given = replace(p, plan=plan, lse_t=lse_t if known else None)
+            yield attempt({"width": width, "plan": plan, "teacher_lse": known}, lambda given=given: measure(given))
 
 
-def products(device: torch.device, vocabulary: int, widths: tuple[int, ...], counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """FLOP/s of the chunk plan's products: logits, hidden gradient and weight gradient."""
-    found = []
+def _logits(side: Projection, part: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of some tokens in float32, by torch."""
+    z = side.hidden[part].float() @ side.weight.T.float()
+    return side.softcap * torch.tanh(z / side.softcap)
+
+
+def products(
+    device: torch.device, vocabulary: int, widths: tuple[int, ...], counts: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Yields the FLOP/s of the chunk plan's products: logits, hidden gradient and weight gradient."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def measure(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        if device.type == "cpu":  # no product of a CPU has another dtype of the result
+            a, b = a.to(dtype), b.to(dtype)
+        out = torch.empty(a.shape[0], b.shape[1], device=device, dtype=dtype)
+        options = {"out_dtype": dtype} if dtype != a.dtype else {}
+        seconds = median_seconds(lambda: torch.mm(a, b, out=out, **options), device)
+        return {"ms": seconds * 1e3, "flops": 2.0 * a.shape[0] * a.shape[1] * b.shape[1] / seconds}
 
     for width in widths:
         weight = normal(vocabulary, width)
@@ -113,23 +140,8 @@ def products(device: torch.device, vocabulary: int, widths: tuple[int, ...], cou
                 ("logits", hidden, weight.T), ("hidden gradient", gradient, weight), ("weight gradient", gradient.T, hidden),
             ):  # fmt: skip
                 for dtype in (torch.bfloat16, torch.float32):
-                    out = torch.empty(a.shape[0], b.shape[1], device=device, dtype=dtype)
-                    if device.type == "cpu":  # no product of a CPU has another dtype of the result
-                        a, b = a.to(dtype), b.to(dtype)
-                    options = {"out_dtype": dtype} if dtype != a.dtype else {}
-                    seconds = median_seconds(lambda: torch.mm(a, b, out=out, **options), device)  # noqa: B023
-                    flops = 2.0 * tokens * vocabulary * width / seconds
-                    found.append(
-                        {
-                            "product": name,
-                            "width": width,
-                            "tokens": tokens,
-                            "out": str(dtype),
-                            "ms": seconds * 1e3,
-                            "flops": flops,
-                        }
-                    )
-    return found
+                    about = {"product": name, "width": width, "tokens": tokens, "out": str(dtype)}
+                    yield attempt(about, lambda a=a, b=b, dtype=dtype: measure(a, b, dtype))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -143,16 +155,20 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("got no GPU, wanted one, or --rehearse with TRITON_INTERPRET=1")
     tokens, vocabulary = REHEARSAL if options.rehearse else SHAPE
     width = 32 if options.rehearse else options.width
-    if options.what == "plans":
-        result: Any = {"plans": plans(width, device, tokens, vocabulary)}
-    elif options.what == "products":
-        shapes = ((32,), (16,)) if options.rehearse else ((320, 768, 2304), (1024, 1536, 1792, 2048, 3072, 4096))
-        result = {"products": products(device, vocabulary, *shapes)}
-    else:
+    if options.what == "once":
         for plan in ("chunk", "recompute"):
-            vocab_loss.run(problem(width, plan, device, tokens, vocabulary), Workspace(device))
-        result = {"ran": ["chunk", "recompute"]}
-    print(json.dumps(result))
+            vocab_loss.run(problem(width, plan, device, min(tokens, ONE_CHUNK), vocabulary), Workspace(device))
+        print(json.dumps({"ran": ["chunk", "recompute"]}))
+        return
+    if options.what == "plans":
+        entries = plans(width, device, tokens, vocabulary)
+    else:
+        shapes = ((32,), (16,)) if options.rehearse else ((320, 768, 2304), (1024, 1536, 1792, 2048, 3072, 4096))
+        entries = products(device, vocabulary, *shapes)
+    found: list[dict[str, Any]] = []
+    for entry in entries:
+        found.append(entry)
+        print(json.dumps({options.what: found}), flush=True)
 
 
 if __name__ == "__main__":

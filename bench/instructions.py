@@ -2,10 +2,11 @@
 
     python bench/instructions.py             compiles the heaviest and the typical forms for sm_80, sm_90 and sm_100
     python bench/instructions.py --all       every form that is launched; long
+    python bench/instructions.py --targets sm_90        for one of them; the file keeps its counts of the others
     python bench/instructions.py --table     prints the recorded counts as tables; compiles nothing
 
 The counts go to bench/results/instructions/triton-VERSION.json (``--out`` names another file). tests/undo_kernels/triton/test_aot.py
-compares what it compiles with them.
+compares what it compiles with them. Triton's cache keeps what was compiled and counted: a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,6 @@ import harness
 RESULTS = harness.ROOT / "bench" / "results" / "instructions"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 FIELDS = ("instructions", "special", "shuffles", "barriers", "registers", "spills", "shared")
-
-
-def compiled(target: str, every: bool) -> list[dict[str, Any]]:
-    """Reports of a target's forms, from a process in which no kernel is interpreted."""
-    command = [sys.executable, "-W", "ignore", "-m", "undo_kernels.triton.aot", target, "all" if every else "typical"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def record(reports: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -70,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every form that is launched")
     parser.add_argument("--table", action="store_true", help="print the recorded counts and compile nothing")
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS, help="GPUs to compile for")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile side by side (%(default)s)")
     parser.add_argument("--out", type=Path, help="file of the counts")
     options = parser.parse_args(arguments)
     if options.table:
@@ -79,11 +74,22 @@ def main(arguments: list[str] | None = None) -> int:
             print(table(counts, json.loads(earlier.read_text()) if earlier.exists() else None))
         return 0
     import triton
+    from undo_kernels.triton import aot
 
-    version = ".".join(triton.__version__.split(".")[:2])
-    targets = {target: record(compiled(target, options.all)) for target in options.targets}
-    harness.write_json(options.out or RESULTS / f"triton-{version}.json", {"format": 1, "triton": version, "targets": targets})
-    return 0
+    began, version = time.monotonic(), ".".join(triton.__version__.split(".")[:2])
+    reports = aot.compiled(options.targets, "all" if options.all else "typical", options.processes)
+    broken = [report for lines in reports.values() for report in lines if "error" in report]
+    path = options.out or RESULTS / f"triton-{version}.json"
+    known = json.loads(path.read_text())["targets"] if path.exists() else {}
+    found = {target: record([r for r in lines if "error" not in r]) for target, lines in reports.items()}
+    targets = {target: (known | found)[target] for target in TARGETS if target in known | found}
+    harness.write_json(path, {"format": 1, "triton": version, "targets": targets})
+    for report in broken:
+        print(f"{report['target']} {report['name']}: {report['error'].strip().splitlines()[-1]}", file=sys.stderr)
+    print(
+        f"{sum(map(len, reports.values()))} forms, {len(broken)} that do not compile, {time.monotonic() - began:.0f} s: {path}"
+    )
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def measured(paths: Iterable[Path]) -> dict[Key, list[dict[Fields, float]]]:
     """Returns the seconds of each valid candidate on each GPU."""
     found: dict[Key, list[dict[Fields, float]]] = {}
     for path in paths:
-        for row in json.loads(path.read_text())["rows"]:
+        parts = json.loads(path.read_text())["parts"]
+        for row in [row for part in ("tiles", "tune") for row in parts.get(part, ())]:
             result = row.get("result") or {}
             seconds = {tuple(tried["tile"]): tried["seconds"] for tried in result.get("tried", ()) if "seconds" in tried}
             if seconds:

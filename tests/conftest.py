@@ -26,6 +26,7 @@ _LONG = (
     "bench/test_bench_small.py",
     "undo_kernels/triton/test_vocab_loss_numerics.py",
     "undo_kernels/triton/test_vocab_loss_options.py",
+    "undo_kernels/triton/test_aot.py",
     "undo_core/pipeline/test_memory.py",
     "undo_core/pipeline/test_goldens.py",
     "undo_core/pipeline/test_sweep.py",

@@ -1,12 +1,15 @@
 """The GPU suite without a GPU: it goes on where it stopped, stops in time, keeps what it has, and passes only when all passed."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from triton.runtime.errors import OutOfResources
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = {"commit": "a", "source": "s", "versions": {"torch": "1"}, "gpu": "g"}
@@ -15,9 +18,7 @@ KEY = {"commit": "a", "source": "s", "versions": {"torch": "1"}, "gpu": "g"}
 @pytest.fixture
 def suite(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    module = importlib.import_module("gpu_suite")
-    monkeypatch.setattr(module, "rows_of", lambda part: [module.Row(name, ("true",), ()) for name in ("a", "b", "c")])
-    return module
+    return importlib.import_module("gpu_suite")
 
 
 class Runner:
@@ -35,8 +36,10 @@ class Runner:
         return self.now
 
 
-def run(suite, out, runner, seconds=540.0, key=KEY, earlier=()):
-    return suite.run_part("tests", out, earlier, key, seconds, {"name": "m"}, runner, runner.clock, lambda line: None)
+def run(suite, out, runner, seconds=540.0, key=KEY, earlier=(), rows=None):
+    rows = rows or [suite.Row(name, ("true",), ()) for name in ("a", "b", "c")]
+    book = suite.Book(out, earlier, key, {"machine": {"name": "m"}})
+    return suite.run_part("tests", rows, book, seconds, runner, runner.clock, lambda line: None)
 
 
 def statuses(rows):
@@ -66,8 +69,8 @@ def test_other_code_versions_or_gpu_run_again(suite, tmp_path, change):
 
 def test_it_stops_in_time_and_goes_on(suite, tmp_path):
     runner = Runner()
-    assert statuses(run(suite, tmp_path, runner, seconds=215.0)) == ["passed", "passed", "left"]
-    assert runner.now <= 215.0
+    assert statuses(run(suite, tmp_path, runner, seconds=208.0)) == ["passed", "passed", "left"]
+    assert runner.now <= 208.0
     runner = Runner()
     run(suite, tmp_path / "tight", runner, seconds=130.0)
     assert runner.ran == [("a", 125.0), ("b", 25.0)] and runner.now <= 130.0
@@ -84,22 +87,53 @@ def test_the_file_is_whole_after_every_row(suite, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(suite, tmp_path, Killed())
-    (row,) = json.loads((tmp_path / "tests.json").read_text())["rows"]
-    assert row["id"] == "a" and row["status"] == "passed" and row["key"] == KEY
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    (row,) = found["parts"]["tests"]
+    assert row["id"] == "a" and row["status"] == "passed" and row["key"] == KEY and found["machine"] == {"name": "m"}
 
 
-def test_what_is_missing_is_said_in_one_line(suite, tmp_path, monkeypatch):
+def test_all_parts_are_in_one_file(suite, tmp_path):
+    book = suite.Book(tmp_path, [], KEY, {})
+    for part in ("tests", "plans"):
+        suite.run_part(part, [suite.Row("a", ("true",), ())], book, 100.0, Runner(), lambda: 0.0, lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["tests", "plans"]
+
+
+def test_what_is_missing_is_said_in_one_line(suite, tmp_path):
     rows = [
         suite.Row("m", ("true",), ("no_such_module",)),
         suite.Row("t", ("true",), (), "no-such-tool"),
         suite.Row("c", ("true",), ()),
     ]
-    monkeypatch.setattr(suite, "rows_of", lambda part: rows)
-    found = run(suite, tmp_path, Runner())
+    found = run(suite, tmp_path, Runner(), rows=rows)
     assert statuses(found) == ["skipped", "skipped", "passed"]
     assert found[0]["said"] == "no no_such_module here: pip install, or --wheels DIR" and "no-such-tool" in found[1]["said"]
     table = suite.summary({"tests": found}).splitlines()
     assert table[1].split() == ["tests", "1", "0", "0", "2", "0"] and len(table) == 4
+
+
+def test_a_wheel_that_does_not_install_takes_no_other_with_it(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.sys, "path", list(suite.sys.path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(suite.tempfile, "gettempdir", lambda: str(tmp_path / "site"))
+    for name in ("a-1-py3-none-any.whl", "b-1-py3-none-any.whl"):
+        (tmp_path / name).write_text("no zip")
+    refused = suite.install(tmp_path)
+    assert [line.split(":")[0] for line in refused] == ["a-1-py3-none-any.whl", "b-1-py3-none-any.whl"]
+    assert all(len(line.splitlines()) == 1 for line in refused)
+
+
+def test_the_limits_of_the_first_parts_fit_in_ten_minutes(suite):
+    ends = suite.deadlines(suite.PARTS, 558.0)
+    order = ["tests", "plans", "products", "tiles", "counters", "peers", "memory"]
+    assert [part for part in ends][:7] == order
+    assert [ends[part] for part in order] == sorted(ends[part] for part in order) and ends["memory"] == pytest.approx(558.0)
+    assert ends["sanitize"] == ends["pipeline"] == 558.0
+    assert suite.deadlines(suite.PARTS, 54.0)["memory"] == pytest.approx(54.0)  # less time, the same proportions
+    assert suite.deadlines(["tests", "memory"], 900.0) == {"tests": 420.0, "memory": 900.0}
+    assert sum(importlib.import_module("gpu_parts").SECONDS.values()) <= 558.0
+    assert suite.deadlines(["tune"], 500.0) == {"tune": 500.0}
 
 
 def test_commands_are_run_and_their_results_kept(suite):
@@ -110,10 +144,13 @@ def test_commands_are_run_and_their_results_kept(suite):
     written = suite.execute(row("import sys; open(sys.argv[1], 'w').write('[2]')"), 60)
     assert written["status"] == "passed" and written["result"] == [2]
     failed = suite.execute(row("import sys; print('why'); sys.exit(3)"), 60)
-    assert failed["status"] == "failed" and failed["said"] == "exit status 3\nwhy"
+    assert failed["status"] == "failed" and failed["said"] == "exit status 3: why\nwhy"
     assert suite.execute(row("print('no json')", printed=True), 60)["status"] == "failed"
-    stopped = suite.execute(row("import time; print('begun', flush=True); time.sleep(60)"), 3)
-    assert stopped["status"] == "stopped" and "begun" in stopped["said"]
+    both = suite.execute(row("import sys; print('{\"x\": 1}'); sys.exit(1)", printed=True), 60)
+    assert both["status"] == "failed" and both["result"] == {"x": 1}
+    late = "import time; print('{\"x\": 1}', flush=True); print('{\"x\": ', flush=True); time.sleep(60)"
+    stopped = suite.execute(row(late, printed=True), 3)
+    assert stopped["status"] == "stopped" and stopped["result"] == {"x": 1}
 
 
 def test_a_result_that_is_none_does_not_pass(suite):
@@ -135,32 +172,101 @@ def test_a_result_that_is_none_does_not_pass(suite):
     curve = {"name": "undo-core", "status": "measured", "ran": ran("reference")}
     assert suite.complaint({"rows": [], "error_versus_kl": {"curves": [curve]}}) == "undo-core: ran on reference, wanted triton"
     assert suite.complaint({"tried": [], "best": None}) == "no tile counts"
-    row = suite.Row("r", ("{python}", "-c", 'print(\'{"tried": [], "best": null}\')'), (), printed=True)
-    assert suite.execute(row, 60)["status"] == "failed"
+    plans = {"plans": [{"plan": "chunk", "ms": 1.0}, {"plan": "recompute", "failed": "OutOfResources: shared memory"}]}
+    assert suite.complaint(plans) == "1 failed, the first: OutOfResources: shared memory"
 
 
-def test_every_part_names_what_is_there(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    module = importlib.reload(importlib.import_module("gpu_suite"))
-    for part in module.PARTS:
-        rows = module.rows_of(part)
+def test_a_result_that_is_none_is_kept_but_does_not_pass(suite, tmp_path):
+    def runner(row, limit):
+        return {"status": "passed", "said": "", "result": {"tried": [], "best": None, "default": []}}
+
+    book = suite.Book(tmp_path, [], KEY, {})
+    (row,) = suite.run_part("tiles", [suite.Row("r", ("true",), ())], book, 99.0, runner, lambda: 0.0, lambda line: None)
+    assert row["status"] == "failed" and row["said"] == "no tile counts" and row["result"]["tried"] == []
+
+
+def test_every_part_names_what_is_there(suite):
+    parts = importlib.import_module("gpu_parts")
+    for part, rehearse in itertools.product(parts.PARTS, (False, True)):
+        rows = parts.rows_of(part, rehearse)
         assert len({row.id for row in rows}) == len(rows) > 0
         for word in (word.split("::")[0] for row in rows for word in row.command):
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).is_file(), word
-    kernels = {(row.command[3], row.command[4], row.command[5]) for row in module.rows_of("tune")}
+    kernels = {(row.command[3], row.command[4], row.command[5]) for row in parts.rows_of("tune")}
     assert len(kernels) == 24
-    assert [row.id for row in module.rows_of("tiles")] == [
-        f"{k}-bfloat16-{d}" for k in ("loss", "stats") for d in (2304, 768, 320)
+    assert [row.id for row in parts.rows_of("tiles")] == [
+        f"{k}-bfloat16-{d}" for k in ("stats", "loss") for d in (2304, 768, 320)
     ]
-    assert module.PARTS[:5] == ("tests", "plans", "products", "tiles", "counters")
-    small = [module.rehearsal(row).command for part in module.REHEARSED for row in module.rows_of(part)]
-    assert all((command[0] == "{python}" and "--rehearse" in command) or "--only" in command for command in small)
     kl, rmu, noise = (importlib.import_module(f"bench_{name}") for name in ("kl", "rmu", "noise"))
     known = {row.id for row in (*kl.ROWS["cuda"], *rmu.ROWS, *noise.ROWS)} | {"error"}
-    assert {row.command[row.command.index("--only") + 1] for row in module.rows_of("bench")} <= known
-    modes = importlib.import_module("bench_step_gpu").MODES
-    assert [row.id for row in module.rows_of("memory")] == list(modes)
+    measured = [row.command for part in ("bench", "peers") for row in parts.rows_of(part)]
+    assert {command[command.index("--only") + 1] for command in measured} <= known
+    assert set(parts.PEERS) <= set(kl.CONTENDERS)
+    assert {row.id for row in parts.rows_of("memory")} == set(importlib.import_module("bench_step_gpu").MODES)
+
+
+def test_a_kernel_that_cannot_be_launched_is_an_entry_that_says_so(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    kernels = importlib.import_module("gpu_kernels")
+
+    def measure():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    (failed,) = [kernels.attempt({"plan": "recompute"}, measure)]
+    assert failed["plan"] == "recompute" and failed["failed"].startswith("OutOfResources: out of resource: shared memory")
+    assert kernels.attempt({"plan": "chunk"}, lambda: {"ms": 1.0}) == {"plan": "chunk", "ms": 1.0}
+
+
+def test_a_tool_that_refuses_the_machine_is_one_line(suite, tmp_path, monkeypatch):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\necho "==ERROR== LibraryNotLoaded" > "$2"\nexit 1\n'
+    )
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{suite.os.environ['PATH']}")
+    record = suite.execute(suite.Row("c", ("{python}", "bench/gpu_counters.py"), (), "ncu", printed=True), 60)
+    assert record["status"] == "failed" and record["result"] == {"counted": {}}
+    first = "exit status 1: no counters of stats_rows, loss_rows, stats_tiles, loss_tiles: ==ERROR== LibraryNotLoaded"
+    assert record["said"].splitlines()[0] == first
+
+
+def test_counters_are_of_the_first_launch_of_each_kernel(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    counters = importlib.import_module("gpu_counters")
+    head = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"'
+    lines = [
+        "==PROF== Connected to process 7",
+        head,
+        '"0","7","stats_rows","GPU Speed Of Light Throughput","Duration","ms","1.25",""',
+        '"0","7","stats_rows","Instruction Statistics","Executed Instructions","inst","1,024",""',
+        '"0","7","stats_rows","Occupancy","","","","TheoreticalOccupancy"',
+        '"1","7","loss_rows","GPU Speed Of Light Throughput","Duration","ms","2",""',
+        '"2","7","stats_rows","GPU Speed Of Light Throughput","Duration","ms","9",""',
+    ]
+    assert counters.counted(lines) == {
+        "stats_rows": {"Duration": "1.25 ms", "Executed Instructions": "1,024 inst"},
+        "loss_rows": {"Duration": "2 ms"},
+    }
+    assert counters.counted(["==ERROR== no permission"]) == {}
+
+
+def test_the_workers_of_the_tests_share_them_and_say_what_is_left(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    tests = importlib.import_module("gpu_tests")
+    names = ["test_a[1]", "test_a[2]", "test_its_teacher", "test_b", "test_c"]
+    found = []
+    for number in range(2):
+        items = [types.SimpleNamespace(name=name) for name in names]
+        share = tests.Share(number, 2, tmp_path / f"{number}.jsonl")
+        share.pytest_collection_modifyitems(items)
+        found.append([item.name for item in items])
+    assert found == [["test_its_teacher", "test_a[2]", "test_c"], ["test_a[1]", "test_b"]]
+    share.note(test="test_b", outcome="failed", seconds=2.0, said="why")
+    with (tmp_path / "1.jsonl").open("a") as file:
+        file.write('{"test": "test_a[1]", "outc')  # being written
+    result = tests.so_far(tmp_path, 0.0)
+    assert result["outcomes"] == {"failed": 1, "not run": 4} and result["failures"] == {"test_b": "why"}
 
 
 def test_without_a_gpu_it_says_so_and_fails():

@@ -25,7 +25,7 @@ def recorded(path, seconds):
     tried = [{"tile": list(tile), "seconds": taken} for tile, taken in seconds.items()]
     tried.append({"tile": [1, 1, 1, 1, 1, 1], "failed": "spills"})
     result = {"target": "sm_90", "kernel": "loss", "wide": False, "width": 768, "tried": tried}
-    path.write_text(json.dumps({"rows": [{"id": "x", "result": result}, {"id": "skipped"}]}))
+    path.write_text(json.dumps({"parts": {"tests": [{"id": "y"}], "tune": [{"id": "x", "result": result}, {"id": "skipped"}]}}))
     return path
 
 

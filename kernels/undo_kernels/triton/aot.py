@@ -2,29 +2,37 @@
 
 ``python -m undo_kernels.triton.aot sm_90 [few|typical|all]`` compiles forms of each kernel, see ``forms.py``, and prints one JSON
 object per line: registers, spills, shared memory, and the instructions per pair that ``sass.py`` counts. It needs the
-variable TRITON_INTERPRET unset or 0.
+variable TRITON_INTERPRET unset or 0. A form that does not compile is a line with ``error``. Triton's cache keeps the compiled code,
+and the counts beside it, so that a form is compiled once as long as its source is the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import triton
+from triton.runtime.cache import get_cache_manager
 
 from undo_kernels.triton import sass, tile_table
 from undo_kernels.triton.forms import Form, compiling_for, forms
 from undo_kernels.triton.tile_table import Tile
 
+PAIR_KERNELS = ("stats_rows", "loss_rows", "stats_tiles", "loss_tiles")  # that process (token, vocabulary entry) pairs
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
-def report(form: Form, target: str) -> dict[str, Any]:
-    """Compiles and measures one form."""
+def report(form: Form, target: str, counted: bool = True) -> dict[str, Any]:
+    """Compiles and measures one form; ``counted``: its instructions too, whose disassembly takes half a second."""
     compiled = form.compile()
     found = {"name": form.name, "target": target, "triton": triton.__version__, "shared": compiled.metadata.shared}
     found["matrix_16"] = form.kernel.__name__.endswith("_tiles") and "fp32" not in form.types.get("student.hidden_ptr", "fp32")
@@ -43,7 +51,8 @@ def report(form: Form, target: str) -> dict[str, Any]:
         found["spills"] += int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
         return found
     found |= sass.resources(compiled.asm["cubin"])
-    found |= sass.counts(sass.disassemble(compiled.asm["cubin"]), form.elements / form.threads)
+    if counted:
+        found |= _counts(compiled.asm["cubin"], form.elements / form.threads)
     found["wgmma"] = "wgmma" in compiled.asm["ptx"]
     found["tcgen05"] = "tcgen05.mma" in compiled.asm["ptx"]
     return found
@@ -81,20 +90,57 @@ def _roundings(ptx: str) -> dict[str, int]:
     }
 
 
-def main(target: str, scope: str) -> None:
-    """Prints a line for each form; forms that differ only in the alignment of their arguments are numbered."""
-    seen = Counter[str]()
-    chosen = forms(target, scope)
-    with compiling_for(target):
-        for form in chosen:
-            found = report(form, target)
-            seen[form.name] += 1
-            if seen[form.name] > 1:
-                found["name"] += f" #{seen[form.name]}"
-            print(json.dumps(found), flush=True)
+def _counts(cubin: bytes, elements: float) -> dict[str, float]:
+    """Returns what ``sass.counts`` counts; disassembling takes longer than compiling a short kernel, so counts are kept."""
+    said = hashlib.sha256(Path(sass.__file__).read_bytes() + cubin + str(elements).encode()).hexdigest()
+    kept = get_cache_manager(said)
+    file = kept.get_file("counts.json")
+    if file is None:
+        file = kept.put(json.dumps(sass.counts(sass.disassemble(cubin), elements)), "counts.json", binary=False)
+    return json.loads(Path(file).read_text())
+
+
+def compiled(targets: Iterable[str], scope: str, processes: int = 2) -> dict[str, list[dict[str, Any]]]:
+    """Returns the reports of each target's forms, from so many processes in which no kernel is interpreted."""
+
+    def share(number: int) -> list[dict[str, Any]]:
+        command = [sys.executable, "-W", "ignore", "-m", __spec__.name, ",".join(targets), scope, f"{number}/{processes}"]
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"aot: got exit status {done.returncode} of {' '.join(command)}, wanted 0\n{done.stderr[-4000:]}"
+            )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    targets = list(targets)
+    with ThreadPoolExecutor(processes) as pool:
+        found = [line for lines in pool.map(share, range(processes)) for line in lines]
+    found.sort(key=lambda line: line["number"])
+    return {target: [line for line in found if line["target"] == target] for target in targets}
+
+
+def main(targets: str, scope: str = "typical", share: str = "0/1") -> None:
+    """Prints a line for each form of a share of them; forms that differ only in the alignment of arguments are numbered."""
+    first, every = map(int, share.split("/"))
+    for target in targets.split(","):
+        seen = Counter[str]()
+        chosen = forms(target, scope)
+        with compiling_for(target):
+            for number, form in enumerate(chosen):
+                seen[form.name] += 1
+                if number % every != first:
+                    continue
+                name = form.name + (f" #{seen[form.name]}" if seen[form.name] > 1 else "")
+                counted = scope != "few" or (target == "sm_90" and form.kernel.__name__ in PAIR_KERNELS)
+                try:
+                    found = report(form, target, counted)
+                except Exception as error:  # of Triton, LLVM or ptxas, which share no class; the other forms go on
+                    found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+                print(json.dumps(found | {"name": name, "target": target, "number": number}), flush=True)
 
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("TRITON_INTERPRET: got 1, wanted 0: interpreted kernels cannot be compiled")
-    main(sys.argv[1], *(sys.argv[2:] or ["typical"]))
+    main(*sys.argv[1:])

@@ -168,16 +168,17 @@ def _described(kernel: Any, bound: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def forms(target: str, scope: str) -> list[Form]:
-    """Returns the forms that a target's launches have: ``all``, the ``typical`` and heaviest, or ``few``, the heaviest alone.
+    """Returns the forms that a target's launches have: ``all``, the ``typical`` and heaviest of each dtype, or ``few``.
 
-    The typical ones, of forward KL with a softcap, are among the few of sm_90, for which ``costs.py`` predicts times.
+    The few of sm_90 are the typical ones, for which ``costs.py`` predicts times, the heaviest of 16-bit inputs and one form of every
+    other kernel; those of another target are the typical ones.
     """
-    every = scope == "all"
+    every, few = scope == "all", scope == "few"
     with compiling_for(target), _recording() as found, torch.device(_META):
         for problem in _problems(scope, target):
             call = Run(problem, Workspace(_META), target)
             (Recompute if call.plan.name == "recompute" else Chunks)(call).passes()
-        for dtype, stochastic in itertools.product(noise.DTYPES, (True, False)):
+        for dtype, stochastic in itertools.product(noise.DTYPES, (True, False)) if not few or target == "sm_90" else ():
             if every or (dtype in (torch.bfloat16, torch.float32) and stochastic == (dtype == torch.bfloat16)):
                 parameter = Segment(torch.empty(64, 64, dtype=dtype), "w", "uniform", 0.5, 1e-8)
                 noise.launch([(0, parameter)], _META, dtype, 0, stochastic, torch.empty(1, 3, dtype=torch.float64), target)
@@ -186,7 +187,7 @@ def forms(target: str, scope: str) -> list[Form]:
                 frozen = torch.empty(*((64, 2304) if own else (2304,)), dtype=dtype if own else torch.float32)
                 rmu.launch(torch.empty(64, 2304, dtype=dtype), frozen, torch.empty(64) if factor else None, 1.0, needs)
     chosen = list(found.values())
-    if scope == "few":
+    if few:
         combined = [form.key for form in chosen if form.kernel.__name__ == "combine_rows"]
         chosen = [form for form in chosen if form.constants.get("GRADIENT", True) and form.key not in combined[1:]]
     return chosen
@@ -195,17 +196,19 @@ def forms(target: str, scope: str) -> list[Form]:
 def _problems(scope: str, target: str) -> Iterator[Problem]:
     """Yields problems of full options in the dtypes that have different code; of ``all``, each combination of options."""
     full = {"softcap": True, "bias": True, "labels": True, "masked": True}
-    if scope != "few" or target == "sm_90":
-        yield _problem("forward", "bf16", "recompute", softcap=True)
-        yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
-        yield _problem("forward", "bf16", "chunk", softcap=True)
+    yield _problem("forward", "bf16", "recompute", softcap=True)
+    yield _problem("forward", "bf16", "chunk", softcap=True)
+    for kind in ("bf16", "fp32"):
+        yield _problem("forward", kind, "chunk", given=True)
+    if scope == "few" and target != "sm_90":
+        return
+    yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
     yield _problem("forward", "bf16", "recompute", **full)
     yield _problem("reverse", "bf16", "recompute", statistics=True, **full)
-    for kind in ("bf16", "fp32"):
-        yield _problem("jsd", kind, "recompute", filtered=True, **full)
-        yield _problem("forward", kind, "chunk", given=True)
+    yield _problem("jsd", "bf16", "recompute", filtered=True, **full)
     yield _problem("reverse", "bf16", "chunk", statistics=True, **full)
     if scope != "few":
+        yield _problem("jsd", "fp32", "recompute", filtered=True, **full)
         yield _problem("reverse", "fp32", "recompute", statistics=True, **full)
         yield _problem("jsd", "bf16", "chunk", **full)
     yield _problem("own", "bf16", "recompute", known=True, **full)

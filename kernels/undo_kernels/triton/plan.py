@@ -153,12 +153,17 @@ class Shapes:
         return self.problem.target == "jsd" and self.gradient
 
     @property
+    def ragged(self) -> bool:
+        """Whether rows begin where no 16-byte load may: their single loads take the registers of a large tile."""
+        return any(side.weight.shape[1] % 16 for side in self.sides)
+
+    @property
     def stats_tile(self) -> tile_table.Tile:
-        return tile_table.tile(self.target, "cross" if self.crossed else "stats", self.wide, self.width)
+        return tile_table.tile(self.target, "cross" if self.crossed or self.ragged else "stats", self.wide, self.width)
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
+        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0 or self.ragged
         return tile_table.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
 
     def copies(self, side: Projection) -> bool:

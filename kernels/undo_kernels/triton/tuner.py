@@ -2,7 +2,8 @@
 
 Not used at run time: ``bench/gpu_suite.sh --part tune`` runs it, and the winners become the table in measured_tiles.py. A candidate
 is valid if its results agree with the default tile's and it spills no registers. ``--first`` runs each candidate once, which
-fills Triton's compilation cache: run several such processes in parallel, then the timings one by one.
+fills Triton's compilation cache: run several such processes in parallel, then the timings one by one. ``--rehearse`` times small
+problems on a CPU with interpreted kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
@@ -175,20 +177,31 @@ def median_of_events(step: Callable[[], Any]) -> float:
     return statistics.median(taken)
 
 
+def seconds_of_clock(step: Callable[[], Any]) -> float:
+    """Returns the seconds of one launch by the clock."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", choices=list(TARGETS))
     parser.add_argument("dtype", choices=("bfloat16", "float32"))
     parser.add_argument("width", type=int)
     parser.add_argument("--first", nargs=2, type=int, metavar=("I", "N"), help="run every N-th candidate from the I-th once")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes under TRITON_INTERPRET=1")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("got no GPU, wanted one")
-    arguments = (options.kernel, options.dtype == "float32", options.width, torch.device("cuda", 0), median_of_events)
-    if options.first:  # sizes do not affect the compilation, except that they are multiples of 16
-        found = tune(*arguments, tokens=256, vocabulary=8192, first=True, share=tuple(options.first))
+    what = (options.kernel, options.dtype == "float32", options.width)
+    if options.rehearse and INTERPRETED:
+        found = tune(*what, torch.device("cpu"), seconds_of_clock, tokens=16, vocabulary=128)
+    elif not torch.cuda.is_available():
+        parser.error("got no GPU, wanted one, or --rehearse with TRITON_INTERPRET=1")
+    elif options.first:  # sizes do not affect the compilation, except that they are multiples of 16
+        share = tuple(options.first)
+        found = tune(*what, torch.device("cuda", 0), median_of_events, tokens=256, vocabulary=8192, first=True, share=share)
     else:
-        found = tune(*arguments)
+        found = tune(*what, torch.device("cuda", 0), median_of_events)
     print(json.dumps(found))
 
 
