@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from undo_kernels.cpu.extension import kernels
-from undo_kernels.cpu.instruction_set import bfloat16_product
+from undo_kernels.cpu.instruction_set import VARIABLE, bfloat16_product, instruction_sets, vector_units
 from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
@@ -85,6 +85,23 @@ def tiled(side: Projection) -> bool:
     dtypes = {side.hidden.dtype, side.weight.dtype}
     whole = side.hidden.shape[1] % kernels.PRODUCT_DEPTH == 0
     return not isinstance(side, GivenLogits) and dtypes == {torch.bfloat16} and whole
+
+
+def products_of(side: Projection, narrow: bool) -> str:
+    """Describes how the products of a head are computed, and why; ``narrow`` as in :class:`CpuPlan`."""
+    name, dtype = bfloat16_product(), str(side.weight.dtype).removeprefix("torch.")
+    if side.weight.dtype == torch.float32:
+        return "in float32"
+    if name and tiled(side):
+        return f"{dtype} by {name} with float32 logits" + ("; the gradient is rounded to bfloat16" if narrow else "")
+    if side.weight.dtype == torch.float16 or side.hidden.dtype != side.weight.dtype:
+        why = f"hidden states are {str(side.hidden.dtype).removeprefix('torch.')} and only bfloat16 has products of its own"
+    elif not name:
+        own = [product for product in instruction_sets() if product not in vector_units()]
+        why = f"{VARIABLE} says so" if own else "this processor has no bfloat16 product that keeps float32 logits"
+    else:
+        why = f"{name} takes widths that are multiples of {kernels.PRODUCT_DEPTH}"
+    return f"{dtype} converted to float32: {why}"
 
 
 def cpu_plan(problem: Problem, count: int, native: bool) -> CpuPlan:
@@ -216,4 +233,5 @@ def describe(op: str, problem: Problem) -> Plan:
         traffic_bytes=int(logits + weights),
         flops=plan.products * product,
         seconds=None if rate is None else plan.cost() * product / (rate * torch.get_num_threads()),
+        products=products_of(problem.student, plan.narrow),
     )
