@@ -30,6 +30,9 @@ test: $(INSTALLED)  ## all tests, file by file on up to four cores
 test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
 	$(BIN)/python tests/matrix.py
 
+test-arm: $(INSTALLED)  ## the C++ kernels for Arm in an emulator; needs a cross compiler and qemu, and says how to get them
+	$(BIN)/python tests/arm.py
+
 test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with several processes and with a Ray cluster on this machine
 	$(BIN)/python -m pytest -m distributed_long
 
@@ -65,14 +68,14 @@ $(VENV)/.installed-%: $(INSTALLED)
 lint: $(VENV)/.installed-lint  ## check style and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cpp/*
 	$(BIN)/shellcheck examples/slurm/*.sbatch
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 format: $(VENV)/.installed-lint  ## fix style where tools can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/cpp/*
 
 docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/index.html; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
@@ -91,4 +94,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-distributed test-aot bench bench-all bench-check lint format docs dist clean
+.PHONY: help install demo test test-matrix test-arm test-distributed test-aot bench bench-all bench-check lint format docs dist clean

@@ -7,19 +7,27 @@ import os
 import runpy
 import sys
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import Pybind11Extension, build_ext, has_flag
 from setuptools import find_packages, setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
-FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp"]
+FLAGS = ["-O3", "-ffp-contract=off"]
+OPENMP = "-fopenmp"
 
 
 class BuildExtension(build_ext):
-    """Compiles, or says in one line that the reference backend is what there is."""
+    """Compiles with OpenMP if the compiler has it; says in one line what is missing otherwise."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
         try:
+            if has_flag(self.compiler, OPENMP):
+                extension.extra_compile_args.append(OPENMP)
+                extension.extra_link_args.append(OPENMP)
+            else:  # as Apple's compiler
+                print(
+                    f"undo-core: NO OPENMP: the compiler rejects {OPENMP}; the C++ kernels run on one thread", file=sys.stderr
+                )
             super().build_extension(extension)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
             reason = " ".join(str(error).split())
@@ -48,7 +56,6 @@ setup(
             cxx_std=17,
             define_macros=[("UNDO_SOURCES", f'"{DIGEST}"')],
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

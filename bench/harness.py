@@ -183,12 +183,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def vector_units() -> str:
-    """Returns the instruction set of the C++ kernels: avx512, avx2 or plain, with ``+amx`` if it has tiles, or none."""
+    """Returns the best instruction set of the C++ kernels, such as avx2, with its bfloat16 product if any: avx512+amx."""
     from undo_kernels.cpu.extension import kernels
 
     if kernels is None:
         return "none"
-    return kernels.instruction_set("") + ("+amx" if kernels.amx_available() else "")
+    own = [product.name for product in kernels.bf16_products() if not product.emulated]
+    return "+".join([kernels.instruction_set(""), *own[:1]])
 
 
 def processor(facts: Mapping[str, Any]) -> str:

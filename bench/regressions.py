@@ -91,7 +91,7 @@ def plan() -> Numbers:
             made = gpu_plan(problem, "sm_90")
             found |= {f"{name}: FLOPs": made.flops, f"{name}: bytes moved": made.traffic_bytes}
         else:
-            made = cpu_plan(problem, rows, amx="AMX" in backend)
+            made = cpu_plan(problem, rows, native="AMX" in backend)
             found[f"{name}: products"] = made.products
         found[f"{name}: workspace bytes"] = made.workspace_bytes
     return found

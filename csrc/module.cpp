@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "amx.h"
-#include "vocab_loss.h"
+#include "bf16_product.h"
 #include "noise.h"
+#include "vocab_loss.h"
 
 namespace py = pybind11;
 
@@ -55,12 +55,18 @@ PYBIND11_MODULE(_cpu, module) {
     return words;
   });
 
-  module.def("amx_available", &undo::amx_available);
-  module.def("amx_project", [](uintptr_t weight, int64_t stride_w, int64_t rows, uintptr_t packed, int64_t tokens, int64_t width,
-                               uintptr_t z, int64_t stride_z) {
+  module.attr("PRODUCT_TOKENS") = undo::PRODUCT_TOKENS;
+  module.attr("PRODUCT_DEPTH") = undo::PRODUCT_DEPTH;
+  py::class_<undo::Bf16Product>(module, "Bf16Product")
+      .def_readonly("name", &undo::Bf16Product::name)
+      .def_readonly("vectors", &undo::Bf16Product::vectors)
+      .def_readonly("emulated", &undo::Bf16Product::emulated);
+  module.def("bf16_products", &undo::bf16_products, py::return_value_policy::reference);
+  module.def("bf16_project", [](const std::string& name, uintptr_t weight, int64_t stride_w, int64_t rows, uintptr_t packed,
+                                int64_t tokens, int64_t width, uintptr_t z, int64_t stride_z) {
     py::gil_scoped_release released;
-    undo::amx_project(reinterpret_cast<const uint16_t*>(weight), stride_w, rows, reinterpret_cast<const uint32_t*>(packed), tokens,
-                      width, reinterpret_cast<float*>(z), stride_z);
+    undo::bf16_project(undo::bf16_product(name.c_str()), reinterpret_cast<const uint16_t*>(weight), stride_w, rows,
+                       {reinterpret_cast<const uint32_t*>(packed), tokens, width}, reinterpret_cast<float*>(z), stride_z);
   });
 
   module.attr("WIDEST") = undo::WIDEST;

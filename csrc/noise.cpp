@@ -13,9 +13,11 @@ constexpr int64_t CHUNK = 1 << 16;
 
 const NoiseKernels& noise_kernels(const char* wanted) {
 #if defined(__x86_64__)
-  const NoiseKernels* kernels[] = {&avx512_noise, &avx2_noise, &plain_noise};
+  const NoiseKernels* kernels[] = {&avx512_noise, &avx2_noise, nullptr, &plain_noise};
+#elif defined(__aarch64__)
+  const NoiseKernels* kernels[] = {nullptr, nullptr, &neon_noise, &plain_noise};
 #else
-  const NoiseKernels* kernels[] = {nullptr, nullptr, &plain_noise};
+  const NoiseKernels* kernels[] = {nullptr, nullptr, nullptr, &plain_noise};
 #endif
   return *kernels[instruction_set(wanted)];
 }

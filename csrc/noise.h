@@ -31,7 +31,7 @@ struct NoiseKernels {
 };
 
 const NoiseKernels& noise_kernels(const char* instruction_set);  // "": the best of this machine
-extern const NoiseKernels avx512_noise, avx2_noise, plain_noise;
+extern const NoiseKernels avx512_noise, avx2_noise, neon_noise, plain_noise;
 
 // Adds noise to all segments; returns the sums of each.
 std::vector<Sums> noise(const NoiseKernels&, const std::vector<Segment>&, uint64_t seed, bool stochastic);

@@ -7,9 +7,11 @@ namespace undo {
 
 const LossKernels& loss_kernels(const char* wanted) {
 #if defined(__x86_64__)
-  const LossKernels* kernels[] = {&avx512_kernels, &avx2_kernels, &plain_kernels};
+  const LossKernels* kernels[] = {&avx512_kernels, &avx2_kernels, nullptr, &plain_kernels};
+#elif defined(__aarch64__)
+  const LossKernels* kernels[] = {nullptr, nullptr, &neon_kernels, &plain_kernels};
 #else
-  const LossKernels* kernels[] = {nullptr, nullptr, &plain_kernels};
+  const LossKernels* kernels[] = {nullptr, nullptr, nullptr, &plain_kernels};
 #endif
   return *kernels[instruction_set(wanted)];
 }

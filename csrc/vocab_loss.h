@@ -64,6 +64,6 @@ struct LossKernels {
 };
 
 const LossKernels& loss_kernels(const char* instruction_set);  // "": the best of this machine
-extern const LossKernels avx512_kernels, avx2_kernels, plain_kernels;
+extern const LossKernels avx512_kernels, avx2_kernels, neon_kernels, plain_kernels;
 
 }  // namespace undo

@@ -5,7 +5,7 @@
 
 #include "vocab_loss.h"
 
-// Four lanes: what every 64-bit machine has (SSE2, NEON).
+// Four lanes without a fused multiply-add, in the compiler's own vectors: SSE2 on any 64-bit x86, and every other processor.
 #define UNDO_LANES 4
 #define UNDO_FMA(a, b, c) ((a) * (b) + (c))
 

@@ -20,7 +20,10 @@ VARIATIONS = [
     {},
     *({"ATEN_CPU_CAPABILITY": level} for level in ("default", "avx2")),
     *({"OMP_NUM_THREADS": str(threads)} for threads in (2, 4)),
-    *({"UNDO_CPU_ISA": name} for name in ("plain", "avx2", "avx512", "amx")),
+    *(
+        {"UNDO_CPU_ISA": name}
+        for name in ("plain", "avx2", "avx512", "avx512bf16", "avx512bf16-emulated", "amx", "neon", "bfmmla")
+    ),
     {"MKL_CBWR": "COMPATIBLE"},
     {"ATEN_CPU_CAPABILITY": "default", "UNDO_CPU_ISA": "plain", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "4"},
 ]
@@ -45,7 +48,7 @@ def main(arguments: list[str]) -> int:
     for variation in VARIATIONS:
         name = " ".join(f"{key}={value}" for key, value in variation.items()) or "the best of this machine, 1 thread"
         missing = variation.get("UNDO_CPU_ISA")
-        if missing and missing not in cpu.instruction_sets():
+        if missing and missing not in cpu.instruction_sets() + cpu.emulations():
             print(f"not here  {name}: this processor has {', '.join(cpu.instruction_sets())}", flush=True)
             continue
         start = time.monotonic()

@@ -18,6 +18,7 @@ class Plan:
         traffic_bytes: bytes read and written, forward and backward.
         flops: FLOPs of the matrix products, forward and backward.
         seconds: predicted time; None where no rates are known for the device.
+        products: how the heads' matrix products are computed, and why; empty where the backend has one way.
     """
 
     op: str
@@ -27,6 +28,7 @@ class Plan:
     traffic_bytes: int
     flops: float
     seconds: float | None
+    products: str = ""
 
     @property
     def workspace_bytes(self) -> int:
@@ -43,7 +45,7 @@ class Plan:
             ("workspace", mib(self.workspace_bytes)),
             *((f"  {name}", mib(size)) for name, size in self.buffers.items()),
             ("memory traffic", mib(self.traffic_bytes)),
-            ("matrix products", f"{self.flops / 1e9:,.2f} GFLOP"),
+            ("matrix products", f"{self.flops / 1e9:,.2f} GFLOP" + (f", {self.products}" if self.products else "")),
             ("time", time),
         ]
         return "\n".join(f"{name:<24} {value}" for name, value in lines)

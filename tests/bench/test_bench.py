@@ -407,11 +407,14 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here")
 def test_a_machines_name_tells_instruction_sets_apart(bench_kl, monkeypatch):
     harness, extension = importlib.import_module("harness"), importlib.import_module("undo_kernels.cpu.extension")
-    names = set()
+    names, emulated = set(), SimpleNamespace(name="avx512bf16-emulated", emulated=True)
+
+    def stand_in(best, own):
+        return SimpleNamespace(instruction_set=lambda wanted: best, bf16_products=lambda: [*own, emulated])
+
     for best in ("avx512", "avx2", "plain"):
-        for amx in (False, True):
-            stand_in = SimpleNamespace(instruction_set=lambda wanted, best=best: best, amx_available=lambda amx=amx: amx)
-            monkeypatch.setattr(extension, "kernels", stand_in)
+        for own in ([], [SimpleNamespace(name="amx", emulated=False)]):
+            monkeypatch.setattr(extension, "kernels", stand_in(best, own))
             names.add(harness.machine("cpu")["name"])
     assert len(names) == 6 and any(name.endswith("-avx512-amx") for name in names)
 

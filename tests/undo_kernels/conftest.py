@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bfloat16_ways import WAYS, use_way
 from undo_kernels import cpu, recorded
 
 if not torch.cuda.is_available():
@@ -26,12 +27,17 @@ def ran_in_cpp():
     assert calls and {call.backend for call in calls} == {"cpu"}, calls
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain"])
+@pytest.fixture(params=cpu.vector_units())
 def instruction_set(request, monkeypatch):
     """Name of the instruction set that the C++ kernels use during the test."""
-    if request.param not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("UNDO_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=WAYS)
+def bfloat16(request, monkeypatch):
+    """How heads in bfloat16 are multiplied during the test: each of this processor's ways, also emulated ones."""
+    use_way(request.param, monkeypatch)
     return request.param
 
 

@@ -24,7 +24,7 @@ class Run(Protocol):
     index: torch.Tensor | None
     vocabulary: int
     plan: plans.CpuPlan
-    amx: bool
+    bfloat16: str
     leading: int
     partial: torch.Tensor
     per_token: dict[str, torch.Tensor]
@@ -103,7 +103,7 @@ class Chunk:
         if self._hidden is None:
             p, self._hidden = self.run.problem, {}
             for which, side in enumerate(self._sides()):
-                # AMX takes packed hidden states, but a weight gradient in float32 also needs the student's in float32.
+                # A bfloat16 product takes packed hidden states, but a weight gradient in float32 also needs the student's in float32.
                 used = which not in self.packed or (which == 0 and p.needs[1] and not self.run.plan.narrow)
                 if used and not isinstance(side, GivenLogits):
                     self._hidden[which] = self._padded(side.hidden, torch.float32)
@@ -117,13 +117,14 @@ class Chunk:
 
     @property
     def packed(self) -> dict[int, torch.Tensor]:
-        """Hidden states packed for AMX, ``[d / 2, stride]`` pairs of bfloat16; only the sides whose products use AMX."""
+        """Hidden states as the bfloat16 product takes them (``csrc/bf16_product.h``); only of the sides that it computes."""
         if self._packed is None:
             self._packed = {}
             for which, side in enumerate(self._sides()):
-                if self.run.amx and plans.tiled(side):
+                if self.run.bfloat16 and plans.tiled(side):
                     padded = self._padded(side.hidden, torch.bfloat16).contiguous()
-                    self._packed[which] = padded.view(torch.int32).T.contiguous()
+                    panels = padded.view(torch.int32).unflatten(0, (-1, kernels.PRODUCT_TOKENS))
+                    self._packed[which] = panels.transpose(1, 2).contiguous()
                     if which == 0 and self.run.plan.narrow:
                         self.narrow_hidden = padded
         return self._packed

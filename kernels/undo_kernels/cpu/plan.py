@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from undo_kernels.cpu.extension import kernels
-from undo_kernels.cpu.instruction_set import has_amx
+from undo_kernels.cpu.instruction_set import VARIABLE, bfloat16_product, instruction_sets, vector_units
 from undo_kernels.plan import Plan
 from undo_kernels.problem import DENSE, Problem
 from undo_kernels.projection import GivenLogits, Projection
@@ -81,13 +81,31 @@ def leading(stride: int) -> int:
 
 
 def tiled(side: Projection) -> bool:
-    """Returns whether AMX tiles can compute this head's product."""
+    """Returns whether a bfloat16 product of ``csrc/`` can compute this head's logits."""
     dtypes = {side.hidden.dtype, side.weight.dtype}
-    return not isinstance(side, GivenLogits) and dtypes == {torch.bfloat16} and side.hidden.shape[1] % 32 == 0
+    whole = side.hidden.shape[1] % kernels.PRODUCT_DEPTH == 0
+    return not isinstance(side, GivenLogits) and dtypes == {torch.bfloat16} and whole
 
 
-def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
-    """Returns the fastest plan that fits the workspace for ``count`` counted tokens; ``amx`` says whether there are AMX tiles.
+def products_of(side: Projection, narrow: bool) -> str:
+    """Describes how the products of a head are computed, and why; ``narrow`` as in :class:`CpuPlan`."""
+    name, dtype = bfloat16_product(), str(side.weight.dtype).removeprefix("torch.")
+    if side.weight.dtype == torch.float32:
+        return "in float32"
+    if name and tiled(side):
+        return f"{dtype} by {name} with float32 logits" + ("; the gradient is rounded to bfloat16" if narrow else "")
+    if side.weight.dtype == torch.float16 or side.hidden.dtype != side.weight.dtype:
+        why = f"hidden states are {str(side.hidden.dtype).removeprefix('torch.')} and only bfloat16 has products of its own"
+    elif not name:
+        own = [product for product in instruction_sets() if product not in vector_units()]
+        why = f"{VARIABLE} says so" if own else "this processor has no bfloat16 product that keeps float32 logits"
+    else:
+        why = f"{name} takes widths that are multiples of {kernels.PRODUCT_DEPTH}"
+    return f"{dtype} converted to float32: {why}"
+
+
+def cpu_plan(problem: Problem, count: int, native: bool) -> CpuPlan:
+    """Returns the fastest plan that fits the workspace for ``count`` counted tokens; ``native``: there is a bfloat16 product.
 
     Raises:
         ValueError: no plan fits ``workspace_bytes``, or ``plan`` names none.
@@ -100,7 +118,7 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
         for block_v in (
             (1024, kernels.BLOCK) if problem.filter_below else (_BLOCK_V, 1024, kernels.BLOCK)
         ):  # the filter skips tiles
-            plan = _widest(problem, count, amx, stored, block_v, budget)
+            plan = _widest(problem, count, native, stored, block_v, budget)
             if plan is not None and (budget is None or plan.workspace_bytes <= budget):
                 plans.append(plan)
                 break
@@ -111,11 +129,11 @@ def cpu_plan(problem: Problem, count: int, amx: bool) -> CpuPlan:
             "plan: got 'chunk', wanted 'auto' or 'recompute': the logits of all tokens do not fit the workspace, and a head that is "
             "sharded by vocabulary entries has one chunk"
         )
-    least = _cpu_plan(problem, count, amx, problem.plan == "chunk", kernels.BLOCK, kernels.WIDEST)
+    least = _cpu_plan(problem, count, native, problem.plan == "chunk", kernels.BLOCK, kernels.WIDEST)
     raise ValueError(f"workspace_bytes: got {budget}, wanted at least {least.workspace_bytes} for these shapes")
 
 
-def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
+def _widest(problem: Problem, count: int, native: bool, stored: bool, block_v: int, budget: int | None) -> CpuPlan | None:
     """Returns the plan with as many tokens per chunk as fit the workspace, at most the default's number."""
     vocabulary = max(problem.student.widest, 1)  # so that all processes that share a head choose alike
     most = max(_CHUNK, _LOGITS // (8 * vocabulary)) if budget is None else count
@@ -123,11 +141,11 @@ def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int,
     if stored and problem.shard is not None and tokens < count:  # processes exchange once, between the passes of all tokens
         return None
     while tokens >= kernels.WIDEST:
-        plan = _cpu_plan(problem, count, amx, stored, block_v, tokens)
+        plan = _cpu_plan(problem, count, native, stored, block_v, tokens)
         if budget is None or plan.workspace_bytes <= budget:
             # Chunks of one size: the last one is not a remainder of a few tokens.
             even = padded(-(-count // max(1, -(-count // tokens))))
-            return _cpu_plan(problem, count, amx, stored, block_v, min(tokens, even))
+            return _cpu_plan(problem, count, native, stored, block_v, min(tokens, even))
         if stored and problem.shard is not None:
             return None
         over = plan.workspace_bytes - budget
@@ -135,7 +153,7 @@ def _widest(problem: Problem, count: int, amx: bool, stored: bool, block_v: int,
     return None
 
 
-def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int, tokens: int) -> CpuPlan:
+def _cpu_plan(problem: Problem, count: int, native: bool, keep: bool, block_v: int, tokens: int) -> CpuPlan:
     p = problem
     dense = p.target in DENSE
     sides: list[Projection] = [p.student] + ([p.teacher] if dense else [])
@@ -148,9 +166,11 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     outer = "vocabulary" if second_pass and not stored else "tokens"
     chunks = max(1, -(-count // tokens))
     linear = [side for side in sides if not isinstance(side, GivenLogits)]
-    narrow = stored and amx and any(p.needs) and tiled(p.student) and p.shard is None  # else parts are summed before rounding
-    widened = [side for side in linear if side.weight.dtype != torch.float32 and not (amx and tiled(side))]
-    if amx and tiled(p.student) and p.needs[0] and not narrow:
+    narrow = (
+        stored and native and any(p.needs) and tiled(p.student) and p.shard is None
+    )  # else parts are summed before rounding
+    widened = [side for side in linear if side.weight.dtype != torch.float32 and not (native and tiled(side))]
+    if native and tiled(p.student) and p.needs[0] and not narrow:
         widened.append(p.student)
     upcast_width = max((side.weight.shape[1] for side in widened), default=0)
     narrow_gradient = p.needs[1] and p.student.weight.dtype == torch.bfloat16
@@ -158,7 +178,7 @@ def _cpu_plan(problem: Problem, count: int, amx: bool, keep: bool, block_v: int,
     held = tokens * (chunks if outer == "vocabulary" else 1)
     width = p.student.weight.shape[1] if linear else 0
     copied = [side for side in linear if side.hidden.dtype != torch.float32 or p.counted is not None or tokens % kernels.WIDEST]
-    packed = [side for side in linear if amx and tiled(side)]
+    packed = [side for side in linear if native and tiled(side)]
     biases = [side.weight.shape[0] for side in sides if side.bias is not None and side.bias.dtype != torch.float32]
     floats = {
         "logits": len(sides) * (vocabulary if stored else block_v) * leading(tokens),
@@ -196,7 +216,7 @@ def describe(op: str, problem: Problem) -> Plan:
     """Returns the plan of a problem, whose tensors may be on the meta device, as ``explain`` shows it."""
     sides = [problem.student] + ([problem.teacher] if problem.teacher is not None else [])
     tokens, vocabulary = problem.tokens, problem.student.vocabulary
-    plan = cpu_plan(problem, tokens, has_amx())
+    plan = cpu_plan(problem, tokens, bool(bfloat16_product()))
     chunks = max(1, math.ceil(tokens / plan.tokens_per_chunk))
     passes = plan.first_pass + plan.second_pass
     # Logits that are not stored between the passes stay in a cache.
@@ -213,4 +233,5 @@ def describe(op: str, problem: Problem) -> Plan:
         traffic_bytes=int(logits + weights),
         flops=plan.products * product,
         seconds=None if rate is None else plan.cost() * product / (rate * torch.get_num_threads()),
+        products=products_of(problem.student, plan.narrow),
     )

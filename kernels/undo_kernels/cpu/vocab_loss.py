@@ -9,8 +9,10 @@ kernel reads a tile while it is still in the cache. Two plans:
 * ``recompute``: keeps no logits. The second pass computes them again, with the loop over the vocabulary outermost, so that each
   row of the weight's gradient is written once. Six products (five without the teacher's log-sum-exp), a few MiB of workspace.
 
-bfloat16 heads use AMX if the processor has it: ``csrc/amx.cpp`` computes the logits in float32, and in the ``chunk`` plan
-torch's bfloat16 product multiplies the gradient, rounded to bfloat16. Otherwise weight tiles are converted to float32.
+bfloat16 heads use the processor's bfloat16 instructions if it has some (``csrc/bf16_product.h``): they give the logits in float32, and
+in the ``chunk`` plan torch's bfloat16 product multiplies the gradient, rounded to bfloat16. Otherwise weight tiles are converted to
+float32, which is several times faster than torch's bfloat16 product there (docs/findings/cpu-losses.md). float16 is always
+converted: AVX512-FP16 and Arm's float16 products add up in float16.
 
 If the log-sum-exps are known, or nothing else is needed, one pass suffices and neither plan keeps logits.
 """
@@ -26,7 +28,7 @@ import torch
 from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu.chunk import Chunk
 from undo_kernels.cpu.extension import Field, kernels
-from undo_kernels.cpu.instruction_set import has_amx, vectors
+from undo_kernels.cpu.instruction_set import bfloat16_product, vectors
 from undo_kernels.cpu.workspace import workspace
 from undo_kernels.library.backends import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
@@ -59,8 +61,8 @@ class _Run:
         self.index = None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(-1)
         self.count = problem.tokens if self.index is None else len(self.index)
         self.vocabulary = problem.student.vocabulary
-        self.vectors, self.amx = vectors(), has_amx()
-        self.plan = plans.cpu_plan(problem, self.count, self.amx)
+        self.vectors, self.bfloat16 = vectors(), bfloat16_product()
+        self.plan = plans.cpu_plan(problem, self.count, bool(self.bfloat16))
         self.block_v, size = self.plan.block_v, self.plan.tokens_per_chunk
         self.gradient = any(problem.needs)
         self.stride = plans.padded(min(size, self.count))
@@ -159,7 +161,7 @@ class _Run:
     def _record(self) -> None:
         p = self.problem
         sides = [p.student] + ([p.teacher] if p.target in DENSE else [])
-        form = self.vectors + ("+amx" if self.amx and any(map(plans.tiled, sides)) else "")
+        form = self.vectors + (f"+{self.bfloat16}" if self.bfloat16 and any(map(plans.tiled, sides)) else "")
         plan = "inplace" if p.inplace else self.plan.name
         record(Call("vocab_loss", "cpu", plan, form, self.count, self.vocabulary, self.gradient))
 
@@ -170,9 +172,9 @@ class _Run:
         if which in chunk.packed:
             weight = side.weight[first : first + entries]
             weight = weight if weight.stride(1) == 1 else weight.contiguous()
-            kernels.amx_project(
-                weight.data_ptr(), weight.stride(0), entries, chunk.packed[which].data_ptr(), chunk.stride, weight.shape[1],
-                z.data_ptr(), z.stride(0),
+            kernels.bf16_project(
+                self.bfloat16, weight.data_ptr(), weight.stride(0), entries, chunk.packed[which].data_ptr(), chunk.stride,
+                weight.shape[1], z.data_ptr(), z.stride(0),
             )  # fmt: skip
             return z
         if not isinstance(side, GivenLogits):

@@ -15,6 +15,14 @@ def test_the_doctor_finds_this_machine_well(capsys):
     assert "linear_kl_div" in out and "Everything that the pipeline needs works here." in out and "wrong" not in out
 
 
+@pytest.mark.parametrize("slower", [0.4, 4.8])
+def test_the_doctor_warns_of_slow_products_in_bfloat16(capsys, monkeypatch, slower):
+    monkeypatch.setattr(doctor, "_CHECKS", {})
+    monkeypatch.setattr(doctor, "_bfloat16_against_float32", lambda: slower)
+    assert run_doctor() == 0
+    assert ("WARNING torch's bfloat16 products take 4.8 times" in capsys.readouterr().out) == (slower == 4.8)
+
+
 def test_the_doctor_reports_no_kernel_that_did_not_run(capsys, monkeypatch):
     """If dispatch leaves everything to plain PyTorch, the numbers are right but no kernel was checked."""
     monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})

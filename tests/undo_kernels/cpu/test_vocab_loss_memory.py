@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from bfloat16_ways import CONVERTED
 from rounding import relative
 from undo_kernels import cpu
 from undo_kernels.cpu.plan import cpu_plan
@@ -21,10 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
-def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
-    if not tiles:
-        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
+def test_sixteen_bit_weight_gradients_over_many_chunks(bfloat16):
     h, w, th, tw = draw(rows=400, width=32, teacher_width=32, dtype=torch.bfloat16)
     exact = [t.double().requires_grad_() for t in (h, w)]
     wanted = gradients(divergence(logits(*exact), logits(th, tw), "forward").mean(), exact)
@@ -32,7 +30,7 @@ def test_sixteen_bit_weight_gradients_over_many_chunks(tiles, monkeypatch):
     for plan, workspace in (("chunk", None), ("chunk", 4_000_000), ("chunk", 1_200_000), ("recompute", 800_000)):
         inputs = [h.clone().requires_grad_(), w.clone().requires_grad_()]
         p = Problem(Projection(h, w), "forward", torch.ones(400), teacher=Projection(th, tw), needs=(True, True, False), plan=plan, workspace_bytes=workspace)  # fmt: skip
-        chosen = cpu_plan(p, 400, cpu.vocab_loss.has_amx())
+        chosen = cpu_plan(p, 400, bfloat16 != CONVERTED)
         seen.add((chosen.accumulator, -(-400 // chosen.tokens_per_chunk) > 1))
         got = gradients(ops.linear_kl_div(*inputs, th, tw, plan=plan, workspace_bytes=workspace), inputs)
         for a, b in zip(got, wanted, strict=True):
@@ -52,12 +50,8 @@ def product_that_reads_its_output(mm):
 
 
 @pytest.mark.parametrize("workspace", [None, 4_000_000, 1_200_000], ids=["one chunk", "chunks", "float32 sums"])
-@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
-def test_spoilt_memory_does_not_show(tiles, workspace, monkeypatch):
+def test_spoilt_memory_does_not_show(bfloat16, workspace, monkeypatch):
     """Fresh memory may hold NaN."""
-    if tiles and not cpu.vocab_loss.has_amx():
-        pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: tiles)
     monkeypatch.setattr(torch, "mm", product_that_reads_its_output(torch.mm))
     h, w, th, tw = draw(400, width=32, teacher_width=32, dtype=torch.bfloat16)
     inputs = [h.requires_grad_(), w.requires_grad_()]

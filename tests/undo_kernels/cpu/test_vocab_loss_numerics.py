@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bfloat16_ways import WAYS, use_way
 from rounding import EXPONENTIAL, difference_form_error, gamma, relative, unit
 from undo_kernels import cpu
 from vocab_losses import VOCABULARY, assert_as_exact_as_torch, divergence, draw, gradients, logits, near_logits
@@ -18,18 +19,18 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiles"),
-    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
-    ids=["float32", "bfloat16", "bfloat16 without AMX", "float16"],
+    ("dtype", "way"),
+    [(torch.float32, None), (torch.float16, None), *((torch.bfloat16, way) for way in WAYS)],
+    ids=["float32", "float16", *(f"bfloat16 {way}" for way in WAYS)],
 )
 @pytest.mark.parametrize("source", ["random 1", "random 3", "trained"])
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
-def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, plan, source, dtype, tiles, trained, monkeypatch):
+def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, plan, source, dtype, way, trained, monkeypatch):
     """The property of the difference form: the gradient's relative error does not grow as KL goes from 1 to 1e-6."""
     softcap = 30.0
-    if not tiles:
-        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
+    if way:
+        use_way(way, monkeypatch)
     if source == "trained":
         teacher, weight, step = trained
     else:
@@ -191,10 +192,7 @@ def test_nan_reaches_its_own_row_and_no_other():
             assert loss[7].isnan() and loss[torch.arange(20) != 7].isfinite().all()
 
 
-@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "without AMX"])
-def test_a_sixteen_bit_head_with_a_bias(tiles, monkeypatch):
-    if not tiles:
-        monkeypatch.setattr(cpu.vocab_loss, "has_amx", lambda: False)
+def test_a_sixteen_bit_head_with_a_bias(bfloat16):
     h, w, _, _ = draw(rows=20, width=64, dtype=torch.bfloat16)
     bias, labels = torch.zeros(VOCABULARY, dtype=torch.bfloat16), torch.arange(20) * 100
     for plan in ("chunk", "recompute"):

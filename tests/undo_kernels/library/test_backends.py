@@ -25,6 +25,24 @@ def test_without_a_compiler_the_install_goes_on_and_says_so(tmp_path):
     assert "NO C++ KERNELS" in done.stderr and "reference backend" in done.stderr
 
 
+def test_without_openmp_the_install_says_so_and_compiles_for_one_thread(tmp_path):
+    """As with Apple's compiler. The stand-in compiles nothing but the probe, so that this takes no minute."""
+    compiler, log = tmp_path / "c++", tmp_path / "commands"
+    compiler.write_text(f"""#!/bin/sh
+echo "$@" >> {log}
+case "$*" in *-fopenmp*) echo "unsupported option '-fopenmp'" >&2; exit 1;; *csrc*) exit 1;; esac
+exec c++ "$@"
+""")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "CC": str(compiler)}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("NO OPENMP: the compiler rejects -fopenmp") == 1, done.stderr
+    commands = log.read_text().splitlines()
+    assert "-fopenmp" in commands[0] and any("csrc" in line for line in commands)
+    assert all("-fopenmp" not in line for line in commands if "csrc" in line)
+
+
 def test_without_the_extension_the_reference_runs_and_warns_once():
     program = """
 import sys, warnings

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from undo_kernels import backend
+from bfloat16_ways import CONVERTED
+from undo_kernels import backend, cpu
 
 from undo_core import ops
 
@@ -20,3 +21,18 @@ def test_explain_prints_a_table():
         ops.explain("linear_magic", {}, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"^shapes: got Tensor, wanted a dictionary"):
         ops.explain("linear_kl_div", torch.ones(2, 3), torch.float32, "cpu")
+
+
+@pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed")
+def test_explain_says_how_heads_are_multiplied(bfloat16):
+    def products(dtype, width=320):
+        shapes = {"hidden": (512, width), "weight": (32000, width)}
+        return ops.explain("linear_cross_entropy", shapes, dtype, "cpu").products
+
+    assert products(torch.float32) == "in float32"
+    assert products(torch.float16).startswith("float16 converted to float32: ")
+    if bfloat16 == CONVERTED:
+        assert products(torch.bfloat16).startswith("bfloat16 converted to float32: ")
+    else:
+        assert products(torch.bfloat16) == f"bfloat16 by {bfloat16} with float32 logits; the gradient is rounded to bfloat16"
+        assert products(torch.bfloat16, 40).endswith(f"{bfloat16} takes widths that are multiples of 32")

@@ -85,9 +85,9 @@ class LiveTensors(TorchDispatchMode):
     def _workspace(self, problem: Problem, backend: str) -> None:
         self._called(problem)
         if backend == "cpu":
-            from undo_kernels.cpu.instruction_set import has_amx
+            from undo_kernels.cpu.instruction_set import bfloat16_product
 
-            plan = cpu_plan(problem, problem.tokens, has_amx())
+            plan = cpu_plan(problem, problem.tokens, bool(bfloat16_product()))
             kept = plan.kept_bytes(problem)  # a thread keeps the largest workspace that it has used
             self.now["workspace"] = max(self.now["workspace"], kept)
             self.touch("workspace", plan.workspace_bytes - kept)
