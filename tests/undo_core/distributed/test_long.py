@@ -189,7 +189,12 @@ def children(process):
 
 def call(*arguments):
     return subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE
+        command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE,
     )
 
 
