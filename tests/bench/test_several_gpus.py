@@ -20,7 +20,7 @@ def test_a_step_by_hand():
     assert found.state == pytest.approx(18 * parameters / 8, rel=1e-4)
     shared = several_gpus.step("Gemma-2-2B", 8, "8 parts")
     tokens = 8 * several_gpus.TOKENS
-    assert shared.fsdp == 0 and shared.head == 2 * 7 / 8 * tokens * (16 + 32 + 8 + 4 * 2304 + 2 * 2 * 2304)
+    assert shared.fsdp == 0 and shared.head == 2 * 7 / 8 * tokens * (16 + 48 + 8 + 4 * 2304 + 2 * 2 * 2304)
     assert several_gpus.step("Gemma-2-2B", 1, "whole").wire == 0
 
 

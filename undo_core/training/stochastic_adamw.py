@@ -100,7 +100,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                             bits = [
                                 random_bits(size, parameter.device)[start : start + part.stop - part.start] for _ in range(3)
                             ]
-                        _step_block(*(column[part] for column in columns), bits, step, group)
+                        _step_block([column[part] for column in columns], bits, step, group)
 
 
 def _blocks(whole: Held, size: int) -> Iterator[tuple[slice, int, int, int]]:
@@ -115,15 +115,9 @@ def _blocks(whole: Held, size: int) -> Iterator[tuple[slice, int, int, int]]:
             at, first = at + count, first + count
 
 
-def _step_block(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    bits: list[torch.Tensor],
-    step: int,
-    group: dict[str, Any],
-) -> None:
+def _step_block(columns: list[torch.Tensor], bits: list[torch.Tensor], step: int, group: dict[str, Any]) -> None:
+    """Updates weights and moments; ``columns`` are weights, gradients, first and second moments, ``bits`` those of the rounding."""
+    weight, gradient, first, second = columns
     rate, (beta1, beta2) = group["lr"], group["betas"]
     g, w = gradient.float(), weight.float()
     m = first.float().lerp_(g, 1 - beta1)

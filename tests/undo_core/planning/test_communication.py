@@ -117,10 +117,10 @@ def test_a_ring_sends_what_the_definition_of_the_collectives_needs():
 
 
 def test_a_parallel_head_moves_nothing_of_the_size_of_the_vocabulary():
-    """A maximum of student and teacher, four sums and a loss for each token, in float64, and the hidden gradient in float32."""
+    """A maximum of student and teacher, six sums and a loss for each token, in float64, and the hidden gradient in float32."""
     found = head_collectives("forward", tokens=10, width=6, ranks=2, calls=3)
-    assert counted(found) == {("all_reduce", 160): 3, ("all_reduce", 320): 3, ("all_reduce", 80): 3, ("all_reduce", 240): 3}
-    assert wire_bytes(head_collectives("forward", tokens=10, width=6, ranks=2, gradient=False)) == 560
+    assert counted(found) == {("all_reduce", 160): 3, ("all_reduce", 480): 3, ("all_reduce", 80): 3, ("all_reduce", 240): 3}
+    assert wire_bytes(head_collectives("forward", tokens=10, width=6, ranks=2, gradient=False)) == 720
 
 
 def test_one_rank_sends_nothing():
