@@ -68,7 +68,7 @@ class Group(Sharing):
         self.ranks, self.rank = self.mesh.size(), self.mesh.get_local_rank()
 
     def largest(self, own: int) -> int:
-        found = torch.tensor(own)  # between CPUs, so that no rank waits for its GPU
+        found = torch.tensor(own, device="cpu")  # between CPUs, so that no rank waits for its GPU
         dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
         return int(found)
 
