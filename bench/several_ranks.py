@@ -65,6 +65,24 @@ def gradients(cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, t
     return {case: first_gradients(MODELS[case[1]](), STAGES[case[0]]) for case in cases}
 
 
+def shared_gradients(cases: list[tuple[str, str]]) -> Any:
+    """Gradients on ranks of which pairs share the heads; those of rank 0, which are whole."""
+    distributed.arrange(distributed.ParallelConfig(tensor=2))
+    found = gradients(cases)
+    return found if distributed.rank() == 0 else None
+
+
+def shared_errors(cases: list[tuple[str, str]], wanted: dict[tuple[str, str], dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """The largest errors of the gradients where pairs of ranks share the heads, by number of ranks."""
+    found = {count: on_ranks(count, shared_gradients, cases)[0] for count in RANKS if count > 1}
+    return {str(count): errors(cases, own, wanted) for count, own in found.items()}
+
+
+def errors(cases: list[tuple[str, str]], found: Any, wanted: Any) -> dict[str, float]:
+    """The largest error of the gradients of each case."""
+    return {" / ".join(case): largest_error(found[case], wanted[case]) for case in cases}
+
+
 def measured(cases: list[tuple[str, str]]) -> Any:
     """Gradients and curves; on several ranks those of rank 0, which are whole."""
     found = gradients(cases), {name: curve(name) for name in MODELS}
@@ -81,11 +99,8 @@ def record() -> dict[str, Any]:
         "curve": dataclasses.asdict(CURVE),
         "torch": torch.__version__,
         "curves": {str(count): curves for count, (_, curves) in found.items()},
-        "gradient_errors": {
-            str(count): {" / ".join(case): largest_error(own[case], wanted[case]) for case in cases}
-            for count, (own, _) in found.items()
-            if count > 1
-        },
+        "gradient_errors": {str(count): errors(cases, own, wanted) for count, (own, _) in found.items() if count > 1},
+        "shared_errors": shared_errors(cases, wanted),
     }
 
 
@@ -119,22 +134,32 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The gradients' errors as a Markdown table."""
-    errors = results["gradient_errors"]
-    head = [f"{model}, {count} ranks" for model in MODELS for count in errors]
+    """The gradients' errors as Markdown tables."""
     lines = [
         "# Gradients on two and four ranks",
         "",
         "Largest difference of a parameter's gradient from that of one process, relative to its norm, in the first step of each stage and",
         f"loss: batches of {results['config']['batch_size']} sequences, float32, gloo. Written by `python bench/several_ranks.py`.",
         "",
+        *_rows(results["gradient_errors"]),
+        "",
+        "The same where pairs of ranks share the head (`parallel.tensor: 2`): one pair, and two pairs.",
+        "",
+        *_rows(results["shared_errors"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(errors: dict[str, dict[str, float]]) -> list[str]:
+    head = [f"{model}, {count} ranks" for model in MODELS for count in errors]
+    lines = [
         f"| stage | {' | '.join(head)} |",
         f"|---|{'---|' * len(head)}",
     ]
     for stage in STAGES:
         values = [f"{errors[count][f'{stage} / {model}']:.1e}" for model in MODELS for count in errors]
         lines.append(f"| {stage} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:

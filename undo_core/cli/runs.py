@@ -15,6 +15,11 @@ def run(config: RunConfig, command: str) -> int:
     """Run a configuration."""
     from undo_core.pipeline.run import run as run_pipeline
 
+    if config.parallel.tensor > 1:  # its stages would find out only when the first of them trains
+        from undo_core.distributed.vocabulary import check_shareable
+        from undo_core.planning.models import planned_skeleton
+
+        check_shareable(planned_skeleton(config))
     run_pipeline(config, command)
     return 0
 

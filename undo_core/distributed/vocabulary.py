@@ -68,7 +68,7 @@ class Group(Sharing):
         self.ranks, self.rank = self.mesh.size(), self.mesh.get_local_rank()
 
     def largest(self, own: int) -> int:
-        found = torch.tensor(own)  # between CPUs, so that no rank waits for its GPU
+        found = torch.tensor(own, device="cpu")  # between CPUs, so that no rank waits for its GPU
         dist.all_reduce(found, dist.ReduceOp.MAX, self.control)
         return int(found)
 
@@ -189,11 +189,7 @@ def divide(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
         ValueError: as :func:`undo_core.parallelize_head`, or a tied embedding with options that are not supported.
     """
     model, group = bare(model), Group(layout.mesh["tensor"], layout.control)
-    output, embedding = check_divisible(model, group.mesh)
-    if embedding is not None and (embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse):
-        raise ValueError(
-            "model: got a tied embedding with max_norm, scale_grad_by_freq or sparse, wanted one without for parallel.tensor"
-        )
+    output, embedding = check_shareable(model)
     whole = output.weight
     output.weight = nn.Parameter(_part(whole.data, group.mesh), whole.requires_grad)
     whole.data = whole.data.new_empty(0)
@@ -205,6 +201,20 @@ def divide(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
     embedding.weight = output.weight
     look_up_in_parts(embedding, group)
     return [embedding, output]
+
+
+def check_shareable(model: PreTrainedModel) -> tuple[nn.Linear, nn.Embedding | None]:
+    """Checks that ranks with tokens of their own can share the head of a whole model; returns it, and the embedding tied to it, if any.
+
+    Raises:
+        ValueError: as :func:`divide`.
+    """
+    output, embedding = check_divisible(model)
+    if embedding is not None and (embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse):
+        raise ValueError(
+            "model: got a tied embedding with max_norm, scale_grad_by_freq or sparse, wanted one without for parallel.tensor"
+        )
+    return output, embedding
 
 
 def divided(head: Head, layout: Layout) -> Head:

@@ -39,7 +39,11 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
         ValueError: a mesh of several dimensions or another kind of device, or a model whose output layer is sharded already, has an
             adapter, computes more logits than the model returns, or is tied to something else than an embedding.
     """
-    output, embedding = check_divisible(model, mesh)
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: got a mesh of {mesh.ndim} dimensions, wanted one dimension, such as mesh['tensor']")
+    output, embedding = check_divisible(model)
+    if output.weight.device.type not in (mesh.device_type, "meta"):
+        raise ValueError(f"mesh: got a mesh of {mesh.device_type} devices for a model on {output.weight.device}")
     if embedding is not None:
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
     parallelize_module(output, mesh, ColwiseParallel(output_layouts=Replicate()))
@@ -49,14 +53,12 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
     return model
 
 
-def check_divisible(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[nn.Linear, nn.Embedding | None]:
-    """Checks that the head of a whole ``model`` can be divided over ``mesh``; returns it, and the embedding tied to it, if any.
+def check_divisible(model: PreTrainedModel) -> tuple[nn.Linear, nn.Embedding | None]:
+    """Checks that the head of a whole ``model`` can be divided; returns it, and the embedding tied to it, if any.
 
     Raises:
         ValueError: as :func:`parallelize_head`.
     """
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh: got a mesh of {mesh.ndim} dimensions, wanted one dimension, such as mesh['tensor']")
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(getattr(output, "weight", None), DTensor):
         raise ValueError("model: got an output layer that is sharded already, wanted a whole one")
@@ -64,8 +66,6 @@ def check_divisible(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[nn.Linear
         raise ValueError(
             f"model: got an output layer that is a {type(output).__name__}, wanted a Linear layer; merge adapters before (merge_and_unload)"
         )
-    if output.weight.device.type not in (mesh.device_type, "meta"):
-        raise ValueError(f"mesh: got a mesh of {mesh.device_type} devices for a model on {output.weight.device}")
     head = head_of(model)  # measures the head while it is whole
     if len(head.weight) != len(output.weight):
         raise ValueError(

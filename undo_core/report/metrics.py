@@ -430,7 +430,9 @@ def _check(results: list[dict[str, Any]]) -> None:
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
     """Settings that must agree between seeds, as a flat dictionary with dotted keys."""
-    config = {k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers")}
+    config = {
+        k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers", "parallel")
+    }
     metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step")}
     return dict(_flat({**config, "metric": metric}, ""))
 

@@ -17,10 +17,14 @@ from undo_core.data.sequences import Sequences
 from undo_core.distributed import ParallelConfig
 from undo_core.distributed.head_ops import logits_of, most_likely
 from undo_core.distributed.sharding import shard
+from undo_core.distributed.vocabulary import check_shareable
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of, hidden_states
+from undo_core.pipeline.config import ModelConfig, RunConfig
+from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
+from undo_core.pipeline.sweep import _all_stages
 from undo_core.planning.communication import exchange_collectives, stage_collectives
 from undo_core.unlearning import UnlearnConfig
 
@@ -181,3 +185,20 @@ def test_one_process_shares_no_head():
         ParallelConfig(tensor=0)
     distributed.arrange(ParallelConfig())
     assert distributed.tensor() == 1
+
+
+def test_heads_that_cannot_be_shared_are_refused():
+    model = MODELS["tied"]()
+    model.get_input_embeddings().max_norm = 1.0
+    with pytest.raises(ValueError, match="model: got a tied embedding with max_norm"):
+        check_shareable(model)
+    model = untied()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="model: got an output layer that is a Sequential"):
+        check_shareable(model)
+
+
+def test_the_runs_of_a_sweep_share_no_heads():
+    config = RunConfig("a", "out", ModelConfig(config={"model_type": "llama"}), parallel=ParallelConfig(2))
+    with pytest.raises(ValueError, match=r"parallel\.tensor: got 2 in a sweep, wanted 1"):
+        _all_stages(config, graph_of(config), 2)

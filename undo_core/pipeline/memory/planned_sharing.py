@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from undo_kernels.problem import Problem
 from undo_kernels.vocabulary_shard import bytes_exchanged
 
-from undo_core.distributed.vocabulary import Sharing, look_up_in_parts
-from undo_core.models import head_of
+from undo_core.distributed.vocabulary import Sharing, check_shareable, look_up_in_parts
 
 Exchanges = collections.Counter
 """Calls of a step by ``(kind, what, payload)``, as in :class:`undo_core.planning.communication.Collective`."""
@@ -48,14 +47,12 @@ class PlannedSharing(Sharing):
         """Leaves of the model's head, and of an embedding tied to it, the part that one rank holds; returns the model."""
         if self.ranks == 1:
             return model
-        head_of(model)  # measures the head while it is whole
-        output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        tied = embedding.weight is output.weight
+        output, embedding = check_shareable(model)  # measures the head while it is whole
         rows = -(-len(output.weight) // self.ranks)
         for name, parameter in list(output.named_parameters(recurse=False)):
             setattr(output, name, nn.Parameter(parameter.data.new_empty(rows, *parameter.shape[1:]), parameter.requires_grad))
         model._undo_sharing = self
-        if tied:
+        if embedding is not None:
             embedding.weight = output.weight
             look_up_in_parts(embedding, self)
         return model

@@ -177,7 +177,7 @@ def resident_share(model: nn.Module, ranks: int, tensor: int = 1) -> float:
 
 
 def _shared(model: Any, tensor: int) -> list[nn.Parameter]:
-    """The parameters of which a rank has a part where ``tensor`` ranks share a head: those of the head, an embedding tied to it included."""
+    """The parameters of the head, of which a rank has a part where ``tensor`` ranks share it; none if it has a whole one."""
     return list(model.get_output_embeddings().parameters()) if tensor > 1 else []
 
 
