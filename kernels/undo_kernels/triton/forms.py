@@ -228,6 +228,7 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
             {"statistics": True},
             {"ragged": True},
             {"ragged": True, **full},
+            {"narrow": True},
             {"tiny": True},
         ):
             if target in DENSE or "statistics" not in more:
@@ -244,11 +245,14 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
 def _problem(
     target: str, kind: str, plan: str, softcap: bool = False, bias: bool = False, labels: bool = False, masked: bool = False,
     filtered: bool = False, statistics: bool = False, given: bool = False, known: bool = False, frozen: bool = False,
-    ragged: bool = False, tiny: bool = False,
+    ragged: bool = False, narrow: bool = False, tiny: bool = False,
 ) -> Problem:  # fmt: skip
-    """Returns a problem on tensors without memory; ``ragged``: no size is a multiple of 16; ``tiny``: each is 1."""
+    """Returns a problem on tensors without memory.
+
+    ``ragged``: no size is a multiple of 16; ``narrow``: the width is one, but not of a tile's depth; ``tiny``: every size is 1.
+    """
     dtype = _DTYPES[kind]
-    tokens, vocabulary, width = (1, 1, 1) if tiny else (_TOKENS, _VOCABULARY - 7 * ragged, 640 - 3 * ragged)
+    tokens, vocabulary, width = (1, 1, 1) if tiny else (_TOKENS, _VOCABULARY - 7 * ragged, 80 if narrow else 640 - 3 * ragged)
 
     def side() -> Projection:
         if given:

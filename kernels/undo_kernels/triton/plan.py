@@ -12,7 +12,7 @@ without triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -154,17 +154,22 @@ class Shapes:
 
     @property
     def ragged(self) -> bool:
-        """Whether rows begin where no 16-byte load may: their single loads take the registers of a large tile."""
+        """Whether rows begin where no 16-byte load may."""
         return any(side.weight.shape[1] % 16 for side in self.sides)
 
     @property
     def stats_tile(self) -> tile_table.Tile:
-        return tile_table.tile(self.target, "cross" if self.crossed or self.ragged else "stats", self.wide, self.width)
+        return self._tile("cross" if self.crossed else "stats", "cross")
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0 or self.ragged
-        return tile_table.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
+        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
+        return self._tile("filter" if heavy else "loss", "filter")
+
+    def _tile(self, kernel: str, smaller: str) -> tile_table.Tile:
+        """Returns a kernel's tile; single loads of ragged rows take registers, so that only a smaller one does not spill."""
+        tile = tile_table.tile(self.target, smaller if self.ragged else kernel, self.wide, self.width)
+        return replace(tile, block_d=min(tile.block_d, 32)) if self.ragged else tile
 
     def copies(self, side: Projection) -> bool:
         """Returns whether a side's hidden states are copied before the product."""
