@@ -79,7 +79,8 @@ class LossForm(NamedTuple):
 
     TARGET: Any
     UNIFORM: Any
-    SAME: Any  # both sides have the same ``outer``
+    SAME: Any  # both sides have the same ``inner`` and ``outer``
+    EXTREME: Any  # one of the weights of jsd is close to 0
     GRADIENT: Any
     NLL: Any  # a multiple of p_s is added
     LABELS: Any

@@ -349,9 +349,10 @@ def _chunk_steps(
         kernel, read = ("stats_rows", logit_bytes) if s.teacher_sums_of_chunks else ("stats_rows known", logits[0])
         steps["statistics"] = costs.rows_seconds(kernel, s.wide, pairs, pairs * read)
     if s.loss_pass:
-        steps["loss"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
+        kernel = "loss_rows mixture" if jsd and not s.gradient else "loss_rows" + jsd
+        steps["loss"] = costs.rows_seconds(kernel, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
     if s.mixture_pass:
-        steps["mixture"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * logit_bytes)
+        steps["mixture"] = costs.rows_seconds("loss_rows mixture", s.wide, pairs, pairs * logit_bytes)
     if s.given:
         return steps
     for name, side in zip(("student", "teacher"), s.sides, strict=False):
@@ -379,7 +380,8 @@ def _recompute_steps(s: Shapes, widths: list[int], blocks: int) -> dict[str, flo
     shape = (s.loss_tile.block_t, s.loss_tile.block_v)
     passes = {"mixture" if s.mixture_pass else "loss": 0.0} if s.loss_pass and (s.mixture_pass or not s.gradient) else {}
     for name, written in (passes | ({"loss": float(itemsize)} if s.gradient else {})).items():
-        steps[name] = blocks * costs.tiles_seconds("loss_tiles" + jsd, s.wide, n, part, widths, shape, written * n * part)
+        kernel = "loss_tiles mixture" if jsd and not written else "loss_tiles" + jsd
+        steps[name] = blocks * costs.tiles_seconds(kernel, s.wide, n, part, widths, shape, written * n * part)
     operand, weight = itemsize * n * part, float(part) * s.width * p.student.weight.dtype.itemsize
     if p.needs[0]:
         one = costs.product_seconds(n, s.width, part, s.wide, operand + weight + 8.0 * n * s.width)
