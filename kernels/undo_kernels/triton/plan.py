@@ -159,17 +159,18 @@ class Shapes:
 
     @property
     def stats_tile(self) -> tile_table.Tile:
-        return self._tile("cross" if self.crossed else "stats", "cross")
+        return self._tile("cross" if self.crossed else "stats")
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
-        return self._tile("filter" if heavy else "loss", "filter")
+        return self._tile("filter" if self.problem.target == "jsd" or self.problem.filter_below > 0 else "loss")
 
-    def _tile(self, kernel: str, smaller: str) -> tile_table.Tile:
-        """Returns a kernel's tile; single loads of ragged rows take registers, so that only a smaller one does not spill."""
-        tile = tile_table.tile(self.target, smaller if self.ragged else kernel, self.wide, self.width)
-        return replace(tile, block_d=min(tile.block_d, 32)) if self.ragged else tile
+    def _tile(self, kernel: str) -> tile_table.Tile:
+        """Returns a kernel's tile, or a smaller one for ragged rows, whose single loads need the registers of a large one."""
+        tile = tile_table.tile(self.target, kernel, self.wide, self.width)
+        if not self.ragged:
+            return tile
+        return replace(tile, block_t=min(tile.block_t, 64), block_v=min(tile.block_v, 128), block_d=min(tile.block_d, 32))
 
     def copies(self, side: Projection) -> bool:
         """Returns whether a side's hidden states are copied before the product."""
