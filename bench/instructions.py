@@ -1,7 +1,7 @@
 """Instructions, registers and spills of the Triton kernels, counted from code compiled for GPUs that need not be here.
 
     python bench/instructions.py             compiles the heaviest and the typical forms for sm_80, sm_90 and sm_100
-    python bench/instructions.py --all       every form that is launched; long
+    python bench/instructions.py --scope all            every form that is launched; long
     python bench/instructions.py --targets sm_90        for one of them; the file keeps its counts of the others
     python bench/instructions.py --table     prints the recorded counts as tables; compiles nothing
     python bench/instructions.py --write     puts them into docs/findings/gpu-epilogue.md
@@ -32,7 +32,7 @@ FIELDS = ("instructions", "special", "shuffles", "barriers", "registers", "spill
 
 def record(reports: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What is kept of each form, by name."""
-    return {report["name"]: {field: round(report[field], 2) for field in FIELDS} for report in reports}
+    return {report["name"]: {field: round(report[field], 2) for field in FIELDS if field in report} for report in reports}
 
 
 def same_form(name: str) -> str:
@@ -91,7 +91,7 @@ def block() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every form that is launched")
+    parser.add_argument("--scope", choices=("main", "few", "typical", "all"), default="typical", help="forms (%(default)s)")
     parser.add_argument("--table", action="store_true", help="print the recorded counts and compile nothing")
     parser.add_argument("--write", action="store_true", help="put the recorded counts into the page; compiles nothing")
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS, help="GPUs to compile for")
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     from undo_kernels.triton import aot
 
     began, version = time.monotonic(), ".".join(triton.__version__.split(".")[:2])
-    reports = aot.compiled(options.targets, "all" if options.all else "typical", options.processes)
+    reports = aot.compiled(options.targets, options.scope, options.processes)
     broken = [report for lines in reports.values() for report in lines if "error" in report]
     path = options.out or RESULTS / f"triton-{version}.json"
     known = json.loads(path.read_text())["targets"] if path.exists() else {}

@@ -24,10 +24,9 @@ RECORDED = Path(__file__).resolve().parents[3] / "bench" / "results" / "instruct
 
 @pytest.fixture(scope="module")
 def everything():
-    if not EVERY:
-        return aot.compiled(TARGETS, "few", processes=1)
-    others = [target for target in TARGETS if target not in EVERY]
-    return aot.compiled(EVERY, "all", os.cpu_count() or 1) | aot.compiled(others, "typical", os.cpu_count() or 1)
+    first, scopes, processes = (EVERY, ("all", "typical"), os.cpu_count() or 1) if EVERY else (WHOLE, ("few", "main"), 1)
+    others = [target for target in TARGETS if target not in first]
+    return aot.compiled(first, scopes[0], processes) | aot.compiled(others, scopes[1], processes, bool(EVERY))
 
 
 @pytest.fixture(scope="module")
