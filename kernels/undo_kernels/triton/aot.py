@@ -34,6 +34,8 @@ def report(form: Form, target: str) -> dict[str, Any]:
         and form.constants["GRADIENT"]
     ):
         found["layouts"] = _layouts(compiled.asm["ttgir"], form)
+    if form.kernel.__name__ == "loss_rows":
+        found["subtracts_logits"] = _subtracts_logits(compiled.asm["ttir"])
     if form.kernel.__name__.startswith("noise") and "ptx" in compiled.asm:
         found |= _roundings(compiled.asm["ptx"])
     if target.startswith("gfx"):
@@ -67,6 +69,16 @@ def _layouts(module: str, form: Form) -> list[str]:
     pattern = rf"tt\.(?:load|store) .*?tensor<{size}x!tt\.ptr<{kind}>, (#\w+)>"
     on_amd = rf"amdg\.buffer_(?:load|store) .*?tensor<{size}x{kind}, (#\w+)>"  # of a pointer and 32-bit offsets
     return sorted(set(re.findall(pattern, module) + re.findall(on_amd, module)))
+
+
+def _subtracts_logits(module: str) -> bool:
+    """Returns whether two loaded tensors are subtracted as they are.
+
+    A difference of two products would be contracted to a fused multiply-add, and differ from 0 where the tensors are the same.
+    """
+    loaded = set(re.findall(r"(%\w+) = tt\.load ", module))
+    loaded |= {to for to, of in re.findall(r"(%\w+) = arith\.extf (%\w+) ", module) if of in loaded}
+    return any(loaded >= {a, b} and a != b for a, b in re.findall(r"arith\.subf (%\w+), (%\w+) ", module))
 
 
 def _roundings(ptx: str) -> dict[str, int]:
