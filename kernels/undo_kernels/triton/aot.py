@@ -42,6 +42,8 @@ def report(form: Form, target: str, counted: bool = True) -> dict[str, Any]:
         and form.constants["GRADIENT"]
     ):
         found["layouts"] = _layouts(compiled.asm["ttgir"], form)
+    if form.kernel.__name__ == "loss_rows":
+        found["subtracts_logits"] = _subtracts_logits(compiled.asm["ttir"])
     if form.kernel.__name__.startswith("noise") and "ptx" in compiled.asm:
         found |= _roundings(compiled.asm["ptx"])
     if target.startswith("gfx"):
@@ -78,6 +80,16 @@ def _layouts(module: str, form: Form) -> list[str]:
     return sorted(set(re.findall(pattern, module) + re.findall(on_amd, module)))
 
 
+def _subtracts_logits(module: str) -> bool:
+    """Returns whether two loaded tensors are subtracted as they are.
+
+    A difference of two products would be contracted to a fused multiply-add, and differ from 0 where the tensors are the same.
+    """
+    loaded = set(re.findall(r"(%\w+) = tt\.load ", module))
+    loaded |= {to for to, of in re.findall(r"(%\w+) = arith\.extf (%\w+) ", module) if of in loaded}
+    return any(loaded >= {a, b} and a != b for a, b in re.findall(r"arith\.subf (%\w+), (%\w+) ", module))
+
+
 def _roundings(ptx: str) -> dict[str, int]:
     """Counts fused multiply-adds, those that add a square, and 16-byte memory accesses."""
     fused = re.findall(r"\bfma\.\S+\s+[^,]+, ([^,]+), ([^,]+),", ptx)
@@ -103,7 +115,7 @@ def _counts(cubin: bytes, elements: float) -> dict[str, float]:
 def compiled(targets: Iterable[str], scope: str, processes: int = 2, counted: bool = True) -> dict[str, list[dict[str, Any]]]:
     """Returns the reports of each target's forms, from so many processes in which no kernel is interpreted.
 
-    ``counted``: with the instructions of the kernels that process pairs, whose disassembly takes half a second a form.
+    ``counted``: with their instructions, of ``few`` the kernels' that process pairs: disassembling takes half a second a form.
     """
 
     def share(number: int) -> list[dict[str, Any]]:
@@ -136,8 +148,9 @@ def main(targets: str, scope: str = "typical", share: str = "0/1", counted: str 
                 if number % every != first:
                     continue
                 name = form.name + (f" #{seen[form.name]}" if seen[form.name] > 1 else "")
+                wanted = counted == "counted" and (scope != "few" or form.kernel.__name__ in PAIR_KERNELS)
                 try:
-                    found = report(form, target, counted == "counted" and form.kernel.__name__ in PAIR_KERNELS)
+                    found = report(form, target, wanted)
                 except Exception as error:  # of Triton, LLVM or ptxas, which share no class; the other forms go on
                     found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
                 print(json.dumps(found | {"name": name, "target": target, "number": number}), flush=True)

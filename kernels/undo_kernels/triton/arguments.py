@@ -39,6 +39,7 @@ class Head(NamedTuple):
     BOUNDED: Any  # the cap is the base of the exponentials
     MATH: Any  # see math.py
     EVEN: Any  # the width is a multiple of BLOCK_D
+    TOGETHER: Any  # one loop forms the products of both sides, whose widths agree
 
 
 class Split(NamedTuple):

@@ -65,7 +65,7 @@ class Form:
         constants, words = self.constants, [self.kernel.__name__]
         if "TARGET" in constants:
             words.append(("own", "forward", "reverse", "jsd")[constants["TARGET"]])
-        on = [name for name, value in constants.items() if value is True and not name.endswith("EVEN")]
+        on = [name for name, value in constants.items() if value is True and not name.endswith(("EVEN", "TOGETHER"))]
         both = [name.removeprefix("student.") for name in on if f"teacher.{name.removeprefix('student.')}" in on]
         words += [name.lower() for name in both]
         words += [name.lower().replace(".", " ") for name in on if name.split(".")[-1] not in both]

@@ -61,11 +61,11 @@ class Head:
         """Returns stored logits as the kernels take them."""
         return arguments.Logits(z, self.bias, z.stride(0), *self.shape)
 
-    def matrices(self, hidden: torch.Tensor, weight: torch.Tensor, block_d: int) -> arguments.Head:
+    def matrices(self, hidden: torch.Tensor, weight: torch.Tensor, block_d: int, together: bool) -> arguments.Head:
         """Returns the operands of the products as the kernels take them."""
         width = hidden.shape[1]
         operands = (hidden, weight, self.bias, width, hidden.stride(0), weight.stride(0))
-        return arguments.Head(*operands, *self.shape, tl.constexpr(width % block_d == 0))
+        return arguments.Head(*operands, *self.shape, tl.constexpr(width % block_d == 0), tl.constexpr(together))
 
 
 class Run:

@@ -105,6 +105,14 @@ def test_a_gradient_over_its_logits_is_written_by_the_threads_that_read_them(rep
     assert all(len(names) == 1 for names in layouts.values()), layouts
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_student_that_is_its_teacher_differs_by_exactly_nothing(reports, target):
+    """The loss subtracts logits before it scales them: the interpreter, which contracts nothing, cannot show the difference."""
+    alike = {r["name"]: r["subtracts_logits"] for r in reports[target] if r["name"].startswith("loss_rows forward same")}
+    assert len(alike) >= 2
+    assert all(alike.values()), alike
+
+
 @pytest.mark.parametrize("target", COUNTED)
 def test_noise_contracts_nothing_but_its_sums_of_squares_and_moves_16_bytes(reports, target):
     noise = [report for report in reports[target] if report["name"].startswith("noise_blocks")]
