@@ -82,8 +82,9 @@ class Recompute:
 
     def _together(self) -> bool:
         """Returns whether the products of both sides, if both are needed, come from one loop."""
+        s = self.run.shapes
         one_width = self.run.teacher is not None and self.hidden_s.shape[1] == self.hidden_t.shape[1]
-        return one_width and tile_table.together(self.run.target, self.run.shapes.wide)
+        return one_width and not s.ragged and tile_table.together(self.run.target, s.wide)
 
     def _heads(self, block_d: int, together: bool) -> tuple[Head, Head]:
         run = self.run
