@@ -230,7 +230,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def install(wheels: Path) -> list[str]:
-    """Installs carried wheels, each by itself, behind the machine's own packages; returns a line about each that does not install."""
+    """Installs carried wheels behind the machine's own packages; returns a line about each that does not install."""
     site = Path(tempfile.gettempdir()) / "undo-gpu-site"
     options = (
         "-q",
@@ -242,12 +242,15 @@ def install(wheels: Path) -> list[str]:
         "--target",
         str(site),
     )
-    refused = []
-    for wheel in sorted(wheels.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "install", *options, str(wheel)]
+
+    def refusal(files: Sequence[Path]) -> str | None:
+        command = [sys.executable, "-m", "pip", "install", *options, *map(str, files)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            refused.append(f"{wheel.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
+
+    files, refused = sorted(wheels.glob("*.whl")), []
+    if refusal(files):  # pip installs all or none
+        refused = [f"{file.name}: {why}" for file in files if (why := refusal([file]))]
     sys.path.append(str(site))
     os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{site}"
     return refused

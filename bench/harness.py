@@ -241,6 +241,15 @@ def commit() -> str:
 # -- the record ----------------------------------------------------------------------------------------------------------------
 
 
+def with_block(page: str, name: str, text: str) -> str:
+    """Returns a page with ``text`` between its lines ``<!-- name -->`` and ``<!-- /name -->``."""
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->\n")
+    if not (mark and end):
+        raise ValueError(f"page: got no lines <!-- {name} --> and <!-- /{name} -->, wanted both")
+    return f"{before}{mark}\n{text}\n\n{end}{after}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces ``path`` atomically: a reader finds the old text or the new one, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)

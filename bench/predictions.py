@@ -1,6 +1,7 @@
 """Predicted milliseconds of the loss's plans on an H200 at the three target shapes, with the arithmetic behind them.
 
-    python bench/predictions.py
+    python bench/predictions.py             prints tables
+    python bench/predictions.py --write     puts them into docs/findings/gpu-epilogue.md
 
 8,192 tokens, a vocabulary of 256,000, bfloat16, softcap 30, forward KL, all gradients. ``before``: the same model
 (kernels/undo_kernels/triton/costs.py) with the kernels as they were before the change of the epilogue: the instructions in
@@ -10,6 +11,7 @@ products and bytes and knew no instructions. Needs no GPU and no Triton.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
@@ -23,7 +25,9 @@ from undo_kernels.triton import costs, plan, tile_table
 from undo_kernels.triton.plan import GpuPlan, gpu_plan
 
 TOKENS, VOCABULARY, WIDTHS = 8192, 256_000, (2304, 768, 320)
+PAGE = harness.ROOT / "docs" / "findings" / "gpu-epilogue.md"
 BEFORE = harness.ROOT / "bench" / "results" / "instructions" / "before-3.9.json"
+TARGETS = {(2304, False): "70", (768, False): "30", (320, False): "22", (320, True): "16"}  # milliseconds
 # The form of each kernel of the cost model among the recorded ones; the row kernel of one side was recorded with a mask alone.
 FORMS = {
     "stats_rows": "stats_rows teacher capped_s capped_t 2048 8 warps fp32",
@@ -80,8 +84,8 @@ def cells(values: list[float]) -> str:
 def table() -> str:
     """Totals of both plans."""
     lines = [
-        "| width | `teacher_lse` | old model, chunk / recompute | kernels before | kernels now | plan taken |",
-        "| ---: | --- | ---: | ---: | ---: | --- |",
+        "| width | `teacher_lse` | old model, chunk / recompute | kernels before | kernels now | target | plan taken |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     plans = ("chunk", "recompute")
     for width in WIDTHS:
@@ -92,7 +96,8 @@ def table() -> str:
             columns = [[old_model(p, width) for p in before], [p.seconds for p in before], [p.seconds for p in now]]
             taken = predicted(width, "auto", known)
             about = f"{taken.name}, {taken.workspace_bytes / 1e9:.1f} GB"
-            words = [f"{width:,}", "yes" if known else "no", *map(cells, columns), about]
+            target = TARGETS.get((width, known), "")
+            words = [f"{width:,}", "yes" if known else "no", *map(cells, columns), target, about]
             lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
@@ -143,9 +148,20 @@ def arithmetic() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def block() -> str:
+    """All tables."""
     parts = [table(), arithmetic(), *(steps(name, known) for name in ("chunk", "recompute") for known in (False, True))]
-    print("\n\n".join(parts))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into the page")
+    options = parser.parse_args()
+    if options.write:
+        PAGE.write_text(harness.with_block(PAGE.read_text(), "predictions", block()))
+    else:
+        print(block())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from undo_kernels.triton import measured_tiles, tile_table, tuner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,3 +107,9 @@ def test_the_tuner_takes_no_candidate_that_is_wrong_or_fails(monkeypatch):
 
     found = on_cpu("stats", refuses)
     assert found["best"] is None and found["tried"][0]["failed"] == "RuntimeError: out of resource: shared memory"
+
+    def refused(step):
+        raise triton.runtime.errors.PTXASError("Internal Triton PTX codegen error\nmore")  # which is no RuntimeError
+
+    found = on_cpu("stats", refused)
+    assert found["best"] is None and found["tried"][0]["failed"].startswith("PTXASError: ")

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every form that is launched, for targets that this machine need not have.
 
-``python -m undo_kernels.triton.aot sm_90 [few|typical|all]`` compiles forms of each kernel, see ``forms.py``, and prints one JSON
+``python -m undo_kernels.triton.aot sm_90 [main|few|typical|all]`` compiles forms of each kernel, see ``forms.py``, and prints one JSON
 object per line: registers, spills, shared memory, and the instructions per pair that ``sass.py`` counts. It needs the
 variable TRITON_INTERPRET unset or 0. A form that does not compile is a line with ``error``. Triton's cache keeps the compiled code,
 and the counts beside it, so that a form is compiled once as long as its source is the same.
@@ -42,6 +42,8 @@ def report(form: Form, target: str, counted: bool = True) -> dict[str, Any]:
         and form.constants["GRADIENT"]
     ):
         found["layouts"] = _layouts(compiled.asm["ttgir"], form)
+    if form.kernel.__name__ == "loss_rows":
+        found["subtracts_logits"] = _subtracts_logits(compiled.asm["ttir"])
     if form.kernel.__name__.startswith("noise") and "ptx" in compiled.asm:
         found |= _roundings(compiled.asm["ptx"])
     if target.startswith("gfx"):
@@ -78,6 +80,16 @@ def _layouts(module: str, form: Form) -> list[str]:
     return sorted(set(re.findall(pattern, module) + re.findall(on_amd, module)))
 
 
+def _subtracts_logits(module: str) -> bool:
+    """Returns whether two loaded tensors are subtracted as they are.
+
+    A difference of two products would be contracted to a fused multiply-add, and differ from 0 where the tensors are the same.
+    """
+    loaded = set(re.findall(r"(%\w+) = tt\.load ", module))
+    loaded |= {to for to, of in re.findall(r"(%\w+) = arith\.extf (%\w+) ", module) if of in loaded}
+    return any(loaded >= {a, b} and a != b for a, b in re.findall(r"arith\.subf (%\w+), (%\w+) ", module))
+
+
 def _roundings(ptx: str) -> dict[str, int]:
     """Counts fused multiply-adds, those that add a square, and 16-byte memory accesses."""
     fused = re.findall(r"\bfma\.\S+\s+[^,]+, ([^,]+), ([^,]+),", ptx)
@@ -100,11 +112,15 @@ def _counts(cubin: bytes, elements: float) -> dict[str, float]:
     return json.loads(Path(file).read_text())
 
 
-def compiled(targets: Iterable[str], scope: str, processes: int = 2) -> dict[str, list[dict[str, Any]]]:
-    """Returns the reports of each target's forms, from so many processes in which no kernel is interpreted."""
+def compiled(targets: Iterable[str], scope: str, processes: int = 2, counted: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Returns the reports of each target's forms, from so many processes in which no kernel is interpreted.
+
+    ``counted``: with their instructions, of ``few`` the kernels' that process pairs: disassembling takes half a second a form.
+    """
 
     def share(number: int) -> list[dict[str, Any]]:
         command = [sys.executable, "-W", "ignore", "-m", __spec__.name, ",".join(targets), scope, f"{number}/{processes}"]
+        command += [] if counted else ["uncounted"]
         environment = os.environ | {"TRITON_INTERPRET": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -120,7 +136,7 @@ def compiled(targets: Iterable[str], scope: str, processes: int = 2) -> dict[str
     return {target: [line for line in found if line["target"] == target] for target in targets}
 
 
-def main(targets: str, scope: str = "typical", share: str = "0/1") -> None:
+def main(targets: str, scope: str = "typical", share: str = "0/1", counted: str = "counted") -> None:
     """Prints a line for each form of a share of them; forms that differ only in the alignment of arguments are numbered."""
     first, every = map(int, share.split("/"))
     for target in targets.split(","):
@@ -132,9 +148,9 @@ def main(targets: str, scope: str = "typical", share: str = "0/1") -> None:
                 if number % every != first:
                     continue
                 name = form.name + (f" #{seen[form.name]}" if seen[form.name] > 1 else "")
-                counted = scope != "few" or (target == "sm_90" and form.kernel.__name__ in PAIR_KERNELS)
+                wanted = counted == "counted" and (scope != "few" or form.kernel.__name__ in PAIR_KERNELS)
                 try:
-                    found = report(form, target, counted)
+                    found = report(form, target, wanted)
                 except Exception as error:  # of Triton, LLVM or ptxas, which share no class; the other forms go on
                     found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
                 print(json.dumps(found | {"name": name, "target": target, "number": number}), flush=True)

@@ -39,6 +39,7 @@ class Head(NamedTuple):
     BOUNDED: Any  # the cap is the base of the exponentials
     MATH: Any  # see math.py
     EVEN: Any  # the width is a multiple of BLOCK_D
+    TOGETHER: Any  # one loop forms the products of both sides, whose widths agree
 
 
 class Split(NamedTuple):
@@ -79,7 +80,8 @@ class LossForm(NamedTuple):
 
     TARGET: Any
     UNIFORM: Any
-    SAME: Any  # both sides have the same ``outer``
+    SAME: Any  # both sides have the same ``inner`` and ``outer``
+    EXTREME: Any  # one of the weights of jsd is close to 0
     GRADIENT: Any
     NLL: Any  # a multiple of p_s is added
     LABELS: Any

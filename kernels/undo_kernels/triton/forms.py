@@ -65,7 +65,7 @@ class Form:
         constants, words = self.constants, [self.kernel.__name__]
         if "TARGET" in constants:
             words.append(("own", "forward", "reverse", "jsd")[constants["TARGET"]])
-        on = [name for name, value in constants.items() if value is True and not name.endswith("EVEN")]
+        on = [name for name, value in constants.items() if value is True and not name.endswith(("EVEN", "TOGETHER"))]
         both = [name.removeprefix("student.") for name in on if f"teacher.{name.removeprefix('student.')}" in on]
         words += [name.lower() for name in both]
         words += [name.lower().replace(".", " ") for name in on if name.split(".")[-1] not in both]
@@ -168,21 +168,21 @@ def _described(kernel: Any, bound: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def forms(target: str, scope: str) -> list[Form]:
-    """Returns the forms that a target's launches have: ``all``, the ``typical`` and heaviest of each dtype, or ``few``.
+    """Returns the forms that a target's launches have, of a scope that holds those before it.
 
-    The few of sm_90 are the typical ones, for which ``costs.py`` predicts times, the heaviest of 16-bit inputs and one form of every
-    other kernel; those of another target are the typical ones.
+    ``main``: forward KL with a softcap, for which ``costs.py`` predicts times, and given logits. ``few``: the heaviest of 16-bit
+    inputs and a form of every other kernel. ``typical``: the heaviest of float32 inputs. ``all``: every form.
     """
-    every, few = scope == "all", scope == "few"
+    every, few = scope == "all", scope in ("main", "few")
     with compiling_for(target), _recording() as found, torch.device(_META):
         for problem in _problems(scope, target):
             call = Run(problem, Workspace(_META), target)
             (Recompute if call.plan.name == "recompute" else Chunks)(call).passes()
-        for dtype, stochastic in itertools.product(noise.DTYPES, (True, False)) if not few or target == "sm_90" else ():
+        for dtype, stochastic in itertools.product(noise.DTYPES, (True, False)) if scope != "main" else ():
             if every or (dtype in (torch.bfloat16, torch.float32) and stochastic == (dtype == torch.bfloat16)):
                 parameter = Segment(torch.empty(64, 64, dtype=dtype), "w", "uniform", 0.5, 1e-8)
                 noise.launch([(0, parameter)], _META, dtype, 0, stochastic, torch.empty(1, 3, dtype=torch.float64), target)
-        for dtype, own, factor, needs in itertools.product(_DTYPES.values(), *[(True, False)] * 3):
+        for dtype, own, factor, needs in itertools.product(_DTYPES.values(), *[(True, False)] * 3) if scope != "main" else ():
             if every or (own and factor and needs):
                 frozen = torch.empty(*((64, 2304) if own else (2304,)), dtype=dtype if own else torch.float32)
                 rmu.launch(torch.empty(64, 2304, dtype=dtype), frozen, torch.empty(64) if factor else None, 1.0, needs)
@@ -200,9 +200,9 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
     yield _problem("forward", "bf16", "chunk", softcap=True)
     for kind in ("bf16", "fp32"):
         yield _problem("forward", kind, "chunk", given=True)
-    if scope == "few" and target != "sm_90":
-        return
     yield _problem("forward", "bf16", "recompute", softcap=True, known=True)
+    if scope == "main":
+        return
     yield _problem("forward", "bf16", "recompute", **full)
     yield _problem("reverse", "bf16", "recompute", statistics=True, **full)
     yield _problem("jsd", "bf16", "recompute", filtered=True, **full)
@@ -228,6 +228,7 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
             {"statistics": True},
             {"ragged": True},
             {"ragged": True, **full},
+            {"narrow": True},
             {"tiny": True},
         ):
             if target in DENSE or "statistics" not in more:
@@ -244,11 +245,14 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
 def _problem(
     target: str, kind: str, plan: str, softcap: bool = False, bias: bool = False, labels: bool = False, masked: bool = False,
     filtered: bool = False, statistics: bool = False, given: bool = False, known: bool = False, frozen: bool = False,
-    ragged: bool = False, tiny: bool = False,
+    ragged: bool = False, narrow: bool = False, tiny: bool = False,
 ) -> Problem:  # fmt: skip
-    """Returns a problem on tensors without memory; ``ragged``: no size is a multiple of 16; ``tiny``: each is 1."""
+    """Returns a problem on tensors without memory.
+
+    ``ragged``: no size is a multiple of 16; ``narrow``: the width is one, but not of a tile's depth; ``tiny``: every size is 1.
+    """
     dtype = _DTYPES[kind]
-    tokens, vocabulary, width = (1, 1, 1) if tiny else (_TOKENS, _VOCABULARY - 7 * ragged, 640 - 3 * ragged)
+    tokens, vocabulary, width = (1, 1, 1) if tiny else (_TOKENS, _VOCABULARY - 7 * ragged, 80 if narrow else 640 - 3 * ragged)
 
     def side() -> Projection:
         if given:

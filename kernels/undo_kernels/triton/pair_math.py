@@ -7,8 +7,9 @@ A logit is ``unit * outer * q``. ``q`` is what a product turns into by bias, sca
 
 For float32 inputs (EXACT) the unit is 1. For 16-bit inputs it is log 2, so that exponentials are ex2 instructions, and
 ``tanh u = 1 - 2 / (1 + e**2u)`` takes one exponential and one reciprocal. It errs by 3e-7, which is too much for the difference of
-two small logits: the loss kernels (FINE) use a polynomial there. The cap itself is the base of the exponentials, where they cannot
-underflow (BOUNDED): no running maximum.
+two near logits. Where both sides are shaped alike (SAME) that is formed as ``tanh(a - b) (1 - tanh a tanh b)``, with a polynomial;
+else the loss kernels (FINE) use a polynomial for the tanh of small logits. The cap itself is the base of the exponentials, where
+they cannot underflow (BOUNDED): no running maximum.
 
 The divergences, in a form that does not cancel, with ``x = log p_s - log p_t``::
 
@@ -16,9 +17,10 @@ The divergences, in a form that does not cancel, with ``x = log p_s - log p_t``:
     reverse   KL(s||t) = sum p_s (expm1(-x) + x)    dKL/dz_s = p_s (x - KL)
     jsd       sum m (beta phi(t/m - 1) + (1 - beta) phi(s/m - 1)),  phi(y) = (1 + y) log(1 + y) - y
               dJSD/dz_s = (1 - beta) p_s (log(s/m) - KL(s||m)),     m = beta t + (1 - beta) s
+              for x near 0: log(s/m) = x - K(x) and the sum's term m (x K'(x) - K(x)), K(x) = log(beta + (1 - beta) e**x)
 
 ``offset`` is the KL inside reverse's and jsd's gradients. ``x`` comes from the difference of the ``q`` of both sides (SAME:
-multiplied by the one ``outer`` that they share), so a student that is its teacher gets exactly 0: a difference of two products
+multiplied by the one ``outer`` that they share), or of the products, so a student that is its teacher gets exactly 0: a difference of two products
 would be contracted to a fused multiply-add on a GPU, which leaves half a unit in the last place. Nothing overflows or cancels,
 and every term is >= 0. Infinite logits follow the limits of these formulas, which ``reference/divergence.py`` states.
 
@@ -28,7 +30,7 @@ Clamps use ``tl.where``, because ``tl.maximum`` drops NaN, which must reach the 
 import triton
 import triton.language as tl
 
-from undo_kernels.triton.math import EXACT, LN2, divide, exp2, expm1, fast_tanh, fine_tanh, log1p, log1p_near, tanh
+from undo_kernels.triton.math import EXACT, LN2, LOG2E, divide, exp2, expm1, fast_tanh, fine_tanh, log, log1p, log1p_near, tanh
 
 OWN = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
@@ -54,23 +56,22 @@ LARGE = tl.constexpr(1.0e30)
 def squash(z, side, FINE: tl.constexpr):
     """Returns ``q`` of a product with its bias; ``side``: Logits or Head."""
     if side.CAPPED:
-        u = side.inner * z
         if side.MATH == EXACT:
-            z = tanh(u)
+            z = tanh(side.inner * z)
         elif FINE:
-            z = fine_tanh(u, side.MATH)
+            z = fine_tanh(z, side.inner, side.MATH)
         else:
-            z = fast_tanh(u, side.MATH)
+            z = fast_tanh(z, side.inner, side.MATH)
     return z
 
 
 @triton.jit
 def natural(q, side):
     """Returns the logit of ``q``."""
-    z = side.outer * q
+    outer = side.outer
     if side.MATH != EXACT:
-        z *= LN2
-    return z
+        outer *= LN2
+    return outer * q
 
 
 @triton.jit
@@ -86,15 +87,26 @@ def log_difference(u, v, x):
 
 
 @triton.jit
-def difference(q_s, q_t, student, teacher, form):
-    """Returns the logits' difference in units."""
-    d = student.outer * (q_s - q_t) if form.SAME else student.outer * q_s - teacher.outer * q_t
-    return d
+def difference(z_s, z_t, q_s, q_t, student, teacher, apart, form):
+    """Returns the logits' difference less ``apart``; the products with their bias, ``z``, only serve approximate instructions."""
+    if not form.SAME:
+        x = natural(q_s, student) - natural(q_t, teacher) - apart
+    else:
+        x = natural(q_s - q_t, student) - apart
+        if student.CAPPED and student.MATH != EXACT:  # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
+            w = z_s - z_t
+            s = w * w
+            gain = natural(student.inner, student)
+            square = student.inner * student.inner
+            y = gain + s * (gain * square * (-1.0 / 3.0) + s * (gain * square * square * (2.0 / 15.0)))  # off by 2e-5 at most
+            near = tl.abs(w) < 0.25 / tl.abs(student.inner)
+            x = tl.where(near, (w * y) * (1.0 - q_s * q_t) - apart, x)
+    return x
 
 
 @triton.jit
 def loss_and_slope(
-    q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+    z_s, z_t, q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
 ):  # fmt: skip
     """Returns the term of the divergence, jsd's term of KL(s||m), ``p_s``, and d divergence / d z_s.
 
@@ -106,7 +118,7 @@ def loss_and_slope(
         )
     else:
         value, mixed, p_s, slope = fast_loss(
-            q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+            z_s, z_t, q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
         )
     return value, mixed, p_s, slope
 
@@ -124,16 +136,16 @@ def exact_loss(
         mixed = value
         slope = value
     else:
+        shift = base_s - base_t
         if form.UNIFORM:
             u_t = tl.zeros_like(q_s) - base_t  # not 0 * q_s, which is NaN for an infinite logit
-            d = s
+            d = s - shift
         else:
             u_t = teacher.outer * q_t - base_t
-            d = difference(q_s, q_t, student, teacher, form)
+            d = difference(q_s, q_t, q_s, q_t, student, teacher, shift, form)
         log_t = u_t - log_sum_t
         # Subtract what is exact: the logits if they nearly agree; else u_s - u_t, small for probable entries.
-        shift = base_s - base_t
-        x = tl.where(tl.abs(shift) < 1.0, d - shift, u_s - u_t) - gap
+        x = tl.where(tl.abs(shift) < 1.0, d, u_s - u_t) - gap
         up = x > 0.0  # the student's probability is the larger one
         log_big = tl.where(up, log_s, log_t)
         if form.TARGET == FORWARD:  # noqa: SIM108
@@ -163,47 +175,85 @@ def exact_loss(
 
 @triton.jit
 def fast_loss(
-    q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
+    z_s, z_t, q_s, q_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, beta_t, beta_s, form
 ):  # fmt: skip
-    """With approximate instructions and logarithms to base 2; near 0, polynomials whose first omitted term is below 1e-5."""
-    norm_s = base_s + log_sum_s
-    log_s = student.outer * q_s - norm_s
-    p_s = exp2(log_s, student.MATH)
-    value = p_s * 0.0
-    mixed = value
-    slope = value
-    if form.TARGET != OWN:
-        norm_t = base_t + log_sum_t
-        apart = (base_s - base_t) + gap
+    """With approximate instructions and logarithms to base 2; near 0, polynomials whose first omitted term is below 2e-5."""
+    FINITE: tl.constexpr = student.CAPPED and (form.UNIFORM or teacher.CAPPED)  # no logit is infinite
+    log_s = student.outer * q_s - (base_s + log_sum_s)
+    if form.TARGET == OWN:
+        p_s = exp2(log_s, student.MATH)
+        value = p_s * 0.0
+        mixed = value
+        slope = value
+    else:
+        apart = ((base_s - base_t) + gap) * LN2
         if form.UNIFORM:
-            log_t = tl.zeros_like(q_s) - norm_t
-            x = student.outer * q_s - apart
+            log_t = tl.zeros_like(q_s) - (base_t + log_sum_t)
+            x = natural(q_s, student) - apart
         else:
-            log_t = teacher.outer * q_t - norm_t
-            x = difference(q_s, q_t, student, teacher, form) - apart
+            log_t = teacher.outer * q_t - (base_t + log_sum_t)
+            x = difference(z_s, z_t, q_s, q_t, student, teacher, apart, form)
+        near = tl.abs(x) < 0.25
         if form.TARGET == JSD:
             up = x > 0.0
             log_big = tl.where(up, log_s, log_t)
-            x = tl.where(log_big < -126.0, 0.0, x)
+            if not FINITE:
+                x = tl.where(log_big < -126.0, 0.0, x)
             big = exp2(log_big, student.MATH)
-            value, mixed, p_s, slope = jsd_loss(big, up, cut(-tl.abs(x) * LN2), offset, beta_t, beta_s, student.MATH)
-        else:
-            x *= LN2
-            p_t = exp2(log_t, student.MATH)
-            near = tl.abs(x) < 0.25
-            if form.TARGET == FORWARD:
-                r = tl.where(near, x, 0.0)
-                q = r * r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0))))  # expm1(x) - x
-                far = p_s - p_t
-                slope = tl.where(near, p_t * (r + q), far)
-                value = tl.where(near, p_t * q, far - tl.where(p_t == 0.0, 0.0, p_t * x))
+            u = -tl.abs(x)
+            if not FINITE:
+                u = cut(u)
+            if form.EXTREME:
+                value, mixed, p_s, slope = jsd_loss(big, up, u, offset, beta_t, beta_s, student.MATH)
             else:
-                r = tl.where(near, x, 0.0)
-                q = r * r * (0.5 - r * (1.0 / 6.0 - r * (1.0 / 24.0 - r * (1.0 / 120.0))))  # expm1(-x) + x
-                product = tl.where(p_s == 0.0, 0.0, p_s * x)
-                value = tl.where(near, p_s * q, (p_t - p_s) + product)
+                value, mixed, p_s, slope = fast_jsd(big, up, near, x, u, offset, beta_t, beta_s, student.MATH)
+        else:
+            p_s = exp2(log_s, student.MATH)
+            p_t = exp2(log_t, student.MATH)
+            far = p_s - p_t
+            if form.TARGET == FORWARD:
+                product = p_t * x
+                if not FINITE:
+                    product = tl.where(p_t == 0.0, 0.0, product)
+                bend = p_t * (x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))  # p_t (expm1(x) - x)
+                slope = tl.where(near, product + bend, far)
+                value = tl.where(near, bend, far - product)
+            else:
+                product = p_s * x
+                if not FINITE:
+                    product = tl.where(p_s == 0.0, 0.0, product)
+                bend = p_s * (x * x * (0.5 - x * (1.0 / 6.0 - x * (1.0 / 24.0 - x * (1.0 / 120.0)))))  # p_s (expm1(-x) + x)
+                value = tl.where(near, bend, product - far)
                 slope = product - p_s * offset
             mixed = value
+    return value, mixed, p_s, slope
+
+
+@triton.jit
+def fast_jsd(big, up, near, x, u, offset, beta_t, beta_s, MATH: tl.constexpr):
+    """:func:`jsd_loss` for weights of both sides that are not close to 0; its logarithm errs by 2**-22, not relatively.
+
+    ``x`` is the difference of the logarithms, ``near`` whether it is below 0.25, and ``u`` is ``-|x|``.
+    """
+    e = exp2(u * LOG2E, MATH)
+    p_s = tl.where(up, big, big * e)
+    low = tl.where(up, beta_t, beta_s) * e
+    ratio = tl.where(up, beta_s, beta_t) + low  # m / big
+    m = big * ratio
+    l = log(ratio, MATH)
+    # The cumulants of a variable that is 1 with probability beta_s, else 0: K's derivatives at 0.
+    k2 = beta_s * beta_t
+    k3 = k2 * (beta_t - beta_s)
+    k4 = k2 * (1.0 - 6.0 * k2)
+    k5 = k3 * (1.0 - 12.0 * k2)
+    log_ratio = x * (beta_t - x * (k2 * 0.5 + x * (k3 * (1.0 / 6.0) + x * (k4 * (1.0 / 24.0)))))  # log(s/m)
+    log_ratio = tl.where(near, log_ratio, tl.where(up, 0.0, u) - l)
+    value = m * (x * x * (k2 * 0.5 + x * (k3 * (1.0 / 3.0) + x * (k4 * 0.125 + x * (k5 * (1.0 / 30.0))))))
+    value = tl.where(near, value, big * low * u - m * l)
+    a = log_ratio
+    mixed = p_s * (a * a * (0.5 - a * (1.0 / 6.0 - a * (1.0 / 24.0 - a * (1.0 / 120.0)))))  # p_s (expm1(-a) + a)
+    mixed = tl.where(near, mixed, p_s * (a - 1.0) + m)
+    slope = beta_s * p_s * (log_ratio - offset)
     return value, mixed, p_s, slope
 
 

@@ -12,7 +12,7 @@ without triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -154,17 +154,23 @@ class Shapes:
 
     @property
     def ragged(self) -> bool:
-        """Whether rows begin where no 16-byte load may: their single loads take the registers of a large tile."""
+        """Whether rows begin where no 16-byte load may."""
         return any(side.weight.shape[1] % 16 for side in self.sides)
 
     @property
     def stats_tile(self) -> tile_table.Tile:
-        return tile_table.tile(self.target, "cross" if self.crossed or self.ragged else "stats", self.wide, self.width)
+        return self._tile("cross" if self.crossed else "stats")
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0 or self.ragged
-        return tile_table.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
+        return self._tile("filter" if self.problem.target == "jsd" or self.problem.filter_below > 0 else "loss")
+
+    def _tile(self, kernel: str) -> tile_table.Tile:
+        """Returns a kernel's tile, or a smaller one for ragged rows, whose single loads need the registers of a large one."""
+        tile = tile_table.tile(self.target, kernel, self.wide, self.width)
+        if not self.ragged:
+            return tile
+        return replace(tile, block_t=min(tile.block_t, 64), block_v=min(tile.block_v, 128), block_d=min(tile.block_d, 32))
 
     def copies(self, side: Projection) -> bool:
         """Returns whether a side's hidden states are copied before the product."""
@@ -344,9 +350,10 @@ def _chunk_steps(
         kernel, read = ("stats_rows", logit_bytes) if s.teacher_sums_of_chunks else ("stats_rows known", logits[0])
         steps["statistics"] = costs.rows_seconds(kernel, s.wide, pairs, pairs * read)
     if s.loss_pass:
-        steps["loss"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
+        kernel = "loss_rows mixture" if jsd and not s.gradient else "loss_rows" + jsd
+        steps["loss"] = costs.rows_seconds(kernel, s.wide, pairs, pairs * (logit_bytes + gradient_bytes))
     if s.mixture_pass:
-        steps["mixture"] = costs.rows_seconds("loss_rows" + jsd, s.wide, pairs, pairs * logit_bytes)
+        steps["mixture"] = costs.rows_seconds("loss_rows mixture", s.wide, pairs, pairs * logit_bytes)
     if s.given:
         return steps
     for name, side in zip(("student", "teacher"), s.sides, strict=False):
@@ -374,7 +381,8 @@ def _recompute_steps(s: Shapes, widths: list[int], blocks: int) -> dict[str, flo
     shape = (s.loss_tile.block_t, s.loss_tile.block_v)
     passes = {"mixture" if s.mixture_pass else "loss": 0.0} if s.loss_pass and (s.mixture_pass or not s.gradient) else {}
     for name, written in (passes | ({"loss": float(itemsize)} if s.gradient else {})).items():
-        steps[name] = blocks * costs.tiles_seconds("loss_tiles" + jsd, s.wide, n, part, widths, shape, written * n * part)
+        kernel = "loss_tiles mixture" if jsd and not written else "loss_tiles" + jsd
+        steps[name] = blocks * costs.tiles_seconds(kernel, s.wide, n, part, widths, shape, written * n * part)
     operand, weight = itemsize * n * part, float(part) * s.width * p.student.weight.dtype.itemsize
     if p.needs[0]:
         one = costs.product_seconds(n, s.width, part, s.wide, operand + weight + 8.0 * n * s.width)

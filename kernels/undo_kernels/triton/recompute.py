@@ -80,29 +80,37 @@ class Recompute:
             elif self.d_hidden is not run.d_hidden:
                 run.d_hidden.copy_(self.d_hidden)
 
-    def _heads(self, block_d: int) -> tuple[Head, Head]:
-        run = self.run
-        student = run.student.matrices(self.hidden_s, self.weight_s, block_d)
-        return student, (run.teacher or run.student).matrices(self.hidden_t, self.weight_t, block_d)
+    def _together(self) -> bool:
+        """Returns whether the products of both sides, if both are needed, come from one loop."""
+        s = self.run.shapes
+        one_width = self.run.teacher is not None and self.hidden_s.shape[1] == self.hidden_t.shape[1]
+        return one_width and not s.ragged and tile_table.together(self.run.target, s.wide)
 
-    def _options(self, tile: tile_table.Tile) -> dict[str, Any]:
+    def _heads(self, block_d: int, together: bool) -> tuple[Head, Head]:
+        run = self.run
+        student = run.student.matrices(self.hidden_s, self.weight_s, block_d, together)
+        return student, (run.teacher or run.student).matrices(self.hidden_t, self.weight_t, block_d, together)
+
+    def _options(self, tile: tile_table.Tile, together: bool) -> dict[str, Any]:
         return {
             "PRECISION": tile_table.precision(self.run.target, self.run.shapes.wide),
             "BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "PIECES": tile.pieces,
-            "num_warps": tile.warps, "num_stages": tile.stages, **FUSED,
+            "num_warps": tile.warps, "num_stages": tile.stages - together, **FUSED,
         }  # fmt: skip
 
     def _statistics(self) -> None:
         run, s, tile = self.run, self.run.shapes, self.stats_tile
         parts, part = tile_table.tile_parts(run.n, run.vocabulary, tile)
         partial = run.scratch.take(tile_table.FIELDS, run.n, parts)
-        student, teacher = self._heads(tile.block_d)
+        # With labels a program would spill registers.
+        together = self._together() and (s.teacher_sums or run.crossed) and (run.crossed or not run.labelled)
+        student, teacher = self._heads(tile.block_d, together)
         if s.student_sums:
             tile_kernels.stats_tiles[(triton.cdiv(run.n, tile.block_t) * parts,)](
                 student, teacher, Split(partial, run.vocabulary, part, parts, run.n * parts),
                 run.labels if run.labelled else run.zero, run.label_z, run.n, LABELS=run.labelled,
                 TEACHER=s.teacher_sums, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, SAME=run.same,
-                **self._options(tile),
+                **self._options(tile, together),
             )  # fmt: skip
         if run.labelled and not s.student_sums:
             tile_kernels.pick_labels[(run.n,)](
@@ -112,13 +120,13 @@ class Recompute:
         run.scratch.give(partial)
 
     def _loss(self, first: int, gradient: bool) -> None:
-        run, tile = self.run, self.loss_tile
+        run, tile, together = self.run, self.loss_tile, self._together()
         last = min(first + self.block, run.vocabulary)
         tile_kernels.loss_tiles[(triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)](
-            *self._heads(tile.block_d), run.counted, run.sums(self.everything),
+            *self._heads(tile.block_d, together), run.counted, run.sums(self.everything),
             run.weights(self.everything, run.own, self.at_label),
             self.dz if gradient else run.zero, self.losses, self.skipped, run.n, first, last, self.tiles, self.block,
-            run.loss_form(gradient, run.nll), **self._options(tile),
+            run.loss_form(gradient, run.nll), **self._options(tile, together),
         )  # fmt: skip
 
     def _products(self, first: int) -> None:

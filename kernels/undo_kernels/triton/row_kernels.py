@@ -4,9 +4,9 @@ One program processes one part of the logits of one token; parts are combined in
 entry) pair::
 
     stats_rows   reads 8 bytes (4 without a teacher), 25 instructions, 6 of them special functions (float32 inputs: 116)
-    loss_rows    reads 8 bytes, writes the gradient (2 or 4), 58 instructions, 6 special (float32 inputs: 120)
+    loss_rows    reads 8 bytes, writes the gradient (2 or 4), 46 instructions, 6 special (float32 inputs: 120)
 
-on sm_90, forward KL with a softcap; jsd takes 129 in loss_rows. With 16-bit inputs both wait for memory, not for instructions.
+on sm_90, forward KL with a softcap; jsd takes 75 for the divergence and then 60 for the gradient. With 16-bit inputs both wait for memory, not for instructions.
 Rejected: a maximum over the whole block in each iteration (2 shuffles a pair and 4 barriers; now one for each four logits).
 
 Nest an ``if`` on a tensor inside the ``if`` on a constexpr: with ``and``, Triton evaluates both operands.
@@ -22,6 +22,7 @@ from undo_kernels.triton.pair_math import (
     CROSS_S,
     DIFFERENCE,
     ENERGY_T,
+    JSD,
     L_S,
     L_T,
     LOWEST,
@@ -44,13 +45,16 @@ from undo_kernels.triton.pair_math import (
 
 @triton.jit
 def load_squashed(z_ptr, side, o_v, keep, HOLES: tl.constexpr, FINE: tl.constexpr):
-    """Loads a block of one token's logits; returns their ``q``, and which of them are there: with HOLES, none that was removed."""
+    """Loads a block of one token's logits.
+
+    Returns them with their bias, their ``q``, and which of them are there: with HOLES, none that was removed.
+    """
     raw = tl.load(z_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
     if HOLES:
         keep = keep & (raw != float("-inf"))
     if side.HAS_BIAS:
         raw += tl.load(side.bias_ptr + o_v, mask=keep, other=0.0).to(tl.float32)
-    return squash(raw, side, FINE), keep
+    return raw, squash(raw, side, FINE), keep
 
 
 @triton.jit
@@ -75,7 +79,7 @@ def exact_stats(
     for first in range(start, end, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         keep = o_v < end
-        b_q, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
+        _, b_q, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
         b_s = tl.where(b_here, student.outer * b_q, float("-inf"))
         here = tl.max(b_s, 0)
         if STATISTICS:
@@ -84,7 +88,7 @@ def exact_stats(
         rescale_s = tl.exp(m_s - m_new_s)
         b_u = b_s - m_new_s
         if TEACHER:
-            b_q, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
+            _, b_q, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
             b_t = tl.where(keep, teacher.outer * b_q, float("-inf"))
             here = tl.max(b_t, 0)
             if STATISTICS:
@@ -145,11 +149,11 @@ def fast_stats(
     for first in range(start, end, BLOCK_V):
         o_v = first + tl.arange(0, BLOCK_V)
         keep = o_v < end
-        b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
+        _, b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, False)
         b_s, b_here, o_l = tl.reshape(b_s, [LANES, 4]), tl.reshape(b_here, [LANES, 4]), tl.reshape(o_v, [LANES, 4])
         b_e, rescale, m_s, l_s, _, top_s = add_block(b_s, b_here, student, o_l, m_s, l_s, energy, top_s, STATISTICS)
         if TEACHER:
-            b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
+            _, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
             b_t = tl.reshape(b_t, [LANES, 4])
             _, _, m_t, l_t, energy, top_t = add_block(
                 b_t, tl.reshape(keep, [LANES, 4]), teacher, o_l, m_t, l_t, energy, top_t, STATISTICS
@@ -217,7 +221,13 @@ def loss_rows(
     split,  # of [4, tokens, parts]: divergence, KL(s||m), skipped entries, sum of their squares
     form, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Computes the divergence of one part of one token and d total / d product; zeros columns ``vocabulary`` to ``columns``."""
+    """Computes the divergence of one part of one token and d total / d product; zeros columns ``vocabulary`` to ``columns``.
+
+    Of jsd the launch for the gradient follows one that has computed the divergence, so it only computes the gradient.
+    """
+    MIXED: tl.constexpr = form.TARGET == JSD and not form.GRADIENT
+    SUMS: tl.constexpr = MIXED or (form.TARGET != JSD and form.TARGET != OWN)
+    FINE: tl.constexpr = form.UNIFORM or not (form.SAME or form.TARGET == OWN)  # the difference of small logits needs it
     i_token = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     z_s_ptr = student.z_ptr + i_token * student.stride
@@ -257,19 +267,21 @@ def loss_rows(
         for first in range(start, end, BLOCK_V):
             o_v = first + tl.arange(0, BLOCK_V)
             keep = o_v < end
-            b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, True)
+            b_z, b_s, b_here = load_squashed(z_s_ptr, student, o_v, keep, HOLES, FINE)
+            b_y = b_z
             b_t = b_s
             if form.TARGET != OWN:  # noqa: SIM102
                 if not form.UNIFORM:
-                    b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, True)
+                    b_y, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, FINE)
             value, mixed, b_p, b_g = loss_and_slope(
-                b_s, b_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset,
+                b_z, b_y, b_s, b_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset,
                 weights.beta_t, weights.beta_s, form,
             )  # fmt: skip
             if HOLES:
                 b_p = tl.where(b_here, b_p, 0.0)
-            if form.TARGET != OWN:
+            if SUMS:
                 b_value += tl.where(keep, value, 0.0)
+            if MIXED:
                 b_mixed += tl.where(keep, mixed, 0.0)
             if form.GRADIENT:
                 b_test = b_p if form.TARGET == OWN else b_g
@@ -297,8 +309,9 @@ def loss_rows(
             for first in range(split.vocabulary, columns, BLOCK_V):
                 o_v = first + tl.arange(0, BLOCK_V)
                 tl.store(dz_ptr + o_v, tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty), mask=o_v < columns)
-    if form.TARGET != OWN:
+    if SUMS:
         tl.store(partial_ptr, tl.sum(b_value, 0))
+    if MIXED:
         tl.store(partial_ptr + split.stride_field, tl.sum(b_mixed, 0))
     if form.FILTER:
         tl.store(partial_ptr + 2 * split.stride_field, skipped)

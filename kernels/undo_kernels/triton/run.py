@@ -25,6 +25,7 @@ FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
 BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per token
 _BOUND = 100.0  # largest distance from the cap, in powers of two, at which exponentials are safe from underflow
+_EXTREME = 0.05  # weight of a side in jsd below which its short form would lose the loss's relative error
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
@@ -60,11 +61,11 @@ class Head:
         """Returns stored logits as the kernels take them."""
         return arguments.Logits(z, self.bias, z.stride(0), *self.shape)
 
-    def matrices(self, hidden: torch.Tensor, weight: torch.Tensor, block_d: int) -> arguments.Head:
+    def matrices(self, hidden: torch.Tensor, weight: torch.Tensor, block_d: int, together: bool) -> arguments.Head:
         """Returns the operands of the products as the kernels take them."""
         width = hidden.shape[1]
         operands = (hidden, weight, self.bias, width, hidden.stride(0), weight.stride(0))
-        return arguments.Head(*operands, *self.shape, tl.constexpr(width % block_d == 0))
+        return arguments.Head(*operands, *self.shape, tl.constexpr(width % block_d == 0), tl.constexpr(together))
 
 
 class Run:
@@ -81,7 +82,7 @@ class Run:
         self.fast = self.math != EXACT.value
         self.student = Head(p.student, self.math, p.statistics)
         self.teacher = Head(p.teacher, self.math, p.statistics) if s.dense else None
-        self.same = self.teacher is not None and self.student.outer == self.teacher.outer
+        self.same = self.teacher is not None and self.student.shape[:2] == self.teacher.shape[:2]
         self.code = _TARGETS.get(p.target, OWN.value)
         self.uniform, self.pair = p.target == "uniform", p.target in (*DENSE, "uniform")
         self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
@@ -295,6 +296,7 @@ class Run:
         flags = (
             self.uniform,
             self.same,
+            self.code == JSD.value and min(self.problem.beta, 1.0 - self.problem.beta) < _EXTREME,
             gradient,
             mixed and gradient,
             self.labelled and gradient,

@@ -3,12 +3,13 @@
     stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
     loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
-After the products stats_tiles takes 28 instructions a pair for both sides and 14 for one, loss_tiles 67, 6 of them special functions
+After the products stats_tiles takes 28 instructions a pair for both sides and 14 for one, loss_tiles 55, 6 of them special functions
 each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 160). Rejected on sm_90: 64 x 256 statistics tiles
 (24 instructions; 189 and 102 barriers before a piece was a choice of registers), 64 x 128 with four warps (24 and 51, two programs a
 multiprocessor, but half as many bytes again from the L2 cache), 128 x 256 (spills with labels and bias).
 
-Student and teacher products run one after the other in one program. Programs of the same vocabulary tile are neighbours in the
+Where both sides have one width their products come from one loop (TOGETHER): their first operands arrive together, 2 to 3
+instructions a pair and a barrier fewer on sm_90. Else one runs after the other in one program. Programs of the same vocabulary tile are neighbours in the
 grid, so that a tile of the weight is read from memory once and then from the L2 cache.
 
 Indices past the last token or vocabulary entry are clamped to it; the results are not stored. The inner loop then needs no mask.
@@ -38,60 +39,15 @@ from undo_kernels.triton.pair_math import (
     natural,
     squash,
 )  # fmt: skip
-
-
-@triton.jit
-def project(head, o_t, o_v, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns the products of one tile in float32, before bias, scale and softcap."""
-    o_d = tl.arange(0, BLOCK_D)
-    hidden_ptrs = head.hidden_ptr + o_t[:, None] * head.stride_hidden + o_d[None, :]
-    weight_ptrs = head.weight_ptr + o_v[None, :] * head.stride_weight + o_d[:, None]
-    b_z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for first in range(0, head.width, BLOCK_D):
-        if head.EVEN:
-            b_h = tl.load(hidden_ptrs)
-            b_w = tl.load(weight_ptrs)
-        else:
-            b_h = tl.load(hidden_ptrs, mask=o_d[None, :] < head.width - first, other=0.0)
-            b_w = tl.load(weight_ptrs, mask=o_d[:, None] < head.width - first, other=0.0)
-        if PRECISION == "interpreted":  # the interpreter would multiply the integer bits of bfloat16
-            b_z = tl.dot(b_h.to(tl.float32), b_w.to(tl.float32), b_z, input_precision="ieee")
-        else:
-            b_z = tl.dot(b_h, b_w.to(b_h.dtype), b_z, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D
-    return b_z
-
-
-@triton.jit
-def half(b_z, right: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr):
-    left_half, right_half = tl.split(tl.permute(tl.reshape(b_z, (BLOCK_T, 2, WIDTH // 2)), (0, 2, 1)))
-    out = right_half if right else left_half
-    return out
-
-
-@triton.jit
-def piece(b_z, i: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr):
-    """Returns the ``i``-th of PIECES groups of columns of a tile; it only selects registers.
-
-    The code after the products processes one piece at a time, so that only one piece's temporaries occupy registers.
-    """
-    tl.static_assert(PIECES <= 8)
-    out = b_z
-    if PIECES >= 2:
-        out = half(out, i >= PIECES // 2, BLOCK_T, BLOCK_V)
-    if PIECES >= 4:
-        out = half(out, i % (PIECES // 2) >= PIECES // 4, BLOCK_T, BLOCK_V // 2)
-    if PIECES >= 8:
-        out = half(out, i % (PIECES // 4) >= PIECES // 8, BLOCK_T, BLOCK_V // 4)
-    return out
+from undo_kernels.triton.tile_products import piece, project, project_both
 
 
 @triton.jit
 def squash_piece(b_z, head, o_v, last, FINE: tl.constexpr):
+    """Returns products with their bias, and their ``q``."""
     if head.HAS_BIAS:
         b_z += tl.load(head.bias_ptr + o_v, mask=o_v < last, other=0.0).to(tl.float32)[None, :]
-    return squash(b_z, head, FINE)
+    return b_z, squash(b_z, head, FINE)
 
 
 @triton.jit
@@ -108,7 +64,7 @@ def add_piece(l_rest, m, m_new, rescale, b_e):
 def add_exact(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.constexpr, WIDTH: tl.constexpr):
     """Adds a piece to each token's maximum and sums; also returns its ``q``, logits, exponentials and the old sums' rescaling."""
     o_v = first + tl.arange(0, WIDTH)
-    b_q = squash_piece(b_z, head, o_v, end, False)
+    _, b_q = squash_piece(b_z, head, o_v, end, False)
     b_z = tl.where((o_v < end)[None, :], head.outer * b_q, float("-inf"))
     here = tl.max(b_z, 1)
     m_new = tl.maximum(m, here)
@@ -127,7 +83,7 @@ def add_exact(b_z, head, m, l_rest, energy, top, first, end, STATISTICS: tl.cons
 def add_fast(b_z, head, m, l, energy, top, first, end, STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr):
     """Adds a tile to each token's maximum and sums; see ``pair_math.add_block``; returns the tile's ``q`` first."""
     o_v = first + tl.arange(0, BLOCK_V)
-    b_q = squash_piece(b_z, head, o_v, end, False)
+    _, b_q = squash_piece(b_z, head, o_v, end, False)
     b_e, rescale, m, l, energy, top = add_block(b_q, (o_v < end)[None, :], head, o_v[None, :], m, l, energy, top, STATISTICS)
     return b_q, b_e, rescale, m, l, energy, top
 
@@ -176,7 +132,10 @@ def stats_tiles(
     for first in range(start, end, BLOCK_V):
         o_w = tl.minimum(first + tl.arange(0, BLOCK_V), split.vocabulary - 1).to(tl.int64)
         if TEACHER or CROSS:
-            b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+            if student.TOGETHER:
+                b_s, b_t = project_both(student, teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+            else:
+                b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
             if FAST:
                 b_t, _, _, m_t, l_t, energy, top_t = add_fast(
                     b_t, teacher, m_t, l_t, energy, top_t, first, end, STATISTICS, BLOCK_V
@@ -187,7 +146,8 @@ def stats_tiles(
                     _, _, _, _, m_t, l_t, energy, top_t = add_exact(
                         b_z, teacher, m_t, l_t, energy, top_t, first + i * WIDTH, end, STATISTICS, WIDTH
                     )
-        b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+        if not student.TOGETHER:
+            b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
         if FAST:
             b_s, b_e, rescale, m_s, l_s, _, top_s = add_fast(
                 b_s, student, m_s, l_s, energy, top_s, first, end, STATISTICS, BLOCK_V
@@ -243,7 +203,13 @@ def loss_tiles(
     form, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Computes divergence and d total / d product of one tile of vocabulary entries ``begin`` to ``last``."""
+    """Computes divergence and d total / d product of one tile of vocabulary entries ``begin`` to ``last``.
+
+    Of jsd the launches for the gradient follow those that have computed the divergence, so they only compute the gradient.
+    """
+    MIXED: tl.constexpr = form.TARGET == JSD and not form.GRADIENT
+    SUMS: tl.constexpr = MIXED or (form.TARGET != JSD and form.TARGET != OWN)
+    FINE: tl.constexpr = form.UNIFORM or not (form.SAME or form.TARGET == OWN)  # the difference of small logits needs it
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD  # sum over a token's entries last, if registers suffice
     TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
@@ -257,8 +223,9 @@ def loss_tiles(
     o_w = tl.minimum(begin + column + tl.arange(0, BLOCK_V), last - 1).to(tl.int64)
 
     if TWO:
-        b_t = project(teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
-    b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+        b_s, b_t = project_both(student, teacher, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
+    else:
+        b_s = project(student, o_t, o_w, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D)
 
     counts = keep_t
     if form.MASKED:
@@ -293,20 +260,22 @@ def loss_tiles(
         within = (o_v < last)[None, :]
         keep = within & counts[:, None]
         b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
-        b_z = squash_piece(b_z, student, o_v, last, True)
+        b_z, b_q = squash_piece(b_z, student, o_v, last, FINE)
         b_y = b_z
+        b_r = b_q
         if TWO:
-            b_y = squash_piece(piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, o_v, last, True)
+            b_y, b_r = squash_piece(piece(b_t, i, BLOCK_T, BLOCK_V, PIECES), teacher, o_v, last, FINE)
         value, mixed, b_p, b_g = loss_and_slope(
-            b_z, b_y, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset, weights.beta_t, weights.beta_s, form
-        )
-        if form.TARGET != OWN:
+            b_z, b_y, b_q, b_r, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset,
+            weights.beta_t, weights.beta_s, form,
+        )  # fmt: skip
+        if SUMS:
             if LATE:
                 b_total += tl.where(keep, value, 0.0)
             else:
                 total += tl.sum(tl.where(keep, value, 0.0), 1)
-            if not form.GRADIENT:
-                total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
+        if MIXED:
+            total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
         if form.GRADIENT:
             if form.FILTER:
                 b_test = b_p if form.TARGET == OWN else b_g
@@ -325,7 +294,7 @@ def loss_tiles(
                         loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
                 b_out += b_own
             if student.CAPPED:
-                b_out *= 1.0 - b_z * b_z
+                b_out *= 1.0 - b_q * b_q
             b_out = tl.where(keep, b_out, 0.0)
             if form.FILTER:
                 quiet = loud == 0
@@ -335,13 +304,13 @@ def loss_tiles(
             dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
     # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
-    if form.TARGET != OWN:
+    partial_ptrs = partial_ptr + i_v.to(tl.int64) * tokens + o_t
+    if SUMS:
         total += tl.sum(b_total, 1)
-        partial_ptrs = partial_ptr + i_v.to(tl.int64) * tokens + o_t
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
-        if not form.GRADIENT:
-            partial_ptrs += tiles * tokens
-            tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
+    if MIXED:
+        partial_ptrs += tiles * tokens
+        tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
     if form.FILTER:
         skipped_ptr += i_v * blocks + i_t
         tl.store(skipped_ptr, tl.load(skipped_ptr) + skipped)

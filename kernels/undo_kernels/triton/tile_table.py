@@ -25,7 +25,7 @@ class Tile:
     block_v: int
     block_d: int
     warps: int
-    stages: int
+    stages: int  # of operands loaded ahead; one fewer where a stage holds those of both sides
     pieces: int  # column groups processed one at a time after the product, so that temporaries fit registers
 
 
@@ -55,7 +55,8 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     ("sm_86", "filter", False): Tile(64, 128, 64, 8, 3, 8),
     **{("sm_100", kernel, False): Tile(64, 128, 64, 8, 3, 8) for kernel in ("stats", "filter")},
     ("sm_90", "stats", False): Tile(128, 128, 64, 8, 3, 8),
-    ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 4),
+    ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 8),
+    ("sm_90", "filter", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_100", "loss", False): Tile(128, 128, 64, 8, 3, 4),
     **{("gfx942", kernel, False): Tile(128, 128, 64, 8, 2, 8) for kernel in ("stats", "loss")},
     **{("gfx942", kernel, False): Tile(64, 128, 64, 8, 2, 4) for kernel in ("cross", "filter")},
@@ -107,6 +108,11 @@ def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
     finally:
         MEASURED.clear()
         MEASURED.update(before)
+
+
+def together(target: str, wide: bool) -> bool:
+    """Returns whether one loop forms the products of both sides; elsewhere the sums of two tiles leave no registers to it."""
+    return target in ("sm_90", INTERPRETER) and not wide
 
 
 def row_block(target: str, vocabulary: int) -> RowBlock:

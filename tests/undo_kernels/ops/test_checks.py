@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from undo_kernels.ops.dispatch import LossReduction
 from vocab_losses import draw
 
 from undo_core import ops
@@ -83,3 +85,20 @@ def test_logits_in_the_place_of_log_probabilities_are_refused(dtype):
     padded[1, 7] = -1
     mask = torch.arange(5) > 0
     assert ops.linear_sparse_kl_div(hidden, weight, padded, unread, mask=mask).isfinite()
+
+
+def test_a_bound_on_the_counted_tokens_waits_for_no_device():
+    """Without a mask both numbers are the host's: copying one to a GPU would wait for it, and a graph could not be captured."""
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name().split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    for most, spoilt in ((5, True), (6, False)):
+        by = LossReduction.checked(torch.Size([6]), torch.device("cpu"), None, "mean", None, most)
+        with Watch():
+            factor = by.factor(None, 6, torch.device("cpu"), torch.float32)
+        assert factor.isnan().all() == spoilt
+    assert set(names) <= {"aten::ones", "aten::full_like", "aten::div"}, names
