@@ -404,6 +404,22 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
         runner.load(options.out, "kl", options, {})
 
 
+def test_a_graph_that_the_auto_chunker_left_whole_is_no_contender(bench_kl, monkeypatch):
+    contenders, metrics = importlib.import_module("contenders"), importlib.import_module("torch._inductor.metrics")
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: loss)
+    hidden = torch.ones(3, requires_grad=True)
+    whole = contenders.auto_chunked(torch.sum)
+    assert whole(hidden.detach()) == 3, "without gradients there is nothing to chunk"
+    with pytest.raises(RuntimeError, match="left the graph whole"):
+        whole(hidden)
+
+    def chunked(tensor):
+        monkeypatch.setattr(metrics, "num_auto_chunking", metrics.num_auto_chunking + 1)
+        return tensor.sum()
+
+    assert contenders.auto_chunked(chunked)(hidden) == 3
+
+
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here")
 def test_a_machines_name_tells_instruction_sets_apart(bench_kl, monkeypatch):
     harness, extension = importlib.import_module("harness"), importlib.import_module("undo_kernels.cpu.extension")
