@@ -368,7 +368,7 @@ def test_rounds_stop_when_their_time_is_over(bench_kl, monkeypatch):
     assert len(list(harness.interleave(steps, 4, "cpu"))) == 8
 
 
-WITHOUT_COMPILER = "quick and not bf16 and not compile and not liger"
+WITHOUT_COMPILER = "quick and not bf16 and not compile and not chunker and not liger"
 
 
 def test_pytest_benchmark_runs_the_same_contenders(tmp_path):
