@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside the alternative
 	$(BIN)/python bench/bench_noise.py
 	$(BIN)/python bench/bench_rmu.py --rounds 5
 	$(BIN)/python bench/plot.py
+	$(BIN)/python bench/processors.py
 
 bench-all: $(VENV)/.installed-bench  ## every row, activations of trained models, and a whole training step; long, for a machine with memory
 	$(BIN)/python bench/bench_kl.py --all

@@ -11,7 +11,7 @@ from measuring import Suite
 from peers_cross_entropy import CONTENDERS
 from problems import ALL, Row, cross_entropy_oracle
 
-NAMES = ("undo-core", "undo-reference", "plain", "compile", "torch-chunked", "liger", "trl", "cce", "products")
+NAMES = ("undo-core", "undo-reference", "plain", "compile", "auto-chunker", "torch-chunked", "liger", "trl", "cce", "products")
 MOST = ("undo-core", "plain", "compile", "torch-chunked", "trl", "products")
 CAPPED = ("undo-core", "plain", "liger", "trl", "cce", "products")
 

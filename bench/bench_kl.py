@@ -23,7 +23,18 @@ ERROR_SEEDS = 3
 STATED = ("direct", "chunk", "recompute")  # plans that a caller can ask for
 ERROR = "error"  # name of the section on gradient error against KL, for --only
 
-CPU = ("undo-core", "undo-reference", "plain", "compile", "liger-chunked", "liger-triton", "liger-kl", "trl", "products")
+CPU = (
+    "undo-core",
+    "undo-reference",
+    "plain",
+    "compile",
+    "auto-chunker",
+    "liger-chunked",
+    "liger-triton",
+    "liger-kl",
+    "trl",
+    "products",
+)
 CUDA = ("undo-core", "undo-core-lse", *CPU[1:])
 MOST = (
     "undo-core",
@@ -60,6 +71,9 @@ ROWS = {
         Row("f32-32k-softcap", 1024, 32000, 320, "float32", 30.0, SOFTCAP, ALL),
         Row("bf16-32k", 1024, 32000, 320, "bfloat16", None, CPU, ALL),
         Row("f32-256k", 512, 256000, 320, "float32", None, ("undo-core", "undo-core-workspace", *CPU[1:]), ALL, "0.1B"),
+        Row("bf16-256k-512", 512, 256000, 320, "bfloat16", None, MOST, ALL, "0.1B"),
+        Row("f32-1b", 256, 128256, 2048, "float32", None, MOST, ALL, "Llama 3.2 1B"),
+        Row("bf16-1b", 256, 128256, 2048, "bfloat16", None, MOST, ALL, "Llama 3.2 1B"),
         Row("f32-0.3b", 256, 256000, 768, "float32", None, MOST, ALL, "0.3B"),
         Row("bf16-0.3b", 256, 256000, 768, "bfloat16", None, MOST, ALL, "0.3B"),
         Row("f32-2b", 64, 256000, 2304, "float32", None, MOST, ALL, "Gemma 2 2B"),

@@ -81,6 +81,40 @@ def loader(module: str) -> Callable[[], Any]:
     return lambda: importlib.import_module(module)
 
 
+# The auto-chunker's own thresholds leave alone what has fewer than 8 tokens for each column of width, as every row here has. What
+# comes from a cache does not count as chunked.
+_CHUNKING = {
+    "auto_chunker.enable": True,
+    "auto_chunker.amplify_ratio_threshold": 0,
+    "auto_chunker.output_size_threshold": 0,
+    "fx_graph_cache": False,
+}
+
+
+def auto_chunked(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compiles a loss with Inductor's auto-chunker, which splits the joint graph of both passes along the tokens.
+
+    Raises:
+        RuntimeError: torch has no auto-chunker, or in the first call with gradients: it left the graph whole.
+    """
+    from torch._inductor import config, metrics
+
+    if not hasattr(config, "auto_chunker"):
+        raise RuntimeError(f"torch {torch.__version__} has no auto-chunker")
+    compiled, seen = torch.compile(loss, fullgraph=True, dynamic=False, options=_CHUNKING), False
+
+    def run(*arguments: Any) -> torch.Tensor:
+        nonlocal seen
+        before = metrics.num_auto_chunking
+        value = compiled(*arguments)
+        if value.requires_grad and not seen and metrics.num_auto_chunking == before:
+            raise RuntimeError("Inductor's auto-chunker left the graph whole")
+        seen = seen or value.requires_grad
+        return value
+
+    return run
+
+
 def products(inputs: Inputs, teacher: bool) -> Callable[[], Outputs]:
     """Runs only the matrix products that every method needs: no softmax, and dW of the last chunk only."""
     hidden, weight = inputs.student_hidden.detach(), inputs.student_weight.detach()

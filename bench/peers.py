@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import undo_kernels
-from contenders import Contender, loader, products
+from contenders import Contender, auto_chunked, loader, products
 from problems import Inputs
 
 from undo_core import ops
@@ -56,6 +56,11 @@ def plain_loss(
 
 def _plain(inputs: Inputs, compiled: bool = False) -> Loss:
     loss = torch.compile(plain_loss, fullgraph=True, dynamic=False) if compiled else plain_loss
+    return lambda: loss(*inputs.heads, inputs.softcap)
+
+
+def _auto_chunker(inputs: Inputs) -> Loss:
+    loss = auto_chunked(plain_loss)
     return lambda: loss(*inputs.heads, inputs.softcap)
 
 
@@ -111,6 +116,15 @@ CONTENDERS = {
         ),
         Contender("plain", "plain torch", _plain, differs=_ROUNDED),
         Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
+        Contender(
+            "auto-chunker",
+            "torch.compile, auto-chunker",
+            _auto_chunker,
+            compiles=True,
+            differs=_ROUNDED,
+            note="made to chunk at every shape, into 8 parts; its own thresholds want 8 tokens for each column of width; "
+            "without gradients it does not chunk",
+        ),
         Contender(
             "liger-chunked",
             "Liger chunked JSD",

@@ -368,7 +368,7 @@ def test_rounds_stop_when_their_time_is_over(bench_kl, monkeypatch):
     assert len(list(harness.interleave(steps, 4, "cpu"))) == 8
 
 
-WITHOUT_COMPILER = "quick and not bf16 and not compile and not liger"
+WITHOUT_COMPILER = "quick and not bf16 and not compile and not chunker and not liger"
 
 
 def test_pytest_benchmark_runs_the_same_contenders(tmp_path):
@@ -402,6 +402,22 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
     options.out.write_text(json.dumps({**record, "machine": facts}))
     with pytest.raises(SystemExit, match=f"rows of {facts['name']}-6-1-0, wanted"):
         runner.load(options.out, "kl", options, {})
+
+
+def test_a_graph_that_the_auto_chunker_left_whole_is_no_contender(bench_kl, monkeypatch):
+    contenders, metrics = importlib.import_module("contenders"), importlib.import_module("torch._inductor.metrics")
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: loss)
+    hidden = torch.ones(3, requires_grad=True)
+    whole = contenders.auto_chunked(torch.sum)
+    assert whole(hidden.detach()) == 3, "without gradients there is nothing to chunk"
+    with pytest.raises(RuntimeError, match="left the graph whole"):
+        whole(hidden)
+
+    def chunked(tensor):
+        monkeypatch.setattr(metrics, "num_auto_chunking", metrics.num_auto_chunking + 1)
+        return tensor.sum()
+
+    assert contenders.auto_chunked(chunked)(hidden) == 3
 
 
 @pytest.mark.skipif(KERNELS == "reference", reason="no C++ kernels here")

@@ -64,28 +64,37 @@ def flushed(x):
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
-def by_definition(weight, hidden):
-    """vdpbf16ps as Intel's manual defines it, in float64, which holds the sum of a float32 and a product of these inputs exactly."""
-    w, h = (flushed(t.float().numpy()) for t in (weight, hidden))
+def by_definition(weight, hidden, wrong=None):
+    """vdpbf16ps as Intel's manual defines it, in float64, which holds the sum of a float32 and a product of these inputs exactly.
+
+    ``wrong`` changes one point of the definition: the order of a pair's two sums, or whether subnormal numbers count as zero.
+    """
+    inputs, results = (flushed if wrong != f"subnormal {what}" else np.asarray for what in ("inputs", "results"))
+    w, h = (inputs(t.float().numpy()).astype(np.float64) for t in (weight, hidden))
     z = np.zeros((len(w), len(h)), np.float32)
     for pair in range(0, w.shape[1], 2):
-        for k in (pair + 1, pair):
-            z = flushed((z.astype(np.float64) + np.outer(w[:, k].astype(np.float64), h[:, k])).astype(np.float32))
+        for k in (pair, pair + 1) if wrong == "order" else (pair + 1, pair):
+            z = results((z + np.outer(w[:, k], h[:, k])).astype(np.float32))
     return z
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("scale", [1.0, 2.0**-63, 2.0**-126], ids=["normal", "subnormal products", "subnormal inputs"])
-def test_every_rounding_is_that_of_the_instruction(name, scale):
+@pytest.mark.parametrize(
+    ("scales", "different"),
+    [((0, 0), "order"), ((-63, -63), "subnormal results"), ((-126, 40), "subnormal inputs")],
+    ids=["normal", "subnormal results", "subnormal inputs"],
+)
+def test_every_rounding_is_that_of_the_instruction(name, scales, different):
     generator = torch.Generator().manual_seed(2)
-    weight, hidden = (torch.randint(-255, 256, (n, 64), generator=generator) / 64 for n in (37, 32))
-    weight, hidden = (weight * scale).bfloat16(), (hidden * max(scale, 2.0**-63)).bfloat16()
-    if scale == 1.0:
-        hidden = hidden + (torch.randint(-9, 10, hidden.shape, generator=generator).double().exp2() / 64).bfloat16()
+
+    def drawn(count, scale):
+        steps = torch.randint(-9, 1, (count, 64), generator=generator) if scale == 0 else torch.full((count, 64), -6)
+        return torch.ldexp(torch.randint(-255, 256, (count, 64), generator=generator).double(), steps + scale).bfloat16()
+
+    weight, hidden = (drawn(count, scale) for count, scale in zip((37, 32), scales, strict=True))
     wanted = by_definition(weight, hidden)
+    assert (by_definition(weight, hidden, different) != wanted).any(), "these inputs tell the roundings apart"
     assert torch.equal(project(name, weight, hidden), torch.from_numpy(wanted))
-    plain = weight.double() @ hidden.double().T
-    assert (torch.from_numpy(wanted) != plain).any(), "the roundings show"
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
