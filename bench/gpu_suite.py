@@ -107,7 +107,7 @@ def rows_of(part: str) -> list[Row]:
     if part == "tune":
         rows = []
         for dtype in ("bfloat16", "float32"):
-            for kernel in ("loss", "stats", "filter", "cross"):
+            for kernel in ("loss", "stats", "jsd", "cross"):
                 command = ("{python}", "-m", "undo_kernels.triton.tuner", kernel, dtype)
                 count = max(1, min(16, os.cpu_count() or 1))
                 first = tuple((*command, "320", "--first", str(i), str(count)) for i in range(count))

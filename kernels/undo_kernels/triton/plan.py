@@ -158,8 +158,7 @@ class Shapes:
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        heavy = self.problem.target == "jsd" or self.problem.filter_below > 0
-        return tile_table.tile(self.target, "filter" if heavy else "loss", self.wide, self.width)
+        return tile_table.tile(self.target, "jsd" if self.problem.target == "jsd" else "loss", self.wide, self.width)
 
     def copies(self, side: Projection) -> bool:
         """Returns whether a side's hidden states are copied before the product."""
@@ -257,7 +256,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
     held = len(stored) + (s.given and s.sparse)
     parts, _ = tile_table.row_parts(chunk, vocabulary, tile_table.row_block(s.target, vocabulary).block_v)
-    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tile_table.FIELDS + 4) * chunk * parts}
+    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tile_table.FIELDS + 2) * chunk * parts}
     accumulator = False
     if not s.given:
         buffers["rounded gradient"] = chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
@@ -295,15 +294,14 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
 def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     """Returns the recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
     p, n, vocabulary = s.problem, max(s.tokens, 1), s.vocabulary
-    tile = s.loss_tile
-    block_v = blocks * tile.block_v
+    block_v = blocks * s.loss_tile.block_v
     needs_hidden, needs_weight, _ = p.needs
     weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
     itemsize = s.product.itemsize
     parts, _ = tile_table.tile_parts(n, vocabulary, s.stats_tile)
     strided = [t for side in s.sides for t in (side.weight, side.hidden) if t.stride(1) != 1]
     buffers = {
-        "partial sums": 4 * tile_table.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t)),
+        "partial sums": 4 * tile_table.FIELDS * n * parts + 8 * blocks * n,
         "gradient by the logits": n * block_v * itemsize * s.gradient,
         "hidden states": s.hidden_bytes(n),
         "bias gradient": s.bias_bytes(),
