@@ -95,7 +95,7 @@ def _tune(rehearse: bool, dtypes: tuple[str, ...] = ("bfloat16", "float32"), ker
     rows = []
     count = max(1, min(16, os.cpu_count() or 1))
     for dtype in dtypes:
-        for kernel in kernels or ("loss", "stats", "filter", "cross"):
+        for kernel in kernels or ("loss", "stats", "jsd", "cross"):
             command = ("{python}", "-m", "undo_kernels.triton.tuner", kernel, dtype)
             if rehearse:
                 return [Row(f"{kernel}-{dtype}-32", (*command, "32", "--rehearse"), printed=True)]

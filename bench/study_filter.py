@@ -1,72 +1,178 @@
-"""Measures the share of the gradient that ``filter_below`` takes as zero, on random and on trained hidden states.
+"""Measures what a filter of small gradients could save: the products of vocabulary entries whose gradient is small.
 
-    python bench/study_filter.py
+    python bench/study_filter.py                                    # a small model that is trained here
+    python bench/study_filter.py --model FOLDER --text FILE         # a Hugging Face model with a large vocabulary
 
-A block is skipped if its largest entry is below the bound; its size depends on the backend. Prints, for each bound, the share
-of the gradient's entries in skipped blocks. On the CPU the op itself reports the share; the gradient's products skip such a
-block (with AMX only the product for the weight). Triton's kernels work on one token (chunk) or a tile of tokens (recompute) at
-a time. Their shares are counted here from float64 gradients, with the tile that the table has for an H100, so that no GPU is
-needed. These kernels write a skipped block as zeros, which the products then read like any other, so that skipping saves no
-time.
+The teacher is the model, the student a copy whose matrices have normal noise added, and the tokens the start of the text. The first
+table asks how few blocks of the gradient of the logits have to be kept so that the rest has at most 0.001 of its norm, for blocks of
+one entry by all tokens, and for blocks of 256 entries in the order of the teacher's average probability; the last column chooses
+the blocks by the masses of both models, which are known before the gradient is. The choice is made with hindsight, so that no rule
+can keep less.
+The second table drops every vocabulary entry whose gradient is below a bound at all tokens, and shows what that does to the
+gradient of the hidden states, to that of the weight, and to AdamW's first step (epsilon 1e-8). The third table measures the time of
+the products with gathered rows, in multiples of the four products that a loss and its gradient take; the whole op adds its row
+kernels. Times are of one thread, and count its processor time alone.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from activations import generated
-from contenders import observed
-from harness import path
-from problems import Inputs, Row, draw
-from undo_kernels.triton import tile_table
 
 from undo_core import ops
 
-BOUNDS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+TOKENS = 256  # of a chunk, as the CPU's plan has it
+LEFT_OUT = 1e-3  # share of the gradient's norm
+BOUNDS = (1e-4, 1e-5, 1e-6, 1e-7)
+NOISES = (0.03, 0.007, 0.0007)  # standard deviations of the noise, in those of the matrix
+SHARES = (0.06, 0.2, 0.4)
+EPSILON = 1e-8
+TILE = 8192
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def gradient(inputs: Inputs) -> torch.Tensor:
-    """Returns ``p_s - p_t`` of every token in float64, which the bound is compared with."""
+def of_model(folder: Path, text: Path) -> list[Heads]:
+    """Returns hidden states and weight of student and teacher, once for each amount of noise."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def probabilities(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        z = hidden.detach().double() @ weight.detach().double().T
-        return (z if inputs.softcap is None else inputs.softcap * torch.tanh(z / inputs.softcap)).softmax(-1)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_tensors="pt").input_ids[:, : 2 * TOKENS].view(4, -1)
 
-    return probabilities(*inputs.heads[:2]) - probabilities(*inputs.heads[2:])
+    @torch.no_grad()
+    def parts(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state.flatten(0, 1)[-TOKENS:]
+        return hidden, model.get_output_embeddings().weight.detach().clone()
+
+    known, found = parts(teacher), []
+    for noise in NOISES:
+        student, generator = copy.deepcopy(teacher), torch.Generator().manual_seed(0)
+        for parameter in student.parameters():
+            if parameter.ndim == 2:
+                parameter.data += torch.randn(parameter.shape, generator=generator) * parameter.data.std() * noise
+        found.append((*parts(student), *known))
+        del student
+    return found
 
 
-def skipped(largest: torch.Tensor, tokens: int, entries: int, bound: float) -> float:
-    """Returns the share of entries in blocks of ``tokens`` by ``entries`` in which none reaches the bound."""
-    pooled = torch.nn.functional.max_pool2d(largest[None], (tokens, entries), ceil_mode=True)[0]
-    quiet = torch.nn.functional.interpolate((pooled < bound)[None, None].float(), scale_factor=(tokens, entries))[0, 0]
-    return float(quiet[: largest.shape[0], : largest.shape[1]].mean())
+@torch.no_grad()
+def tables(heads: Heads) -> tuple[str, list[str]]:
+    """Returns the line of the first table and the lines of the second."""
+    hidden, weight, teacher_hidden, teacher_weight = heads
+    log_t = (teacher_hidden @ teacher_weight.T).log_softmax(-1)
+    x = (hidden @ weight.T).log_softmax(-1).sub_(log_t)
+    p_t = log_t.exp_()
+    gap = x.expm1()
+    kl = float((p_t * (gap - x)).sum()) / len(hidden)
+    p_s = x.exp_().mul_(p_t)
+    gradient = gap.mul_(p_t)
+    del x, gap
+    order = p_t.mean(0).argsort(descending=True)
+
+    def kept(values: torch.Tensor, tokens: int, entries: int) -> str:
+        whole = values[:, order][:, : values.shape[1] // entries * entries].square_()
+        blocks = whole.view(len(values) // tokens, tokens, -1, entries).sum((1, 3), dtype=torch.float64).flatten()
+        quiet = blocks.sort().values.cumsum(0) <= (LEFT_OUT * float(gradient.norm())) ** 2
+        return f"{1 - float(quiet.double().mean()):.1%}"
+
+    mass = p_t.add_(p_s)
+    sizes = ((TOKENS, 1), (16, 256), (64, 256), (TOKENS, 256))
+    first = f"| {kl:.1e} | " + " | ".join([*(kept(gradient, *size) for size in sizes), kept(mass, 16, 256)]) + " |"
+    del mass, p_s
+    d_hidden, d_weight = gradient @ weight, gradient.T @ hidden
+    mean = d_weight / len(hidden)
+    step = float((mean / (mean.abs() + EPSILON)).norm())
+    lines, largest = [], gradient.abs().amax(0)
+    for bound in BOUNDS:
+        dropped = (largest < bound).nonzero()[:, 0]
+        share = 1 - len(dropped) / len(largest)
+        wrong_hidden = gradient[:, dropped] @ weight[dropped]
+        errors = (wrong_hidden.norm() / d_hidden.norm(), d_weight[dropped].norm() / d_weight.norm())
+        wrong_step = float((mean[dropped] / (mean[dropped].abs() + EPSILON)).norm()) / step
+        shown = " | ".join(f"{float(error):.1e}" for error in errors)
+        lines.append(f"| {kl:.1e} | {bound:g} | {share:.1%} | {(2 + 2 * share) / 4:.2f}x | {shown} | {wrong_step:.0%} |")
+    return first, lines
 
 
-def step(inputs: Inputs, bound: float) -> tuple[torch.Tensor, ...]:
-    """Runs a forward and a backward pass; returns the skipped share last."""
-    capped = {"student_softcap": inputs.softcap, "teacher_softcap": inputs.softcap}
-    loss, stats = ops.linear_kl_div(*inputs.heads, **capped, filter_below=bound, return_stats=True)
-    return *torch.autograd.grad(loss, (inputs.student_hidden, inputs.student_weight)), stats.filtered[0]
+def seconds(call: Callable[[], object]) -> float:
+    """Returns the processor time of the calling thread, the best of three after one that allocates."""
+    times = []
+    for _ in range(4):
+        began = time.thread_time()
+        call()
+        times.append(time.thread_time() - began)
+    return min(times[1:])
+
+
+def times(vocabulary: int, width: int) -> list[str]:
+    """Returns the lines of the third table."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator).mul_(0.02)
+    logits, d_hidden, d_weight = torch.empty(vocabulary, TOKENS), torch.zeros(TOKENS, width), torch.empty_like(weight)
+    tiles = [slice(first, min(first + TILE, vocabulary)) for first in range(0, vocabulary, TILE)]
+
+    def project() -> None:
+        for at in tiles:
+            torch.mm(weight[at], hidden.T, out=logits[at])
+
+    def both() -> None:
+        for at in tiles:
+            d_hidden.addmm_(logits[at].T, weight[at])
+            torch.mm(logits[at], hidden, out=d_weight[at])
+
+    def gathered(rows: list[torch.Tensor]) -> None:
+        for at, kept in zip(tiles, rows, strict=True):
+            some = logits[at].index_select(0, kept)
+            d_hidden.addmm_(some.T, weight[at].index_select(0, kept))
+            d_weight[at].zero_().index_copy_(0, kept, torch.mm(some, hidden))
+
+    student = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    teacher = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
+
+    def op() -> None:
+        torch.autograd.grad(ops.linear_kl_div(*student, teacher, weight), student)
+
+    products = seconds(both)
+    four = 2 * seconds(project) + products
+    whole = seconds(op)
+    lines = [f"| everything | 1.00x | {whole / four:.2f}x |"]
+    for share in SHARES:
+        rows = [(torch.rand(at.stop - at.start, generator=generator) < share).nonzero()[:, 0] for at in tiles]
+        left = products - seconds(lambda rows=rows: gathered(rows))
+        lines.append(f"| {share:.0%} | {1 - left / four:.2f}x | {(whole - left) / four:.2f}x |")
+    return lines
 
 
 def main() -> None:
     """Prints the tables."""
-    random = draw(Row("random", 512, 16000, 96, "float32", None, ()), "cpu")
-    trained = generated().to(torch.float32, "cpu")
-    tile = tile_table.tile("sm_90", "filter", True, 2304)
-    print("| hidden states | bound | CPU | Triton, chunk | Triton, recompute |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, inputs in (("random", random), ("trained", trained)):
-        largest = gradient(inputs).abs()
-        row = tile_table.row_block("sm_90", largest.shape[1])
-        for bound in BOUNDS:
-            (*_, share), ran = observed(lambda inputs=inputs, bound=bound: step(inputs, bound))
-            # The recompute plan tests a tile's pieces one by one.
-            shares = [
-                skipped(largest, 1, row.block_v, bound),
-                skipped(largest, tile.block_t, tile.block_v // tile.pieces, bound),
-            ]
-            print(f"| {name} | {bound:g} | {share:.1%} | " + " | ".join(f"{one:.1%}" for one in shares) + " |", flush=True)
-    print(f"\nCPU: {path(ran)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a Hugging Face model with a tokenizer")
+    parser.add_argument("--text", type=Path, help="text file; its first 512 tokens are read, and the last 256 of them counted")
+    arguments = parser.parse_args()
+    if (arguments.model is None) != (arguments.text is None):
+        parser.error("--model and --text: got one of them, wanted both or neither")
+    if arguments.model is None:
+        inputs = generated().to(torch.float32, "cpu")
+        found = [tuple(tensor.detach()[:TOKENS] if at in (0, 2) else tensor.detach() for at, tensor in enumerate(inputs.heads))]
+    else:
+        found = of_model(arguments.model, arguments.text)
+    results = [tables(heads) for heads in found]
+    print("| KL | one entry, 256 tokens | 256 entries, 16 tokens | 64 tokens | 256 tokens | by masses, 16 tokens |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(first for first, _ in results), flush=True)
+    print("\n| KL | bound | entries kept | products left | error, hidden states | error, weight | error, AdamW's step |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(line for _, lines in results for line in lines), flush=True)
+    print("\n| entries kept | products | whole op |\n| --- | ---: | ---: |")
+    print("\n".join(times(*found[0][1].shape)))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def_readwrite("target", &Chunk::target)
       .def_readwrite("uniform", &Chunk::uniform)
       .def_readwrite("statistics", &Chunk::statistics)
-      .def_readwrite("full", &Chunk::full)
+      .def_readwrite("own_term", &Chunk::own_term)
       .def_readwrite("beta", &Chunk::beta)
       .def_readwrite("other", &Chunk::other)
       .def_readwrite("student", &Chunk::student)
@@ -144,10 +144,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("loss", [](const std::string& set, const Chunk& c, uintptr_t z_s, uintptr_t z_t, int64_t first, int64_t entries,
                         bool gradient) {
     py::gil_scoped_release released;
-    const undo::Peak peak =
-        undo::loss_kernels(set.c_str())
-            .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, entries, gradient);
-    return std::pair<float, double>(peak.largest, peak.squares);
+    undo::loss_kernels(set.c_str())
+        .loss(c, reinterpret_cast<float*>(z_s), reinterpret_cast<const float*>(z_t), first, entries, gradient);
   });
 
   module.def(

@@ -28,7 +28,7 @@ struct Chunk {
   int target = OWN;
   bool uniform = false;       // the teacher is uniform: its logits are 0 and never read
   bool statistics = false;
-  bool full = true;           // false: `own` is 0 everywhere and the Peak is not used
+  bool own_term = true;       // false: `own` is 0 everywhere if the target is another than OWN
   float beta = 0.5f, other = 0.5f;  // of jsd; other = 1 - beta, which float32 cannot form when beta is near 1
   Shape student, teacher;
   double* state = nullptr;    // [FIELDS][stride]
@@ -47,11 +47,6 @@ struct Chunk {
 constexpr int64_t WIDEST = 16;  // lanes of the widest vector; strides over tokens are a multiple
 constexpr int64_t BLOCK = 128;  // vocabulary entries whose sums are float32: two logits of 16 tokens fill half of a 32 KB cache
 
-struct Peak {
-  float largest;   // largest |dloss/dz| before the tokens' weights
-  double squares;  // sum of the squares of the gradient written
-};
-
 struct LossKernels {
   const char* name;
   // Applies bias, scale, softcap and temperature in place; removes a sparse teacher's entries.
@@ -59,7 +54,7 @@ struct LossKernels {
   // Adds maxima and sums of exponentials to the state; shapes the logits first unless `shaped`.
   void (*stats)(const Chunk&, float* z_s, float* z_t, int64_t first, int64_t entries, bool shaped);
   // Adds the loss to the state; with `gradient`, overwrites z_s by d total / d product.
-  Peak (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient);
+  void (*loss)(const Chunk&, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient);
   double (*rmu)(const Rmu&);
 };
 

@@ -213,8 +213,8 @@ void stats_tile(const Chunk& c, float* z_s, float* z_t, int64_t first, int64_t e
   take_labels(c, z_s, first, entries);
 }
 
-// FULL adds the student's own term (labels, log-sum-exp) and the figures of the block filter; most calls need neither.
-template <int TARGET, bool FULL>
+// TERM adds the student's own term (labels, log-sum-exp) to a divergence; most calls do without.
+template <int TARGET, bool TERM>
 UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_t entries, bool gradient, double* out, int64_t i) {
   const V base_s = load(c.base_s + i), log_l_s = load(c.log_sum_s + i), weight = load(c.weight + i), own = load(c.own + i);
   const V base_t = TARGET == OWN ? V{} : load(c.base_t + i), log_l_t = TARGET == OWN ? V{} : load(c.log_sum_t + i);
@@ -223,7 +223,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
   const V beta_s = all(c.other), beta_t = all(c.beta);
   const bool capped = c.student.cap != 0;
   const float uncap = capped ? c.student.temperature / c.student.cap : 0;
-  V value = {}, mixed = {}, highest = {}, squares = {};
+  V value = {}, mixed = {};
   for (int64_t v = 0; v < entries; ++v) {
     next_lines<TARGET != OWN>(c, z_s, z_t, v);
     const V s = load(z_s + v * c.leading);
@@ -231,9 +231,7 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
     V g;
     if (TARGET == OWN) {
       if (!gradient) break;
-      const V p_s = exp(log_s);
-      g = own * p_s;
-      if (FULL) highest = max(highest, p_s);
+      g = own * exp(log_s);
     } else {
       const V t = c.uniform ? V{} : load(z_t + v * c.leading);
       const V from_t = t - base_t, log_t = from_t - log_l_t;
@@ -265,30 +263,26 @@ UNDO_INLINE void block_loss(const Chunk& c, float* z_s, const float* z_t, int64_
         mixed += big * (up ? phi_big : phi_small);
         g = beta_s * p_s * ((up ? log_big_m : log_small_m) - offset);
       }
-      if (FULL) highest = max(highest, magnitude(g));
-      g = FULL ? fma(own, p_s, g * weight) : g * weight;
+      g = TERM ? fma(own, p_s, g * weight) : g * weight;
     }
     if (gradient) {
       if (capped) g *= fma(s * uncap, -(s * uncap), all(1.0f));
-      if (FULL) squares = fma(g, g, squares);
       store(z_s + v * c.leading, g);
     }
   }
   put(out + VALUE * c.stride, i, value);
   put(out + MIXED * c.stride, i, mixed);
-  put(out + M_S * c.stride, i, highest);
-  put(out + L_S * c.stride, i, squares);
 }
 
-template <bool FULL>
+template <bool TERM>
 UNDO_INLINE void block_loss_of(const Chunk& c, float* s, const float* t, int64_t entries, bool gradient, double* out, int64_t i) {
-  if (c.target == OWN) block_loss<OWN, FULL>(c, s, t, entries, gradient, out, i);
-  else if (c.target == FORWARD) block_loss<FORWARD, FULL>(c, s, t, entries, gradient, out, i);
-  else if (c.target == REVERSE) block_loss<REVERSE, FULL>(c, s, t, entries, gradient, out, i);
-  else block_loss<JSD, FULL>(c, s, t, entries, gradient, out, i);
+  if (c.target == OWN) block_loss<OWN, false>(c, s, t, entries, gradient, out, i);
+  else if (c.target == FORWARD) block_loss<FORWARD, TERM>(c, s, t, entries, gradient, out, i);
+  else if (c.target == REVERSE) block_loss<REVERSE, TERM>(c, s, t, entries, gradient, out, i);
+  else block_loss<JSD, TERM>(c, s, t, entries, gradient, out, i);
 }
 
-Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient) {
+void loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int64_t entries, bool gradient) {
   const int64_t groups = c.stride / LANES, blocks = (entries + BLOCK - 1) / BLOCK;
   take_labels(c, z_s, first, entries);
 #pragma omp parallel for schedule(static)
@@ -298,21 +292,17 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
     float* s = z_s + start * c.leading + i;
     const float* t = z_t ? z_t + start * c.leading + i : nullptr;
     double* out = c.partial + b * FIELDS * c.stride;
-    if (c.full) block_loss_of<true>(c, s, t, count, gradient, out, i);
+    if (c.own_term) block_loss_of<true>(c, s, t, count, gradient, out, i);
     else block_loss_of<false>(c, s, t, count, gradient, out, i);
   }
-  Peak peak = {0, 0};
   for (int64_t b = 0; b < blocks; ++b) {
     const double* part = c.partial + b * FIELDS * c.stride;
     for (int64_t i = 0; i < c.tokens; ++i) {
       c.state[VALUE * c.stride + i] += part[VALUE * c.stride + i];
       c.state[MIXED * c.stride + i] += part[MIXED * c.stride + i];
-      const float highest = float(part[M_S * c.stride + i]);
-      peak.largest = highest <= peak.largest ? peak.largest : highest;  // NaN is the largest
-      peak.squares += part[L_S * c.stride + i];
     }
   }
-  if (!gradient) return peak;
+  if (!gradient) return;
   for (int64_t i = 0; i < c.tokens; ++i) {
     auto chain = [&](float z) {
       const float t = c.student.cap != 0 ? z * c.student.temperature / c.student.cap : 0;
@@ -325,14 +315,11 @@ Peak loss_tile(const Chunk& c, float* z_s, const float* z_t, int64_t first, int6
       // p - 1 without cancellation where the cross-entropy stands alone.
       if (c.target == OWN && c.own[i] == c.label_weight[i]) g = c.own[i] * chain(z) * float(std::expm1(log_p));
       else g -= c.label_weight[i] * chain(z);
-      peak.largest = 1;
     }
     for (int64_t j = 0; j < c.known; ++j) {
       const int64_t v = c.indices[i * c.known + j] - first;
       if (v < 0 || v >= entries) continue;
       z_s[v * c.leading + i] = c.picked[i * c.known + j];
-      peak.largest = 1;
     }
   }
-  return peak;
 }

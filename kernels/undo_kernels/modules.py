@@ -58,7 +58,6 @@ class LinearKLDivLoss(_Loss):
         reduction: ``mean`` over counted tokens, ``sum`` or ``none``.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits; None follows from shapes and dtypes.
-        filter_below: sets blocks of the gradient below it to zero; 0 keeps all.
 
     Shapes:
         ``student_hidden`` ``[..., d_s]``, ``student_weight`` ``[V, d_s]``, ``teacher_hidden`` ``[..., d_t]``,
@@ -92,9 +91,8 @@ class LinearKLDivLoss(_Loss):
         reduction: arguments.Reduction = "mean",
         plan: Literal["auto", "direct", "chunk", "recompute"] = "auto",
         workspace_bytes: int | None = None,
-        filter_below: float = 0.0,
     ) -> None:
-        check_divergence(divergence, beta, label_weight, filter_below)
+        check_divergence(divergence, beta, label_weight)
         arguments.check_shape("student_", student_scale, student_softcap, temperature)
         arguments.check_shape("teacher_", teacher_scale, teacher_softcap, temperature)
         super().__init__(
@@ -111,7 +109,6 @@ class LinearKLDivLoss(_Loss):
             reduction=reduction,
             plan=plan,
             workspace_bytes=workspace_bytes,
-            filter_below=filter_below,
         )
 
     def forward(

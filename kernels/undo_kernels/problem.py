@@ -55,7 +55,6 @@ class Problem:
         max_counted: upper bound on the number of counted tokens, guaranteed by the caller.
         plan: ``auto`` or the name of one of the backend's plans.
         workspace_bytes: bound on memory beyond inputs, outputs and O(tokens) floats; None: the plan's default.
-        filter_below: gradient blocks whose largest entry (before the tokens' factors) is below this are skipped; 0: none.
         inplace: whether the gradient may overwrite precomputed logits.
     """
 
@@ -76,7 +75,6 @@ class Problem:
     max_counted: int | None = None
     plan: str = "auto"
     workspace_bytes: int | None = None
-    filter_below: float = 0.0
     inplace: bool = False
 
     @property
@@ -128,8 +126,6 @@ class Result(NamedTuple):
         lse_t: ``[tokens]`` float32; empty unless the target is dense.
         teacher_entropy: ``[tokens]`` float32; empty unless ``statistics``.
         top1_agreement: ``[tokens]`` float32; empty unless ``statistics``.
-        filtered: ``[2]`` float32: fraction of the gradient's entries in skipped blocks, and the Frobenius norm of those
-            entries.
         d_hidden: like the student's hidden states, in the gradient's dtype; empty unless needed.
         d_weight: like the student's weight, in the gradient's dtype; empty unless needed.
         d_bias: ``[V]``; empty unless needed.
@@ -142,7 +138,6 @@ class Result(NamedTuple):
     lse_t: torch.Tensor
     teacher_entropy: torch.Tensor
     top1_agreement: torch.Tensor
-    filtered: torch.Tensor
     d_hidden: torch.Tensor
     d_weight: torch.Tensor
     d_bias: torch.Tensor

@@ -73,7 +73,7 @@ def on_cpu(kernel, seconds, **options):
     return tuner.tune(kernel, False, 32, torch.device("cpu"), seconds, **arguments)
 
 
-@pytest.mark.parametrize("kernel", ["stats", "filter"])
+@pytest.mark.parametrize("kernel", ["stats", "jsd"])
 def test_the_tuner_takes_the_fastest(kernel, monkeypatch):
     monkeypatch.setattr(tile_table, "target_of", lambda device: tile_table.INTERPRETER)
     clock = iter((2.0, 1.0))

@@ -401,7 +401,6 @@ def refused(p):
         ("^student_bias: got a plain tensor", lambda: ops.linear_kl_div(h, w_s, th, w_t, student_bias=bias)),
         ("^student_bias: got a DTensor", lambda: ops.linear_kl_div(h, w, th, tw, student_bias=p.shard(bias))),
         (r"^student_hidden: got a DTensor with placements \(Partial", lambda: ops.linear_kl_div(spread, w_s, th, w_t)),
-        ("^filter_below: got 0.1", lambda: ops.linear_kl_div(h, w_s, th, w_t, filter_below=0.1)),
         ("^mask: got a DTensor", lambda: ops.linear_kl_div(h, w_s, th, w_t, mask=spread)),
         ("^labels: got 1031", lambda: ops.linear_cross_entropy(h, w_s, torch.full((TOKENS,), VOCABULARY))),
         ("^logits: got a DTensor", lambda: ops.kl_div(spread, spread)),

@@ -34,7 +34,7 @@ def test_the_divergence_is_the_functions():
         "vocab_size": 9,
     }
     options |= {"student_softcap": 3.0, "teacher_softcap": 4.0, "label_weight": 0.2, "ignore_index": -100, "reduction": "none"}
-    options |= {"plan": "chunk", "workspace_bytes": 1 << 20, "filter_below": 1e-9}
+    options |= {"plan": "chunk", "workspace_bytes": 1 << 20}
     tensors = {
         "labels": LABELS,
         "student_bias": torch.ones(11),
@@ -71,7 +71,6 @@ def test_every_argument_of_the_function_is_an_option_or_an_argument_of_forward(m
     [
         ("divergence", "backward"), ("temperature", 0.0), ("student_softcap", -1.0), ("teacher_scale", float("nan")),
         ("vocab_size", 0), ("label_weight", -1.0), ("reduction", "max"), ("plan", "fast"), ("workspace_bytes", 0),
-        ("filter_below", -1.0),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_at_construction(name, value):

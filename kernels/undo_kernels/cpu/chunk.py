@@ -68,7 +68,7 @@ class Chunk:
         c.target = Target["forward" if p.target == "uniform" else p.target if p.target in DENSE else "own"]
         c.uniform, c.statistics = p.target == "uniform", p.statistics and dense
         c.beta, c.other = p.beta, 1.0 - p.beta
-        c.full = p.label_factor is not None or p.filter_below > 0 or p.target in ("own", *SPARSE)
+        c.own_term = p.label_factor is not None
         self.biases = [_set_shape(c.student, p.student)]
         if dense:
             self.biases.append(_set_shape(c.teacher, p.teacher))
@@ -216,7 +216,7 @@ class Chunk:
         if self.run.plan.narrow and p.needs[0]:
             self.d_hidden = self.run.narrow_hidden_gradient(self)
         elif p.needs[0] and not isinstance(p.student, GivenLogits):
-            self.hidden_sum()  # allocates zeros if every block was skipped
+            self.hidden_sum()  # allocates zeros if this process has no vocabulary entry
         if self.d_hidden is not None:
             gradient = self.d_hidden[:n]
             if self.index is None:

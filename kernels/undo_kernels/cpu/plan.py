@@ -115,9 +115,7 @@ def cpu_plan(problem: Problem, count: int, native: bool) -> CpuPlan:
     budget = problem.workspace_bytes
     plans = []
     for stored in {"auto": (True, False), "chunk": (True,), "recompute": (False,)}[problem.plan]:
-        for block_v in (
-            (1024, kernels.BLOCK) if problem.filter_below else (_BLOCK_V, 1024, kernels.BLOCK)
-        ):  # the filter skips tiles
+        for block_v in (_BLOCK_V, 1024, kernels.BLOCK):
             plan = _widest(problem, count, native, stored, block_v, budget)
             if plan is not None and (budget is None or plan.workspace_bytes <= budget):
                 plans.append(plan)

@@ -19,7 +19,6 @@ If the log-sum-exps are known, or nothing else is needed, one pass suffices and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -73,7 +72,6 @@ class _Run:
         self.logits = workspace(sides * extent * self.leading).view(sides, extent, self.leading).unbind()
         self.upcast = new(self.block_v, self.plan.upcast_width)
         self.partial = new(-(-self.block_v // kernels.BLOCK), kernels.FIELDS, self.stride, dtype=torch.float64)
-        self.skipped = self.dropped = 0.0
         self._outputs()
         self.chunks = [
             Chunk(self, number, start, min(size, self.count - start)) for number, start in enumerate(range(0, self.count, size))
@@ -144,10 +142,8 @@ class _Run:
         total = _weighted(p.factor, out["divergence"], self.index)
         if p.label_factor is not None:
             total = total + _weighted(p.label_factor, out["nll"], self.index)
-        entries = max(self.count * self.vocabulary, 1)
-        filtered = torch.tensor([self.skipped / entries, math.sqrt(self.dropped)])
         d_bias = self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias
-        return Result(total.float(), *out.values(), filtered, self.d_hidden, self.d_weight, d_bias)  # pyrefly: ignore[bad-argument-count]
+        return Result(total.float(), *out.values(), self.d_hidden, self.d_weight, d_bias)  # pyrefly: ignore[bad-argument-count]
 
     def _sum_hidden_gradient(self) -> None:
         """Sums the gradient of the hidden states over the processes that share the head, before it is rounded."""
@@ -270,44 +266,35 @@ class _Run:
         needs_hidden, needs_weight, needs_bias = p.needs
         z = self._second(chunk, first, entries)
         teacher = z[1].data_ptr() if len(z) > 1 else 0
-        largest, squares = kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, entries, self.gradient)
+        kernels.loss(self.vectors, chunk.c, z[0].data_ptr(), teacher, first, entries, self.gradient)
         if not self.gradient:
             return
         dz = z[0][:, : chunk.stride]
-        skip = p.filter_below > 0 and largest < p.filter_below
-        if skip:
-            self.skipped += entries * chunk.tokens
-            self.dropped += squares
         if chunk.tokens < chunk.stride:
             dz[:, chunk.tokens :].zero_()
-        if needs_bias and not skip:  # before the rounded gradient overwrites this one
+        if needs_bias:  # before the rounded gradient overwrites this one
             self.d_bias[first : first + entries] += dz.sum(1)
         if needs_hidden and isinstance(p.student, GivenLogits):
             part = dz[:, : chunk.tokens].T
-            part = torch.zeros_like(part) if skip else part
             place = self.d_hidden[:, first : first + entries]
             if self.index is None:
                 place[chunk.part].copy_(part)
             else:
                 place.index_copy_(0, chunk.index, part.to(place.dtype))
         elif self.plan.narrow:
-            narrow = self._narrow(dz, chunk, first, entries, skip)
-            if needs_weight and not skip:
+            narrow = self._narrow(dz, chunk, first, entries)
+            if needs_weight:
                 self._narrow_weight_gradient(narrow, chunk, number, first, entries)
-            elif needs_weight and number == 0:
-                self.d_weight[first : first + entries].zero_()
-                if self.plan.accumulator:
-                    self.sum_weight[first : first + entries].zero_()
-        elif needs_hidden and not skip:
+        elif needs_hidden:
             weight = self._weight(p.student, first, entries)
             chunk.hidden_sum().addmm_(dz.T, weight)
         if needs_weight and not self.plan.narrow:
-            self._weight_gradient(dz, chunk, number, first, entries, skip)
+            self._weight_gradient(dz, chunk, number, first, entries)
 
-    def _narrow(self, dz: torch.Tensor, chunk: Chunk, first: int, entries: int, skip: bool) -> torch.Tensor:
+    def _narrow(self, dz: torch.Tensor, chunk: Chunk, first: int, entries: int) -> torch.Tensor:
         """Returns the tile's gradient in bfloat16 and keeps a copy, in the logits' memory, for the hidden states' gradient."""
         narrow = self.narrow[:entries, : chunk.stride]
-        narrow.zero_() if skip else narrow.copy_(dz)
+        narrow.copy_(dz)
         if self.problem.needs[0]:  # safe: two rounded tiles fit in the memory of one tile that has been read
             self._kept(chunk)[first : first + entries].copy_(narrow)
         return narrow
@@ -331,16 +318,14 @@ class _Run:
             target = self.sum_weight[first : first + entries]
         target.copy_(product) if number == 0 else target.add_(product)
 
-    def _weight_gradient(self, dz: torch.Tensor, chunk: Chunk, number: int, first: int, entries: int, skip: bool) -> None:
+    def _weight_gradient(self, dz: torch.Tensor, chunk: Chunk, number: int, first: int, entries: int) -> None:
         outer = self.plan.outer == "vocabulary"
         if self.direct or self.plan.accumulator:
             out = (self.d_weight if self.direct else self.sum_weight)[first : first + entries]
         else:
             out = self.product[:entries]
         fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the earlier chunks' sum
-        if skip:
-            out.zero_() if fresh else None
-        elif fresh:
+        if fresh:
             torch.mm(dz, chunk.hidden[0], out=out)
         else:
             out.addmm_(dz, chunk.hidden[0])

@@ -57,13 +57,12 @@ OPTIONS = {
     "max_counted": "int?",
     "plan": "str",
     "workspace_bytes": "int?",
-    "filter_below": "float",
     "backend": "str",
 }
 _HEAD = ("hidden", "weight", "bias")
 _OF_A_PROBLEM = (  # arguments that a Problem calls by the same name
     "factor", "label_factor", "labels", "counted", "indices", "logprobs", "lse_s", "lse_t", "target", "beta", "statistics",
-    "max_counted", "plan", "workspace_bytes", "filter_below",
+    "max_counted", "plan", "workspace_bytes",
 )  # fmt: skip
 
 
@@ -137,7 +136,6 @@ def _shapes(p: Problem) -> Result:
         lse_t=per_token(p.target in DENSE),
         teacher_entropy=per_token(p.statistics),
         top1_agreement=per_token(p.statistics),
-        filtered=new(2, dtype=torch.float32),
         d_hidden=gradient(p.student.hidden, p.needs[0]),
         d_weight=gradient(p.student.weight, p.needs[1]) if not isinstance(p.student, GivenLogits) else none,
         d_bias=gradient(p.student.bias, p.needs[2]),

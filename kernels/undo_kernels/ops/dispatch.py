@@ -94,7 +94,6 @@ def reduced_loss(
     statistics: bool = False,
     plan: str = "auto",
     workspace_bytes: int | None = None,
-    filter_below: float = 0.0,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Returns the loss of a target, and detached statistics.
@@ -115,7 +114,6 @@ def reduced_loss(
         statistics: whether to compute the teacher's entropy and the top-1 agreement.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the workspace.
-        filter_below: bound of the block filter, see :func:`undo_kernels.ops.linear_kl_div`.
         inplace: whether the gradient may overwrite given logits.
     """
     device, tokens = student.hidden.device, student.tokens
@@ -150,7 +148,6 @@ def reduced_loss(
         max_counted=reduction.max_counted,
         plan=plan,
         workspace_bytes=workspace_bytes,
-        filter_below=filter_below,
     )
     backend = choose_backend(problem, wide, device)
     if backend == "reference":
@@ -192,8 +189,8 @@ def _per_token(
 
 
 def _statistics(results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement", "filtered")
-    return {name: value.detach() for name, value in zip(names, results[3:8], strict=True)}
+    names = ("lse_s", "lse_t", "teacher_entropy", "top1_agreement")
+    return {name: value.detach() for name, value in zip(names, results[3:7], strict=True)}
 
 
 def _plain(problem: Problem, reduction: LossReduction) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -224,7 +221,6 @@ def _plain(problem: Problem, reduction: LossReduction) -> tuple[torch.Tensor, di
         return values.new_zeros(problem.tokens).index_put((taken,), values)
 
     statistics = {name: spread(value) for name, value in statistics.items()}
-    statistics["filtered"] = problem.factor.new_zeros(2)
     return spread(loss) if reduction.kind == "none" else loss.sum(), statistics
 
 

@@ -20,14 +20,12 @@ class KLStats(NamedTuple):
         lse_t: the teacher's, ``[...]``.
         teacher_entropy: entropy of the teacher in nats, ``[...]``.
         top1_agreement: 1 where both have the same most likely entry, else 0, ``[...]``.
-        filtered: ``[2]``: the share of the gradient's entries that ``filter_below`` set to zero, and the Frobenius norm of them.
     """
 
     lse_s: torch.Tensor
     lse_t: torch.Tensor
     teacher_entropy: torch.Tensor
     top1_agreement: torch.Tensor
-    filtered: torch.Tensor
 
 
 def linear_kl_div(
@@ -58,7 +56,6 @@ def linear_kl_div(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
-    filter_below: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
     """Computes a divergence between a teacher's and a student's next-token distributions.
 
@@ -95,11 +92,6 @@ def linear_kl_div(
         max_counted: upper bound on counted tokens.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
-        filter_below: sets blocks of the gradient to zero whose largest ``|dloss/dlogit|`` (of one token, before weights) is below it;
-            0 keeps all. On a CPU such a block, 1,024 vocabulary entries by a whole chunk of tokens, skips the products of the gradient
-            (with AMX those of the weight's). On a GPU it is multiplied as zeros and saves nothing. ``KLStats.filtered`` reports the
-            share and bounds the error: the gradient of the weight misses at most the norm times the largest singular value of the
-            hidden states, and that of the hidden states at most the norm times the largest singular value of the weight.
 
     Returns:
         A scalar, or ``[...]`` with ``reduction="none"``, in float32 (float64 where an input is); with ``return_stats`` a pair.
@@ -129,13 +121,8 @@ def linear_kl_div(
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature, size, "teacher_"
     )
     check_same_cut(student.shard, teacher.shard, student_weight.shape[0], teacher_weight.shape[0])
-    if student.shard is not None and filter_below:
-        checks.fail("filter_below", filter_below, "0 with heads that are sharded by vocabulary entries")
     by = LossReduction.checked(leading, student_hidden.device, token_weight, reduction, normalizer, max_counted)
-    memory = {
-        **arguments.memory(plan, workspace_bytes),
-        "filter_below": checks.number("filter_below", filter_below, "a number >= 0", 0),
-    }
+    memory = arguments.memory(plan, workspace_bytes)
     return _kl(
         student, teacher, by, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )
@@ -194,13 +181,12 @@ def kl_div(
     )
 
 
-def check_divergence(divergence: Any, beta: Any, label_weight: Any, filter_below: Any = 0.0) -> None:
+def check_divergence(divergence: Any, beta: Any, label_weight: Any) -> None:
     """Checks the options that choose the loss."""
     checks.choice("divergence", divergence, ("forward", "reverse", "jsd"))
     if divergence == "jsd":
         checks.number("beta", beta, "a number strictly inside (0, 1)", 0, 1, open_ends=True)
     checks.number("label_weight", label_weight, "a finite number >= 0", 0)
-    checks.number("filter_below", filter_below, "a number >= 0", 0)
 
 
 def _kl(
@@ -242,5 +228,4 @@ def _kl(
     loss = loss.view(leading) if reduction.kind == "none" else loss
     if not return_stats:
         return loss
-    shaped = {name: value if name == "filtered" else value.view(leading) for name, value in statistics.items()}
-    return loss, KLStats(**shaped)
+    return loss, KLStats(**{name: value.view(leading) for name, value in statistics.items()})

@@ -72,7 +72,6 @@ class Weights(NamedTuple):
     labels_ptr: Any
     beta_t: float
     beta_s: float
-    filter_below: float
 
 
 class LossForm(NamedTuple):
@@ -85,7 +84,6 @@ class LossForm(NamedTuple):
     GRADIENT: Any
     NLL: Any  # a multiple of p_s is added
     LABELS: Any
-    FILTER: Any
     MASKED: Any
 
 

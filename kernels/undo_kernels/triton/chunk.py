@@ -38,7 +38,7 @@ class Chunks:
         if s.gradient and not run.student.given and run.student.product != torch.float32:
             self.dz = scratch.take(size, leading, dtype=run.student.product)
         self.stats = scratch.take(tile_table.FIELDS, size, self.parts)
-        self.losses = scratch.take(4, size, self.parts)
+        self.losses = scratch.take(2, size, self.parts)
         heads = [h for h in (run.student, run.teacher) if h is not None and not h.given and h.weight.dtype != h.product]
         width = max((h.weight.shape[1] for h in heads), default=0)
         self.upcast = scratch.take(min(TILE_ROWS, run.vocabulary), width) if heads else None
@@ -183,8 +183,6 @@ class Chunks:
             run.put_divergence(part, losses[0].float())
         if not s.gradient:
             return
-        if run.filter:
-            run.skipped += self.losses[2:, :count].double().sum((1, 2))
         if s.sparse:
             known = run.indices.shape[1]
             row_kernels.put_rows[(count,)](

@@ -205,17 +205,17 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
         return
     yield _problem("forward", "bf16", "recompute", **full)
     yield _problem("reverse", "bf16", "recompute", statistics=True, **full)
-    yield _problem("jsd", "bf16", "recompute", filtered=True, **full)
+    yield _problem("jsd", "bf16", "recompute", **full)
     yield _problem("reverse", "bf16", "chunk", statistics=True, **full)
     if scope != "few":
-        yield _problem("jsd", "fp32", "recompute", filtered=True, **full)
+        yield _problem("jsd", "fp32", "recompute", **full)
         yield _problem("reverse", "fp32", "recompute", statistics=True, **full)
         yield _problem("jsd", "bf16", "chunk", **full)
     yield _problem("own", "bf16", "recompute", known=True, **full)
-    yield _problem("bucket", "bf16", "chunk", filtered=True, **full)
+    yield _problem("bucket", "bf16", "chunk", **full)
     if scope != "all":
         return
-    options = ("softcap", "labels", "masked", "filtered", "bias")
+    options = ("softcap", "labels", "masked", "bias")
     for kind, plan, target in itertools.product(("bf16", "fp32"), ("recompute", "chunk"), ("own", "uniform", *DENSE)):
         for flags in itertools.product((False, True), repeat=len(options)):
             chosen = dict(zip(options, flags, strict=True))
@@ -244,7 +244,7 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
 
 def _problem(
     target: str, kind: str, plan: str, softcap: bool = False, bias: bool = False, labels: bool = False, masked: bool = False,
-    filtered: bool = False, statistics: bool = False, given: bool = False, known: bool = False, frozen: bool = False,
+    statistics: bool = False, given: bool = False, known: bool = False, frozen: bool = False,
     ragged: bool = False, narrow: bool = False, tiny: bool = False,
 ) -> Problem:  # fmt: skip
     """Returns a problem on tensors without memory.
@@ -276,4 +276,4 @@ def _problem(
         problem = replace(problem, label_factor=token, labels=torch.empty(tokens, dtype=torch.int64))
     if masked:
         problem = replace(problem, counted=torch.empty(tokens, dtype=torch.bool))
-    return replace(problem, filter_below=1e-6 if filtered else 0.0)
+    return problem

@@ -163,7 +163,7 @@ class Shapes:
 
     @property
     def loss_tile(self) -> tile_table.Tile:
-        return self._tile("filter" if self.problem.target == "jsd" or self.problem.filter_below > 0 else "loss")
+        return self._tile("jsd" if self.problem.target == "jsd" else "loss")
 
     def _tile(self, kernel: str) -> tile_table.Tile:
         """Returns a kernel's tile, or a smaller one for ragged rows, whose single loads need the registers of a large one."""
@@ -268,7 +268,7 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
     stored = [side for side in s.sides if not isinstance(side, GivenLogits)]
     held = len(stored) + (s.given and s.sparse)
     parts, _ = tile_table.row_parts(chunk, vocabulary, tile_table.row_block(s.target, vocabulary).block_v)
-    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tile_table.FIELDS + 4) * chunk * parts}
+    buffers = {"logits": 4 * chunk * s.leading * held, "partial sums": 4 * (tile_table.FIELDS + 2) * chunk * parts}
     accumulator = False
     if not s.given:
         buffers["rounded gradient"] = chunk * s.leading * gradient_bytes * (s.gradient and gradient_bytes != 4)
@@ -306,15 +306,14 @@ def chunk_plan(s: Shapes, chunk: int, even: bool = True) -> GpuPlan:
 def recompute_plan(s: Shapes, blocks: int) -> GpuPlan:
     """Returns the recompute plan with the gradient of ``blocks`` tiles of the vocabulary held at a time."""
     p, n, vocabulary = s.problem, max(s.tokens, 1), s.vocabulary
-    tile = s.loss_tile
-    block_v = blocks * tile.block_v
+    block_v = blocks * s.loss_tile.block_v
     needs_hidden, needs_weight, _ = p.needs
     weight_dtype, hidden_dtype = gradient_dtype(p.student.weight.dtype), gradient_dtype(p.student.hidden.dtype)
     itemsize = s.product.itemsize
     parts, _ = tile_table.tile_parts(n, vocabulary, s.stats_tile)
     strided = [t for side in s.sides for t in (side.weight, side.hidden) if t.stride(1) != 1]
     buffers = {
-        "partial sums": 4 * tile_table.FIELDS * n * parts + 8 * blocks * (n + -(-n // tile.block_t)),
+        "partial sums": 4 * tile_table.FIELDS * n * parts + 8 * blocks * n,
         "gradient by the logits": n * block_v * itemsize * s.gradient,
         "hidden states": s.hidden_bytes(n),
         "bias gradient": s.bias_bytes(),

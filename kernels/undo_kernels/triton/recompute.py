@@ -36,9 +36,7 @@ class Recompute:
         self.stats_tile, self.loss_tile = s.stats_tile, s.loss_tile
         self.block = run.plan.block_v
         self.tiles = self.block // self.loss_tile.block_v
-        blocks = triton.cdiv(n, self.loss_tile.block_t)
         self.losses = scratch.take(2, self.tiles, n).zero_()
-        self.skipped = scratch.take(2, self.tiles, blocks).zero_()
         if s.gradient:
             self.dz = scratch.take(n, self.block, dtype=run.student.product)
         self.d_hidden = run.d_hidden
@@ -72,8 +70,6 @@ class Recompute:
             self._products(first)
         if run.code != OWN.value and not s.mixture_pass:
             run.put_divergence(self.everything, run.over_processes(self.losses[:1].double().sum(1))[0].float())
-        if run.filter:
-            run.skipped += self.skipped.double().sum((1, 2))
         if run.problem.needs[0]:
             if run.index is not None:
                 run.d_hidden.index_copy_(0, run.place, self.d_hidden.to(run.d_hidden.dtype))
@@ -125,7 +121,7 @@ class Recompute:
         tile_kernels.loss_tiles[(triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)](
             *self._heads(tile.block_d, together), run.counted, run.sums(self.everything),
             run.weights(self.everything, run.own, self.at_label),
-            self.dz if gradient else run.zero, self.losses, self.skipped, run.n, first, last, self.tiles, self.block,
+            self.dz if gradient else run.zero, self.losses, run.n, first, last, self.tiles, self.block,
             run.loss_form(gradient, run.nll), **self._options(tile, together),
         )  # fmt: skip
 

@@ -218,7 +218,7 @@ def stats_rows(
 def loss_rows(
     student, teacher, counted_ptr, sums, weights,
     dz_ptr, stride_dz, columns,
-    split,  # of [4, tokens, parts]: divergence, KL(s||m), skipped entries, sum of their squares
+    split,  # of [2, tokens, parts]: divergence, KL(s||m)
     form, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Computes the divergence of one part of one token and d total / d product; zeros columns ``vocabulary`` to ``columns``.
@@ -242,8 +242,6 @@ def loss_rows(
 
     b_value = tl.zeros([BLOCK_V], tl.float32)
     b_mixed = tl.zeros([BLOCK_V], tl.float32)
-    b_squares = tl.zeros([BLOCK_V], tl.float32)
-    skipped = tl.full([], 0.0, tl.float32)
     if counts:
         base_s = tl.load(sums.base_s_ptr + i_token)
         log_sum_s = tl.load(sums.log_sum_s_ptr + i_token)
@@ -284,21 +282,14 @@ def loss_rows(
             if MIXED:
                 b_mixed += tl.where(keep, mixed, 0.0)
             if form.GRADIENT:
-                b_test = b_p if form.TARGET == OWN else b_g
                 b_out = b_g * factor
-                loud = tl.max(tl.where(keep & ~(tl.abs(b_test) < weights.filter_below), 1, 0), 0)  # NaN counts as large
                 if form.NLL:
                     b_own = own * b_p
                     if form.LABELS:
                         b_own = tl.where(o_v == label, at_label, b_own)
-                        loud = tl.where((label >= first) & (label < first + BLOCK_V), 1, loud)
                     b_out += b_own
                 if student.CAPPED:
                     b_out *= 1.0 - b_s * b_s
-                if form.FILTER:
-                    b_squares += tl.where(keep & (loud == 0), b_out * b_out, 0.0)
-                    skipped += tl.where(loud == 0, tl.minimum(BLOCK_V, end - first).to(tl.float32), 0.0)
-                    b_out = tl.where(loud == 0, 0.0, b_out)
                 tl.store(dz_ptr + o_v, narrow(b_out, dz_ptr), mask=keep)
     elif form.GRADIENT:
         for first in range(start, end, BLOCK_V):
@@ -313,9 +304,6 @@ def loss_rows(
         tl.store(partial_ptr, tl.sum(b_value, 0))
     if MIXED:
         tl.store(partial_ptr + split.stride_field, tl.sum(b_mixed, 0))
-    if form.FILTER:
-        tl.store(partial_ptr + 2 * split.stride_field, skipped)
-        tl.store(partial_ptr + 3 * split.stride_field, tl.sum(b_squares, 0))
 
 
 @triton.jit

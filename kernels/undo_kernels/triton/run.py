@@ -86,7 +86,6 @@ class Run:
         self.code = _TARGETS.get(p.target, OWN.value)
         self.uniform, self.pair = p.target == "uniform", p.target in (*DENSE, "uniform")
         self.nll, self.labelled = p.label_factor is not None, p.label_factor is not None and p.labels is not None
-        self.filter = p.filter_below > 0 and s.gradient
         self._select()
         self._tokens()
         self._gradients()
@@ -129,7 +128,6 @@ class Run:
             )
         self.scale = None
         self.factor = self.own = self.at_label = self.zero
-        self.skipped = torch.zeros(2, dtype=torch.float64, device=self.device)
         if not self.shapes.gradient:
             return
         factor = self._take(p.factor).float() * self.student.gain
@@ -181,11 +179,6 @@ class Run:
         total = _weighted(p.factor, out["divergence"], p.counted)
         if self.nll:
             total = total + _weighted(p.label_factor, out["nll"], p.counted)
-        filtered = self.zero.new_zeros(2)
-        if self.filter:
-            count = self.live.sum().clamp_min(1) if self.masked else max(self.n, 1)
-            norm = self.skipped[1].sqrt() / (1.0 if self.scale is None else self.scale)
-            filtered = torch.stack([self.skipped[0] / (count * self.vocabulary), norm]).float()
         return Result(
             total=total.float(),
             divergence=out["divergence"],
@@ -194,7 +187,6 @@ class Run:
             lse_t=out["lse_t"] if self.shapes.dense else none,
             teacher_entropy=out["entropy"] if p.statistics else none,
             top1_agreement=out["agreement"] if p.statistics else none,
-            filtered=filtered,
             d_hidden=self.d_hidden,
             d_weight=self.d_weight,
             d_bias=self.d_bias.to(gradient_dtype(p.student.bias.dtype)) if p.needs[2] else self.d_bias,
@@ -289,7 +281,7 @@ class Run:
         """Returns the factors of some tokens' gradients, as the kernels take them."""
         p, labels = self.problem, self.labels[part] if self.labelled else self.zero
         factor = part_or(self.factor, part, self.zero)
-        return Weights(factor, own, at_label, labels, p.beta, 1.0 - p.beta, p.filter_below)
+        return Weights(factor, own, at_label, labels, p.beta, 1.0 - p.beta)
 
     def loss_form(self, gradient: bool, mixed: bool) -> LossForm:
         """Returns what a launch of a loss kernel computes; ``mixed``: it adds a multiple of the student's probabilities."""
@@ -300,7 +292,6 @@ class Run:
             gradient,
             mixed and gradient,
             self.labelled and gradient,
-            self.filter and gradient,
             self.masked,
         )
         return LossForm(tl.constexpr(self.code), *map(tl.constexpr, flags))

@@ -197,8 +197,8 @@ def stats_tiles(
 @triton.jit
 def loss_tiles(
     student, teacher, counted_ptr, sums, weights,
-    # dz [tokens, last - begin]; partial [2, tiles, tokens] is added to: divergence, KL(s||m); skipped [2, tiles, token blocks]
-    dz_ptr, partial_ptr, skipped_ptr,
+    # dz [tokens, last - begin]; partial [2, tiles, tokens] is added to: divergence, KL(s||m)
+    dz_ptr, partial_ptr,
     tokens, begin, last, tiles, stride_dz,
     form, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
@@ -252,8 +252,6 @@ def loss_tiles(
     total = tl.zeros([BLOCK_T], tl.float32)
     total_mixed = tl.zeros([BLOCK_T], tl.float32)
     b_total = tl.zeros([BLOCK_T, WIDTH], tl.float32)
-    skipped = 0.0
-    squares = 0.0
     for i in tl.static_range(PIECES):
         o_p = i * WIDTH + tl.arange(0, WIDTH)
         o_v = begin + column + o_p
@@ -277,30 +275,17 @@ def loss_tiles(
         if MIXED:
             total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
         if form.GRADIENT:
-            if form.FILTER:
-                b_test = b_p if form.TARGET == OWN else b_g
-                loud = tl.max(
-                    tl.max(tl.where(keep & ~(tl.abs(b_test) < weights.filter_below), 1, 0), 1), 0
-                )  # NaN counts as large
             b_out = b_g
             if form.TARGET != OWN:
                 b_out = b_g * factor
             if form.NLL:
                 b_own = own * b_p
                 if form.LABELS:
-                    b_hit = o_p[None, :] == label
-                    b_own = tl.where(b_hit, at_label, b_own)
-                    if form.FILTER:
-                        loud = tl.maximum(loud, tl.max(tl.max(tl.where(keep & b_hit, 1, 0), 1), 0))
+                    b_own = tl.where(o_p[None, :] == label, at_label, b_own)
                 b_out += b_own
             if student.CAPPED:
                 b_out *= 1.0 - b_q * b_q
             b_out = tl.where(keep, b_out, 0.0)
-            if form.FILTER:
-                quiet = loud == 0
-                skipped += tl.sum(tl.sum(tl.where(keep & quiet, 1.0, 0.0), 1), 0)
-                squares += tl.sum(tl.sum(tl.where(quiet, b_out * b_out, 0.0), 1), 0)
-                b_out = tl.where(quiet, 0.0, b_out)
             dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
     # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
@@ -311,11 +296,6 @@ def loss_tiles(
     if MIXED:
         partial_ptrs += tiles * tokens
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
-    if form.FILTER:
-        skipped_ptr += i_v * blocks + i_t
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + skipped)
-        skipped_ptr += tiles * blocks
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + squares)
 
 
 @triton.jit

@@ -42,24 +42,24 @@ INTERPRETER = "interpreter"
 FIELDS = 9  # number of partial sums per part of a token, see pair_math.py
 
 # Keyed by target, kernel and whether operands are float32. "cross" is the statistics kernel with the offset of reverse KL or
-# the top-1; "filter" is the loss kernel with the block filter or jsd. Both need more registers than "stats" and "loss".
-KERNELS = ("stats", "cross", "loss", "filter")
+# the top-1; "jsd" is the loss kernel of jsd. Both need more registers than "stats" and "loss".
+KERNELS = ("stats", "cross", "loss", "jsd")
 _TILES: dict[tuple[str, str, bool], Tile] = {
     **{(target, kernel, False): Tile(64, 128, 64, 8, 3, 4) for target in TARGETS for kernel in KERNELS},
-    **{(target, kernel, True): Tile(64, 64, 32, 8, 2, 2) for target in TARGETS for kernel in ("stats", "cross", "filter")},
+    **{(target, kernel, True): Tile(64, 64, 32, 8, 2, 2) for target in TARGETS for kernel in ("stats", "cross", "jsd")},
     **{(target, "loss", True): Tile(64, 128, 32, 8, 2, 4) for target in TARGETS},
     **{(target, "stats", False): Tile(128, 128, 64, 8, 3, 8) for target in ("sm_80", "sm_86")},
     **{(target, kernel, True): Tile(64, 128, 16, 8, 2, 4) for target in ("sm_80", "sm_86") for kernel in ("stats", "cross")},
-    ("sm_80", "filter", True): Tile(64, 128, 32, 8, 2, 4),
-    ("sm_86", "filter", True): Tile(64, 128, 32, 8, 2, 8),
-    ("sm_86", "filter", False): Tile(64, 128, 64, 8, 3, 8),
-    **{("sm_100", kernel, False): Tile(64, 128, 64, 8, 3, 8) for kernel in ("stats", "filter")},
+    ("sm_80", "jsd", True): Tile(64, 128, 32, 8, 2, 4),
+    ("sm_86", "jsd", True): Tile(64, 128, 32, 8, 2, 8),
+    ("sm_86", "jsd", False): Tile(64, 128, 64, 8, 3, 8),
+    **{("sm_100", kernel, False): Tile(64, 128, 64, 8, 3, 8) for kernel in ("stats", "jsd")},
     ("sm_90", "stats", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 8),
-    ("sm_90", "filter", False): Tile(128, 128, 64, 8, 3, 8),
+    ("sm_90", "jsd", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_100", "loss", False): Tile(128, 128, 64, 8, 3, 4),
     **{("gfx942", kernel, False): Tile(128, 128, 64, 8, 2, 8) for kernel in ("stats", "loss")},
-    **{("gfx942", kernel, False): Tile(64, 128, 64, 8, 2, 4) for kernel in ("cross", "filter")},
+    **{("gfx942", kernel, False): Tile(64, 128, 64, 8, 2, 4) for kernel in ("cross", "jsd")},
     **{(INTERPRETER, kernel, wide): Tile(16, 64, 16, 4, 1, 2) for kernel in KERNELS for wide in (False, True)},
 }
 _ROWS = {

@@ -1,12 +1,12 @@
-"""The plans of the Triton losses: chunks, workspace, block filter, what they cost, and that no driver waits for its GPU."""
+"""The plans of the Triton losses: chunks, workspace, what they cost, and that no driver waits for its GPU."""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from rounding import gamma, probability_error, relative
-from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, oracle_logits, problem, vocab_loss
+from rounding import probability_error, relative
+from triton_problems import DENSE, DEVICE, SPARSE, TARGETS, check, moved, problem, vocab_loss
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.triton import combine, costs, row_kernels, tile_kernels, tile_table
@@ -57,47 +57,6 @@ def test_unknown_plan_and_dtype_are_refused():
         vocab_loss(problem("bucket", plan="recompute"))
     with pytest.raises(TypeError, match="float64"):
         vocab_loss(problem("own", dtype=torch.float64))
-
-
-@pytest.mark.parametrize("plan", ["chunk", "recompute"])
-@pytest.mark.parametrize("target", ["own", "forward"])
-def test_filter_reports_what_it_drops(target, plan):
-    p = problem(target, rows=20, vocabulary=300, widths=(6, 6), needs=(True, True, False), plan=plan, masked=0.2)
-    p = dataclasses.replace(p, label_factor=torch.ones(20)) if target == "own" else p
-    full = vocab_loss(p)
-    nothing = vocab_loss(dataclasses.replace(p, filter_below=1e-30))
-    assert nothing.filtered.tolist() == [0.0, 0.0]
-    assert torch.equal(nothing.d_weight, full.d_weight)
-    everything = vocab_loss(dataclasses.replace(p, filter_below=1e9))
-    assert everything.filtered[0] == pytest.approx(1.0)
-    assert not everything.d_weight.any()
-    z = oracle_logits(p.student, p.student.hidden.double().nan_to_num(), p.student.weight.double(), None)[p.counted]
-    slope = torch.softmax(z, -1)
-    if target == "forward":
-        slope = slope - torch.softmax(
-            oracle_logits(p.teacher, p.teacher.hidden.double().nan_to_num(), p.teacher.weight.double(), None)[p.counted], -1
-        )
-        slope = slope * p.factor[p.counted, None]
-    sides = (p.student, p.teacher) if target == "forward" else (p.student,)
-    wrong = max(
-        probability_error(side.hidden[p.counted], side.weight) for side in sides
-    )  # of each probability, 1 a row at most
-    scale = float(p.factor[p.counted].norm()) if target == "forward" else len(slope) ** 0.5
-    room = 2 * wrong * scale + gamma(slope.numel()) * float(slope.norm())
-    assert everything.filtered[1] == pytest.approx(float(slope.norm()), abs=room)
-    some = vocab_loss(dataclasses.replace(p, filter_below=float(slope.abs().quantile(0.999))))
-    assert 0 < some.filtered[0] < 1
-    weight = p.student.weight.double()
-    rounded = 2 * gamma(slope.shape[1]) * (slope.abs() @ weight.abs()).norm()  # of the two products
-    assert (some.d_hidden.double() - full.d_hidden.double()).norm() <= (some.filtered[1] + room) * weight.norm() + rounded
-    assert torch.equal(some.total, full.total)
-
-
-def test_filter_keeps_labels():
-    for plan in ("chunk", "recompute"):
-        p = problem("own", rows=3, vocabulary=64, labels=True, plan=plan, filter_below=1e9)
-        got = vocab_loss(p)
-        assert got.d_hidden[p.labels >= 0].any(1).all()
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
@@ -209,9 +168,9 @@ def test_drivers_never_wait_for_a_gpu(monkeypatch, dtype, plan):
             p = Problem(
                 side(), target, row, row, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool),
                 side() if target in DENSE else None, torch.empty(n, 7, dtype=torch.int64), torch.empty(n, 7),
-                needs=(True, not given, not given), plan=plan, statistics=True, filter_below=1e-6, max_counted=250,
+                needs=(True, not given, not given), plan=plan, statistics=True, max_counted=250,
             )  # fmt: skip
-            for part in (p, dataclasses.replace(p, max_counted=None, workspace_bytes=4_000_000, filter_below=0.0)):
+            for part in (p, dataclasses.replace(p, max_counted=None, workspace_bytes=4_000_000)):
                 got = driver.run(part, Workspace(torch.device("meta")))
                 assert all(t.device.type == "meta" for t in got)
                 assert got.d_hidden.shape == p.student.hidden.shape
