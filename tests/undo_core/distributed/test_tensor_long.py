@@ -52,8 +52,10 @@ def gradients(cases, tensor):
     return found if distributed.rank() == 0 else None
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("ranks", "tensor"), [(2, 2), (4, 2), (4, 4)])
+LAYOUTS = [*((ranks, tensor, "whole") for ranks, tensor in ((2, 2), (4, 2), (4, 4))), *((4, 2, change) for change in CHANGES)]
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "change"), dict.fromkeys(LAYOUTS))
 def test_every_stage_and_model_has_the_gradients_of_one_process(ranks, tensor, change):
     # A single process does not accept GPT-2's dropout with checkpointing.
     models = [name for name in MODELS if not (name == "tied" and change == "checkpointing")]
