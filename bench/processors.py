@@ -2,9 +2,11 @@
 
     python bench/processors.py                       prints the table, and a line if this machine's processor is not in it
     python bench/processors.py docs/benchmarks.md    writes it between the page's markers
+    python bench/processors.py --measure             measures this machine's processor time, on one thread, first
 
-Measured are the rows of CASES of bench/bench_kl.py, with undo-core, plain torch and the bare products. The files are those of
-bench/results/kl-cpu and bench/results/processors. A processor that was measured elsewhere has its figures as they were reported.
+The cases are rows of bench/bench_kl.py, with undo-core, plain torch and the bare products. The files are those of bench/results/kl-cpu,
+with times of a quiet machine, and of bench/results/processors. There the clock may be the processor time of one thread, which other
+processes on the machine change little, and figures may be reported ones of a processor that was measured elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +14,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 from summaries import markdown
 
+from undo_core.version import __version__
+
+CHECKED = 64  # tokens that are verified here; bench_kl.py verifies all of them
 FOLDERS = ("bench/results/kl-cpu", "bench/results/processors")
 CASES = [
     (*shape, dtype)
@@ -30,6 +37,53 @@ SAID = (
     "Forward and backward: undo-core's time, then plain torch's and the bare products' in multiples of it, all in the same dtype. A name "
     "after the vector units, such as amx, is that of the bfloat16 product; where there is none, weights are converted to float32."
 )
+
+
+def measure(rounds: int = 2) -> None:
+    """Measures every case on one thread, contenders in turn, and writes bench/results/processors/MACHINE-one-thread-VERSION.json.
+
+    Raises:
+        SystemExit: a contender computes something else.
+    """
+    import bench_kl
+    from peers import CONTENDERS
+    from problems import draw, errors, verdict
+
+    torch.set_num_threads(1)
+    facts = harness.machine("cpu")
+    facts |= {
+        "name": f"{facts['name']}-one-thread",
+        "cores": 1,
+        "note": "Processor time of one thread, on a machine with other work.",
+    }
+    path, rows = harness.ROOT / FOLDERS[1] / f"{facts['name']}-{__version__}.json", []
+    for row in bench_kl.ROWS["cpu"]:
+        if row.softcap is not None or (row.tokens, row.vocabulary, row.width, row.dtype) not in CASES:
+            continue
+        inputs = draw(row, "cpu", True)
+        few, kept = inputs.part(slice(CHECKED)), {}
+        wanted = bench_kl.SUITE.oracle(few)
+        for name in ("undo-core", "plain"):
+            kept[name] = errors(CONTENDERS[name].step(few)(), wanted) | {"tokens": CHECKED}
+            if verdict(kept[name], row.dtype) == "different":
+                raise SystemExit(f"{row.id}: {name} computes something else: {kept[name]}")
+        steps = {name: CONTENDERS[name].step(inputs) for name in ("undo-core", "plain", "products")}
+        steps["undo-core"]()  # allocates its workspace
+        samples: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                start = time.process_time()
+                step()
+                samples[name].append(time.process_time() - start)
+        contenders = [
+            {"name": name, "status": "measured", "samples_s": taken, "verification": kept.get(name)}
+            for name, taken in samples.items()
+        ]
+        about = {"id": row.id, "tokens": row.tokens, "vocabulary": row.vocabulary, "width": row.width, "dtype": row.dtype}
+        made = harness.provenance("bench/processors.py", ["--measure"])
+        rows.append(about | {"softcap": None, "contenders": contenders, "provenance": made})
+        harness.write_json(path, {"format": 1, "suite": "kl-cpu", "machine": facts, "rows": rows})
+        print(f"{row.id}: " + ", ".join(f"{name} {min(taken):.2f} s" for name, taken in samples.items()), flush=True)
 
 
 def records() -> Iterator[dict[str, Any]]:
@@ -106,6 +160,9 @@ def missing() -> str | None:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the table, or writes it to a page."""
+    if arguments == ["--measure"]:
+        measure()
+        arguments = []
     if arguments:
         page = Path(arguments[0])
         text = page.read_text()

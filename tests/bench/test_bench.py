@@ -404,6 +404,10 @@ def test_another_machines_rows_are_not_taken_for_this_ones(bench_kl, tmp_path):
         runner.load(options.out, "kl", options, {})
 
 
+def test_every_contender_has_a_colour(suite):
+    assert set(suite.contenders) <= set(importlib.import_module("plot").COLOURS)
+
+
 def test_a_graph_that_the_auto_chunker_left_whole_is_no_contender(bench_kl, monkeypatch):
     contenders, metrics = importlib.import_module("contenders"), importlib.import_module("torch._inductor.metrics")
     monkeypatch.setattr(torch, "compile", lambda loss, **options: loss)
