@@ -5,8 +5,8 @@
 
 8,192 tokens, a vocabulary of 256,000, bfloat16, softcap 30, forward KL, all gradients. ``before``: the same model
 (kernels/undo_kernels/triton/costs.py) with the kernels as they were before the change of the epilogue: the instructions in
-bench/results/instructions/before-3.9.json, their tiles, and 1,024 tokens a chunk. ``old model``: what chose plans then, which added
-products and bytes and knew no instructions. Needs no GPU and no Triton.
+bench/results/instructions/before-3.9.json, their tiles, a loop for each side's products, and 1,024 tokens a chunk. ``old model``:
+what chose plans then, which added products and bytes and knew no instructions. Needs no GPU and no Triton.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def kernels_before() -> Iterator[None]:
         mock.patch.dict(costs.INSTRUCTIONS, measured),
         mock.patch.dict(tile_table._TILES, tiles),
         mock.patch.object(plan, "_CHUNK_TOKENS", (1024, 1024)),
+        mock.patch.object(tile_table, "together", return_value=False),
     ):
         yield
 

@@ -47,7 +47,13 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool, scr
             out.zero_()
         return
     wide = torch.float32
-    if a.device.type == "cpu":  # the interpreter's tensors: CPUs have no product with another output dtype
+    if (
+        a.device.type != "cuda"
+    ):  # the interpreter's tensors, or without memory: only CUDA has products with another output dtype
+        if a.dtype != b.dtype or (a.dtype != wide and out.dtype not in (a.dtype, wide)):
+            raise TypeError(
+                f"dtype: got {a.dtype} and {b.dtype} into {out.dtype}, wanted equal operands and their dtype or float32"
+            )
         a, b = a.float(), b.float()
         out.copy_(out.float() + a @ b if add else a @ b)
         return

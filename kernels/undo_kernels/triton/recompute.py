@@ -76,12 +76,6 @@ class Recompute:
             elif self.d_hidden is not run.d_hidden:
                 run.d_hidden.copy_(self.d_hidden)
 
-    def _together(self) -> bool:
-        """Returns whether the products of both sides, if both are needed, come from one loop."""
-        s = self.run.shapes
-        one_width = self.run.teacher is not None and self.hidden_s.shape[1] == self.hidden_t.shape[1]
-        return one_width and not s.ragged and tile_table.together(self.run.target, s.wide)
-
     def _heads(self, block_d: int, together: bool) -> tuple[Head, Head]:
         run = self.run
         student = run.student.matrices(self.hidden_s, self.weight_s, block_d, together)
@@ -98,15 +92,13 @@ class Recompute:
         run, s, tile = self.run, self.run.shapes, self.stats_tile
         parts, part = tile_table.tile_parts(run.n, run.vocabulary, tile)
         partial = run.scratch.take(tile_table.FIELDS, run.n, parts)
-        # With labels a program would spill registers.
-        together = self._together() and (s.teacher_sums or run.crossed) and (run.crossed or not run.labelled)
-        student, teacher = self._heads(tile.block_d, together)
+        student, teacher = self._heads(tile.block_d, s.stats_together)
         if s.student_sums:
             tile_kernels.stats_tiles[(triton.cdiv(run.n, tile.block_t) * parts,)](
                 student, teacher, Split(partial, run.vocabulary, part, parts, run.n * parts),
                 run.labels if run.labelled else run.zero, run.label_z, run.n, LABELS=run.labelled,
                 TEACHER=s.teacher_sums, CROSS=run.crossed, STATISTICS=run.problem.statistics and s.dense, SAME=run.same,
-                **self._options(tile, together),
+                **self._options(tile, s.stats_together),
             )  # fmt: skip
         if run.labelled and not s.student_sums:
             tile_kernels.pick_labels[(run.n,)](
@@ -116,7 +108,7 @@ class Recompute:
         run.scratch.give(partial)
 
     def _loss(self, first: int, gradient: bool) -> None:
-        run, tile, together = self.run, self.loss_tile, self._together()
+        run, tile, together = self.run, self.loss_tile, self.run.shapes.together
         last = min(first + self.block, run.vocabulary)
         tile_kernels.loss_tiles[(triton.cdiv(run.n, tile.block_t) * triton.cdiv(last - first, tile.block_v),)](
             *self._heads(tile.block_d, together), run.counted, run.sums(self.everything),

@@ -17,8 +17,9 @@ from undo_kernels.triton import arguments, combine, tile_table
 from undo_kernels.triton.arguments import Combined, Known, LossForm, Split, StatsForm, Sums, Weights
 from undo_kernels.triton.math import CUDA, EXACT, LN2, LOG2E, PORTABLE, SIMULATED
 from undo_kernels.triton.pair_math import FORWARD, JSD, OWN, REVERSE
-from undo_kernels.triton.plan import GpuPlan, Shapes, gpu_plan
+from undo_kernels.triton.plan import GpuPlan, gpu_plan
 from undo_kernels.triton.products import Workspace, multiply, product_dtype
+from undo_kernels.triton.shapes import Shapes
 from undo_kernels.triton.sharded import exchanged
 
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions

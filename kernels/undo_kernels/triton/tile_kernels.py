@@ -3,13 +3,13 @@
     stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
     loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
-After the products stats_tiles takes 28 instructions a pair for both sides and 14 for one, loss_tiles 55, 6 of them special functions
+After the products stats_tiles takes 25 instructions a pair for both sides and 13 for one, loss_tiles 53, 6 of them special functions
 each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 160). Rejected on sm_90: 64 x 256 statistics tiles
 (24 instructions; 189 and 102 barriers before a piece was a choice of registers), 64 x 128 with four warps (24 and 51, two programs a
 multiprocessor, but half as many bytes again from the L2 cache), 128 x 256 (spills with labels and bias).
 
-Where both sides have one width their products come from one loop (TOGETHER): their first operands arrive together, 2 to 3
-instructions a pair and a barrier fewer on sm_90. Else one runs after the other in one program. Programs of the same vocabulary tile are neighbours in the
+Where both sides have one width their products come from one loop on sm_90 (TOGETHER): their first operands arrive together, 2 to 3
+instructions a pair and a barrier fewer. Else one runs after the other. Programs of the same vocabulary tile are neighbours in the
 grid, so that a tile of the weight is read from memory once and then from the L2 cache.
 
 Indices past the last token or vocabulary entry are clamped to it; the results are not stored. The inner loop then needs no mask.

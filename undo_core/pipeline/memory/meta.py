@@ -270,7 +270,9 @@ class _Steps:
         for p in parameters:
             dtype = torch.float32 if self.mastered else p.dtype
             own = math.ceil(p.numel() / self.part_of(p))
-            self.temporaries[p.numel(), self.part_of(p)] = _update_bytes(own, dtype, settings.optimizer, settings.precision, device)
+            self.temporaries[p.numel(), self.part_of(p)] = _update_bytes(
+                own, dtype, settings.optimizer, settings.precision, device
+            )
         live.now["optimizer"] += sum(_state_bytes(p, settings, device) // self.part_of(p) for p in parameters)
 
     @contextlib.contextmanager
