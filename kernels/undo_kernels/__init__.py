@@ -9,7 +9,7 @@ or datasets.
 - ``backend("reference")`` is a context manager that sets the backend of the calls inside it; the variable ``UNDO_BACKEND`` sets
   it globally.
 - ``recorded()`` is a context manager that lists the backend and the plan of each call inside it.
-- ``release_workspace()`` frees the memory that this thread keeps for its next call.
+- ``release_workspace()`` frees the memory that is kept for later calls on a CPU.
 - ``backends_of(op)`` and ``unavailable()`` list what can run here, and why the rest cannot.
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from undo_kernels import release_workspace
 from undo_kernels.ops.layout import check_trained
 
 from undo_core import distributed
@@ -254,6 +255,7 @@ def train(
                 save()
                 last_save = time.monotonic()
     outer.eval()
+    release_workspace()  # the memory of the gradients, which no later step needs
     # No later loss would reveal that the last step made a weight non-finite.
     if must_stay_finite and not all_finite(trained):
         raise DivergedError(f"{title}: weights are not finite after step {result.steps}; lower lr")

@@ -28,7 +28,7 @@ from undo_kernels.cpu import plan as plans
 from undo_kernels.cpu.chunk import Chunk
 from undo_kernels.cpu.extension import Field, kernels
 from undo_kernels.cpu.instruction_set import bfloat16_product, vectors
-from undo_kernels.cpu.workspace import workspace
+from undo_kernels.cpu.workspace import reusable, workspace
 from undo_kernels.library.backends import register
 from undo_kernels.problem import DENSE, Problem, Result, gradient_dtype
 from undo_kernels.projection import GivenLogits, Projection
@@ -98,14 +98,14 @@ class _Run:
             self.d_hidden = (zeros if partly else new)(p.student.hidden.shape, dtype=dtype)
         weight = p.student.weight
         dtype = gradient_dtype(weight.dtype)
-        self.d_weight = new(weight.shape, dtype=dtype) if needs_weight else new(0)
+        self.d_weight = reusable(weight.shape, dtype) if needs_weight else new(0)
         self.d_bias = zeros(weight.shape[0]) if needs_bias else new(0)
         if needs_weight:
             self.d_weight[self.vocabulary if self.count else 0 :].zero_()
         self.direct = dtype == torch.float32  # products are written straight into the gradient
         self.sum_weight = None if not needs_weight or self.direct else self.d_weight
         if self.plan.accumulator:
-            self.sum_weight = new(self.vocabulary, weight.shape[1])
+            self.sum_weight = reusable(torch.Size((self.vocabulary, weight.shape[1])), torch.float32)
         narrow = {"dtype": torch.bfloat16} if self.plan.narrow else {}
         self.product = new(self.block_v, weight.shape[1], **narrow) if needs_weight and not self.direct else None
         self.narrow = new(self.block_v, self.stride, **narrow) if self.plan.narrow else None

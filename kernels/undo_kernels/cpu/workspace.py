@@ -1,14 +1,18 @@
-"""Scratch memory for tiles of logits, kept from one call to the next.
+"""Memory that is kept from one call to the next: scratch memory for tiles of logits, and gradients of large weights.
 
 Newly allocated memory costs a page fault for every 4 KiB first written, a large part of the time of a call with a large
-vocabulary (docs/findings/cpu-losses.md). Each thread keeps the largest workspace that it has used; ``release`` frees it.
+vocabulary (docs/findings/cpu-losses.md). ``release`` frees what is kept.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 
 import torch
+
+_LEAST_BYTES = 16 << 20  # malloc keeps smaller blocks by itself
 
 
 class _Kept(threading.local):
@@ -16,6 +20,8 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
+_unused: list[torch.Tensor] = []  # memory of gradients that no tensor uses any more
+_lock = threading.Lock()  # of taking from it
 
 
 def workspace(count: int) -> torch.Tensor:
@@ -26,6 +32,31 @@ def workspace(count: int) -> torch.Tensor:
     return _kept.buffer[:count]
 
 
+def reusable(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor with arbitrary contents, whose memory a later call gives out again once no tensor uses it.
+
+    A training step frees its gradients, and the next one needs as many of the same sizes. Unused memory of other sizes is freed
+    before more is allocated, so that no more is kept than was in use at one time.
+    """
+    size = shape.numel() * dtype.itemsize
+    if size < _LEAST_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    with _lock:
+        at = next((index for index, one in enumerate(_unused) if one.nbytes == size), None)
+        if at is None:
+            _unused.clear()
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        else:
+            memory = _unused.pop(at)
+    # The tensor's storage holds the array until the last tensor or graph that shares it is gone. Appending needs no lock, which
+    # this thread may hold when the array is collected.
+    array = (ctypes.c_char * size).from_address(memory.data_ptr())
+    weakref.finalize(array, _unused.append, memory).atexit = False
+    return torch.frombuffer(array, dtype=dtype).resize_(shape)  # a view would keep autograd from adding to it in place
+
+
 def release() -> None:
-    """Frees the calling thread's workspace."""
+    """Frees the calling thread's workspace and the unused memory of gradients."""
     _kept.buffer = None
+    with _lock:
+        _unused.clear()

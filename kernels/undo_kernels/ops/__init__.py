@@ -19,8 +19,9 @@ No op shifts labels. The losses share these options:
   finds the log-sum-exps and the pass that turns the logits into their gradient. ``recompute`` projects twice and keeps no logits.
   ``auto`` takes the fastest plan that fits, and plain PyTorch for float64 and where the logits are few.
 - ``workspace_bytes``: a bound on all memory beyond inputs, outputs and a few floats a token. The default follows from shapes and
-  dtypes alone. On a CPU each thread keeps its workspace for the next call, because fresh memory is slow;
-  ``undo_kernels.release_workspace()`` frees it. Plain PyTorch processes the tokens in chunks and recomputes them in the backward.
+  dtypes alone. Fresh memory is slow on a CPU: each thread keeps its workspace for the next call, and a large weight's gradient is
+  written into the memory of an earlier one that nothing uses any more. ``undo_kernels.release_workspace()`` frees both. Plain PyTorch
+  processes the tokens in chunks and recomputes them in the backward.
 
 **Infinite logits.** A logit of -inf (from a bias, or given) has probability 0, and ``0 log 0 = 0``. The loss is +inf where the student
 gives probability 0 to something that its target has (``p_s = 0 < p_t``; for reverse KL ``p_t = 0 < p_s``). The gradient by the logits
