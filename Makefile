@@ -31,7 +31,7 @@ test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, numbe
 	$(BIN)/python tests/matrix.py
 
 test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with several processes and with a Ray cluster on this machine
-	$(BIN)/python -m pytest -m distributed_long
+	$(BIN)/python -m pytest -m distributed_long --durations=40
 
 test-aot: $(INSTALLED)  ## every Triton kernel and tile compiled for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 	UNDO_AOT=all $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
