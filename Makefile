@@ -34,7 +34,7 @@ test-arm: $(INSTALLED)  ## the C++ kernels for Arm in an emulator; needs a cross
 	$(BIN)/python tests/arm.py
 
 test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with several processes and with a Ray cluster on this machine
-	$(BIN)/python -m pytest -m distributed_long
+	$(BIN)/python -m pytest -m distributed_long --durations=40
 
 test-aot: $(INSTALLED)  ## every form of the Triton kernels compiled for sm_90, the heaviest for other GPUs; needs none; 20 minutes
 	UNDO_AOT=$(or $(UNDO_AOT),sm_90) $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
