@@ -87,7 +87,7 @@ def _subtracts_logits(module: str) -> bool:
     """
     loaded = set(re.findall(r"(%\w+) = tt\.load ", module))
     loaded |= {to for to, of in re.findall(r"(%\w+) = arith\.extf (%\w+) ", module) if of in loaded}
-    return any(loaded >= {a, b} and a != b for a, b in re.findall(r"arith\.subf (%\w+), (%\w+) ", module))
+    return any(loaded >= {a, b} and a != b for a, b in re.findall(r"arith\.subf (%\w+), (%\w+) .*: tensor<", module))
 
 
 def _roundings(ptx: str) -> dict[str, int]:
