@@ -232,6 +232,20 @@ def test_jsd_near_its_end_points(beta, spread):
         assert_as_exact_as(getattr(got, name), plain[name], want[name], floor, name)
 
 
+@pytest.mark.parametrize("beta", [1e-4, 0.04, 0.06, 0.94])
+@pytest.mark.parametrize("apart", [0.3, 0.004])
+def test_jsd_of_unequal_weights_with_16_bit_inputs(beta, apart):
+    """On both sides of the weight from which the short form is taken; logits differ by about 0.25, and by less."""
+    p = problem("jsd", rows=3, vocabulary=251, widths=(24, 24), dtype=torch.bfloat16, spread=3.0, softcap=30.0, beta=beta, factor=1.0,
+                apart=0.0, bias=True, needs=(True, True, True), plan="recompute")  # fmt: skip
+    bias = apart * torch.randn(251, generator=torch.Generator().manual_seed(1))
+    student, teacher = (dataclasses.replace(side, bias=b) for side, b in ((p.student, bias), (p.teacher, torch.zeros(251))))
+    p = dataclasses.replace(p, student=student, teacher=teacher)
+    want, got = oracle(p), vocab_loss(p)
+    assert error(got.divergence, want["divergence"]) < 1e-3
+    assert max(error(getattr(got, name), want[name]) for name in ("d_hidden", "d_weight")) < 0.01
+
+
 @pytest.mark.parametrize("target", DENSE)
 @pytest.mark.parametrize(("spread", "near"), [(10, 0.1), (10, 1e-5), (30, 1e-3)])
 def test_peaked_teachers_that_the_student_agrees_with(target, spread, near):
