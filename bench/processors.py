@@ -129,15 +129,13 @@ def table() -> str:
         tokens, vocabulary, width, dtype = case
         cells = [_cell(cases.get(case)) for _, cases in every.values()]
         lines.append([f"{tokens:,} × {harness.short(vocabulary)} × {width:,}, {dtype}", *cells])
-    notes = [
-        f"*{_short(facts)}*: {harness.whereabouts(facts)}. {facts['note']}" for facts, _ in every.values() if "note" in facts
-    ]
+    notes = [f"*{_short(facts)}*: {facts['note']}" for facts, _ in every.values() if "note" in facts]
     return "\n\n".join([markdown(header, lines), SAID, *notes])
 
 
 def _short(facts: dict[str, Any]) -> str:
     maker = re.sub(r"\((R|TM)\)|CPU|Processor", "", facts["cpu"]).split("@")[0]
-    return f"{' '.join(maker.split())}, {facts['kernels_vector_units']}, {facts['cores']} cores"
+    return f"{' '.join(maker.split())}, {facts['kernels_vector_units']}, {facts['cores']} core{'s' * (facts['cores'] != 1)}"
 
 
 def _cell(timed: tuple[float, float | None, float | None] | None) -> str:
