@@ -46,7 +46,7 @@ def run(library: object) -> None:
     chunk = library.Chunk()
     chunk.tokens = chunk.stride = TOKENS
     chunk.leading, chunk.target = leading, int(library.Target.forward)
-    chunk.uniform, chunk.statistics, chunk.full = False, False, False
+    chunk.uniform, chunk.statistics, chunk.own_term = False, False, False
     chunk.state, chunk.partial = state.ctypes.data, partial.ctypes.data
     for name, row in rows.items():
         setattr(chunk, name, row.ctypes.data)
