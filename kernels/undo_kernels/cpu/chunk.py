@@ -123,6 +123,8 @@ class Chunk:
             for which, side in enumerate(self._sides()):
                 if self.run.bfloat16 and plans.tiled(side):
                     padded = self._padded(side.hidden, torch.bfloat16).contiguous()
+                    if padded.storage_offset() % 2:  # a pair of k would begin inside a word
+                        padded = padded.clone()
                     panels = padded.view(torch.int32).unflatten(0, (-1, kernels.PRODUCT_TOKENS))
                     self._packed[which] = panels.transpose(1, 2).contiguous()
                     if which == 0 and self.run.plan.narrow:

@@ -48,15 +48,21 @@ def reusable(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         else:
             memory = _unused.pop(at)
-    # The tensor's storage holds the array until the last tensor or graph that shares it is gone. Appending needs no lock, which
-    # this thread may hold when the array is collected.
+    # The tensor's storage holds the array until the last tensor or graph that shares it is gone.
     array = (ctypes.c_char * size).from_address(memory.data_ptr())
-    weakref.finalize(array, _unused.append, memory).atexit = False
+    weakref.finalize(array, _keep, memory, _unused).atexit = False
     return torch.frombuffer(array, dtype=dtype).resize_(shape)  # a view would keep autograd from adding to it in place
 
 
+def _keep(memory: torch.Tensor, among: list[torch.Tensor]) -> None:
+    """Keeps memory that nothing uses any more, unless :func:`release` was called since it was given out."""
+    if among is _unused:  # needs no lock, which this thread may hold when an array is collected
+        among.append(memory)
+
+
 def release() -> None:
-    """Frees the calling thread's workspace and the unused memory of gradients."""
+    """Frees the calling thread's workspace and the memory of gradients: of those still in use once nothing uses them."""
+    global _unused
     _kept.buffer = None
     with _lock:
-        _unused.clear()
+        _unused = []

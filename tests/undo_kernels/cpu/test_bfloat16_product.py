@@ -113,3 +113,13 @@ def test_an_emulated_product_is_used_only_where_it_is_named(monkeypatch):
     monkeypatch.delenv("UNDO_CPU_ISA", raising=False)
     assert not set(cpu.emulations()) & set(cpu.instruction_sets())
     assert cpu.instruction_set.bfloat16_product() not in cpu.emulations()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_hidden_states_may_begin_in_the_middle_of_a_word(name, monkeypatch):
+    monkeypatch.setenv("UNDO_CPU_ISA", name)
+    generator = torch.Generator().manual_seed(3)
+    weight, hidden = (torch.randn(n, 32, generator=generator).bfloat16() for n in (70, 16))
+    odd = torch.cat([hidden.new_zeros(1), hidden.flatten()])[1:].view(hidden.shape)
+    assert odd.storage_offset() % 2 == 1 and odd.is_contiguous()
+    assert torch.equal(ops.linear_lse(odd, weight, plan="chunk"), ops.linear_lse(hidden, weight, plan="chunk"))

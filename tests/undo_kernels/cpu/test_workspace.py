@@ -89,6 +89,17 @@ def test_unused_memory_of_another_size_is_freed_first(sizes):
     assert not kept._unused
 
 
+def test_memory_in_use_when_the_rest_is_released_is_freed_later(sizes):
+    shape = torch.Size((sizes[0], 32))
+    first = kept.reusable(shape, torch.float32)
+    undo_kernels.release_workspace()
+    second = kept.reusable(shape, torch.float32)
+    del first
+    assert not kept._unused
+    del second
+    assert len(kept._unused) == 1
+
+
 def test_steps_write_their_gradient_into_the_same_memory(sizes):
     weight = torch.randn(sizes[0], 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
