@@ -142,12 +142,25 @@ def test_a_torn_shard_is_refused(cut):
         trained(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [('{"step": 3}', "the state.json of step 3"), ("{}", "the state.json of step None"), ("", "a torn state.json")],
+)
+def test_a_torn_or_foreign_state_is_refused(cut, text, fault):
+    folder, checkpoint = cut
+    (checkpoint / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^checkpoint: .*step-2 has {fault}.*; delete"):
+        trained(folder)
+
+
 def test_the_previous_complete_checkpoint_is_used(cut, capsys):
     _, checkpoint = cut
     newer = checkpoint.with_name("step-3")
     shutil.copytree(checkpoint, newer)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (newer / "state.json").write_text(json.dumps({**state, "step": 3}))
     min(newer.glob("*.safetensors")).unlink()
-    made_by = json.loads((checkpoint / "state.json").read_text())["made_by"]
+    made_by = state["made_by"]
     assert find_training_state(checkpoint.parent, made_by)[0] == checkpoint
     (line,) = capsys.readouterr().out.splitlines()
     assert "step-3 lacks" in line and line.endswith("continuing from step-2")
