@@ -61,6 +61,11 @@ class CheckpointWriter:
         elif self._writing is not None:  # the error that ends the block is the one to report
             concurrent.futures.wait([self._writing], LAST_WRITE)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written; the next one would hold up the training until it is published."""
+        return self._writing is not None and not self._writing.done()
+
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Begins the checkpoint of ``step``, with ``state`` as JSON values."""
         if self.folder is None:
