@@ -16,7 +16,7 @@ from undo_core import distributed, parallelize_head
 from undo_core.data.sequences import Sequences
 from undo_core.distributed import ParallelConfig, head_ops
 from undo_core.distributed.head_ops import logits_of, most_likely
-from undo_core.distributed.sharding import shard
+from undo_core.distributed.sharding import run, shard
 from undo_core.distributed.vocabulary import check_shareable
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of, hidden_states
@@ -101,6 +101,15 @@ def evaluated_for_the_same_tokens(model, mesh):
     return {name: evaluate(model, part, batch_size=5)["value"] for name, part in parts.items()}
 
 
+@torch.no_grad()
+def hooked(model):
+    """Hidden states of a model whose embedding has a hook that doubles its output."""
+    head_of(model)
+    model.eval().get_input_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
+    shard(model)
+    return run(model, hidden_states, sequences(3).input_ids.long())
+
+
 def unpadded(count=40, seed=0):
     """Sequences of one length, so that all ranks have as many counted tokens."""
     ids = torch.randint(2, rank_cases.VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
@@ -133,6 +142,7 @@ def everything(cases, planned):
         distributed.arrange(ParallelConfig(tensor=3))
     same = distributed.layout().mesh["tensor"]
     found["evaluated alike"] = {name: evaluated_for_the_same_tokens(MODELS[name](), same) for name in ("tied", "untied")}
+    found["hooked"] = hooked(MODELS["demo"]())
     found["same"] = scores_for_the_same_tokens(MODELS["tied"](), same)
     found["moved"] = {case: moved(case) for case in planned}
     return found if distributed.rank() == 0 else None
@@ -171,6 +181,10 @@ def test_ranks_that_must_have_the_same_tokens_evaluate_all_of_them(two, four, mo
     wanted = evaluated_for_the_same_tokens(MODELS[model](), None)
     for found in (two, four):
         assert found["evaluated alike"][model] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_hook_of_the_embedding_runs_once(two):
+    torch.testing.assert_close(two["hooked"], hooked(MODELS["demo"]()))
 
 
 def test_ranks_with_the_same_tokens_find_the_same_scores(two):
