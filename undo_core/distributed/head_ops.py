@@ -95,8 +95,10 @@ def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     tokens, holders = Tokens(head, hidden.shape[:1]), _holders(head)
     every, (weight, first) = tokens.all(hidden), local_part(head.weight)
     weight, bias = weight.float().T, None if head.bias is None else local_part(head.bias)[0].float()
+    # Of the largest part, so that all holders split the tokens alike.
+    entries = -(-len(head.weight) // head.weight.device_mesh.size()) if is_dtensor(head.weight) else weight.shape[1]
     found = []
-    for part in every.split(max(1, LOGITS // max(1, weight.shape[1]))):
+    for part in every.split(max(1, LOGITS // entries)):
         if not part.numel():
             found.append(part.new_zeros(0, dtype=torch.int64))
         elif holders is None:

@@ -232,7 +232,7 @@ def _part(whole: torch.Tensor, mesh: DeviceMesh) -> DTensor:
 
 def look_up_in_parts(embedding: nn.Embedding, sharing: Sharing) -> None:
     """Makes an embedding whose entries are divided look up its tokens in the parts of all ranks."""
-    padding = embedding.padding_idx
+    plain, padding = embedding.forward, embedding.padding_idx
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         own = ids.flatten()
@@ -246,13 +246,12 @@ def look_up_in_parts(embedding: nn.Embedding, sharing: Sharing) -> None:
             rows = nn.functional.embedding(places, local, padding - first if inside else None)
             rows = rows.masked_fill(~held[:, None], 0)
         rows = _ScatterSum.apply(rows, sharing)[: len(own)]
-        # The module's own forward, which may scale its output, runs with these rows as its weight.
-        order = torch.arange(len(own), device=ids.device).view(ids.shape)
-        embedding.padding_idx = None
-        del embedding.forward
+        # The module's own forward, which may scale its output, runs with these rows as its weight, and without hooks, which run outside.
+        order, weight = torch.arange(len(own), device=ids.device).view(ids.shape), embedding._parameters["weight"]
+        embedding.padding_idx, embedding._parameters["weight"] = None, rows
         try:
-            return torch.func.functional_call(embedding, {"weight": rows}, (order,))
+            return plain(order)
         finally:
-            embedding.padding_idx, embedding.forward = padding, forward
+            embedding.padding_idx, embedding._parameters["weight"] = padding, weight
 
     embedding.forward = forward

@@ -15,6 +15,7 @@ from undo_core.data.sequences import Sequences
 from undo_core.distributed.head_ops import linear_cross_entropy, logits_of, most_likely
 from undo_core.distributed.sharding import run
 from undo_core.models import evaluating, head_of, hidden_states
+from undo_core.models.vocabulary_parallel import has_same_tokens
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 sequences
@@ -32,7 +33,8 @@ def evaluate(
     likeliest of the letters; these sequences run sorted by length, each batch cut to its longest sequence.
 
     Args:
-        model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches.
+        model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches;
+            all of them if ranks share its head for the same tokens (:func:`undo_core.parallelize_head`).
         sequences: ``[n, length]`` token sequences.
         batch_size: sequences in a forward pass; None for 512, or fewer if those exceed 16,384 tokens.
         counted: ``[n, length]`` bool, the tokens whose cross-entropy counts; None for all but padding. Ignored for sequences
@@ -51,11 +53,13 @@ def evaluate(
     limits_of(model).check_sequences(sequences, "sequences")
     device = next(model.parameters()).device
     parts, order = [], []
-    batches, count = list(_batches(sequences, batch_size)), distributed.count()
+    batches = list(_batches(sequences, batch_size))
+    # Ranks that share a head for the same tokens would mix their results if each scored other sequences.
+    rank, count = (0, 1) if has_same_tokens(model) else (distributed.rank(), distributed.count())
     with evaluating(model):
         # Each rank takes every count-th batch. One without a batch of its own repeats the last, as the layers of a sharded model are
         # gathered by all ranks together.
-        for turn in range(distributed.rank(), -(-len(batches) // count) * count, count):
+        for turn in range(rank, -(-len(batches) // count) * count, count):
             index, length = batches[min(turn, len(batches) - 1)]
             ids = sequences.input_ids[index, :length].long().to(device)
             if sequences.choices is not None:
@@ -69,7 +73,8 @@ def evaluate(
             if turn < len(batches):
                 parts.append(part.cpu())
                 order.append(index)
-    found = [pair for own in distributed.gather(list(zip(parts, order, strict=True))) for pair in own]
+    own = list(zip(parts, order, strict=True))
+    found = own if count == 1 else [pair for of_rank in distributed.gather(own) for pair in of_rank]
     scores = torch.cat([part for part, _ in found])[torch.cat([index for _, index in found]).argsort()]
     summary = accuracy if sequences.answer_mask is not None else _mean_nats
     result = summary(scores)

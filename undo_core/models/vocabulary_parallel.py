@@ -53,6 +53,11 @@ def parallelize_head(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedMode
     return model
 
 
+def has_same_tokens(model: PreTrainedModel) -> bool:
+    """Whether the ranks that share the head of ``model`` must run it for the same tokens, as :func:`parallelize_head` says."""
+    return hasattr(bare(model), "_undo_head_mesh") and not hasattr(bare(model), "_undo_sharing")
+
+
 def check_divisible(model: PreTrainedModel) -> tuple[nn.Linear, nn.Embedding | None]:
     """Checks that the head of a whole ``model`` can be divided; returns it, and the embedding tied to it, if any.
 

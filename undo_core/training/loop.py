@@ -118,7 +118,8 @@ def train(
             computes one digest of the weights, about a second per gigabyte in float32. Dropout draws from the device's global
             generator, which is seeded in each step from ``config.seed`` and the step, so a resumed run draws the same.
         settings: further values that decide the result, as JSON values.
-        checkpoint_seconds: seconds between checkpoints.
+        checkpoint_seconds: seconds between checkpoints. On several ranks one that is due while another is being written is put off
+            until that is published. A negative number writes one after every step.
         title: label of the progress bar.
         progress: whether to show the progress bar.
 
@@ -232,7 +233,7 @@ def train(
             with seeded(device, config.seed or 0, step):
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
-            late = time.monotonic() - last_save > checkpoint_seconds
+            late = time.monotonic() - last_save > checkpoint_seconds and (checkpoint_seconds < 0 or not checkpoints.busy)
             if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
                 value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
                 late = _is_read(device, step) and bool(asked)

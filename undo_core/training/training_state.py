@@ -61,6 +61,11 @@ class CheckpointWriter:
         elif self._writing is not None:  # the error that ends the block is the one to report
             concurrent.futures.wait([self._writing], LAST_WRITE)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written; the next one would hold up the training until it is published."""
+        return self._writing is not None and not self._writing.done()
+
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Begins the checkpoint of ``step``, with ``state`` as JSON values."""
         if self.folder is None:
@@ -137,10 +142,15 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
 
 
 def _fault(checkpoint: Path) -> str:
-    """Says which of its files a checkpoint lacks, or has in part only; empty if it is complete."""
+    """Says which of its files a checkpoint lacks, has in part only, or has from another one; empty if it is complete."""
     if not (checkpoint / "state.json").exists():
         return "lacks state.json"
-    state = read_json(checkpoint / "state.json")
+    try:
+        state = read_json(checkpoint / "state.json")
+    except ValueError as error:
+        return f"has a torn state.json ({error})"
+    if f"step-{state.get('step')}" != checkpoint.name:  # files of the same sizes belong to every step
+        return f"has the state.json of step {state.get('step')}"
     for name, size in state.get("files", {}).items():
         if not (checkpoint / name).exists():
             return f"lacks {name}, written by one of {state['ranks']} ranks"

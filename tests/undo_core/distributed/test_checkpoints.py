@@ -30,12 +30,12 @@ class Watched(SequenceSource):
         return super().__call__(step)
 
 
-def trained(folder, seen=lambda step: None):
-    """Trains with a checkpoint after every step; returns the weights."""
+def trained(folder, seen=lambda step: None, seconds=-1.0):
+    """Trains with a checkpoint after every step, or after ``seconds``; returns the weights."""
     model, source = untied(), Watched(sequences(), CONFIG.batch_size, 0)
     object.__setattr__(source, "seen", seen)
     object.__setattr__(source, "identity", SequenceSource(sequences(), CONFIG.batch_size, 0).identity)
-    pretraining(model, CONFIG, source=source, folder=folder, checkpoint_seconds=-1.0)
+    pretraining(model, CONFIG, source=source, folder=folder, checkpoint_seconds=seconds)
     return model.state_dict() if distributed.count() == 1 else whole_state(model)
 
 
@@ -54,8 +54,8 @@ def replace_write(change):
     writer.write_data = lambda self, plan, planner: change(self.path, lambda: original(self, plan, planner))
 
 
-def goes_on(folder):
-    """Trains while the first checkpoint waits for the third step; returns the weights and the checkpoints at each step."""
+def goes_on(folder, last, seconds):
+    """Trains while the first checkpoint waits for step ``last``; returns the weights and the checkpoints at each step."""
     reached, found = threading.Event(), []
 
     def slow(path, write):
@@ -64,19 +64,20 @@ def goes_on(folder):
 
     def seen(step):
         found.append(sorted(path.name for path in (folder / "checkpoint").glob("step-*")))
-        if step == 1:
+        if step == last:
             reached.set()
 
     replace_write(slow)
-    return trained(folder, seen), found
+    return trained(folder, seen, seconds), found
 
 
 def all_cases(folder):
-    """Runs on each of two ranks what needs no process to die; the last two leave the process changed."""
+    """Runs on each of two ranks what needs no process to die; the last three leave the process changed."""
     found = {"whole": trained(None)}
     with pytest.raises(KeyboardInterrupt):
         trained(folder / "cut", stop_at(2))
-    found["goes on"] = goes_on(folder / "on")
+    found["goes on"] = goes_on(folder / "on", 1, -1.0)
+    found["puts off"] = goes_on(folder / "off", CONFIG.steps - 1, 0.0)
     found["adopted"] = adopted(folder)
     return found
 
@@ -116,6 +117,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(two, folder):
     assert [path.name for path in (folder / "on" / "checkpoint").iterdir()] == ["step-4"]  # the end waited for the last
 
 
+def test_a_checkpoint_that_is_due_while_another_is_written_is_put_off(two):
+    assert (
+        two[0]["puts off"][1] == [[]] * CONFIG.steps
+    )  # else the second would have waited for the first, which waits for the end
+
+
 def test_what_is_written_is_listed(cut):
     _, checkpoint = cut
     state = json.loads((checkpoint / "state.json").read_text())
@@ -142,12 +149,25 @@ def test_a_torn_shard_is_refused(cut):
         trained(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [('{"step": 3}', "the state.json of step 3"), ("{}", "the state.json of step None"), ("", "a torn state.json")],
+)
+def test_a_torn_or_foreign_state_is_refused(cut, text, fault):
+    folder, checkpoint = cut
+    (checkpoint / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^checkpoint: .*step-2 has {fault}.*; delete"):
+        trained(folder)
+
+
 def test_the_previous_complete_checkpoint_is_used(cut, capsys):
     _, checkpoint = cut
     newer = checkpoint.with_name("step-3")
     shutil.copytree(checkpoint, newer)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (newer / "state.json").write_text(json.dumps({**state, "step": 3}))
     min(newer.glob("*.safetensors")).unlink()
-    made_by = json.loads((checkpoint / "state.json").read_text())["made_by"]
+    made_by = state["made_by"]
     assert find_training_state(checkpoint.parent, made_by)[0] == checkpoint
     (line,) = capsys.readouterr().out.splitlines()
     assert "step-3 lacks" in line and line.endswith("continuing from step-2")

@@ -14,9 +14,9 @@ from wire import CountCollectives
 
 from undo_core import distributed, parallelize_head
 from undo_core.data.sequences import Sequences
-from undo_core.distributed import ParallelConfig
+from undo_core.distributed import ParallelConfig, head_ops
 from undo_core.distributed.head_ops import logits_of, most_likely
-from undo_core.distributed.sharding import shard
+from undo_core.distributed.sharding import run, shard
 from undo_core.distributed.vocabulary import check_shareable
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of, hidden_states
@@ -93,6 +93,23 @@ def scores_for_the_same_tokens(model, mesh=None):
     return most_likely(hidden, head), logits_of(hidden, head, torch.arange(30)[:, None] * torch.tensor([3, 5]) % 17)
 
 
+def evaluated_for_the_same_tokens(model, mesh):
+    """Metrics of a model whose head is shared by ranks that must all run the same batches."""
+    parts = {**scored(model), "unpadded": unpadded(15, seed=5)}
+    if mesh is not None:
+        parallelize_head(model, mesh)
+    return {name: evaluate(model, part, batch_size=5)["value"] for name, part in parts.items()}
+
+
+@torch.no_grad()
+def hooked(model):
+    """Hidden states of a model whose embedding has a hook that doubles its output."""
+    head_of(model)
+    model.eval().get_input_embeddings().register_forward_hook(lambda module, inputs, output: 2 * output)
+    shard(model)
+    return run(model, hidden_states, sequences(3).input_ids.long())
+
+
 def unpadded(count=40, seed=0):
     """Sequences of one length, so that all ranks have as many counted tokens."""
     ids = torch.randint(2, rank_cases.VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
@@ -113,6 +130,7 @@ def moved(case):
 def everything(cases, planned):
     """Runs all cases on this rank of groups of two; the results count on rank 0."""
     distributed.arrange(ParallelConfig(tensor=2))
+    head_ops.LOGITS = 56  # 6 tokens for 9 entries at a time, 7 for 8
     found = {case: first_gradients(MODELS[case[1]](), STAGES[case[0]]) for case in cases}
     found["evaluated"] = {name: evaluated(model()) for name, model in MODELS.items()}
     shared = untied()
@@ -122,7 +140,10 @@ def everything(cases, planned):
         head_of(shared)
     with pytest.raises(ValueError, match=r"parallel\.tensor: got 3 on"):
         distributed.arrange(ParallelConfig(tensor=3))
-    found["same"] = scores_for_the_same_tokens(MODELS["tied"](), distributed.layout().mesh["tensor"])
+    same = distributed.layout().mesh["tensor"]
+    found["evaluated alike"] = {name: evaluated_for_the_same_tokens(MODELS[name](), same) for name in ("tied", "untied")}
+    found["hooked"] = hooked(MODELS["demo"]())
+    found["same"] = scores_for_the_same_tokens(MODELS["tied"](), same)
     found["moved"] = {case: moved(case) for case in planned}
     return found if distributed.rank() == 0 else None
 
@@ -153,6 +174,17 @@ def test_evaluations_are_those_of_one_process(two, four, model):
     assert 0 < wanted["choices"] < 1 and 0.5 < wanted["answers"] < 1
     for found in (two, four):
         assert found["evaluated"][model] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_ranks_that_must_have_the_same_tokens_evaluate_all_of_them(two, four, model):
+    wanted = evaluated_for_the_same_tokens(MODELS[model](), None)
+    for found in (two, four):
+        assert found["evaluated alike"][model] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_hook_of_the_embedding_runs_once(two):
+    torch.testing.assert_close(two["hooked"], hooked(MODELS["demo"]()))
 
 
 def test_ranks_with_the_same_tokens_find_the_same_scores(two):

@@ -87,7 +87,7 @@ def curve(folder, tensor=1, last=None):
     object.__setattr__(source, "identity", SequenceSource(sequences(), CURVE.batch_size, 0).identity)
     evaluated = lambda model: {"nats": evaluate(model, sequences(seed=5), batch_size=16)["value"]}  # noqa: E731
     try:
-        result = pretraining(model, CURVE, source=source, evaluate=evaluated, folder=folder, checkpoint_seconds=0.0)
+        result = pretraining(model, CURVE, source=source, evaluate=evaluated, folder=folder, checkpoint_seconds=-1.0)
     except KeyboardInterrupt:
         return None
     return (model.state_dict() if distributed.count() == 1 else whole_state(model)), result.history

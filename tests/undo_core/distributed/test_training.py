@@ -62,7 +62,7 @@ def curve(config, folder, killed=False):
     kind = Killed if killed else SequenceSource
     try:
         result = pretraining(model, config, source=kind(sequences(), config.batch_size, 0), folder=folder,
-                             checkpoint_seconds=0.0, **more)  # fmt: skip
+                             checkpoint_seconds=-1.0, **more)  # fmt: skip
     except KeyboardInterrupt:
         return None
     state = model.state_dict() if distributed.count() == 1 else whole_state(model, weight_dtype(config.precision))
