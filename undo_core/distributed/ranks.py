@@ -115,7 +115,8 @@ def arrange(config: ParallelConfig) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         shape = (_ranks.count // config.tensor, config.tensor)
-        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", shape, mesh_dim_names=("data", "tensor"))
+        cuda = torch.cuda.is_available() and dist.get_backend() != "gloo"
+        mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("data", "tensor"))
         control, _ = dist.new_subgroups(config.tensor, backend="gloo", timeout=PATIENCE)
         layout = Layout(mesh, control)
     _ranks = dataclasses.replace(_ranks, layout=layout)

@@ -236,8 +236,11 @@ def look_up_in_parts(embedding: nn.Embedding, sharing: Sharing) -> None:
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         own = ids.flatten()
+        own = torch.where(own < 0, embedding.num_embeddings, own)  # -1 stands for no token
         every = sharing.gather(_padded(own, sharing.largest(len(own)), -1))
         local, first = local_part(embedding.weight)
+        if every.device.type == "cpu" and bool((every >= embedding.num_embeddings).any()):  # the same on all ranks, as in torch
+            raise IndexError(f"input_ids: got an index outside the embedding of {embedding.num_embeddings} entries")
         held = (every >= first) & (every < first + len(local))
         rows = local.new_zeros(len(every), local.shape[1])
         if len(local):

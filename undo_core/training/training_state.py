@@ -8,22 +8,25 @@ resumed.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from undo_kernels.ops.layout import overlaps
 from undo_kernels.ops.sharding import local_of
 
-from undo_core.distributed import count, on_first
+from undo_core.distributed import count, on_first, rank
 from undo_core.distributed.sharding import is_sharded, release
 from undo_core.distributed.storage import read_shards, result_of, stored_shapes, write_shards
 from undo_core.io.files import fresh, publish, read_json, write_json
@@ -51,6 +54,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path | None, model: nn.Module, updater: Updater) -> None:
         self.folder, self.model, self.updater = folder, model, updater
         self._writing: Future | None = None
+        self._temporary = Path()
 
     def __enter__(self) -> Self:
         return self
@@ -71,22 +75,34 @@ class CheckpointWriter:
         if self.folder is None:
             return
         self.wait()
-        temporary = on_first(lambda: _begin(self.folder, step))
+        self._temporary = temporary = on_first(lambda: _begin(self.folder, step))
         publish_it = functools.partial(_publish, temporary, self.folder, json.dumps({"step": step, "ranks": count(), **state}))
         if is_sharded(self.model):
             release(self.model)
             tensors = {**_stored(self.model, self.updater), **self.updater.tensors()}
             self._writing = write_shards(temporary, tensors, publish_it)
         else:
-            save_file(_apart(_unique(self.model)), temporary / "model.safetensors")
-            save_file(self.updater.tensors(), temporary / "optimizer.safetensors")
-            on_first(publish_it)
+            with self._removed_if_it_fails():
+                save_file(_apart(_unique(self.model)), temporary / "model.safetensors")
+                save_file(self.updater.tensors(), temporary / "optimizer.safetensors")
+                on_first(publish_it)
 
     def wait(self) -> None:
         """Waits until the checkpoint that was begun is published."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            result_of(writing)
+            with self._removed_if_it_fails():
+                result_of(writing)
+
+    @contextlib.contextmanager
+    def _removed_if_it_fails(self) -> Iterator[None]:
+        """Removes what could not be written, so that a full disk does not stay full."""
+        try:
+            yield
+        except Exception:
+            if rank() == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
 
 
 def _begin(folder: Path, step: int) -> Path:
@@ -156,6 +172,11 @@ def _fault(checkpoint: Path) -> str:
             return f"lacks {name}, written by one of {state['ranks']} ranks"
         if (found := (checkpoint / name).stat().st_size) != size:
             return f"has {found} of the {size} bytes of {name}"
+        try:
+            with safe_open(checkpoint / name, "pt"):  # reads its header
+                pass
+        except SafetensorError as error:
+            return f"has a torn {name} ({error})"
     return ""
 
 

@@ -149,6 +149,15 @@ def test_a_torn_shard_is_refused(cut):
         trained(folder)
 
 
+def test_a_shard_without_its_header_is_refused_by_name(cut):
+    folder, checkpoint = cut
+    shard = max(checkpoint.glob("*.safetensors"))
+    with shard.open("r+b") as file:
+        file.write(bytes(16))
+    with pytest.raises(ValueError, match=f"^checkpoint: .*step-2 has a torn {shard.name} .*; delete"):
+        trained(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [('{"step": 3}', "the state.json of step 3"), ("{}", "the state.json of step None"), ("", "a torn state.json")],
@@ -222,7 +231,7 @@ def full_on_rank_1(folder):
 def test_a_failed_write_is_reported_alike_by_all_ranks(tmp_path):
     said = on_ranks(2, full_on_rank_1, tmp_path)
     assert said == ["checkpoint: rank 1 could not write it: OSError: no space left"] * 2
-    assert not list((tmp_path / "checkpoint").glob("step-*"))
+    assert not list((tmp_path / "checkpoint").iterdir()), "what could not be written takes no room on the disk"
 
 
 def test_a_process_group_of_the_caller_is_used_and_stays(two):

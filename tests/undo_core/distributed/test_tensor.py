@@ -110,6 +110,18 @@ def hooked(model):
     return run(model, hidden_states, sequences(3).input_ids.long())
 
 
+def looked_up_outside(index):
+    """What each rank says of a token that the first one takes from outside the embedding."""
+    model = MODELS["tied"]()
+    ids = sequences(3).input_ids.long()
+    if distributed.rank() == 0:
+        ids[0, 0] = index
+    shard(model)
+    with pytest.raises(IndexError) as error:
+        run(model, hidden_states, ids)
+    return str(error.value)
+
+
 def unpadded(count=40, seed=0):
     """Sequences of one length, so that all ranks have as many counted tokens."""
     ids = torch.randint(2, rank_cases.VOCABULARY, (count, 10), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
@@ -145,6 +157,8 @@ def everything(cases, planned):
     found["hooked"] = hooked(MODELS["demo"]())
     found["same"] = scores_for_the_same_tokens(MODELS["tied"](), same)
     found["moved"] = {case: moved(case) for case in planned}
+    if distributed.count() == 2:  # the ranks of another group would wait for those that fail
+        found["outside"] = [looked_up_outside(index) for index in (rank_cases.VOCABULARY, -1)]
     return found if distributed.rank() == 0 else None
 
 
@@ -185,6 +199,10 @@ def test_ranks_that_must_have_the_same_tokens_evaluate_all_of_them(two, four, mo
 
 def test_a_hook_of_the_embedding_runs_once(two):
     torch.testing.assert_close(two["hooked"], hooked(MODELS["demo"]()))
+
+
+def test_a_token_outside_the_embedding_is_an_error_as_in_torch(two):
+    assert two["outside"] == [f"input_ids: got an index outside the embedding of {rank_cases.VOCABULARY} entries"] * 2
 
 
 def test_ranks_with_the_same_tokens_find_the_same_scores(two):
