@@ -20,8 +20,9 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
-_unused: list[torch.Tensor] = []  # memory of gradients that no tensor uses any more
-_lock = threading.Lock()  # of taking from it
+# Memory of gradients that no tensor uses any more, by its bytes. Threads share it without a lock, which a forked process could inherit
+# locked: a list's append and pop are atomic, and what two threads do at the same time costs new memory at worst.
+_unused: dict[int, list[torch.Tensor]] = {}
 
 
 def workspace(count: int) -> torch.Tensor:
@@ -41,28 +42,25 @@ def reusable(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     size = shape.numel() * dtype.itemsize
     if size < _LEAST_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    with _lock:
-        at = next((index for index, one in enumerate(_unused) if one.nbytes == size), None)
-        if at is None:
-            _unused.clear()
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        else:
-            memory = _unused.pop(at)
+    try:
+        memory = _unused[size].pop()
+    except (KeyError, IndexError):
+        _unused.clear()
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     # The tensor's storage holds the array until the last tensor or graph that shares it is gone.
     array = (ctypes.c_char * size).from_address(memory.data_ptr())
     weakref.finalize(array, _keep, memory, _unused).atexit = False
     return torch.frombuffer(array, dtype=dtype).resize_(shape)  # a view would keep autograd from adding to it in place
 
 
-def _keep(memory: torch.Tensor, among: list[torch.Tensor]) -> None:
+def _keep(memory: torch.Tensor, among: dict[int, list[torch.Tensor]]) -> None:
     """Keeps memory that nothing uses any more, unless :func:`release` was called since it was given out."""
-    if among is _unused:  # needs no lock, which this thread may hold when an array is collected
-        among.append(memory)
+    if among is _unused:
+        among.setdefault(memory.nbytes, []).append(memory)
 
 
 def release() -> None:
     """Frees the calling thread's workspace and the memory of gradients: of those still in use once nothing uses them."""
     global _unused
     _kept.buffer = None
-    with _lock:
-        _unused = []
+    _unused = {}

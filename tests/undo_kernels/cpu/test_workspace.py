@@ -79,14 +79,18 @@ def test_memory_of_a_gradient_is_reused_once_nothing_uses_it(sizes):
     assert halves.dtype == torch.bfloat16 and halves.shape == (2 * sizes[0], 32)
 
 
+def unused():
+    return [memory for memories in kept._unused.values() for memory in memories]
+
+
 def test_unused_memory_of_another_size_is_freed_first(sizes):
     for rows in (sizes[0], sizes[0] + 1, sizes[0] + 2):
         kept.reusable(torch.Size((rows, 32)), torch.float32)
-        assert [one.nbytes for one in kept._unused] == [rows * 32 * 4]
+        assert [one.nbytes for one in unused()] == [rows * 32 * 4]
     kept.reusable(torch.Size((sizes[1], 32)), torch.float32)  # malloc keeps it by itself
-    assert len(kept._unused) == 1
+    assert len(unused()) == 1
     undo_kernels.release_workspace()
-    assert not kept._unused
+    assert not unused()
 
 
 def test_memory_in_use_when_the_rest_is_released_is_freed_later(sizes):
@@ -95,9 +99,9 @@ def test_memory_in_use_when_the_rest_is_released_is_freed_later(sizes):
     undo_kernels.release_workspace()
     second = kept.reusable(shape, torch.float32)
     del first
-    assert not kept._unused
+    assert not unused()
     del second
-    assert len(kept._unused) == 1
+    assert len(unused()) == 1
 
 
 def test_steps_write_their_gradient_into_the_same_memory(sizes):
@@ -115,12 +119,12 @@ def test_steps_write_their_gradient_into_the_same_memory(sizes):
     undo_kernels.release_workspace()
     place = step(0).data_ptr()
     weight.grad = None
-    kept._unused[0].fill_(255)  # NaN as float32
+    unused()[0].fill_(255)  # NaN as float32
     again = step(1)
     assert again.data_ptr() == place, "adopted as it is, and written by the next step"
     assert torch.equal(again, wanted[1])
     summed = step(0)  # accumulation needs a second one
-    assert summed.data_ptr() == place and len(kept._unused) == 1
+    assert summed.data_ptr() == place and len(unused()) == 1
     assert torch.equal(summed, wanted[1] + wanted[0])
 
 
