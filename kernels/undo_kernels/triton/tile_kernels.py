@@ -3,8 +3,8 @@
     stats_tiles  2 tokens V (d_s + d_t) FLOPs; writes a few floats per token and part of the vocabulary
     loss_tiles   the same FLOPs; writes the gradient if needed, 2 or 4 bytes per (token, vocabulary entry) pair
 
-After the products stats_tiles takes 25 instructions a pair for both sides and 13 for one, loss_tiles 53, 6 of them special functions
-each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 160). Rejected on sm_90: 64 x 256 statistics tiles
+After the products stats_tiles takes 25 instructions a pair for both sides and 13 for one, loss_tiles 50, 6 of them special functions
+each (sm_90, forward KL with a softcap, 16-bit inputs; float32 inputs: 171, 85, 126). Rejected on sm_90: 64 x 256 statistics tiles
 (24 instructions; 189 and 102 barriers before a piece was a choice of registers), 64 x 128 with four warps (24 and 51, two programs a
 multiprocessor, but half as many bytes again from the L2 cache), 128 x 256 (spills with labels and bias).
 
@@ -256,7 +256,6 @@ def loss_tiles(
         o_p = i * WIDTH + tl.arange(0, WIDTH)
         o_v = begin + column + o_p
         within = (o_v < last)[None, :]
-        keep = within & counts[:, None]
         b_z = piece(b_s, i, BLOCK_T, BLOCK_V, PIECES)
         b_z, b_q = squash_piece(b_z, student, o_v, last, FINE)
         b_y = b_z
@@ -269,11 +268,11 @@ def loss_tiles(
         )  # fmt: skip
         if SUMS:
             if LATE:
-                b_total += tl.where(keep, value, 0.0)
+                b_total += tl.where(within, value, 0.0)
             else:
-                total += tl.sum(tl.where(keep, value, 0.0), 1)
+                total += tl.sum(tl.where(within, value, 0.0), 1)
         if MIXED:
-            total_mixed += tl.sum(tl.where(keep, mixed, 0.0), 1)
+            total_mixed += tl.sum(tl.where(within, mixed, 0.0), 1)
         if form.GRADIENT:
             b_out = b_g
             if form.TARGET != OWN:
@@ -285,15 +284,17 @@ def loss_tiles(
                 b_out += b_own
             if student.CAPPED:
                 b_out *= 1.0 - b_q * b_q
-            b_out = tl.where(keep, b_out, 0.0)
+            if form.MASKED:
+                b_out = tl.where(counts[:, None], b_out, 0.0)
             dz_ptrs = dz_ptr + o_t[:, None] * stride_dz + (column + o_p)[None, :]
             tl.store(dz_ptrs, narrow(b_out, dz_ptr), mask=keep_t[:, None] & within)
     # Adds to the sums of earlier vocabulary blocks. Launches run one after another, so the order is fixed.
     partial_ptrs = partial_ptr + i_v.to(tl.int64) * tokens + o_t
     if SUMS:
-        total += tl.sum(b_total, 1)
+        total = tl.where(counts, total + tl.sum(b_total, 1), 0.0)
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total, mask=keep_t)
     if MIXED:
+        total_mixed = tl.where(counts, total_mixed, 0.0)
         partial_ptrs += tiles * tokens
         tl.store(partial_ptrs, tl.load(partial_ptrs, mask=keep_t, other=0.0) + total_mixed, mask=keep_t)
 

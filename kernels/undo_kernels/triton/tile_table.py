@@ -56,6 +56,7 @@ _TILES: dict[tuple[str, str, bool], Tile] = {
     **{("sm_100", kernel, False): Tile(64, 128, 64, 8, 3, 8) for kernel in ("stats", "jsd")},
     ("sm_90", "stats", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_90", "loss", False): Tile(128, 128, 64, 8, 3, 8),
+    ("sm_90", "loss", True): Tile(128, 64, 32, 8, 2, 4),
     ("sm_90", "jsd", False): Tile(128, 128, 64, 8, 3, 8),
     ("sm_100", "loss", False): Tile(128, 128, 64, 8, 3, 4),
     **{("gfx942", kernel, False): Tile(128, 128, 64, 8, 2, 8) for kernel in ("stats", "loss")},
