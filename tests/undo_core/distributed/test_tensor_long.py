@@ -146,8 +146,10 @@ def test_the_peak_of_a_rank_is_predicted(stage, tied):
     config = AutoConfig.for_model("llama", tie_word_embeddings=tied, **LLAMA)
     phases = Predictor(config, 64, ranks=2, tensor=2, device="cpu", evaluated=1).phases(PLANNED[stage], torch.float32)
     predicted = max(memory.total - memory.process for memory in phases if memory.phase != "evaluation")
+    gathered = 4 * LLAMA["vocab_size"] * LLAMA["hidden_size"] // (2 if tied else 1)  # of the largest unit
     for measured in on_ranks(2, peak, stage, config):
-        assert measured == pytest.approx(predicted, rel=0.15)
+        # FSDP2 frees a unit's gathered weights before it reduces their gradients; the plan counts both.
+        assert 0.85 * (predicted - gathered) < measured < 1.15 * predicted
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------------------

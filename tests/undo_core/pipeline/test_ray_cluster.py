@@ -147,6 +147,15 @@ def build(engine: RayEngine, store: Store, stages: list) -> tuple[list, list]:
     return finished, failed
 
 
+def await_words(capfd, words: str) -> None:
+    """Waits until a worker's words arrive, which Ray sends from time to time."""
+    said, deadline = "", time.monotonic() + 60
+    while words not in said:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
+        said += capfd.readouterr().out
+
+
 def test_the_stage_of_a_killed_node_continues_on_another(tmp_path, cluster, engine, capfd):
     """A node that dies is found dead by Ray; on another node the stage continues after its last step."""
     store = Store(tmp_path / "stages")
@@ -157,7 +166,7 @@ def test_the_stage_of_a_killed_node_continues_on_another(tmp_path, cluster, engi
     assert failed == [] and [stage.key for stage in finished] == [first.key, last.key]
     steps = lines(store.folder(first))
     assert [int(step) for step, *_ in steps] == list(range(6)) and len({process for _, _, process, _ in steps}) == 2
-    assert "has ended; this process continues its work" in capfd.readouterr().out
+    await_words(capfd, "has ended; this process continues its work")
 
 
 def kill_node(cluster, builder: int) -> None:
@@ -184,7 +193,7 @@ def test_several_processes_build_a_stage_together(tmp_path, engine, capfd):
     steps = lines(store.folder(last))
     assert [int(step) for step, *_ in steps] == list(range(6)) and {count for *_, count in steps} == {"2"}
     assert len({process for _, _, process, _ in steps}) == 2
-    assert "has ended; this process continues its work" in capfd.readouterr().out
+    await_words(capfd, "has ended; this process continues its work")
     until = time.monotonic() + 600
     while engine.ray.available_resources().get("CPU") != 2:  # the placement groups are removed
         assert time.monotonic() < until
