@@ -97,7 +97,10 @@ class TrainingStage(ModelStage):
         return [self.training.batch_size] * self.batches
 
     def check_ranks(self, count: int) -> None:
-        check_ranks(self.training, self.drawn, count)
+        try:
+            check_ranks(self.training, self.drawn, count)
+        except ValueError as error:
+            raise ValueError(f"{error} (in the settings of {self.kind})") from None
 
     @property
     def ruled(self) -> bool:

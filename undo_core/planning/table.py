@@ -124,7 +124,8 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
     ]
     if ranks > 1:
         notes.append(
-            f"Stages that send nothing run on rank 0. Times are of one process; {ranks} ranks divide the work of a step."
+            f"Stages that send nothing run on rank 0. Times are of one process: {ranks} ranks divide the work of a step, but also wait "
+            "for what they send, MiB/step for each of them."
         )
         if config.parallel.tensor > 1:
             notes.append(f"Groups of {config.parallel.tensor} ranks share a head (parallel.tensor).")
