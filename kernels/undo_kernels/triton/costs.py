@@ -51,9 +51,9 @@ INSTRUCTIONS: dict[tuple[str, bool], tuple[float, float]] = {
     ("loss_rows jsd", False): (60.0, 7.0),
     ("loss_rows jsd", True): (205.0, 9.1),
     ("loss_tiles mixture", False): (73.0, 7.0),
-    ("loss_tiles mixture", True): (257.0, 9.1),
+    ("loss_tiles mixture", True): (252.0, 9.1),
     ("loss_tiles jsd", False): (56.2, 7.0),
-    ("loss_tiles jsd", True): (278.0, 9.1),
+    ("loss_tiles jsd", True): (216.0, 9.1),
 }
 
 

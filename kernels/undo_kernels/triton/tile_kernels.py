@@ -211,7 +211,8 @@ def loss_tiles(
     SUMS: tl.constexpr = MIXED or (form.TARGET != JSD and form.TARGET != OWN)
     FINE: tl.constexpr = form.UNIFORM or not (form.SAME or form.TARGET == OWN)  # the difference of small logits needs it
     WIDTH: tl.constexpr = BLOCK_V // PIECES
-    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD  # sum over a token's entries last, if registers suffice
+    # Sum over a token's entries last, if registers suffice.
+    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD and (student.CAPPED or not form.MASKED)
     TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
     blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
