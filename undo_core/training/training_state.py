@@ -99,7 +99,7 @@ class CheckpointWriter:
         """Removes what could not be written, so that a full disk does not stay full."""
         try:
             yield
-        except Exception:
+        except Exception:  # of any kind: a full disk, or another rank's error; it is raised again
             if rank() == 0:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             raise

@@ -57,7 +57,7 @@ def start_node(cluster, tries: int = 5, **arguments):
     """Adds a node; Ray gives it 30 seconds, which are too few on a loaded machine."""
     try:
         return cluster.add_node(**arguments)
-    except Exception:
+    except Exception:  # Ray raises a plain one if the node is not up in time; the last try's error is raised
         if tries == 1:
             raise
     return start_node(cluster, tries - 1, **arguments)
