@@ -36,12 +36,9 @@ def report(form: Form, target: str, counted: bool = True) -> dict[str, Any]:
     compiled = form.compile()
     found = {"name": form.name, "target": target, "triton": triton.__version__, "shared": compiled.metadata.shared}
     found["matrix_16"] = form.kernel.__name__.endswith("_tiles") and "fp32" not in form.types.get("student.hidden_ptr", "fp32")
-    if (
-        form.kernel.__name__ == "loss_rows"
-        and form.types["student.z_ptr"] == form.types["dz_ptr"]
-        and form.constants["GRADIENT"]
-    ):
-        found["layouts"] = _layouts(compiled.asm["ttgir"], form)
+    if _over_logits(form):
+        kind = form.types["dz_ptr"].replace("fp", "f")
+        found["layouts"] = layouts(compiled.asm["ttgir"], form.constants["BLOCK_V"], kind)
     if form.kernel.__name__ == "loss_rows":
         found["subtracts_logits"] = _subtracts_logits(compiled.asm["ttir"])
     if form.kernel.__name__.startswith("noise") and "ptx" in compiled.asm:
@@ -71,13 +68,27 @@ def tile_reports(target: str, kernel: str, wide: bool, tile: Tile) -> list[dict[
         return [report(form, target) for form in chosen if form.types["student.hidden_ptr"] == operand]
 
 
-def _layouts(module: str, form: Form) -> list[str]:
-    """Returns the layouts of the logits read and the gradient written: a thread may overwrite only what it read itself."""
-    kind = form.types["dz_ptr"].replace("fp", "f")
-    size = form.constants["BLOCK_V"]
-    pattern = rf"tt\.(?:load|store) .*?tensor<{size}x!tt\.ptr<{kind}>, (#\w+)>"
-    on_amd = rf"amdg\.buffer_(?:load|store) .*?tensor<{size}x{kind}, (#\w+)>"  # of a pointer and 32-bit offsets
-    return sorted(set(re.findall(pattern, module) + re.findall(on_amd, module)))
+def _over_logits(form: Form) -> bool:
+    """Returns whether a form may write its gradient over the logits: both have one dtype and, for the compiler, one stride."""
+    if form.kernel.__name__ != "loss_rows" or not form.constants["GRADIENT"]:
+        return False
+    named = dict(zip(form.kernel.arg_names, form.arguments, strict=False))  # what is behind them is passed by name
+    read, written = ((stride == 1, stride % 16 == 0) for stride in (named["student"].stride, named["stride_dz"]))
+    return form.types["student.z_ptr"] == form.types["dz_ptr"] and read == written
+
+
+def layouts(module: str, size: int, kind: str) -> dict[str, list[str]]:
+    """Returns the layouts in which blocks of a dtype are read, and those in which computed ones are written.
+
+    A thread may overwrite only what it read itself. Constants, zeros for masked tokens and for columns past the vocabulary, are
+    written where no logits are read.
+    """
+    pointers, block = rf"tensor<{size}x!tt\.ptr<{kind}>, (#\w+)>", rf"tensor<{size}x{kind}, (#\w+)>"
+    patterns = {  # of AMD's buffers: a pointer and 32-bit offsets
+        "read": (rf"tt\.load .*?{pointers}", rf"amdg\.buffer_load .*?{block}"),
+        "written": (rf"tt\.store %\w+, %(?!cst)\w+.*?{pointers}", rf"amdg\.buffer_store %(?!cst)\w+.*?{block}"),
+    }
+    return {way: sorted({layout for p in both for layout in re.findall(p, module)}) for way, both in patterns.items()}
 
 
 def _subtracts_logits(module: str) -> bool:

@@ -120,7 +120,8 @@ class Shapes:
         tile = tile_table.tile(self.target, kernel, self.wide, self.width)
         if not self.ragged:
             return tile
-        return replace(tile, block_t=min(tile.block_t, 64), block_v=min(tile.block_v, 128), block_d=min(tile.block_d, 32))
+        depth = 16 if self.wide else 32
+        return replace(tile, block_t=min(tile.block_t, 64), block_v=min(tile.block_v, 128), block_d=min(tile.block_d, depth))
 
     @property
     def together(self) -> bool:

@@ -212,7 +212,7 @@ def loss_tiles(
     FINE: tl.constexpr = form.UNIFORM or not (form.SAME or form.TARGET == OWN)  # the difference of small logits needs it
     WIDTH: tl.constexpr = BLOCK_V // PIECES
     # Sum over a token's entries last, if registers suffice.
-    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD and (student.CAPPED or not form.MASKED)
+    LATE: tl.constexpr = student.MATH != EXACT and form.TARGET != JSD and (student.CAPPED or not (form.MASKED or form.NLL))
     TWO: tl.constexpr = form.TARGET != OWN and not form.UNIFORM
     blocks = tl.cdiv(tokens, BLOCK_T)
     i_t = tl.program_id(0) % blocks
