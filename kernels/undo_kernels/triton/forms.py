@@ -230,6 +230,7 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
             {"ragged": True, **full},
             {"narrow": True},
             {"tiny": True},
+            {"steep": True, **full},
         ):
             if target in DENSE or "statistics" not in more:
                 yield _problem(target, kind, plan, **more)
@@ -245,11 +246,12 @@ def _problems(scope: str, target: str) -> Iterator[Problem]:
 def _problem(
     target: str, kind: str, plan: str, softcap: bool = False, bias: bool = False, labels: bool = False, masked: bool = False,
     statistics: bool = False, given: bool = False, known: bool = False, frozen: bool = False,
-    ragged: bool = False, narrow: bool = False, tiny: bool = False,
+    ragged: bool = False, narrow: bool = False, tiny: bool = False, steep: bool = False,
 ) -> Problem:  # fmt: skip
     """Returns a problem on tensors without memory.
 
-    ``ragged``: no size is a multiple of 16; ``narrow``: the width is one, but not of a tile's depth; ``tiny``: every size is 1.
+    ``ragged``: no size is a multiple of 16; ``narrow``: the width is one, but not of a tile's depth; ``tiny``: every size is 1;
+    ``steep``: the softcap is too large for approximate functions.
     """
     dtype = _DTYPES[kind]
     tokens, vocabulary, width = (1, 1, 1) if tiny else (_TOKENS, _VOCABULARY - 7 * ragged, 80 if narrow else 640 - 3 * ragged)
@@ -260,7 +262,7 @@ def _problem(
             return GivenLogits(hidden, hidden)
         offset = torch.empty(vocabulary) if bias else None
         hidden, weight = torch.empty(tokens, width, dtype=dtype), torch.empty(vocabulary, width, dtype=dtype)
-        return Projection(hidden, weight, offset, softcap=30.0 if softcap else None)
+        return Projection(hidden, weight, offset, softcap=(200.0 if steep else 30.0) if softcap else None)
 
     token = torch.empty(tokens)
     problem = Problem(side(), target, token, plan=plan, statistics=statistics and target in DENSE)

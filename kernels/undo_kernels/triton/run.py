@@ -25,14 +25,13 @@ from undo_kernels.triton.sharded import exchanged
 FUSED = {"enable_fp_fusion": True}  # explicit, because Triton's default changes between versions
 OUTPUTS = ("divergence", "nll", "lse_s", "lse_t", "entropy", "agreement")
 BASES = ("base_s", "base_t", "log_sum_s", "log_sum_t", "gap", "offset")  # inputs of the loss kernels, one value per token
-_BOUND = 100.0  # largest distance from the cap, in powers of two, at which exponentials are safe from underflow
 _EXTREME = 0.05  # weight of a side in jsd below which its short form would lose the loss's relative error
 _TARGETS = {"uniform": FORWARD.value, "forward": FORWARD.value, "reverse": REVERSE.value, "jsd": JSD.value}
 
 
-def math_of(target: str, wide: bool) -> int:
-    """Returns how a target computes exponentials and reciprocals; ``wide``: of float32 inputs."""
-    if wide:
+def math_of(target: str, exact: bool) -> int:
+    """Returns how a target computes exponentials and reciprocals."""
+    if exact:
         return EXACT.value
     if target == tile_table.INTERPRETER:
         return SIMULATED.value
@@ -52,7 +51,7 @@ class Head:
         self.cap = side.softcap / side.temperature if self.capped else 0.0
         inner, outer = side.scale / side.softcap if self.capped else 1.0, self.cap or self.gain
         self.outer = float(outer if math == EXACT.value else outer * LOG2E.value)
-        bounded = math != EXACT.value and self.capped and 2 * self.outer <= _BOUND and not maxima
+        bounded = math != EXACT.value and self.capped and not maxima
         self.has_bias = side.bias is not None
         self.bias = side.bias.contiguous() if self.has_bias else side.hidden
         flags = (self.has_bias, self.capped, bounded, math)
@@ -79,7 +78,7 @@ class Run:
         self.shapes = s = Shapes(p, self.target)
         self.plan: GpuPlan = gpu_plan(p, self.target)
         self.n, self.vocabulary = s.tokens, p.student.vocabulary
-        self.math = math_of(self.target, s.wide)
+        self.math = math_of(self.target, s.exact)
         self.fast = self.math != EXACT.value
         self.student = Head(p.student, self.math, p.statistics)
         self.teacher = Head(p.teacher, self.math, p.statistics) if s.dense else None

@@ -12,6 +12,9 @@ from undo_kernels.triton import tile_table
 from undo_kernels.triton.products import product_dtype
 
 ALIGNED = 64  # rows of the buffers are padded to a multiple of this, for 16-byte loads and whole tiles
+# Largest softcap over temperature of 16-bit inputs with approximate functions. Their tanh errs by 3e-7, so a logit by 3e-7 of its cap,
+# beside logits that differ by 1e-3 at a KL of 1e-6. Nor can e**(z - cap) underflow: it is at least 2**-98.
+STEEPEST = 34.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ class Shapes:
         return any(product_dtype(s.hidden, s.weight) == torch.float32 for s in self.sides)
 
     @property
+    def exact(self) -> bool:
+        """Whether functions are exact to float32's rounding: for float32 inputs, and for softcaps above STEEPEST."""
+        caps = (side.softcap / side.temperature for side in self.sides if side.softcap is not None)
+        return self.wide or max(caps, default=0.0) > STEEPEST
+
+    @property
     def crossed(self) -> bool:
         """Whether the statistics need the logits of both sides at the same time."""
         return self.dense and (self.problem.statistics or (self.problem.target == "reverse" and self.gradient))
@@ -91,8 +100,8 @@ class Shapes:
 
     @property
     def teacher_sums_of_chunks(self) -> bool:
-        """Whether the chunk plan does, which for float32 inputs sums the differences of both sides' exponentials."""
-        return self.dense and (self.wide or self.teacher_sums)
+        """Whether the chunk plan does, which with exact functions sums the differences of both sides' exponentials."""
+        return self.dense and (self.exact or self.teacher_sums)
 
     @property
     def loss_pass(self) -> bool:
@@ -116,9 +125,9 @@ class Shapes:
         return self._tile("jsd" if self.problem.target == "jsd" else "loss")
 
     def _tile(self, kernel: str) -> tile_table.Tile:
-        """Returns a kernel's tile, or a smaller one for ragged rows, whose single loads need the registers of a large one."""
+        """Returns a kernel's tile, or a smaller one where single loads of ragged rows or exact functions need its registers."""
         tile = tile_table.tile(self.target, kernel, self.wide, self.width)
-        if not self.ragged:
+        if not self.ragged and self.exact == self.wide:
             return tile
         depth = 16 if self.wide else 32
         return replace(tile, block_t=min(tile.block_t, 64), block_v=min(tile.block_v, 128), block_d=min(tile.block_d, depth))
@@ -130,7 +139,7 @@ class Shapes:
             self.dense
             and not self.ragged
             and len({side.weight.shape[1] for side in self.sides}) == 1
-            and tile_table.together(self.target, self.wide)
+            and tile_table.together(self.target, self.exact)
         )
 
     @property

@@ -111,9 +111,9 @@ def trial(key: tuple[str, str, bool, int], tile: Tile) -> Iterator[None]:
         MEASURED.update(before)
 
 
-def together(target: str, wide: bool) -> bool:
+def together(target: str, exact: bool) -> bool:
     """Returns whether one loop forms the products of both sides; elsewhere the sums of two tiles leave no registers to it."""
-    return target in ("sm_90", INTERPRETER) and not wide
+    return target in ("sm_90", INTERPRETER) and not exact
 
 
 def row_block(target: str, vocabulary: int) -> RowBlock:

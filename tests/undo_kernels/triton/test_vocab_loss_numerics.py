@@ -29,11 +29,23 @@ from undo_kernels.triton import math as elementary
 from undo_kernels.triton import tile_table
 from undo_kernels.triton import vocab_loss as driver
 from undo_kernels.triton.run import math_of
+from undo_kernels.triton.shapes import Shapes
 
 from undo_core import ops
 
 # The interpreter is numpy: it warns where a kernel meets the NaN and the infinities that a test feeds it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def apart_by(deviation, target, plan, dtype, **options):
+    """A student whose logits differ from its teacher's by so much: the bias, in float32, moves what 16 bits could not."""
+    p = problem(
+        target, rows=4, vocabulary=251, widths=(24, 24), dtype=dtype, spread=3.0, apart=0.0, factor=1.0, plan=plan, bias=True,
+        needs=(True, True, True), **options,
+    )  # fmt: skip
+    bias = deviation * torch.randn(251, generator=torch.Generator().manual_seed(1))
+    student, teacher = (dataclasses.replace(side, bias=b) for side, b in ((p.student, bias), (p.teacher, torch.zeros(251))))
+    return dataclasses.replace(p, student=student, teacher=teacher)
 
 
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
@@ -43,29 +55,8 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
     """Relative error of the gradients from a KL of about 1 to 1e-6, logits of standard deviation 3."""
     for dtype in (torch.bfloat16, torch.float32):
         reached = []
-        for apart in (0.4, 0.012, 0.0006):
-            # A 16-bit student cannot be moved by less than its spacing: the bias, in float32, moves it.
-            p = problem(
-                target,
-                rows=4,
-                vocabulary=251,
-                widths=(24, 24),
-                dtype=dtype,
-                spread=3.0,
-                softcap=softcap,
-                apart=0.0,
-                factor=1.0,
-                plan=plan,
-                bias=True,
-                needs=(True, True, True),
-            )
-            g = torch.Generator().manual_seed(1)
-            bias = p.student.bias.float() * 0 + apart * 3 * torch.randn(251, generator=g)
-            p = dataclasses.replace(
-                p,
-                student=dataclasses.replace(p.student, bias=bias),
-                teacher=dataclasses.replace(p.teacher, bias=torch.zeros(251)),
-            )
+        for apart in (1.2, 0.036, 0.0018):
+            p = apart_by(apart, target, plan, dtype, softcap=softcap)
             want, got = oracle(p), vocab_loss(p)
             kl = float(want["divergence"].mean())
             reached.append(kl)
@@ -76,6 +67,19 @@ def test_gradient_as_the_divergence_vanishes(target, softcap, plan):
             assert (got.divergence >= 0).all()
         assert max(reached) > 0.1
         assert min(reached) < 1e-6
+
+
+@pytest.mark.parametrize(("softcap", "temperature", "exact"), [(34.0, 1.0, False), (30.0, 0.5, True), (1000.0, 1.0, True)])
+def test_gradient_of_16_bit_inputs_is_as_exact_beside_any_softcap(softcap, temperature, exact):
+    """The approximate tanh errs by 3e-7 of the cap: up to a cap of 34 that is within the bound, above it the exact one is taken."""
+    for target, plan in itertools.product(DENSE, ("chunk", "recompute")):
+        p = apart_by(0.0018, target, plan, torch.bfloat16, softcap=softcap, temperature=temperature)
+        assert Shapes(p, tile_table.INTERPRETER).exact == exact
+        want, got = oracle(p), vocab_loss(p)
+        assert 1e-7 < want["divergence"].mean() < 1e-5
+        assert error(got.divergence, want["divergence"]) < 1e-3, (target, plan)
+        for name in ("d_hidden", "d_weight"):
+            assert error(getattr(got, name), want[name]) < 0.01, (target, plan, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
