@@ -4,7 +4,7 @@
 
 MATH says how exponentials, logarithms and reciprocals are computed:
 
-    EXACT      to a few units in the last place of float32: for float32 inputs
+    EXACT      to a few units in the last place of float32: for float32 inputs, and for softcaps too large for fast_tanh
     CUDA       NVIDIA's approximate instructions, one each, for 16-bit inputs. PTX documents a relative error of 2**-22 for
                ex2.approx and 2**-23 for rcp.approx, and 2**-22 for lg2.approx, absolute between 1/2 and 2.
     PORTABLE   base-2 functions and division of the compiler: for 16-bit inputs on other GPUs

@@ -5,7 +5,7 @@ A logit is ``unit * outer * q``. ``q`` is what a product turns into by bias, sca
     no softcap   q = product + bias                        outer = scale / (temperature unit)
     softcap c    q = tanh(scale (product + bias) / c)      outer = c / (temperature unit)
 
-For float32 inputs (EXACT) the unit is 1. For 16-bit inputs it is log 2, so that exponentials are ex2 instructions, and
+With EXACT functions (see math.py) the unit is 1. Else it is log 2, so that exponentials are ex2 instructions, and
 ``tanh u = 1 - 2 / (1 + e**2u)`` takes one exponential and one reciprocal. It errs by 3e-7, which is too much for the difference of
 two near logits. Where both sides are shaped alike (SAME) that is formed as ``tanh(a - b) (1 - tanh a tanh b)``, with a polynomial;
 else the loss kernels (FINE) use a polynomial for the tanh of small logits. The cap itself is the base of the exponentials, where
