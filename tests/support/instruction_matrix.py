@@ -31,10 +31,11 @@ PRODUCTS = {"amx": "avx512", "avx512bf16": "avx512", "avx512bf16-emulated": "avx
 DTYPES = ("float32", "bfloat16", "float16")
 SPREADS = (1.0, 3.0)
 TORCH_SCALE = 2.0**15  # the largest power of two in float16; undo-core's gradients stand the whole of near.LOSS_SCALE
+WRITES = "`python tests/matrix.py --out docs/results/instruction-sets.md` writes the section of a processor."
 SAID = (
     "Largest relative errors of the gradients · of the loss, and whether the noise has its known bits (`same`). The gradients may err by "
     "1 % in 16 bits, and in float32 by 0.01 % down to a KL of 0.001 and 0.3 % below; the loss by 0.1 %. *Plain torch* computes the "
-    "formula in the same dtype."
+    "formula in the same dtype. Rows of the emulator have the errors of the row kernels on given logits and, in bfloat16, of the product."
 )
 
 
@@ -183,7 +184,7 @@ def environment_rows(command: Sequence[str], path: str, threads: Sequence[int]) 
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         cells = {key: Cell(**value) for key, value in found["cells"].items()}
-        yield Line(f"{name} {found['torch']}" if name == TORCH else name, cells)
+        yield Line(f"{name} {found['torch']}" if name == TORCH else f"{name}, torch {found['torch']}", cells)
 
 
 def arm_cells(output: str, passed: bool, threads: int) -> dict[str, Cell]:
@@ -240,7 +241,7 @@ def failures(lines: Sequence[Line]) -> list[str]:
 def write(page: Path, facts: dict, text: str) -> None:
     """Replaces the processor's section of a page, or adds it."""
     title = f"## {harness.whereabouts(facts)}"
-    before = page.read_text() if page.exists() else f"# Instruction sets, dtypes and threads\n\n{SAID}\n\n"
+    before = page.read_text() if page.exists() else f"# Instruction sets, dtypes and threads\n\n{SAID}\n\n{WRITES}\n\n"
     head, *sections = re.split(r"(?=^## )", before, flags=re.MULTILINE)
     kept = [section for section in sections if section.partition("\n")[0] != title]
     page.write_text("".join([head, *kept, f"{title}\n\n{text}\n"]))
