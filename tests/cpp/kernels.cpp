@@ -98,7 +98,8 @@ uint64_t noised(const char* set, Law law, Type type, bool stochastic) {
   const size_t size = type == Type::FLOAT64 ? 8 : type == Type::FLOAT32 ? 4 : 2;
   std::vector<unsigned char> theta(COUNT * size);
   for (int64_t i = 0; i < COUNT; ++i) {
-    const double x = (double(uint32_t(i * 2654435761u)) - 2147483647.5) / 2147483648.0;  // -1 to 1, as tests/support/noise_answers.py
+    const double x =
+        (double(uint32_t(i * 2654435761u)) - 2147483647.5) / 2147483648.0;  // -1 to 1, as tests/support/noise_answers.py
     const float y = float(x);
     const uint16_t half = type == Type::FLOAT16 ? uint16_t(0x2000 + i % 0x1C00) : to_bfloat16(y);
     const void* from = size == 8 ? static_cast<const void*>(&x) : size == 4 ? static_cast<const void*>(&y) : &half;
