@@ -27,8 +27,11 @@ demo: $(INSTALLED)  ## the whole method on arithmetic, on a CPU
 test: $(INSTALLED)  ## all tests, file by file on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
-test-matrix: $(INSTALLED)  ## the kernels' tests for each instruction set, number of threads and code path of the libraries; long
+test-matrix: $(INSTALLED)  ## a table: accuracy and the noise's bits by instruction set, dtype and threads; two minutes
 	$(BIN)/python tests/matrix.py
+
+test-variations: $(INSTALLED)  ## all tests of the kernels for each instruction set, number of threads and code path of the libraries; long
+	$(BIN)/python tests/variations.py
 
 test-arm: $(INSTALLED)  ## the C++ kernels for Arm in an emulator; needs a cross compiler and qemu, and says how to get them
 	$(BIN)/python tests/arm.py
@@ -95,4 +98,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-arm test-distributed test-aot bench bench-all bench-check lint format docs dist clean
+.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot bench bench-all bench-check lint format docs dist clean

@@ -1,62 +1,24 @@
-"""Runs the kernels' tests in all variations of a machine: torch's vector units, threads, C++ instruction set, MKL's code path.
+"""Prints a table: what each instruction set leaves of the losses' accuracy and of the noise's bits, by dtype and number of threads.
 
-    python tests/matrix.py [pytest arguments]
+    python tests/matrix.py [--python COMMAND] [--path FOLDERS] [--out docs/results/instruction-sets.md]
 
-Each line is one run of tests/undo_kernels in a separate process, one after the other; the exit status is 1 if any fails. The
-runs omit ahead-of-time compilation, which depends on none of this. An instruction set that this processor lacks is named and
-not run.
+A row is an instruction set of the C++ kernels, in a process of its own that checks with undo_kernels.recorded() that it ran. A cell holds
+the largest relative errors of the losses' gradients and of their values as the student approaches its teacher from a KL of 1 to 1e-6
+(tests/support/near_agreement.py), and whether the noise has its known bits. Plain torch in the same dtype has a row beside them. A cell
+fails beyond the limits of the numerics contract, for other bits, or if something else ran; the exit status is then 1, and every failing
+case is named below the table.
+
+Arm runs in an emulator, where tests/arm.py finds its tools; errors there are those of tests/cpp/kernels.cpp. --python adds rows of
+another environment that can import undo_kernels, and --path rows with other folders in PYTHONPATH, as with another version of torch.
 """
 
-import os
-import re
-import subprocess
 import sys
-import time
+from pathlib import Path
 
-from undo_kernels import cpu
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT / "tests/support"), str(ROOT / "bench")]  # not tests/, whose undo_kernels/ holds tests
 
-BASE = {"OMP_NUM_THREADS": "1"}
-VARIATIONS = [
-    {},
-    *({"ATEN_CPU_CAPABILITY": level} for level in ("default", "avx2")),
-    *({"OMP_NUM_THREADS": str(threads)} for threads in (2, 4)),
-    *(
-        {"UNDO_CPU_ISA": name}
-        for name in ("plain", "avx2", "avx512", "avx512bf16", "avx512bf16-emulated", "amx", "neon", "bfmmla")
-    ),
-    {"MKL_CBWR": "COMPATIBLE"},
-    {"ATEN_CPU_CAPABILITY": "default", "UNDO_CPU_ISA": "plain", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "4"},
-]
-VARIED = sorted({name for variation in VARIATIONS for name in variation})
-
-
-def run(variation: dict[str, str], arguments: list[str]) -> tuple[bool, str]:
-    """Runs pytest; returns whether it passed, and its closing line."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIED} | BASE | variation
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
-    if done.returncode:
-        print("\n".join(line for line in lines if re.match("E  |FAILED|ERROR", line)), file=sys.stderr)
-    return done.returncode == 0, lines[-1]
-
-
-def main(arguments: list[str]) -> int:
-    """Prints a line for each variation."""
-    arguments = arguments or ["tests/undo_kernels", "--ignore=tests/undo_kernels/triton/test_aot.py"]
-    failed = 0
-    for variation in VARIATIONS:
-        name = " ".join(f"{key}={value}" for key, value in variation.items()) or "the best of this machine, 1 thread"
-        missing = variation.get("UNDO_CPU_ISA")
-        if missing and missing not in cpu.instruction_sets() + cpu.emulations():
-            print(f"not here  {name}: this processor has {', '.join(cpu.instruction_sets())}", flush=True)
-            continue
-        start = time.monotonic()
-        passed, line = run(variation, arguments)
-        failed += not passed
-        print(f"{'passed' if passed else 'FAILED'}    {name}: {line} ({time.monotonic() - start:.0f} s)", flush=True)
-    return 1 if failed else 0
-
+from instruction_matrix import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(__doc__, sys.argv[1:]))

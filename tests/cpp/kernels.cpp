@@ -1,7 +1,8 @@
 // The C++ kernels without Python or torch: noise, losses, RMU and bfloat16 products against loops in double precision, in every
 // instruction set of the processor. tests/arm.py compiles this for Arm and runs it in an emulator.
 //
-// Prints a line per noise with a digest of its bits, which must be the same on every processor; a line for each failure on stderr.
+// Prints a line per noise with a digest of its bits, which must be the same on every processor, and a line per instruction set and per
+// bfloat16 product with its largest errors; a line for each failure on stderr.
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -85,9 +86,10 @@ void check_philox(const char* set) {
   }
 }
 
+// The sum of the 16-bit words, each times an odd number that depends on its place.
 uint64_t digest(const std::vector<unsigned char>& bytes) {
-  uint64_t value = 0xcbf29ce484222325;  // FNV-1a
-  for (unsigned char byte : bytes) value = (value ^ byte) * 0x100000001b3;
+  uint64_t value = 0;
+  for (size_t i = 0; i < bytes.size(); i += 2) value += uint64_t(bytes[i] | bytes[i + 1] << 8) * ((i + 1) * 0x1E3779B97F4A7C15);
   return value;
 }
 
@@ -95,16 +97,17 @@ uint64_t noised(const char* set, Law law, Type type, bool stochastic) {
   constexpr int64_t COUNT = 70001;
   const size_t size = type == Type::FLOAT64 ? 8 : type == Type::FLOAT32 ? 4 : 2;
   std::vector<unsigned char> theta(COUNT * size);
-  Random random;
   for (int64_t i = 0; i < COUNT; ++i) {
-    const double x = random.uniform();
+    const double x =
+        (double(uint32_t(i * 2654435761u)) - 2147483647.5) / 2147483648.0;  // -1 to 1, as tests/support/noise_answers.py
     const float y = float(x);
     const uint16_t half = type == Type::FLOAT16 ? uint16_t(0x2000 + i % 0x1C00) : to_bfloat16(y);
     const void* from = size == 8 ? static_cast<const void*>(&x) : size == 4 ? static_cast<const void*>(&y) : &half;
     std::memcpy(&theta[i * size], from, size);
   }
   const double scale = law == Law::UNIFORM ? 0.2 / (1 << 24) : 0.3;
-  noise(noise_kernels(set), {{theta.data(), COUNT, type, law, 99, 0.7, scale, 5, 1000, 1503}}, 3, stochastic);
+  const uint64_t hashed = 0x003f019ce421e750;  // of the name "w"
+  noise(noise_kernels(set), {{theta.data(), COUNT, type, law, hashed, 0.7, scale, 5, 1000, 1503}}, 3, stochastic);
   return digest(theta);
 }
 
@@ -128,6 +131,14 @@ void check_noise(const char* set) {
 // ---- losses ------------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t TOKENS = 21, STRIDE = 32, LEADING = 48, ENTRIES = 300;
+
+// The largest relative errors of an instruction set's losses.
+struct Worst {
+  double value = 0, gradient = 0;
+};
+
+// The larger error; NaN if either is.
+double worse(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
 // Loss and gradient of one token by the definition; `likely` is the larger of the two probabilities.
 double by_definition(Target target, const std::vector<float>& z_s, const std::vector<float>& z_t, double beta, int64_t label,
@@ -163,7 +174,7 @@ double by_definition(Target target, const std::vector<float>& z_s, const std::ve
   return value;
 }
 
-void check_losses(const char* set, Target target, double spread) {
+void check_losses(const char* set, Target target, double spread, Worst& worst) {
   const std::string what = std::string("loss ") + std::to_string(target) + " " + set + " spread " + std::to_string(spread);
   const LossKernels& kernels = loss_kernels(set);
   Random random;
@@ -187,7 +198,7 @@ void check_losses(const char* set, Target target, double spread) {
   for (int64_t i = 0; i < TOKENS; ++i) labels[i] = 13 * i;
   Chunk c;
   c.tokens = TOKENS, c.stride = STRIDE, c.leading = LEADING, c.target = target;
-  c.full = target == OWN, c.beta = beta, c.other = 1 - beta;
+  c.beta = beta, c.other = 1 - beta;
   c.student.cap = cap, c.student.bias = biases.data(), c.teacher = c.student;
   c.state = state.data(), c.partial = partial.data();
   c.base_s = base_s.data(), c.base_t = base_t.data(), c.log_sum_s = log_s.data(), c.log_sum_t = log_t.data();
@@ -233,6 +244,7 @@ void check_losses(const char* set, Target target, double spread) {
   expect_error(std::sqrt(error), differs * std::sqrt(probability) + 8 * UNIT * std::sqrt(size), what + ", gradient");
   const double difference = target == OWN ? 1 : std::min(1.0, spread);
   expect_error(value_error, 2 * differs / difference * value_size, what + ", value");
+  worst = {worse(worst.value, value_error / value_size), worse(worst.gradient, std::sqrt(error / size))};
 }
 
 void check_rmu(const char* set) {
@@ -258,7 +270,7 @@ void check_rmu(const char* set) {
 
 // ---- bfloat16 products -------------------------------------------------------------------------------------------------------
 
-void check_product(const Bf16Product& product, int64_t rows, int64_t tokens, int64_t width) {
+void check_product(const Bf16Product& product, int64_t rows, int64_t tokens, int64_t width, double& worst) {
   Random random;
   const int64_t stride_w = width + 8, stride_z = tokens + 16;
   std::vector<uint16_t> weight(rows * stride_w), hidden(tokens * width);
@@ -275,6 +287,7 @@ void check_product(const Bf16Product& product, int64_t rows, int64_t tokens, int
   std::vector<float> z(rows * stride_z, 7.0f);
   bf16_project(product, weight.data(), stride_w, rows, {words.data(), tokens, width}, z.data(), stride_z);
   bool right = true, outside = true;
+  double error = 0, size = 0;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < tokens; ++i) {
       double wanted = 0, terms = 0;
@@ -283,6 +296,7 @@ void check_product(const Bf16Product& product, int64_t rows, int64_t tokens, int
         wanted += term;
         terms += std::fabs(term);
       }
+      error += std::pow(z[r * stride_z + i] - wanted, 2), size += std::pow(wanted, 2);
       // Arm's instruction rounds each sum of two products to odd, others to nearest: at most two units in each addition.
       right = right && std::fabs(z[r * stride_z + i] - wanted) <= 2 * width * UNIT * terms;
     }
@@ -291,6 +305,7 @@ void check_product(const Bf16Product& product, int64_t rows, int64_t tokens, int
   const std::string what = std::string("product ") + product.name + " " + std::to_string(rows) + " x " + std::to_string(tokens);
   expect(right, what);
   expect(outside, what + ": wrote past the tokens");
+  worst = worse(worst, std::sqrt(error / size));
 }
 
 }  // namespace
@@ -300,17 +315,21 @@ int main() {
   for (const char* set : instruction_sets()) {
     names += std::string(names.empty() ? "" : ", ") + set;
     check_noise(set);
+    Worst worst;
     for (const double spread : {8.0, 0.1, 0.003}) {
-      for (const Target target : {OWN, FORWARD, REVERSE, JSD}) check_losses(set, target, spread);
+      for (const Target target : {OWN, FORWARD, REVERSE, JSD}) check_losses(set, target, spread, worst);
     }
+    std::printf("loss %s %.3g gradient %.3g\n", set, worst.value, worst.gradient);
     check_rmu(set);
   }
   for (const Bf16Product* product : bf16_products()) {
     names += std::string(", ") + product->name;
+    double worst = 0;
     for (const int64_t rows : {1, 32, 75}) {
-      check_product(*product, rows, 16, 96);
-      check_product(*product, rows, 48, 32);
+      check_product(*product, rows, 16, 96, worst);
+      check_product(*product, rows, 48, 32, worst);
     }
+    std::printf("product %s %.3g\n", product->name, worst);
   }
   std::printf("checked %s\n", names.c_str());
   return failures != 0;

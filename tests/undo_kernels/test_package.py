@@ -87,3 +87,15 @@ def test_an_extension_that_other_sources_made_is_not_used(tmp_path):
     assert digest(tmp_path) == before
     (tmp_path / "b.h").write_text("changed")
     assert digest(tmp_path) != before
+
+
+def test_the_package_and_its_plans_work_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None  # as on a Mac
+import torch, undo_kernels
+shapes = {"student_hidden": (64, 32), "student_weight": (4096, 32), "teacher_hidden": (64, 32), "teacher_weight": (4096, 32)}
+print(undo_kernels.ops.explain("linear_kl_div", shapes, torch.float32, "cpu"), undo_kernels.unavailable()["triton"])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "triton cannot be imported" in run.stdout

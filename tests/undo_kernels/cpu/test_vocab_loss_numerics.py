@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bfloat16_ways import WAYS, use_way
+from near_agreement import LOSS_LIMIT, SOFTCAP, approach, gradient_limit, random_teacher
 from rounding import EXPONENTIAL, difference_form_error, gamma, relative, unit
 from undo_kernels import cpu
 from vocab_losses import VOCABULARY, assert_as_exact_as_torch, divergence, draw, gradients, logits, near_logits
@@ -28,36 +29,13 @@ pytestmark = [
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_the_gradient_stays_right_as_the_student_approaches_the_teacher(kind, plan, source, dtype, way, trained, monkeypatch):
     """The property of the difference form: the gradient's relative error does not grow as KL goes from 1 to 1e-6."""
-    softcap = 30.0
     if way:
         use_way(way, monkeypatch)
-    if source == "trained":
-        teacher, weight, step = trained
-    else:
-        generator = torch.Generator().manual_seed(5)
-        teacher = torch.randn(96, 64, generator=generator) * float(source.split()[1])
-        weight = torch.randn(2311, 64, generator=generator) / 8
-        step = torch.randn(96, 64, generator=generator) * float(source.split()[1])
-    teacher, weight = teacher.to(dtype), weight.to(dtype)
-    z_t, seen = logits(teacher, weight, softcap=softcap), []
-    for size in (4.0, 2.0, 1.0, 0.4, 0.1, 0.03, 0.01, 0.003, 0.0015):
-        hidden = (teacher.float() + size * step * (teacher.float().norm() / step.norm())).to(dtype)
-        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        exact = [t.detach().double().requires_grad_() for t in inputs]
-        options = {"student_softcap": softcap, "teacher_softcap": softcap, "divergence": kind, "plan": plan}
-        got = ops.linear_kl_div(*inputs, teacher, weight, **options)
-        wanted = divergence(logits(*exact, softcap=softcap), z_t, kind).mean()
-        kl = wanted.item()
-        if not 5e-7 < kl < 2:
-            continue
-        seen.append(kl)
-        got_value = float(got.detach())
-        assert got_value >= 0 and abs(got_value - kl) < 1e-3 * kl
-        limit = 0.01 if dtype != torch.float32 else 1e-4 if kl >= 1e-3 else 3e-3
-        # float16's own range ends before these gradients do: the loss scale of mixed-precision training
-        for a, b in zip(gradients(got * 65536, inputs), gradients(wanted * 65536, exact), strict=True):
-            assert relative(a, b) < limit, (kl, relative(a, b))
-    assert max(seen) > 0.2 and min(seen) < 1e-4, seen
+    drawn = trained if source == "trained" else random_teacher(float(source.split()[1]))
+    options = {"student_softcap": SOFTCAP, "teacher_softcap": SOFTCAP, "divergence": kind, "plan": plan}
+    for near in approach(*drawn, kind, dtype):
+        loss, gradient = near.errors(lambda h, w, near=near: ops.linear_kl_div(h, w, near.teacher, near.weight, **options))
+        assert loss < LOSS_LIMIT and gradient < gradient_limit(dtype, near.kl), (near.kl, loss, gradient)
 
 
 def test_no_worse_than_torch_in_the_same_dtype():

@@ -1,0 +1,37 @@
+"""The C++ kernels for Arm as one program without Python or torch, and the emulator that runs it."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CROSS, QEMU = os.environ.get("CROSS", "aarch64-linux-gnu-g++"), os.environ.get("QEMU", "qemu-aarch64")
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fopenmp", f"-I{ROOT / 'csrc'}"]
+PROCESSORS = {"max": "every extension that the emulator has", "cortex-a72": "no bfloat16"}
+
+
+def build(compiler: str, folder: Path, *link: str) -> Path:
+    """Compiles the kernels and their checks; returns the program."""
+    sources = [ROOT / "tests/cpp/kernels.cpp", *(path for path in sorted(ROOT.glob("csrc/*.cpp")) if path.stem != "module")]
+    folder.mkdir()
+
+    def compiled(path: Path) -> Path:
+        made = folder / f"{path.stem}.o"
+        subprocess.run([compiler, *FLAGS, "-c", path, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    # A static libgomp warns that it would need the same glibc to load a device's plugin, which it never does.
+    subprocess.run(
+        [compiler, *FLAGS, *link, *objects, "-o", folder / "kernels"], check=True, stderr=subprocess.DEVNULL if link else None
+    )
+    return folder / "kernels"
+
+
+def missing() -> str:
+    """Names the tools that are not here and how to get them; empty if all are."""
+    tools = [tool for tool in (CROSS, QEMU) if shutil.which(tool) is None]
+    return f"not at hand: {' and '.join(tools)}; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user" if tools else ""
