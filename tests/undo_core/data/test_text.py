@@ -83,7 +83,7 @@ def test_every_sequence_can_begin_with_the_separator():
         [1, 10, 11, 12, 1], [1, 20, 1, 30, 31], [1, 32, 33, 34, 35], [1, 36, 37, 38, 39], [1, 40, 1, 0, 0]
     ]  # fmt: skip
     assert sequences.lengths.tolist() == [5, 5, 5, 5, 3]
-    with pytest.raises(ValueError, match="^beginning: got 'x'"):
+    with pytest.raises(ValueError, match=r"^beginning: got 'x'"):
         pack(documents, 5, separator_id=1, pad_id=0, beginning="x")
 
 
