@@ -93,6 +93,7 @@ class AttackConfig:
         bits: grid of quantise: bits of a weight, from 2 to 8. With 8 each row of a matrix has one scale, with fewer each group
             of columns.
         group_size: columns that share a scale when a weight has fewer than 8 bits.
+        save: whether to keep the weights of the attacked models. Their curves, which is all that a report reads, are always kept.
         seeds: number of data orders, or of draws of the examples, tried for each rate or number of shots; the worst one counts,
             all are kept.
         seed: seed of the first data order, of the examples and of the adapters; None derives it from the run's seed.
@@ -118,6 +119,7 @@ class AttackConfig:
     shots: list[int] = field(default_factory=lambda: [1, 2, 4])
     bits: list[int] = field(default_factory=lambda: [8, 4])
     group_size: int = 32
+    save: bool = True
     seeds: int = 1
     seed: int | None = None
 

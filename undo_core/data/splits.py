@@ -106,4 +106,5 @@ def _training_splits(settings: dict[str, Any]) -> tuple[PreTrainedTokenizerBase,
         distill=settings["distill"],
         isolated=isolated,
         parse=settings["special_tokens"] == "parse",
+        beginning=settings.get("beginning", "documents"),
     )

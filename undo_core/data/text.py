@@ -25,6 +25,7 @@ def pack(
     *,
     overflow: str = "carry",
     isolated: bool = False,
+    beginning: str = "documents",
 ) -> Sequences:
     """Packs documents into sequences of ``length`` tokens, each document preceded by the separator.
 
@@ -39,16 +40,20 @@ def pack(
         overflow: "carry" continues a document in the next sequence; "discard" drops what does not fit, as the published packing
             does (code of arXiv 2506.06278).
         isolated: whether the documents of a sequence must not attend to each other.
+        beginning: "documents" puts the separator before each document only; "sequences" also before the part of a document that
+            continues in the next sequence, so that every sequence begins with it.
 
     Memory: the sequences, and a few Python lists of the size of one document.
 
     Raises:
-        ValueError: there are no documents, ``length`` is below 2, or ``overflow`` is unknown.
+        ValueError: there are no documents, ``length`` is below 2, or ``overflow`` or ``beginning`` is unknown.
     """
     if length < 2:
         raise ValueError(f"length: got {length}, wanted an integer >= 2")
     if overflow not in ("carry", "discard"):
         raise ValueError(f"overflow: got {overflow!r}, wanted carry or discard")
+    if beginning not in ("documents", "sequences"):
+        raise ValueError(f"beginning: got {beginning!r}, wanted documents or sequences")
     sequences: list[torch.Tensor] = []
     starts: list[torch.Tensor] = []
     sequence: list[int] = []
@@ -66,6 +71,8 @@ def pack(
         whole = [separator_id, *document]
         at = 0  # an index instead of slicing the rest off, so that the time is linear in the document's length
         while at < len(whole):
+            if beginning == "sequences" and at and not sequence:
+                sequence.append(separator_id)
             space = length - len(sequence)
             sequence += whole[at : at + space]
             at = at + space if overflow == "carry" else len(whole)
@@ -96,6 +103,7 @@ def text_splits(
     distill: dict[str, Any] | None = None,
     isolated: bool = False,
     parse: bool = False,
+    beginning: str = "documents",
 ) -> dict[str, Sequences]:
     """Returns the sequences of train, valid and test, each for retain and forget, by name (``train_retain``).
 
@@ -114,6 +122,7 @@ def text_splits(
         isolated: whether the documents of a sequence must not attend to each other.
         parse: whether control tokens that are written out in a document (``<|endoftext|>``) become those tokens; else they are
             text.
+        beginning: where the beginning-of-text token stands, as in :func:`pack`.
 
     Memory: 4 bytes per token, twice.
 
@@ -124,7 +133,7 @@ def text_splits(
     separator, fill = separator_of(tokenizer), fill_of(tokenizer)
 
     def packed(documents: Iterable[Sequence[int]], length: int) -> Sequences:
-        return pack(documents, length, separator, fill, isolated=isolated)
+        return pack(documents, length, separator, fill, isolated=isolated, beginning=beginning)
 
     splits: dict[str, Sequences] = {}
     for group, sources in (("retain", retain), ("forget", forget)):

@@ -93,6 +93,9 @@ class DataConfig:
         length: tokens in a packed sequence (arithmetic, text).
         documents: shared: a token attends to everything before it in its packed sequence, other documents included, as
             published; isolated: a token attends only to its own document, whose positions start at 0 (arithmetic, text).
+        beginning: where the tokenizer's beginning-of-text token stands: before each document, or before each packed sequence
+            too, those that continue a document included. Choose sequences for a checkpoint that was pretrained so: without
+            the token, Gemma predicts the same text much worse (text).
         retain: text to retain: files (.txt, .jsonl, .parquet) or hf://name[:config[:split]][#field]. A mapping gives each
             source its share of ``tokens``; a source with fewer tokens than that is repeated (text).
         forget: text to forget, in the same form (text).
@@ -113,6 +116,7 @@ class DataConfig:
     held_out: float = 0.1
     length: int = 256
     documents: Literal["shared", "isolated"] = "shared"
+    beginning: Literal["documents", "sequences"] = "documents"
     retain: Sources = field(default_factory=list)
     forget: Sources = field(default_factory=list)
     tokens: int | None = None
@@ -141,6 +145,12 @@ class DataConfig:
         if self.documents == "isolated" and self.kind == "arithmetic-compact":
             raise ValueError(
                 "data.documents: got isolated with kind arithmetic-compact, whose sequences hold one problem; wanted shared"
+            )
+        if self.beginning not in ("documents", "sequences"):
+            raise ValueError(f"data.beginning: got {self.beginning!r}, wanted documents or sequences")
+        if self.beginning == "sequences" and self.kind != "text":
+            raise ValueError(
+                f"data.beginning: got sequences with kind {self.kind}, wanted documents: sequences needs kind text"
             )
         if self.special_tokens not in ("text", "parse"):
             raise ValueError(f"data.special_tokens: got {self.special_tokens!r}, wanted text or parse")

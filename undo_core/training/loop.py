@@ -43,6 +43,8 @@ It adds the gradient to the parameters' ``grad`` and returns the detached loss."
 
 Metrics = dict[str, float]
 
+CHECKPOINT_SHARE = 0.05  # largest share of the time that goes into writing checkpoints, however large they are
+
 
 @dataclass
 class TrainResult:
@@ -118,8 +120,8 @@ def train(
             computes one digest of the weights, about a second per gigabyte in float32. Dropout draws from the device's global
             generator, which is seeded in each step from ``config.seed`` and the step, so a resumed run draws the same.
         settings: further values that decide the result, as JSON values.
-        checkpoint_seconds: seconds between checkpoints. On several ranks one that is due while another is being written is put off
-            until that is published. A negative number writes one after every step.
+        checkpoint_seconds: seconds between checkpoints, or more, so that writing them takes at most 5 % of the time. On several ranks one that is due while another is being written is put off
+            until that is published. 0 writes one after every step, and so does a negative number, which also waits for the one before.
         title: label of the progress bar.
         progress: whether to show the progress bar.
 
@@ -217,6 +219,7 @@ def train(
 
     done = evaluate_now() if found is None else bool(result.stopped)
     began = last_save = time.monotonic()
+    pause = checkpoint_seconds
     before = result.seconds
     with (
         lean(model, config, count) as tied,
@@ -233,7 +236,7 @@ def train(
             with seeded(device, config.seed or 0, step):
                 value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
             updater.step()
-            late = time.monotonic() - last_save > checkpoint_seconds and (checkpoint_seconds < 0 or not checkpoints.busy)
+            late = time.monotonic() - last_save > pause and (checkpoint_seconds < 0 or not checkpoints.busy)
             if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
                 value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
                 late = _is_read(device, step) and bool(asked)
@@ -253,8 +256,11 @@ def train(
                 done = evaluate_now()
             result.seconds = before + time.monotonic() - began
             if late:
+                asked_at = time.monotonic()
                 save()
                 last_save = time.monotonic()
+                if checkpoint_seconds > 0:
+                    pause = max(checkpoint_seconds, (last_save - asked_at) / CHECKPOINT_SHARE)
     outer.eval()
     release_workspace()  # the memory of the gradients, which no later step needs
     # No later loss would reveal that the last step made a weight non-finite.

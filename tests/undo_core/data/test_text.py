@@ -76,6 +76,17 @@ def test_packing_keeps_every_token_in_order(length):
     assert sequences.tokens() == len(wanted) and sequences.lengths.tolist()[:-1] == [length] * (len(sequences) - 1)
 
 
+def test_every_sequence_can_begin_with_the_separator():
+    documents = [[10, 11, 12], [], [20], list(range(30, 41))]
+    sequences = pack(documents, 5, separator_id=1, pad_id=0, beginning="sequences")
+    assert sequences.input_ids.tolist() == [
+        [1, 10, 11, 12, 1], [1, 20, 1, 30, 31], [1, 32, 33, 34, 35], [1, 36, 37, 38, 39], [1, 40, 1, 0, 0]
+    ]  # fmt: skip
+    assert sequences.lengths.tolist() == [5, 5, 5, 5, 3]
+    with pytest.raises(ValueError, match=r"^beginning: got 'x'"):
+        pack(documents, 5, separator_id=1, pad_id=0, beginning="x")
+
+
 def test_the_published_packing_discards_what_overflows():
     sequences = pack([[2, 3, 4], [5, 6, 7], [8, 9]], 6, separator_id=1, pad_id=0, overflow="discard")
     assert sequences.input_ids.tolist() == [[1, 2, 3, 4, 1, 5], [1, 8, 9, 1, 0, 0]]

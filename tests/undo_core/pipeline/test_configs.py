@@ -159,6 +159,7 @@ def test_the_published_settings_are_the_published_ones(tmp_path, capsys):
         ([WMDP, "--data.tokens=0"], ["data.tokens: got 0"]),
         ([WMDP, "--data.documents=apart"], ["data.documents", "apart"]),
         ([str(ROOT / "configs" / "arithmetic-cpu.yaml"), "--data.documents=isolated"], ["data.documents: got isolated"]),
+        ([str(ROOT / "configs" / "arithmetic-cpu.yaml"), "--data.beginning=sequences"], ["data.beginning: got sequences"]),
         ([str(ROOT / "configs" / "arithmetic-cpu.yaml"), "--data.distill.sources=[a.txt]"], ["data.distill.sources: got some"]),
     ],
 )

@@ -111,7 +111,7 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("keep", "forget"):
         Path(f"{name}.txt").write_text(f"one {name}\ntwo {name}\n")
-    for name in ("gemma-2-2b", "model"):
+    for name in ("gemma-2-2b", "gemma-3-270m", "model"):
         folder = Path("checkpoints") / name
         folder.mkdir(parents=True)
         for file, value in (("config", CHECKPOINT), ("tokenizer", TOKENIZER), ("tokenizer_config", SPECIAL)):

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,28 @@ def test_a_checkpoint_made_otherwise_is_refused(tiny, sequences, tmp_path, chang
     with pytest.raises(ValueError, match=r"made with penalty None; wanted penalty 2"):
         run(model, settings={"penalty": 2})
     assert run(model).steps == 12
+
+
+@pytest.mark.parametrize(("writing", "steps"), [(0.25, [11, 22, 33, 44, 55]), (2.0, [11, 52])])
+def test_checkpoints_take_a_small_share_of_the_time(tiny, sequences, tmp_path, monkeypatch, writing, steps):
+    """A step takes a second on this clock: checkpoints come every 10 seconds, or once they took 5 % of the time since the last."""
+    now, written = 0.0, []
+
+    def slow_step(*arguments):
+        nonlocal now
+        now += 1.0
+        return loss(*arguments)
+
+    def write(self, step, state):
+        nonlocal now
+        now += writing
+        written.append(step)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(loop.CheckpointWriter, "write", write)
+    source = {"text": sequence_source(sequences, 16, 0)}
+    train(tiny(), slow_step, source, config(steps=60), folder=tmp_path, progress=False)
+    assert written == steps
 
 
 def test_other_sequences_are_refused(tiny, sequences, tmp_path):

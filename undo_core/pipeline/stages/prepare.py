@@ -43,8 +43,9 @@ class Prepare(Stage):
 
     def _json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self.data)
-        if not self.data.questions:  # keeps the keys of runs made before questions existed
-            del data["questions"]
+        later = {"questions": not self.data.questions, "beginning": self.data.beginning == "documents"}
+        for name in (name for name, unused in later.items() if unused):  # keeps the keys of runs made before they existed
+            del data[name]
         return {**super()._json(), "data": data}
 
     def run(self, work: Work) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from undo_core.attacks.relearning import attack, mixed_cross_entropy
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
-from undo_core.pipeline.needs import Memory, Scene
+from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import tested_sequences, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig
@@ -85,7 +85,8 @@ class Relearn(TrainingStage):
                 name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
                 for name, sequences in tests.items()
             }
-        save(model, load_tokenizer(data), work.output, self.training)
+        if config.save:
+            save(model, load_tokenizer(data), work.output, self.training)
         curve = [{"step": step, **point} for step, point in points.items()]
         passes = self._passes()
         flops = sum(
@@ -99,6 +100,10 @@ class Relearn(TrainingStage):
     def _method(self, model: PreTrainedModel) -> Method:
         adapters = insert(model, self.config.lora, 0)[1] if self.config.kind == "lora" else None
         return Method(mixed_cross_entropy, adapters)
+
+    def cost(self, scene: Scene) -> Cost:
+        cost = super().cost(scene)
+        return cost if self.config.save else dataclasses.replace(cost, disk=0)
 
     def passes(self, scene: Scene) -> float:
         return self._passes()
