@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,20 +185,28 @@ def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str,
     return lambda model: {name: evaluate(model, part)["value"] for name, part in sequences.items()}
 
 
-def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
-    """Returns the published stop rule and its target: stop within ``recover`` of the teacher's retain performance.
+class Recovery:
+    """The published stop rule: stop within ``recover`` of the teacher's retain performance.
 
     Args:
-        reached: the teacher's retain performance.
+        reached: returns the teacher's retain performance; called when the rule is first asked.
         data: prepared folder.
         recover: absolute distance for accuracies, relative for cross-entropies; published: 0.05 for both.
     """
-    sequences = load_split(data, "valid_retain")
-    if sequences.answer_mask is not None:
-        target = reached - recover
-        return lambda metrics: metrics["retain"] >= target, target
-    target = reached * (1 + recover)
-    return lambda metrics: metrics["retain"] <= target, target
+
+    def __init__(self, reached: Callable[[], float], data: Path, recover: float) -> None:
+        self.reached, self.recover = reached, recover
+        self.higher_is_better = load_split(data, "valid_retain").answer_mask is not None
+
+    @functools.cached_property
+    def target(self) -> float:
+        """The retain performance at which training stops."""
+        reached = self.reached()
+        return reached - self.recover if self.higher_is_better else reached * (1 + self.recover)
+
+    def stop(self, metrics: Mapping[str, float]) -> bool:
+        """Whether training stops at an evaluation with these metrics."""
+        return metrics["retain"] >= self.target if self.higher_is_better else metrics["retain"] <= self.target
 
 
 def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
