@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from undo_core import distributed
+from undo_core.io.memory_use import keep_freed_memory
 from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
@@ -224,6 +225,7 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
 
     end_with(parent)
     disable_progress_bar()
+    keep_freed_memory()
     use_threads(workers)
 
     send_updates_to(updates.send)
