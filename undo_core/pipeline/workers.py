@@ -148,7 +148,7 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
                 if not ready and not running:
-                    break
+                    break  # someone has removed a folder that the remaining stages read
                 ahead = sum(not _ready(store, stage) for stage, _ in running.values())
                 early = [stage for stage in waiting.values() if stage not in ready and _can_begin(store, stage)]
                 for stage in [*ready, *early[: max(0, workers - 1 - ahead)]][: len(free)]:
