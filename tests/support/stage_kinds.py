@@ -40,6 +40,33 @@ class Ending(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opened(Ending):
+    """A stage that ends only once the file ``gate`` exists."""
+
+    kind = "opened"
+    gate: str
+
+    def run(self, work):
+        while not Path(self.gate).exists():
+            time.sleep(0.02)
+        return super().run(work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening(Ending):
+    """A stage that opens the gate of its late input, and so never ends if it begins after it."""
+
+    kind = "opening"
+    late = ("after",)
+    after: Opened
+
+    def run(self, work):
+        assert not work.complete("after")
+        Path(self.after.gate).write_text("")
+        return {"found": work.wait("after").name}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counted(Stage):
     """Writes a line with its machine and process for each step to its scratch folder, and continues there, as a training does.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from undo_core import distributed
 from undo_core.checkpoints.files import settled_configuration, stored_dtype
@@ -26,6 +28,9 @@ from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.precision import Precision, weight_dtype
 from undo_core.training.sharded import check_ranks
+
+if TYPE_CHECKING:
+    from undo_core.pipeline.memory.predictor import Predictor
 
 # Cheapest first: those that cost time, then those that may change the result. None: the configured size, halved repeatedly.
 CHANGES: tuple[tuple[str, Any], ...] = (
@@ -52,15 +57,12 @@ class ModelStage(Stage):
 
     def expected(self, work: Work) -> dict[str, Any]:
         """The peak memory that ``undo plan`` predicts; None if the prediction fails, which must not stop the stage."""
-        from undo_core.pipeline.memory.predictor import Predictor  # imports the whole training code
-
         data, source = work.inputs["prepared"], work.inputs[self.model_from]
         sequences, scored = load_split(data, TRAIN_SPLITS["retain"]), load_split(data, "valid_retain")
-        predict = Predictor(
-            settled_configuration(source), sequences.length, **_scored(scored), ranks=work.ranks, tensor=work.tensor
-        )
+        arguments = {**_scored(scored), "ranks": work.ranks, "tensor": work.tensor}
+        config = settled_configuration(source)
         try:
-            predicted = predict(self, stored_dtype(source)).total
+            predicted = _predictor(config, length=sequences.length, **arguments)(self, stored_dtype(source)).total
         except Exception as error:
             console.print(f"{work.title}: peak memory not predicted: {type(error).__name__}: {error}")
             predicted = None
@@ -184,20 +186,28 @@ def validation(data: Path, *names: str) -> Callable[[PreTrainedModel], dict[str,
     return lambda model: {name: evaluate(model, part)["value"] for name, part in sequences.items()}
 
 
-def recovered(reached: float, data: Path, recover: float) -> tuple[Callable[[dict[str, float]], bool], float]:
-    """Returns the published stop rule and its target: stop within ``recover`` of the teacher's retain performance.
+class Recovery:
+    """The published stop rule: stop within ``recover`` of the teacher's retain performance.
 
     Args:
-        reached: the teacher's retain performance.
+        reached: returns the teacher's retain performance; called when the rule is first asked.
         data: prepared folder.
         recover: absolute distance for accuracies, relative for cross-entropies; published: 0.05 for both.
     """
-    sequences = load_split(data, "valid_retain")
-    if sequences.answer_mask is not None:
-        target = reached - recover
-        return lambda metrics: metrics["retain"] >= target, target
-    target = reached * (1 + recover)
-    return lambda metrics: metrics["retain"] <= target, target
+
+    def __init__(self, reached: Callable[[], float], data: Path, recover: float) -> None:
+        self.reached, self.recover = reached, recover
+        self.higher_is_better = load_split(data, "valid_retain").answer_mask is not None
+
+    @functools.cached_property
+    def target(self) -> float:
+        """The retain performance at which training stops."""
+        reached = self.reached()
+        return reached - self.recover if self.higher_is_better else reached * (1 + self.recover)
+
+    def stop(self, metrics: Mapping[str, float]) -> bool:
+        """Whether training stops at an evaluation with these metrics."""
+        return metrics["retain"] >= self.target if self.higher_is_better else metrics["retain"] <= self.target
 
 
 def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
@@ -209,6 +219,19 @@ def training_facts(result: TrainResult, flops: float) -> dict[str, Any]:
     facts["limit_reached"] = result.limit_reached
     facts["flops"] = flops
     return facts
+
+
+def _predictor(config: PreTrainedConfig, **arguments: Any) -> Predictor:
+    """Returns the predictor of these arguments, the same one again: it remembers what it has computed for similar stages."""
+    from undo_core.pipeline.memory.predictor import Predictor  # imports the whole training code
+
+    key = json.dumps([config.to_dict(), arguments], sort_keys=True, default=str)
+    if key not in _PREDICTORS:
+        _PREDICTORS[key] = Predictor(config, **arguments)
+    return _PREDICTORS[key]
+
+
+_PREDICTORS: dict[str, Predictor] = {}
 
 
 def _scored(sequences: Sequences) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,16 @@ class Work:
     title: str
     ranks: int = 1
     tensor: int = 1
+
+    def complete(self, name: str) -> bool:
+        """Whether an input is complete; one that is late may still be built."""
+        return self.inputs[name].exists()
+
+    def wait(self, name: str) -> Path:
+        """Waits until an input is complete and returns its folder; whoever started the stage ends it if the input fails."""
+        while not self.complete(name):
+            time.sleep(0.1)
+        return self.inputs[name]
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class Stage(abc.ABC):
         kind: unique name of the kind; first part of the folder's name.
         model_from: name of the input whose folder holds the model that the stage works on; None if there is none.
         own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
+        late: names of inputs that the stage does not read at first: it can begin while other processes build them.
         together: whether several ranks run the stage together; otherwise rank 0 runs it while the others wait.
     """
 
@@ -109,6 +121,7 @@ class Stage(abc.ABC):
     kind: ClassVar[str]
     model_from: ClassVar[str | None] = "model"
     own_text: ClassVar[bool] = False
+    late: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[bool] = False
 
     @functools.cached_property

@@ -46,15 +46,18 @@ class Store:
         """The entries of the manifest that identify the stage."""
         return {"kind": stage.kind, "settings": stage.settings, "key": stage.key}
 
-    def ensure(self, stage: Stage | Folder) -> Path:
+    def ensure(self, stage: Stage | Folder, awaited: bool = False) -> Path:
         """Builds the stage, and the inputs it lacks, unless it is complete, and returns its folder.
 
-        A build that was killed continues from its last checkpoint.
+        A build that was killed continues from its last checkpoint. With ``awaited``, other processes build the late inputs.
         """
         final = self.folder(stage)
         if distributed.on_first(lambda: self.done(stage)):
             return final
-        inputs = {name: self.ensure(source) for name, source in stage.inputs.items()}
+        inputs = {
+            name: self.folder(source) if awaited and name in stage.late else self.ensure(source)
+            for name, source in stage.inputs.items()
+        }
         lock = final.parent / f".{final.name}.lock"
         waiting = f"{final.name}: another process is building it; waiting"
         with locked(lock, waiting) if distributed.rank() == 0 else contextlib.nullcontext() as hold:
@@ -101,7 +104,9 @@ class Store:
         manifest = {
             "format": FORMAT,
             **self.description(stage),
-            "inputs": {name: _provenance(folder) for name, folder in work.inputs.items()},
+            "inputs": {
+                name: _provenance(work.wait(name) if name in stage.late else path) for name, path in work.inputs.items()
+            },
             "outputs": {path.name: hash_file(path) for path in weights},
             "versions": versions(),
             "machine": machine(),

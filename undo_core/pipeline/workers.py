@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from undo_core import distributed
+from undo_core.io.memory_use import keep_freed_memory
 from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, usable_cores
@@ -94,16 +95,32 @@ def _ready(store: Store, stage: Stage) -> bool:
     return all(store.done(source) for source in stage.inputs.values())
 
 
+def _can_begin(store: Store, stage: Stage) -> bool:
+    """Whether only late inputs are missing."""
+    return all(name in stage.late or store.done(source) for name, source in stage.inputs.items())
+
+
+def _readers(stage: Stage, stages: Iterable[Stage]) -> set[str]:
+    """Keys of those of ``stages``, of which inputs come first, that read ``stage``, directly or through others."""
+    found = {stage.key}
+    for other in stages:
+        if any(isinstance(source, Stage) and source.key in found for source in other.inputs.values()):
+            found.add(other.key)
+    return found - {stage.key}
+
+
 def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finished: Finished, failed: Failed | None) -> None:
-    """Builds ``missing`` in ``workers`` processes.
+    """Builds ``missing``, inputs first, in ``workers`` processes.
 
     Each worker is a pool of one process with its own pipe for progress, so that a killed worker fails only its own stage and
-    holds no lock that another one needs.
+    holds no lock that another one needs. A worker that would have nothing to do begins a stage that lacks only late inputs; one
+    worker never does, so that these are built.
     """
     context = multiprocessing.get_context("spawn")
     board, devices = Board(), gpus()
     pools, pipes, free = dict[int, ProcessPoolExecutor](), dict[int, Connection](), list(range(workers))
     waiting, running = dict(missing), dict[Future, tuple[Stage, int]]()
+    given_up = set[str]()  # keys of stages that were begun and whose late input has failed
 
     def start(worker: int) -> None:
         pipes[worker], sender = context.Pipe(duplex=False)
@@ -112,14 +129,31 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
             pools[worker] = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (workers, sender, os.getpid())))
             pools[worker].submit(os.getpid)  # starts the process, with this environment
 
+    def end(worker: int) -> None:
+        pipes.pop(worker, None)
+        if worker in pools:
+            _kill(pools.pop(worker))
+
+    def give_up_readers(failure: Stage) -> None:
+        readers = _readers(failure, missing.values())
+        for key in readers:
+            waiting.pop(key, None)
+        for stage, worker in running.values():
+            if stage.key in readers:
+                given_up.add(stage.key)
+                end(worker)
+
     with contextlib.ExitStack() as stack:
         try:
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
                 if not ready and not running:
-                    break  # all remaining stages read one that failed
-                for stage in ready[: len(free)]:
-                    worker = free.pop(0)
+                    break  # someone has removed a folder that the remaining stages read
+                ahead = sum(not _ready(store, stage) for stage, _ in running.values())
+                early = [stage for stage in waiting.values() if stage not in ready and _can_begin(store, stage)]
+                for stage in [*ready, *early[: max(0, workers - 1 - ahead)]][: len(free)]:
+                    worker = min(free, key=lambda worker: worker not in pools)  # those that run need not be started
+                    free.remove(worker)
                     if worker not in pools:
                         start(worker)
                     running[pools[worker].submit(_build, store, waiting.pop(stage.key))] = stage, worker
@@ -130,19 +164,26 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
                     stage, worker = running.pop(future)
                     free.append(worker)
                     error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        end(worker)
                     if error is None:
                         finished(stage)
+                    elif stage.key in given_up:
+                        continue
                     elif failed is None or not isinstance(error, Exception):
                         raise error
                     else:
                         failed(stage, error)
-                        if isinstance(error, BrokenProcessPool):
-                            del pools[worker], pipes[worker]
+                        give_up_readers(stage)
         except BaseException:
             for pool in pools.values():
-                for process in list((pool._processes or {}).values()):
-                    process.kill()
+                _kill(pool)
             raise
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 @contextlib.contextmanager
@@ -184,10 +225,11 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
 
     end_with(parent)
     disable_progress_bar()
+    keep_freed_memory()
     use_threads(workers)
 
     send_updates_to(updates.send)
 
 
 def _build(store: Store, stage: Stage) -> None:
-    store.ensure(stage)
+    store.ensure(stage, awaited=True)

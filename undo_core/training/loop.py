@@ -24,6 +24,7 @@ from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, SequenceSource, Source, identity_of
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
+from undo_core.training.kept import KeptEvaluations
 from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
@@ -88,6 +89,7 @@ def train(
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     evaluate_at: Iterable[int] | None = None,
     stop: Callable[[Metrics], bool] | None = None,
+    stop_known: Callable[[], bool] | None = None,
     must_stay_finite: bool = True,
     folder: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -110,6 +112,10 @@ def train(
         evaluate: called before the first step, after the last, and in between as ``config.eval_every`` or ``evaluate_at`` say.
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
         stop: predicate on the metrics; the stage ends at the first evaluation that satisfies it.
+        stop_known: whether ``stop`` can answer without waiting; None if it always can. While it cannot, training goes on and
+            keeps the weights of each evaluation in ``folder``, up to 1 GiB. Once it can, training goes back to the first
+            evaluation that satisfies it, so the result is the same. Ignored without a ``folder`` and on several ranks, which
+            wait for ``stop``.
         must_stay_finite: whether a loss or weight that is not finite raises an error. False lets an attack with too high a
             learning rate finish with the weights it has.
         folder: where ``checkpoint/`` and ``log.jsonl`` are kept, so that a killed stage resumes. A checkpoint is resumed only
@@ -195,8 +201,22 @@ def train(
         load_training_state(checkpoint, model, updater)
         result = TrainResult(**saved["result"])
         total, terms = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
-    log = _Log(folder if distributed.rank() == 0 else None, result.steps)
-    shown = ""
+    logs = folder if distributed.rank() == 0 else None
+    log = _Log(logs, -1 if found is None else result.steps)
+    kept = None
+    if stop is not None and stop_known is not None and folder is not None and count == 1:
+        kept = KeptEvaluations(stop, stop_known, model, folder / "kept", result.steps)
+    began = last_save = time.monotonic()
+    before, pause, shown = result.seconds, checkpoint_seconds, ""
+
+    def stops_earlier() -> bool:
+        """Whether an evaluation that was kept satisfies the stop rule; if so, goes back to it."""
+        nonlocal result, log
+        earlier = None if kept is None else kept.first()
+        if earlier is not None:
+            result = TrainResult(**earlier)
+            log = _Log(logs, result.steps)
+        return earlier is not None
 
     def evaluate_now() -> bool:
         nonlocal total, terms, shown
@@ -209,18 +229,19 @@ def train(
         result.history.append(entry)
         log.write({**entry, "tokens": sum(result.tokens.values())})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
+        result.seconds = before + time.monotonic() - began
         if stop is not None:
-            result.stopped = distributed.on_first(lambda: stop(metrics))
+            result.stopped, last = False, result.steps == config.steps
+            if (last or kept is None or not kept.keep(vars(result))) and not stops_earlier():
+                result.stopped = distributed.on_first(lambda: stop(metrics))
         return bool(result.stopped)
 
     def save() -> None:
+        result.seconds = before + time.monotonic() - began
         state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
         checkpoints.write(result.steps, state)
 
     done = evaluate_now() if found is None else bool(result.stopped)
-    began = last_save = time.monotonic()
-    pause = checkpoint_seconds
-    before = result.seconds
     with (
         lean(model, config, count) as tied,
         updater.attached(tied),
@@ -250,11 +271,12 @@ def train(
             loss_now = float(value) if _is_read(device, step) else None
             seen = float(total) if due else loss_now  # the sum includes the losses that were not read in their own step
             if must_stay_finite and seen is not None and not abs(seen) < float("inf"):
+                if stops_earlier():
+                    break
                 raise DivergedError(f"{title}: the loss is {seen} by step {result.steps} (lr {config.rate(step):g}); lower lr")
             bar.update(result.steps, sum(counted.values()), loss_now, shown)
             if due:
                 done = evaluate_now()
-            result.seconds = before + time.monotonic() - began
             if late:
                 asked_at = time.monotonic()
                 save()
@@ -305,13 +327,13 @@ def _is_read(device: torch.device, step: int) -> bool:
 
 
 class _Log:
-    """Log of a stage as JSON lines. Entries that a killed run wrote after its last checkpoint are dropped."""
+    """Log of a stage as JSON lines. Entries after ``step`` are dropped: a killed run wrote them after its last checkpoint."""
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.path = None if folder is None else folder / "log.jsonl"
         if self.path is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(line + "\n" for line in kept))
 

@@ -83,7 +83,7 @@ class CheckpointWriter:
             self._writing = write_shards(temporary, tensors, publish_it)
         else:
             with self._removed_if_it_fails():
-                save_file(_apart(_unique(self.model)), temporary / "model.safetensors")
+                save_file(weights(self.model), temporary / "model.safetensors")
                 save_file(self.updater.tensors(), temporary / "optimizer.safetensors")
                 on_first(publish_it)
 
@@ -187,12 +187,28 @@ def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) ->
         _load_shards(checkpoint, model, updater)
         return
     if (checkpoint / "model.safetensors").exists():
-        saved, states = load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+        load_weights(checkpoint / "model.safetensors", model)
+        updater.load(load_file(checkpoint / "optimizer.safetensors"))
     else:  # written by several ranks
         whole = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(checkpoint).items()}
         read_shards(checkpoint, whole)
         own = _unique(model).keys()
-        saved, states = {n: whole[n] for n in own}, {name: tensor for name, tensor in whole.items() if name not in own}
+        _fill(model, {name: whole[name] for name in own})
+        updater.load({name: tensor for name, tensor in whole.items() if name not in own})
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the parameters and saved buffers of a model that is not sharded, as safetensors stores them."""
+    return _apart(_unique(model))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Loads the :func:`weights` that ``path`` stores into ``model``."""
+    _fill(model, load_file(path))
+
+
+def _fill(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Sets the parameters and saved buffers of ``model``."""
     own = _unique(model)
     expanded = {name for name, other in overlaps(own) if name == other}
     with torch.no_grad():
@@ -202,7 +218,6 @@ def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) ->
                 setattr(model.get_submodule(owner), last, saved[name].to(tensor.device))
             else:
                 tensor.copy_(saved[name])
-    updater.load(states)
 
 
 def _load_shards(checkpoint: Path, model: nn.Module, updater: Updater) -> None:

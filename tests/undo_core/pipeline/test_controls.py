@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from undo_core.attacks.relearning import AttackConfig
@@ -131,6 +132,32 @@ def test_the_gated_students_target_is_every_students(finished, tmp_path, monkeyp
     (tmp_path / "scratch").mkdir(), (tmp_path / "output").mkdir()
     facts = again.run(Work(inputs, tmp_path / "scratch", tmp_path / "output", "again"))
     assert facts["retain_target"] == reached["unlearn"] + 1, "recover is -1"
+
+
+def test_data_filtering_begins_before_its_target_is_there(finished, tmp_path):
+    settings, folder = finished
+    (stage,) = [model.stage for model in graph_of(settings).models if model.kind == "filter"]
+    stage, store, facts, weights = (
+        replace(stage, recover=1.0),
+        Store(folder / "stages"),
+        [],
+        [],
+    )  # it ends at the first evaluation
+    inputs = {name: store.folder(source) for name, source in stage.inputs.items()}
+
+    class Late(Work):
+        def complete(self, name):
+            asked.append(name)
+            return len(asked) > 2
+
+    for kind in (Work, Late):
+        asked, scratch, output = [], tmp_path / kind.__name__ / "scratch", tmp_path / kind.__name__ / "output"
+        scratch.mkdir(parents=True), output.mkdir()
+        found = stage.run(kind(inputs, scratch, output, "again"))
+        facts.append({name: value for name, value in found.items() if name != "seconds"})
+        weights.append(load_file(output / "model.safetensors"))
+    assert asked == ["target"] * 3 and facts[1] == facts[0] and facts[0]["steps"] == 0 and facts[0]["stopped"]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
 def test_the_plan_knows_them(finished):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stage_kinds import KINDS, Ending
+from stage_kinds import KINDS, Ending, Opened, Opening
 
 from undo_core.attacks.config import NEEDS
 from undo_core.cli import main
@@ -212,6 +212,27 @@ def test_a_worker_that_ends_takes_its_own_stage_alone_and_each_has_its_gpu(tmp_p
     assert not store.done(wanted[-1]), "it reads what failed"
     assert {store.manifest(stage)["gpu"] for stage in wanted[2:5]} <= {"GPU-a", "GPU-b"}
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a, GPU-b"
+
+
+def test_an_idle_worker_begins_a_stage_that_lacks_only_a_late_input(tmp_path):
+    """Each first stage waits for the one that begins ahead of it."""
+    store, failed, finished = Store(tmp_path / "stages"), {}, []
+    first = Opened(how="work", gate=str(tmp_path / "a"), title="first")
+    ahead = Opening(how="work", after=first, title="ahead")
+    failing = Opened(how="raise", gate=str(tmp_path / "b"), before=first, title="failing")
+    given_up = Opening(how="work", after=failing, title="given up")
+    reader = Ending(how="work", before=given_up, title="reader of what was given up")
+    last = Ending(how="work", before=ahead, title="last")
+    workers.run_stages(
+        store,
+        [ahead, last, given_up, reader],
+        2,
+        lambda stage: finished.append(stage.title),
+        lambda stage, error: failed.update({stage.title: str(error)}),
+    )
+    assert failed == {"failing": "half way"} and sorted(finished) == ["ahead", "first", "last"]
+    assert store.manifest(ahead)["found"] == store.manifest(ahead)["inputs"]["after"]["folder"] == first.name
+    assert not store.done(given_up) and not store.done(reader)
 
 
 def test_gpus_at_hand(monkeypatch):

@@ -19,7 +19,7 @@ from undo_core.distillation.student import distill, matching
 from undo_core.distillation.teacher import ModelTeacher, Teacher, TeacherConfig
 from undo_core.io.progress import console
 from undo_core.models import forward_flops, head_flops, head_of, load_model, load_tokenizer, vocabulary_of
-from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.model_stage import Recovery, TrainingStage, load_to_train, save, training_facts, validation
 from undo_core.pipeline.needs import Memory, Scene
 from undo_core.pipeline.prepared import distill_sequences, retain_performance
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
@@ -100,7 +100,8 @@ class Distill(TrainingStage):
             if self.target is not None:
                 reached = retain_performance(load_model(work.inputs["target"]), data)
             reached = retain_performance(teacher.model, data) if reached is None else reached
-            stop, facts["retain_target"] = recovered(reached, data, self.recover)
+            rule = Recovery(lambda: reached, data, self.recover)
+            stop, facts["retain_target"] = rule.stop, rule.target
         result = distill(
             student,
             teacher,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from undo_core.models import forward_flops, load_model, load_tokenizer
-from undo_core.pipeline.model_stage import TrainingStage, load_to_train, recovered, save, training_facts, validation
+from undo_core.pipeline.model_stage import Recovery, TrainingStage, load_to_train, save, training_facts, validation
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.prepared import retain_performance, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
@@ -37,6 +37,7 @@ class Pretrain(TrainingStage):
 
     kind = "pretrain"
     model_from = "prepared"
+    late = ("target",)
     train: TrainConfig
     splits: tuple[str, ...]
     stop_retain: float | None = None
@@ -61,17 +62,16 @@ class Pretrain(TrainingStage):
 
     def run(self, work: Work) -> dict[str, Any]:
         data = work.inputs["prepared"]
-        model, sequences, metrics = (
-            load_to_train(data, self.train.precision),
-            train_sequences(data, self.splits),
-            ("retain", "forget"),
-        )
-        stop, facts = None, {}
+        metrics, stop, known, rule = ("retain", "forget"), None, None, None
         if self.recover is not None:
-            reached, metrics = retain_performance(load_model(work.inputs["target"]), data), ("retain",)
-            stop, facts["retain_target"] = recovered(reached, data, self.recover)
+            metrics = ("retain",)
+            rule = Recovery(lambda: retain_performance(load_model(work.wait("target")), data), data, self.recover)
+            stop, known = rule.stop, lambda: work.complete("target")
+            if known():
+                _ = rule.target  # now, while no other model takes memory
         elif self.stop_retain is not None:
             stop = self._accurate
+        model, sequences = load_to_train(data, self.train.precision), train_sequences(data, self.splits)
         result = train(
             model,
             next_token_loss,
@@ -79,11 +79,13 @@ class Pretrain(TrainingStage):
             self.train,
             evaluate=validation(data, *metrics),
             stop=stop,
+            stop_known=known,
             folder=work.scratch,
             title=work.title,
         )
         save(model, load_tokenizer(data), work.output, self.train)
         flops = 3 * forward_flops(model, sequences.length) * result.positions["text"]
+        facts = {} if rule is None else {"retain_target": rule.target}
         return {**facts, **training_facts(result, flops)}
 
     def _accurate(self, values: Mapping[str, float]) -> bool:
