@@ -6,8 +6,8 @@ A step is ``compute_loss`` and its backward pass, without the optimizer, which i
 and that of the example in turns, on the same model and batch, in one process with one thread; seconds are the processor's. Peak
 memory is the high-water mark over a step less what was resident before it, gradients included; memory that undo-core keeps is given
 back first. The examples' losses run within ``tied_gradient_in_place``. Losses and gradients of both are compared, and the command
-fails if they differ by more than float32 rounds. OpenUnlearning is no package: its losses are written out here as its trainers
-compute them, from logits and hooks. A trainer whose package is not installed is left out.
+fails if they differ by more than float32 rounds. OpenUnlearning is no package: its losses are written out in
+``open_unlearning.py``. A trainer whose package is not installed is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import open_unlearning
 from summaries import markdown
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -169,7 +170,7 @@ def unlearning(vocabulary: int, folder: str, method: str) -> Contest:
         unlearn=example.CONFIGS[method],
     )
     with_reference = example.collate(rows)
-    own = OPEN_UNLEARNING[method]
+    own = open_unlearning.LOSSES[method]
     return Contest(
         model,
         lambda _: own(model, original, inputs, example.CONFIGS[method]),
@@ -179,73 +180,6 @@ def unlearning(vocabulary: int, folder: str, method: str) -> Contest:
     )
 
 
-# -- the losses of OpenUnlearning's trainers (src/trainer/unlearn), and of MaxEnt from logits ------------------------------------
-
-
-def logits_of(model: Any, inputs: dict[str, Any]) -> Any:
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-
-
-def sequence_nll(model: Any, inputs: dict[str, Any]) -> Any:
-    """Negative log-likelihood of each sequence, summed over its labels."""
-    import torch.nn.functional as F
-
-    return F.cross_entropy(logits_of(model, inputs).mT, inputs["labels"][:, 1:], ignore_index=-100, reduction="none").sum(-1)
-
-
-def graddiff(model: Any, original: Any, inputs: Any, config: Any) -> Any:
-    return config.retain_weight * model(**inputs["retain"]).loss - model(**inputs["forget"]).loss
-
-
-def npo(model: Any, original: Any, inputs: Any, config: Any) -> Any:
-    import torch
-    import torch.nn.functional as F
-
-    beta = config.npo.beta
-    with torch.no_grad():
-        reference = sequence_nll(original, inputs["forget"])
-    ratio = reference - sequence_nll(model, inputs["forget"])  # log p - log p_original
-    forget = -2 / beta * F.logsigmoid(-beta * ratio).mean()
-    return forget + config.retain_weight * model(**inputs["retain"]).loss
-
-
-def maxent(model: Any, original: Any, inputs: Any, config: Any) -> Any:
-    import math
-
-    mask = inputs["forget"]["labels"][:, 1:] != -100
-    logs = logits_of(model, inputs["forget"])[mask].log_softmax(-1)
-    return -logs.mean() - math.log(logs.shape[-1]) + config.retain_weight * model(**inputs["retain"]).loss
-
-
-def rmu(model: Any, original: Any, inputs: Any, config: Any) -> Any:
-    """Both models run whole, as there; a hook takes the activations."""
-    import torch
-
-    from undo_core import ops
-
-    settings, taken = config.rmu, []
-
-    def run(which: Any, part: str) -> Any:
-        layer = which.model.layers[settings.target_layer - 1]
-        handle = layer.register_forward_hook(
-            lambda module, arguments, output: taken.append(output[0] if isinstance(output, tuple) else output)
-        )
-        try:
-            logits_of(which, inputs[part])
-        finally:
-            handle.remove()
-        return taken.pop()
-
-    def mean(difference: Any, part: str) -> Any:
-        return difference.square()[inputs[part]["labels"] != -100].mean()
-
-    direction = settings.coefficient * ops.misdirection(WIDTH, config.train.seed or 0, settings.direction)
-    with torch.no_grad():
-        kept = run(original, "retain")
-    return mean(run(model, "forget") - direction, "forget") + config.retain_weight * mean(run(model, "retain") - kept, "retain")
-
-
-OPEN_UNLEARNING = {"graddiff": graddiff, "npo": npo, "maxent": maxent, "rmu": rmu}
 CONTESTS: dict[str, tuple[str | None, Callable[[int, str], Contest]]] = {  # name: package it needs, and how it is built
     "Trainer, distillation": (None, hf_distillation),
     "SFTTrainer, cross-entropy": ("trl", trl_sft),
@@ -314,7 +248,7 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
             peaks[name] = peak(run)
             contest.model.zero_grad()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for name, run in steps.items():
+        for run in steps.values():
             run()  # the memory that later steps use again
         for _ in range(rounds):
             for name, run in steps.items():
@@ -371,7 +305,7 @@ def page(lines: list[list[str]], command: str) -> str:
         "on the same model and batch. Seconds are the processor's, of one thread; the peak is beyond what was resident before the step, "
         f"gradients included. The model is a Llama of {LAYERS} layers, width {WIDTH}, with a tied embedding; {ROWS} × {LENGTH} tokens, "
         "unlearning of each part. `SFTTrainer` and `DistillationTrainer` have chunked losses of their own; the others hold logits. "
-        "OpenUnlearning's losses are written out in the script. With a small trunk the head and its gradient are nearly all of a step: "
+        "OpenUnlearning's losses are written out in `bench/open_unlearning.py`. With a small trunk the head and its gradient are nearly all of a step: "
         "the larger the trunk, the nearer to 1 is its share.\n\n"
         f"{markdown(HEADER, lines)}\n\n"
         f"{about['cpu']}, {said}. Made by `{command}`.\n"

@@ -15,6 +15,10 @@ from trl import DistillationConfig, DistillationTrainer
 from undo_core import ops
 from undo_core.models import head_of, hidden_states
 
+WORKSPACE = (
+    128 << 20
+)  # bytes of logits held at a time; without this bound the loss is faster at large vocabularies, and holds more
+
 
 class FusedDistillationTrainer(DistillationTrainer):
     """DistillationTrainer that computes the divergence from hidden states and heads, accurate where both nearly agree."""
@@ -38,6 +42,7 @@ class FusedDistillationTrainer(DistillationTrainer):
             divergence={0.0: "forward", 1.0: "reverse"}.get(self.beta, "jsd"),  # TRL's beta is the teacher's share, as here
             beta=self.beta if 0 < self.beta < 1 else 0.5,
             temperature=self.temperature,
+            workspace_bytes=WORKSPACE,
             normalizer=num_items_in_batch,
             **head.options("student_"),
             **teacher_head.options("teacher_"),

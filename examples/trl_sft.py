@@ -10,6 +10,10 @@ from trl import SFTConfig, SFTTrainer
 from undo_core import ops
 from undo_core.models import head_of, hidden_states
 
+WORKSPACE = (
+    128 << 20
+)  # bytes of logits held at a time; without this bound the loss is faster at large vocabularies, and holds more
+
 
 class FusedSFTTrainer(SFTTrainer):
     """SFTTrainer that never holds ``[tokens, vocabulary]`` logits."""
@@ -22,6 +26,7 @@ class FusedSFTTrainer(SFTTrainer):
             hidden[:, :-1],
             head.weight,
             inputs["labels"][:, 1:],
+            workspace_bytes=WORKSPACE,
             normalizer=num_items_in_batch,  # the tokens of all accumulated batches: accumulation does not change the gradient
             **head.options(),
         )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import open_unlearning
 import pytest
 import trainers
 from undo_kernels import recorded
@@ -34,7 +35,8 @@ def test_the_loss_is_the_trainers_own(contest, name):
 
 
 def test_another_loss_is_found_out(contest, monkeypatch):
-    monkeypatch.setitem(trainers.OPEN_UNLEARNING, "graddiff", lambda *arguments: 1.001 * trainers.graddiff(*arguments))
+    graddiff = open_unlearning.graddiff
+    monkeypatch.setitem(open_unlearning.LOSSES, "graddiff", lambda *arguments: 1.001 * graddiff(*arguments))
     found = contest("OpenUnlearning, GradDiff")
     loss, gradient = trainers.compare(found)
     assert loss > trainers.TOLERANCE and gradient > trainers.TOLERANCE

@@ -127,7 +127,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
         )
     check_unwatched(_NAME, embedding.weight)
     own = TiedEmbedding(embedding.weight)
-    guard = embedding.weight.register_hook(OnlyBackward(_NAME, embedding.weight))
+    guard = own.weight.register_hook(OnlyBackward(_NAME, own.weight))
     anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)
     forward, padding = embedding.forward, embedding.padding_idx
 
