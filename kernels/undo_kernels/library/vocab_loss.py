@@ -274,11 +274,8 @@ class _TokensInto(torch.autograd.Function):
             earlier = earlier_gradient(ctx.parameter, tensors[1])
         problem = dataclasses.replace(problem, needs=(hidden, weight, bias), earlier=earlier)
         result = _implementation(problem, backend)
-        returned = (
-            hidden,
-            weight and earlier is None,
-            bias,
-        )  # zero_grad() since the forward: autograd puts the gradient in its place
+        # After a zero_grad() since the forward there is nothing to add to, and autograd takes the gradient as it is.
+        returned = (hidden, weight and earlier is None, bias)
         return None, None, *_tokens_gradients(result, returned, tensors[: len(_HEAD)])
 
 

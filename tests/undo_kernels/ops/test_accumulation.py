@@ -137,6 +137,10 @@ def test_a_sixteen_bit_gradient_of_many_chunks(workspace):
     compare(cross_entropy, "cpu", torch.bfloat16, V, 400, plan="chunk", workspace_bytes=workspace)
 
 
+def test_plain_torch_that_recomputes_its_chunks():
+    compare(kl, "reference", torch.float32, V, 64, plan="direct", workspace_bytes=1_000_000)
+
+
 class Large(TorchDispatchMode):
     """Counts new tensors of at least so many bytes."""
 
