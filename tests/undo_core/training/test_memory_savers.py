@@ -1,9 +1,11 @@
 """Training with less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
+import contextlib
+
 import pytest
 import torch
 from rounding import assert_same_function, assert_same_training, unit
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from undo_core import ops
 from undo_core.models import head_of, hidden_states
@@ -130,6 +132,24 @@ def test_a_plain_loop_holds_one_gradient_of_the_weight():
     list(micro_batches(wide.double(), False))
     for (name, p), q, exact in zip(wanted.named_parameters(), model.parameters(), wide.parameters(), strict=True):
         assert_same_function(q.grad, p.grad, exact.grad, name)
+
+
+def test_it_works_around_a_trainer(tmp_path):
+    """Hugging Face's Trainer with gradient accumulation and clipping, as it is."""
+    rows = [{"input_ids": row, "labels": row} for batch in batches(2) for row in batch.input_ids]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd", learning_rate=1e-2,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+
+    def trained(in_place):
+        model = model_of("llama")
+        with tied_gradient_in_place(model) if in_place else contextlib.nullcontext() as tied:
+            assert (tied is not None) == in_place
+            Trainer(model, settings, train_dataset=rows).train()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert_same_training(trained(True), trained(False), model_of("llama").parameters(), 3)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
