@@ -14,6 +14,7 @@ results go to bench/results/step-cpu/MACHINE-VERSION.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -53,16 +54,27 @@ class Shape:
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to take the step. ``plain`` is the loop without undo-core."""
+    """A way to take the step.
+
+    Attributes:
+        label: name in tables.
+        train: settings of undo-core's training loop.
+        teacher: resident or cached.
+        loop: None for undo-core's training loop. Otherwise the step is taken in a loop of transformers and torch: ``logits`` without
+            undo-core, ``op`` with its loss, ``in place`` with the loss, ``tied_gradient_in_place`` and ``accumulate_into``.
+    """
 
     label: str
     train: dict[str, Any] = field(default_factory=dict)
     teacher: str = "resident"
+    loop: str | None = None
 
 
 LEAN = {"step_in_backward": True, "activation_checkpointing": True}
 MODES = {
-    "plain": Mode("transformers + torch"),
+    "plain": Mode("transformers + torch", loop="logits"),
+    "op": Mode("the same loop, undo-core's loss", loop="op"),
+    "in-place": Mode("the same loop, loss and gradients in place", loop="in place"),
     "float32": Mode("float32"),
     "checkpointing": Mode("float32, checkpointing", {"activation_checkpointing": True}),
     "in-backward": Mode("float32, step in backward", {"step_in_backward": True}),
@@ -115,44 +127,69 @@ def worker(name: str, shape: Shape, steps: int, folder: Path) -> None:
     student = load_model(folder / "student")
     cached = mode.teacher == "cached"
     teacher = CachedTeacher.open(folder / "cache", folder / "teacher") if cached else load_model(folder / "teacher")
-    config = TrainConfig(steps=steps, batch_size=shape.rows, lr=1e-4, seed=0, **mode.train)
+    config = TrainConfig(steps=steps, batch_size=shape.rows, micro_batch_size=1, lr=1e-4, seed=0, **mode.train)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = harness.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    if name == "plain":
-        loss, ran = observed(lambda: plain_loop(student, teacher, paced, config))
+    if mode.loop is not None:
+        loss, ran = observed(lambda: plain_loop(student, teacher, paced, config, mode.loop))
     else:
         known = teacher if cached else ModelTeacher(teacher)
         loss, ran = observed(lambda: distill(student, known, paced, config, progress=False).history[-1]["loss"])
     say(loss=loss, process=process, resident=before, peak=harness.status("VmHWM"), ran=ran)
 
 
-def plain_loop(student: Any, teacher: Any, sequences: Any, config: Any) -> float:
-    """Distillation as one would write it with transformers and torch alone."""
+def plain_loop(student: Any, teacher: Any, sequences: Any, config: Any, kind: str) -> float:
+    """Distillation as one would write it with transformers and torch; each sequence is a micro-batch."""
+    import torch
+
+    from undo_core import tied_gradient_in_place
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
+    loss_of = logits_loss if kind == "logits" else op_loss
+    into = student.get_output_embeddings().weight if kind == "in place" else None
+    total = 0.0
+    with tied_gradient_in_place(student) if kind == "in place" else contextlib.nullcontext():
+        for step in range(config.steps):
+            batch = sequences.batch(step, config.batch_size, config.seed)
+            student.train()
+            for ids in batch.split(1):
+                loss = loss_of(student, teacher, ids[:, :-1], into) / len(batch)
+                loss.backward()
+                total += float(loss.detach())
+                del loss
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return total / config.steps
+
+
+def logits_loss(student: Any, teacher: Any, ids: Any, into: Any) -> Any:
+    """Forward KL as one would write it with torch alone."""
     import torch
     import torch.nn.functional as F
 
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.0)
-    total = 0.0
-    for step in range(config.steps):
-        ids = sequences.batch(step, config.batch_size, config.seed)
-        student.train()
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids[:, :-1], use_cache=False).logits
-        logits = student(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = F.kl_div(
-            F.log_softmax(logits.flatten(0, 1), -1),
-            F.log_softmax(wanted.flatten(0, 1), -1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        total += float(loss.detach())
-    return total / config.steps
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits
+    logits = student(input_ids=ids, use_cache=False).logits
+    return F.kl_div(
+        F.log_softmax(logits.flatten(0, 1), -1), F.log_softmax(wanted.flatten(0, 1), -1), log_target=True, reduction="batchmean"
+    )
+
+
+def op_loss(student: Any, teacher: Any, ids: Any, into: Any) -> Any:
+    """Forward KL by the fused loss."""
+    import torch
+
+    from undo_core import ops
+    from undo_core.models import head_of, hidden_states
+
+    with torch.no_grad():
+        wanted = hidden_states(teacher, ids)
+    head, other = head_of(student), head_of(teacher)
+    options = head.options("student_") | other.options("teacher_")
+    return ops.linear_kl_div(hidden_states(student, ids), head.weight, wanted, other.weight, accumulate_into=into, **options)
 
 
 # -- the parent ----------------------------------------------------------------------------------------------------------------
@@ -184,7 +221,7 @@ def prepare(shape: Shape, folder: Path, steps: int) -> None:
 
 
 def predicted(name: str, shape: Shape, folder: Path) -> int | None:
-    """Returns the peak that ``undo plan`` predicts, models included, process excluded; None for the plain loop."""
+    """Returns the peak that ``undo plan`` predicts, models included, process excluded; None for a loop that is not undo-core's."""
     from transformers import AutoConfig
 
     from undo_core.distillation.teacher import TeacherConfig
@@ -193,12 +230,12 @@ def predicted(name: str, shape: Shape, folder: Path) -> int | None:
     from undo_core.pipeline.stages import Distill
     from undo_core.training import TrainConfig
 
-    if name == "plain":
-        return None
     mode = MODES[name]
+    if mode.loop is not None:
+        return None
     model = Folder(folder / "teacher")
     stage = Distill(
-        train=TrainConfig(batch_size=shape.rows, **mode.train),
+        train=TrainConfig(batch_size=shape.rows, micro_batch_size=1, **mode.train),
         recover=None,
         config=TeacherConfig(mode.teacher),
         **dict.fromkeys(("prepared", "teacher", "student"), model),
@@ -300,6 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--modes", nargs="*", choices=list(MODES), default=list(MODES), help="contenders to measure; plain is always measured"
     )
+    parser.add_argument("--rows", type=int, default=1, help="sequences of a batch, each of which is a micro-batch (1)")
     parser.add_argument(
         "--quick", action="store_true", help="use a tiny model, to see that everything runs; nothing is recorded"
     )
@@ -328,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         "vocabulary": 8209,  # the smallest size at which the kernels run
         "length": 65,
     }
-    shape = Shape(**small) if options.quick else Shape()
+    shape = Shape(rows=options.rows, **(small if options.quick else {}))
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
         folder = Path(name)
         console.print("models, sequences and the teacher's cache ...")

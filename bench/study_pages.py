@@ -3,14 +3,15 @@
     python bench/study_pages.py
 
 The student is a small trunk with a head of 256,000 tokens, whose gradient has 328 MB; the teacher is its copy before the noise. Each
-row is a process of its own with one thread: the training loop of undo-core or a plain one around the fused loss, with a gradient in
-fresh memory in every step or in the memory of the last one (``kernels/undo_kernels/cpu/workspace.py``). Prints medians over the
-steps between the first and the last.
+row is a process of its own with one thread: the training loop of undo-core, or a plain one around the fused loss, without and with
+``tied_gradient_in_place``; with a gradient in fresh memory in every step or in the memory of the last one
+(``kernels/undo_kernels/cpu/workspace.py``). Prints medians over the steps between the first and the last.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import resource
@@ -21,13 +22,16 @@ import sys
 VOCABULARY, WIDTH, TOKENS, STEPS = 256_000, 320, 256, 5
 
 
-def worker(plain: bool, kept: bool, vocabulary: int) -> None:
+LOOPS = ("undo-core's loop", "plain loop, fused AdamW", "plain loop, fused AdamW, tied_gradient_in_place")
+
+
+def worker(loop: int, kept: bool, vocabulary: int) -> None:
     """Takes the steps of one row and prints it."""
     import torch
     from transformers import AutoConfig
     from undo_kernels.cpu import workspace
 
-    from undo_core import noise_, ops
+    from undo_core import noise_, ops, tied_gradient_in_place
     from undo_core.data.sequences import Sequences
     from undo_core.distillation.student import distill
     from undo_core.models import head_of, hidden_states, initialise
@@ -70,15 +74,16 @@ def worker(plain: bool, kept: bool, vocabulary: int) -> None:
 
     if not kept:
         workspace._LEAST_BYTES = sys.maxsize
-    if plain:
-        plain_loop()
+    if loop:
+        with tied_gradient_in_place(student) if loop == 2 else contextlib.nullcontext():
+            plain_loop()
     else:
         text = Marked(ids, 0, lengths=torch.full((STEPS,), TOKENS + 1))
         distill(student, teacher, text, TrainConfig(steps=STEPS, batch_size=1, lr=1e-4, seed=0), progress=False)
     mark()
     steps = [[after - before for before, after in zip(*pair, strict=True)] for pair in itertools.pairwise(marks[1:-1])]
     system, whole, faults = (statistics.median(column) for column in zip(*steps, strict=True))
-    name = ("plain loop, fused AdamW" if plain else "undo-core's loop") + (", memory kept" if kept else ", fresh memory")
+    name = LOOPS[loop] + (", memory kept" if kept else ", fresh memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"| {name} | {whole:.2f} s | {system / whole:.1%} | {faults:,.0f} | {peak:.2f} GB |", flush=True)
 
@@ -90,15 +95,15 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        worker(*map(bool, arguments.worker), arguments.vocabulary)
+        worker(arguments.worker[0], bool(arguments.worker[1]), arguments.vocabulary)
         return
     print(
         "| loop | processor time of a step | system time | page faults | peak memory |\n| --- | ---: | ---: | ---: | ---: |",
         flush=True,
     )
-    for plain in (0, 1):
+    for loop in range(len(LOOPS)):
         for kept in (0, 1):
-            command = [sys.executable, "-W", "ignore", __file__, "--worker", str(plain), str(kept)]
+            command = [sys.executable, "-W", "ignore", __file__, "--worker", str(loop), str(kept)]
             subprocess.run([*command, "--vocabulary", str(arguments.vocabulary)], check=True)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # editors and type checkers cannot see what __getattr__ loads
     from undo_core.noise.model import noise_
     from undo_core.ops import NoiseRule
     from undo_core.training.config import TrainConfig
+    from undo_core.training.embedding import tied_gradient_in_place
     from undo_core.unlearning import UnlearnConfig, unlearn
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "quantise_",
     "relearn",
     "stream_model",
+    "tied_gradient_in_place",
     "unlearn",
     "worst_of",
 ]
@@ -74,6 +76,7 @@ _HOMES = {  # public name: module that defines it
     "quantise_": "attacks",
     "relearn": "attacks.relearning",
     "stream_model": "distillation.streaming",
+    "tied_gradient_in_place": "training.embedding",
     "unlearn": "unlearning",
     "worst_of": "attacks",
 }

@@ -126,6 +126,7 @@ class LinearKLDivLoss(_Loss):
         teacher_lse: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         max_counted: int | None = None,
+        accumulate_into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the loss; the keyword arguments are those of :func:`undo_kernels.ops.linear_kl_div`."""
         return linear_kl_div(
@@ -141,6 +142,7 @@ class LinearKLDivLoss(_Loss):
             teacher_lse=teacher_lse,
             normalizer=normalizer,
             max_counted=max_counted,
+            accumulate_into=accumulate_into,
             **self.options(),
         )
 
@@ -211,6 +213,7 @@ class LinearCrossEntropyLoss(_Loss):
         bias: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         max_counted: int | None = None,
+        accumulate_into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the loss; the keyword arguments are those of :func:`undo_kernels.ops.linear_cross_entropy`."""
         return linear_cross_entropy(
@@ -222,5 +225,6 @@ class LinearCrossEntropyLoss(_Loss):
             bias=bias,
             normalizer=normalizer,
             max_counted=max_counted,
+            accumulate_into=accumulate_into,
             **self.options(),
         )

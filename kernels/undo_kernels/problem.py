@@ -56,6 +56,7 @@ class Problem:
         plan: ``auto`` or the name of one of the backend's plans.
         workspace_bytes: bound on memory beyond inputs, outputs and O(tokens) floats; None: the plan's default.
         inplace: whether the gradient may overwrite precomputed logits.
+        earlier: earlier gradient of the weight, like it, which the weight's gradient is added to in place; None: there is none.
     """
 
     student: Projection
@@ -76,6 +77,7 @@ class Problem:
     plan: str = "auto"
     workspace_bytes: int | None = None
     inplace: bool = False
+    earlier: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

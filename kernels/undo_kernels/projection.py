@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from undo_kernels.accumulation import AddedProduct
 from undo_kernels.matmul import Product
 from undo_kernels.vocabulary_shard import SummedGradient, VocabularyShard
 
@@ -26,6 +27,8 @@ class Projection:
         temperature: divides the capped logits.
         vocab_size: number of vocabulary entries; later rows of the weight are padding and ignored. None: every row is an entry.
         shard: where the entries lie in the whole vocabulary, if weight and bias are this process's part of a sharded head.
+        accumulate_into: parameter that the weight is a leading part of, and whose gradient the weight's is added to in place; None:
+            autograd accumulates it.
     """
 
     hidden: torch.Tensor
@@ -36,6 +39,7 @@ class Projection:
     temperature: float = 1.0
     vocab_size: int | None = None
     shard: VocabularyShard | None = None
+    accumulate_into: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,14 +67,19 @@ class Projection:
     def logits(self) -> torch.Tensor:
         """Returns ``[tokens, vocabulary]`` in float32, or in float64 if an operand is float64."""
         dtype = compute_dtype(self.hidden, self.weight)
+        z = self._products(dtype)
+        if self.bias is not None:
+            z = z + self.bias[: self.vocabulary].to(dtype)
+        return shape_logits(z, self.scale, self.softcap, self.temperature)
+
+    def _products(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.accumulate_into is not None:
+            return AddedProduct.apply(self.hidden, self.weight, self.accumulate_into, self.vocabulary, dtype)
         hidden, weight = self.hidden.to(dtype), self.weight[: self.vocabulary].to(dtype)
         if self.shard is not None and hidden.requires_grad:
             hidden = SummedGradient.apply(hidden, self.shard)
         # Reductions over the vocabulary are several times faster if the longer of the two dimensions is contiguous.
-        z = Product.apply(hidden, weight) if self.tokens <= self.vocabulary else Product.apply(weight, hidden).T
-        if self.bias is not None:
-            z = z + self.bias[: self.vocabulary].to(dtype)
-        return shape_logits(z, self.scale, self.softcap, self.temperature)
+        return Product.apply(hidden, weight) if self.tokens <= self.vocabulary else Product.apply(weight, hidden).T
 
 
 class GivenLogits(Projection):

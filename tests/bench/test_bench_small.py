@@ -41,3 +41,25 @@ def test_a_quick_run_gives_a_table(suite, tmp_path):
         losses = {record["name"]: record["loss"] for record in rows[0]["contenders"]}
         # Each has the roundings of its own path and of the weights after the previous steps.
         assert losses["float32"] == losses["cached"] == pytest.approx(losses["plain"], rel=4 * gamma(PATH))
+
+
+def test_the_loops_of_the_step_agree():
+    """Without undo-core, with its loss, and with its gradients in place: the same losses, where each step depends on the last."""
+    import bench_step
+    import torch
+    from transformers import AutoConfig
+
+    from undo_core.data.sequences import Sequences
+    from undo_core.models import initialise
+    from undo_core.training import TrainConfig
+
+    sizes = {"vocab_size": 8209, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma2", num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, **sizes)
+    ids = torch.randint(1, 8209, (4, 33), generator=torch.Generator().manual_seed(0))
+    train = TrainConfig(steps=2, batch_size=2, lr=1e-3, seed=0)
+    losses = {}
+    for kind in ("logits", "op", "in place"):
+        student, teacher = initialise(config, seed=0), initialise(config, seed=1)
+        losses[kind] = bench_step.plain_loop(student, teacher, Sequences(ids.to(torch.int32), pad_id=0), train, kind)
+    assert losses["op"] == pytest.approx(losses["logits"], rel=4 * gamma(PATH))
+    assert losses["in place"] == pytest.approx(losses["logits"], rel=4 * gamma(PATH))

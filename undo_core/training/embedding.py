@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from undo_kernels.accumulation import OnlyBackward, check_unwatched, refuse_double_backward
+from undo_kernels.ops.checks import is_dtensor
 
+_NAME = "tied_gradient_in_place"
 LEAST_BYTES = 4 << 20  # size of the weight below which a second gradient costs less than avoiding it
 
 
@@ -34,6 +37,11 @@ class TiedEmbedding:
         """
         self._complete = complete
         return self.weight.register_post_accumulate_grad_hook(self._head_came)
+
+    def check(self) -> None:
+        """Refuses a hook that was registered since, except that of :meth:`on_gradient`."""
+        if self._complete is None:
+            check_unwatched(_NAME, self.weight)
 
     def reset(self) -> None:
         """Forgets pending lookups before a step: a forward pass may have run with gradients but without a backward pass."""
@@ -60,8 +68,8 @@ class _Lookup(torch.autograd.Function):
         return tied.weight.detach()[ids]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
+        refuse_double_backward(_NAME)
         (ids,) = ctx.saved_tensors
         weight = ctx.tied.weight
         if ctx.padding is not None:
@@ -85,11 +93,27 @@ def _distinct(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextlib.contextmanager
 def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | None]:
-    """Context in which the backward pass adds the input embedding's gradient to the head's in place.
+    """Context in which the backward pass adds the input embedding's gradient to the head's in place::
 
-    Yields the tied weight, or None where the two are not tied, the weight is small, or the embedding has options that are not
-    supported. The gradient is the same up to the order of a sum. Memory: ``[tokens, d]`` instead of ``[V, d]``. The embedding's
-    part arrives only through ``backward``: ``torch.autograd.grad`` with respect to the weight returns the head's part alone.
+        with tied_gradient_in_place(model):
+            for batch in batches:
+                loss(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    It works in any loop or trainer. Everything else, ``zero_grad``, gradient accumulation, clipping, autocast and a loss scaler
+    included, stays as it is. The gradient is the same up to the order of a sum. Memory: ``[tokens, d]`` instead of ``[V, d]``.
+    With gradient accumulation, ``accumulate_into=model.lm_head.weight`` of the losses (:mod:`undo_kernels.ops`) saves the head's
+    second gradient too. Each forward pass and its backward pass both lie inside the context.
+
+    Yields the tied weight, or None where there is nothing to save: the two are not tied, the weight is frozen or below 4 MiB, or
+    its embedding has ``max_norm``, ``sparse`` or ``scale_grad_by_freq``. A lookup in a graph of ``torch.compile`` has its dense
+    gradient.
+
+    Raises:
+        ValueError: the weight is a DTensor, has a gradient hook, or is trained by several processes: what is added in place would
+            be missed.
+        RuntimeError: in a backward pass that is differentiated again, or by ``torch.autograd.grad`` with respect to the weight.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
@@ -97,13 +121,20 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     if not plain or embedding.scale_grad_by_freq or embedding.sparse or embedding.weight.nbytes < LEAST_BYTES:
         yield None
         return
+    if is_dtensor(embedding.weight):
+        raise ValueError(
+            f"{_NAME}: got a model whose embedding is a DTensor, wanted a plain tensor (FSDP reduces the gradient itself)"
+        )
+    check_unwatched(_NAME, embedding.weight)
     own = TiedEmbedding(embedding.weight)
+    guard = own.weight.register_hook(OnlyBackward(_NAME, own.weight))
     anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)
     forward, padding = embedding.forward, embedding.padding_idx
 
     def lookup_in_place(ids: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return forward(ids)
+        own.check()
         rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
         # Run the module's own forward, which may scale its output, with these rows as its weight.
         order = torch.arange(len(rows), device=ids.device).view(ids.shape)
@@ -119,3 +150,4 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
         yield own
     finally:
         del embedding.forward
+        guard.remove()

@@ -98,9 +98,12 @@ class _Run:
             self.d_hidden = (zeros if partly else new)(p.student.hidden.shape, dtype=dtype)
         weight = p.student.weight
         dtype = gradient_dtype(weight.dtype)
-        self.d_weight = reusable(weight.shape, dtype) if needs_weight else new(0)
-        self.d_bias = zeros(weight.shape[0]) if needs_bias else new(0)
+        self.adds = p.earlier is not None
+        self.d_weight = new(0)
         if needs_weight:
+            self.d_weight = p.earlier if self.adds else reusable(weight.shape, dtype)
+        self.d_bias = zeros(weight.shape[0]) if needs_bias else new(0)
+        if needs_weight and not self.adds:
             self.d_weight[self.vocabulary if self.count else 0 :].zero_()
         self.direct = dtype == torch.float32  # products are written straight into the gradient
         self.sum_weight = None if not needs_weight or self.direct else self.d_weight
@@ -131,7 +134,7 @@ class _Run:
             for chunk in part:
                 chunk.close()
         if self.plan.accumulator and self.chunks:
-            self.d_weight[: self.vocabulary].copy_(self.sum_weight)
+            self._put(self.d_weight[: self.vocabulary], self.sum_weight, True)
         if self.problem.inplace and self.gradient:
             self.d_hidden[:, self.vocabulary :].zero_()
             if self.index is not None:
@@ -258,7 +261,7 @@ class _Run:
             for chunk in part:
                 self._gradient(chunk, first, entries)
             if self.plan.outer == "vocabulary" and self.sum_weight is not None:
-                self.d_weight[first : first + entries].copy_(self.product[:entries])
+                self._put(self.d_weight[first : first + entries], self.product[:entries], True)
 
     def _gradient(self, chunk: Chunk, first: int, entries: int) -> None:
         """Adds a tile's contribution to the loss and to each gradient."""
@@ -310,13 +313,15 @@ class _Run:
         target = self.d_weight[first : first + entries]
         # For some shapes torch's 16-bit product multiplies the old content of `out` by 0, so a NaN in uninitialised memory
         # would stay.
-        if number == 0 and not self.plan.accumulator:
+        if number == 0 and not self.plan.accumulator and not self.adds:
             torch.mm(narrow, chunk.narrow_hidden, out=target.zero_())
             return
         product = torch.mm(narrow, chunk.narrow_hidden, out=self.product[:entries].zero_())
         if self.plan.accumulator:
-            target = self.sum_weight[first : first + entries]
-        target.copy_(product) if number == 0 else target.add_(product)
+            summed = self.sum_weight[first : first + entries]
+            summed.copy_(product) if number == 0 else summed.add_(product)
+        else:
+            self._put(target, product, number == 0)
 
     def _weight_gradient(self, dz: torch.Tensor, chunk: Chunk, number: int, first: int, entries: int) -> None:
         outer = self.plan.outer == "vocabulary"
@@ -324,15 +329,19 @@ class _Run:
             out = (self.d_weight if self.direct else self.sum_weight)[first : first + entries]
         else:
             out = self.product[:entries]
-        fresh = number == 0 or not (self.direct or self.plan.accumulator or outer)  # else it holds the earlier chunks' sum
+        # Else it holds the sum of earlier chunks, or of earlier calls.
+        fresh = (number == 0 and not (self.direct and self.adds)) or not (self.direct or self.plan.accumulator or outer)
         if fresh:
             torch.mm(dz, chunk.hidden[0], out=out)
         else:
             out.addmm_(dz, chunk.hidden[0])
         if self.direct or self.plan.accumulator or outer:
             return
-        target = self.d_weight[first : first + entries]
-        target.copy_(out) if number == 0 else target.add_(out)
+        self._put(self.d_weight[first : first + entries], out, number == 0)
+
+    def _put(self, target: torch.Tensor, values: torch.Tensor, first: bool) -> None:
+        """Writes the first values of a part of the gradient, or adds them to an earlier gradient; adds later ones."""
+        target.copy_(values) if first and not self.adds else target.add_(values)
 
 
 def _weighted(factor: torch.Tensor, values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

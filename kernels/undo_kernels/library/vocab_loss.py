@@ -2,7 +2,8 @@
 
 ``undo::vocab_loss`` computes a total and, in the same call, its gradients, which the backward scales in place.
 ``undo::vocab_loss_tokens`` returns the loss of each token; its backward calls ``vocab_loss`` with the incoming gradients as factors.
-``undo::vocab_loss_logits_`` overwrites precomputed logits with their gradient.
+``undo::vocab_loss_logits_`` overwrites precomputed logits with their gradient. :func:`vocab_loss_tokens_into` is ``vocab_loss_tokens``
+whose backward adds the weight's gradient to that of a parameter.
 
 The arguments of all three are the fields of a :class:`~undo_kernels.problem.Problem` and the backend. The backend is an argument so
 that a backward in another thread uses the same one as the forward. Tensors are positional, because autograd requires that; options
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from undo_kernels.accumulation import accumulates, check_unwatched, earlier_gradient
 from undo_kernels.library.backends import implementation_on
 from undo_kernels.library.scale import is_eager, refuse_double_backward, scaled
 from undo_kernels.matmul import full_precision
@@ -184,8 +186,12 @@ torch.library.define("undo::vocab_loss_tokens", _schema())
 
 
 def _without_gradients(problem: Problem) -> Problem:
-    plan = "auto" if problem.plan == "inplace" else problem.plan  # "inplace" tells the backward to overwrite the logits
-    return dataclasses.replace(problem, needs=(False, False, False), plan=plan)
+    return dataclasses.replace(_without_overwriting(problem), needs=(False, False, False))
+
+
+def _without_overwriting(problem: Problem) -> Problem:
+    """Returns the problem with a plan of the backends; "inplace" only tells the backward to overwrite the logits."""
+    return dataclasses.replace(problem, plan="auto") if problem.plan == "inplace" else problem
 
 
 @torch.library.impl("undo::vocab_loss_tokens", ("cpu", "cuda"))
@@ -209,10 +215,22 @@ def _tokens_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[st
 
 def _tokens_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[torch.Tensor | None, ...]:
     refuse_double_backward("vocab_loss_tokens")
+    tensors, problem, backend = _tokens_problem(ctx, grad_divergence, grad_nll)
+    head = tensors[: len(_HEAD)]
+    if problem.plan == "inplace" and is_eager(head[0]):
+        positional, options = arguments(dataclasses.replace(problem, needs=(True, False, False), plan="auto"), backend)
+        torch.ops.undo.vocab_loss_logits_(*positional, **options)
+        return (head[0], *[None] * (len(TENSORS) - 1))
+    positional, options = arguments(_without_overwriting(problem), backend)
+    result = Result(*torch.ops.undo.vocab_loss(*positional, **options))
+    return _tokens_gradients(result, problem.needs, head)
+
+
+def _tokens_problem(ctx: Any, grad_divergence: Any, grad_nll: Any) -> tuple[list[Any], Problem, str]:
+    """Returns the tensors of a forward of ``vocab_loss_tokens``, and the problem whose gradients its backward wants."""
     *tensors, lse_s, lse_t = ctx.saved_tensors
     problem, backend = problem_of(*tensors, **ctx.options)
     zero = torch.zeros_like(problem.factor)
-    overwrite = problem.plan == "inplace"
     problem = dataclasses.replace(
         problem,
         factor=zero if grad_divergence is None else grad_divergence,
@@ -221,21 +239,50 @@ def _tokens_backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *oth
         lse_t=lse_t if problem.target in DENSE else None,
         needs=tuple(ctx.needs_input_grad[: len(_HEAD)]),
         statistics=False,
-        plan="auto" if overwrite else problem.plan,
     )
-    head = tensors[: len(_HEAD)]
-    if overwrite and is_eager(head[0]):
-        positional, options = arguments(dataclasses.replace(problem, needs=(True, False, False)), backend)
-        torch.ops.undo.vocab_loss_logits_(*positional, **options)
-        return (head[0], *[None] * (len(TENSORS) - 1))
-    positional, options = arguments(problem, backend)
-    result = Result(*torch.ops.undo.vocab_loss(*positional, **options))
-    found = zip((result.d_hidden, result.d_weight, result.d_bias), problem.needs, head, strict=True)
+    return tensors, problem, backend
+
+
+def _tokens_gradients(result: Result, needs: tuple[bool, ...], head: list[Any]) -> tuple[torch.Tensor | None, ...]:
+    found = zip((result.d_hidden, result.d_weight, result.d_bias), needs, head, strict=True)
     gradients = [gradient.to(of.dtype) if need else None for gradient, need, of in found]
     return (*gradients, *[None] * (len(TENSORS) - len(_HEAD)))
 
 
 torch.library.register_autograd("undo::vocab_loss_tokens", _tokens_backward, setup_context=_tokens_save)
+
+
+class _TokensInto(torch.autograd.Function):
+    """``undo::vocab_loss_tokens`` whose backward adds the weight's gradient to that of a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, options: dict[str, Any], *tensors: torch.Tensor | None) -> Result:
+        output = torch.ops.undo.vocab_loss_tokens(*tensors, **options)
+        _tokens_save(ctx, tensors, options, output)
+        ctx.parameter = parameter
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad_divergence: Any, grad_nll: Any, *others: Any) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward("vocab_loss_tokens")
+        tensors, problem, backend = _tokens_problem(ctx, grad_divergence, grad_nll)
+        hidden, _, bias = ctx.needs_input_grad[2 : 2 + len(_HEAD)]
+        weight = accumulates("accumulate_into", ctx.parameter)
+        earlier = None
+        if weight:
+            check_unwatched("accumulate_into", ctx.parameter)
+            earlier = earlier_gradient(ctx.parameter, tensors[1])
+        problem = dataclasses.replace(problem, needs=(hidden, weight, bias), earlier=earlier)
+        result = _implementation(problem, backend)
+        # After a zero_grad() since the forward there is nothing to add to, and autograd takes the gradient as it is.
+        returned = (hidden, weight and earlier is None, bias)
+        return None, None, *_tokens_gradients(result, returned, tensors[: len(_HEAD)])
+
+
+def vocab_loss_tokens_into(parameter: torch.Tensor, *tensors: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, ...]:
+    """Calls ``undo::vocab_loss_tokens``; its backward adds the weight's gradient to ``parameter.grad``, tile by tile, in place."""
+    return _TokensInto.apply(parameter, options, *tensors)
+
 
 # -- undo::vocab_loss_logits_ ----------------------------------------------------------------------------------------------------
 

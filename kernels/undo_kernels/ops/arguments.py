@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from undo_kernels.accumulation import check_unwatched, earlier_gradient
 from undo_kernels.ops import checks
 from undo_kernels.ops.dispatch import LossReduction
 from undo_kernels.ops.vocabulary_parallel import local_head
@@ -23,13 +24,45 @@ def projection(
     temperature: float,
     vocab_size: int | None,
     prefix: str = "",
+    accumulate_into: torch.Tensor | None = None,
 ) -> Projection:
     """Returns the hidden states, flattened to ``[tokens, d]``, with their head and its options."""
     check_shape(prefix, scale, softcap, temperature)
+    into = accumulated_into(accumulate_into, weight, prefix)
     softcap = None if softcap is None else float(softcap)
     hidden, weight, bias, vocab_size, shard = local_head(prefix, hidden, weight, bias, vocab_size)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return Projection(flat, weight, bias, float(scale), softcap, float(temperature), vocab_size, shard)
+    return Projection(flat, weight, bias, float(scale), softcap, float(temperature), vocab_size, shard, into)
+
+
+def accumulated_into(parameter: Any, weight: torch.Tensor, prefix: str) -> torch.Tensor | None:
+    """Returns the parameter whose gradient the weight's is added to in place; None where autograd has nothing to add it to.
+
+    A parameter without a gradient takes the first one as it is. One that is frozen, or a call without gradients, takes none.
+    """
+    if parameter is None:
+        return None
+    name, wanted = "accumulate_into", f"{prefix}weight itself, or the parameter that it is the first rows of"
+    if torch.compiler.is_compiling():
+        checks.fail(
+            name, "a call inside torch.compile", "a call outside it: the gradient is added where the graph cannot see it"
+        )
+    if not isinstance(parameter, torch.Tensor):
+        checks.fail(name, type(parameter).__name__, wanted)
+    if checks.is_dtensor(parameter) or checks.is_dtensor(weight):
+        checks.fail(name, "a DTensor", "a plain tensor: autograd accumulates the gradient of a sharded head")
+    if not parameter.is_leaf:
+        checks.fail(name, "a tensor that was computed", f"{wanted}, a leaf with a grad")
+    same = parameter.data_ptr() == weight.data_ptr() and parameter.stride() == weight.stride()
+    fits = parameter.dtype == weight.dtype and parameter.shape[1:] == weight.shape[1:] and len(parameter) >= len(weight)
+    if not (same and fits):
+        checks.fail(name, f"another tensor, of shape {tuple(parameter.shape)} and {parameter.dtype}", wanted)
+    if parameter.dtype == torch.float16:
+        checks.fail(name, "a float16 parameter", "float32 or bfloat16: the gradient of float16 is scaled once it is complete")
+    if not (torch.is_grad_enabled() and weight.requires_grad and parameter.requires_grad):
+        return None
+    check_unwatched(name, parameter)
+    return None if earlier_gradient(parameter, weight) is None else parameter
 
 
 def check_shape(prefix: str, scale: Any, softcap: Any, temperature: Any) -> None:

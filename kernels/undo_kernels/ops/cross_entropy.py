@@ -26,6 +26,7 @@ def linear_cross_entropy(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes the cross-entropy of ``labels``, ``lse(z) - z[label]``, in nats.
 
@@ -48,6 +49,7 @@ def linear_cross_entropy(
         max_counted: upper bound on counted tokens.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
+        accumulate_into: the parameter ``weight``. Its gradient is then added to in place; see :mod:`undo_kernels.ops`.
 
     Returns:
         A scalar, or ``[...]`` with ``reduction="none"``.
@@ -55,7 +57,7 @@ def linear_cross_entropy(
     checks.head("", hidden, weight, bias)
     leading = hidden.shape[:-1]
     size = checks.vocabulary(vocab_size, weight.shape[0])
-    projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size)
+    projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size, accumulate_into=accumulate_into)
     by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
     labels, labelled = arguments.labels_of(labels, leading, hidden.device, projection.entries, ignore_index, counted)
@@ -84,6 +86,7 @@ def linear_lse(
     vocab_size: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the log-sum-exp of the logits, ``[...]`` float32 (float64 where an input is); differentiable.
 
@@ -93,9 +96,8 @@ def linear_lse(
         scale: this and all further arguments as in :func:`linear_cross_entropy`.
     """
     checks.head("", hidden, weight, bias)
-    projection = arguments.projection(
-        hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
-    )
+    size = checks.vocabulary(vocab_size, weight.shape[0])
+    projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size, accumulate_into=accumulate_into)
     leading = hidden.shape[:-1]
     by = LossReduction(leading, None, "none", None, None)
     memory = arguments.memory(plan, workspace_bytes)
@@ -118,6 +120,7 @@ def linear_uniform_kl(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes ``KL(U || p) = lse(z) - mean(z) - log V``, the forget loss of MaxEnt (arXiv 2506.06278); ``U`` is uniform.
 
@@ -128,9 +131,8 @@ def linear_uniform_kl(
     """
     checks.head("", hidden, weight, bias)
     leading = hidden.shape[:-1]
-    projection = arguments.projection(
-        hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
-    )
+    size = checks.vocabulary(vocab_size, weight.shape[0])
+    projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size, accumulate_into=accumulate_into)
     by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     counted = arguments.mask_of(mask, leading, hidden.device)
     return arguments.shaped(

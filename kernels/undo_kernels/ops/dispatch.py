@@ -7,12 +7,13 @@ behind one ``torch.library`` op, ``undo::vocab_loss``, which computes its gradie
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 
 from undo_kernels.library.backends import choose
-from undo_kernels.library.vocab_loss import arguments
+from undo_kernels.library.vocab_loss import arguments, vocab_loss_tokens_into
 from undo_kernels.ops import checks
 from undo_kernels.problem import Problem
 from undo_kernels.projection import GivenLogits, Projection
@@ -152,7 +153,7 @@ def reduced_loss(
     backend = choose_backend(problem, wide, device)
     if backend == "reference":
         return _plain(problem, reduction)
-    if reduction.kind == "none" or (inplace and needs[0]):
+    if reduction.kind == "none" or (inplace and needs[0]) or student.accumulate_into is not None:
         return _per_token(problem, reduction, backend, inplace)
     tensors, options = arguments(problem, backend)
     results = torch.ops.undo.vocab_loss(*tensors, **options)
@@ -181,7 +182,9 @@ def _per_token(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     problem = dataclasses.replace(problem, plan="inplace") if inplace and problem.needs[0] else problem
     tensors, options = arguments(problem, backend)
-    results = torch.ops.undo.vocab_loss_tokens(*tensors, **options)
+    into = problem.student.accumulate_into
+    run = torch.ops.undo.vocab_loss_tokens if into is None else functools.partial(vocab_loss_tokens_into, into)
+    results = run(*tensors, **options)
     loss = torch.where(problem.factor == 0, 0.0, problem.factor * results[1])
     if problem.label_factor is not None:
         loss = loss + torch.where(problem.label_factor == 0, 0.0, problem.label_factor * results[2])

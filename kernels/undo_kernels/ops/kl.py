@@ -56,6 +56,7 @@ def linear_kl_div(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
     """Computes a divergence between a teacher's and a student's next-token distributions.
 
@@ -92,6 +93,7 @@ def linear_kl_div(
         max_counted: upper bound on counted tokens.
         plan: auto, direct, chunk or recompute.
         workspace_bytes: bound on the memory for logits.
+        accumulate_into: the parameter ``student_weight``. Its gradient is then added to in place; see :mod:`undo_kernels.ops`.
 
     Returns:
         A scalar, or ``[...]`` with ``reduction="none"``, in float32 (float64 where an input is); with ``return_stats`` a pair.
@@ -115,7 +117,15 @@ def linear_kl_div(
         got = f"{teacher_weight.shape[0]} entries"
         checks.fail("teacher_weight", got, f"the student's {student_weight.shape[0]}, or vocab_size where the rest is padding")
     student = arguments.projection(
-        student_hidden, student_weight, student_bias, student_scale, student_softcap, temperature, size, "student_"
+        student_hidden,
+        student_weight,
+        student_bias,
+        student_scale,
+        student_softcap,
+        temperature,
+        size,
+        "student_",
+        accumulate_into,
     )
     teacher = arguments.projection(
         teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, temperature, size, "teacher_"

@@ -30,6 +30,7 @@ def linear_sparse_kl_div(
     max_counted: int | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes forward KL against a teacher of which only ``k`` log-probabilities per token are known.
 
@@ -47,9 +48,8 @@ def linear_sparse_kl_div(
     """
     checks.head("", hidden, weight, bias)
     leading = hidden.shape[:-1]
-    projection = arguments.projection(
-        hidden, weight, bias, scale, softcap, temperature, checks.vocabulary(vocab_size, weight.shape[0])
-    )
+    size = checks.vocabulary(vocab_size, weight.shape[0])
+    projection = arguments.projection(hidden, weight, bias, scale, softcap, temperature, size, accumulate_into=accumulate_into)
     by = LossReduction.checked(leading, hidden.device, token_weight, reduction, normalizer, max_counted)
     memory = arguments.memory(plan, workspace_bytes)
     return _sparse(

@@ -52,7 +52,8 @@ class Chunks:
         for first in range(0, run.n, size):
             self._chunk(slice(first, min(first + size, run.n)))
         if run.plan.accumulator:
-            run.d_weight[: run.vocabulary].copy_(self.sums)
+            total = run.d_weight[: run.vocabulary]
+            total.add_(self.sums) if run.adds else total.copy_(self.sums)
 
     def _chunk(self, part: slice) -> None:
         run, s = self.run, self.run.shapes
@@ -190,9 +191,13 @@ class Chunks:
             )  # fmt: skip
         if hidden is not None:
             dz = dz[:, : run.vocabulary]
-            run.products_of_gradient(dz, hidden, slice(0, run.vocabulary), self.sums, part.start > 0)
+            run.products_of_gradient(dz, hidden, slice(0, run.vocabulary), self.sums, self._holds(part))
             if p.needs[0]:
                 self._hidden_gradient(dz, part)
+
+    def _holds(self, part: slice) -> bool:
+        """Returns whether the sum of weight gradients holds earlier chunks, or an earlier gradient."""
+        return part.start > 0 or (self.run.adds and not self.run.plan.accumulator)
 
     def _launch_loss(
         self, z_s: torch.Tensor, z_t: torch.Tensor, dz: torch.Tensor, part: slice, columns: int, form: LossForm

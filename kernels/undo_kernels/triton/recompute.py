@@ -121,7 +121,7 @@ class Recompute:
         run = self.run
         part = slice(first, min(first + self.block, run.vocabulary))
         dz = self.dz[:, : part.stop - part.start]
-        run.products_of_gradient(dz, self.hidden_s, part, run.d_weight, False)
+        run.products_of_gradient(dz, self.hidden_s, part, run.d_weight, run.adds)
         if not run.problem.needs[0]:
             return
         weight = run.student.weight[part]

@@ -155,8 +155,10 @@ class Run:
             extra = self.index is not None
             self.d_hidden = (self.zero.new_zeros if extra else new)((p.tokens + extra, hidden.shape[1]), dtype=dtype)
         if needs_weight:
-            self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
-            self.d_weight[self.vocabulary if n else 0 :].zero_()
+            self.d_weight = p.earlier
+            if not self.adds:
+                self.d_weight = new(weight.shape, dtype=gradient_dtype(weight.dtype))
+                self.d_weight[self.vocabulary if n else 0 :].zero_()
         if needs_bias:
             self.d_bias = self.scratch.take(p.student.bias.shape[0]).zero_()
 
@@ -295,6 +297,11 @@ class Run:
             self.masked,
         )
         return LossForm(tl.constexpr(self.code), *map(tl.constexpr, flags))
+
+    @property
+    def adds(self) -> bool:
+        """Whether the weight's gradient is added to an earlier one."""
+        return self.problem.earlier is not None
 
     @property
     def crossed(self) -> bool:

@@ -1,11 +1,14 @@
 """Training with less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
+import contextlib
+
 import pytest
 import torch
 from rounding import assert_same_function, assert_same_training, unit
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from undo_core.models import head_of
+from undo_core import ops
+from undo_core.models import head_of, hidden_states
 from undo_core.training import Batch, TrainConfig, embedding, train
 from undo_core.training.embedding import tied_gradient_in_place
 from undo_core.training.losses import cross_entropy
@@ -89,6 +92,92 @@ def test_the_hook_sees_the_whole_gradient_once(number):
         assert_same_function(seen[0], *(m.get_input_embeddings().weight.grad for m in (wanted, wide)))
         handle.remove()
     assert weight.grad is not None
+
+
+class Large(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts new tensors of at least so many bytes."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen = least, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        held = {t.untyped_storage().data_ptr() for t in arguments if isinstance(t, torch.Tensor)}
+        results = function(*arguments, **(keywords or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            large = isinstance(result, torch.Tensor) and result.nbytes >= self.least
+            if large and result.untyped_storage().data_ptr() not in held:
+                self.seen.append(str(function))
+        return results
+
+
+def test_a_plain_loop_holds_one_gradient_of_the_weight():
+    """Somebody else's loop with gradient accumulation: the first micro-batch makes the gradient, the others add to it."""
+
+    def micro_batches(model, into):
+        for part in batches(3):
+            hidden, head = hidden_states(model, part.input_ids)[:, :-1], head_of(model)
+            given = {"accumulate_into": head.weight} if into else {}
+            with Large(head.weight.nbytes) as large:
+                ops.linear_cross_entropy(
+                    hidden, head.weight, part.input_ids[:, 1:], plan="recompute", **head.options(), **given
+                ).backward()
+            yield len(large.seen)
+
+    wanted, model, wide = (model_of("gemma2", hidden_size=64) for _ in range(3))
+    head_of(model), head_of(wanted)  # their check allocates
+    with tied_gradient_in_place(model):
+        assert list(micro_batches(model, True)) == [1, 0, 0]
+    assert min(micro_batches(wanted, False)) >= 2  # the head's and the embedding's
+    list(micro_batches(wide.double(), False))
+    for (name, p), q, exact in zip(wanted.named_parameters(), model.parameters(), wide.parameters(), strict=True):
+        assert_same_function(q.grad, p.grad, exact.grad, name)
+
+
+def test_it_works_around_a_trainer(tmp_path):
+    """Hugging Face's Trainer with gradient accumulation and clipping, as it is."""
+    rows = [{"input_ids": row, "labels": row} for batch in batches(2) for row in batch.input_ids]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd", learning_rate=1e-2,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+
+    def trained(in_place):
+        model = model_of("llama")
+        with tied_gradient_in_place(model) if in_place else contextlib.nullcontext() as tied:
+            assert (tied is not None) == in_place
+            Trainer(model, settings, train_dataset=rows).train()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert_same_training(trained(True), trained(False), model_of("llama").parameters(), 3)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_uses_that_would_miss_a_part_are_refused(monkeypatch):
+    model = model_of("gemma2")
+    weight = model.get_input_embeddings().weight
+    with tied_gradient_in_place(model):
+        with pytest.raises(
+            RuntimeError, match=r"^tied_gradient_in_place: got torch.autograd.grad with respect to the parameter"
+        ):
+            torch.autograd.grad(cross_entropy(model, batches(1)[0], 1), weight)
+        with pytest.raises(RuntimeError, match=r"^tied_gradient_in_place: got create_graph=True"):
+            (model.get_input_embeddings()(batches(1)[0].input_ids).square().sum()).backward(create_graph=True)
+        assert weight.grad is None
+        weight.register_hook(lambda gradient: None)
+        with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a parameter with 1 gradient hooks"):
+            cross_entropy(model, batches(1)[0], 1)
+    with (
+        pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a parameter with 1 gradient hooks"),
+        tied_gradient_in_place(model),
+    ):
+        pass
+    assert not vars(model.get_input_embeddings()).get("forward")
+    model = model_of("gemma2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a process group of 2"), tied_gradient_in_place(model):
+        pass
 
 
 def test_many_tokens_of_a_bfloat16_weight_are_summed_before_they_are_rounded():
