@@ -206,6 +206,6 @@ def test_the_first_commands_of_the_guide_run(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guide = (Path(__file__).resolve().parents[3] / "docs" / "guides" / "attack.md").read_text()
     for line in guide.split("```bash\n")[1].split("```")[0].splitlines():
-        small = ["--data.length=24", "--data.valid_fraction=0.2", *SHORT]
+        small = ["--data.length=24", "--data.valid_fraction=0.2", "--attacks={}", *SHORT]
         assert main([*shlex.split(line)[1:], *small]) == 0
     assert [entry["name"] for entry in results(tmp_path / "runs" / "attack")["models"]] == ["base-model", "their-model"]
