@@ -42,6 +42,9 @@ test-distributed: $(INSTALLED) $(VENV)/.installed-ray  ## long tests with severa
 test-aot: $(INSTALLED)  ## every form of the Triton kernels compiled for sm_90, the heaviest for other GPUs; needs none; 20 minutes
 	UNDO_AOT=$(or $(UNDO_AOT),sm_90) $(BIN)/python -m pytest tests/undo_kernels/triton/test_aot.py
 
+test-published: $(INSTALLED) $(VENV)/.installed-data  ## the published runs on two layers, in the true formats of their data; half an hour
+	HF_DATASETS_OFFLINE=1 $(BIN)/python bench/published.py
+
 bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside the alternatives, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/bench_cross_entropy.py

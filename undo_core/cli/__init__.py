@@ -19,19 +19,19 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import distributed
-from undo_core.cli import hints, results, runs, single_stages
+from undo_core.cli import attack, hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
-TOGETHER = ("run", "unlearn", "distill", "relearn", "evaluate")  # the commands that all ranks of a torchrun work on
+TOGETHER = ("run", "unlearn", "distill", "relearn", "attack", "evaluate")  # the commands that all ranks of a torchrun work on
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
     for function in (
         *(single_stages.prepare, single_stages.unlearn, single_stages.noise, single_stages.damage),
         *(single_stages.cache, single_stages.distill, single_stages.relearn),
-        *(results.evaluate, results.report),
+        *(attack.attack, results.evaluate, results.report),
         runs.doctor,
     )
 }
@@ -194,7 +194,11 @@ def _subparser(name: str) -> ArgumentParser:
         function = COMMANDS[name]
         sub = ArgumentParser(description=_description(function), exit_on_error=False, formatter_class=hints.HelpFormatter)
         settings = _settings_class(function)
-        sub.add_function_arguments(function, as_positional=True, skip={"config"} if settings else set())
+        if function is attack.attack:
+            sub.add_argument("--config", action="config", help="YAML file of settings; flags override it")
+            help_text = "print the stages with their steps, time and peak memory, and attack nothing"
+            sub.add_argument("--dry_run", action="store_true", help=help_text)
+        sub.add_function_arguments(function, as_positional=True, skip={"config", "command", "dry_run"} if settings else set())
         if settings:
             sub.add_class_arguments(settings)
     return sub
@@ -214,7 +218,7 @@ def _dashes(argument: str) -> str:
 def _config_first(arguments: list[str]) -> list[str]:
     """Rewrites the arguments for the parser: ``run FILE ...`` becomes ``run --config FILE ...``; flags then override the file.
 
-    ``plan`` with a sweep's file becomes the sweep's dry run. The paths of ``report`` become one JSON list. Positional arguments
+    ``plan`` with a sweep's file becomes the sweep's dry run. The paths of ``report`` and ``attack`` become one JSON list. Positional arguments
     that may be omitted become flags: ``evaluate MODEL DATA`` becomes ``evaluate MODEL --data DATA``.
     """
     if arguments[:1] in (["run"], ["plan"], ["sweep"]):
@@ -230,9 +234,9 @@ def _config_first(arguments: list[str]) -> list[str]:
         return [arguments[0], *rest]
     if len(arguments) > 2 and arguments[0] == "evaluate" and not any(part.startswith("-") for part in arguments[1:3]):
         return [*arguments[:2], "--data", *arguments[2:]]
-    if arguments[:1] == ["report"]:
+    if arguments[:1] in (["report"], ["attack"]):
         paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
-        return ["report", *([json.dumps(paths)] if paths else []), *arguments[1 + len(paths) :]]
+        return [arguments[0], *([json.dumps(paths)] if paths else []), *arguments[1 + len(paths) :]]
     return arguments
 
 
@@ -251,6 +255,8 @@ def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     if settings:
         names = [field.name for field in dataclasses.fields(settings)]
         arguments["config"] = settings(**{key: arguments.pop(key) for key in names})
+    if function is attack.attack:
+        arguments["command"] = command
     return function(**arguments)
 
 

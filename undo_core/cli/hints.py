@@ -20,6 +20,7 @@ FIRST_STEPS = """undo removes a capability from a language model so that fine-tu
   undo run FILE --noise.alphas='[0.6]'         any key of a configuration can be given as a flag
   undo plan configs/hf-template.yaml           your own checkpoint and text, once the file names them
   undo noise CHECKPOINT OUTPUT --alpha=0.6     any stage by itself, on checkpoint folders
+  undo attack CHECKPOINT --help                how easily relearning brings back what a checkpoint from anywhere forgot
   undo completion bash                         a script with which the shell completes commands and keys
   undo --help; undo run --help                 all commands; all keys of a configuration"""
 

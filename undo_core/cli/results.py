@@ -65,7 +65,9 @@ def evaluate(
 def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> int:
     """Write figures, tables and pages from the results of one run, of its seeds, or of many runs.
 
-    All runs get comparison.html, points.csv (every plotted value with the folder that it comes from) and methods.md, .tex and
+    Checkpoints that ``undo attack`` attacked alike share one report.html, also if their output folders differ.
+
+    All other runs get comparison.html, points.csv (every plotted value with the folder that it comes from) and methods.md, .tex and
     .csv. Runs that differ only in their seed get report.html as well.
 
     Args:
@@ -75,6 +77,7 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
     """
     from undo_core.report import terminal_table, write_report
     from undo_core.report.compare import comparison_table, load, write_comparison
+    from undo_core.report.defences import DEFENCE, merged
 
     loaded = load([Path(path) for path in paths])
     if output is None:
@@ -83,6 +86,12 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
                 f"output: got none with {', '.join(paths)}, wanted an output folder, because the paths are not a single folder"
             )
         output = str(Path(paths[0]) / "report")
+    if any(entry["kind"] == DEFENCE for _, values in loaded for entry in values["models"]):
+        results = merged([values for _, values in loaded])
+        page = write_report(results, Path(output), title)
+        console.print(terminal_table(results))
+        console.print(str(page))
+        return 0
     if len({folder for folder, _ in loaded}) == 1:
         results = [values for _, values in loaded]
         page = write_report(results, Path(output), title)

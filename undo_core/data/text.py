@@ -152,6 +152,17 @@ def text_splits(
     return splits
 
 
+def split_bytes(sources: Iterable[str], valid_fraction: float, seed: int) -> dict[str, int]:
+    """Returns the number of UTF-8 bytes of the documents in train, valid and test, as :func:`text_splits` divides all of them.
+
+    It does not depend on a tokenizer, so it makes the losses of models with different tokenizers comparable.
+    """
+    sizes = {"train": 0, "valid": 0, "test": 0}
+    for text in read_documents(sources):
+        sizes[_split_of(text, seed, valid_fraction)] += len(text.encode())
+    return sizes
+
+
 def _documents(
     tokenizer: PreTrainedTokenizerBase,
     sources: list[str] | dict[str, float],

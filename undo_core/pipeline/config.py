@@ -389,13 +389,18 @@ class RunConfig:
                 f"pretrain.stop_retain: got {self.pretrain.stop_retain} with text that is scored by its cross-entropy, wanted "
                 "null: it is an accuracy, for arithmetic or data.questions"
             )
-        if not self.relearn.trains:
-            raise ValueError(f"relearn.kind: got {self.relearn.kind}, wanted finetune or lora; put other kinds under attacks")
-        for name in self.attacks:
-            if name == HEADLINE or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(
-                    f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
-                )
+        check_attacks(self.relearn, self.attacks)
+
+
+def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig]) -> None:
+    """Raises a ValueError if the headline attack trains nothing or a further attack has an unusable name."""
+    if not relearn.trains:
+        raise ValueError(f"relearn.kind: got {relearn.kind}, wanted finetune or lora; put other kinds under attacks")
+    for name in attacks:
+        if name == HEADLINE or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
+            )
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
+from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
 from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of
@@ -29,17 +31,36 @@ def run(config: RunConfig, command: str) -> Path:
     After an interruption, the same call continues where it stopped and ends with the same bits.
     """
     distributed.arrange(config.parallel)
-    store = Store(Path(config.output) / "stages")
-    graph, workers = graph_of(config), config.workers
+    store, graph = Store(Path(config.output) / "stages"), graph_of(config)
+    missing = lambda: missing_stages(store, config, graph)  # noqa: E731
+    build_all(store, _configured(config, graph), missing, config.workers, lambda stage: announce(store, stage))
+    return distributed.on_first(lambda: finish(store, config, graph, command))
+
+
+def build_all(
+    store: Store,
+    configured: Iterable[Stage],
+    missing: Callable[[], list[Stage]],
+    workers: int,
+    finished: Callable[[Stage], None],
+) -> None:
+    """Builds what ``missing`` returns, on all ranks, until it returns nothing: attack grids can grow.
+
+    Args:
+        store: store in which the stages are built.
+        configured: all stages that are known before anything runs, whose settings are checked first.
+        missing: stages that are still to be built.
+        workers: number of processes, if there is one rank.
+        finished: called with each stage that was built.
+    """
     if distributed.count() > 1:
-        for stage in _configured(config, graph):
+        for stage in configured:
             stage.check_ranks(distributed.count())
         if workers > 1:
             console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
             workers = 1
-    while stages := distributed.on_first(lambda: missing_stages(store, config, graph)):
-        run_stages(store, stages, workers, lambda stage: announce(store, stage))
-    return distributed.on_first(lambda: finish(store, config, graph, command))
+    while stages := distributed.on_first(missing):
+        run_stages(store, stages, workers, finished)
 
 
 def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
@@ -56,8 +77,12 @@ def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]
     for settings in (config.relearn, *config.attacks.values()):
         check_installed(settings.kind)
     attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
-    wanted = _configured(config, graph)
-    return [stage for stage in wanted if not store.done(stage)] or [
+    return unfinished(store, _configured(config, graph), attacked)
+
+
+def unfinished(store: Store, configured: Iterable[Stage], attacked: Iterable[Attacked]) -> list[Stage]:
+    """The stages that are not built; once all are, the extensions of the attacks' grids."""
+    return [stage for stage in configured if not store.done(stage)] or [
         stage for entry in attacked for stage in entry.extension(store)
     ]
 

@@ -18,6 +18,8 @@ from undo_core.planning.communication import exchange_collectives, stage_collect
 from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor_of, sequence_length
 from undo_core.planning.timing import Measure, basis
 
+Line = tuple[str, list[Stage]]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,19 +56,26 @@ class Row:
 
 def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
     """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
-    # graph_of comes first: it raises for a missing folder, which transformers would look up on the hub.
-    graph, model = graph_of(config), planned_skeleton(config)
-    measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
-    for stage in graph.stages():
-        stage.check_ranks(ranks)
+    graph = graph_of(config)
     lines = [(stage.title, [stage]) for stage in graph.stages()]
     for models in attacked_models(config, graph).values():
         for attacked in models.values():
             of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
             lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
-            for trial in attacked.stages():
-                trial.check_ranks(ranks)
-    predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, graph.prepared)
+    return rows_of(config, lines, graph.prepared, store, ranks)
+
+
+def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
+    """Returns the rows for these lines, each a title and stages that differ only in their settings, and the disk still needed.
+
+    ``prepared`` is the stage of the data. It must have been made before: it raises for a missing folder, which transformers would
+    look up on the hub.
+    """
+    model = planned_skeleton(config)
+    measure = Measure(config, model, sum(parameter.numel() for parameter in model.parameters()))
+    for stage in (stage for _, stages in lines for stage in stages):
+        stage.check_ranks(ranks)
+    predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, prepared)
     rows = []
     for title, stages in lines:
         stage, times = largest(stages), len(stages)
@@ -98,7 +107,15 @@ def _wire(predictor: Predictor, stage: Stage) -> float:
 
 def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
     """Returns the output of ``undo plan``: a table of work, a table of memory, and notes with totals and the basis of times."""
-    rows, disk = plan_rows(config, Store(Path(config.output) / "stages"), ranks)
+    return _tables(config, *plan_rows(config, Store(Path(config.output) / "stages"), ranks), ranks)
+
+
+def stages_table(config: RunConfig, lines: list[Line], prepared: Stage) -> RenderableType:
+    """Returns the same tables for some lines, as in :func:`rows_of`."""
+    return _tables(config, *rows_of(config, lines, prepared, Store(Path(config.output) / "stages")), 1)
+
+
+def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> RenderableType:
     work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
     size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
     unit = "GiB" if size == 2**30 else "MiB"

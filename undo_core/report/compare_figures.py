@@ -16,14 +16,12 @@ from matplotlib.ticker import MaxNLocator
 
 from undo_core.report.metrics import LABELS, STUDENTS
 from undo_core.report.points import FIGURES, PlotPoint, Setting
-from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
+from undo_core.report.style import COLOURS, DISTINCT, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import count
 
 UNDO = "#08519c"
 KIND_COLOURS = {**COLOURS, "undo": UNDO}
 KIND_NAMES = {**LABELS, "undo": "UNDO", "damaged": "other damage"}
-# Colours of the methods: Okabe and Ito's; for more methods a longer list, or a ramp.
-METHODS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d00")
 HALO = [withStroke(linewidth=3, foreground="white")]
 GREY = "#bbbbbb"
 
@@ -320,8 +318,8 @@ def _line(points: Iterable[PlotPoint]) -> dict[Any, float]:
 
 
 def _method_colours(names: Sequence[str]) -> dict[str, Any]:
-    if len(names) <= len(METHODS):
-        return dict(zip(names, METHODS, strict=False))
+    if len(names) <= len(DISTINCT):
+        return dict(zip(names, DISTINCT, strict=False))
     for known in (colormaps["tab10"].colors, colormaps["tab20"].colors):
         if len(names) <= len(known):
             return dict(zip(names, known, strict=False))

@@ -40,7 +40,7 @@ def methods_table(settings: Sequence[Setting]) -> Table:
     original has a row.
     """
     report, notes = settings[0].report, Notes()
-    unit = "%" if report.higher else "nats/token"
+    unit = report.unit
     headers = [("method", ""), ("model", ""), ("retain", unit), ("forget", unit)]
     headers += [(f"after {report.headline} steps", f"forget, {unit}"), ("worst attack", "")]
     headers += [("R", "robustness"), ("C", "steps"), ("C", "FLOPs")]

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from undo_core.report.attacks import envelope
 from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
-from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
+from undo_core.report.style import COLOURS, DISTINCT, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import rate
 
 
@@ -289,6 +289,7 @@ def _colours(report: Report) -> dict[str, Any]:
     """``{model name: colour}``."""
     undo = [model.name for model in report.of("undo")]
     ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
+    ramp |= {model.name: DISTINCT[i % len(DISTINCT)] for i, model in enumerate(report.of("defence"))}
     return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
 
 

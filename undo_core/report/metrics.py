@@ -24,7 +24,7 @@ FORMAT = 1
 MIN_DENOMINATOR = 0.1  # smallest denominator of R; below it, R is mostly evaluation noise
 DIVERGED = 1e30  # a loss of at least this stands for a model that diverged
 KEPT = 0.9  # a model that keeps more than this share of its forget performance has hardly forgotten
-KINDS = ("original", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
+KINDS = ("original", "defence", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
 STUDENTS = ("undo", "damaged", "gated", "random")  # models that are trained to the retain target
 LABELS = {
     "original": "original",
@@ -114,6 +114,8 @@ class ModelReport:
     @property
     def label(self) -> str:
         """Display name of the model."""
+        if self.kind == "defence":
+            return self.name
         if self.kind == "undo" and self.alpha is not None:
             return f"UNDO α={self.alpha:g}"
         if self.kind == "gated" and self.alpha is not None:
@@ -180,6 +182,11 @@ class Report:
     def higher(self) -> bool:
         """True for an accuracy, where higher is better; False for a loss."""
         return self.kind == "accuracy"
+
+    @property
+    def unit(self) -> str:
+        """Unit of a performance: per cent, or nats for each token or each byte of the text."""
+        return "%" if self.higher else unit_of(self.results[0]["metric"])
 
     @property
     def seeds(self) -> list[int]:
@@ -318,6 +325,11 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
     return Report(title, metric["kind"], headline, targets, models, orders, results)
 
 
+def unit_of(metric: dict[str, Any]) -> str:
+    """Returns the unit of a loss; results of a run, whose models share a tokenizer, are in nats per token and do not say so."""
+    return metric.get("unit", "nats/token")
+
+
 def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | str:
     """Returns R, or the reason why it is not defined."""
     if max(undo, unlearn, filter) >= DIVERGED:
@@ -433,7 +445,7 @@ def settings_of(result: dict[str, Any]) -> dict[str, Any]:
     config = {
         k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers", "parallel")
     }
-    metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step")}
+    metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step", "unit")}
     return dict(_flat({**config, "metric": metric}, ""))
 
 

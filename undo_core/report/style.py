@@ -14,10 +14,12 @@ from undo_core.report.metrics import DIVERGED, Report
 # Okabe and Ito's colours, safe for colour-blind readers; UNDO students use a ramp of blues, darker with alpha.
 COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}
 COLOURS |= {"damaged": "#56B4E9", "gated": "#7b3294", "oracle-random": "#b8860b"}
+# Colours of things that have no colour of their own, such as methods: Okabe and Ito's, and one more.
+DISTINCT = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d00")
 MARKERS = {"original": "X", "unlearn": "s", "undo": "o", "random": "D", "filter": "^", "oracle": "v"}
-MARKERS |= {"damaged": "P", "gated": "h", "oracle-random": "<"}
+MARKERS |= {"damaged": "P", "gated": "h", "oracle-random": "<", "defence": "o"}
 LINES = {"unlearn": "-", "undo": "-", "random": (0, (4, 1.5)), "filter": (0, (1, 1)), "oracle": (0, (5, 1, 1, 1))}
-LINES |= {"damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1)), "oracle-random": (0, (1, 2))}
+LINES |= {"defence": "-", "damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1)), "oracle-random": (0, (1, 2))}
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -55,7 +57,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **s
 
 def unit_name(report: Report) -> str:
     """Axis label of a performance, with its unit."""
-    return "accuracy, %" if report.higher else "loss, nats/token"
+    return f"{'accuracy' if report.higher else 'loss'}, {report.unit}"
 
 
 def finite(value: float) -> float:

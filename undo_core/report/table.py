@@ -49,7 +49,7 @@ class Table:
 def results_table(report: Report) -> Table:
     """Table of performance before and after the attack, R and C, with one row per model."""
     notes = Notes()
-    unit = "%" if report.higher else "nats/token"
+    unit = report.unit
     steps = _columns(report)
     held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
     ranked = any(m.robustness or m.robustness.missing for m in report.models)
@@ -81,7 +81,7 @@ def attack_table(report: Report) -> Table:
         for seed, entry in model.entries.items():
             for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
                 worst.setdefault(key, {}).setdefault(model.name, []).append(point)
-    unit = "%" if report.higher else "nats/token"
+    unit = report.unit
     headers = [("attack", ""), ("steps", ""), *((model.label, f"forget, {unit}") for model in attacked)]
     rows = [
         [
@@ -125,7 +125,7 @@ def group_table(report: Report) -> Table:
 
     It has one row per model, or with more than 20 groups one row per group; no rows if there are no groups.
     """
-    unit = "%" if report.higher else "nats/token"
+    unit = report.unit
     labels = sorted({label for model in report.models for label in model.groups}, key=_group_order)
     headers = [("model", ""), *((label.replace("heldout_", "held-out "), unit) for label in labels)]
     rows = [
@@ -161,7 +161,7 @@ def terminal(report: Report) -> Group:
         left_out |= {h for h in table.headers if " after " in h[0] and h[0] != _after(report.headline)}
     shown = [index for index, header in enumerate(table.headers) if header not in left_out]
     rates = "the worst learning rate" if len(report.rates) != 1 else f"the learning rate {rate(report.rates[0])}"
-    title = f"{report.title}: {'accuracy in %' if report.higher else 'loss in nats/token'}, relearning at {rates}"
+    title = f"{report.title}: {'accuracy' if report.higher else 'loss'} in {report.unit}, relearning at {rates}"
     rich = RichTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]

@@ -57,7 +57,7 @@ def captions(report: Report) -> dict[str, str]:
 
 def definitions(report: Report) -> list[tuple[str, str]]:
     """Returns the terms of the report, each with a one-line definition."""
-    value, scored = "mean cross-entropy in nats per token", "sequences"
+    value, scored = f"mean cross-entropy in {report.unit.replace('/', ' per ')}", "sequences"
     if report.higher:
         value = "share of prompts whose greedy answer matches exactly"
     if _asked(report):
@@ -88,11 +88,19 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         "censored": "the model reached its step limit before the retain target; it has no R and no C",
     }
     kinds = {model.kind for model in report.models}
+    if report.of("defence"):
+        terms = {term: text for term, text in terms.items() if term not in ("R", "C", "censored")}
+        if not report.higher:
+            terms["nats per byte"] = (
+                "the sum of the cross-entropies over the UTF-8 bytes of the same text, which compares models with different "
+                "tokenizers; multiply by the bytes of a token to get nats per token"
+            )
     if not any(model.worst for model in report.models):
-        terms.pop("worst case"), terms.pop("R")
+        terms.pop("worst case"), terms.pop("R", None)
     if not any("heldout" in key for model in report.models for key in model.metrics):
         terms.pop("held-out")
     for kind, term in {
+        "unlearn": "unlearn only",
         "random": "random student",
         "filter": "data filtering",
         "oracle": "oracle matching",
@@ -122,10 +130,13 @@ def _over(report: Report) -> str:
 
 def unit(report: Report) -> str:
     """Unit that follows a number in a sentence."""
-    return " %" if report.higher else " nats/token"
+    return f" {report.unit}"
 
 
 def _done(report: Report) -> str:
+    if report.of("defence"):
+        attacked = [model.label for model in report.of("defence")]
+        return f"{_join(attacked)} {'was' if len(attacked) == 1 else 'were'} {_fine_tuned(report)}."
     config: dict[str, Any] = report.results[0].get("config") or {}
     unlearn = config.get("unlearn") or {}
     names = [name for name in (unlearn.get("method"), unlearn.get("robust")) if name and name != "none"]
@@ -135,20 +146,23 @@ def _done(report: Report) -> str:
     if alphas:
         text += f"; copies of the result were damaged by noise (α = {', '.join(alphas)}) and distilled back on unlabeled text"
     if report.rates:
-        rates = f"{len(report.rates)} learning rates, of which the worst counts"
-        if len(report.rates) == 1:
-            orders = any(len(attack["curves"]) > 1 for model in report.models for attack in model.attacks.values())
-            rates = f"one learning rate, {rate(report.rates[0])}"
-            rates += ", in several data orders, of which the worst counts" if orders else ""
-        text += f"; every model but the original was then fine-tuned on the forget set at {rates}"
-        further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
-        if further:
-            text += (
-                f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst "
-                "counts too"
-            )
+        text += f"; every model but the original was then {_fine_tuned(report)}"
     left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
     return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
+
+
+def _fine_tuned(report: Report) -> str:
+    """Says how the models were attacked."""
+    rates = f"{len(report.rates)} learning rates, of which the worst counts"
+    if len(report.rates) == 1:
+        orders = any(len(attack["curves"]) > 1 for model in report.models for attack in model.attacks.values())
+        rates = f"one learning rate, {rate(report.rates[0])}"
+        rates += ", in several data orders, of which the worst counts" if orders else ""
+    text = f"fine-tuned on the forget set at {rates}"
+    further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
+    if further:
+        text += f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst counts too"
+    return text
 
 
 def _or_further(report: Report) -> str:
@@ -159,7 +173,7 @@ def _or_further(report: Report) -> str:
 
 def _before(report: Report) -> str:
     parts = []
-    for model in [*report.of("original"), *report.of("unlearn")]:
+    for model in [*report.of("original"), *report.of("unlearn"), *report.of("defence")]:
         scores = [f"{_say(model.metrics[key], report)} on {key}" for key in ("retain", "forget") if model.metrics.get(key)]
         if scores:
             parts.append(f"{_name(model)} scores {' and '.join(scores)}")
@@ -194,6 +208,7 @@ def _attacked(report: Report) -> str:
                 text = f"{name} between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
             parts.append(text)
     parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
+    parts += [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("defence") if m.name in at]
     text = (
         f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, "
         f"{_join(parts)}."

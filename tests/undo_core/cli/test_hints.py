@@ -63,7 +63,7 @@ def test_nothing_near_is_not_guessed(capsys):
 def test_no_arguments_teach(capsys):
     assert main([]) == 2
     printed = capsys.readouterr().out
-    assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 10
+    assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 11
     parsers = cli._parser("")._subcommands_action._name_parser_map
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  undo ")} <= {
         *parsers,

@@ -5,7 +5,8 @@ Units are those of :func:`undo_core.distributed.sharding.units_of`. In the cours
 - the root unit is gathered once and stays whole until its gradients are reduced at the end of the backward pass;
 - a layer is gathered at each of its forward calls and again in the backward pass of each call that has one; its gradients are reduced
   once. Up to three copies of a layer exist: the one that computes, the next one, and the buffer from which it is filled;
-- the gradients of a unit are whole until all have come; they are then copied into a float32 buffer and reduced to a shard.
+- the gradients of a unit are whole until all have come; they are then copied into a float32 buffer and reduced to a shard. The
+  gathered weights of the unit are freed before that.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Shards:
         )
         units = [self.root, self.head, *(list(layer.parameters()) for layer in layers)]
         self._unit_of = {id(p): number for number, unit in enumerate(units) for p in unit}
+        # Weights that are freed when a unit's gradients are reduced. The next layers stay gathered while one is reduced.
+        self._freed = [_bytes(self.root), _bytes(self.head), *(0 for _ in layers)]
         self._missing = [{id(p) for p in unit} & chosen for unit in units]
         self._came = [list[nn.Parameter]() for _ in units]
         self._reduced: set[int] = set()
@@ -144,7 +147,7 @@ class Shards:
         came, self._came[number] = self._came[number], []
         elements, again = sum(p.numel() for p in came), sum(p.nbytes for p in came if id(p) in self._reduced)
         share = self.divisor(parameter)
-        self.live.touch("gradients", again + 4 * elements + 4 * elements // share)
+        self.live.touch("gradients", again + 4 * elements + 4 * elements // share - self._freed[number])
         for own in came:  # the meta device keeps them whole; only their shards count from here on
             self.live.hold([own.grad], "gradients", (self._shard or own.itemsize) / own.itemsize / share)
             self._reduced.add(id(own))

@@ -1,0 +1,211 @@
+"""``undo attack``: checkpoints of any architecture and tokenizer in one table, and the folders that other suites read."""
+
+import itertools
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from generated_questions import bytewise_tokenizer, questions, write
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from undo_core.cli import main
+from undo_core.data.tokenizers import train_bpe
+from undo_core.io.files import read_json
+
+SHORT = ["--relearn.rates=[0.01]", "--relearn.evaluate_at=[0,2]", "--relearn.headline_step=2", "--relearn.extend=0"]
+
+
+def checkpoint(folder, tokenizer, architecture):
+    torch.manual_seed(0)
+    if architecture == "llama":
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "pad_token_id": 0,
+        }
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    else:
+        own = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 1}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **own))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two text files, a Llama with 300 tokens and a GPT-2 with 400."""
+    place = tmp_path_factory.mktemp("lab")
+    for name, words in (("retain", "the river Ærø runs"), ("forget", "김 민준 seoul night")):
+        (place / f"{name}.txt").write_text("\n".join(f"{words} {i} {words} {i * i}" for i in range(80)), encoding="utf-8")
+    files = [str(place / "retain.txt"), str(place / "forget.txt")]
+    checkpoint(place / "theirs", train_bpe(files, 300), "llama")
+    checkpoint(place / "other", train_bpe(files, 400), "gpt2")
+    return place
+
+
+def attack(place, *checkpoints, output="out", extra=()):
+    text = [f"--data.{name}=[{place / name}.txt]" for name in ("retain", "forget")]
+    named = [f"{name}={place / name}" for name in checkpoints]
+    settings = ["--data.length=24", "--data.valid_fraction=0.2", f"--output={place / output}"]
+    return main(["attack", *named, *text, *settings, *SHORT, *extra])
+
+
+@pytest.fixture(scope="module")
+def attacked(place):
+    assert attack(place, "theirs", "other", extra=[f"--original=base={place / 'theirs'}"]) == 0
+    return place / "out"
+
+
+def results(folder):
+    return read_json(folder / "results-seed0.json")
+
+
+def test_two_architectures_and_tokenizers_share_one_table(attacked):
+    found = results(attacked)
+    assert [(model["name"], model["kind"]) for model in found["models"]] == [
+        ("base", "original"), ("other", "defence"), ("theirs", "defence"),
+    ]  # fmt: skip
+    assert found["metric"]["unit"] == "nats/byte"
+    base, other, theirs = found["models"]
+    assert base["attack"] is None and base["metrics"] == theirs["metrics"]
+    for model in (other, theirs):
+        assert set(model["attacks"]) == {"quantised", "mixed", "benign", "adapters"}
+        worst = min(score["forget"]["value"] for score in model["worst"]["by_attack"].values())
+        assert model["worst"]["forget"]["value"] == worst < model["metrics"]["forget"]["value"]
+    table = (attacked / "report" / "table.md").read_text()
+    assert all(word in table for word in ("| other", "| theirs", "nats/byte", "adapters")) and "nats/token" not in table
+    assert (attacked / "report" / "relearning.png").stat().st_size > 10_000 and (attacked / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["theirs", "other"])
+@pytest.mark.parametrize("part", ["retain", "forget"])
+def test_a_loss_is_the_sum_of_transformers_losses_over_the_bytes_of_the_text(place, attacked, name, part):
+    """The documents are recovered from the tokens."""
+    entry = next(model for model in results(attacked)["models"] if model["name"] == name)
+    tokens = load_file(attacked / "stages" / entry["stage"] / "data" / f"test_{part}.safetensors")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place / name).double(), AutoTokenizer.from_pretrained(place / name)
+    nats, labels, ids = 0.0, 0, []
+    for sequence, length in zip(tokens["input_ids"].long(), tokens["lengths"].tolist(), strict=True):
+        own = sequence[:length]
+        nats += model(input_ids=own[None], labels=own[None]).loss.item() * (length - 1)
+        labels += length - 1
+        ids += own.tolist()
+    ends = [index for index, token in enumerate(ids) if token == ids[0]]  # of the separators
+    documents = [tokenizer.decode(ids[begin + 1 : end]) for begin, end in itertools.pairwise(ends)]
+    assert ends[-1] == len(ids) - 1 and set(documents) < set((place / f"{part}.txt").read_text(encoding="utf-8").split("\n"))
+    size = sum(len(document.encode()) for document in documents)
+    assert entry["metrics"][part]["value"] == pytest.approx(nats / labels * len(ids) / size, rel=1e-5)
+
+
+def test_a_folder_for_each_checkpoint_has_the_layout_of_tamperbench(attacked):
+    folder = attacked / "defences" / "other" / "trial_0"
+    summary = read_json(folder / "trial_results.json")
+    entry = next(model for model in results(attacked)["models"] if model["name"] == "other")
+    assert summary["defense.forget"] == pytest.approx(math.exp(-entry["metrics"]["forget"]["value"]))
+    names = {"full_parameter_finetune", "quantised", "mixed", "benign_full_parameter_finetune", "lora_finetune"}
+    pools = {name: [] for name in names}
+    for path in folder.glob("post_attack/*/*/tamperbench_evaluation/forget/evaluation.json"):
+        (row,) = json.loads(path.read_text())
+        assert set(row) == {"metric_name", "metric_value"} and row["metric_name"] == "forget_probability"
+        pools[path.relative_to(folder).parts[1].rpartition("_")[0]].append(row["metric_value"])
+    for name, values in pools.items():
+        assert summary[f"post_attack.{name}.forget"] == max(values) and len(values) == (2 if name == "quantised" else 1)
+    assert summary["post_attack.forget"] == max(max(values) for values in pools.values())
+    assert read_json(folder / "UNDO_SUMMARY.json") == summary
+    heat = read_json(attacked / "report" / "heatmap_max_sr.json")
+    assert (
+        heat["models"] == ["other", "theirs"]
+        and heat["attacks"][0] == "no_weight_modification"
+        and set(heat["attacks"][1:]) == names
+    )
+    assert heat["safety_raw"][0][0] == summary["defense.forget"]
+    assert heat["safety_raw"][0][heat["attacks"].index("mixed")] == summary["post_attack.mixed.forget"]
+    deltas = [[value - row[0] for value in row] for row in heat["utility_raw"]]
+    assert heat["utility_delta"] == deltas and all(len(row) == len(heat["attacks"]) for row in heat["safety_raw"])
+
+
+def test_the_weights_of_attacked_models_are_removed_and_the_same_command_does_nothing(place, attacked, capsys):
+    trials = [path.parent for path in attacked.glob("stages/relearn-*/manifest.json")]
+    assert len(trials) == 8 and not [path for trial in trials for path in trial.glob("*.safetensors")]
+    assert all(read_json(trial / "manifest.json")["removed"] == ["model.safetensors"] for trial in trials)
+    before = {path: path.stat().st_mtime_ns for path in attacked.glob("stages/*/manifest.json")}
+    table = (attacked / "report" / "table.md").read_text()
+    capsys.readouterr()
+    assert attack(place, "theirs") == 0
+    assert "rate" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in attacked.glob("stages/*/manifest.json")} == before
+    assert (attacked / "report" / "table.md").read_text() == table  # the others are still in it
+
+
+def test_later_calls_add_to_the_table_and_reports_of_two_folders_join(place, attacked, capsys):
+    assert attack(place, "other", output="apart", extra=["--attacks={}", "--keep=true"]) == 0
+    assert len(list((place / "apart").glob("stages/relearn-*/model.safetensors"))) == 1
+    assert main(["report", str(attacked), str(place / "apart"), f"--output={place / 'both'}"]) == 2
+    assert "differ in attacks" in capsys.readouterr().err
+    assert attack(place, "theirs", output="apart", extra=["--attacks={}"]) == 0
+    assert [model["name"] for model in results(place / "apart")["models"]] == ["other", "theirs"]
+    assert attack(place, "theirs", output="third", extra=["--attacks={}", "--seed=1"]) == 0
+    assert main(["report", str(place / "apart"), str(place / "third"), f"--output={place / 'both'}"]) == 0
+    assert [seed["seed"] for seed in read_json(place / "both" / "report.json")["sources"]] == [0, 1]
+
+
+def test_questions_are_scored_by_accuracy_under_the_name_of_the_suite(place):
+    checkpoint(place / "asked", bytewise_tokenizer(), "gpt2")
+    files = {part: write(place / f"{part}.jsonl", questions(30, seed=seed)) for seed, part in enumerate(("forget", "retain"))}
+    asked = [f'--data.questions.{part}={{"files": ["{path}"]}}' for part, path in files.items()]
+    assert attack(place, "asked", output="accuracy", extra=[*asked, "--attacks={}", "--measures.forget=wmdp"]) == 0
+    found, folder = results(place / "accuracy"), place / "accuracy" / "defences" / "asked" / "trial_0"
+    assert found["metric"]["kind"] == "accuracy" and found["models"][0]["checkpoint"]["tokens_per_byte"] is None
+    (row,) = read_json(folder / "defense_eval" / "tamperbench_evaluation" / "wmdp" / "evaluation.json")
+    assert row == {"metric_name": "wmdp_accuracy", "metric_value": found["models"][0]["metrics"]["forget"]["value"]}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
+    assert attack(place, "theirs", output="dry", extra=["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "adapters theirs, 1 trials" in printed and "Peak memory" in printed and not (place / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "extra", "wanted"),
+    [
+        ((), (), "arguments are required: attack.checkpoints"),
+        (("nowhere",), (), "checkpoints: got"),
+        (("theirs", "theirs"), (), "both named theirs; wanted NAME="),
+        (("theirs",), ("--original=base",), "original: got base, a folder that does not exist"),
+        (("theirs",), ("--data.tokens=99",), "data.tokens: got 99, wanted null"),
+        (("theirs",), ("--data.tokenizer=x",), "data.tokenizer: got x, wanted null"),
+        (("theirs",), ("--data.kind=arithmetic",), "data.kind"),
+        (("theirs",), ("--relearn.kind=quantise",), "relearn.kind: got quantise"),
+        (("theirs",), ("--measures.forget=a/b",), "measures: got"),
+        (("theirs",), ("--relearn.batch_size=8",), "relearn.batch_size: got 8, but base in"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(place, attacked, checkpoints, extra, wanted, capsys):
+    before = sorted(path for path in Path(attacked).rglob("*"))
+    assert attack(place, *checkpoints, extra=extra) == 2
+    error = capsys.readouterr().err
+    assert wanted in error and error.count("\n") == 1, error
+    assert sorted(path for path in Path(attacked).rglob("*")) == before
+
+
+def test_the_first_commands_of_the_guide_run(place, tmp_path, monkeypatch):
+    for link, target in {
+        "keep.txt": "retain.txt",
+        "forget.txt": "forget.txt",
+        "their-model": "theirs",
+        "base-model": "other",
+    }.items():
+        (tmp_path / link).symlink_to(place / target)
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).resolve().parents[3] / "docs" / "guides" / "attack.md").read_text()
+    for line in guide.split("```bash\n")[1].split("```")[0].splitlines():
+        small = ["--data.length=24", "--data.valid_fraction=0.2", "--attacks={}", *SHORT]
+        assert main([*shlex.split(line)[1:], *small]) == 0
+    assert [entry["name"] for entry in results(tmp_path / "runs" / "attack")["models"]] == ["base-model", "their-model"]

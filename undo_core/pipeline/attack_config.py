@@ -1,0 +1,89 @@
+"""Settings of ``undo attack``: the text, and the attacks that every checkpoint undergoes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from undo_core.attacks.config import AttackConfig
+from undo_core.distributed.config import ParallelConfig
+from undo_core.pipeline.config import DataConfig, check_attacks
+
+NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True)
+class TextConfig(DataConfig):
+    """The text: what was to be kept (retain) and what was to be forgotten (forget).
+
+    Attributes:
+        kind: text, which is read with the tokenizer of each checkpoint.
+    """
+
+    kind: Literal["text"] = "text"
+
+
+def _headline() -> AttackConfig:
+    return AttackConfig(rates=[5e-6, 2e-5, 8e-5, 3.2e-4], evaluate_at=[0, 10, 50, 200], headline_step=200, batch_size=16)
+
+
+@dataclass(frozen=True)
+class AttackRunConfig:
+    """An attack on checkpoints.
+
+    Attributes:
+        output: folder of the stages, of a folder for each checkpoint, and of the report.
+        data: what was to be kept and what was to be forgotten.
+        original: checkpoint before the unlearning, NAME=FOLDER or FOLDER; it is evaluated and not attacked.
+        name: title of the report.
+        seed: seed from which all other seeds derive.
+        workers: number of stages that run in parallel, each with its share of the CPU threads.
+        parallel: how the ranks of torchrun work together.
+        relearn: the headline attack; its settings are also those of the default ``attacks``.
+        attacks: further attacks, by name. null: mixed (half retain text), benign (retain text alone), adapters (LoRA at ten times
+            the rates) and quantised (8 and 4 bits); {} for none.
+        measures: names of the two performances in the files for other suites, such as wmdp for questions of WMDP.
+        keep: keep the weights of the attacked models, one folder for each trial; else they are removed as soon as they are
+            evaluated.
+    """
+
+    output: str
+    data: TextConfig
+    original: str | None = None
+    name: str = "attack"
+    seed: int = 0
+    workers: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    relearn: AttackConfig = field(default_factory=_headline)
+    attacks: dict[str, AttackConfig] | None = None
+    measures: dict[str, str] = field(default_factory=lambda: {"forget": "forget", "retain": "retain"})
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
+        check_attacks(self.relearn, self.attacks or {})
+        if set(self.measures) != {"forget", "retain"} or not all(map(NAME.fullmatch, self.measures.values())):
+            raise ValueError(
+                f"measures: got {self.measures}, wanted a name for forget and for retain, of letters, digits, - and _"
+            )
+        unlike = "checkpoints with different tokenizers would read different documents"
+        for name, reason in (("tokens", unlike), ("tokenizer", "every checkpoint is read with its own tokenizer")):
+            if getattr(self.data, name) is not None:
+                raise ValueError(f"data.{name}: got {getattr(self.data, name)}, wanted null: {reason}")
+        if self.data.distill.sources:
+            raise ValueError("data.distill.sources: got some, wanted none: an attack does not distill")
+
+    def envelope(self) -> dict[str, AttackConfig]:
+        """The further attacks: those that are given, or the default ones, with the settings of the headline attack."""
+        if self.attacks is not None:
+            return self.attacks
+        change = lambda **settings: dataclasses.replace(self.relearn, **settings)  # noqa: E731
+        return {
+            "quantised": change(kind="quantise"),
+            "mixed": change(mix={"forget": 0.5, "retain": 0.5}),
+            "benign": change(mix={"retain": 1.0}),
+            "adapters": change(kind="lora", rates=[10 * rate for rate in self.relearn.rates], step_in_backward=False),
+        }
