@@ -30,9 +30,7 @@ class UnlearningTrainer(Trainer):
     def __init__(self, *args, unlearn: UnlearnConfig, **kwargs):
         super().__init__(*args, **kwargs)
         self.method = METHODS[unlearn.method](self.model, unlearn)  # now, as the model is still the original one
-        if (
-            self.method.reference is not None
-        ):  # NPO compares with the original model: with these numbers, not with a second model
+        if self.method.reference is not None:  # NPO compares with the original model: with numbers, not with a second model
             for row in self.train_dataset:
                 with torch.no_grad():
                     row["forget"]["reference"] = self.method.reference(self.model, batch_of(collate([row])["forget"]))[0]
@@ -64,8 +62,8 @@ def rows(count: int) -> list[dict[str, dict[str, torch.Tensor]]]:
     ]
 
 
-def main(output: str, method: str = "maxent", **options) -> dict[str, float]:
-    """Unlearns; returns by how much the cross-entropy of the forget and the retain text rose."""
+def main(output: str, method: str = "maxent", **options) -> tuple[dict[str, float], list[float]]:
+    """Unlearns; returns by how much the cross-entropy of the forget and the retain text rose, and the loss of each step."""
     model, data = tiny.model(), rows(32)
     whole = collate(data)
 
@@ -74,7 +72,7 @@ def main(output: str, method: str = "maxent", **options) -> dict[str, float]:
             return {part: model(**whole[part]).loss.item() for part in ("forget", "retain")}
 
     before = nll()
-    options = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 8, **options}
+    options = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "num_train_epochs": 8, "logging_steps": 1, **options}
     arguments = TrainingArguments(
         output, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **options
     )
@@ -83,7 +81,8 @@ def main(output: str, method: str = "maxent", **options) -> dict[str, float]:
     after = nll()
     for part in before:
         print(f"{method}, {part}: cross-entropy {before[part]:.3f} before, {after[part]:.3f} after")
-    return {part: after[part] - before[part] for part in before}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {part: after[part] - before[part] for part in before}, losses
 
 
 if __name__ == "__main__":
