@@ -106,5 +106,5 @@ def test_the_page_shows_the_recorded_results():
     assert shown == published.page(results)
     streamed = results["data"]["hub"]["streamed"]
     assert [entry["questions"] for entry in streamed.values() if "questions" in entry] == list(QUESTIONS.values())
-    for ran in results.get("run", {}).values():
+    for ran in results["run"].values():
         assert all(row["finite"] for row in ran["stages"])
