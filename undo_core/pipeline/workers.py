@@ -145,6 +145,8 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
 
     with contextlib.ExitStack() as stack:
         try:
+            for worker in free[: len(missing)]:
+                start(worker)  # a process imports for seconds, so one that is needed later does it beside the first stage
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
                 if not ready and not running:
