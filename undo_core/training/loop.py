@@ -126,8 +126,9 @@ def train(
             computes one digest of the weights, about a second per gigabyte in float32. Dropout draws from the device's global
             generator, which is seeded in each step from ``config.seed`` and the step, so a resumed run draws the same.
         settings: further values that decide the result, as JSON values.
-        checkpoint_seconds: seconds between checkpoints, or more, so that writing them takes at most 5 % of the time. On several ranks one that is due while another is being written is put off
-            until that is published. 0 writes one after every step, and so does a negative number, which also waits for the one before.
+        checkpoint_seconds: seconds between checkpoints, or more, so that writing them takes at most 5 % of the time. On several
+            ranks one that is due while another is being written is put off until that is published. 0 writes one after every
+            step, and so does a negative number, which also waits for the one before.
         title: label of the progress bar.
         progress: whether to show the progress bar.
 
@@ -232,7 +233,7 @@ def train(
         result.seconds = before + time.monotonic() - began
         if stop is not None:
             result.stopped, last = False, result.steps == config.steps
-            if (last or kept is None or not kept.keep(vars(result))) and not stops_earlier():
+            if (last or kept is None or not kept.keep(vars(result), metrics)) and not stops_earlier():
                 result.stopped = distributed.on_first(lambda: stop(metrics))
         return bool(result.stopped)
 

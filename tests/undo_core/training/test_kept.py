@@ -150,3 +150,19 @@ def test_what_a_run_keeps_is_not_taken_for_that_of_the_next(tiny, sequences, tmp
     shutil.rmtree(folder / "checkpoint")
     result = trained(tiny(), sequences, folder, stop=lambda value: value == norms[2], known=lambda n: n > 0)
     assert result.steps == 2 * EVERY
+
+
+def test_the_rule_gets_metrics_of_every_name(tiny, sequences, tmp_path, norms):
+    """``step`` and ``loss`` are names in the history too."""
+    result = train(
+        tiny(),
+        loss,
+        {"text": sequence_source(sequences, 16, 0)},
+        TrainConfig(steps=STEPS, batch_size=16, lr=3e-3, warmup=2, eval_every=EVERY),
+        evaluate=lambda model: {"loss": norm(model)["norm"], "step": -1.0},
+        stop=lambda metrics: metrics["step"] == -1.0 and metrics["loss"] == norms[2],
+        stop_known=lambda: False,
+        folder=tmp_path / "named",
+        progress=False,
+    )
+    assert result.steps == 2 * EVERY
