@@ -257,7 +257,7 @@ def _proved(results: dict[str, Any]) -> str:
     }
     for name in CONFIGS:
         ran = results.get("run", {}).get(name)
-        stages = "not run yet"
+        stages = "no stage was run yet"
         if ran:
             finite = all(row["finite"] for row in ran["stages"])
             stages = (
