@@ -57,7 +57,7 @@ class TrainResult:
         positions: number of positions run through the model for each source, padding included.
         history: metrics of each evaluation, with its ``step`` and the mean training ``loss`` since the previous evaluation.
         stopped: whether the stop rule ended the stage; None without a stop rule.
-        seconds: time spent, summed over interrupted and resumed runs.
+        seconds: time spent, summed over interrupted and resumed runs, without that in which the stop rule was asked.
     """
 
     steps: int = 0
@@ -220,7 +220,7 @@ def train(
         return earlier is not None
 
     def evaluate_now() -> bool:
-        nonlocal total, terms, shown
+        nonlocal total, terms, shown, began
         outer.eval()
         with torch.no_grad():
             metrics = {} if evaluate is None else evaluate(outer)
@@ -232,9 +232,10 @@ def train(
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
         result.seconds = before + time.monotonic() - began
         if stop is not None:
-            result.stopped, last = False, result.steps == config.steps
+            asked, result.stopped, last = time.monotonic(), False, result.steps == config.steps
             if (last or kept is None or not kept.keep(vars(result), metrics)) and not stops_earlier():
                 result.stopped = distributed.on_first(lambda: stop(metrics))
+            began += time.monotonic() - asked  # the rule may have waited for another stage
         return bool(result.stopped)
 
     def save() -> None:

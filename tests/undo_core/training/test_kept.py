@@ -1,6 +1,7 @@
 """Training ahead of a stop rule that cannot be asked yet ends where the rule would have ended it."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +167,11 @@ def test_the_rule_gets_metrics_of_every_name(tiny, sequences, tmp_path, norms):
         progress=False,
     )
     assert result.steps == 2 * EVERY
+
+
+def test_the_time_for_which_the_rule_waits_is_not_spent_on_training(tiny, sequences, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("undo_core.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    waiting = lambda value: bool(clock.__setitem__(0, clock[0] + 1000))  # noqa: E731
+    result = trained(tiny(), sequences, tmp_path, stop=waiting, known=lambda asked: asked > 0)
+    assert clock[0] >= 5000 and result.seconds == 0 and result.steps == STEPS
