@@ -239,7 +239,8 @@ def train(
         return bool(result.stopped)
 
     def save() -> None:
-        result.seconds = before + time.monotonic() - began
+        if not done:  # else they are those of the evaluation at which it ended
+            result.seconds = before + time.monotonic() - began
         state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
         checkpoints.write(result.steps, state)
 

@@ -175,3 +175,16 @@ def test_the_time_for_which_the_rule_waits_is_not_spent_on_training(tiny, sequen
     waiting = lambda value: bool(clock.__setitem__(0, clock[0] + 1000))  # noqa: E731
     result = trained(tiny(), sequences, tmp_path, stop=waiting, known=lambda asked: asked > 0)
     assert clock[0] >= 5000 and result.seconds == 0 and result.steps == STEPS
+
+
+def test_the_steps_that_it_took_too_many_are_not_in_its_seconds(tiny, sequences, tmp_path, norms, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("undo_core.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ticking(*arguments):
+        clock[0] += 1
+        return loss(*arguments)
+
+    given = {"stop": lambda value: value == norms[1], "known": lambda asked: asked > 2, "loss": ticking}
+    result = trained(tiny(), sequences, tmp_path / "ahead", killed=STEPS, **given)  # with a checkpoint after each step
+    assert clock[0] > 2 * EVERY and result.steps == result.seconds == EVERY
