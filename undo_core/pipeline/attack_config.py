@@ -11,7 +11,7 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.pipeline.config import DataConfig, check_attacks
 
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class AttackRunConfig:
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
         check_attacks(self.relearn, self.attacks or {})
-        if set(self.measures) != {"forget", "retain"} or not all(map(NAME.fullmatch, self.measures.values())):
+        names = set(self.measures.values())
+        if set(self.measures) != {"forget", "retain"} or len(names) < 2 or not all(map(NAME.fullmatch, names)):
             raise ValueError(
-                f"measures: got {self.measures}, wanted a name for forget and for retain, of letters, digits, - and _"
+                f"measures: got {self.measures}, wanted different names for forget and retain, of letters, digits, . - and _"
             )
         unlike = "checkpoints with different tokenizers would read different documents"
         for name, reason in (("tokens", unlike), ("tokenizer", "every checkpoint is read with its own tokenizer")):

@@ -17,7 +17,7 @@ from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
 from undo_core.data.text import split_bytes
-from undo_core.io.files import read_json, write_json
+from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
@@ -67,12 +67,13 @@ def attack_checkpoints(checkpoints: Sequence[str], config: AttackRunConfig, comm
 
     Raises:
         FileNotFoundError: a checkpoint or a text file is missing.
-        ValueError: two checkpoints have one name, or the output folder holds checkpoints that were attacked in another way.
+        ValueError: two checkpoints have one name, or the output folder holds the results of a run, or checkpoints that were
+            attacked in another way or on other text.
     """
     distributed.arrange(config.parallel)
     store = Store(Path(config.output) / "stages")
     defences = defences_of(checkpoints, config)
-    distributed.on_first(lambda: _check_alike(config))
+    distributed.on_first(lambda: _check_alike(config, defences))
     attacked = [entry for defence in defences for entry in defence.attacks.values()]
     stages = [stage for defence in defences for stage in defence.stages()]
     prepared = {defence.prepared.key for defence in defences}
@@ -125,7 +126,8 @@ def named_checkpoint(given: str) -> tuple[str, str]:
         name, path = Path(os.path.abspath(given)).name, given
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"checkpoints: got the name {name!r}, wanted letters, digits, . - and _, as in NAME={shlex.quote(path)}"
+            f"checkpoints: got the name {name!r}, wanted letters, digits, . - and _, the first a letter, digit or _, as in "
+            f"NAME={shlex.quote(path)}"
         )
     return name, path
 
@@ -165,7 +167,7 @@ def _finish(store: Store, config: AttackRunConfig, defences: list[Defence], comm
             "command": command,
             "versions": versions(),
             "machine": machine(),
-            "config": _settings(config),
+            "config": _settings(config, defence),
             "metric": metric,
             "models": [_entry(store, defence, metric, sizes)],
         }
@@ -180,24 +182,43 @@ def _finish(store: Store, config: AttackRunConfig, defences: list[Defence], comm
     return report
 
 
-def _settings(config: AttackRunConfig) -> dict[str, Any]:
-    """The settings that must agree between checkpoints in one table."""
+def _settings(config: AttackRunConfig, defence: Defence) -> dict[str, Any]:
+    """The settings that must agree between checkpoints in one table, with a digest of the text, as files of one name can differ."""
     attacks = {name: dataclasses.asdict(own) for name, own in config.envelope().items()}
-    return {"data": dataclasses.asdict(config.data), "relearn": dataclasses.asdict(config.relearn), "attacks": attacks}
+    data = {**dataclasses.asdict(config.data), "text": _digest(defence, text=True)}
+    return {"data": data, "relearn": dataclasses.asdict(config.relearn), "attacks": attacks}
 
 
-def _check_alike(config: AttackRunConfig) -> None:
-    """Raises a ValueError if the output folder holds checkpoints that were attacked with other settings."""
-    own = settings_of({"config": _settings(config), "metric": {}})
-    for known in known_defences(Path(config.output)):
+def _digest(defence: Defence, text: bool) -> str:
+    """Digest of the text that a checkpoint is attacked with, or of the checkpoint's own files."""
+    read = {str(Path(source)) for _, source in defence.prepared.data.sources()}
+    files = defence.prepared.files.items()
+    return hash_json(sorted([Path(path).name, digest] for path, digest in files if (path in read) == text))
+
+
+def _check_alike(config: AttackRunConfig, defences: list[Defence]) -> None:
+    """Raises a ValueError unless the output folder is new, or holds other checkpoints that were attacked with the same settings."""
+    output, own = Path(config.output), settings_of({"config": _settings(config, defences[0]), "metric": {}})
+    for path in output.glob("results-seed*.json"):
+        if all(entry["kind"] != DEFENCE for entry in read_json(path)["models"]):
+            raise ValueError(f"output: got {output}, which has the results of a run, {path.name}; wanted another folder")
+    for known in known_defences(output):
+        (entry,) = known["models"]
         other = settings_of({"config": known["config"], "metric": {}})
         differing = sorted(key for key in {**own, **other} if own.get(key) != other.get(key))
         if differing:
             key = min(differing, key=lambda key: (key.startswith("attacks."), key))  # they follow relearn unless they are given
             raise ValueError(
-                f"{key}: got {own.get(key)}, but {known['models'][0]['name']} in {config.output} was attacked with {other.get(key)}; "
+                f"{key}: got {own.get(key)}, but {entry['name']} in {output} was attacked with {other.get(key)}; "
                 "wanted the same settings, or another output folder"
             )
+        for defence in (defence for defence in defences if defence.name == entry["name"]):
+            path, there = defence.prepared.model.path, entry["checkpoint"]
+            if (defence.kind, _digest(defence, text=False)) != (entry["kind"], there["content"]):
+                raise ValueError(
+                    f"checkpoints: got {defence.name}={path} as {defence.kind}, but {output} has {defence.name} as "
+                    f"{entry['kind']}, made from {there['path']} as it then was; wanted NAME={path} with another name"
+                )
 
 
 def _metric(store: Store, config: AttackRunConfig, defence: Defence) -> dict[str, Any]:
@@ -222,7 +243,7 @@ def _bytes(config: AttackRunConfig) -> dict[str, int]:
 
 def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     facts = store.manifest(defence.prepared)
-    tokens = {name: facts["splits"][f"test_{name}"]["tokens"] / size for name, size in sizes.items()}
+    tokens = {name: _tokens(defence, facts["splits"][f"test_{name}"]) / size for name, size in sizes.items()}
     entry: dict[str, Any] = {
         "name": defence.name,
         "kind": defence.kind,
@@ -233,6 +254,7 @@ def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[s
         "attack": None,
         "checkpoint": {
             "path": defence.prepared.model.path,
+            "content": _digest(defence, text=False),
             "outputs": facts["outputs"],
             "parameters": facts["parameters"],
             "tokens_per_byte": tokens or None,
@@ -244,6 +266,11 @@ def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[s
         entry["attacks"] = {name: attacked.named_entry(store) for name, attacked in further.items()}
     entry = per_byte(entry, tokens) if tokens else entry
     return {**entry, "worst": worst_of(entry, metric)} if defence.attacks else entry
+
+
+def _tokens(defence: Defence, split: dict[str, Any]) -> int:
+    """Number of tokens of the text: without a beginning-of-text token that every sequence has because the setting asks for it."""
+    return split["tokens"] - (split["rows"] if defence.prepared.data.beginning == "sequences" else 0)
 
 
 def per_byte(entry: dict[str, Any], tokens: dict[str, float]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
                 start(worker)  # a process imports for seconds, so one that is needed later does it beside the first stage
             while waiting or running:
                 ready = [stage for stage in waiting.values() if _ready(store, stage)]
-                if not ready and not running:
+                if not ready and all(stage.late and not _ready(store, stage) for stage, _ in running.values()):
+                    for _, worker in running.values():
+                        end(worker)
                     break  # someone has removed a folder that the remaining stages read
                 ahead = sum(not _ready(store, stage) for stage, _ in running.values())
                 early = [stage for stage in waiting.values() if stage not in ready and _can_begin(store, stage)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
@@ -162,7 +163,7 @@ _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for name in names:
         table.add_column(name, justify="left" if name in ("stage", "folder", "during") else "right", no_wrap=True)
     return table

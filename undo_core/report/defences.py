@@ -32,6 +32,7 @@ from undo_core.report.metrics import settings_of
 
 DEFENCE = "defence"
 FACTS = "defence.json"
+AGAIN = "attack one of them again as NAME=FOLDER"
 BASELINE = "no_weight_modification"  # TamperBench's name of the model before any attack
 NAMES = {  # TamperBench's names of attacks, by the kind of training and the text
     ("finetune", ("forget",)): "full_parameter_finetune",
@@ -58,7 +59,7 @@ def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ValueError: settings differ, or two checkpoints have one name.
     """
     seeds: dict[int, dict[str, Any]] = {}
-    first = settings_of(results[0])
+    first, content = settings_of(results[0]), dict[str, str]()
     for result in results:
         names = [entry["name"] for entry in result["models"]]
         other = settings_of(result)
@@ -68,10 +69,13 @@ def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"results: {results[0]['models'][0]['name']} and {names[0]} differ in {', '.join(differing[:3])}; wanted "
                 "checkpoints that were attacked alike"
             )
+        for entry in result["models"]:
+            if content.setdefault(entry["name"], entry["checkpoint"]["content"]) != entry["checkpoint"]["content"]:
+                raise ValueError(f"results: got two checkpoints named {entry['name']}, wanted one; {AGAIN}")
         known = seeds.setdefault(result["seed"], {**result, "command": "", "models": []})
         there = {entry["name"]: entry for entry in known["models"]}
         for name in (name for name, entry in zip(names, result["models"], strict=True) if there.get(name, entry) != entry):
-            raise ValueError(f"results: got two checkpoints named {name}, wanted one; attack one of them again as NAME=FOLDER")
+            raise ValueError(f"results: got two checkpoints named {name}, wanted one; {AGAIN}")
         known["models"] = [*known["models"], *(entry for entry in result["models"] if entry["name"] not in there)]
         known["command"] = "\n".join(dict.fromkeys(line for line in (known["command"], result["command"]) if line))
     return list(seeds.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -162,7 +163,7 @@ def terminal(report: Report) -> Group:
     shown = [index for index, header in enumerate(table.headers) if header not in left_out]
     rates = "the worst learning rate" if len(report.rates) != 1 else f"the learning rate {rate(report.rates[0])}"
     title = f"{report.title}: {'accuracy' if report.higher else 'loss'} in {report.unit}, relearning at {rates}"
-    rich = RichTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    rich = RichTable(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]
         head = name.replace(" steps", "").replace(" after ", "\nafter\n") + (f"\n{unit}" if name == "C" else "")
@@ -272,10 +273,14 @@ class Notes:
 def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
     """Marks of the footnotes on a model.
 
-    They say whether the teacher has hardly forgotten, in which seeds the model is censored, and whether a stronger attack may
-    exist.
+    They say whether a model lacks seeds that others have, whether the teacher has hardly forgotten, in which seeds the model is
+    censored, and whether a stronger attack may exist.
     """
     marks = ""
+    if lacking := sorted(set(report.seeds) - set(model.entries)):
+        marks += notes.mark(
+            f"without seed {', '.join(map(str, lacking))}: its means are over fewer seeds than those of other rows"
+        )
     if model.kind == "unlearn" and report.hardly_forgotten:
         marks += notes.mark(hardly_forgotten(report))
     if model.censored:

@@ -37,17 +37,18 @@ class KeptEvaluations:
             if at > step or step == 0:
                 path.unlink()
 
-    def keep(self, result: dict[str, Any]) -> bool:
+    def keep(self, result: dict[str, Any], metrics: dict[str, float]) -> bool:
         """Keeps the model's weights if the rule cannot be asked yet and there is room for them; returns whether it did.
 
         Args:
             result: the run up to this evaluation, as JSON values.
+            metrics: the metrics of this evaluation.
         """
         used = sum(path.stat().st_size for _, path in self._files())
         if self.known() or used + sum(parameter.nbytes for parameter in self.model.parameters()) > ROOM:
             return False
         self.folder.mkdir(exist_ok=True)
-        content = save(weights(self.model), {"result": json.dumps(result)})
+        content = save(weights(self.model), {"result": json.dumps(result), "metrics": json.dumps(metrics)})
         write_bytes(self.folder / f"{result['steps']}.safetensors", content)
         return True
 
@@ -58,10 +59,10 @@ class KeptEvaluations:
         """
         for _, path in self._files():
             with safe_open(path, "pt") as file:
-                result = json.loads(file.metadata()["result"])
-            if self.stop({name: value for name, value in result["history"][-1].items() if name not in ("step", "loss")}):
+                saved = {name: json.loads(text) for name, text in file.metadata().items()}
+            if self.stop(saved["metrics"]):
                 load_weights(path, self.model)
-                return {**result, "stopped": True}
+                return {**saved["result"], "stopped": True}
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 

@@ -57,7 +57,7 @@ class TrainResult:
         positions: number of positions run through the model for each source, padding included.
         history: metrics of each evaluation, with its ``step`` and the mean training ``loss`` since the previous evaluation.
         stopped: whether the stop rule ended the stage; None without a stop rule.
-        seconds: time spent, summed over interrupted and resumed runs.
+        seconds: time spent, summed over interrupted and resumed runs, without that in which the stop rule was asked.
     """
 
     steps: int = 0
@@ -126,8 +126,9 @@ def train(
             computes one digest of the weights, about a second per gigabyte in float32. Dropout draws from the device's global
             generator, which is seeded in each step from ``config.seed`` and the step, so a resumed run draws the same.
         settings: further values that decide the result, as JSON values.
-        checkpoint_seconds: seconds between checkpoints, or more, so that writing them takes at most 5 % of the time. On several ranks one that is due while another is being written is put off
-            until that is published. 0 writes one after every step, and so does a negative number, which also waits for the one before.
+        checkpoint_seconds: seconds between checkpoints, or more, so that writing them takes at most 5 % of the time. On several
+            ranks one that is due while another is being written is put off until that is published. 0 writes one after every
+            step, and so does a negative number, which also waits for the one before.
         title: label of the progress bar.
         progress: whether to show the progress bar.
 
@@ -219,7 +220,7 @@ def train(
         return earlier is not None
 
     def evaluate_now() -> bool:
-        nonlocal total, terms, shown
+        nonlocal total, terms, shown, began
         outer.eval()
         with torch.no_grad():
             metrics = {} if evaluate is None else evaluate(outer)
@@ -231,13 +232,15 @@ def train(
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
         result.seconds = before + time.monotonic() - began
         if stop is not None:
-            result.stopped, last = False, result.steps == config.steps
-            if (last or kept is None or not kept.keep(vars(result))) and not stops_earlier():
+            asked, result.stopped, last = time.monotonic(), False, result.steps == config.steps
+            if (last or kept is None or not kept.keep(vars(result), metrics)) and not stops_earlier():
                 result.stopped = distributed.on_first(lambda: stop(metrics))
+            began += time.monotonic() - asked  # the rule may have waited for another stage
         return bool(result.stopped)
 
     def save() -> None:
-        result.seconds = before + time.monotonic() - began
+        if not done:  # else they are those of the evaluation at which it ended
+            result.seconds = before + time.monotonic() - began
         state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
         checkpoints.write(result.steps, state)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from undo_core.cli import main
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
+from undo_core.report.defences import merged
 
 SHORT = ["--relearn.rates=[0.01]", "--relearn.evaluate_at=[0,2]", "--relearn.headline_step=2", "--relearn.extend=0"]
 
@@ -103,6 +104,23 @@ def test_a_loss_is_the_sum_of_transformers_losses_over_the_bytes_of_the_text(pla
     assert entry["metrics"][part]["value"] == pytest.approx(nats / labels * len(ids) / size, rel=1e-5)
 
 
+@pytest.mark.parametrize("part", ["retain", "forget"])
+def test_a_token_at_the_beginning_of_every_sequence_is_no_text(place, part):
+    """The text is what is left of the tokens; all of it is predicted, so the sum of the losses is exact."""
+    assert attack(place, "theirs", output="begun", extra=["--attacks={}", "--data.beginning=sequences"]) == 0
+    (entry,) = results(place / "begun")["models"]
+    tokens = load_file(place / "begun" / "stages" / entry["stage"] / "data" / f"test_{part}.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(place / "theirs").double()
+    nats, ids, separator = 0.0, [], tokens["input_ids"][0, 0].item()
+    for sequence, length in zip(tokens["input_ids"].long(), tokens["lengths"].tolist(), strict=True):
+        own = sequence[:length]
+        assert own[0] == separator
+        nats += model(input_ids=own[None], labels=own[None]).loss.item() * (length - 1)
+        ids += [token for token in own.tolist() if token != separator]
+    size = len(AutoTokenizer.from_pretrained(place / "theirs").decode(ids).encode())
+    assert len(tokens["input_ids"]) > 2 and entry["metrics"][part]["value"] == pytest.approx(nats / size, rel=1e-5)
+
+
 def test_a_folder_for_each_checkpoint_has_the_layout_of_tamperbench(attacked):
     folder = attacked / "defences" / "other" / "trial_0"
     summary = read_json(folder / "trial_results.json")
@@ -184,6 +202,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
         (("theirs",), ("--data.kind=arithmetic",), "data.kind"),
         (("theirs",), ("--relearn.kind=quantise",), "relearn.kind: got quantise"),
         (("theirs",), ("--measures.forget=a/b",), "measures: got"),
+        (("theirs",), ("--measures.forget=retain",), "wanted different names for forget and retain"),
+        (("..",), (), "checkpoints: got the name '..'"),
         (("theirs",), ("--relearn.batch_size=8",), "relearn.batch_size: got 8, but base in"),
     ],
 )
@@ -193,6 +213,34 @@ def test_a_mistake_is_one_line_before_anything_runs(place, attacked, checkpoints
     error = capsys.readouterr().err
     assert wanted in error and error.count("\n") == 1, error
     assert sorted(path for path in Path(attacked).rglob("*")) == before
+
+
+def test_no_row_is_replaced_by_other_numbers(place, attacked, tmp_path, capsys):
+    """Neither those of another checkpoint or text under the same name, nor those of a run in the same folder."""
+    before = {path: path.read_bytes() for path in attacked.rglob("*.json")}
+
+    def refused(*arguments, wanted):
+        assert main(["attack", *arguments, "--data.length=24", "--data.valid_fraction=0.2", *SHORT]) == 2
+        error = capsys.readouterr().err
+        assert wanted in error and error.count("\n") == 1, error
+
+    text, output = [f"--data.{name}=[{place / name}.txt]" for name in ("retain", "forget")], f"--output={attacked}"
+    refused(f"theirs={place / 'other'}", *text, output, wanted="checkpoints: got theirs=")
+    refused(f"theirs={place / 'other'}", *text, output, "--seed=1", wanted="as it then was; wanted NAME=")
+    refused(f"base={place / 'theirs'}", *text, output, wanted="has base as original")
+    known = (place / "forget.txt").read_bytes()
+    try:
+        (place / "forget.txt").write_bytes(known.replace(b"seoul", b"busan"))
+        refused(f"third={place / 'theirs'}", *text, output, wanted="data.text: got ")
+    finally:
+        (place / "forget.txt").write_bytes(known)
+    (tmp_path / "results-seed0.json").write_text(json.dumps({"models": [{"kind": "unlearn"}]}))
+    refused(str(place / "theirs"), *text, f"--output={tmp_path}", wanted="output: got ")
+    assert {path: path.read_bytes() for path in attacked.rglob("*.json")} == before
+    first = results(attacked)
+    other = {**first, "seed": 1, "models": [{**first["models"][2], "checkpoint": first["models"][1]["checkpoint"]}]}
+    with pytest.raises(ValueError, match="two checkpoints named theirs"):
+        merged([first, other])
 
 
 def test_the_first_commands_of_the_guide_run(place, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,14 @@ def test_an_idle_worker_begins_a_stage_that_lacks_only_a_late_input(tmp_path):
     assert failed == {"failing": "half way"} and sorted(finished) == ["ahead", "first", "last"]
     assert store.manifest(ahead)["found"] == store.manifest(ahead)["inputs"]["after"]["folder"] == first.name
     assert not store.done(given_up) and not store.done(reader)
+
+
+def test_a_stage_does_not_wait_for_an_input_that_nobody_can_build(tmp_path):
+    store = Store(tmp_path / "stages")
+    first = Ending(how="work", title="first")
+    late = Opened(how="work", gate=str(tmp_path / "gate"), before=first, title="late")
+    workers.run_stages(store, [Opening(how="work", after=late)], 2, lambda stage: shutil.rmtree(store.folder(stage)))
+    assert workers.missing_with_inputs(store, [late]).keys() == {first.key, late.key}, "the next round builds them"
 
 
 def test_gpus_at_hand(monkeypatch):

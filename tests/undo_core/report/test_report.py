@@ -413,6 +413,18 @@ def test_the_terminal_table_fits_80_columns(seeds: int) -> None:
     assert "90.0" in text and "0.33" in text
 
 
+def test_a_row_says_which_seeds_it_lacks() -> None:
+    results = [run(0), run(1)]
+    del results[1]["models"][-1]
+    table = results_table(derive(results, "title"))
+    (mark,) = (mark for mark, text in table.notes.items() if text.startswith("without seed 1"))
+    assert [mark in row[0].marks for row in table.rows] == [False] * (len(table.rows) - 1) + [True]
+
+
+def test_a_title_in_brackets_is_no_markup() -> None:
+    assert "runs [/red] of [bold]: accuracy" in printed({**run(), "name": "runs [/red] of [bold]"})
+
+
 def test_footnotes_do_not_look_like_part_of_a_name() -> None:
     result = run()
     censor(result, "undo-0.6")

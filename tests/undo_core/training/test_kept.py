@@ -1,6 +1,7 @@
 """Training ahead of a stop rule that cannot be asked yet ends where the rule would have ended it."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +151,40 @@ def test_what_a_run_keeps_is_not_taken_for_that_of_the_next(tiny, sequences, tmp
     shutil.rmtree(folder / "checkpoint")
     result = trained(tiny(), sequences, folder, stop=lambda value: value == norms[2], known=lambda n: n > 0)
     assert result.steps == 2 * EVERY
+
+
+def test_the_rule_gets_metrics_of_every_name(tiny, sequences, tmp_path, norms):
+    """``step`` and ``loss`` are names in the history too."""
+    result = train(
+        tiny(),
+        loss,
+        {"text": sequence_source(sequences, 16, 0)},
+        TrainConfig(steps=STEPS, batch_size=16, lr=3e-3, warmup=2, eval_every=EVERY),
+        evaluate=lambda model: {"loss": norm(model)["norm"], "step": -1.0},
+        stop=lambda metrics: metrics["step"] == -1.0 and metrics["loss"] == norms[2],
+        stop_known=lambda: False,
+        folder=tmp_path / "named",
+        progress=False,
+    )
+    assert result.steps == 2 * EVERY
+
+
+def test_the_time_for_which_the_rule_waits_is_not_spent_on_training(tiny, sequences, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("undo_core.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    waiting = lambda value: bool(clock.__setitem__(0, clock[0] + 1000))  # noqa: E731
+    result = trained(tiny(), sequences, tmp_path, stop=waiting, known=lambda asked: asked > 0)
+    assert clock[0] >= 5000 and result.seconds == 0 and result.steps == STEPS
+
+
+def test_the_steps_that_it_took_too_many_are_not_in_its_seconds(tiny, sequences, tmp_path, norms, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("undo_core.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ticking(*arguments):
+        clock[0] += 1
+        return loss(*arguments)
+
+    given = {"stop": lambda value: value == norms[1], "known": lambda asked: asked > 2, "loss": ticking}
+    result = trained(tiny(), sequences, tmp_path / "ahead", killed=STEPS, **given)  # with a checkpoint after each step
+    assert clock[0] > 2 * EVERY and result.steps == result.seconds == EVERY
