@@ -275,7 +275,9 @@ def main(description: str, arguments: Sequence[str]) -> int:
         *((shlex.split(one), "") for one in options.python),
         *((own, one) for one in options.path),
     ]:
-        lines += environment_rows(command, path, options.threads)
+        for line in environment_rows(command, path, options.threads):
+            if line not in lines:  # what the processor has not is said once
+                lines.append(line)
     lines += arm_rows(options.threads)
     facts, failed = harness.machine("cpu"), failures(lines)
     print(f"{harness.whereabouts(facts)}\n\n{table(lines, options.threads)}\n\n{SAID}")

@@ -87,9 +87,10 @@ def test_the_table_shows_what_is_absent_and_names_what_failed(monkeypatch, capsy
     monkeypatch.setattr(matrix, "environment_rows", lambda *arguments: iter(lines))
     monkeypatch.setattr(matrix, "arm_rows", lambda threads: iter([]))
     page = tmp_path / "page.md"
-    asked = ["--threads", "1", "2", "--out", str(page)]
+    asked = ["--threads", "1", "2", "--path", "elsewhere", "--out", str(page)]
     assert matrix.main("", asked) == 0
     printed = capsys.readouterr().out
+    assert printed.count("| amx |") == 1
     assert "| avx2 | 1 % · 1e-5 · same |" in printed and "| amx | not at hand: this processor has avx2 | –" in printed
     bad["float16, 2"].failures.append("reverse, chunk: error")
     assert matrix.main("", asked) == 1
