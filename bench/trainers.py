@@ -305,9 +305,12 @@ def page(lines: list[list[str]], command: str) -> str:
         "on the same model and batch. Seconds are the processor's, of one thread; the peak is beyond what was resident before the step, "
         f"gradients included. The model is a Llama of {LAYERS} layers, width {WIDTH}, with a tied embedding; {ROWS} × {LENGTH} tokens, "
         "unlearning of each part. `SFTTrainer` and `DistillationTrainer` have chunked losses of their own; the others hold logits. "
+        "Hugging Face's `Trainer` has no distillation loss: its own is `F.kl_div` of both models' `log_softmax`, as such trainers are "
+        "usually written. "
         "OpenUnlearning's losses are written out in `bench/open_unlearning.py`. With a trunk this small the head is nearly the whole "
         "step; a larger trunk brings both ways nearer to each other. OpenUnlearning's RMU runs both models whole, their heads included, "
-        "undo-core's one layer. A forget and a retain loss in one graph each hold a gradient of the head until the backward pass.\n\n"
+        "undo-core's one layer. A forget and a retain loss in one graph each hold a gradient of the head until the backward pass. "
+        "*Faster* is the median of the ratios within a turn, not the ratio of the two medians beside it.\n\n"
         f"{markdown(HEADER, lines)}\n\n"
         f"{about['cpu']}, {said}. Made by `{command}`.\n"
     )

@@ -4,7 +4,7 @@
 
 A row is an instruction set of the C++ kernels, in a process of its own that checks with undo_kernels.recorded() that it ran. A cell holds
 the largest relative errors of the losses' gradients and of their values as the student approaches its teacher from a KL of 1 to 1e-6
-(tests/support/near_agreement.py), and whether the noise has its known bits. Plain torch in the same dtype has a row beside them. A cell
+(tests/support/near_agreement.py), and whether the noise has its known bits. Torch alone, in the same dtype, has a row beside them. A cell
 fails beyond the limits of the numerics contract, for other bits, or if something else ran; the exit status is then 1, and every failing
 case is named below the table.
 

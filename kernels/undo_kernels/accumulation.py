@@ -14,6 +14,10 @@ import torch
 
 from undo_kernels.matmul import full_precision
 
+_RETURNED = (
+    "{name}: got torch.autograd.grad with respect to {what}, whose gradient is added to the parameter's grad in place; wanted "
+    "backward(), or a loss without that option"
+)
 _ROWS = 4096  # rows of a gradient that are computed before they are added
 
 
@@ -48,22 +52,57 @@ def check_unwatched(name: str, parameter: torch.Tensor) -> None:
         )
 
 
-def accumulates(name: str, parameter: torch.Tensor) -> bool:
-    """Returns whether the backward pass that runs now adds to ``parameter.grad``; it does not with other ``inputs``.
+def check_part(name: str, weight: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Checks that the gradient of ``weight``, which requires one, goes to the first rows of the parameter unseen and unchanged.
 
     Raises:
-        RuntimeError: the pass was started by ``torch.autograd.grad`` with respect to the parameter, and returns the gradient instead.
+        ValueError: the weight shares the parameter's memory, but not its gradient, or something else receives that gradient.
+    """
+    if weight is parameter:
+        return
+    if weight._backward_hooks or weight.retains_grad:
+        raise ValueError(
+            f"{name}: got a part of the parameter with a gradient hook or retain_grad(), which would not see what is added in place; "
+            "wanted one without"
+        )
+    node, way = weight.grad_fn, []
+    while node is not None and node.next_functions:
+        way.append(node.name())
+        node = node.next_functions[0][0]
+    # Views of torch itself pass a gradient on as it is; a custom autograd.Function may scale it. Their names end differently.
+    plain = all(step.endswith("Backward0") for step in way)
+    if weight._base is not parameter or getattr(node, "variable", None) is not parameter or not plain:
+        raise ValueError(
+            f"{name}: got a parameter whose memory the weight shares by way of {', '.join(way) or 'another leaf'}, wanted the weight "
+            "itself, or the parameter that it is a plain slice of"
+        )
+
+
+def accumulates(name: str, parameter: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
+    """Returns whether the backward pass that runs now adds to ``parameter.grad``; it does not with other ``inputs``.
+
+    Args:
+        name: what adds in place, for the error.
+        parameter: a leaf.
+        weight: the part of it that the loss was given, if it is not the leaf itself.
+
+    Raises:
+        RuntimeError: the pass was started by ``torch.autograd.grad`` with respect to the parameter or the weight, and returns the
+            gradient instead.
     """
     if not parameter.requires_grad:  # frozen since the forward
         return False
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
     try:
-        return torch._C._will_engine_execute_node(node)
+        own = _runs(parameter)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"{name}: got torch.autograd.grad with respect to the parameter, whose gradient is added to its grad in place; wanted "
-            "backward(), or a loss without that option"
-        ) from error
+        raise RuntimeError(_RETURNED.format(name=name, what="the parameter")) from error
+    if not own and weight is not None and weight is not parameter and _runs(weight):
+        raise RuntimeError(_RETURNED.format(name=name, what="a part of the parameter"))
+    return own
+
+
+def _runs(tensor: torch.Tensor) -> bool:
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(tensor).node)
 
 
 def refuse_double_backward(name: str) -> None:
@@ -100,7 +139,8 @@ class AddedProduct(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, parameter: torch.Tensor, entries: int, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.parameter, ctx.entries, ctx.dtype = parameter, entries, dtype
+        ctx.parameter, ctx.weight = parameter, weight  # a saved tensor may be unpacked as another one, without a graph
+        ctx.entries, ctx.dtype = entries, dtype
         with full_precision(hidden.device):
             return hidden.to(dtype) @ weight[:entries].to(dtype).T
 
@@ -108,10 +148,11 @@ class AddedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_double_backward("accumulate_into")
         hidden, weight = ctx.saved_tensors
-        own = accumulates("accumulate_into", ctx.parameter)
+        own = accumulates("accumulate_into", ctx.parameter, ctx.weight)
         earlier = None
         if own:
             check_unwatched("accumulate_into", ctx.parameter)
+            check_part("accumulate_into", ctx.weight, ctx.parameter)
             earlier = earlier_gradient(ctx.parameter, weight)
         d_weight = None
         with full_precision(grad.device):

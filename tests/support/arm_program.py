@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CROSS, QEMU = os.environ.get("CROSS", "aarch64-linux-gnu-g++"), os.environ.get("QEMU", "qemu-aarch64")
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fopenmp", f"-I{ROOT / 'csrc'}"]
 PROCESSORS = {"max": "every extension that the emulator has", "cortex-a72": "no bfloat16"}
+PRODUCTS = {"max": ["bfmmla"], "cortex-a72": []}  # of bfloat16, that each of them has
 
 
 def build(compiler: str, folder: Path, *link: str) -> Path:

@@ -87,14 +87,20 @@ def test_the_table_shows_what_is_absent_and_names_what_failed(monkeypatch, capsy
     monkeypatch.setattr(matrix, "environment_rows", lambda *arguments: iter(lines))
     monkeypatch.setattr(matrix, "arm_rows", lambda threads: iter([]))
     page = tmp_path / "page.md"
-    asked = ["--threads", "1", "2", "--out", str(page)]
+    asked = ["--threads", "1", "2", "--path", "elsewhere", "--out", str(page)]
     assert matrix.main("", asked) == 0
     printed = capsys.readouterr().out
+    assert printed.count("| amx |") == 1
     assert "| avx2 | 1 % · 1e-5 · same |" in printed and "| amx | not at hand: this processor has avx2 | –" in printed
     bad["float16, 2"].failures.append("reverse, chunk: error")
     assert matrix.main("", asked) == 1
     assert "avx2; float16, 2: reverse, chunk: error" in capsys.readouterr().out
     assert page.read_text().count("| avx2 |") == 1, "a processor's section is replaced"
+    page.write_text(
+        page.read_text().replace(matrix.SAID, "an earlier introduction").replace("## ", "## Other\n\nits table\n\n## ")
+    )
+    matrix.main("", asked)
+    assert page.read_text().count(matrix.SAID) == 1 and "## Other\n\nits table" in page.read_text()
 
 
 def test_an_interpreter_without_the_kernels_is_named():
@@ -105,12 +111,15 @@ def test_an_interpreter_without_the_kernels_is_named():
 def test_arm_cells_come_from_the_program_s_lines():
     noise = "".join(f"noise {name} {bits}\n" for name, bits in KNOWN.items())
     output = f"{noise}loss neon 1e-05 gradient 0.0002\nloss plain 1 gradient 1\nproduct bfmmla 0.001\nchecked neon\n"
-    cells = matrix.arm_cells(output, True, 2)
+    cells = matrix.arm_cells(output, True, 2, ["bfmmla"])
     assert cells["float32, 2"] == Cell(0.0002, 1e-05, True) and cells["bfloat16, 2"] == Cell(0.001, None, True)
     assert cells["float16, 2"] == Cell(None, None, True)
-    wrong = matrix.arm_cells(output.replace(KNOWN["normal float16"], "0" * 16), False, 2)
+    wrong = matrix.arm_cells(output.replace(KNOWN["normal float16"], "0" * 16), False, 2, ["bfmmla"])
     assert len(wrong["float16, 2"].failures) == 2 and len(wrong["float32, 2"].failures) == 1
-    assert matrix.arm_cells("", True, 2)["float32, 2"].failures == ["noise: got nothing, wanted the known bits"]
+    nothing = matrix.arm_cells("", True, 2, ["bfmmla"])
+    assert nothing["float32, 2"].failures == ["losses: neon did not run", "noise: got nothing, wanted the known bits"]
+    assert nothing["bfloat16, 2"].failures[0] == "product: [] ran, wanted ['bfmmla']"
+    assert matrix.arm_cells(output, True, 2, [])["bfloat16, 2"].failures == ["product: ['bfmmla'] ran, wanted []"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

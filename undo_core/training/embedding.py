@@ -104,7 +104,8 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     It works in any loop or trainer. Everything else, ``zero_grad``, gradient accumulation, clipping, autocast and a loss scaler
     included, stays as it is. The gradient is the same up to the order of a sum. Memory: ``[tokens, d]`` instead of ``[V, d]``.
     With gradient accumulation, ``accumulate_into=model.lm_head.weight`` of the losses (:mod:`undo_kernels.ops`) saves the head's
-    second gradient too. Each forward pass and its backward pass both lie inside the context.
+    second gradient too. Each forward pass and its backward pass both lie inside the context. Call ``backward()`` without ``inputs``:
+    autograd would run only what leads to them, and the embedding's gradient does not, so that it would be missing without an error.
 
     Yields the tied weight, or None where there is nothing to save: the two are not tied, the weight is frozen or below 4 MiB, or
     its embedding has ``max_norm``, ``sparse`` or ``scale_grad_by_freq``. A lookup in a graph of ``torch.compile`` has its dense

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from undo_kernels.accumulation import accumulates, check_unwatched, earlier_gradient
+from undo_kernels.accumulation import accumulates, check_part, check_unwatched, earlier_gradient
 from undo_kernels.library.backends import implementation_on
 from undo_kernels.library.scale import is_eager, refuse_double_backward, scaled
 from undo_kernels.matmul import full_precision
@@ -259,7 +259,7 @@ class _TokensInto(torch.autograd.Function):
     def forward(ctx: Any, parameter: torch.Tensor, options: dict[str, Any], *tensors: torch.Tensor | None) -> Result:
         output = torch.ops.undo.vocab_loss_tokens(*tensors, **options)
         _tokens_save(ctx, tensors, options, output)
-        ctx.parameter = parameter
+        ctx.parameter, ctx.weight = parameter, tensors[1]  # a saved tensor may be unpacked as another one, without a graph
         return output
 
     @staticmethod
@@ -267,10 +267,11 @@ class _TokensInto(torch.autograd.Function):
         refuse_double_backward("vocab_loss_tokens")
         tensors, problem, backend = _tokens_problem(ctx, grad_divergence, grad_nll)
         hidden, _, bias = ctx.needs_input_grad[2 : 2 + len(_HEAD)]
-        weight = accumulates("accumulate_into", ctx.parameter)
+        weight = accumulates("accumulate_into", ctx.parameter, ctx.weight)
         earlier = None
         if weight:
             check_unwatched("accumulate_into", ctx.parameter)
+            check_part("accumulate_into", ctx.weight, ctx.parameter)
             earlier = earlier_gradient(ctx.parameter, tensors[1])
         problem = dataclasses.replace(problem, needs=(hidden, weight, bias), earlier=earlier)
         result = _implementation(problem, backend)

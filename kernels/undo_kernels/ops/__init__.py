@@ -26,13 +26,15 @@ No op shifts labels. The losses share these options:
 - ``accumulate_into``: the parameter that is the head's weight (or whose first rows are). Where it has a gradient already, as in every
   micro-batch after the first, autograd would hold a second one, ``[V, d]``, until it is complete, and then add it. With this option the
   backward adds the products themselves to ``parameter.grad``. They are the same products; only the order of the sum differs, within the
-  rounding of the gradient's dtype. It holds the workspace and nothing of the weight's size, and projects the logits again: 6 products
-  instead of 4 for a divergence between two heads, 4 instead of 3 for the others. The first gradient is computed as without the option,
+  rounding of the gradient's dtype. It holds the workspace and nothing else of the weight's size, and projects the logits again: 6
+  products instead of 4 for a divergence between two heads, 4 instead of 3 for the others. (A bfloat16 gradient of more than eight chunks
+  is summed in float32, in the workspace; ``plan="recompute"`` holds no such sum.) The first gradient is computed as without the option,
   bit for bit, and so is any gradient in a call without one; losses that share one backward hold one each until then. Any incoming
-  gradient (a loss scale, a sum of losses), ``retain_graph``, and ``zero_grad()`` between forward and backward are right. A
+  gradient (a loss scale, a sum of losses), ``retain_graph``, and ``zero_grad()`` between forward and backward are right. (Inside
+  ``torch.utils.checkpoint`` the forward runs twice, and torch raises an error if the parameter has a gradient in one of them alone.) A
   frozen parameter takes no gradient. Refused, as they would miss what is added: ``create_graph``, ``torch.autograd.grad`` by the
-  parameter, gradient hooks on it, DTensors, several processes (DDP, FSDP), ``torch.compile``; and float16 parameters, whose gradient is
-  scaled once it is complete.
+  parameter or a part of it, gradient hooks on either, weights that are not a plain slice of the parameter, DTensors, several
+  processes (DDP, FSDP), ``torch.compile``; and float16 parameters, whose gradient is scaled once it is complete.
 
 **Infinite logits.** A logit of -inf (from a bias, or given) has probability 0, and ``0 log 0 = 0``. The loss is +inf where the student
 gives probability 0 to something that its target has (``p_s = 0 < p_t``; for reverse KL ``p_t = 0 < p_s``). The gradient by the logits

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from undo_kernels.accumulation import check_unwatched, earlier_gradient
+from undo_kernels.accumulation import check_part, check_unwatched, earlier_gradient
 from undo_kernels.ops import checks
 from undo_kernels.ops.dispatch import LossReduction
 from undo_kernels.ops.vocabulary_parallel import local_head
@@ -61,6 +61,7 @@ def accumulated_into(parameter: Any, weight: torch.Tensor, prefix: str) -> torch
         checks.fail(name, "a float16 parameter", "float32 or bfloat16: the gradient of float16 is scaled once it is complete")
     if not (torch.is_grad_enabled() and weight.requires_grad and parameter.requires_grad):
         return None
+    check_part(name, weight, parameter)
     check_unwatched(name, parameter)
     return None if earlier_gradient(parameter, weight) is None else parameter
 

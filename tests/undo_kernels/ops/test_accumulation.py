@@ -354,6 +354,53 @@ def test_refused(case):
         kl(weight, other, draw(0), accumulate_into=make(weight))
 
 
+class Scaled(torch.autograd.Function):
+    """A view whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 10 * gradient
+
+
+def retained(part):
+    part.retain_grad()
+    return part
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda w: Scaled.apply(w), "whose memory the weight shares by way of ScaledBackward"),
+        (lambda w: torch.nn.Parameter(w.detach()), "whose memory the weight shares by way of another leaf"),
+        (lambda w: hooked(w[:V]), "a part of the parameter with a gradient hook"),
+        (lambda w: retained(w[:V]), "a part of the parameter with a gradient hook or retain_grad"),
+    ],
+    ids=["scaled", "alias", "hooked", "retained"],
+)
+def test_weights_whose_gradient_is_not_the_parameter_s_are_refused(part, message):
+    weight, other = heads()
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match="^accumulate_into: got " + ("a parameter " if "memory" in message else "") + message):
+        kl(part(weight), other, draw(0), accumulate_into=weight)
+
+
+@pytest.mark.parametrize("plan", ["direct", "chunk"])
+def test_a_gradient_by_a_part_of_the_parameter_is_refused(plan):
+    weight, other = heads()
+    weight.grad = torch.ones_like(weight)
+    part = weight[:V]
+    loss = kl(part, other, draw(0), accumulate_into=weight, plan=plan)
+    with pytest.raises(
+        RuntimeError, match=r"^accumulate_into: got torch.autograd.grad with respect to a part of the parameter"
+    ):
+        torch.autograd.grad(loss, part)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_float16_several_processes_and_compiled_graphs_are_refused(monkeypatch):
     weight, other = heads(torch.float16)
     with pytest.raises(ValueError, match=r"^accumulate_into: got a float16 parameter"):

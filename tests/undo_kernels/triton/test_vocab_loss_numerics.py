@@ -82,6 +82,20 @@ def test_gradient_of_16_bit_inputs_is_as_exact_beside_any_softcap(softcap, tempe
             assert error(getattr(got, name), want[name]) < 0.01, (target, plan, name)
 
 
+@pytest.mark.parametrize("steep", ["student", "teacher"])
+@pytest.mark.parametrize("other", [None, 30.0])
+def test_one_large_softcap_is_enough_for_exact_functions(steep, other):
+    """The functions are the kernel's, so that a steep teacher beside a flat student needs the exact ones too."""
+    for target, plan in itertools.product(("forward", "reverse"), ("chunk", "recompute")):
+        p = apart_by(0.05, target, plan, torch.bfloat16, softcap=other)
+        p = dataclasses.replace(p, **{steep: dataclasses.replace(getattr(p, steep), softcap=300.0)})
+        assert Shapes(p, tile_table.INTERPRETER).exact
+        want, got = oracle(p), vocab_loss(p)
+        assert error(got.divergence, want["divergence"]) < 1e-3, (target, plan)
+        for name in ("d_hidden", "d_weight"):
+            assert error(getattr(got, name), want[name]) < 0.01, (target, plan, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", ["chunk", "recompute"])
 @pytest.mark.parametrize("target", DENSE)
