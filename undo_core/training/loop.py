@@ -88,6 +88,7 @@ def train(
     gradient: Gradient | None = None,
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     evaluate_at: Iterable[int] | None = None,
+    known_at_start: Metrics | None = None,
     stop: Callable[[Metrics], bool] | None = None,
     stop_known: Callable[[], bool] | None = None,
     must_stay_finite: bool = True,
@@ -111,6 +112,7 @@ def train(
         gradient: see :data:`Gradient`; None for :func:`accumulate`.
         evaluate: called before the first step, after the last, and in between as ``config.eval_every`` or ``evaluate_at`` say.
         evaluate_at: steps at which to evaluate, instead of ``config.eval_every``.
+        known_at_start: what ``evaluate`` would return before the first step, if that is known; it is then not called there.
         stop: predicate on the metrics; the stage ends at the first evaluation that satisfies it.
         stop_known: whether ``stop`` can answer without waiting; None if it always can. While it cannot, training goes on and
             keeps the weights of each evaluation in ``folder``, up to 1 GiB. Once it can, training goes back to the first
@@ -223,7 +225,9 @@ def train(
         nonlocal total, terms, shown, began
         outer.eval()
         with torch.no_grad():
-            metrics = {} if evaluate is None else evaluate(outer)
+            metrics = known_at_start if result.steps == 0 else None
+            if metrics is None:
+                metrics = {} if evaluate is None else evaluate(outer)
         release(model)
         entry = {"step": result.steps, **({"loss": float(total) / terms} if terms else {}), **metrics}
         total, terms = torch.zeros((), device=device), 0

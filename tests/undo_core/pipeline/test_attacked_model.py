@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 from stage_kinds import KINDS, NOWHERE
@@ -11,12 +12,16 @@ from undo_core.attacks import AttackConfig, worst_of
 from undo_core.cli import main
 from undo_core.io.files import read_json
 from undo_core.pipeline.prepared import evaluate_folder
+from undo_core.pipeline.stage import Folder, Work
 from undo_core.pipeline.stages import Relearn
+from undo_core.pipeline.stages import relearn as stage_file
 from undo_core.planning.fit import cheapest_fit
+from undo_core.training import TrainResult
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("peft", "torchao"))), reason="peft or torchao is not installed"
 )
+SCORES = {f"{name}{end}": 0.5 for name in ("forget", "retain") for end in ("", "_low", "_high")}
 RUN = """
 name: attacked
 output: {output}
@@ -184,3 +189,27 @@ def test_what_makes_an_attack_fit(optimizer, swapped):
     tried = []
     cheapest_fit(stage, 0, lambda changes: tried.append(changes) or 1)
     assert any("optimizer" in changes for changes in tried) == swapped
+
+
+def test_rates_of_one_attack_share_their_first_evaluation(tmp_path, monkeypatch):
+    """Another model, precision or kind does not."""
+    known = []
+
+    def attack(model, known_at_start, **options):
+        known.append(known_at_start)
+        return TrainResult(positions={"forget": 1}, history=[{"step": 0, **SCORES}])
+
+    monkeypatch.setattr(stage_file, "attack", attack)
+    for name in ("load_to_train", "train_sequences"):
+        monkeypatch.setattr(stage_file, name, lambda *_: SimpleNamespace(length=8))
+    monkeypatch.setattr(stage_file, "tested_sequences", lambda _: {"forget": range(5), "retain": range(5)})
+    monkeypatch.setattr(stage_file, "training_facts", lambda *_: {})
+    monkeypatch.setattr(stage_file, "forward_flops", lambda *_: 1.0)
+    work = Work({"prepared": tmp_path, "model": tmp_path}, tmp_path, tmp_path, "relearn")
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    for model in (Folder(tmp_path, ("one.txt",)), Folder(tmp_path, ("other.txt",))):
+        for settings in ({"rates": [1e-3]}, {"rates": [2e-3]}, {"precision": "bfloat16-stochastic"}, {"kind": "lora"}):
+            config = AttackConfig(seed=0, save=False, **settings)
+            Relearn(config=config, prepared=Folder(tmp_path, ("one.txt",)), model=model).run(work)
+    assert known == [None, SCORES, None, None] * 2

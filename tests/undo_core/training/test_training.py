@@ -190,6 +190,20 @@ def test_evaluations_happen_where_asked(tiny, sequences):
     assert steps == [0, 1, 7, 12]
 
 
+def test_an_evaluation_that_is_known_at_the_start_is_not_made_again(tiny, sequences):
+    asked = []
+
+    def evaluate(model):
+        asked.append(float(next(model.parameters()).sum()))
+        return {"x": asked[-1]}
+
+    source, options = {"text": sequence_source(sequences, 16, 0)}, {"evaluate": evaluate, "progress": False}
+    first = train(tiny(), loss, source, config(), **options)
+    made = len(asked)
+    again = train(tiny(), loss, source, config(), known_at_start={"x": asked[0]}, **options)
+    assert again.history == first.history and len(asked) == 2 * made - 1
+
+
 def test_a_diverged_run_says_so(tiny, sequences):
     with pytest.raises(DivergedError, match="lower lr"):
         train(tiny(), lambda *a: loss(*a) * math.nan, {"text": sequence_source(sequences, 16, 0)}, config(), progress=False)

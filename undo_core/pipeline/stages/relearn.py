@@ -12,6 +12,7 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
 from undo_core.evaluation.metrics import evaluate
+from undo_core.io.files import hash_json
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
 OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size")
+_AT_START: dict[str, dict[str, float]] = {}  # metrics before the first step, of the attacks that this process has run
 INTERVAL = {"": "value", "_low": "low", "_high": "high"}
 
 
@@ -78,8 +80,13 @@ class Relearn(TrainingStage):
             scores = {name: evaluate(model, sequences) for name, sequences in tests.items()}
             return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in INTERVAL.items()}
 
-        given = {"forget": None, **texts}
+        # Attacks of one model at several rates begin with the same evaluation.
+        begins_with = hash_json(
+            [self.model.key, self.prepared.key, config.precision, config.kind, dataclasses.asdict(config.lora)]
+        )
+        given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with)}
         result = attack(model, rate=self.rate, config=config, **given, evaluate=metrics, folder=work.scratch, title=work.title)
+        _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         for entry in result.history:
             points[int(entry["step"])] = {
                 name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
