@@ -53,7 +53,8 @@ class Near:
         found = [gradient.double() * (LOSS_SCALE / scale) for gradient in gradients(got * scale, leaves)]
         value = float(got.detach())
         wrong = abs(value - self.kl) / self.kl if value >= 0 else 1.0
-        return wrong, max(relative(ours, exact) for ours, exact in zip(found, self.gradients, strict=True))
+        apart = [relative(ours, exact) for ours, exact in zip(found, self.gradients, strict=True)]
+        return wrong, float(torch.tensor(apart, dtype=torch.float64).max())  # torch's maximum is NaN where one of them is
 
 
 def random_teacher(spread):

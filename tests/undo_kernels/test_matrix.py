@@ -10,6 +10,7 @@ import instruction_matrix as matrix
 import pytest
 import torch
 from instruction_matrix import Cell, Line
+from near_agreement import Near
 from noise_answers import KNOWN, digests
 from undo_kernels import cpu, ops, reference
 
@@ -79,6 +80,14 @@ def test_a_case_is_held_to_the_limits_of_the_contract(dtype, kl, loss, gradient,
     assert [line.split("the ")[1].split()[0] for line in cell.failures] == failing
     assert all(line.startswith("case, KL") for line in cell.failures)
     assert f"{cell.loss} {cell.gradient}" == f"{loss} {gradient}", "a NaN stays"
+
+
+def test_one_gradient_that_is_not_a_number_is_not_hidden_by_the_others():
+    near = Near(1.0, torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), [torch.ones(2, 2).double()] * 2)
+    for bad in range(2):
+        scales = [float("nan") if index == bad else 1.0 for index in range(2)]
+        _, gradient = near.errors(lambda h, w, scales=scales: scales[0] * h.sum() + scales[1] * w.sum())
+        assert math.isnan(gradient)
 
 
 def test_the_table_shows_what_is_absent_and_names_what_failed(monkeypatch, capsys, tmp_path):
