@@ -45,6 +45,9 @@ test-aot: $(INSTALLED)  ## every form of the Triton kernels compiled for sm_90, 
 test-published: $(INSTALLED) $(VENV)/.installed-data  ## the published runs on two layers, in the true formats of their data; half an hour
 	HF_DATASETS_OFFLINE=1 $(BIN)/python bench/published.py
 
+harden: $(INSTALLED)  ## faults, kills, hostile files, random calls and long runs in full; `make test` has a quick part; hours
+	UNDO_HARDEN=1 $(BIN)/python -m pytest tests/harden -n logical --maxprocesses 4 --durations=40
+
 bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside the alternatives, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py
 	$(BIN)/python bench/bench_cross_entropy.py
@@ -101,4 +104,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot bench bench-all bench-check lint format docs dist clean
+.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot test-published harden bench bench-all bench-check lint format docs dist clean
