@@ -2,12 +2,14 @@
 
     python bench/profile_step.py CHECKPOINT
     python bench/profile_step.py CHECKPOINT --batch 4 --length 64 --threads 1
+    python bench/profile_step.py CHECKPOINT --compile
 
 CHECKPOINT is a folder of a model; without one, random weights in the shape of Gemma 3 270M are used, which take the same time. Both
 loops compute the same parts, one after another, in the same process: the embedding and the trunk (transformers' own), the head with
 the loss and their gradients, the gradient of a tied embedding, clipping and the optimizer step. Below stands what a stage pays once
 or now and then. Each number is the median of processor seconds, all threads together; on a quiet machine it is the elapsed time
 times the number of threads. The plain loop takes torch's fused AdamW. With ``--json`` the table is also written as JSON.
+``--compile`` measures one thing alone: the trunk as it is beside ``torch.compile`` of it, in elapsed seconds, and what its warm-up costs.
 """
 
 from __future__ import annotations
@@ -170,6 +172,28 @@ def stage_costs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
     return {name: values[0] for name, values in times.items()}
 
 
+def compiled_trunk(model: PreTrainedModel, ids: torch.Tensor, steps: int, backend: str = "inductor") -> dict[str, float]:
+    """Times the trunk as it is and compiled, forward and backward, in turns; elapsed seconds, because compilers run in other processes."""
+    trunks = {"as it is": model.base_model, "compiled": torch.compile(model.base_model, dynamic=False, backend=backend)}
+    times: Times = {}
+    for _ in range(steps + 1):
+        for name, trunk in trunks.items():
+            began = time.perf_counter()
+            trunk(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+            times.setdefault(name, []).append(time.perf_counter() - began)
+            model.zero_grad()
+    found = {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {**found, "warm-up": times["compiled"][0] - found["compiled"]}
+
+
+def compiled_table(found: dict[str, float]) -> str:
+    """Returns the times of :func:`compiled_trunk` as Markdown."""
+    saved = found["as it is"] - found["compiled"]
+    repaid = f"{found['warm-up'] / saved:,.0f}" if saved > 0 else "never"
+    cells = [f"{found[name]:.2f}" for name in ("as it is", "compiled", "warm-up")]
+    return markdown(["trunk, forward and backward: seconds", "compiled", "warm-up", "steps that repay it"], [[*cells, repaid]])
+
+
 def table(results: dict[str, Any]) -> str:
     """Returns both tables as Markdown."""
     lines = []
@@ -200,6 +224,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, help="layers of the random model")
     parser.add_argument("--vocabulary", type=int, help="vocabulary entries of the random model")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile of the trunk, and nothing else")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -212,6 +237,12 @@ def main() -> None:
     vocabulary, width = model.get_output_embeddings().weight.shape
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (arguments.batch, arguments.length + 1), generator=generator)
+    if arguments.compile:
+        found = compiled_trunk(model, ids, arguments.steps)
+        print(compiled_table(found))
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
     teacher = dataclasses.replace(head_of(model), weight=model.get_output_embeddings().weight.detach().clone())
     known = (torch.randn(arguments.batch, arguments.length, width, generator=generator), teacher)
     results: dict[str, Any] = {"steps": {}, **{name: getattr(arguments, name) for name in ("batch", "length", "threads")}}

@@ -121,3 +121,12 @@ def test_the_profile_times_the_same_step_in_both_loops(tmp_path, monkeypatch, ca
     found = json.loads(results.read_text())
     assert all(set(times) == set(profile.PARTS) for kind in found["steps"].values() for times in kind.values())
     assert "| whole step |" in capsys.readouterr().out
+
+
+def test_a_compiled_trunk_is_repaid_by_the_steps_that_it_makes_faster():
+    profile = importlib.import_module("profile_step")
+    assert profile.compiled_table({"as it is": 2.0, "compiled": 1.5, "warm-up": 50.0}).endswith("| 2.00 | 1.50 | 50.00 | 100 |")
+    assert profile.compiled_table({"as it is": 2.0, "compiled": 2.5, "warm-up": 50.0}).endswith("| never |")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", vocab_size=300, **SHAPE))
+    found = profile.compiled_trunk(model, torch.ones(1, 4, dtype=torch.long), 1, backend="eager")
+    assert found["as it is"] > 0 and found["compiled"] > 0, found
