@@ -94,6 +94,8 @@ class AttackConfig:
             of columns.
         group_size: columns that share a scale when a weight has fewer than 8 bits.
         save: whether to keep the weights of the attacked models. Their curves, which is all that a report reads, are always kept.
+        together: how many trials of the grid train as one batched run, which on a GPU takes a small model little longer than one;
+            see :mod:`undo_core.training.together`. 1 trains them one by one.
         seeds: number of data orders, or of draws of the examples, tried for each rate or number of shots; the worst one counts,
             all are kept.
         seed: seed of the first data order, of the examples and of the adapters; None derives it from the run's seed.
@@ -120,6 +122,7 @@ class AttackConfig:
     bits: list[int] = field(default_factory=lambda: [8, 4])
     group_size: int = 32
     save: bool = True
+    together: int = 1
     seeds: int = 1
     seed: int | None = None
 
@@ -132,13 +135,26 @@ class AttackConfig:
             raise ValueError(f"evaluate_at: got {self.evaluate_at}, wanted increasing steps that begin with 0")
         if self.headline_step not in self.evaluate_at:
             raise ValueError(f"headline_step: got {self.headline_step}, wanted one of evaluate_at, {self.evaluate_at}")
-        for name, low in (("extend", 0), ("batch_size", 1), ("seeds", 1), ("group_size", 1)):
+        for name, low in (("extend", 0), ("batch_size", 1), ("seeds", 1), ("group_size", 1), ("together", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= {low}")
         _different("shots", self.shots, 1, 1 << 20)
         _different("bits", self.bits, 2, 8)
         self.sequences()
         self.training(self.rates[0])
+        self._check_together()
+
+    def _check_together(self) -> None:
+        alone = {
+            "kind": self.kind != "finetune",
+            "precision": self.precision == "bfloat16-master",
+            "optimizer": self.optimizer == "adamw-offload",
+            "step_in_backward": self.step_in_backward,
+            "activation_checkpointing": self.activation_checkpointing,
+            "micro_batch_size": self.micro_batch_size is not None,
+        }
+        for name in (name for name, apart in alone.items() if apart and self.together > 1):
+            raise ValueError(f"together: got {self.together} with {name}: {getattr(self, name)}, wanted 1, or another {name}")
 
     @property
     def trains(self) -> bool:
@@ -177,6 +193,10 @@ class AttackConfig:
         if self.kind == "fewshot":
             return [Trial(shots=shots, order=order) for shots in self.shots for order in orders]
         return [Trial(rate=rate, order=order) for rate in (self.rates if rates is None else rates) for order in orders]
+
+    def groups(self, trials: Sequence[Trial]) -> list[list[Trial]]:
+        """``trials`` in groups of at most ``together``, which train as one batched run."""
+        return [list(trials[start : start + self.together]) for start in range(0, len(trials), self.together)]
 
     def at(self, trial: Trial) -> AttackConfig:
         """This attack for one trial: with the seed of the trial's data order and, if it trains, only the trial's rate."""

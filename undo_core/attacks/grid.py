@@ -11,12 +11,14 @@ from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
 Curve = list[dict[str, Any]]  # each point has ``step`` and ``forget``, a performance given as a number or as an evaluation
 
 
-def explore(config: AttackConfig, curve_of: Callable[[Trial], Curve], higher_is_better: bool) -> dict[Trial, Curve]:
+def explore(
+    config: AttackConfig, curves_of: Callable[[list[Trial]], dict[Trial, Curve]], higher_is_better: bool
+) -> dict[Trial, Curve]:
     """Runs the grid, and adds rates while the worst rate is at an end of the grid and ``config.extend`` allows it."""
     curves: dict[Trial, Curve] = {}
     trials = config.trials()
     while trials:
-        curves |= {trial: curve_of(trial) for trial in trials}
+        curves |= curves_of(trials)
         beyond = next_rate(config, curves, higher_is_better)
         trials = [] if beyond is None or not may_grow(config, curves) else config.trials([beyond])
     return curves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from undo_core.models.adapters import has_adapters
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
 from undo_core.training.precision import convert_
+from undo_core.training.together import train_together
 
 Data = Sequences | Source | Iterable[Any]
 
@@ -45,14 +46,12 @@ def attack(
     """
     _check(config, forget, retain)
     head_of(model)  # raises before anything is changed
-    data, seed = {"forget": forget, "retain": retain}, config.seed or 0
-    given = {"seed": seed, "limits": limits_of(model)}
-    sources = {name: as_source(data[name], size=size, name=name, **given) for name, size in config.sequences().items()}
     adapters = contextlib.nullcontext()
     if config.kind == "lora":
         if not has_adapters(model):
             convert_(model, config.precision)  # must precede the adapters: with them, frozen parameters would keep their dtype
-        adapters = adapted(model, config.lora, seed)
+        adapters = adapted(model, config.lora, config.seed or 0)
+    sources = _sources(model, config, forget, retain)
     with adapters as parameters:
         return train(
             model,
@@ -69,6 +68,45 @@ def attack(
             progress=progress,
             **train_options,
         )
+
+
+def attack_together(
+    model: PreTrainedModel,
+    forget: Data | None,
+    trials: Sequence[Trial],
+    config: AttackConfig,
+    *,
+    retain: Data | None = None,
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],
+    title: str = "relearn",
+    progress: bool = True,
+) -> dict[Trial, tuple[PreTrainedModel, TrainResult]]:
+    """Attacks a copy of ``model`` for each trial, all as one batched run; returns the copies with their results.
+
+    The trials differ in learning rate and data order. The result of each is that of :func:`attack` to rounding; see
+    :mod:`undo_core.training.together` for what runs together and what does not. It keeps no checkpoints.
+
+    Raises:
+        ValueError: settings or a model that cannot run together; before any step.
+    """
+    _check(config, forget, retain)
+    head_of(model)
+    start = evaluate(model)  # the same for all copies
+    copies, trainings = [copy.deepcopy(model) for _ in trials], []
+    for index, (trial, copied) in enumerate(zip(trials, copies, strict=True)):
+        at = config.at(trial)
+        shared = {"evaluate": evaluate, "evaluate_at": at.evaluate_at, "known_at_start": start, "must_stay_finite": False}
+        shown = {"title": f"{title} {len(copies)} at once", "progress": progress and index == 0}
+        sources = _sources(copied, at, forget, retain)
+        trainings.append(train.steps(copied, mixed_cross_entropy, sources, at.training(trial.rate), **shared, **shown))
+    results = train_together(copies, trainings)
+    return {trial: pair for trial, *pair in zip(trials, copies, results, strict=True)}
+
+
+def _sources(model: PreTrainedModel, config: AttackConfig, forget: Data | None, retain: Data | None) -> dict[str, Source]:
+    """The text of each share of the mix, checked against the model's limits."""
+    data, given = {"forget": forget, "retain": retain}, {"seed": config.seed or 0, "limits": limits_of(model)}
+    return {name: as_source(data[name], size=size, name=name, **given) for name, size in config.sequences().items()}
 
 
 def mixed_cross_entropy(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
@@ -105,7 +143,7 @@ def relearn(
         higher_is_better: True for an accuracy, False for a loss.
         folder: for checkpoints and logs, one subfolder per trial, so that a killed attack resumes. A different model, text or
             ``config`` raises an error that names it; the comparison computes one digest of the weights per trial, about a
-            second per gigabyte in float32.
+            second per gigabyte in float32. Trials that run together keep no checkpoints.
         progress: whether to show progress bars.
 
     Returns:
@@ -116,7 +154,7 @@ def relearn(
             for trial, result in relearn(model, forget, config, evaluate=metrics).items():
                 print(trial.rate, {point["step"]: point["forget"] for point in result.history})
 
-    Memory: one copy of the model with its optimizer state at a time.
+    Memory: one copy of the model with its optimizer state at a time, or ``config.together`` of them.
 
     Raises:
         ValueError: an attack that does not train, a share of the mix without text, or metrics without ``forget``; before any
@@ -133,14 +171,20 @@ def relearn(
             raise ValueError(f"evaluate: got metrics {', '.join(metrics) or 'none'}, wanted an entry forget among them")
         return metrics
 
-    def curve_of(trial: Trial) -> Curve:
-        title = f"relearn {trial.name}"
-        copied, options = copy.deepcopy(model), {"retain": retain, "evaluate": measured, "title": title, "progress": progress}
-        own = None if folder is None else Path(folder) / trial.name
-        results[trial] = attack(copied, forget, trial.rate, config.at(trial), folder=own, **options)
-        return results[trial].history
+    def curves_of(trials: list[Trial]) -> dict[Trial, Curve]:
+        given = {"retain": retain, "evaluate": measured, "progress": progress}
+        for group in config.groups(trials):
+            if len(group) > 1:
+                found = attack_together(model, forget, group, config, **given)
+                results.update({trial: result for trial, (_, result) in found.items()})
+                continue
+            (trial,) = group
+            own = None if folder is None else Path(folder) / trial.name
+            named = {"folder": own, "title": f"relearn {trial.name}"}
+            results[trial] = attack(copy.deepcopy(model), forget, trial.rate, config.at(trial), **given, **named)
+        return {trial: results[trial].history for trial in trials}
 
-    explore(config, curve_of, higher_is_better)
+    explore(config, curves_of, higher_is_better)
     return results
 
 

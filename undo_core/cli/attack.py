@@ -47,10 +47,7 @@ def attack(checkpoints: list[str], config: AttackRunConfig, command: str = "", d
         out = console if console.is_terminal else Console(width=110, highlight=False)
         for defence in defences_of(checkpoints, config):
             lines = [(defence.prepared.title, [defence.prepared])]
-            lines += [
-                (f"{attacked.title}, {len(attacked.stages())} trials", attacked.stages())
-                for attacked in defence.attacks.values()
-            ]
+            lines += [line for attacked in defence.attacks.values() for line in attacked.lines()]
             out.print(stages_table(as_run(config, defence.prepared.model.path), lines, defence.prepared))
         return 0
     attack_checkpoints(checkpoints, config, command)

@@ -286,6 +286,10 @@ def relearn(
     """
     distributed.arrange(parallel)
     check_installed(config.kind)
+    if config.together > 1:
+        raise ValueError(
+            f"together: got {config.together}, wanted 1: here each rate has a folder of its own; undo attack trains some at once"
+        )
     config = with_seed(config, 0)
     check_prepared(Path(data))
     accuracy = load_split(Path(data), "test_forget").answer_mask is not None
@@ -297,7 +301,7 @@ def relearn(
         console.print(f"{trial.name.replace('-', ' ', 1)}   forget at step  {line}")
         return curve
 
-    curves = explore(config, curve_of, accuracy)
+    curves = explore(config, lambda trials: {trial: curve_of(trial) for trial in trials}, accuracy)
     ordered = sorted(curves, key=lambda trial: (trial.rate or 0, trial.order))
     path = Path(output) / "curves.json"
     found = {trial.name.removeprefix("rate-"): curves[trial] for trial in ordered}

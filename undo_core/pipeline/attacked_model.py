@@ -8,7 +8,7 @@ from typing import Any
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
 from undo_core.pipeline.stage import Folder, Stage
-from undo_core.pipeline.stages import Probe, Relearn
+from undo_core.pipeline.stages import Probe, Relearn, RelearnGrid
 from undo_core.pipeline.store import Store
 
 
@@ -33,11 +33,30 @@ class Attacked:
     def stage(self, trial: Trial) -> Stage:
         """The stage that runs one trial."""
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
-        return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}")
+        grid = self._grid(trial) if self.config.together > 1 else None
+        return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}", grid)
+
+    def _grid(self, trial: Trial) -> Stage | None:
+        """The stage in which the trial trains beside others, if it does."""
+        rates = self.config.rates if trial.rate in self.config.rates else [trial.rate]  # the grid grows by one rate at a time
+        (group,) = (group for group in self.config.groups(self.config.trials(rates)) if trial in group)
+        if len(group) == 1:
+            return None
+        inputs = {"prepared": self.prepared, "model": self.model, "title": self.title}
+        return RelearnGrid(config=self.config, trials=tuple(group), **inputs)
 
     def stages(self) -> list[Stage]:
         """The stages of the configured grid."""
         return [self.stage(trial) for trial in self.config.trials()]
+
+    def lines(self) -> list[tuple[str, list[Stage]]]:
+        """The lines of a plan, each a title and the stages that compute its trials."""
+        stages = self.stages()
+        grids = {grid.key: grid for stage in stages if (grid := stage.inputs.get("grid"))}
+        lines = [(f"{self.title}, {len(grid.trials)} at once", [grid]) for grid in grids.values()]
+        alone = [stage for stage in stages if "grid" not in stage.inputs]
+        of = "rates" if self.config.trains and self.config.seeds == 1 else "trials"
+        return lines + ([(f"{self.title}, {len(alone)} {of}", alone)] if alone else [])
 
     def extension(self, store: Store) -> list[Stage]:
         """The missing stages of the next learning rate, if the worst rate is an end of the grid and the grid may still grow."""
@@ -86,11 +105,13 @@ class Attacked:
                 return curves, beyond
 
 
-def trial_stage(config: AttackConfig, trial: Trial, prepared: Stage | Folder, model: Stage | Folder, title: str) -> Stage:
-    """Returns the stage that runs one trial of an attack; ``config`` must have a seed."""
+def trial_stage(
+    config: AttackConfig, trial: Trial, prepared: Stage | Folder, model: Stage | Folder, title: str, grid: Stage | None = None
+) -> Stage:
+    """Returns the stage that runs one trial of an attack, or takes it from ``grid``; ``config`` must have a seed."""
     at, inputs = config.at(trial), {"prepared": prepared, "model": model, "title": title}
     if config.trains:
-        return Relearn(config=at, **inputs)
+        return Relearn(config=at, grid=grid, **inputs)
     if trial.shots is not None:
         return Probe(attack=config.kind, shots=trial.shots, seed=at.seed, **inputs)
     return Probe(attack=config.kind, bits=trial.bits, group_size=config.group_size if trial.bits < 8 else None, **inputs)

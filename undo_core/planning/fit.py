@@ -41,7 +41,8 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
     """
     predict, groups = predictor(config), dict[str, list[Stage]]()
     graph = graph_of(config)
-    attacks = {name: next(iter(models.values())).stages() for name, models in attacked_models(config, graph).items()}
+    first = {name: next(iter(models.values())) for name, models in attacked_models(config, graph).items()}
+    attacks = {name: [stage for _, stages in attacked.lines() for stage in stages] for name, attacked in first.items()}
     sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
     for stage in graph.stages() + [largest(trials) for trials in attacks.values()]:
         if predict(stage).total > limit:
@@ -49,7 +50,7 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
             groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)
     flags, hopeless = [], []
     for name, group in groups.items():
-        section = f"attacks.{name}" if name in config.attacks else group[0].kind
+        section = f"attacks.{name}" if name in config.attacks else name if name in attacks else group[0].kind
 
         def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
             return max(peak(predict, stage, changes) for stage in group)

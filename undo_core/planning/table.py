@@ -61,8 +61,7 @@ def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row
     lines = [(stage.title, [stage]) for stage in graph.stages()]
     for models in attacked_models(config, graph).values():
         for attacked in models.values():
-            of = "rates" if attacked.config.trains and attacked.config.seeds == 1 else "trials"
-            lines.append((f"{attacked.title}, {len(attacked.stages())} {of}", attacked.stages()))
+            lines += attacked.lines()
     return rows_of(config, lines, graph.prepared, store, ranks)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ Gradient = Callable[[nn.Module, Loss, dict[str, Batch], dict[str, int], int | No
 It adds the gradient to the parameters' ``grad`` and returns the detached loss."""
 
 Metrics = dict[str, float]
+P = ParamSpec("P")
 
 CHECKPOINT_SHARE = 0.05  # largest share of the time that goes into writing checkpoints, however large they are
 
@@ -77,7 +79,55 @@ class DivergedError(RuntimeError):
     """Raised when the loss or a weight is NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The gradient that a training waits for: the arguments of :data:`Gradient`, with None for the default function, and what
+    seeds dropout."""
+
+    gradient: Gradient | None
+    model: nn.Module
+    loss: Loss
+    batches: dict[str, Batch]
+    counted: dict[str, int]
+    micro_batch_size: int | None
+    device: torch.device
+    seed: int
+    step: int
+
+    def compute(self) -> torch.Tensor:
+        """Computes the gradient and returns the detached loss."""
+        with seeded(self.device, self.seed, self.step):
+            return (self.gradient or accumulate)(self.model, self.loss, self.batches, self.counted, self.micro_batch_size)
+
+
+Steps = Generator[Wanted, torch.Tensor, TrainResult]
+"""A training that stops at each step, until somebody has computed the gradient and sends the loss."""
+
+
+def driven(steps: Callable[P, Steps]) -> Callable[P, TrainResult]:
+    """Decorator that runs a training to its end; its ``steps`` attribute is the training that stops at each step."""
+
+    @functools.wraps(steps)
+    def run_alone(*arguments: P.args, **options: P.kwargs) -> TrainResult:
+        training = steps(*arguments, **options)
+        try:
+            wanted = next(training)
+            while True:
+                try:
+                    value = wanted.compute()
+                except BaseException as error:
+                    training.throw(error)  # leaves its contexts, and raises the error from the step
+                    raise
+                wanted = training.send(value)
+        except StopIteration as end:
+            return end.value
+
+    run_alone.steps = steps
+    return run_alone
+
+
 @keeps_kernels
+@driven
 def train(
     model: nn.Module,
     loss: Loss,
@@ -97,7 +147,7 @@ def train(
     checkpoint_seconds: float = 10.0,
     title: str = "training",
     progress: bool = True,
-) -> TrainResult:
+) -> Steps:
     """Trains ``model`` in place.
 
     Args:
@@ -261,8 +311,9 @@ def train(
             counted = {name: batch.counted for name, batch in batches.items()}
             updater.begin(step, config.rate(step))
             outer.train()
-            with seeded(device, config.seed or 0, step):
-                value = (gradient or accumulate)(model, loss, batches, counted, config.micro_batch_size)
+            value = yield Wanted(
+                gradient, model, loss, batches, counted, config.micro_batch_size, device, config.seed or 0, step
+            )
             updater.step()
             late = time.monotonic() - last_save > pause and (checkpoint_seconds < 0 or not checkpoints.busy)
             if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint

@@ -437,7 +437,7 @@ def test_several_data_orders_are_kept_apart_and_the_grid_grows_by_the_worst():
         value = trial.rate / 10 + (0.5 if trial == Trial(rate=2.0, order=1) else 0.0)
         return [{"step": 0, "forget": 0.9}, {"step": 5, "forget": value}]
 
-    curves = explore(config, curve_of, higher_is_better=True)
+    curves = explore(config, lambda trials: {trial: curve_of(trial) for trial in trials}, higher_is_better=True)
     assert [(trial.rate, trial.order) for trial in tried] == [(1.0, 0), (1.0, 1), (2.0, 0), (2.0, 1), (4.0, 0), (4.0, 1)]
     assert set(curves) == set(tried), "0.7 at rate 2 in the second order is worse than 0.4 at rate 4: the grid grows once"
     keys = {stage_of(config, trial).key for trial in curves}

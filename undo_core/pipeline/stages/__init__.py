@@ -10,6 +10,7 @@ from undo_core.pipeline.stages.prepare import Prepare
 from undo_core.pipeline.stages.pretrain import Pretrain
 from undo_core.pipeline.stages.probe import Probe
 from undo_core.pipeline.stages.relearn import Relearn
+from undo_core.pipeline.stages.relearn_grid import RelearnGrid
 from undo_core.pipeline.stages.replay import Replay
 from undo_core.pipeline.stages.unlearn import Unlearn
 
@@ -24,6 +25,7 @@ __all__ = [
     "Pretrain",
     "Probe",
     "Relearn",
+    "RelearnGrid",
     "Replay",
     "Unlearn",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,14 +13,15 @@ from transformers import PreTrainedModel
 from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
+from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
-from undo_core.io.files import hash_json
+from undo_core.io.files import hash_json, read_json
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
 from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import tested_sequences, train_sequences
-from undo_core.pipeline.stage import Folder, Stage, Work
-from undo_core.training import TrainConfig
+from undo_core.pipeline.stage import MANIFEST, Folder, Stage, Work
+from undo_core.training import TrainConfig, TrainResult
 from undo_core.unlearning import Method
 
 if TYPE_CHECKING:
@@ -38,11 +41,13 @@ class Relearn(TrainingStage):
     Attributes:
         config: the attack, with a single learning rate and the seed of one data order.
         model: the attacked model.
+        grid: the trials that trained together, this one among them; None if it trains alone.
     """
 
     kind = "relearn"
     config: AttackConfig
     model: Stage | Folder
+    grid: Stage | None = None
 
     def _json(self) -> dict[str, Any]:
         values, default = dataclasses.asdict(self.config), dataclasses.asdict(AttackConfig())
@@ -70,38 +75,37 @@ class Relearn(TrainingStage):
         return name
 
     def run(self, work: Work) -> dict[str, Any]:
+        if self.grid is not None:
+            return self._from_grid(work)
         config, data = self.config, work.inputs["prepared"]
         model = load_to_train(work.inputs["model"], config.precision)
         texts = {name: train_sequences(data, [name]) for name in config.sequences()}
         tests = tested_sequences(data)
-        points: dict[int, dict[str, Any]] = {}
-
-        def metrics(model: PreTrainedModel) -> dict[str, float]:
-            scores = {name: evaluate(model, sequences) for name, sequences in tests.items()}
-            return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in INTERVAL.items()}
-
         # Attacks of one model at several rates begin with the same evaluation.
         begins_with = hash_json(
             [self.model.key, self.prepared.key, config.precision, config.kind, dataclasses.asdict(config.lora)]
         )
-        given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with)}
-        result = attack(model, rate=self.rate, config=config, **given, evaluate=metrics, folder=work.scratch, title=work.title)
+        given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with), "evaluate": metrics_on(tests)}
+        result = attack(model, rate=self.rate, config=config, **given, folder=work.scratch, title=work.title)
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
-        for entry in result.history:
-            points[int(entry["step"])] = {
-                name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
-                for name, sequences in tests.items()
-            }
         if config.save:
             save(model, load_tokenizer(data), work.output, self.training)
-        curve = [{"step": step, **point} for step, point in points.items()]
-        passes = self._passes()
-        flops = sum(
-            passes * forward_flops(model, sequences.length) * result.positions[name] for name, sequences in texts.items()
-        )
-        return {"curve": curve, **training_facts(result, flops)}
+        return facts_of(model, result, texts, tests, self.passes_of_a_step)
+
+    def _from_grid(self, work: Work) -> dict[str, Any]:
+        """Takes the result out of the folder of the trials that trained together."""
+        if self.config.save:
+            shutil.copytree(work.inputs["grid"] / self.trial_name, work.output, dirs_exist_ok=True)
+        return read_json(work.inputs["grid"] / MANIFEST)["trials"][self.trial_name]
+
+    @property
+    def trial_name(self) -> str:
+        """Name of the trial among those that train together: its rate and the seed of its data order."""
+        return f"rate-{self.rate:g}-seed-{self.config.seed}"
 
     def memory(self, meta: Meta) -> list[Memory]:
+        if self.grid is not None:
+            return [Memory("loading")]
         return meta.training(self.config.training(1.0), self.config.sequences(), self._method)
 
     def _method(self, model: PreTrainedModel) -> Method:
@@ -109,12 +113,40 @@ class Relearn(TrainingStage):
         return Method(mixed_cross_entropy, adapters)
 
     def cost(self, scene: Scene) -> Cost:
+        if self.grid is not None:
+            return Cost(disk=scene.parameters * self.stored().itemsize if self.config.save else 0)
         cost = super().cost(scene)
         return cost if self.config.save else dataclasses.replace(cost, disk=0)
 
     def passes(self, scene: Scene) -> float:
-        return self._passes()
+        return self.passes_of_a_step
 
-    def _passes(self) -> int:
+    @property
+    def passes_of_a_step(self) -> int:
         """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
         return 2 if self.config.kind == "lora" else 3
+
+
+def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:
+    """Returns a function that evaluates a model on test sequences, with the intervals."""
+
+    def metrics(model: PreTrainedModel) -> dict[str, float]:
+        scores = {name: evaluate(model, sequences) for name, sequences in tests.items()}
+        return {f"{name}{suffix}": score[key] for name, score in scores.items() for suffix, key in INTERVAL.items()}
+
+    return metrics
+
+
+def facts_of(
+    model: PreTrainedModel, result: TrainResult, texts: dict[str, Sequences], tests: dict[str, Sequences], passes: int
+) -> dict[str, Any]:
+    """The curve of an attack on the test sequences, and what it took."""
+    curve = []
+    for entry in result.history:
+        scores = {
+            name: {key: entry[f"{name}{suffix}"] for suffix, key in INTERVAL.items()} | {"n": len(sequences)}
+            for name, sequences in tests.items()
+        }
+        curve.append({"step": int(entry["step"]), **scores})
+    flops = sum(passes * forward_flops(model, sequences.length) * result.positions[name] for name, sequences in texts.items())
+    return {"curve": curve, **training_facts(result, flops)}
