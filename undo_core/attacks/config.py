@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
@@ -17,27 +17,49 @@ KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao"}  # required packages; the extra "attacks" installs them
 SOURCES = ("forget", "retain")
+INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: ``W + alpha / rank * B A``, where only A and B are trained.
+    """Low-rank adapters: ``W + alpha / rank * B A``, where only A and B are trained (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
         rank: rank of the product B A.
         alpha: numerator of the factor ``alpha / rank`` on the product.
         targets: names of the adapted linear layers, such as q_proj; empty for all except the head.
+        rank_stabilised: whether the factor is ``alpha / sqrt(rank)``, with which the gradient does not shrink as the rank grows
+            (Kalajdzievski 2023, arXiv 2312.03732).
+        initialisation: kaiming and gaussian draw A and start with B at 0; orthogonal draws both so
+            that their product is 0; pissa starts with the principal singular vectors of W and subtracts them
+            from it (Meng et al. 2024, arXiv 2404.02948).
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: list[str] = field(default_factory=list)
+    rank_stabilised: bool = False
+    initialisation: Literal["kaiming", "gaussian", "orthogonal", "pissa"] = "kaiming"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as JSON values, without later ones at their default, so that older stages keep their keys."""
+        default = LoraConfig()
+        later = ("rank_stabilised", "initialisation")
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or value != getattr(default, name)
+        }
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rank, int) and self.rank >= 1):
             raise ValueError(f"lora.rank: got {self.rank}, wanted an integer >= 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"lora.alpha: got {self.alpha}, wanted a finite number > 0")
+        if self.initialisation not in INITIALISATIONS:
+            raise ValueError(f"lora.initialisation: got {self.initialisation!r}, wanted one of {', '.join(INITIALISATIONS)}")
+        if self.initialisation == "orthogonal" and self.rank % 2:
+            raise ValueError(f"lora.rank: got {self.rank} with the orthogonal initialisation, wanted an even number")
 
 
 @dataclass(frozen=True)

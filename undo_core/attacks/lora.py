@@ -19,6 +19,8 @@ from undo_core.models.adapters import has_adapters
 def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any, list[nn.Parameter]]:
     """Inserts adapters at the linear layers of ``model`` (``Linear``, or GPT-2's ``Conv1D``) without changing its outputs.
 
+    With pissa, weight and adapter add up to the weight as it was, to rounding; with the others the adapters add 0 at first.
+
     Returns:
         peft's object, whose ``merge_and_unload`` merges and removes the adapters, and the parameters to train. All others are
         frozen.
@@ -49,6 +51,8 @@ def insert(model: PreTrainedModel, settings: LoraConfig, seed: int) -> tuple[Any
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=settings.targets or "all-linear",
+        use_rslora=settings.rank_stabilised,
+        init_lora_weights=True if settings.initialisation == "kaiming" else settings.initialisation,
         fan_in_fan_out=bool(transposed.intersection(settings.targets or transposed)),
     )
     with torch.random.fork_rng():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def attack(
             evaluate_at=config.evaluate_at,
             must_stay_finite=False,
             folder=folder,
-            settings={"lora": dataclasses.asdict(config.lora)} if config.kind == "lora" else None,
+            settings={"lora": config.lora.recorded()} if config.kind == "lora" else None,
             title=title,
             progress=progress,
             **train_options,

@@ -188,6 +188,29 @@ def test_adapters_are_trained_alone_and_merge_to_the_same_function(world):
 
 
 @peft
+@pytest.mark.parametrize("initialisation", ["kaiming", "gaussian", "orthogonal", "pissa"])
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_adapters_start_at_the_model_and_have_their_factor(world, initialisation, stabilised):
+    model, ids = copy.deepcopy(world[4]), world[1].input_ids.long()
+    before, held = model(input_ids=ids).logits.detach(), {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = LoraConfig(4, 6.0, ["down_proj"], rank_stabilised=stabilised, initialisation=initialisation)
+    with adapted(model, settings, seed=3) as parameters, torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)  # pissa takes W apart
+        (inner,) = (p for name, p in model.named_parameters() if name.endswith("down_proj.base_layer.weight"))
+        start = inner.clone()
+        for parameter in parameters:
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).sin())
+        down, up = (p.clone() for p in parameters)
+    factor = 6.0 / (4**0.5 if stabilised else 4)
+    changed = dict(model.named_parameters())
+    for name, tensor in held.items():
+        wanted = start + factor * up @ down if name.endswith("down_proj.weight") else tensor
+        torch.testing.assert_close(changed[name], wanted, rtol=1e-5, atol=1e-5)
+    (weight,) = (tensor for name, tensor in held.items() if name.endswith("down_proj.weight"))
+    assert torch.equal(start, weight) == (initialisation != "pissa"), "pissa moves a part of W into B A"
+
+
+@peft
 @pytest.mark.parametrize(
     ("targets", "wanted"), [([], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}), (["c_fc"], {"mlp.c_fc"})]
 )
@@ -454,7 +477,9 @@ def test_settings_at_their_default_are_in_no_stage_s_key():
     for name, value in changes.items():
         assert stage_of(AttackConfig(seed=1, **{name: value}), trial).settings == {**settings, name: value}
     adapters = stage_of(AttackConfig(seed=1, kind="lora", lora=LoraConfig(rank=4)), trial).settings
-    assert set(adapters) == first | {"kind", "lora"} and adapters["lora"]["rank"] == 4
+    assert set(adapters) == first | {"kind", "lora"} and adapters["lora"] == {"rank": 4, "alpha": 16.0, "targets": []}
+    other = LoraConfig(rank_stabilised=True, initialisation="pissa")
+    assert stage_of(AttackConfig(seed=1, kind="lora", lora=other), trial).settings["lora"] == dataclasses.asdict(other)
     prompted = stage_of(AttackConfig(kind="fewshot", seed=3), Trial(shots=2))
     assert isinstance(prompted, Probe) and prompted.settings == {"kind": "fewshot", "shots": 2, "seed": 3}
     quantise = AttackConfig(kind="quantise")
@@ -550,6 +575,12 @@ def test_predicted_memory_knows_the_attack():
 def test_bad_settings_name_the_key(changes, wanted):
     with pytest.raises(ValueError, match=f"^{wanted}"):
         AttackConfig(**changes)
+    with pytest.raises(
+        ValueError, match=r"^lora\.initialisation: got 'zeros', wanted one of kaiming, gaussian, orthogonal, pissa"
+    ):
+        LoraConfig(initialisation="zeros")
+    with pytest.raises(ValueError, match=r"^lora\.rank: got 3 with the orthogonal initialisation, wanted an even number"):
+        LoraConfig(rank=3, initialisation="orthogonal")
     with pytest.raises(ValueError, match=r"^lora\.rank: got 0"):
         LoraConfig(rank=0)
 

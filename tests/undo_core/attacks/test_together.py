@@ -74,7 +74,9 @@ def test_gradients_are_those_of_each_model_alone(name):
     for model in models:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name != frozen)
-        model.set_attn_implementation("eager")  # what runs together on a CPU; it computes its softmax in float32, sdpa in float64
+        model.set_attn_implementation(
+            "eager"
+        )  # what runs together on a CPU; it computes its softmax in float32, sdpa in float64
     alone, batches = copy.deepcopy(models), batches_for(3)
     counted = counted_in(batches)
     losses = Together(models).gradients(batches, counted)

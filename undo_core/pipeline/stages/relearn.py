@@ -51,6 +51,7 @@ class Relearn(TrainingStage):
 
     def _json(self) -> dict[str, Any]:
         values, default = dataclasses.asdict(self.config), dataclasses.asdict(AttackConfig())
+        values["lora"] = self.config.lora.recorded()
         left_out = (*OF_THE_GRID, *(() if self.config.kind == "lora" else ("lora",)))
         kept = {name: value for name, value in values.items() if name in FIRST or value != default[name]}
         return {name: value for name, value in kept.items() if name not in left_out} | {"rate": self.rate}
@@ -109,7 +110,12 @@ class Relearn(TrainingStage):
         return meta.training(self.config.training(1.0), self.config.sequences(), self._method)
 
     def _method(self, model: PreTrainedModel) -> Method:
-        adapters = insert(model, self.config.lora, 0)[1] if self.config.kind == "lora" else None
+        # The factors' first values do not matter here, and those of pissa cannot be computed without weights.
+        adapters = (
+            insert(model, dataclasses.replace(self.config.lora, initialisation="kaiming"), 0)[1]
+            if self.config.kind == "lora"
+            else None
+        )
         return Method(mixed_cross_entropy, adapters)
 
     def cost(self, scene: Scene) -> Cost:
