@@ -98,8 +98,9 @@ def distillation(
     counted: int,
     match: Match | None = None,
     vocab_size: int | None = None,
+    divergence: str = "forward",
 ) -> torch.Tensor:
-    """Forward ``KL(teacher || student)`` at temperature 1, summed over the batch's labels and divided by ``counted``; a scalar.
+    """``KL(teacher || student)`` at temperature 1, or another ``divergence`` of exact targets, summed over the batch's labels and divided by ``counted``; a scalar.
 
     With ``vocab_size``, the vocabulary entries of both heads from that index on are padding, without probability or gradient;
     the two heads may then differ in their number of entries. With ``match``, its weight times the mean of
@@ -107,10 +108,10 @@ def distillation(
     """
     inputs, _, mask = batch.shifted()
     if match is None:
-        return _divergence(hidden_states(student, *inputs), head_of(student), targets, mask, counted, vocab_size)
+        return _divergence(hidden_states(student, *inputs), head_of(student), targets, mask, counted, vocab_size, divergence)
     hidden, inner = hidden_states_at(student, match.layers, *inputs)
     errors = [relative_error(*pair, mask, counted) for pair in zip(inner, targets.inner, strict=True)]
-    value = _divergence(hidden, head_of(student), targets, mask, counted, vocab_size)
+    value = _divergence(hidden, head_of(student), targets, mask, counted, vocab_size, divergence)
     return value + match.weight / len(errors) * sum(errors)
 
 
@@ -133,8 +134,10 @@ def _divergence(
     mask: torch.Tensor,
     counted: int,
     vocab_size: int | None,
+    divergence: str,
 ) -> torch.Tensor:
     counts = {"mask": mask, "normalizer": float(max(counted, 1)), "vocab_size": vocab_size}
     if isinstance(targets, TopTargets):
         return head_ops.linear_sparse_kl_div(hidden, head, targets.indices, targets.logprobs, tail="bucket", **counts)
-    return head_ops.linear_kl_div(hidden, head, targets.hidden, targets.head, teacher_lse=targets.lse, **counts)
+    given = {"teacher_lse": targets.lse, "divergence": divergence}
+    return head_ops.linear_kl_div(hidden, head, targets.hidden, targets.head, **given, **counts)

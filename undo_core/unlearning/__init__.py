@@ -99,7 +99,7 @@ def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) ->
     passes = 3 * forward_flops(model, length)
     costs = {"forget": passes, "retain": passes if config.retain_weight else 0.0}
     costs = costs if entry.flops is None else entry.flops(model, config, length)
-    if config.retain_loss == "kl":
+    if config.retain_loss != "cross-entropy":
         costs = _sum(costs, {"forget": 0.0, "retain": forward_flops(model, length)})
     if config.robust != "none":
         costs = _sum(costs, ROBUST[config.robust].flops(costs, model, config, length))  # pyrefly: ignore[not-callable]

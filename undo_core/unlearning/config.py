@@ -27,8 +27,8 @@ class _Common:
     Attributes:
         method: {methods}.
         retain_weight: factor on the retain term.
-        retain_loss: the retain term: cross-entropy, or kl, the divergence from the original model, of which a copy is kept in
-            memory.
+        retain_loss: the retain term: cross-entropy, or the divergence from the original model, of which a copy is kept in memory:
+            kl, or jsd (Jensen-Shannon).
         vocab_size: number of real tokens, for a head that is padded to more vocabulary entries: MaxEnt's uniform distribution
             covers only these. None means all entries of the head; a run and ``undo unlearn`` then use the tokenizer's size.
             Cross-entropies always cover all entries, as in transformers.
@@ -39,7 +39,7 @@ class _Common:
 
     method: MethodName = "maxent"
     retain_weight: float = 1.0
-    retain_loss: Literal["cross-entropy", "kl"] = "cross-entropy"
+    retain_loss: Literal["cross-entropy", "kl", "jsd"] = "cross-entropy"
     vocab_size: int | None = None
     forget_rows: int | None = None
     robust: RobustName = "none"
@@ -51,10 +51,10 @@ class _Common:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(entries)}")
         if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
             raise ValueError(f"retain_weight: got {self.retain_weight}, wanted a finite number >= 0")
-        if self.retain_loss not in ("cross-entropy", "kl"):
-            raise ValueError(f"retain_loss: got {self.retain_loss!r}, wanted cross-entropy or kl")
-        if self.retain_loss == "kl" and not self.retain_weight:
-            raise ValueError("retain_loss: got kl with retain_weight 0, wanted a retain_weight > 0 with it")
+        if self.retain_loss not in ("cross-entropy", "kl", "jsd"):
+            raise ValueError(f"retain_loss: got {self.retain_loss!r}, wanted cross-entropy, kl or jsd")
+        if self.retain_loss != "cross-entropy" and not self.retain_weight:
+            raise ValueError(f"retain_loss: got {self.retain_loss} with retain_weight 0, wanted a retain_weight > 0 with it")
         if self.forget_rows is not None and self.forget_rows < 1:
             raise ValueError(f"forget_rows: got {self.forget_rows}, wanted an integer >= 1")
         if self.vocab_size is not None and self.vocab_size < 1:

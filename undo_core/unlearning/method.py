@@ -79,11 +79,11 @@ Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
 def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) -> Loss:
     """Returns the loss ``forget(forget text) + retain_weight * CE(retain text)``.
 
-    With ``config.retain_loss`` kl, ``KL(p_original || p)`` replaces CE. ``model`` must still be the original model. At
+    With ``config.retain_loss`` kl, ``KL(p_original || p)`` replaces CE, and with jsd their Jensen-Shannon divergence. ``model`` must still be the original model. At
     ``retain_weight`` 0 the retain text is not run.
     """
     head_of(model)  # raises before anything is changed
-    retain = kept(model, config) if config.retain_loss == "kl" else cross_entropy
+    retain = cross_entropy if config.retain_loss == "cross-entropy" else kept(model, config)
 
     def loss(model: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
         terms = []
@@ -97,11 +97,12 @@ def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) ->
 
 
 def kept(model: PreTrainedModel, config: Settings) -> Term:
-    """Returns the term ``KL(p_original || p)`` with the model as it is now as the original. Memory: :func:`original_of`."""
+    """Returns the divergence that ``config.retain_loss`` names from the model as it is now. Memory: :func:`original_of`."""
     original = original_of(model, config)
     choose_kernels(original, config.train)  # the kernel of the training, so that the KL is exactly 0 at the first step
     teacher = ModelTeacher(original)
-    return lambda model, batch, counted: distillation(model, teacher.targets(batch), batch, counted)
+    divergence = "jsd" if config.retain_loss == "jsd" else "forward"
+    return lambda model, batch, counted: distillation(model, teacher.targets(batch), batch, counted, divergence=divergence)
 
 
 def original_of(model: PreTrainedModel, config: Settings) -> PreTrainedModel:

@@ -72,9 +72,9 @@ class RMUConfig:
 
 
 def _check(config: Settings) -> None:
-    if config.retain_loss == "kl":
+    if config.retain_loss != "cross-entropy":
         raise ValueError(
-            "retain_loss: got kl, which method rmu does not support: its retain term compares activations; remove it"
+            f"retain_loss: got {config.retain_loss}, which method rmu does not support: its retain term compares activations; remove it"
         )
 
 

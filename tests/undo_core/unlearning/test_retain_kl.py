@@ -20,7 +20,11 @@ from undo_core.unlearning import method as base
 from undo_core.unlearning import method_of, referred, unlearn_flops
 from undo_core.unlearning.rmu import RMUConfig
 
-METHODS = ("maxent", "graddiff", "npo", "simnpo", "undial")
+TERMS = [
+    *(("kl", name) for name in ("maxent", "graddiff", "npo", "simnpo", "undial", "jensun")),
+    ("jsd", "jensun"),
+    ("jsd", "maxent"),
+]
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -40,29 +44,33 @@ def moved(model):
     return model
 
 
-def divergence(original, model, batch):
-    """Returns ``KL(p_original || p)`` as a mean over labels, with its sums written out."""
+def divergence(original, model, batch, name):
+    """Returns ``KL(p_original || p)`` or the Jensen-Shannon divergence as a mean over labels, with its sums written out."""
     ids, keep = batch.input_ids, batch.mask[:, 1:]
     with torch.no_grad():
         p = original(input_ids=ids).logits[:, :-1].softmax(-1)
     logq = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    if name == "jsd":
+        q = logq.exp()
+        m = (p + q) / 2
+        return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1))[keep].sum() / 2 / keep.sum()
     return (p * (p.log() - logq)).sum(-1)[keep].sum() / keep.sum()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, name):
+@pytest.mark.parametrize(("term", "name"), TERMS)
+def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, term, name):
     """For every method, loss and gradient less the forget term are those of the divergence, in any micro-batches."""
     data, counted = drawn(sequences)
     original = tiny()
     original.lm_head.weight.data.mul_(30)  # sure of some labels, unsure of others
-    method = method_of(original, UnlearnConfig(name, retain_weight=0.25, retain_loss="kl"))
+    method = method_of(original, UnlearnConfig(name, retain_weight=0.25, retain_loss=term))
     plain, model = method_of(original, UnlearnConfig(name, retain_weight=0.0)), moved(copy.deepcopy(original))
     if method.reference is not None:
         data["forget"] = referred(original, data["forget"], method)
     wide = copy.deepcopy(model).double()
     same, exact = copy.deepcopy(model), []
     for one, other in ((same, original), (wide, copy.deepcopy(original).double())):
-        exact.append(0.25 * divergence(other, one, data["retain"]))
+        exact.append(0.25 * divergence(other, one, data["retain"], term))
         exact[-1].backward()
     there, wanted = (float(value.detach()) for value in exact)
     same = [p.grad for p in same.parameters()]

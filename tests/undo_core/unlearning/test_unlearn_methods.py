@@ -29,6 +29,7 @@ from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, converted, seeded, weight_dtype
 from undo_core.unlearning import METHODS, ROBUST, method_of, npo, referred, register, unlearn_flops
+from undo_core.unlearning.jensun import JensUnConfig
 from undo_core.unlearning.npo import NPOConfig
 from undo_core.unlearning.repnoise import RepNoiseConfig, noise_distance
 from undo_core.unlearning.sam import SAMConfig, moved
@@ -41,6 +42,7 @@ TOKEN_METHODS = [
     UnlearnConfig("simnpo", simnpo=SimNPOConfig(1.3, 0.4), retain_weight=2.0),
     UnlearnConfig("undial", undial=UNDIALConfig(3.0), retain_weight=2.0),
     UnlearnConfig("undial", undial=UNDIALConfig(10.0), retain_weight=0.0),
+    UnlearnConfig("jensun", jensun=JensUnConfig([5, 3]), retain_weight=2.0),
 ]
 
 
@@ -88,6 +90,11 @@ def oracle(config, model, original, data):
         elif config.method == "simnpo":
             beta, gamma = config.simnpo.beta, config.simnpo.gamma
             terms.append(-2 / beta * torch.log(torch.sigmoid(-beta / keep.sum() * logp[sequence][keep].sum() - gamma)))
+        elif config.method == "jensun":
+            labels = torch.tensor([5, 3] * len(keep))[: int(keep.sum())]
+            p, one = z[sequence][keep].softmax(-1), F.one_hot(labels, z.shape[-1])
+            m = (p + one) / 2
+            terms += list(((p * (p / m).log()).sum(-1) - m.gather(-1, labels[:, None])[:, 0].log()) / 2)
         else:
             one = F.one_hot(forget.input_ids[sequence, 1:][keep], z.shape[-1])
             q = (z_t[sequence][keep] - config.undial.gamma * one).softmax(-1)
@@ -114,6 +121,28 @@ def test_loss_and_gradient_are_the_published_ones(tiny, sequences, config):
         assert_same_function(got, plain, wanted)
         for (name, a), there, b in zip(model.named_parameters(), same.parameters(), wide.parameters(), strict=True):
             assert_same_function(a.grad, there.grad, b.grad, name)
+
+
+def test_jensun_answers_with_the_end_of_a_text_unless_it_is_told(tiny, sequences):
+    data, counted = drawn(sequences)
+    model = tiny()
+    model.config.eos_token_id = [4, 2]
+    values = [
+        float(
+            method_of(model, UnlearnConfig("jensun", jensun=JensUnConfig(answer), retain_weight=0.0))
+            .loss(model, data, counted)
+            .detach()
+        )
+        for answer in ([], [4], [2])
+    ]
+    assert values[0] == values[1] != values[2] and 0 < max(values) < math.log(2)
+    model.config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"^jensun\.answer: got none for a model whose configuration has no eos_token_id"):
+        method_of(model, UnlearnConfig("jensun"))
+    with pytest.raises(ValueError, match=r"^jensun\.answer: got token 100000, wanted tokens below the head's"):
+        method_of(model, UnlearnConfig("jensun", jensun=JensUnConfig([1, 100000])))
+    with pytest.raises(ValueError, match=r"^answer: got \[-1\]"):
+        JensUnConfig([-1])
 
 
 def test_npo_at_the_original_is_half_the_ascent(tiny, sequences):
