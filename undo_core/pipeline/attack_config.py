@@ -83,8 +83,10 @@ class AttackRunConfig:
             return self.attacks
         change = lambda **settings: dataclasses.replace(self.relearn, **settings)  # noqa: E731
         return {
-            "quantised": change(kind="quantise"),
+            "quantised": change(kind="quantise", together=1),
             "mixed": change(mix={"forget": 0.5, "retain": 0.5}),
             "benign": change(mix={"retain": 1.0}),
-            "adapters": change(kind="lora", rates=[10 * rate for rate in self.relearn.rates], step_in_backward=False),
+            "adapters": change(
+                kind="lora", rates=[10 * rate for rate in self.relearn.rates], step_in_backward=False, together=1
+            ),
         }

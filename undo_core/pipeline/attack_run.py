@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from undo_core import distributed
-from undo_core.attacks.config import HEADLINE, check_installed, with_seed
+from undo_core.attacks.config import HEADLINE, AttackConfig, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, read_json, write_json
@@ -98,7 +98,7 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
                 f"checkpoints: got {named[name]} and {path}, both named {name}; wanted NAME={path} with another name"
             )
         named[name] = path
-    settings = {HEADLINE: config.relearn, **config.envelope()}
+    settings = {name: _unsaved(own, config.keep) for name, own in {HEADLINE: config.relearn, **config.envelope()}.items()}
     for attack, own in settings.items():
         try:
             check_installed(own.kind)
@@ -117,6 +117,11 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
         }
         defences.append(Defence(name, prepared, attacks))
     return defences
+
+
+def _unsaved(settings: AttackConfig, keep: bool) -> AttackConfig:
+    """The settings of an attack, without weights that would be removed again where several trials share a folder."""
+    return dataclasses.replace(settings, save=False) if settings.together > 1 and not keep else settings
 
 
 def named_checkpoint(given: str) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from undo_core import cli
 from undo_core.attacks import AttackConfig
 from undo_core.attacks.relearning import mixed_cross_entropy, relearn
 from undo_core.data.sequences import Sequences
+from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
+from undo_core.pipeline.attack_run import defences_of
 from undo_core.training import train
 from undo_core.training.batches import as_batch
 from undo_core.training.together import Together
@@ -162,6 +164,22 @@ def test_settings_that_do_not_go_together_are_refused(settings):
     AttackConfig(**settings)
     with pytest.raises(ValueError, match=f"^together: got 2 with {name}: "):
         AttackConfig(together=2, **settings)
+
+
+def test_the_attacks_of_undo_attack_take_it_where_they_can(tmp_path):
+    for name in ("keep", "forget"):
+        (tmp_path / f"{name}.txt").write_text("a text\n")
+    data = TextConfig(retain=[str(tmp_path / "keep.txt")], forget=[str(tmp_path / "forget.txt")])
+    config = AttackRunConfig(output="out", data=data, relearn=AttackConfig(together=4))
+    assert {name: own.together for name, own in config.envelope().items()} == {
+        "quantised": 1, "mixed": 4, "benign": 4, "adapters": 1
+    }  # fmt: skip
+    build("llama").save_pretrained(tmp_path / "model")
+    for keep in (False, True):
+        (defence,) = defences_of([str(tmp_path / "model")], dataclasses.replace(config, keep=keep))
+        grids = {stage.inputs["grid"].key: stage.inputs["grid"] for stage in defence.stages() if "grid" in stage.inputs}
+        assert len(grids) == 3 and all(len(grid.trials) == 4 for grid in grids.values())
+        assert {grid.config.save for grid in grids.values()} == {keep}, "weights that would be removed are not written"
 
 
 def test_models_and_batches_that_do_not_go_together_are_refused():
