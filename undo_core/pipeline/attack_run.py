@@ -22,7 +22,7 @@ from undo_core.io.progress import console
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import ControlsConfig, ModelConfig, RunConfig, derive_seed
-from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, unfinished
+from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
 from undo_core.pipeline.store import Store, machine, versions
@@ -107,12 +107,15 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
                 f"attacks.{attack}.{error}, or pass --attacks={{}} for the headline attack alone"
             ) from None
     seed, higher = derive_seed(config.seed, HEADLINE), config.data.metric == "accuracy"
+    prepares = {
+        name: dataclasses.replace(prepare_stage(config.data, ModelConfig(path=path), config.seed), title=f"prepare {name}")
+        for name, path in named.items()
+    }
     defences = []
-    for name, path in named.items():
-        prepared = dataclasses.replace(prepare_stage(config.data, ModelConfig(path=path), config.seed), title=f"prepare {name}")
+    for name, prepared in prepares.items():
         under = {} if name == original else settings
         attacks = {
-            attack: Attacked(with_seed(own, seed), prepared, prepared, f"{attack} {name}", higher)
+            attack: Attacked(with_seed(own, seed), prepared, prepared, f"{attack} {name}", higher, prepares.get(original or ""))
             for attack, own in under.items()
         }
         defences.append(Defence(name, prepared, attacks))
@@ -229,6 +232,7 @@ def _metric(store: Store, config: AttackRunConfig, defence: Defence) -> dict[str
         "headline_step": config.relearn.headline_step,
         "retain_target": None,
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},
+        **margin_entry(config.retain_margin),
     }
 
 

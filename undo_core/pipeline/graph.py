@@ -250,7 +250,9 @@ def attacked_models(config: RunConfig, graph: Graph) -> dict[str, dict[str, Atta
     higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
     return {
         attack: {
-            model.name: Attacked(with_seed(settings, seed), graph.prepared, model.stage, f"{attack} {model.name}", higher)
+            model.name: Attacked(
+                with_seed(settings, seed), graph.prepared, model.stage, f"{attack} {model.name}", higher, graph.models[0].stage
+            )
             for model in graph.models
             if model.attacked
         }

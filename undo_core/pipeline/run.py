@@ -139,7 +139,13 @@ def _metric(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
         "headline_step": config.relearn.headline_step,
         "retain_target": next((t for t in targets if t is not None), None),
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},
+        **margin_entry(config.retain_margin),
     }
+
+
+def margin_entry(margin: float | None) -> dict[str, float]:
+    """The entry of ``metric`` in the results for the margin of the second worst case; empty without one."""
+    return {} if margin is None else {"retain_margin": margin}
 
 
 def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
@@ -156,6 +162,7 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
+    if under and (config.attacks or config.retain_margin is not None):
         entry["worst"] = worst_of(entry, _metric(store, config, graph))
     return entry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -54,8 +55,10 @@ def results_table(report: Report) -> Table:
     steps = _columns(report)
     held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
     ranked = any(m.robustness or m.robustness.missing for m in report.models)
+    bounded = any(m.bounded for m in report.models)
     headers = [("model", ""), ("retain", unit), ("forget", unit)]
     headers += [(_after(step), f"worst case, {unit}") for step in steps]
+    headers += [(f"forget, {margin(report)}", f"worst case, {unit}")] if bounded else []
     if ranked:
         headers += [("R", "robustness"), ("C", "steps"), ("C", "tokens"), ("C", "FLOPs")]
     headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
@@ -64,6 +67,9 @@ def results_table(report: Report) -> Table:
         row = [Cell(model.label, marks=model_marks(model, report, notes))]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
         row += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
+        if bounded:
+            by = sorted({point.attack or "no attack" for point in model.bounded.points})
+            row.append(dataclasses.replace(performance(model.bounded, report.higher), remark=", ".join(by)))
         if ranked:
             row += [ratio_cell(stat, notes) for stat in (model.robustness, *model.compute.values())]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
@@ -231,6 +237,12 @@ def rate(value: float) -> str:
     """Formats a learning rate briefly, such as 5e-4."""
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def margin(report: Report) -> str:
+    """Says by how much an attack may harm the retain performance for its trial to count."""
+    value = 100 * report.results[0]["metric"]["retain_margin"]
+    return f"retain at most {value:g} {'points' if report.higher else '%'} worse"
 
 
 def count(value: float) -> str:
