@@ -18,6 +18,7 @@ from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
+from undo_core.evaluation.inside import AnyMeasurement
 from undo_core.noise.damage import DamageConfig
 from undo_core.noise.parameters import PARTS, Parts
 from undo_core.training.config import TrainConfig
@@ -359,6 +360,8 @@ class RunConfig:
         retain_margin: margin of a second worst case beside the headline's, over the trials that leave the model useful: those
             whose retain performance is at most this much worse than before the attack. An absolute difference of accuracy or
             a relative one of cross-entropy; null for none.
+        measures: measures of what the models still hold inside, by name; the ``kind`` of each is the name of a file in
+            undo_core/evaluation/inside.
     """
 
     name: str
@@ -377,6 +380,7 @@ class RunConfig:
     damage: DamageConfig = field(default_factory=DamageConfig)
     attacks: dict[str, AttackConfig | AnyIntervention] = field(default_factory=dict)
     retain_margin: float | None = None
+    measures: dict[str, AnyMeasurement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -397,6 +401,9 @@ class RunConfig:
             )
         check_attacks(self.relearn, self.attacks)
         check_margin(self.retain_margin)
+        for name in self.measures:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"measures: got the name {name!r}, wanted letters, digits, - and _")
 
 
 def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig | AnyIntervention]) -> None:

@@ -6,6 +6,7 @@ from undo_core.pipeline.stages.distill import Distill
 from undo_core.pipeline.stages.gate import Gate
 from undo_core.pipeline.stages.initialise import Initialise
 from undo_core.pipeline.stages.intervene import Intervene
+from undo_core.pipeline.stages.measure import Measure
 from undo_core.pipeline.stages.noise import Noise
 from undo_core.pipeline.stages.prepare import Prepare
 from undo_core.pipeline.stages.pretrain import Pretrain
@@ -21,6 +22,7 @@ __all__ = [
     "Gate",
     "Initialise",
     "Intervene",
+    "Measure",
     "Noise",
     "Prepare",
     "Pretrain",

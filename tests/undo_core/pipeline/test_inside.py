@@ -1,0 +1,112 @@
+"""A run with every intervention and every measure: its stages, results, report and plan."""
+
+import json
+
+import pytest
+import yaml
+from tiny_run import RUN
+
+from undo_core.attacks.grid import bounded_worst
+from undo_core.attacks.interventions import INTERVENTIONS
+from undo_core.cli import main
+from undo_core.evaluation.inside import MEASUREMENTS
+from undo_core.io.files import read_json
+
+FEW = {"steps": 1, "batch_size": 4}
+SETTINGS = {
+    "merge": {"weights": [0.5, 1.0]},
+    "prune": {"shares": [0.5], "scopes": ["matrix", "global"]},
+    "round": {"bits": [2]},
+    "steer": {"depths": [1.0], "strengths": [0.0, 1.0], "ways": ["add"], "sequences": 8},
+    "restore": {"depths": [1.0], "strengths": [1.0], "sequences": 8},
+    "patch": {"depths": [1.0]},
+    "latent": {"depths": [1.0], "radii": [1.0], **FEW},
+    "soft_prompt": {"tokens": [2], "rates": [0.3], **FEW},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Returns the folder, the configuration and the results of a finished run."""
+    folder = tmp_path_factory.mktemp("inside")
+    assert set(SETTINGS) == set(INTERVENTIONS), "a new kind is tried here too"
+    model = {"config": {**RUN["model"]["config"], "num_hidden_layers": 2, "max_position_embeddings": 64}}
+    attacks = {f"by-{kind}": {"kind": kind, **own} for kind, own in SETTINGS.items()}
+    measures = {kind: {"kind": kind, "sequences": 16} for kind in MEASUREMENTS}
+    config = {**RUN, "output": str(folder / "out"), "model": model, "attacks": attacks, "measures": measures}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**config, "retain_margin": 0.02}))
+    assert main(["run", str(folder / "run.yaml")]) == 0
+    return folder / "out", folder / "run.yaml", read_json(folder / "out" / "results-seed0.json")
+
+
+def test_every_model_is_under_every_intervention(finished):
+    _, _, results = finished
+    original, *models = results["models"]
+    assert "attacks" not in original and [model["name"] for model in models] == ["unlearn", "undo-0.5"]
+    for model in models:
+        attacks = model["attacks"]
+        assert [attack["kind"] for attack in attacks.values()] == list(SETTINGS)
+        settings = {name: [curve["setting"] for curve in attack["curves"]] for name, attack in attacks.items()}
+        assert settings["by-merge"] == ["weight-0.5", "weight-1"] and settings["by-prune"][1] == "share-0.5-scope-global"
+        assert settings["by-steer"] == ["depth-1-way-add-strength-0", "depth-1-way-add-strength-1"]
+        merged, steered = attacks["by-merge"]["curves"][1], attacks["by-steer"]["curves"][0]
+        for part in ("forget", "retain"):
+            wanted, own = original["metrics"][part], model["metrics"][part]
+            assert merged[part] == [{key: wanted[key] for key in ("value", "low", "high", "n")}], "weight 1 is the original"
+            assert steered[part] == [{key: own[key] for key in ("value", "low", "high", "n")}], "strength 0 is the model"
+        theirs = {name for name, attack in attacks.items() if attack.get("needs_original")}
+        assert theirs == {"by-merge", "by-restore", "by-patch"} and model["worst"]["attack"] not in theirs
+        assert model["worst"]["bounded"] == bounded_worst(model, results["metric"])
+
+
+def test_every_model_is_measured_and_those_that_compare_leave_out_the_original(finished):
+    output, _, results = finished
+    for model in results["models"]:
+        compared = model["kind"] != "original"
+        assert set(model["measures"]) == {kind for kind, own in MEASUREMENTS.items() if compared or not own.compares}
+        for kind, own in model["measures"].items():
+            assert own["kind"] == kind and len(own["points"]) >= 2 and own["value"] == MEASUREMENTS[kind].value
+            assert own["points"] == read_json(output / "stages" / own["stage"] / "manifest.json")["points"]
+    first, last = results["models"][1]["measures"]["connectivity"]["points"][0::4]
+    for point, model in ((first, results["models"][1]), (last, results["models"][0])):
+        assert point["value"] == pytest.approx(model["metrics"]["forget"]["value"], abs=0.25), "16 of its 20 problems"
+
+
+def test_the_report_shows_them(finished):
+    output, _, _ = finished
+    report = output / "report"
+    assert {"interventions.png", "inside.png"} <= {path.name for path in report.iterdir()}
+    table = (report / "table.md").read_text()
+    assert "## Measures" in table and "forget, retain at most 2 points worse" in table and "by-soft_prompt" in table
+    page = (report / "report.html").read_text()
+    assert "What is left inside" in page and "Interventions" in page
+    derived = json.loads((report / "report.json").read_text())
+    assert [model["bounded_forget"]["mean"] is not None for model in derived["models"] if "bounded_forget" in model] == [
+        True
+    ] * 2
+
+
+def test_the_plan_names_them_and_a_second_run_does_nothing(finished, capsys):
+    output, config, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert main(["run", str(config)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    capsys.readouterr()
+    assert main(["plan", str(config)]) == 0
+    text = capsys.readouterr().out
+    assert "by-merge unlearn, 2 trials" in text and "probe undo-0.5" in text and "measure-" in text
+    for path in (*output.glob("stages/intervene-*"), *output.glob("stages/measure-*")):
+        assert [file.name for file in path.iterdir()] == ["manifest.json"]
+        assert read_json(path / "manifest.json")["predicted_bytes"] > 0
+
+
+def test_unknown_kinds_and_missing_models_are_refused(finished, capsys):
+    _, config, _ = finished
+    for flag, message in (
+        ("--attacks={a: {kind: mrge}}", "kind: got mrge, wanted one of finetune, lora, fewshot, quantise, "),
+        ("--attacks={a: {kind: merge, weights: [2.0]}}", "weights: got [2.0], wanted different numbers from 0 to 1"),
+        ("--measures={a: {kind: cka, against: filter}}", "measures.a.against: got filter, wanted a model that the run has"),
+        ("--measures={a: {kind: cka, layers: 3}}", "Option 'layers' is not accepted"),
+    ):
+        assert main(["plan", str(config), flag]) == 2
+        assert message in capsys.readouterr().err
