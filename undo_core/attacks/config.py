@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
@@ -17,7 +17,14 @@ KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao"}  # required packages; the extra "attacks" installs them
 SOURCES = ("forget", "retain")
-Settings = TypeVar("Settings")  # an AttackConfig or an Intervention
+Settings = TypeVar("Settings", bound="Seeded")
+
+
+class Seeded(Protocol):
+    """Settings with a seed: of an attack that trains, or of an intervention."""
+
+    @property
+    def seed(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ class AttackConfig:
 
 def with_seed(config: Settings, seed: int) -> Settings:
     """``config`` with ``seed`` unless it has a seed of its own."""
-    return config if config.seed is not None else dataclasses.replace(config, seed=seed)
+    return config if config.seed is not None else dataclasses.replace(config, seed=seed)  # pyrefly: ignore[bad-specialization]
 
 
 def check_installed(kind: str) -> None:

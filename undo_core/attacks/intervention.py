@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -109,15 +109,22 @@ class Intervention(abc.ABC):
 
     def points(self) -> dict[str, dict[str, Any]]:
         """The points of the grid: the value of each grid setting, by the name of the trial, such as ``weight-0.5``."""
-        names = {entry.name: entry.metadata["grid"] for entry in dataclasses.fields(self) if "grid" in entry.metadata}
-        found = {}
+        names, found = self._grid(), {}
         for values in itertools.product(*(getattr(self, name) for name in names)):
             own = dict(zip(names, values, strict=True))
             found["-".join(f"{names[name]}-{_shown(value)}" for name, value in own.items()) or self.kind] = own
         return found
 
-    def trials(self) -> list[Trial]:
-        """The trials of the grid."""
+    def point(self, trial: str) -> dict[str, Any]:
+        """The values of one trial by their names in that of the trial, such as ``{"weight": 0.5}``."""
+        names = self._grid()
+        return {names[name]: value for name, value in self.points()[trial].items()}
+
+    def _grid(self) -> dict[str, str]:
+        return {entry.name: entry.metadata["grid"] for entry in dataclasses.fields(self) if "grid" in entry.metadata}
+
+    def trials(self, rates: Sequence[float] | None = None) -> list[Trial]:
+        """The trials of the grid; there are no learning rates to choose."""
         return [Trial(setting=name) for name in self.points()]
 
     def at(self, trial: Trial) -> Intervention:

@@ -42,6 +42,11 @@ def outputs_of(
             yield {layer: kept[layer][text].float() for layer in chosen}
 
 
+def output_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the outputs of all layers that :func:`outputs_of` holds at a time, for sequences of at most 2,048 tokens."""
+    return 2 * TOKENS * len(find_layers(model)) * model.get_input_embeddings().weight.shape[1] * 4
+
+
 def mean_outputs(model: PreTrainedModel, sequences: Sequences, indices: Sequence[int]) -> dict[int, torch.Tensor]:
     """Returns the mean output ``[d]`` float64 of each layer over all tokens."""
     sums: dict[int, torch.Tensor] = {}

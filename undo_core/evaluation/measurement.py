@@ -48,6 +48,7 @@ class Measurement(abc.ABC):
         against: model to compare with: the original, or the data-filtered one of the same run.
         sequences: largest number of sequences that are read.
         compares: whether another model is needed. A measure without one is also taken of the original.
+        reads: whether text is read.
         axis: name of the coordinate.
         value: what is measured, for the axis of a figure.
         summary: what :meth:`number` returns, for a column of a table.
@@ -57,6 +58,7 @@ class Measurement(abc.ABC):
     against: Literal["original", "filter"] = dataclasses.field(default="original", kw_only=True)
     sequences: int = dataclasses.field(default=256, kw_only=True)
     compares: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     axis: ClassVar[str] = "layer"
     value: ClassVar[str]
     summary: ClassVar[str] = "mean"
@@ -89,6 +91,10 @@ class Measurement(abc.ABC):
     @abc.abstractmethod
     def passes(self, layers: int) -> int:
         """How often the text runs through a model with so many layers, for ``undo plan``."""
+
+    def held(self, model: PreTrainedModel) -> int:
+        """Bytes that are held beside the models and the activations of an evaluation, for ``undo plan``."""
+        return 0
 
     def read(self, texts: dict[str, Sequences]) -> Sequences:
         """The sequences of the chosen text, as many as are read."""

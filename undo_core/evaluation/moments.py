@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.sequences import Sequences
-from undo_core.evaluation.activations import outputs_of
+from undo_core.evaluation.activations import output_bytes, outputs_of
 from undo_core.models.layers import find_layers
 
 
@@ -50,8 +50,15 @@ def joint_moments(model: PreTrainedModel, other: PreTrainedModel, sequences: Seq
             parts = [x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y]
             sums[layer] = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
     moments = []
-    for layer, found in enumerate(sums):
-        x, y, xx, yy, xy = (part / tokens for part in found)
+    for layer in range(len(sums)):
+        x, y, xx, yy, xy = (part / tokens for part in sums[layer])
+        sums[layer] = []  # frees the sums as their moments are made
         centred = (xx - torch.outer(x, x), yy - torch.outer(y, y), xy - torch.outer(x, y))
         moments.append(Moments((x + shifts[layer][0], y + shifts[layer][1]), *centred))
     return moments
+
+
+def moment_bytes(model: PreTrainedModel) -> int:
+    """Bytes that :func:`joint_moments` holds: the matrices of every layer, those of a layer being made, and the outputs."""
+    width = model.get_input_embeddings().weight.shape[1]
+    return 3 * 8 * width**2 * (len(find_layers(model)) + 2) + 2 * output_bytes(model)

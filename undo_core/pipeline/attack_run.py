@@ -16,6 +16,7 @@ from typing import Any
 from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
+from undo_core.attacks.interventions import Intervention
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
@@ -100,6 +101,10 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
         named[name] = path
     settings = {HEADLINE: config.relearn, **config.envelope()}
     for attack, own in settings.items():
+        if isinstance(own, Intervention) and own.needs_original and original is None:
+            raise ValueError(
+                f"attacks.{attack}.kind: got {own.kind}, which needs the original model; wanted --original=CHECKPOINT with it"
+            )
         try:
             check_installed(own.kind)
         except ModuleNotFoundError as error:
@@ -189,7 +194,12 @@ def _settings(config: AttackRunConfig, defence: Defence) -> dict[str, Any]:
     """The settings that must agree between checkpoints in one table, with a digest of the text, as files of one name can differ."""
     attacks = {name: dataclasses.asdict(own) for name, own in config.envelope().items()}
     data = {**dataclasses.asdict(config.data), "text": _digest(defence, text=True)}
-    return {"data": data, "relearn": dataclasses.asdict(config.relearn), "attacks": attacks}
+    return {
+        "data": data,
+        "relearn": dataclasses.asdict(config.relearn),
+        "attacks": attacks,
+        **margin_entry(config.retain_margin),
+    }
 
 
 def _digest(defence: Defence, text: bool) -> str:

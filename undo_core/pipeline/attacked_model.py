@@ -73,8 +73,7 @@ class Attacked:
         headline = self.config.headline_step if self.config.trains else 0
         facts = {}
         if isinstance(self.config, Intervention):
-            points = self.config.points()
-            curves = [{**curve, "point": points[curve["setting"]]} for curve in curves]
+            curves = [{**curve, "point": self.config.point(curve["setting"])} for curve in curves]
             facts = {"needs_original": True} if self.config.needs_original else {}
         return {"kind": self.config.kind, "headline_step": headline, **facts, **entry, "curves": curves}
 

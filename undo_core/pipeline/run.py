@@ -178,7 +178,8 @@ def _measures(store: Store, config: RunConfig, graph: Graph, model: Model) -> di
             stage, measurement = models[model.name], config.measures[name]
             points = store.manifest(stage)["points"]
             curve = [(point["at"], point["value"]) for point in points]
-            shown = {key: getattr(measurement, key) for key in ("kind", "text", "axis", "value", "summary")}
+            shown = {key: getattr(measurement, key) for key in ("kind", "axis", "value", "summary")}
+            shown["text"] = measurement.text if measurement.reads else None
             number = measurement.number(curve, config.data.metric == "accuracy")
             found[name] = {**shown, "stage": stage.name, "number": number, "points": points}
     return found

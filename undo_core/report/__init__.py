@@ -11,6 +11,7 @@ from undo_core.io.files import hash_json, read_json, write_bytes, write_json, wr
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
 from undo_core.report.claims import PUBLISHED, claims
+from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, results_table, terminal
@@ -73,6 +74,8 @@ def _tables(report: Report) -> str:
         parts += ["## By attack", markdown(attacks).rstrip()]
     if measures.rows:
         parts += ["## Measures", markdown(measures).rstrip()]
+    if (predictions := correlation_table(report)).rows:
+        parts += ["## Does a measure predict relearning?", markdown(predictions).rstrip()]
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]
     return "\n\n".join(parts) + "\n"

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from undo_core.report.metrics import ModelReport, Report
+from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.style import MARKERS, colours_of, finite, new_figure, scale, unit_name
-from undo_core.report.table import Cell, Table
+from undo_core.report.table import Cell, Table, performance
 
 COLUMNS = 2  # panels in a row
 
@@ -27,14 +27,23 @@ def measures_of(report: Report) -> dict[str, dict[str, Any]]:
 
 
 def measure_table(report: Report) -> Table:
-    """Table of the number of each measure, one row per model, as means over seeds; no rows without measures."""
+    """Table of the number of each measure beside the attack's outcome, one row per model, as means over seeds.
+
+    It has no rows without measures.
+    """
     measures = measures_of(report)
-    headers = [("model", ""), *((name, f"{own['summary']}, {own['text']} text") for name, own in measures.items())]
+    after = f"forget after {report.headline} steps"
+    headers = [
+        ("model", ""),
+        (after, f"worst case, {report.unit}"),
+        *((name, f"{own['summary']}{_text(own)}") for name, own in measures.items()),
+    ]
     rows = []
     for model in report.models:
         cells = [_number_cell(model, name) for name in measures]
         if any(cell != Cell() for cell in cells):
-            rows.append([Cell(model.label), *cells])
+            worst = performance(model.worst.get(report.headline, Stat()), report.higher)
+            rows.append([Cell(model.label), worst, *cells])
     return Table(headers, rows if measures else [])
 
 
@@ -51,7 +60,7 @@ def inside(report: Report) -> Figure | None:
             xs, ys = _mean_curve(model, name)
             if xs:
                 (shown[model.label],) = _line(axes, xs, ys, model, colours)
-        axes.set_title(f"{name} ({own['text']} text)", fontsize=9.5, loc="left")
+        axes.set_title(f"{name}{_text(own)}", fontsize=9.5, loc="left")
         axes.set_xlabel(own["axis"])
         axes.set_ylabel(own["value"])
         if own["axis"] == "layer":
@@ -94,6 +103,10 @@ def captions(report: Report) -> dict[str, str]:
         "interventions": "Forget (filled) and retain performance (open, pale) under interventions, over the first setting of each "
         f"grid; of the other settings, the one with the {worst} forget {unit_name(report)} counts. Means over seeds.",
     }
+
+
+def _text(measure: dict[str, Any]) -> str:
+    return f", {measure['text']} text" if measure["text"] else ""
 
 
 def _entries(report: Report) -> list[tuple[int, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from html import escape
 
 from undo_core.report import words
 from undo_core.report.claims import PUBLISHED, claims
+from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report
 from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
@@ -99,6 +100,8 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     measures = measure_table(report)
     if measures.rows:
         parts.append(f"<h2>Measures</h2>{table_html(measures)}")
+    if (predictions := correlation_table(report)).rows:
+        parts.append(f"<h2>Does a measure predict relearning?</h2>{table_html(predictions)}")
     costs, groups = cost_table(report), group_table(report)
     means = "Means over seeds. " if len(report.seeds) > 1 else ""
     if costs.rows:

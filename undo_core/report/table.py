@@ -58,7 +58,7 @@ def results_table(report: Report) -> Table:
     bounded = any(m.bounded for m in report.models)
     headers = [("model", ""), ("retain", unit), ("forget", unit)]
     headers += [(_after(step), f"worst case, {unit}") for step in steps]
-    headers += [(f"forget, {margin(report)}", f"worst case, {unit}")] if bounded else []
+    headers += [("forget, still useful", f"worst case, {unit}; {margin(report)}")] if bounded else []
     if ranked:
         headers += [("R", "robustness"), ("C", "steps"), ("C", "tokens"), ("C", "FLOPs")]
     headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
@@ -172,7 +172,9 @@ def terminal(report: Report) -> Group:
     rich = RichTable(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]
-        head = name.replace(" steps", "").replace(" after ", "\nafter\n") + (f"\n{unit}" if name == "C" else "")
+        head = name.replace(" steps", "").replace(" after ", "\nafter\n").replace(", ", "\n") + (
+            f"\n{unit}" if name == "C" else ""
+        )
         rich.add_column(head, justify="right" if index else "left", vertical="top", no_wrap=index > 0)
     for row in table.rows:
         cells = []

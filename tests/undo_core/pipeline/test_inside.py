@@ -3,14 +3,28 @@
 import json
 
 import pytest
+import torch
 import yaml
+from stage_kinds import NOWHERE
 from tiny_run import RUN
 
 from undo_core.attacks.grid import bounded_worst
 from undo_core.attacks.interventions import INTERVENTIONS
+from undo_core.attacks.interventions.latent import Latent
+from undo_core.attacks.interventions.merge import Merge
+from undo_core.attacks.interventions.prune import Prune
+from undo_core.attacks.interventions.soft_prompt import SoftPrompt
 from undo_core.cli import main
 from undo_core.evaluation.inside import MEASUREMENTS
+from undo_core.evaluation.inside.cka import Cka
+from undo_core.evaluation.inside.connectivity import Connectivity
+from undo_core.evaluation.inside.distance import Distance
+from undo_core.evaluation.inside.logit_lens import LogitLens
 from undo_core.io.files import read_json
+from undo_core.models import architecture, forward_flops, skeleton
+from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.needs import Scene
+from undo_core.pipeline.stages import Intervene, Measure
 
 FEW = {"steps": 1, "batch_size": 4}
 SETTINGS = {
@@ -54,6 +68,7 @@ def test_every_model_is_under_every_intervention(finished):
             wanted, own = original["metrics"][part], model["metrics"][part]
             assert merged[part] == [{key: wanted[key] for key in ("value", "low", "high", "n")}], "weight 1 is the original"
             assert steered[part] == [{key: own[key] for key in ("value", "low", "high", "n")}], "strength 0 is the model"
+        assert attacks["by-prune"]["curves"][1]["point"] == {"share": 0.5, "scope": "global"}
         theirs = {name for name, attack in attacks.items() if attack.get("needs_original")}
         assert theirs == {"by-merge", "by-restore", "by-patch"} and model["worst"]["attack"] not in theirs
         assert model["worst"]["bounded"] == bounded_worst(model, results["metric"])
@@ -77,7 +92,11 @@ def test_the_report_shows_them(finished):
     report = output / "report"
     assert {"interventions.png", "inside.png"} <= {path.name for path in report.iterdir()}
     table = (report / "table.md").read_text()
-    assert "## Measures" in table and "forget, retain at most 2 points worse" in table and "by-soft_prompt" in table
+    assert (
+        "## Measures" in table
+        and "forget, still useful (worst case, %; retain at most 2 points worse)" in table
+        and "by-soft_prompt" in table
+    )
     page = (report / "report.html").read_text()
     assert "What is left inside" in page and "Interventions" in page
     derived = json.loads((report / "report.json").read_text())
@@ -110,3 +129,45 @@ def test_unknown_kinds_and_missing_models_are_refused(finished, capsys):
     ):
         assert main(["plan", str(config), flag]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_predicted_memory_counts_both_models_what_is_trained_and_what_is_kept():
+    shape = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = architecture({"model_type": "llama", **shape})
+    predict = Predictor(config, 32, device="cpu")
+    weights = 4 * sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+    def peak(stage):
+        return {phase.phase: phase for phase in predict.phases(stage, torch.float32)}
+
+    def under(attack, original=None):
+        return peak(Intervene(attack=attack, prepared=NOWHERE, model=NOWHERE, original=original))
+
+    pruned, merged = under(Prune(shares=[0.5], scopes=["matrix"])), under(Merge(weights=[0.5]), NOWHERE)
+    assert merged["evaluation"].weights - pruned["evaluation"].weights == pytest.approx(weights, rel=0.02)
+    assert set(pruned) == {"loading", "evaluation"}
+    small, large = (under(SoftPrompt(tokens=[1], rates=[0.1], batch_size=size)) for size in (8, 16))
+    growth = large["forward"].activations / small["forward"].activations
+    assert 1.8 < growth < 2.2 and large["forward"].gradients == 0, "a backward pass without gradients of the weights"
+    line, cka = (
+        peak(Measure(measurement=own, prepared=NOWHERE, model=NOWHERE, reference=NOWHERE)) for own in (Connectivity(), Cka())
+    )
+    assert line["evaluation"].weights == cka["evaluation"].weights == merged["evaluation"].weights
+    kept = {name: max(phase.workspace for phase in phases.values()) for name, phases in (("line", line), ("cka", cka))}
+    assert kept["line"] == pytest.approx(weights, rel=0.02)
+    assert kept["cka"] >= 4 * 3 * 8 * 64**2, "three covariances of each layer"
+
+
+def test_the_plan_counts_the_passes_over_the_text():
+    config = architecture(
+        {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    )
+    scene = Scene(skeleton(config), 32, 0)
+    forward = forward_flops(scene.model, 32)
+    trained = Intervene(attack=Latent(steps=5, batch_size=3), prepared=NOWHERE, model=NOWHERE).cost(scene)
+    assert (trained.disk, trained.steps, trained.positions) == (0, 5, 5 * 3 * 32)
+    assert trained.flops == 2 * forward * 5 * 3 * 32
+    measured = Measure(measurement=LogitLens(sequences=10), prepared=NOWHERE, model=NOWHERE).cost(scene)
+    assert measured.flops == 4 * 10 * 32 * forward and measured.positions == 4 * 10 * 32
+    distance = Measure(measurement=Distance(), prepared=NOWHERE, model=NOWHERE, reference=NOWHERE).cost(scene)
+    assert (distance.steps, distance.flops, distance.disk) == (0, 0.0, 0)

@@ -14,6 +14,6 @@ for found in pkgutil.iter_modules(__path__):  # each module registers its kind w
 if TYPE_CHECKING:
     AnyIntervention = Intervention
 else:  # the parser of configurations chooses among the classes by their field ``kind``
-    AnyIntervention = Union[tuple(INTERVENTIONS.values())]  # noqa: UP007
+    AnyIntervention = Union[tuple(INTERVENTIONS[kind] for kind in sorted(INTERVENTIONS))]  # noqa: UP007
 
 __all__ = ["INTERVENTIONS", "AnyIntervention", "Effort", "Given", "Intervention", "intervened"]

@@ -14,6 +14,6 @@ for found in pkgutil.iter_modules(__path__):  # each module registers its kind w
 if TYPE_CHECKING:
     AnyMeasurement = Measurement
 else:  # the parser of configurations chooses among the classes by their field ``kind``
-    AnyMeasurement = Union[tuple(MEASUREMENTS.values())]  # noqa: UP007
+    AnyMeasurement = Union[tuple(MEASUREMENTS[kind] for kind in sorted(MEASUREMENTS))]  # noqa: UP007
 
 __all__ = ["MEASUREMENTS", "AnyMeasurement", "Measurement", "Texts"]

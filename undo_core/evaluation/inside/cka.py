@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from undo_core.evaluation.measurement import Curve, Measurement, Texts
-from undo_core.evaluation.moments import Moments, joint_moments
+from undo_core.evaluation.moments import Moments, joint_moments, moment_bytes
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Cka(Measurement):
 
     def passes(self, layers: int) -> int:
         return 2
+
+    def held(self, model: PreTrainedModel) -> int:
+        return moment_bytes(model)
 
 
 def cka_of(moments: Moments) -> float | None:

@@ -54,3 +54,7 @@ class Connectivity(Measurement):
 
     def passes(self, layers: int) -> int:
         return len(self.alphas)
+
+    def held(self, model: PreTrainedModel) -> int:
+        """The weights before they are moved."""
+        return 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -25,6 +25,7 @@ class Distance(Measurement):
     """
 
     kind: Literal["distance"] = "distance"
+    reads = False
     value = "relative L2 distance of the weights"
 
     def curve(self, model: PreTrainedModel, texts: Texts) -> Curve:

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.sequences import Sequences
-from undo_core.evaluation.activations import outputs_of
+from undo_core.evaluation.activations import output_bytes, outputs_of
 from undo_core.evaluation.measurement import Curve, Measurement, Texts
+from undo_core.models.layers import find_layers
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Probe(Measurement):
     Attributes:
         kind: probe.
         classes: largest number of next tokens that the probe tells apart.
+        tokens: largest number of tokens that it is fitted on, and of those that it is scored on.
         l2: weight of the ridge penalty, for standardised outputs.
     """
 
     kind: Literal["probe"] = "probe"
     classes: int = 64
+    tokens: int = 4096
     l2: float = 0.01
     compares = False
     value = "accuracy of a linear probe"
@@ -39,20 +42,23 @@ class Probe(Measurement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classes < 2:
-            raise ValueError(f"classes: got {self.classes}, wanted an integer >= 2")
+        for name in ("classes", "tokens"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= 2")
         if not 0 < self.l2 < float("inf"):
             raise ValueError(f"l2: got {self.l2}, wanted a finite number > 0")
 
     def curve(self, model: PreTrainedModel, texts: Texts) -> Curve:
-        (fit_labels, fit_outputs), (labels, outputs) = (_examples(model, self.read(t)) for t in (texts.fit, texts.score))
+        (fit_labels, fit_outputs), (labels, outputs) = (
+            _examples(model, self.read(text), self.tokens) for text in (texts.fit, texts.score)
+        )
         tokens, counts = fit_labels.unique(return_counts=True)
         known = tokens[counts.argsort(descending=True, stable=True)[: self.classes]]
         target = (fit_labels[:, None] == known).double()
         curve: Curve = []
         for layer, (x, test) in enumerate(zip(fit_outputs, outputs, strict=True), 1):
-            weights = ridge(x, target, self.l2)
-            right = known[weights(test).argmax(1)] == labels
+            predicted = ridge(x.double(), target, self.l2)(test.double())
+            right = known[predicted.argmax(1)] == labels
             curve.append((layer, float(right.double().mean())))
         return curve
 
@@ -61,6 +67,11 @@ class Probe(Measurement):
 
     def passes(self, layers: int) -> int:
         return 2
+
+    def held(self, model: PreTrainedModel) -> int:
+        width = model.get_input_embeddings().weight.shape[1]
+        kept = 2 * self.tokens * width * 4 * len(find_layers(model))
+        return kept + output_bytes(model) + 8 * (3 * self.tokens * width + 2 * self.tokens * self.classes)
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, l2: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -72,8 +83,8 @@ def ridge(x: torch.Tensor, y: torch.Tensor, l2: float) -> Callable[[torch.Tensor
     return lambda other: (other - mean) / deviation @ weights + centre
 
 
-def _examples(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The next tokens ``[n]`` that count, and each layer's outputs ``[n, d]`` float64 at the tokens before them.
+def _examples(model: PreTrainedModel, sequences: Sequences, most: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The first ``most`` next tokens ``[n]`` that count, and each layer's outputs ``[n, d]`` at the tokens before them.
 
     Raises:
         ValueError: there is none.
@@ -81,15 +92,16 @@ def _examples(model: PreTrainedModel, sequences: Sequences) -> tuple[torch.Tenso
     text = sequences.text_mask()
     counts = text.clone() if sequences.answer_mask is None else sequences.answer_mask & text
     counts[:, 0] = False
-    ids = sequences.input_ids.long()
     following = counts.roll(-1, 1)[text]  # for each token of the text, whether the next one counts
-    labels = ids.roll(-1, 1)[text][following]
+    labels = sequences.input_ids.long().roll(-1, 1)[text][following][:most]
     if not len(labels):
         raise ValueError("sequences: got no token that counts, wanted at least one")
     kept: list[list[torch.Tensor]] = []
-    start = 0
+    start = taken = 0
     for outputs in outputs_of(model, sequences):
-        chosen = following[start : start + len(outputs[0])]
-        start += len(chosen)
-        kept.append([own[chosen.to(own.device)].double().cpu() for _, own in sorted(outputs.items())])
+        chosen = following[start : start + len(outputs[0])].nonzero()[:, 0][: most - taken]
+        start, taken = start + len(outputs[0]), taken + len(chosen)
+        kept.append([own[chosen.to(own.device)].cpu() for _, own in sorted(outputs.items())])
+        if taken == most:
+            break
     return labels, [torch.cat(layers) for layers in zip(*kept, strict=True)]

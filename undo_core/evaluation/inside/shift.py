@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.evaluation.measurement import Curve, Measurement, Texts
-from undo_core.evaluation.moments import joint_moments
+from undo_core.evaluation.moments import joint_moments, moment_bytes
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,6 @@ class Shift(Measurement):
 
     def passes(self, layers: int) -> int:
         return 2
+
+    def held(self, model: PreTrainedModel) -> int:
+        return moment_bytes(model)

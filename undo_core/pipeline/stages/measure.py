@@ -49,12 +49,13 @@ class Measure(ModelStage):
         return {"points": [{"at": at, "value": value} for at, value in curve]}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """Memory of an evaluation with both models in memory."""
+        """Memory of an evaluation, or of what the measure holds, with both models in memory."""
         models = [meta.model() for _ in range(2 if self.measurement.compares else 1)]
         loading = Memory("loading", weights=4 * meta.elements * len(models) + meta.reading(torch.float32))
         for model in models:
             meta.hold([*model.parameters(), *model.buffers()], "weights")
         with meta.counted("evaluation"):
+            meta.touch("workspace", self.measurement.held(models[0]))
             meta.evaluate(models[0])
         return [loading, *meta.peaks()]
 

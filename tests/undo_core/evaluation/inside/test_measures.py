@@ -168,6 +168,8 @@ def test_a_probe_reads_what_a_layer_holds_and_not_what_it_lacks():
     answers[:, 6] = True
     only = {"forget": Sequences(cycle, 0, answers)}
     assert Probe().curve(plain, Texts(only, only, lambda: None))[0][1] == 1.0
+    first = Probe(tokens=11).curve(plain, Texts(known, known, lambda: None))
+    assert first[0][1] == 1.0, "the first sequence has all tokens but one"
     few = Probe(classes=2).curve(plain, Texts(known, known, lambda: None))
     assert few[0][1] == pytest.approx(0.2), "two of ten tokens, all equally frequent, are told apart"
 
