@@ -54,8 +54,9 @@ class Measure(ModelStage):
         loading = Memory("loading", weights=4 * meta.elements * len(models) + meta.reading(torch.float32))
         for model in models:
             meta.hold([*model.parameters(), *model.buffers()], "weights")
-        with meta.counted("evaluation"):
+        with meta.counted("forward"):
             meta.touch("workspace", self.measurement.held(models[0]))
+        with meta.counted("evaluation"):
             meta.evaluate(models[0])
         return [loading, *meta.peaks()]
 
