@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from undo_core.attacks.config import Trial
 from undo_core.data.sequences import Sequences
+from undo_core.evaluation.kinds import enter
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of
 from undo_core.models.layers import change_output, find_layers
@@ -93,7 +94,7 @@ class Intervention(abc.ABC):
     headline_step: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        INTERVENTIONS[cls.kind] = cls
+        enter(INTERVENTIONS, cls)
 
     @abc.abstractmethod
     def apply(self, model: PreTrainedModel, given: Given) -> Prompted | None:
@@ -188,4 +189,5 @@ def check_names(name: str, values: list[str], known: tuple[str, ...]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    short = f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    return short if isinstance(value, str) or float(short) == value else repr(value)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedModel
 
 from undo_core.data.sequences import Sequences
+from undo_core.evaluation.kinds import enter
 
 MEASUREMENTS: dict[str, type[Measurement]] = {}
 Curve = list[tuple[float, float | None]]
@@ -64,7 +65,7 @@ class Measurement(abc.ABC):
     summary: ClassVar[str] = "mean"
 
     def __init_subclass__(cls) -> None:
-        MEASUREMENTS[cls.kind] = cls
+        enter(MEASUREMENTS, cls)
 
     def __post_init__(self) -> None:
         for name, known in (("text", ("forget", "retain")), ("against", ("original", "filter"))):

@@ -97,11 +97,11 @@ def interventions(report: Report) -> Figure | None:
 
 def captions(report: Report) -> dict[str, str]:
     """A caption for each figure that this module draws."""
-    worst = "most" if report.higher else "least"
+    worst = "largest forget accuracy" if report.higher else "smallest forget loss"
     return {
         "inside": "What is left inside: each measure over the layers, or over another axis, with a line per model; means over seeds.",
         "interventions": "Forget (filled) and retain performance (open, pale) under interventions, over the first setting of each "
-        f"grid; of the other settings, the one with the {worst} forget {unit_name(report)} counts. Means over seeds.",
+        f"grid; of the other settings, the one with the {worst} counts. Means over seeds.",
     }
 
 

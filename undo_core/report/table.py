@@ -16,6 +16,7 @@ from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.metrics import DIVERGED, KEPT, ModelReport, Order, Report, Stat
 
 NONE = "–"
+NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
 
 
@@ -80,25 +81,28 @@ def results_table(report: Report) -> Table:
 def attack_table(report: Report) -> Table:
     """Table of worst-case forget performance, one row per attack, each at its own headline step.
 
-    It has no rows if there is only one attack.
+    It has no rows if there is only one attack. A footnote marks attacks that do not enter the worst case.
     """
+    notes = Notes()
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
+    theirs: set[str | None] = set()
     attacked = [model for model in report.models if model.attacks]
     for model in attacked:
         for seed, entry in model.entries.items():
+            theirs |= {name for name, attack in (entry.get("attacks") or {}).items() if attack.get("needs_original")}
             for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
                 worst.setdefault(key, {}).setdefault(model.name, []).append(point)
     unit = report.unit
     headers = [("attack", ""), ("steps", ""), *((model.label, f"forget, {unit}") for model in attacked)]
     rows = [
         [
-            Cell(name or "fine-tuning"),
+            Cell(name or "fine-tuning", marks=notes.mark(NEEDS_ORIGINAL) if name in theirs else ""),
             Cell(str(step)),
             *(performance(Stat(tuple(found.get(model.name, ()))), report.higher) for model in attacked),
         ]
         for (name, step), found in worst.items()
     ]
-    return Table(headers, rows if len(worst) > 1 else [])
+    return Table(headers, rows if len(worst) > 1 else [], notes.texts)
 
 
 def cost_table(report: Report) -> Table:

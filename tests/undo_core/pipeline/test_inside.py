@@ -97,6 +97,7 @@ def test_the_report_shows_them(finished):
         and "forget, still useful (worst case, %; retain at most 2 points worse)" in table
         and "by-soft_prompt" in table
     )
+    assert "| by-merge [a] | 0 |" in table and "[a] needs the original model, and does not enter the worst case" in table
     page = (report / "report.html").read_text()
     assert "What is left inside" in page and "Interventions" in page
     derived = json.loads((report / "report.json").read_text())
@@ -113,7 +114,10 @@ def test_the_plan_names_them_and_a_second_run_does_nothing(finished, capsys):
     capsys.readouterr()
     assert main(["plan", str(config)]) == 0
     text = capsys.readouterr().out
-    assert "by-merge unlearn, 2 trials" in text and "probe undo-0.5" in text and "measure-" in text
+    assert "by-merge unlearn, 2 trials" in text and "linear_probe undo-0.5" in text and "measure-" in text
+    assert main(["plan", str(config), "--memory=1MB"]) == 2
+    error = capsys.readouterr().err
+    assert "by-latent needs at least" in error and "measures.cka needs at least" in error
     for path in (*output.glob("stages/intervene-*"), *output.glob("stages/measure-*")):
         assert [file.name for file in path.iterdir()] == ["manifest.json"]
         assert read_json(path / "manifest.json")["predicted_bytes"] > 0

@@ -1,7 +1,8 @@
 """Relative L2 distance of the weights of each layer from those of another model.
 
 ``|theta_l - theta'_l|_2 / |theta'_l|_2`` over all parameters of layer ``l``; at 0 over those outside of the layers (embeddings,
-final norm, head). Distance from the original as a sign of shallow unlearning: Xu et al. 2025 (arXiv 2505.16831).
+final norm, head). That the distance from the original predicts how well a model resists relearning: Siddiqui et al. 2025 (arXiv
+2505.22310).
 """
 
 from __future__ import annotations

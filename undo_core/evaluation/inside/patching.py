@@ -3,7 +3,7 @@
 ``score_l = (P(other with h_l of the model) - P(model)) / (P(other) - P(model))``: 1 if the outputs of layer ``l`` of the measured
 model still hold all that the upper layers of the other model need, 0 if nothing more than the measured model uses itself
 (activation patching, Meng et al. 2022, arXiv 2202.05262; Zhang and Nanda 2023, arXiv 2309.16042; applied to unlearning by Hong et
-al. 2024, arXiv 2406.11614). n/a if the two performances differ by less than 0.01.
+al. 2024, arXiv 2410.06606). n/a if the two performances differ by less than 0.01.
 """
 
 from __future__ import annotations

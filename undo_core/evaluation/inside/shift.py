@@ -1,8 +1,8 @@
 """Principal shift: how far a layer's mean activation has moved along the other model's first principal direction.
 
 ``|(mean x - mean y) . u| / sqrt(lambda)`` with the outputs ``x`` of the measured model and ``y`` of the other on the same tokens,
-and the first principal direction ``u`` of ``y`` with its variance ``lambda``: a distance in standard deviations. The shift of
-projected centroids on unlearned models: Xu et al. 2025 (arXiv 2505.16831), there without the division.
+and the first principal direction ``u`` of ``y`` with its variance ``lambda``: a distance in standard deviations, so that layers
+compare. The shift of centroids along principal directions in unlearned models: Xu et al. 2025 (arXiv 2505.16831).
 """
 
 from __future__ import annotations

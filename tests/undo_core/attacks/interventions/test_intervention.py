@@ -8,7 +8,7 @@ from stage_kinds import NOWHERE
 
 from undo_core.attacks import interventions
 from undo_core.attacks.config import with_seed
-from undo_core.attacks.interventions import INTERVENTIONS
+from undo_core.attacks.interventions import INTERVENTIONS, Intervention, intervened
 from undo_core.attacks.interventions.merge import Merge
 from undo_core.cli.hints import of_one_kind
 from undo_core.pipeline.attacked_model import Attacked
@@ -35,6 +35,28 @@ def test_the_grid_is_every_combination_and_a_point_of_it_is_the_key():
     assert [stage.title for stage in stages] == ["merged weight-0.5", "merged weight-0.25"]
     other = dataclasses.replace(merge, weights=[0.25, 0.75])
     assert Attacked(other, NOWHERE, NOWHERE, "", original=NOWHERE).stages()[0].key == stages[1].key
+
+
+def test_points_that_nearly_agree_are_two():
+    near = Merge(weights=[0.1234561, 0.1234562])
+    assert list(near.points()) == ["weight-0.1234561", "weight-0.1234562"]
+    assert [near.at(trial).weights for trial in near.trials()] == [[0.1234561], [0.1234562]]
+    with pytest.raises(ValueError, match=r"^attack: got 2 points of the grid, wanted one"), intervened(None, near, None):
+        pass
+
+
+def test_a_kind_is_entered_once():
+    with pytest.raises(TypeError, match=r"^kind: got merge in Other, which is that of Merge; wanted another"):
+
+        class Other(Intervention):
+            kind = "merge"
+
+    with pytest.raises(TypeError, match=r"^kind: got none in Nameless, wanted a field such as"):
+
+        class Nameless(Intervention):
+            pass
+
+    assert INTERVENTIONS["merge"] is Merge
 
 
 def test_an_intervention_that_needs_the_original_says_so():

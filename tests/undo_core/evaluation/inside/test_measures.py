@@ -14,9 +14,9 @@ from undo_core.evaluation.inside.angle import Angle
 from undo_core.evaluation.inside.cka import Cka
 from undo_core.evaluation.inside.connectivity import Connectivity
 from undo_core.evaluation.inside.distance import Distance
+from undo_core.evaluation.inside.linear_probe import LinearProbe, ridge
 from undo_core.evaluation.inside.logit_lens import LogitLens
 from undo_core.evaluation.inside.patching import Patching
-from undo_core.evaluation.inside.probe import Probe, ridge
 from undo_core.evaluation.inside.shift import Shift
 from undo_core.evaluation.metrics import evaluate
 
@@ -160,17 +160,17 @@ def test_a_probe_reads_what_a_layer_holds_and_not_what_it_lacks():
     with torch.no_grad():
         for layer in plain.model.layers:
             layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
-    curve = Probe().curve(plain, Texts(known, known, lambda: None))
-    assert curve == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0)] and Probe().number(curve, True) == 1.0
-    random = Probe(sequences=24).curve(model, texts())
+    curve = LinearProbe().curve(plain, Texts(known, known, lambda: None))
+    assert curve == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0)] and LinearProbe().number(curve, True) == 1.0
+    random = LinearProbe(sequences=24).curve(model, texts())
     assert max(value for _, value in random) < 0.35, "ten equally likely tokens"
     answers = torch.zeros(10, 12, dtype=torch.bool)
     answers[:, 6] = True
     only = {"forget": Sequences(cycle, 0, answers)}
-    assert Probe().curve(plain, Texts(only, only, lambda: None))[0][1] == 1.0
-    first = Probe(tokens=11).curve(plain, Texts(known, known, lambda: None))
+    assert LinearProbe().curve(plain, Texts(only, only, lambda: None))[0][1] == 1.0
+    first = LinearProbe(tokens=11).curve(plain, Texts(known, known, lambda: None))
     assert first[0][1] == 1.0, "the first sequence has all tokens but one"
-    few = Probe(classes=2).curve(plain, Texts(known, known, lambda: None))
+    few = LinearProbe(classes=2).curve(plain, Texts(known, known, lambda: None))
     assert few[0][1] == pytest.approx(0.2), "two of ten tokens, all equally frequent, are told apart"
 
 
@@ -179,8 +179,8 @@ def test_a_probe_reads_what_a_layer_holds_and_not_what_it_lacks():
     [
         (lambda: Cka(text="both"), "text: got 'both', wanted forget or retain"),
         (lambda: Cka(sequences=1), "sequences: got 1, wanted an integer >= 2"),
-        (lambda: Probe(against="filter"), "against: got filter with kind probe, which compares with no model"),
-        (lambda: Probe(classes=1), "classes: got 1, wanted an integer >= 2"),
+        (lambda: LinearProbe(against="filter"), "against: got filter with kind linear_probe, which compares with no model"),
+        (lambda: LinearProbe(classes=1), "classes: got 1, wanted an integer >= 2"),
         (lambda: Connectivity(alphas=[0.0, 1.0]), "alphas: got .0.0, 1.0., wanted increasing numbers from 0 to 1"),
     ],
 )

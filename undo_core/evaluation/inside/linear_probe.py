@@ -22,17 +22,17 @@ from undo_core.models.layers import find_layers
 
 
 @dataclass(frozen=True)
-class Probe(Measurement):
+class LinearProbe(Measurement):
     """Accuracy of a linear probe of each layer for the next token.
 
     Attributes:
-        kind: probe.
+        kind: linear_probe.
         classes: largest number of next tokens that the probe tells apart.
         tokens: largest number of tokens that it is fitted on, and of those that it is scored on.
         l2: weight of the ridge penalty, for standardised outputs.
     """
 
-    kind: Literal["probe"] = "probe"
+    kind: Literal["linear_probe"] = "linear_probe"
     classes: int = 64
     tokens: int = 4096
     l2: float = 0.01
