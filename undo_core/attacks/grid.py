@@ -112,7 +112,7 @@ def bounded_worst(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, An
     found = [{"attack": None, "setting": None, "step": 0, **before}]
     for name, attack in _attacks(entry, metric).items():
         for curve in attack["curves"] if not attack.get("needs_original") else ():
-            for step, forget, retain in zip(attack["steps"], curve["forget"], curve["retain"], strict=True):
+            for step, forget, retain in zip(attack["steps"], curve["forget"], curve["retain"], strict=False):
                 useful = retain["value"] >= bound if higher else retain["value"] <= bound
                 if step <= attack["headline_step"] and useful:
                     trial = {"attack": name, "setting": _setting(curve), "step": step}
