@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ class Intervene(ModelStage):
         with meta.counted("evaluation"):
             meta.evaluate(model)
         return [loading, *meta.peaks()]
+
+    @property
+    def sized_by(self) -> dict[str, Any]:
+        """Points of a grid, and other kinds that compute alike, need the same memory."""
+        return {"original": self.attack.needs_original, "effort": dataclasses.asdict(self.attack.effort())}
 
     def cost(self, scene: Scene) -> Cost:
         """The passes over training text, and only a manifest on disk."""
