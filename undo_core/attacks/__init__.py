@@ -1,6 +1,7 @@
-"""Attacks on unlearning: fine-tuning of all weights or of adapters, few-shot prompting, and quantisation.
+"""Attacks on unlearning: fine-tuning of all weights or of adapters, few-shot prompting, quantisation, and interventions.
 
-The attacks that train are in :mod:`undo_core.attacks.relearning`.
+The attacks that train are in :mod:`undo_core.attacks.relearning`; the interventions, one file each, in
+:mod:`undo_core.attacks.interventions`.
 """
 
 from undo_core.attacks.config import AttackConfig, LoraConfig, Trial

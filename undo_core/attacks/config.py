@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
@@ -18,6 +18,14 @@ TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao"}  # required packages; the extra "attacks" installs them
 SOURCES = ("forget", "retain")
 INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
+Settings = TypeVar("Settings", bound="Seeded")
+
+
+class Seeded(Protocol):
+    """Settings with a seed: of an attack that trains, or of an intervention."""
+
+    @property
+    def seed(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,20 @@ class Trial:
         shots: number of solved examples before the prompt (fewshot).
         bits: bits of a weight (quantise).
         order: index of the data order among the ``seeds`` tried, from 0.
+        setting: name of the point of an intervention's grid, such as weight-0.5.
     """
 
     rate: float | None = None
     shots: int | None = None
     bits: int | None = None
     order: int = 0
+    setting: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the trial, such as rate-0.001, rate-0.001-seed-1, shots-4 or int4."""
+        if self.setting is not None:
+            return self.setting
         if self.bits is not None:
             return f"int{self.bits}"
         tried = f"rate-{self.rate:g}" if self.shots is None else f"shots-{self.shots}"
@@ -226,9 +238,9 @@ class AttackConfig:
         return dataclasses.replace(self, seed=(self.seed or 0) + trial.order, rates=rates)
 
 
-def with_seed(config: AttackConfig, seed: int) -> AttackConfig:
+def with_seed(config: Settings, seed: int) -> Settings:
     """``config`` with ``seed`` unless it has a seed of its own."""
-    return config if config.seed is not None else dataclasses.replace(config, seed=seed)
+    return config if config.seed is not None else dataclasses.replace(config, seed=seed)  # pyrefly: ignore[bad-specialization]
 
 
 def check_installed(kind: str) -> None:

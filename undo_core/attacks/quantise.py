@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from undo_core.attacks.config import check_installed
+from undo_core.attacks.matrices import matrices_of
 
 
 @torch.no_grad()
@@ -38,13 +36,9 @@ def quantise_(model: PreTrainedModel, bits: int, group_size: int = 32) -> int:
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: got {bits}, wanted an integer from 2 to 8")
     check_installed("quantise")
-    head = model.get_output_embeddings()
-    layers = {
-        n: module for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
-    _check_all_matrices(model, layers.values())
-    for name, layer in layers.items():
-        columns = _rows(layer).shape[1]
+    matrices = matrices_of(model)
+    for name, weight in matrices.items():
+        columns = weight.shape[1]
         if bits < 8 and columns % group_size:
             raise ValueError(f"group_size: got {group_size}, wanted a divisor of the {columns} columns of {name}")
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
@@ -52,27 +46,9 @@ def quantise_(model: PreTrainedModel, bits: int, group_size: int = 32) -> int:
 
     granularity = PerAxis(0) if bits == 8 else PerGroup(group_size)
     how = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
-    for layer in layers.values():
-        weight = _rows(layer)
+    for weight in matrices.values():
         rounded = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
         rounded.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         quantize_(rounded, how)
         weight.copy_(rounded.weight.dequantize())
-    return sum(layer.weight.numel() for layer in layers.values())
-
-
-def _rows(layer: nn.Linear | Conv1D) -> torch.Tensor:
-    """View of the weight as ``[out, in]``."""
-    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-
-
-def _check_all_matrices(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-    """Raises a ValueError if a matrix would silently not be rounded."""
-    kept = [m for m in model.modules() if isinstance(m, nn.Embedding) or "router" in type(m).__name__.lower()]
-    known = {id(parameter) for module in (*layers, *kept, model.get_output_embeddings()) for parameter in module.parameters()}
-    unknown = [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and id(parameter) not in known]
-    if unknown:
-        raise ValueError(
-            f"model: got {type(model).__name__}, whose {unknown[0]} (of {len(unknown)} such) is not the weight of a Linear "
-            "or Conv1D and cannot be rounded; wanted a model without such matrices"
-        )
+    return sum(weight.numel() for weight in matrices.values())

@@ -59,8 +59,34 @@ class HelpFormatter(DefaultHelpFormatter):
         )
 
 
+_OF_KINDS = re.compile(
+    r"Does not validate against any of the Union subtypes.*?Errors:(?P<errors>.*?)Given value type:.*", re.DOTALL
+)
+_OTHER_KIND = re.compile(
+    r"^(?:Problem with given class_path '[\w.]+':\s+Parser key \"kind\":\s+)?"
+    r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<kind>\S+)$"
+)
+
+
+def of_one_kind(message: str) -> str:
+    """Shortens the parser's message about settings whose class depends on ``kind`` to what it says about the given kind."""
+    match = _OF_KINDS.search(message)
+    if match is None:
+        return message
+    errors = [error.strip() for error in re.split(r"(?:^|\s)- ", match["errors"]) if error.strip()]
+    others = [_OTHER_KIND.match(error) for error in errors]
+    left = [error for error, other in zip(errors, others, strict=True) if other is None]
+    if not left:
+        kinds = [kind for other in others if other for kind in re.findall(r"[\w-]+", other["choices"])]
+        given = next(other["kind"] for other in others if other)
+        near = difflib.get_close_matches(given, kinds, n=1)
+        left = [f"kind: got {given}, wanted one of {', '.join(kinds)}" + (f"; did you mean {near[0]}?" if near else "")]
+    return message[: match.start()] + "; ".join(left) + message[match.end() :]
+
+
 def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
     """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name."""
+    message = of_one_kind(message)
     if match := _AMBIGUOUS.search(message):
         flags = [flag for flag in match["flags"].split(", ") if not flag.endswith(("+", ".help"))]
         said = f"ambiguous option: --{match['given']} could match {', '.join(flags)}"

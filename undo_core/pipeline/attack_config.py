@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.interventions import AnyIntervention
 from undo_core.distributed.config import ParallelConfig
-from undo_core.pipeline.config import DataConfig, check_attacks
+from undo_core.pipeline.config import DataConfig, check_attacks, check_margin
 
 NAME = re.compile(r"\w[\w.-]*")
 
@@ -43,10 +44,12 @@ class AttackRunConfig:
         parallel: how the ranks of torchrun work together.
         relearn: the headline attack; its settings are also those of the default ``attacks``.
         attacks: further attacks, by name. null: mixed (half retain text), benign (retain text alone), adapters (LoRA at ten times
-            the rates) and quantised (8 and 4 bits); {} for none.
+            the rates) and quantised (8 and 4 bits); {} for none. An intervention has the name of a file in
+            undo_core/attacks/interventions as its ``kind``.
         measures: names of the two performances in the files for other suites, such as wmdp for questions of WMDP.
         keep: keep the weights of the attacked models, one folder for each trial; else they are removed as soon as they are
             evaluated.
+        retain_margin: margin of a second worst case, as in ``undo run``.
     """
 
     output: str
@@ -57,14 +60,16 @@ class AttackRunConfig:
     workers: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     relearn: AttackConfig = field(default_factory=_headline)
-    attacks: dict[str, AttackConfig] | None = None
+    attacks: dict[str, AttackConfig | AnyIntervention] | None = None
     measures: dict[str, str] = field(default_factory=lambda: {"forget": "forget", "retain": "retain"})
     keep: bool = False
+    retain_margin: float | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
         check_attacks(self.relearn, self.attacks or {})
+        check_margin(self.retain_margin)
         names = set(self.measures.values())
         if set(self.measures) != {"forget", "retain"} or len(names) < 2 or not all(map(NAME.fullmatch, names)):
             raise ValueError(
@@ -77,7 +82,7 @@ class AttackRunConfig:
         if self.data.distill.sources:
             raise ValueError("data.distill.sources: got some, wanted none: an attack does not distill")
 
-    def envelope(self) -> dict[str, AttackConfig]:
+    def envelope(self) -> dict[str, AttackConfig | AnyIntervention]:
         """The further attacks: those that are given, or the default ones, with the settings of the headline attack."""
         if self.attacks is not None:
             return self.attacks

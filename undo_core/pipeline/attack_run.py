@@ -16,13 +16,14 @@ from typing import Any
 from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, AttackConfig, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
+from undo_core.attacks.interventions import Intervention
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import ControlsConfig, ModelConfig, RunConfig, derive_seed
-from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, unfinished
+from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
 from undo_core.pipeline.store import Store, machine, versions
@@ -100,6 +101,10 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
         named[name] = path
     settings = {name: _unsaved(own, config.keep) for name, own in {HEADLINE: config.relearn, **config.envelope()}.items()}
     for attack, own in settings.items():
+        if isinstance(own, Intervention) and own.needs_original and original is None:
+            raise ValueError(
+                f"attacks.{attack}.kind: got {own.kind}, which needs the original model; wanted --original=CHECKPOINT with it"
+            )
         try:
             check_installed(own.kind)
         except ModuleNotFoundError as error:
@@ -107,21 +112,25 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
                 f"attacks.{attack}.{error}, or pass --attacks={{}} for the headline attack alone"
             ) from None
     seed, higher = derive_seed(config.seed, HEADLINE), config.data.metric == "accuracy"
+    prepares = {
+        name: dataclasses.replace(prepare_stage(config.data, ModelConfig(path=path), config.seed), title=f"prepare {name}")
+        for name, path in named.items()
+    }
     defences = []
-    for name, path in named.items():
-        prepared = dataclasses.replace(prepare_stage(config.data, ModelConfig(path=path), config.seed), title=f"prepare {name}")
+    for name, prepared in prepares.items():
         under = {} if name == original else settings
         attacks = {
-            attack: Attacked(with_seed(own, seed), prepared, prepared, f"{attack} {name}", higher)
+            attack: Attacked(with_seed(own, seed), prepared, prepared, f"{attack} {name}", higher, prepares.get(original or ""))
             for attack, own in under.items()
         }
         defences.append(Defence(name, prepared, attacks))
     return defences
 
 
-def _unsaved(settings: AttackConfig, keep: bool) -> AttackConfig:
+def _unsaved(settings: AttackConfig | Intervention, keep: bool) -> AttackConfig | Intervention:
     """The settings of an attack, without weights that would be removed again where several trials share a folder."""
-    return dataclasses.replace(settings, save=False) if settings.together > 1 and not keep else settings
+    shared = isinstance(settings, AttackConfig) and settings.together > 1
+    return dataclasses.replace(settings, save=False) if shared and not keep else settings
 
 
 def named_checkpoint(given: str) -> tuple[str, str]:
@@ -191,7 +200,12 @@ def _settings(config: AttackRunConfig, defence: Defence) -> dict[str, Any]:
     """The settings that must agree between checkpoints in one table, with a digest of the text, as files of one name can differ."""
     attacks = {name: dataclasses.asdict(own) for name, own in config.envelope().items()}
     data = {**dataclasses.asdict(config.data), "text": _digest(defence, text=True)}
-    return {"data": data, "relearn": dataclasses.asdict(config.relearn), "attacks": attacks}
+    return {
+        "data": data,
+        "relearn": dataclasses.asdict(config.relearn),
+        "attacks": attacks,
+        **margin_entry(config.retain_margin),
+    }
 
 
 def _digest(defence: Defence, text: bool) -> str:
@@ -234,6 +248,7 @@ def _metric(store: Store, config: AttackRunConfig, defence: Defence) -> dict[str
         "headline_step": config.relearn.headline_step,
         "retain_target": None,
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},
+        **margin_entry(config.retain_margin),
     }
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
+from undo_core.attacks.interventions import Intervention
 from undo_core.pipeline.stage import Folder, Stage
 from undo_core.pipeline.stages import Probe, Relearn, RelearnGrid
+from undo_core.pipeline.stages.intervene import intervene_stage
 from undo_core.pipeline.store import Store
 
 
@@ -22,17 +24,21 @@ class Attacked:
         model: stage whose folder holds the attacked model.
         title: title shown to the user: the attack and the model.
         higher_is_better: True if performance is an accuracy, False if it is a loss.
+        original: stage whose folder holds the model before the unlearning, if it is known.
     """
 
-    config: AttackConfig
+    config: AttackConfig | Intervention
     prepared: Stage
     model: Stage
     title: str
     higher_is_better: bool = True
+    original: Stage | None = None
 
     def stage(self, trial: Trial) -> Stage:
         """The stage that runs one trial."""
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
+        if isinstance(self.config, Intervention):
+            return intervene_stage(self.config.at(trial), self.prepared, self.model, self.original, f"{self.title} {label}")
         grid = self._grid(trial) if self.config.together > 1 else None
         return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}", grid)
 
@@ -84,7 +90,11 @@ class Attacked:
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
         headline = self.config.headline_step if self.config.trains else 0
-        return {"kind": self.config.kind, "headline_step": headline, **entry, "curves": curves}
+        facts = {}
+        if isinstance(self.config, Intervention):
+            curves = [{**curve, "point": self.config.point(curve["setting"])} for curve in curves]
+            facts = {"needs_original": True} if self.config.needs_original else {}
+        return {"kind": self.config.kind, "headline_step": headline, **facts, **entry, "curves": curves}
 
     def _curve(self, trial: Trial, curve: Curve) -> dict[str, Any]:
         order = {"seed": trial.order} if self.config.seeds > 1 and trial.bits is None else {}

@@ -13,10 +13,12 @@ from undo_kernels.ops import checks
 from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 
 from undo_core.attacks.config import HEADLINE, AttackConfig
+from undo_core.attacks.interventions import AnyIntervention
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
+from undo_core.evaluation.inside import AnyMeasurement
 from undo_core.noise.damage import DamageConfig
 from undo_core.noise.parameters import PARTS, Parts
 from undo_core.training.config import TrainConfig
@@ -353,7 +355,13 @@ class RunConfig:
         relearn: how the models are attacked.
         controls: the models to compare with.
         damage: students damaged as much as by the noise, by other means.
-        attacks: further attacks, by name.
+        attacks: further attacks, by name; also interventions, whose ``kind`` is the name of a file in
+            undo_core/attacks/interventions.
+        retain_margin: margin of a second worst case beside the headline's, over the trials that leave the model useful: those
+            whose retain performance is at most this much worse than before the attack. An absolute difference of accuracy or
+            a relative one of cross-entropy; null for none.
+        measures: measures of what the models still hold inside, by name; the ``kind`` of each is the name of a file in
+            undo_core/evaluation/inside.
     """
 
     name: str
@@ -370,7 +378,9 @@ class RunConfig:
     relearn: AttackConfig = field(default_factory=AttackConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
-    attacks: dict[str, AttackConfig] = field(default_factory=dict)
+    attacks: dict[str, AttackConfig | AnyIntervention] = field(default_factory=dict)
+    retain_margin: float | None = None
+    measures: dict[str, AnyMeasurement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -390,9 +400,13 @@ class RunConfig:
                 "null: it is an accuracy, for arithmetic or data.questions"
             )
         check_attacks(self.relearn, self.attacks)
+        check_margin(self.retain_margin)
+        for name in self.measures:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"measures: got the name {name!r}, wanted letters, digits, - and _")
 
 
-def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig]) -> None:
+def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig | AnyIntervention]) -> None:
     """Raises a ValueError if the headline attack trains nothing or a further attack has an unusable name."""
     if not relearn.trains:
         raise ValueError(f"relearn.kind: got {relearn.kind}, wanted finetune or lora; put other kinds under attacks")
@@ -401,6 +415,12 @@ def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig]) -> No
             raise ValueError(
                 f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
             )
+
+
+def check_margin(margin: float | None) -> None:
+    """Raises a ValueError unless the margin is a finite number of at least 0, or None."""
+    if margin is not None and not 0 <= margin < math.inf:
+        raise ValueError(f"retain_margin: got {margin}, wanted a finite number >= 0, or null")
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -13,7 +13,7 @@ from undo_core.models import configuration, positions_of
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig, derive_seed, seeded
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Noise, Prepare, Pretrain, Unlearn
+from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Measure, Noise, Prepare, Pretrain, Unlearn
 from undo_core.pipeline.stages.prepare import prepare_stage
 
 
@@ -250,9 +250,38 @@ def attacked_models(config: RunConfig, graph: Graph) -> dict[str, dict[str, Atta
     higher, seed = config.data.metric == "accuracy", derive_seed(config.seed, "relearn")
     return {
         attack: {
-            model.name: Attacked(with_seed(settings, seed), graph.prepared, model.stage, f"{attack} {model.name}", higher)
+            model.name: Attacked(
+                with_seed(settings, seed), graph.prepared, model.stage, f"{attack} {model.name}", higher, graph.models[0].stage
+            )
             for model in graph.models
             if model.attacked
         }
         for attack, settings in {HEADLINE: config.relearn, **config.attacks}.items()
     }
+
+
+def measured_models(config: RunConfig, graph: Graph) -> dict[str, dict[str, Measure]]:
+    """Returns the stage that takes each measure of each model, by the measure's name and the model's name.
+
+    A measure that compares is not taken of the model that it compares with.
+
+    Raises:
+        ValueError: a measure compares with a model that the run does not have.
+    """
+    found: dict[str, dict[str, Measure]] = {}
+    for name, measurement in config.measures.items():
+        reference = next((model for model in graph.models if model.kind == measurement.against), None)
+        if reference is None:
+            raise ValueError(f"measures.{name}.against: got {measurement.against}, wanted a model that the run has (controls)")
+        found[name] = {
+            model.name: Measure(
+                measurement=measurement,
+                prepared=graph.prepared,
+                model=model.stage,
+                reference=reference.stage if measurement.compares else None,
+                title=f"{name} {model.name}",
+            )
+            for model in graph.models
+            if not (measurement.compares and model.name == reference.name)
+        }
+    return found

@@ -15,7 +15,7 @@ from undo_core.io.progress import console
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of
+from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of, measured_models
 from undo_core.pipeline.prepared import evaluate_folder
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, machine, versions
@@ -90,7 +90,8 @@ def unfinished(store: Store, configured: Iterable[Stage], attacked: Iterable[Att
 def _configured(config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages of all models and of the configured attacks."""
     attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
-    return graph.stages() + [stage for entry in attacked for stage in entry.stages()]
+    measured = [stage for models in measured_models(config, graph).values() for stage in models.values()]
+    return graph.stages() + [stage for entry in attacked for stage in entry.stages()] + measured
 
 
 def save_results(store: Store, config: RunConfig, graph: Graph, command: str) -> dict[str, Any]:
@@ -139,7 +140,13 @@ def _metric(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
         "headline_step": config.relearn.headline_step,
         "retain_target": next((t for t in targets if t is not None), None),
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},
+        **margin_entry(config.retain_margin),
     }
+
+
+def margin_entry(margin: float | None) -> dict[str, float]:
+    """The entry of ``metric`` in the results for the margin of the second worst case; empty without one."""
+    return {} if margin is None else {"retain_margin": margin}
 
 
 def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
@@ -156,8 +163,26 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
     }
     if under and config.attacks:
         entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
+    if under and (config.attacks or config.retain_margin is not None):
         entry["worst"] = worst_of(entry, _metric(store, config, graph))
+    if config.measures:
+        entry["measures"] = _measures(store, config, graph, model)
     return entry
+
+
+def _measures(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
+    """The curves of a model's measures, each with its number and what it shows."""
+    found = {}
+    for name, models in measured_models(config, graph).items():
+        if model.name in models:
+            stage, measurement = models[model.name], config.measures[name]
+            points = store.manifest(stage)["points"]
+            curve = [(point["at"], point["value"]) for point in points]
+            shown = {key: getattr(measurement, key) for key in ("kind", "axis", "value", "summary")}
+            shown["text"] = measurement.text if measurement.reads else None
+            number = measurement.number(curve, config.data.metric == "accuracy")
+            found[name] = {**shown, "stage": stage.name, "number": number, "points": points}
+    return found
 
 
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:

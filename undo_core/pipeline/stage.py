@@ -169,6 +169,11 @@ class Stage(abc.ABC):
     def memory(self, meta: Meta) -> list[Memory]:
         """Predicted memory in each phase in which the peak may occur."""
 
+    @property
+    def sized_by(self) -> dict[str, Any]:
+        """The settings on which the memory may depend: stages that agree in them are predicted once."""
+        return self.settings
+
     def cost(self, scene: Scene) -> Cost:
         """Predicted work; by default only a float32 copy of the model on disk."""
         return Cost(disk=4 * scene.parameters)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import attacked_models, graph_of
+from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
 from undo_core.pipeline.needs import Change
 from undo_core.pipeline.stage import Stage
 from undo_core.planning.models import Predict, predictor
@@ -43,8 +43,10 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
     graph = graph_of(config)
     first = {name: next(iter(models.values())) for name, models in attacked_models(config, graph).items()}
     attacks = {name: [stage for _, stages in attacked.lines() for stage in stages] for name, attacked in first.items()}
+    measured = {f"measures.{name}": next(iter(m.values())) for name, m in measured_models(config, graph).items()}
     sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
-    for stage in graph.stages() + [largest(trials) for trials in attacks.values()]:
+    sections |= {stage.key: name for name, stage in measured.items()}
+    for stage in graph.stages() + [largest(trials) for trials in attacks.values()] + list(measured.values()):
         if predict(stage).total > limit:
             # Grouped, because a flag applies to all stages of a section.
             groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)

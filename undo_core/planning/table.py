@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import attacked_models, graph_of
+from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
@@ -62,6 +62,8 @@ def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row
     for models in attacked_models(config, graph).values():
         for attacked in models.values():
             lines += attacked.lines()
+    for models in measured_models(config, graph).values():
+        lines += [(stage.title, [stage]) for stage in models.values()]
     return rows_of(config, lines, graph.prepared, store, ranks)
 
 

@@ -11,6 +11,8 @@ from undo_core.io.files import hash_json, read_json, write_bytes, write_json, wr
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
 from undo_core.report.claims import PUBLISHED, claims
+from undo_core.report.correlation import correlation_table
+from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, results_table, terminal
 
@@ -40,7 +42,7 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
     drawn = figures.draw(report)
     html = page.render(report, drawn)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("relearning", "compute", "tradeoff", "training", "rates"):
+    for name in page.TITLES:
         if name not in drawn:
             (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report of other results
     for name, png in drawn.items():
@@ -67,9 +69,13 @@ def _tables(report: Report) -> str:
     said = claims(report)
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
-    attacks, costs = attack_table(report), cost_table(report)
+    attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:
         parts += ["## By attack", markdown(attacks).rstrip()]
+    if measures.rows:
+        parts += ["## Measures", markdown(measures).rstrip()]
+    if (predictions := correlation_table(report)).rows:
+        parts += ["## Does a measure predict relearning?", markdown(predictions).rstrip()]
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]
     return "\n\n".join(parts) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from undo_core.attacks.grid import harm
+from undo_core.attacks.grid import bounded_worst, harm
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Curve:
         steps: steps at which the attack evaluates.
         points: the evaluated values, by step.
         headline: headline step of a further attack; None for the headline attack, which uses the run's.
+        counts: whether it enters the worst case: the attack needs no original model.
     """
 
     steps: list[int]
     points: dict[int, Point]
     headline: int | None = None
+    counts: bool = True
 
     def counted(self, step: int, headline: int) -> Point | None:
         """Returns the point of this curve to compare at a step of the headline attack.
@@ -71,7 +73,7 @@ def attack_curves(entry: dict[str, Any], seed: int) -> list[Curve]:
                 retain = curve["retain"][index]["value"] if curve.get("retain") else None
                 interval = (score.get("low"), score.get("high"), score.get("n"))
                 points[step] = Point(seed, score["value"], *interval, curve.get("rate"), retain, name, curve.get("stage"))
-            curves.append(Curve(attack["steps"], points, attack.get("headline_step")))
+            curves.append(Curve(attack["steps"], points, attack.get("headline_step"), not attack.get("needs_original")))
     return curves
 
 
@@ -94,10 +96,20 @@ def envelope(entry: dict[str, Any], seed: int, higher: bool, headline: int, leas
     step 0, counts at every step. At ``headline``, the run's headline step, every attack counts at its own headline step, as in
     :func:`undo_core.worst_of`. With ``least``, returns the weakest attack at every step instead.
     """
-    curves, found = attack_curves(entry, seed), {}
+    curves, found = [curve for curve in attack_curves(entry, seed) if curve.counts], {}
     pick = min if least else max
     for step in (entry.get("attack") or {}).get("steps", ()):
         known = [point for curve in curves if (point := curve.counted(step, headline)) is not None]
         if known:
             found[step] = pick(known, key=lambda point: harm(point.value, higher))
     return found
+
+
+def bounded(entry: dict[str, Any], seed: int, metric: dict[str, Any]) -> Point | None:
+    """Worst case over the trials that leave the model useful; None without a margin in ``metric`` or for a model not attacked."""
+    if metric.get("retain_margin") is None or not entry.get("attack"):
+        return None
+    worst = bounded_worst(entry, metric)
+    forget = worst["forget"]
+    interval = (forget.get("low"), forget.get("high"), forget.get("n"))
+    return Point(seed, forget["value"], *interval, retain=worst["retain"]["value"], attack=worst["attack"])

@@ -83,7 +83,7 @@ def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def attack_name(name: str, settings: dict[str, Any]) -> str:
     """TamperBench's name of an attack with these settings, or our own if it has none."""
-    return NAMES.get((settings["kind"], tuple(settings["mix"])), name)
+    return NAMES.get((settings["kind"], tuple(settings.get("mix", ()))), name)
 
 
 def write_defence(folder: Path, result: dict[str, Any], measures: dict[str, str]) -> None:
@@ -130,13 +130,17 @@ def write_defence(folder: Path, result: dict[str, Any], measures: dict[str, str]
 
 
 def attacks_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every attack on the single model of ``result``: its settings, and the scores of each trial at its headline step."""
+    """Every attack on the single model of ``result``: its settings, and the scores of each trial at its headline step.
+
+    Attacks that need the original model are left out, as in the worst case.
+    """
     (entry,), config = result["models"], result["config"]
     if not entry["attack"]:
         return {}
     headline = {**entry["attack"], "headline_step": result["metric"]["headline_step"]}
     found = {}
-    for name, attack in {"relearn": headline, **entry["attacks"]}.items():
+    counted = {name: attack for name, attack in entry["attacks"].items() if not attack.get("needs_original")}
+    for name, attack in {"relearn": headline, **counted}.items():
         at = attack["steps"].index(attack["headline_step"])
         trials = {}
         for curve in attack["curves"]:

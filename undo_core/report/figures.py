@@ -14,8 +14,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from undo_core.report.attacks import envelope
+from undo_core.report.inside import inside, interventions
 from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
-from undo_core.report.style import COLOURS, DISTINCT, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
+from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, colours_of, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import rate
 
 
@@ -23,7 +24,7 @@ def draw(report: Report) -> dict[str, bytes]:
     """Draws every figure that the results allow; returns ``{name: PNG}`` in the order of the page."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        for function in (relearning, compute, tradeoff, training, rates):
+        for function in (relearning, compute, tradeoff, training, rates, interventions, inside):
             figure = function(report)
             if figure is not None:
                 drawn[function.__name__] = png(figure)
@@ -36,7 +37,7 @@ def relearning(report: Report) -> Figure | None:
     if not models:
         return None
     figure, (axes,) = new_figure(6.2, 4.3)
-    colours, ends = _colours(report), []
+    colours, ends = colours_of(report), []
     for model in models:
         steps = list(model.worst)
         means = [finite(model.worst[step].mean) for step in steps]
@@ -78,7 +79,7 @@ def compute(report: Report) -> Figure | None:
     if not panels:
         return None
     figure, axes_row = new_figure(3.4 * len(panels) + 0.8 * (len(panels) == 1), 4.0, columns=len(panels), sharey=True)
-    colours, halo = _colours(report), [withStroke(linewidth=3, foreground="white")]
+    colours, halo = colours_of(report), [withStroke(linewidth=3, foreground="white")]
     for axes, unit in zip(axes_row, panels, strict=True):
         axes.axline((0, 0), (1, 1), color="#bbbbbb", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         axes.plot(1, 1, marker=MARKERS["filter"], color=COLOURS["filter"], markersize=9, linestyle="none", zorder=3)
@@ -145,7 +146,7 @@ def tradeoff(report: Report) -> Figure | None:
     if not drawn:
         return None
     figure, (axes,) = new_figure(6.2, 4.6)
-    colours, handles = _colours(report), []
+    colours, handles = colours_of(report), []
     for model in drawn:
         colour, marker = colours[model.name], MARKERS[model.kind]
         x, y = (finite(model.metrics[key].mean) for key in ("retain", "forget"))
@@ -203,7 +204,7 @@ def training(report: Report) -> Figure | None:
     if not curves:
         return None
     figure, (axes,) = new_figure(6.2, 4.1)
-    colours, handles, right = _colours(report), [], 0
+    colours, handles, right = colours_of(report), [], 0
     for model in report.models:
         runs = curves.get(model.name, [])
         colour = colours[model.name]
@@ -283,14 +284,6 @@ def rates(report: Report) -> Figure | None:
         title="learning rate",
     )
     return figure
-
-
-def _colours(report: Report) -> dict[str, Any]:
-    """``{model name: colour}``."""
-    undo = [model.name for model in report.of("undo")]
-    ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
-    ramp |= {model.name: DISTINCT[i % len(DISTINCT)] for i, model in enumerate(report.of("defence"))}
-    return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
 
 
 def _dagger(model: ModelReport) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from undo_core.report.attacks import Point, envelope
+from undo_core.report.attacks import Point, bounded, envelope
 
 FORMAT = 1
 MIN_DENOMINATOR = 0.1  # smallest denominator of R; below it, R is mostly evaluation noise
@@ -94,6 +94,7 @@ class ModelReport:
         metrics: retain, forget and held-out performance before the attack.
         groups: the same for each group of sequences, ``{"retain +": ...}``.
         worst: worst-case forget performance, ``{attack step: ...}``.
+        bounded: worst case over the trials that leave the model useful; empty without a margin.
         robustness: R.
         compute: C in steps, tokens and FLOPs.
         censored: seeds in which training reached its step limit before the retain target.
@@ -106,6 +107,7 @@ class ModelReport:
     metrics: dict[str, Stat]
     groups: dict[str, Stat]
     worst: dict[int, Stat]
+    bounded: Stat
     robustness: Stat
     compute: dict[str, Stat]
     censored: tuple[int, ...]
@@ -312,6 +314,7 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
                 metrics={key: _evaluations(by, lambda e, key=key: e["metrics"].get(key)) for key in _keys(by)},
                 groups={label: _evaluations(by, lambda e, label=label: _group(e, label)) for label in sorted(groups)},
                 worst={step: Stat(tuple(c[step] for c in worst[name].values() if step in c)) for step in steps},
+                bounded=Stat(tuple(p for seed, e in by.items() if (p := bounded(e, seed, metric)) is not None)),
                 robustness=_stat((seed, robustness(name, seed)) for seed in ranked),
                 compute={unit: _stat((seed, compute(name, seed, unit)) for seed in students) for unit in UNITS},
                 censored=tuple(seed for seed, e in by.items() if is_censored(e, seed in targets)),
@@ -407,6 +410,7 @@ def _model_json(model: ModelReport) -> dict[str, Any]:
         "metrics": {key: stat.to_json() for key, stat in model.metrics.items()},
         "groups": {key: stat.to_json() for key, stat in model.groups.items()},
         "worst_case_forget": [{"step": step, **stat.to_json()} for step, stat in model.worst.items()],
+        **({"bounded_forget": model.bounded.to_json()} if model.bounded else {}),
         "R": model.robustness.to_json(),
         "C": {unit: stat.to_json() for unit, stat in model.compute.items()},
         "censored_seeds": list(model.censored),
@@ -445,7 +449,7 @@ def settings_of(result: dict[str, Any]) -> dict[str, Any]:
     config = {
         k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers", "parallel")
     }
-    metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step", "unit")}
+    metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step", "unit", "retain_margin")}
     return dict(_flat({**config, "metric": metric}, ""))
 
 

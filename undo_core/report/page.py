@@ -9,6 +9,8 @@ from html import escape
 
 from undo_core.report import words
 from undo_core.report.claims import PUBLISHED, claims
+from undo_core.report.correlation import correlation_table
+from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report
 from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
 
@@ -60,12 +62,14 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_TITLES = {
+TITLES = {
     "relearning": "Relearning",
     "compute": "Robustness against compute",
     "tradeoff": "Retain against forget",
     "training": "Training",
     "rates": "The attack, rate by rate",
+    "interventions": "Interventions",
+    "inside": "What is left inside",
 }
 
 
@@ -92,7 +96,12 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         parts.append(f"<h2>By attack</h2>{table_html(attacks)}")
         parts.append('<p class="soft">Each attack counts at its own headline step, with the worst trial of its grid.</p>')
     for name, png in figures.items():
-        parts.append(figure_html(_TITLES[name], png, captions[name]))
+        parts.append(figure_html(TITLES[name], png, captions[name]))
+    measures = measure_table(report)
+    if measures.rows:
+        parts.append(f"<h2>Measures</h2>{table_html(measures)}")
+    if (predictions := correlation_table(report)).rows:
+        parts.append(f"<h2>Does a measure predict relearning?</h2>{table_html(predictions)}")
     costs, groups = cost_table(report), group_table(report)
     means = "Means over seeds. " if len(report.seeds) > 1 else ""
     if costs.rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -72,3 +73,11 @@ def scale(axis: Any, axes: Axes, report: Report) -> None:
         (axes.set_ylim if vertical else axes.set_xlim)(-0.025, 1.025)
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}" if value < 1.001 else ""))
+
+
+def colours_of(report: Report) -> dict[str, Any]:
+    """``{model name: colour}``."""
+    undo = [model.name for model in report.of("undo")]
+    ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
+    ramp |= {model.name: DISTINCT[i % len(DISTINCT)] for i, model in enumerate(report.of("defence"))}
+    return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.metrics import DIVERGED, KEPT, ModelReport, Order, Report, Stat
 
 NONE = "–"
+NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
 
 
@@ -54,8 +56,10 @@ def results_table(report: Report) -> Table:
     steps = _columns(report)
     held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
     ranked = any(m.robustness or m.robustness.missing for m in report.models)
+    bounded = any(m.bounded for m in report.models)
     headers = [("model", ""), ("retain", unit), ("forget", unit)]
     headers += [(_after(step), f"worst case, {unit}") for step in steps]
+    headers += [("forget, still useful", f"worst case, {unit}; {margin(report)}")] if bounded else []
     if ranked:
         headers += [("R", "robustness"), ("C", "steps"), ("C", "tokens"), ("C", "FLOPs")]
     headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
@@ -64,6 +68,9 @@ def results_table(report: Report) -> Table:
         row = [Cell(model.label, marks=model_marks(model, report, notes))]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
         row += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
+        if bounded:
+            by = sorted({point.attack or "no attack" for point in model.bounded.points})
+            row.append(dataclasses.replace(performance(model.bounded, report.higher), remark=", ".join(by)))
         if ranked:
             row += [ratio_cell(stat, notes) for stat in (model.robustness, *model.compute.values())]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
@@ -74,25 +81,28 @@ def results_table(report: Report) -> Table:
 def attack_table(report: Report) -> Table:
     """Table of worst-case forget performance, one row per attack, each at its own headline step.
 
-    It has no rows if there is only one attack.
+    It has no rows if there is only one attack. A footnote marks attacks that do not enter the worst case.
     """
+    notes = Notes()
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
+    theirs: set[str | None] = set()
     attacked = [model for model in report.models if model.attacks]
     for model in attacked:
         for seed, entry in model.entries.items():
+            theirs |= {name for name, attack in (entry.get("attacks") or {}).items() if attack.get("needs_original")}
             for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
                 worst.setdefault(key, {}).setdefault(model.name, []).append(point)
     unit = report.unit
     headers = [("attack", ""), ("steps", ""), *((model.label, f"forget, {unit}") for model in attacked)]
     rows = [
         [
-            Cell(name or "fine-tuning"),
+            Cell(name or "fine-tuning", marks=notes.mark(NEEDS_ORIGINAL) if name in theirs else ""),
             Cell(str(step)),
             *(performance(Stat(tuple(found.get(model.name, ()))), report.higher) for model in attacked),
         ]
         for (name, step), found in worst.items()
     ]
-    return Table(headers, rows if len(worst) > 1 else [])
+    return Table(headers, rows if len(worst) > 1 else [], notes.texts)
 
 
 def cost_table(report: Report) -> Table:
@@ -166,7 +176,9 @@ def terminal(report: Report) -> Group:
     rich = RichTable(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]
-        head = name.replace(" steps", "").replace(" after ", "\nafter\n") + (f"\n{unit}" if name == "C" else "")
+        head = name.replace(" steps", "").replace(" after ", "\nafter\n").replace(", ", "\n") + (
+            f"\n{unit}" if name == "C" else ""
+        )
         rich.add_column(head, justify="right" if index else "left", vertical="top", no_wrap=index > 0)
     for row in table.rows:
         cells = []
@@ -231,6 +243,12 @@ def rate(value: float) -> str:
     """Formats a learning rate briefly, such as 5e-4."""
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def margin(report: Report) -> str:
+    """Says by how much an attack may harm the retain performance for its trial to count."""
+    value = 100 * report.results[0]["metric"]["retain_margin"]
+    return f"retain at most {value:g} {'points' if report.higher else '%'} worse"
 
 
 def count(value: float) -> str:

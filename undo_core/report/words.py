@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from undo_core.report import inside
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
@@ -52,6 +53,7 @@ def captions(report: Report) -> dict[str, str]:
         "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
         "reaches the target; a cross marks a student that reached its step limit first (censored).",
         "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
+        **inside.captions(report),
     }
 
 
@@ -119,8 +121,7 @@ def _asked(report: Report) -> bool:
 
 def _over(report: Report) -> str:
     """Describes the set that a worst case is chosen from."""
-    further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
-    if not further:
+    if not _further(report):
         return "the attack's learning rates" if len(report.rates) != 1 else "the attack's one learning rate"
     return (
         "all attacks and their learning rates; each attack counts with its last evaluation up to the step, and after "
@@ -159,7 +160,7 @@ def _fine_tuned(report: Report) -> str:
         rates = f"one learning rate, {rate(report.rates[0])}"
         rates += ", in several data orders, of which the worst counts" if orders else ""
     text = f"fine-tuned on the forget set at {rates}"
-    further = list(dict.fromkeys(n for m in report.models for e in m.entries.values() for n in e.get("attacks") or {}))
+    further = _further(report)
     if further:
         text += f", or attacked in another way ({', '.join(further)}), each up to its own headline step, of which the worst counts too"
     return text
@@ -167,8 +168,14 @@ def _fine_tuned(report: Report) -> str:
 
 def _or_further(report: Report) -> str:
     """Phrase for further attacks, if any, that enter the worst case at the headline step."""
-    further = any(entry.get("attacks") for model in report.models for entry in model.entries.values())
-    return " (or as many as a further attack has)" if further else ""
+    return " (or as many as a further attack has)" if _further(report) else ""
+
+
+def _further(report: Report) -> list[str]:
+    """Names of the further attacks that enter the worst case."""
+    entries = [entry for model in report.models for entry in model.entries.values()]
+    named = [(name, attack) for entry in entries for name, attack in (entry.get("attacks") or {}).items()]
+    return list(dict.fromkeys(name for name, attack in named if not attack.get("needs_original")))
 
 
 def _before(report: Report) -> str:

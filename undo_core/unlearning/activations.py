@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from undo_core.distributed.sharding import call_with
 from undo_core.models import check_isolation, evaluating, hidden_states
+from undo_core.models.layers import owner_of_layers
 
 Frozen = Mapping[int, Mapping[str, torch.Tensor]]
 """Tensors to use instead of a layer's parameters: by the layer's index, then by the parameter's name within the layer."""
@@ -30,7 +31,7 @@ class Trunk:
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises a ValueError if ``model`` has no list of layers, or does more than call its layers one after another."""
         self.model = model
-        self.owner, self.name = _owner(model)
+        self.owner, self.name = owner_of_layers(model)
         self.layers: nn.ModuleList = getattr(self.owner, self.name)
         self._verify()
 
@@ -109,18 +110,3 @@ class _StandIn(nn.Module):
             hidden = kwargs.pop("hidden_states")
         self._of[1].append((hidden, args, kwargs))
         return hidden
-
-
-def find_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Returns the decoder's list of layers; raises a ValueError if there is none."""
-    return getattr(*_owner(model))
-
-
-def _owner(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """Returns the module that owns the list of decoder layers, and the name of the list in it."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.base_model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, name
-    raise ValueError(f"model: got {type(model).__name__}, in which no list of its {count} layers was found; RMU needs one")

@@ -33,8 +33,8 @@ from undo_core import distributed
 from undo_core.distributed import head_ops
 from undo_core.distributed.parts import added_up, joined, once
 from undo_core.models import forward_flops, head_flops, head_of, hidden_states
+from undo_core.models.layers import find_layers
 from undo_core.training.batches import Batch
-from undo_core.unlearning.activations import find_layers
 from undo_core.unlearning.method import Costs, Method, Settings, register_robust
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names that transformers gives to the final norm

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from undo_core import ops
 from undo_core.models import evaluating, forward_flops
 from undo_core.models.adapters import adapter_parameters, has_adapters
+from undo_core.models.layers import find_layers
 from undo_core.training.batches import Batch
 from undo_core.training.precision import weight_dtype
-from undo_core.unlearning.activations import Entered, Trunk, find_layers
+from undo_core.unlearning.activations import Entered, Trunk
 from undo_core.unlearning.method import Method, Settings, register
 
 

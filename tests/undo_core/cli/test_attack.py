@@ -257,3 +257,25 @@ def test_the_first_commands_of_the_guide_run(place, tmp_path, monkeypatch):
         small = ["--data.length=24", "--data.valid_fraction=0.2", "--attacks={}", *SHORT]
         assert main([*shlex.split(line)[1:], *small]) == 0
     assert [entry["name"] for entry in results(tmp_path / "runs" / "attack")["models"]] == ["base-model", "their-model"]
+
+
+def test_interventions_are_attacks_too(place, capsys):
+    """Merging all the way gives the original's loss in nats per byte, and does not count as a worst case."""
+    kinds = "{merged: {kind: merge, weights: [1.0]}, pruned: {kind: prune, shares: [0.5], scopes: [global]}}"
+    given = [f"--attacks={kinds}", "--retain_margin=0.1"]
+    assert attack(place, "theirs", output="with", extra=given) == 2
+    assert "attacks.merged.kind: got merge, which needs the original model; wanted --original" in capsys.readouterr().err
+    assert attack(place, "theirs", output="with", extra=[*given, f"--original=base={place / 'theirs'}"]) == 0
+    base, theirs = results(place / "with")["models"]
+    for part in ("forget", "retain"):
+        (score,) = theirs["attacks"]["merged"]["curves"][0][part]
+        assert score["value"] == pytest.approx(base["metrics"][part]["value"], rel=1e-12)
+    assert theirs["worst"]["attack"] in ("relearn", "pruned") and set(theirs["worst"]["by_attack"]) == {
+        "relearn",
+        "merged",
+        "pruned",
+    }
+    bound = 1.1 * theirs["metrics"]["retain"]["value"]
+    assert theirs["worst"]["bounded"]["retain"]["value"] <= bound
+    trials = read_json(place / "with" / "defences" / "theirs" / "trial_0" / "trial_results.json")
+    assert "post_attack.pruned.forget" in trials and not any("merged" in name for name in trials)

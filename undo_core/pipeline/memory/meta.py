@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from undo_core.distributed.sharding import units_of
 from undo_core.evaluation.metrics import letter_logits, most_likely, token_nats
 from undo_core.models import head_of, hidden_states, set_attention, skeleton
+from undo_core.models.layers import find_layers
 from undo_core.pipeline.memory.live_tensors import FUSED, LiveTensors
 from undo_core.pipeline.memory.planned_sharing import PlannedSharing
 from undo_core.pipeline.memory.shards import Shards, Traffic, part, resident_share
@@ -38,7 +39,6 @@ from undo_core.training.memory_savers import lean
 from undo_core.training.optimizers import BLOCK_CPU, QUANTISED, bytes_per_parameter, optimizer_of
 from undo_core.training.precision import convert_, weight_dtype
 from undo_core.unlearning import Method, referred
-from undo_core.unlearning.activations import find_layers
 
 
 def meta_model(config: PreTrainedConfig, attention: str = "auto") -> PreTrainedModel:

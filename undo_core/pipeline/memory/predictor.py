@@ -85,7 +85,7 @@ class Predictor:
 
     def _predicted(self, stage: Stage, stored: torch.dtype | None = None) -> tuple[Memory, list[Traffic], Exchanges]:
         stored = stored or stage.reads()
-        key = hash_json([stage.kind, _that_matter(stage.settings), sorted(stage.inputs), str(stored)])
+        key = hash_json([stage.kind, _that_matter(stage.sized_by), sorted(stage.inputs), str(stored)])
         if key not in self._known:
             phases, traffic, exchanges = self._run(stage, stored)
             self._known[key] = max(phases, key=lambda memory: memory.total), traffic, exchanges

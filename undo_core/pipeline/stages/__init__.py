@@ -5,6 +5,8 @@ from undo_core.pipeline.stages.damage import Damage
 from undo_core.pipeline.stages.distill import Distill
 from undo_core.pipeline.stages.gate import Gate
 from undo_core.pipeline.stages.initialise import Initialise
+from undo_core.pipeline.stages.intervene import Intervene
+from undo_core.pipeline.stages.measure import Measure
 from undo_core.pipeline.stages.noise import Noise
 from undo_core.pipeline.stages.prepare import Prepare
 from undo_core.pipeline.stages.pretrain import Pretrain
@@ -20,6 +22,8 @@ __all__ = [
     "Distill",
     "Gate",
     "Initialise",
+    "Intervene",
+    "Measure",
     "Noise",
     "Prepare",
     "Pretrain",

@@ -1,0 +1,46 @@
+"""Two models of one architecture, parameter by parameter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+
+def paired(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns, by name, the parameters of both models; a tied parameter appears once.
+
+    Raises:
+        ValueError: the models differ in a parameter's name or shape.
+    """
+    own, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    if unknown := sorted(own.keys() ^ theirs.keys()):
+        raise ValueError(
+            f"original: got a {type(other).__name__}, of which and of the model, a {type(model).__name__}, only one has "
+            f"{unknown[0]} (of {len(unknown)} such); wanted models of one architecture"
+        )
+    for name, parameter in own.items():
+        if parameter.shape != theirs[name].shape:
+            raise ValueError(
+                f"original: got {name} of shape {tuple(theirs[name].shape)}, wanted that of the model, {tuple(parameter.shape)}"
+            )
+    return {name: (parameter.detach(), theirs[name].detach()) for name, parameter in own.items()}
+
+
+@contextlib.contextmanager
+def on_the_line(model: PreTrainedModel, other: PreTrainedModel, share: float) -> Iterator[None]:
+    """Context in which the parameters of ``model`` are ``(1 - share) * own + share * other``; restored on exit.
+
+    At share 0 and 1 they have exactly the values of one of the models. Memory: a copy of the model.
+    """
+    pairs = paired(model, other)
+    before = {name: own.clone() for name, (own, _) in pairs.items()}
+    try:
+        for own, theirs in pairs.values():
+            own.lerp_(theirs.to(own), share)
+        yield
+    finally:
+        for name, (own, _) in pairs.items():
+            own.copy_(before[name])
