@@ -50,12 +50,16 @@ class LossReduction:
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         normalizer = checks.replicated("normalizer", normalizer)
         if isinstance(normalizer, torch.Tensor):
-            if normalizer.ndim != 0:
-                checks.fail("normalizer", f"shape {tuple(normalizer.shape)}", "a number or a 0-d tensor")
-        elif normalizer is not None and not (checks.number("normalizer", normalizer, "a number > 0", 0) > 0):
-            checks.fail("normalizer", normalizer, "a number > 0")
-        if max_counted is not None and (isinstance(max_counted, bool) or not isinstance(max_counted, int) or max_counted < 0):
-            checks.fail("max_counted", max_counted, "an integer >= 0, or None")
+            checks.dense("normalizer", normalizer, "[]")
+            wanted = "a number or a 0-d tensor of a float or integer dtype, on the CPU or where the hidden states are"
+            if normalizer.ndim != 0 or not (normalizer.is_floating_point() or checks.whole(normalizer)):
+                checks.fail("normalizer", f"shape {tuple(normalizer.shape)} and {normalizer.dtype}", wanted)
+            if normalizer.device != device and normalizer.device.type != "cpu":
+                checks.fail("normalizer", f"device {normalizer.device}", wanted)
+        elif normalizer is not None:
+            normalizer = checks.number("normalizer", normalizer, "a number > 0", 0, open_ends=True)
+        if max_counted is not None:
+            checks.integer("max_counted", max_counted, "an integer >= 0, or None", 0)
         weight = None
         if token_weight is not None:
             weight = checks.per_token("token_weight", token_weight, leading, "float", device).reshape(-1).detach()
