@@ -132,6 +132,8 @@ def reduced_loss(
         weighted = reduction.weight != 0
         if not (checks.looks(weighted) and weighted.all()):
             either = weighted if either is None else either & weighted
+    if teacher is not None and counted is not None and label_weight is not None:
+        teacher = _seen(teacher, counted, either)
     grad = torch.is_grad_enabled()
     parts = (student.hidden, student.weight, student.bias)
     given = isinstance(student, GivenLogits)
@@ -162,6 +164,20 @@ def reduced_loss(
     tensors, options = arguments(problem, backend)
     results = torch.ops.undo.vocab_loss(*tensors, **options)
     return results[0], _statistics(results)
+
+
+def _seen(teacher: Projection, counted: torch.Tensor, either: torch.Tensor | None) -> Projection:
+    """Returns the teacher with zeros at the tokens whose labels alone count: a NaN of a masked token would reach their gradient.
+
+    Given logits, for which a copy is large, are replaced where the host finds a number that is not finite.
+    """
+    left = ~counted if either is None else either & ~counted
+    if checks.looks(left):
+        if teacher.hidden[left].isfinite().all():
+            return teacher
+    elif isinstance(teacher, GivenLogits):
+        return teacher
+    return dataclasses.replace(teacher, hidden=teacher.hidden.masked_fill(left[:, None], 0.0))
 
 
 def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:
