@@ -221,9 +221,9 @@ int calls(uint64_t first, int64_t count) {
 }
 
 int planted(const std::string& fault) {
-  volatile int32_t zero = 0, most = INT32_MAX;
+  volatile int32_t zero = 0, most = INT32_MAX;  // a comparison would be simplified before it is checked
   if (fault == "address") return Array<char>(3).data[3 + zero];
-  if (fault == "undefined") return most + 1 > zero;
+  if (fault == "undefined") return most + most;
   int64_t sum = 0;
 #pragma omp parallel for
   for (int i = 0; i < 1000; ++i) sum += i;  // without a reduction
