@@ -189,6 +189,10 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     for name, tensor in pairs:
         checks.text("tensors", name, "names that are strings of UTF-8")
         checks.dense(f"tensors[{name!r}]", tensor, "of floats")
+        if local_of(tensor).is_neg():  # as the imaginary part of a conjugate: memory holds the opposite of its values
+            checks.fail(
+                f"tensors[{name!r}]", "a view of negated memory", "a tensor in memory of its own, as resolve_neg() makes it"
+            )
         if (storage := _identity(tensor)) in seen:
             continue
         seen.add(storage)
@@ -214,6 +218,7 @@ def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]])
         if parameter.role == "vectors" and not (isinstance(toward, Mapping) and name not in toward):
             value = toward(name, tensor) if callable(toward) else toward[name] if isinstance(toward, Mapping) else toward
             if isinstance(value, torch.Tensor):
+                checks.dense("toward", value, f"of finite floats {tuple(tensor.shape)}")
                 if value.dtype not in checks.FLOATS or value.shape != tensor.shape or not value.isfinite().all():
                     got = f"{value.dtype}, shape {tuple(value.shape)} for {name}"
                     checks.fail("toward", got, f"a number, or a tensor of finite floats {tuple(tensor.shape)}")

@@ -215,6 +215,8 @@ def test_alpha_zero_is_the_identity_and_beta_zero_only_shrinks():
         ({"tensors": {5: torch.ones(2, 2)}}, "tensors"),
         ({"tensors": {"\ud800": torch.ones(2, 2)}}, "tensors"),
         ({"tensors": {"w": torch.ones(2, 2), "s": torch.ones(2, 2).to_sparse()}}, "tensors"),
+        ({"tensors": {"w": torch.zeros(2, 2, dtype=torch.complex64).conj().imag}}, "tensors"),
+        ({"tensors": {"b": torch.ones(2)}, "toward": torch.nested.nested_tensor([torch.ones(2)])}, "toward"),
         ({"alpha": 10**400}, "alpha"),
         ({"rules": 5}, "rules"),
         ({"stochastic_rounding": torch.ones(2)}, "stochastic_rounding"),
