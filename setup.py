@@ -13,6 +13,8 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
 FLAGS = ["-O3", "-ffp-contract=off"]
+# A sanitizer, such as address,undefined, for tests: Python must then run with its library loaded first (LD_PRELOAD).
+SANITIZER = [f"-fsanitize={os.environ['UNDO_SANITIZE']}", "-g1", "-O1"] if os.environ.get("UNDO_SANITIZE") else []
 OPENMP = "-fopenmp"
 
 
@@ -55,7 +57,8 @@ setup(
             depends=sorted(glob.glob("csrc/*.h")),
             cxx_std=17,
             define_macros=[("UNDO_SOURCES", f'"{DIGEST}"')],
-            extra_compile_args=FLAGS,
+            extra_compile_args=FLAGS + SANITIZER,
+            extra_link_args=SANITIZER,
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -9,10 +9,10 @@ constexpr int64_t TILE = 1024;
 constexpr int64_t GROUP = 2 * LANES;  // elements of one call of philox()
 
 typedef double D __attribute__((vector_size(4 * UNDO_LANES)));
-typedef double UnalignedD __attribute__((vector_size(4 * UNDO_LANES), aligned(8), may_alias));
+typedef double UnalignedD __attribute__((vector_size(4 * UNDO_LANES), aligned(1), may_alias));
 typedef float Half __attribute__((vector_size(2 * UNDO_LANES), aligned(4), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * UNDO_LANES)));
-typedef uint16_t Short __attribute__((vector_size(2 * UNDO_LANES), aligned(2), may_alias));
+typedef uint16_t Short __attribute__((vector_size(2 * UNDO_LANES), aligned(1), may_alias));
 
 UNDO_INLINE V to_float(I x) { return __builtin_convertvector(x, V); }
 UNDO_INLINE I to_int(V x) { return __builtin_convertvector(x, I); }

@@ -2,7 +2,7 @@
 // each token has its own) and writes the gradient. Elements are summed in float32 blocks; blocks and tokens in double, in a fixed
 // order, so results do not depend on the number of threads.
 
-typedef uint16_t Halves __attribute__((vector_size(2 * UNDO_LANES), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * UNDO_LANES), aligned(1), may_alias));
 typedef uint16_t HalvesV __attribute__((vector_size(2 * UNDO_LANES)));
 
 struct F32 {
@@ -40,7 +40,7 @@ struct F16 {
 template <class T>
 UNDO_INLINE V get_some(const typename T::type* p, int64_t count) {
   typename T::type buffer[LANES] = {};
-  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+  __builtin_memcpy(buffer, p, count * sizeof *p);
   return T::get(buffer);
 }
 
@@ -48,7 +48,7 @@ template <class T>
 UNDO_INLINE void put_some(typename T::type* p, int64_t count, V x) {
   typename T::type buffer[LANES];
   T::put(buffer, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+  __builtin_memcpy(p, buffer, count * sizeof *p);
 }
 
 template <class H, class T, class G>
@@ -60,6 +60,8 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
   const V slope = all(float(exact)),
           rest = all(float(exact - float(exact)));  // in two parts: its rounding error would enter every element
   constexpr int64_t UNROLL = 4, STEP = UNROLL * LANES, BLOCK_WIDTH = 2048;
+  // An infinite x is infinite after the first part alone; the second may have the other sign.
+  auto sloped = [&](V x) UNDO_LAMBDA { return fma(slope, x, magnitude(x) < INFINITY ? rest * x : V{}); };
   double sum = 0;
   for (int64_t start = 0; start < c.width; start += BLOCK_WIDTH) {
     const int64_t end = start + BLOCK_WIDTH < c.width ? start + BLOCK_WIDTH : c.width;
@@ -69,14 +71,14 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
       for (int64_t u = 0; u < UNROLL; ++u) {
         const V x = fma(minus, T::get(t + j + u * LANES), H::get(h + j + u * LANES));
         squares[u] = fma(x, x, squares[u]);
-        if (gradient) G::put(gradient + j + u * LANES, fma(slope, x, rest * x));
+        if (gradient) G::put(gradient + j + u * LANES, sloped(x));
       }
     }
     for (; j < end; j += LANES) {
       const int64_t count = end - j < LANES ? end - j : LANES;
       const V x = fma(minus, get_some<T>(t + j, count), get_some<H>(h + j, count));
       squares[0] = fma(x, x, squares[0]);
-      if (gradient) put_some<G>(gradient + j, count, fma(slope, x, rest * x));
+      if (gradient) put_some<G>(gradient + j, count, sloped(x));
     }
     for (int lane = 0; lane < LANES; ++lane) {
       sum += double(squares[0][lane]) + double(squares[1][lane]) + double(squares[2][lane]) + double(squares[3][lane]);

@@ -9,7 +9,8 @@
 constexpr int LANES = UNDO_LANES;
 typedef float V __attribute__((vector_size(4 * UNDO_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * UNDO_LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * UNDO_LANES), aligned(4), may_alias));
+// At any address: a tensor that was mapped from a file may begin at an odd byte.
+typedef float Unaligned __attribute__((vector_size(4 * UNDO_LANES), aligned(1), may_alias));
 
 UNDO_INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 UNDO_INLINE void store(float* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }

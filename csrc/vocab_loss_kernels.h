@@ -20,7 +20,11 @@ UNDO_INLINE V shaped(V z, const Shape& shape, float bias) {
 
 constexpr float LEAST = -200.0f;  // far below LOWEST
 
-UNDO_INLINE float bias_of(const Shape& shape, int64_t v) { return shape.bias ? shape.bias[v] : 0.0f; }
+UNDO_INLINE float bias_of(const Shape& shape, int64_t v) {
+  float bias = 0;
+  if (shape.bias) __builtin_memcpy(&bias, shape.bias + v, sizeof bias);  // at any address
+  return bias;
+}
 
 void shape_tile(const Chunk& c, float* z, const Shape& shape, bool student, int64_t first, int64_t entries) {
   if (!shape.identity()) {

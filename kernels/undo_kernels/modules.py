@@ -25,6 +25,8 @@ class _Loss(nn.Module):
         super().__init__()
         checks.choice("reduction", options["reduction"], ("mean", "sum", "none"))
         checks.vocabulary(options["vocab_size"], None)
+        if "ignore_index" in options:
+            checks.ignore_index(options["ignore_index"])
         arguments.memory(options["plan"], options["workspace_bytes"])
         self._names = tuple(options)
         for name, value in options.items():

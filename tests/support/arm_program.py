@@ -1,4 +1,4 @@
-"""The C++ kernels for Arm as one program without Python or torch, and the emulator that runs it."""
+"""The C++ kernels as one program without Python or torch, and the emulator that runs it for Arm."""
 
 import os
 import shutil
@@ -13,23 +13,28 @@ PROCESSORS = {"max": "every extension that the emulator has", "cortex-a72": "no 
 PRODUCTS = {"max": ["bfmmla"], "cortex-a72": []}  # of bfloat16, that each of them has
 
 
-def build(compiler: str, folder: Path, *link: str) -> Path:
-    """Compiles the kernels and their checks; returns the program."""
-    sources = [ROOT / "tests/cpp/kernels.cpp", *(path for path in sorted(ROOT.glob("csrc/*.cpp")) if path.stem != "module")]
+def build(
+    compiler: str, folder: Path, *link: str, programs: tuple[str, ...] = ("kernels",), flags: tuple[str, ...] = ()
+) -> Path:
+    """Compiles the kernels with files of tests/cpp, the first of which names the program; returns it."""
+    sources = [path for path in sorted(ROOT.glob("csrc/*.cpp")) if path.stem != "module"]
+    sources += [ROOT / "tests/cpp" / f"{name}.cpp" for name in programs]
     folder.mkdir()
 
     def compiled(path: Path) -> Path:
         made = folder / f"{path.stem}.o"
-        subprocess.run([compiler, *FLAGS, "-c", path, "-o", made], check=True)
+        subprocess.run([compiler, *FLAGS, *flags, "-c", path, "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     # A static libgomp warns that it would need the same glibc to load a device's plugin, which it never does.
     subprocess.run(
-        [compiler, *FLAGS, *link, *objects, "-o", folder / "kernels"], check=True, stderr=subprocess.DEVNULL if link else None
+        [compiler, *FLAGS, *flags, *link, *objects, "-o", folder / programs[0]],
+        check=True,
+        stderr=subprocess.DEVNULL if link else None,
     )
-    return folder / "kernels"
+    return folder / programs[0]
 
 
 def missing() -> str:

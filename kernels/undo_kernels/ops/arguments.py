@@ -47,8 +47,7 @@ def accumulated_into(parameter: Any, weight: torch.Tensor, prefix: str) -> torch
         checks.fail(
             name, "a call inside torch.compile", "a call outside it: the gradient is added where the graph cannot see it"
         )
-    if not isinstance(parameter, torch.Tensor):
-        checks.fail(name, type(parameter).__name__, wanted)
+    checks.dense(name, parameter, f"that is {wanted}")
     if checks.is_dtensor(parameter) or checks.is_dtensor(weight):
         checks.fail(name, "a DTensor", "a plain tensor: autograd accumulates the gradient of a sharded head")
     if not parameter.is_leaf:
@@ -80,6 +79,8 @@ def given_logits(name: str, logits: torch.Tensor, temperature: float, vocab_size
     if checks.is_dtensor(logits):
         wanted = "a plain tensor; for a head that is sharded by vocabulary entries call the linear form, which needs no logits"
         checks.fail("logits", f"a DTensor with placements {tuple(logits.placements)}", wanted)
+    if not logits.shape[-1]:
+        checks.fail("student_logits", f"shape {tuple(logits.shape)}", "[..., V] with V >= 1")
     flat = logits.reshape(-1, logits.shape[-1])
     return GivenLogits(flat, flat, temperature=float(temperature), vocab_size=vocab_size)
 
@@ -88,6 +89,7 @@ def labels_of(
     labels: Any, leading: torch.Size, device: torch.device, vocabulary: int, ignore_index: int, counted: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the labels ``[tokens]``, with -1 where there is none, and which tokens have one."""
+    checks.ignore_index(ignore_index)
     labels = checks.per_token("labels", labels, leading, "int", device).reshape(-1).long()
     labelled = labels != ignore_index if counted is None else (labels != ignore_index) & counted
     checks.labels_within(labels, labelled, vocabulary, ignore_index)

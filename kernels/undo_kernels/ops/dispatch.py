@@ -50,12 +50,16 @@ class LossReduction:
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         normalizer = checks.replicated("normalizer", normalizer)
         if isinstance(normalizer, torch.Tensor):
-            if normalizer.ndim != 0:
-                checks.fail("normalizer", f"shape {tuple(normalizer.shape)}", "a number or a 0-d tensor")
-        elif normalizer is not None and not (checks.number("normalizer", normalizer, "a number > 0", 0) > 0):
-            checks.fail("normalizer", normalizer, "a number > 0")
-        if max_counted is not None and (isinstance(max_counted, bool) or not isinstance(max_counted, int) or max_counted < 0):
-            checks.fail("max_counted", max_counted, "an integer >= 0, or None")
+            checks.dense("normalizer", normalizer, "[]")
+            wanted = "a number or a 0-d tensor of a float or integer dtype, on the CPU or where the hidden states are"
+            if normalizer.ndim != 0 or not (normalizer.is_floating_point() or checks.whole(normalizer)):
+                checks.fail("normalizer", f"shape {tuple(normalizer.shape)} and {normalizer.dtype}", wanted)
+            if normalizer.device != device and normalizer.device.type != "cpu":
+                checks.fail("normalizer", f"device {normalizer.device}", wanted)
+        elif normalizer is not None:
+            normalizer = checks.number("normalizer", normalizer, "a number > 0", 0, open_ends=True)
+        if max_counted is not None:
+            checks.integer("max_counted", max_counted, "an integer >= 0, or None", 0)
         weight = None
         if token_weight is not None:
             weight = checks.per_token("token_weight", token_weight, leading, "float", device).reshape(-1).detach()
@@ -128,6 +132,8 @@ def reduced_loss(
         weighted = reduction.weight != 0
         if not (checks.looks(weighted) and weighted.all()):
             either = weighted if either is None else either & weighted
+    if teacher is not None and counted is not None and label_weight is not None:
+        teacher = _seen(teacher, counted, either)
     grad = torch.is_grad_enabled()
     parts = (student.hidden, student.weight, student.bias)
     given = isinstance(student, GivenLogits)
@@ -158,6 +164,20 @@ def reduced_loss(
     tensors, options = arguments(problem, backend)
     results = torch.ops.undo.vocab_loss(*tensors, **options)
     return results[0], _statistics(results)
+
+
+def _seen(teacher: Projection, counted: torch.Tensor, either: torch.Tensor | None) -> Projection:
+    """Returns the teacher with zeros at the tokens whose labels alone count: a NaN of a masked token would reach their gradient.
+
+    Given logits, for which a copy is large, are replaced where the host finds a number that is not finite.
+    """
+    left = ~counted if either is None else either & ~counted
+    if checks.looks(left):
+        if teacher.hidden[left].isfinite().all():
+            return teacher
+    elif isinstance(teacher, GivenLogits):
+        return teacher
+    return dataclasses.replace(teacher, hidden=teacher.hidden.masked_fill(left[:, None], 0.0))
 
 
 def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:

@@ -52,9 +52,16 @@ def explain(
     for name in [prefix + part for prefix in prefixes for part in ("hidden", "weight")]:
         if name not in shapes:
             checks.fail("shapes", sorted(shapes), f"an entry {name}")
+    if dtype not in checks.FLOATS:
+        checks.fail("dtype", dtype, "float32, bfloat16, float16 or float64 of torch")
+    where = checks.device(device)
     sides = []
     for prefix in prefixes:
-        hidden, weight = (torch.empty(shapes[prefix + part], dtype=dtype, device="meta") for part in ("hidden", "weight"))
+        hidden, weight = (
+            torch.empty(checks.sizes(f"shapes[{prefix + part!r}]", shapes[prefix + part], wanted), dtype=dtype, device="meta")
+            for part, wanted in (("hidden", "(..., d)"), ("weight", "(V, d)"))
+        )
+        checks.head(prefix, hidden, weight, None)
         sides.append(Projection(hidden.reshape(-1, hidden.shape[-1]), weight))
     factor = torch.empty(sides[0].tokens, device="meta")
     problem = Problem(
@@ -66,5 +73,5 @@ def explain(
         needs=(op != "linear_lse", op != "linear_lse", False),
         **arguments.memory(plan, workspace_bytes),
     )
-    describe = _PLANS[choose_backend(problem, dtype == torch.float64, torch.device(device))].describe
+    describe = _PLANS[choose_backend(problem, dtype == torch.float64, where)].describe
     return describe(op, problem)

@@ -185,7 +185,7 @@ def kl_div(
     by = LossReduction.checked(
         student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted
     )
-    memory = {**arguments.memory(plan, workspace_bytes), "inplace": inplace_grad}
+    memory = {**arguments.memory(plan, workspace_bytes), "inplace": checks.flag("inplace_grad", inplace_grad)}
     return _kl(
         student, teacher, by, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )
@@ -215,6 +215,7 @@ def _kl(
 ) -> torch.Tensor | tuple[torch.Tensor, KLStats]:
     device, leading = student.hidden.device, reduction.leading
     check_divergence(divergence, beta, label_weight)
+    checks.flag("return_stats", return_stats)
     counted, labelled, weight = arguments.mask_of(mask, leading, device), None, None
     if labels is not None and label_weight:
         labels, labelled = arguments.labels_of(labels, leading, device, student.entries, ignore_index, None)
@@ -230,7 +231,7 @@ def _kl(
         labelled=labelled,
         label_weight=weight,
         teacher=teacher,
-        beta=beta,
+        beta=float(beta) if divergence == "jsd" else 0.5,
         lse_t=teacher_lse,
         statistics=return_stats,
         **memory,

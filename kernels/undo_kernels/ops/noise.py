@@ -86,12 +86,14 @@ def apply(
     The sums are of theta before, of the scaled noise, and of theta after. They cover the local shards, or with ``whole_sums``, on which
     all ranks must agree, the whole tensors. ``found`` replaces what :func:`undo_kernels.ops.noise_rules.describe` finds in ``tensors``.
     """
+    if not isinstance(rules, Sequence):
+        checks.fail("rules", type(rules).__name__, "a sequence of NoiseRule")
     policy = Policy(**options, rules=tuple(rules))
     checks.seed(seed)
+    rounding = stochastic_rounding is None or checks.flag("stochastic_rounding", stochastic_rounding)
     found = describe(tensors) if found is None else found
     pieces = {name: _pieces(name, tensor) for name, (tensor, _) in found.items()}
     settings = policy.settings({name: parameter for name, (_, parameter) in found.items()}, targets(toward, found))
-    rounding = True if stochastic_rounding is None else bool(stochastic_rounding)
     sums = {name: torch.zeros(3, dtype=torch.float64, device=local_of(tensor).device) for name, (tensor, _) in found.items()}
 
     def noise(segments: list[Segment]) -> None:
@@ -154,11 +156,15 @@ def replay(
         std: of the normal law.
         stacked: whether further dimensions count matrices; see :func:`noise_`.
     """
+    checks.text("name", name, "the canonical name of a parameter")
     checks.seed(seed)
+    checks.flag("stacked", stacked)
     Policy(1.0, 1.0, law, std)
-    if (len(shape) < 2 and law != "normal") or not math.prod(shape):
-        checks.fail("shape", tuple(shape), "two or more dimensions with Xavier's laws, and no empty one")
-    drawn = torch.zeros(tuple(shape), dtype=torch.float64)
+    wanted = "two or more dimensions with Xavier's laws and with stacked, and no empty one"
+    shape = checks.sizes("shape", shape, wanted)
+    if (len(shape) < 2 and (law != "normal" or stacked)) or not math.prod(shape):
+        checks.fail("shape", shape, wanted)
+    drawn = torch.zeros(shape, dtype=torch.float64)
     kind = "uniform" if law == "xavier_uniform" else "normal"
     add_noise_([Segment(drawn, name, kind, 0.0, amplitude(law, shape, std, stacked=stacked))], seed, False)
     return drawn

@@ -49,7 +49,11 @@ class NoiseRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
-            checks.fail("match", repr(self.match), "a glob over parameter names, layers:0-3,7 or one of " + ", ".join(ROLES))
+            checks.fail(
+                "match", checks.shown(self.match), "a glob over parameter names, layers:0-3,7 or one of " + ", ".join(ROLES)
+            )
+        if self.match.removeprefix(_NOT).startswith(_NOT):
+            checks.fail("match", checks.shown(self.match), "one 'not' at most")
         layers_of(self.match)
         _strengths(self.alpha, self.beta)
         if self.law is not None:
@@ -183,8 +187,12 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     found: dict[str, tuple[torch.Tensor, Parameter]] = {}
     seen: set[object] = set()
     for name, tensor in pairs:
-        if not isinstance(tensor, torch.Tensor):
-            checks.fail(f"tensors[{name!r}]", type(tensor).__name__, "a tensor")
+        checks.text("tensors", name, "names that are strings of UTF-8")
+        checks.dense(f"tensors[{name!r}]", tensor, "of floats")
+        if local_of(tensor).is_neg():  # as the imaginary part of a conjugate: memory holds the opposite of its values
+            checks.fail(
+                f"tensors[{name!r}]", "a view of negated memory", "a tensor in memory of its own, as resolve_neg() makes it"
+            )
         if (storage := _identity(tensor)) in seen:
             continue
         seen.add(storage)
@@ -210,6 +218,7 @@ def targets(toward: Toward, found: Mapping[str, tuple[torch.Tensor, Parameter]])
         if parameter.role == "vectors" and not (isinstance(toward, Mapping) and name not in toward):
             value = toward(name, tensor) if callable(toward) else toward[name] if isinstance(toward, Mapping) else toward
             if isinstance(value, torch.Tensor):
+                checks.dense("toward", value, f"of finite floats {tuple(tensor.shape)}")
                 if value.dtype not in checks.FLOATS or value.shape != tensor.shape or not value.isfinite().all():
                     got = f"{value.dtype}, shape {tuple(value.shape)} for {name}"
                     checks.fail("toward", got, f"a number, or a tensor of finite floats {tuple(tensor.shape)}")
@@ -251,9 +260,9 @@ def layers_of(match: str) -> frozenset[int] | None:
         return None
     numbers: set[int] = set()
     for part in form.removeprefix("layers:").split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())  # no model has more, and memory holds each number
         if found is None or int(found[2] or found[1]) < int(found[1]):
-            checks.fail("match", repr(match), "numbers and rising ranges such as layers:0-3,7")
+            checks.fail("match", checks.shown(match), "numbers below 10000 and rising ranges such as layers:0-3,7")
         numbers |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return frozenset(numbers)
 

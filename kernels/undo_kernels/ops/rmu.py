@@ -87,8 +87,7 @@ def misdirection(width: int, seed: int, law: Literal["gaussian", "uniform"] = "g
         seed: an integer in [0, 2**64).
         law: of the entries before normalisation: gaussian (as published for UNDO) or uniform on (0, 1) (the original RMU).
     """
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        checks.fail("width", width, "an integer >= 1")
+    checks.integer("width", width, "an integer in [1, 2**31)", 1, 2**31 - 1)
     checks.seed(seed)
     checks.choice("law", law, ("gaussian", "uniform"))
     return reference.rmu.misdirection(width, seed, law)

@@ -50,12 +50,46 @@ GOOD = dict(
         ({"max_counted": -1}, "max_counted"),
         ({"plan": "magic"}, "plan"),
         ({"workspace_bytes": 0}, "workspace_bytes"),
+        ({"workspace_bytes": 2**63}, "workspace_bytes"),
+        ({"max_counted": 2**63}, "max_counted"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"temperature": torch.ones(2, 2)}, "temperature"),
+        ({"normalizer": 10**5000}, "normalizer"),
+        ({"normalizer": torch.tensor(1j)}, "normalizer"),
+        ({"normalizer": torch.ones((), device="meta")}, "normalizer"),
+        ({"divergence": torch.ones(2)}, "divergence"),
+        ({"return_stats": torch.ones(2)}, "return_stats"),
+        ({"student_hidden": torch.zeros(9, 6).to_sparse()}, "student_hidden"),
+        ({"student_bias": torch.nested.nested_tensor([torch.zeros(37)])}, "student_bias"),
+        ({"accumulate_into": torch.zeros(37, 6).to_sparse()}, "accumulate_into"),
+        ({"labels": torch.zeros(9, dtype=torch.complex64), "label_weight": 1.0}, "labels"),
+        ({"labels": torch.zeros(9).long(), "label_weight": 1.0, "ignore_index": "none"}, "ignore_index"),
+        ({"labels": torch.zeros(9).long(), "label_weight": 1.0, "ignore_index": 2**63}, "ignore_index"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_arguments_are_named(changes, argument):
     with pytest.raises(ValueError, match=f"^{argument}: got .*, wanted "):
         ops.linear_kl_div(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize(("entries", "width"), [(0, 6), (37, 0)])
+def test_a_head_has_entries_and_a_width(entries, width):
+    hidden, weight = torch.zeros(9, width), torch.zeros(entries, width)
+    with pytest.raises(ValueError, match=r"^weight: got shape .*, wanted \[V, d\] with V >= 1 and d >= 1"):
+        ops.linear_lse(hidden, weight)
+    with pytest.raises(ValueError, match=r"^student_logits: got shape .*, wanted \[..., V\] with V >= 1"):
+        ops.kl_div(torch.zeros(9, 0), torch.zeros(9, 0))
+
+
+def test_an_error_is_one_short_line():
+    with pytest.raises(ValueError, match=r"^reduction: got an integer of 16610 bits, wanted one of mean, sum, none$"):
+        ops.linear_kl_div(**GOOD, reduction=10**5000)
+    with pytest.raises(ValueError, match=r"^plan: got a tensor of shape \(9, 9\) and torch.float32, wanted one of auto"):
+        ops.linear_kl_div(**GOOD, plan=torch.zeros(9, 9))
+    with pytest.raises(ValueError) as error:
+        ops.linear_kl_div(**GOOD, mask="m\n" * 9999, divergence="d\n" * 9999)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
 def test_bad_sparse_teachers_are_named():
@@ -66,6 +100,12 @@ def test_bad_sparse_teachers_are_named():
             ops.linear_sparse_kl_div(h, w, torch.tensor(index), logprobs)
     with pytest.raises(ValueError, match=r"^teacher_logprobs: got"):
         ops.linear_sparse_kl_div(h, w, torch.zeros(2, 3, dtype=torch.long), logprobs)
+    index = torch.tensor([[0, 1], [1, 2]])
+    for wrong in (index.to(torch.complex64), index.bool(), index.to_sparse(), index.to("meta")):
+        with pytest.raises(ValueError, match=r"^teacher_indices: got"):
+            ops.linear_sparse_kl_div(h, w, wrong, logprobs)
+    with pytest.raises(ValueError, match=r"^teacher_logprobs: got device meta"):
+        ops.linear_sparse_kl_div(h, w, index, logprobs.to("meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

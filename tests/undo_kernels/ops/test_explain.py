@@ -23,6 +23,25 @@ def test_explain_prints_a_table():
         ops.explain("linear_kl_div", torch.ones(2, 3), torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"shapes": {"hidden": 5, "weight": (10, 8)}}, r"shapes\['hidden'\]"),
+        ({"shapes": {"hidden": (-3, 8), "weight": (10, 8)}}, r"shapes\['hidden'\]"),
+        ({"shapes": {"hidden": (3, 8), "weight": (2**40, 2**40)}}, r"shapes\['weight'\]"),
+        ({"shapes": {"hidden": (3, 8), "weight": (10, 9)}}, "weight"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"dtype": torch.int32}, "dtype"),
+        ({"device": "nowhere"}, "device"),
+        ({"device": 10**400}, "device"),
+    ],
+)
+def test_bad_arguments_are_named(changes, argument):
+    good = {"op": "linear_lse", "shapes": {"hidden": (3, 8), "weight": (10, 8)}, "dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(ValueError, match=f"^{argument}: got .*, wanted "):
+        ops.explain(**{**good, **changes})
+
+
 @pytest.mark.skipif(cpu.vocab_loss.kernels is None, reason="no C++ compiler was here when undo-core was installed")
 def test_explain_says_how_heads_are_multiplied(bfloat16):
     def products(dtype, width=320):

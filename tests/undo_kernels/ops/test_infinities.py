@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import undo_kernels
-from rounding import EXPONENTIAL, assert_as_exact_as, gamma
+from rounding import EXPONENTIAL, assert_as_exact_as, gamma, relative
 from undo_kernels.triton import vocab_loss as triton_loss
 
 from undo_core import ops
@@ -229,6 +229,26 @@ def test_biases_and_padding(run, plan, target):
         ("loss", "hidden", "weight", "bias"), got, exact(torch.float32), exact(torch.float64), strict=True
     ):
         assert_as_exact_as(ours, theirs, right, 4 * floor, name)
+
+
+@pytest.mark.parametrize("target", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_masked_token_counts_for_its_label_whatever_the_teacher_holds(run, target, given):
+    """Its divergence does not count, and neither its value nor its gradient reaches those of the label."""
+    generator = torch.Generator().manual_seed(6)
+    hidden, other = (torch.randn(4, VOCABULARY if given else 16, generator=generator) for _ in range(2))
+    heads = [] if given else [torch.randn(VOCABULARY, 16, generator=generator) for _ in range(2)]
+    mask, labels = torch.tensor([True, False, False, True]), torch.tensor([1, 2, -100, 3])
+    clean = other.clone()
+    other[1], other[2] = NAN, INF
+    found = []
+    for teacher in (other, clean):
+        tensors = ([hidden, heads[0]], [teacher, heads[1]]) if heads else ([hidden], [teacher])
+        op = ops.linear_kl_div if heads else ops.kl_div
+        found.append(run(op, *tensors, mask=mask, labels=labels, label_weight=0.5, divergence=target))
+    # The student's probability is computed beside the teacher's, whatever that is: not the same bits.
+    for got, want in zip(*found, strict=True):
+        assert want.isfinite().all() and relative(got, want) <= gamma(VOCABULARY + EXPONENTIAL + 20)
 
 
 def run_lse(run, student, options):

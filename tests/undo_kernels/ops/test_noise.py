@@ -212,6 +212,15 @@ def test_alpha_zero_is_the_identity_and_beta_zero_only_shrinks():
         ({"std": 1.0}, "std"),
         ({"tensors": {}}, "tensors"),
         ({"tensors": 3}, "tensors"),
+        ({"tensors": {5: torch.ones(2, 2)}}, "tensors"),
+        ({"tensors": {"\ud800": torch.ones(2, 2)}}, "tensors"),
+        ({"tensors": {"w": torch.ones(2, 2), "s": torch.ones(2, 2).to_sparse()}}, "tensors"),
+        ({"tensors": {"w": torch.zeros(2, 2, dtype=torch.complex64).conj().imag}}, "tensors"),
+        ({"tensors": {"b": torch.ones(2)}, "toward": torch.nested.nested_tensor([torch.ones(2)])}, "toward"),
+        ({"alpha": 10**400}, "alpha"),
+        ({"rules": 5}, "rules"),
+        ({"stochastic_rounding": torch.ones(2)}, "stochastic_rounding"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding"),
         ({"tensors": {"w": torch.zeros(3, 3, dtype=torch.int32)}}, "tensors"),
         ({"tensors": {"w": torch.ones(3, 1).expand(3, 4)}}, "tensors"),
         ({"tensors": {"w": torch.ones(2, 2), "module.w": torch.ones(2, 2)}}, "tensors"),
@@ -229,6 +238,31 @@ def test_bad_arguments_change_nothing(changes, argument):
     assert torch.equal(tensor, torch.ones(3, 3))
     if isinstance(changes.get("tensors"), dict) and "w" in changes["tensors"]:
         assert changes["tensors"]["w"].unique().numel() == 1
+
+
+@pytest.mark.parametrize("match", ["layers:0-99999999999", "layers:" + "9" * 5000, "not not x", "not " * 5000 + "x"])
+def test_a_rule_takes_no_memory_or_time_of_its_own(match):
+    """The numbers of layers are held one by one, and ``not`` is peeled off one by one."""
+    with pytest.raises(ValueError, match=r"^match: got .*, wanted "):
+        ops.NoiseRule(match, alpha=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"name": None}, "name"),
+        ({"name": "\ud800"}, "name"),
+        ({"shape": 5}, "shape"),
+        ({"shape": (-1, 3)}, "shape"),
+        ({"shape": (3, "4")}, "shape"),
+        ({"shape": (2**40, 2**40)}, "shape"),
+        ({"shape": (3,), "law": "normal", "std": 1.0, "stacked": True}, "shape"),
+        ({"stacked": torch.ones(2)}, "stacked"),
+    ],
+)
+def test_bad_arguments_of_replay_are_named(changes, argument):
+    with pytest.raises(ValueError, match=f"^{argument}: got .*, wanted "):
+        ops.replay(**{"name": "w", "shape": (3, 4), "seed": 1, **changes})
 
 
 def test_a_graph_that_saved_the_tensor_notices():

@@ -203,6 +203,15 @@ def test_masked_garbage_has_no_influence(on):
         assert run(ops.rmu_loss, dirty.to(dtype), clean_target)[1].isnan().any()
 
 
+def test_an_infinite_activation_has_an_infinite_gradient(on):
+    """At every width: the slope is added in two parts, of which the second may have the other sign."""
+    for width in range(1, 12):
+        hidden = torch.ones(3, width)
+        hidden[0, 0], hidden[1, -1] = torch.inf, -torch.inf
+        gradient = run(ops.rmu_loss, hidden, torch.zeros(width))[1]
+        assert gradient[0, 0] == torch.inf and gradient[1, -1] == -torch.inf and gradient.isinf().sum() == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_loss_scale_keeps_small_gradients(on, dtype):
     """Entries of 1e-8: float16 cannot hold them until the scale is applied."""
@@ -371,6 +380,7 @@ def test_the_direction_depends_on_the_seed_alone():
         ({"hidden": torch.zeros(3), "target": torch.zeros(3), "normalize": "sequence"}, "hidden"),
         ({"target": torch.zeros(4)}, "target"),
         ({"coefficient": float("nan")}, "coefficient"),
+        ({"target": torch.zeros(3).to_sparse()}, "target"),
         ({"normalize": "tokens"}, "normalize"),
         ({"mask": torch.ones(2)}, "mask"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask"),
