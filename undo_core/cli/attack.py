@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.io.progress import console
+from undo_core.models.folder import check_checkpoint
 from undo_core.pipeline.attack_config import AttackRunConfig
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from undo_core import distributed
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.io.files import read_json
 from undo_core.io.progress import console
+from undo_core.models.folder import check_checkpoint
 from undo_core.noise.model import TensorNoise, by_kind
 from undo_core.noise.parameters import Left, summary
 from undo_core.pipeline.stage import MANIFEST, Stage

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from undo_core import distributed
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.cli.folders import check_prepared
 from undo_core.data.questions import DESCRIPTION
 from undo_core.io.progress import console
+from undo_core.models.folder import check_checkpoint
 
 
 def evaluate(

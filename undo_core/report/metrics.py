@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from undo_core.io.untrusted import checked_object, refused
 from undo_core.report.attacks import Point, envelope
 
 FORMAT = 1
@@ -249,6 +250,11 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
         ValueError: no results, an unknown format, a repeated seed, or runs whose settings differ.
     """
     _check(results)
+    with refused("results: got some of another form, wanted what undo run or undo attack wrote"):
+        return _derived(results, title)
+
+
+def _derived(results: list[dict[str, Any]], title: str) -> Report:
     results = sorted(results, key=lambda result: result["seed"])
     metric = results[0]["metric"]
     higher, headline = metric["kind"] == "accuracy", metric["headline_step"]
@@ -417,11 +423,15 @@ def _check(results: list[dict[str, Any]]) -> None:
     if not results:
         raise ValueError("results: got none, wanted the results of one run or of several seeds")
     for result in results:
+        checked_object(result, "results")
         if result.get("format") != FORMAT:
             raise ValueError(f"results: got format {result.get('format')!r}, wanted {FORMAT}")
+        checked_object(result, "results", metric=dict, models=list, seed=int)
+        checked_object(result["metric"], "results: metric", kind=str, headline_step=int)
         if result["metric"]["kind"] not in ("accuracy", "loss"):
             raise ValueError(f"results: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
         for entry in result["models"]:
+            checked_object(entry, "results: models", name=str, kind=str, metrics=dict)
             if entry["kind"] not in KINDS:
                 raise ValueError(f"results: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
         if not result["models"]:
