@@ -278,7 +278,9 @@ def _settings_class(function: Callable[..., int]) -> type | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message in one line that a terminal shows as it is: what a file names cannot move the cursor or change a colour."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 if __name__ == "__main__":
