@@ -16,8 +16,19 @@ from jsonargparse import ArgumentError
 pytest.importorskip("resource", reason="the address space can be limited on Unix only")
 pytest.importorskip("pyarrow")
 
-from hostile import MODULE, Escaped, attack, odd_places, watched
-from hostile_readers import readers
+from hostile import MODULE, Escaped, attack, limited, odd_places, watched
+from hostile_readers import checkpoint, readers
+from sweep_results import results
+from tiny_run import RUN
+
+from undo_core.cli import _config_first, main
+from undo_core.data.reading import read_documents
+from undo_core.io.untrusted import inside
+from undo_core.models import load_model, load_tokenizer
+from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration
+from undo_core.pipeline.config_files import parse_value, read_settings
+from undo_core.pipeline.sweep_config import SweepConfig, expand
+from undo_core.report.defences import known_defences
 
 SEED = os.environ.get("UNDO_HOSTILE_SEED")
 NAMES = [
@@ -207,7 +218,7 @@ def test_memory_is_limited(tmp_path):
     for text, said in (
         (bomb, "aliases"),
         (merges, "aliases"),
-        ("a: [" + "0, " * 200_000 + "0]", "aliases"),
+        ("a: [" + "0, " * 100_000 + "0]", "aliases"),
         ("#" * (1 << 20) + "\na: 1", "bytes"),
     ):
         path.write_text(text)
@@ -223,7 +234,7 @@ def test_memory_is_limited(tmp_path):
     assert table.stat().st_size < 1 << 20
     with limited() as begin:
         begin()
-        assert sum(map(len, islice(read_documents([str(table)]), 3000))) == 3_000_000_000
+        assert sum(map(len, islice(read_documents([str(table)]), 300))) == 300_000_000
 
 
 def test_the_command_says_one_line(tmp_path, capsys):

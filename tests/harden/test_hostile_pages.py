@@ -153,4 +153,9 @@ def test_the_command_says_one_line_without_control_characters(tmp_path, capsys):
     path.write_text(json.dumps({"format": 1, "metric": {"kind": "\x1b[2J", "headline_step": 1}, "models": [], "seed": 0}))
     assert main(["report", str(path), "--output", str(tmp_path / "\x1b[31mout")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "\x1b" not in error and error.startswith("undo: error: results: got metric")
+    assert (
+        error.count("\n") == 1
+        and "\x1b" not in error
+        and error.startswith("undo: error: ")
+        and "results-seed0.json: got metric" in error
+    )

@@ -104,7 +104,7 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
             parts = [run["name"]] if run else []
             parts += [f"{short[key]}={_readable(value)}" for key, value in chosen.items() if key != "seed"]
             name = ",".join(parts) or sweep.name
-            if Path(name).name != name:
+            if Path(name).name != name or name == "..":
                 raise ValueError(
                     f"name, grid, runs: got the name {name!r} of a run, wanted the name of a folder in {sweep.output}/runs"
                 )

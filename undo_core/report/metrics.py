@@ -423,19 +423,7 @@ def _check(results: list[dict[str, Any]]) -> None:
     if not results:
         raise ValueError("results: got none, wanted the results of one run or of several seeds")
     for result in results:
-        checked_object(result, "results")
-        if result.get("format") != FORMAT:
-            raise ValueError(f"results: got format {result.get('format')!r}, wanted {FORMAT}")
-        checked_object(result, "results", metric=dict, models=list, seed=int)
-        checked_object(result["metric"], "results: metric", kind=str, headline_step=int)
-        if result["metric"]["kind"] not in ("accuracy", "loss"):
-            raise ValueError(f"results: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
-        for entry in result["models"]:
-            checked_object(entry, "results: models", name=str, kind=str, metrics=dict)
-            if entry["kind"] not in KINDS:
-                raise ValueError(f"results: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
-        if not result["models"]:
-            raise ValueError("results: got a run without models, wanted at least one")
+        check_result(result)
     seeds = [result["seed"] for result in results]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"results: got seeds {seeds}, wanted each seed once")
@@ -448,6 +436,23 @@ def _check(results: list[dict[str, Any]]) -> None:
             raise ValueError(
                 f"results: seeds {seeds[0]} and {result['seed']} differ in {named}; wanted runs that differ in their seed"
             )
+
+
+def check_result(result: Any, where: str = "results") -> None:
+    """Raises a ValueError that begins with ``where`` unless ``result`` has the outline of a run's results."""
+    checked_object(result, where)
+    if result.get("format") != FORMAT:
+        raise ValueError(f"{where}: got format {result.get('format')!r}, wanted {FORMAT}")
+    checked_object(result, where, metric=dict, models=list, seed=int)
+    checked_object(result["metric"], f"{where}: metric", kind=str, headline_step=int)
+    if result["metric"]["kind"] not in ("accuracy", "loss"):
+        raise ValueError(f"{where}: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
+    for entry in result["models"]:
+        checked_object(entry, f"{where}: models", name=str, kind=str, metrics=dict)
+        if entry["kind"] not in KINDS:
+            raise ValueError(f"{where}: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
+    if not result["models"]:
+        raise ValueError(f"{where}: got a run without models, wanted at least one")
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
