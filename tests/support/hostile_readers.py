@@ -318,7 +318,7 @@ def _run_folder(root: Path) -> list[Reader]:
         ),
         Reader("log", log, lambda: _Log(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
         Reader("kept evaluation", next(kept.iterdir()), first, "safetensors", 15, 2000, (str(kept),)),
-        Reader("gate", gate / KEPT, lambda: kept_sequences(gate), "safetensors", 15, 2000, (KEPT,)),
+        Reader("gate", gate / KEPT, lambda: kept_sequences(gate, 2), "safetensors", 15, 2000, (KEPT,)),
     ]
 
 

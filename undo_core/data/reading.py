@@ -125,7 +125,11 @@ def _parquet_records(path: Path, column: str | None) -> Iterator[tuple[str, Any]
         if column is not None:
             _check_column(path, schema, column)
         # A column that repeats one long text stays as small in memory as in the file: it is read as a dictionary, in small batches.
-        texts = [name for name in schema.names if column in (None, name) and schema.field(name).type == pyarrow.string()]
+        texts = [
+            name
+            for name in schema.names
+            if column in (None, name) and schema.field(name).type in (pyarrow.string(), pyarrow.large_string())
+        ]
         file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
         for batch in file.iter_batches(BATCH_ROWS, columns=None if column is None else [column]):
             for at in range(batch.num_rows):

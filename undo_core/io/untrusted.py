@@ -12,13 +12,24 @@ from undo_core.io.files import read_json
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", float: "a number"}
 
 
-def read_object(path: Path, **fields: type) -> dict[str, Any]:
+class Facts(dict[str, Any]):
+    """An object that a file holds; to ask for an entry that it lacks is a ValueError that names the file."""
+
+    def __init__(self, entries: dict[str, Any], where: str) -> None:
+        super().__init__(entries)
+        self.where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.where}: got no {name!r}, wanted one")
+
+
+def read_object(path: Path, **fields: type) -> Facts:
     """Returns the JSON object in ``path``, which must have ``fields`` of these types.
 
     Raises:
         ValueError: as :func:`undo_core.io.files.read_json`, or the value is not such an object.
     """
-    return checked_object(read_json(path), str(path), **fields)
+    return Facts(checked_object(read_json(path), str(path), **fields), str(path))
 
 
 def checked_object(value: Any, where: str, **fields: type) -> dict[str, Any]:

@@ -38,6 +38,13 @@ def read_configuration(folder: str | Path) -> PreTrainedConfig:
         ValueError: it is not the configuration of a model that transformers knows, or :func:`check_settings` refuses it.
     """
     folder = Path(folder)
+    check_configuration(folder)
+    with refused(f"{folder / CONFIG}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_configuration(folder: Path) -> None:
+    """Raises a ValueError if :func:`check_settings` refuses ``config.json``, or a file that it names in its place."""
     settings = read_object(folder / CONFIG)
     check_settings(settings, f"{folder / CONFIG}")
     others = settings.get("configuration_files", [])  # transformers may read one of them in place of config.json
@@ -45,8 +52,6 @@ def read_configuration(folder: str | Path) -> PreTrainedConfig:
         other = inside(folder, name, f"{folder / CONFIG}")
         if other.is_file():
             check_settings(read_object(other), f"{other}")
-    with refused(f"{folder / CONFIG}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_settings(settings: Any, where: str) -> None:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from undo_core.io.text_files import check_is_content
 from undo_core.io.untrusted import refused
-from undo_core.models.folder import CONFIG, check_settings, read_configuration, weight_files
+from undo_core.models.folder import CONFIG, check_configuration, check_settings, read_configuration, weight_files
 
 PARAMETERS_PER_BYTE = 4  # of the weight files: no stored form has less than 2 bits for a parameter
 BUFFER_BYTES = 1 << 30  # of a checkpoint's model; transformers computes buffers from the configuration alone
@@ -213,7 +213,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
     if (Path(folder) / CONFIG).is_file():  # transformers reads it to find the tokenizer's class
-        read_configuration(folder)
+        check_configuration(Path(folder))
     with refused(f"tokenizer: got {folder}, of which transformers' AutoTokenizer makes no tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

@@ -149,10 +149,8 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
     if damaged:
         print(f"checkpoint: {damaged}; continuing from {newest.name}", flush=True)
     state = read_object(newest / "state.json")
-    found, wanted = (
-        _flat(checked_object(state.get("made_by", {}), f"{newest}: made_by")),
-        _flat(json.loads(json.dumps(made_by))),
-    )
+    found = _flat(checked_object(state.get("made_by", {}), f"{newest}: made_by"))
+    wanted = _flat(json.loads(json.dumps(made_by)))
     changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if changed:
         was, now = (", ".join(f"{name} {_shown(values.get(name))}" for name in changed) for values in (found, wanted))
@@ -195,15 +193,15 @@ def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) ->
     Raises:
         ValueError: the files are not those of this model and optimizer.
     """
-    with refused(f"checkpoint: got {checkpoint}, which is damaged or of another model", torch.OutOfMemoryError):
-        _load(checkpoint, model, updater)
-
-
-def _load(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
     if is_sharded(model):
         release(model)
         _load_shards(checkpoint, model, updater)
         return
+    with refused(f"checkpoint: got {checkpoint}, which is damaged or of another model", torch.OutOfMemoryError):
+        _load_whole(checkpoint, model, updater)
+
+
+def _load_whole(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
     if (checkpoint / "model.safetensors").exists():
         load_weights(checkpoint / "model.safetensors", model)
         updater.load(load_file(checkpoint / "optimizer.safetensors"))

@@ -103,7 +103,7 @@ def cached_retain(cache: Path, data: Path) -> float:
     Raises:
         ValueError: the cache was made with other validation sequences.
     """
-    facts = read_object(cache / MANIFEST, retain_rows=str)
+    facts = read_object(cache / MANIFEST, retain_rows=str, retain=float)
     if facts["retain_rows"] != load_split(data, "valid_retain").digest():
         raise ValueError(
             f"cache: got {cache}, made with other validation sequences than {data} has; wanted a cache made from the same data"

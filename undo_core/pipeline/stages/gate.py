@@ -68,10 +68,10 @@ class Gate(Stage):
         return Cost(disk=scene.sequences + 8 * self.config.buckets)
 
 
-def kept_sequences(folder: Path) -> torch.Tensor:
+def kept_sequences(folder: Path, sequences: int) -> torch.Tensor:
     """Returns a ``[sequences]`` bool mask over the distillation data: True for those that the gate in ``folder`` keeps."""
     with refused(f"{folder / KEPT}: not what a gate keeps"):
         kept = load_file(folder / KEPT)["kept"]
-        if kept.dtype != torch.bool or kept.ndim != 1:
-            raise ValueError(f"got kept as {kept.dtype} of shape {tuple(kept.shape)}, wanted [sequences] bool")
+        if kept.dtype != torch.bool or kept.shape != (sequences,):
+            raise ValueError(f"got kept as {kept.dtype} of shape {tuple(kept.shape)}, wanted bool of shape ({sequences},)")
         return kept
