@@ -41,8 +41,10 @@ def read_settings(path: str | Path, argument: str = "config") -> dict[str, Any]:
         raise ValueError(f"{path}: got {size:,} bytes, wanted settings of at most {SETTINGS_BYTES:,}")
     text = read_text(path)
     try:
-        check_values(text)
-        settings = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        check_values(root)
+        settings = None if root is None else loader.construct_document(root)
         written = json.dumps(settings, default=str, ensure_ascii=False)  # raises for a mapping that contains itself
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
@@ -59,16 +61,15 @@ def parse_value(text: str) -> Any:
     Raises:
         SettingsError: :func:`check_values` refuses it.
     """
-    check_values(text)
+    check_values(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # as jsonargparse chooses
     return get_loader("yaml")(text)
 
 
-def check_values(text: str) -> None:
-    """Raises a SettingsError if a YAML text names a class, or stands for more than :data:`MOST_VALUES` values.
+def check_values(root: yaml.Node | None) -> None:
+    """Raises a SettingsError if a YAML document names a class, or stands for more than :data:`MOST_VALUES` values.
 
-    Aliases let a text of a few lines stand for billions of values, which come into being when the text is copied or printed.
+    Aliases let a text of a few lines stand for billions of values, which come into being when it is copied or printed.
     """
-    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # ten times as fast, where it was compiled
     sizes: dict[int, int] = {}  # by node: how many values it stands for; a node within itself counts as one
     todo = [] if root is None else [(root, False)]
     while todo:
