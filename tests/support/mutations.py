@@ -1,5 +1,6 @@
 """A seeded mutator of valid files: of their bytes, and of the structure of JSON, YAML and safetensors headers."""
 
+import copy
 import json
 import random
 from dataclasses import dataclass
@@ -146,16 +147,16 @@ def mutated_value(chance: random.Random, value: Any, strange: list[Any]) -> Any:
         owner, key = chance.choice(places)
         kind = chance.randrange(10)
         if kind < 6:
-            owner[key] = chance.choice(strange)
+            owner[key] = copy.deepcopy(chance.choice(strange))  # a later change is made in place
         elif kind == 6 and owner is not root:
             del owner[key]
         elif kind == 7:
             other, name = chance.choice(places)
             owner[key] = json.loads(written(other[name])) if _plain(other[name]) else None
         elif kind == 8 and isinstance(owner, dict):
-            owner[_Twice(chance.choice(list(owner)))] = chance.choice(strange)
+            owner[_Twice(chance.choice(list(owner)))] = copy.deepcopy(chance.choice(strange))
         else:
-            owner[key] = [owner[key]] * chance.choice((1, 2, 50))
+            owner[key] = [owner[key]] * chance.choice((1, 2, 2 if isinstance(owner[key], (list, dict)) else 50))
     return root[0]
 
 
