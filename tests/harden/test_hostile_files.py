@@ -185,6 +185,10 @@ def test_a_name_in_a_file_leads_to_no_other_folder(tmp_path):
         load_model(named)
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(RUN))
+    for overlay in (5, [5], {"a": 1}):
+        with pytest.raises(ValueError, match="wanted a file or a list of files"):
+            expand(SweepConfig("s", str(base), str(tmp_path / "out"), runs=[{"name": "a", "overlay": overlay}]))
+    assert expand(SweepConfig("s", str(base), str(tmp_path / "out"), runs=[{"name": 5}]))[0].name == "5"
     for name in ("../../x", "/x", "..", "a/b"):
         with pytest.raises(ValueError, match="wanted the name of a folder"):
             expand(SweepConfig(name, str(base), str(tmp_path / "out"), grid={"seed": [0]}))

@@ -96,12 +96,15 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
     for run in sweep.runs or [{}]:
         own = {key: value for key, value in run.items() if key not in ("name", "overlay")}
         overlays = run.get("overlay", [])
-        files = [sweep.base, *sweep.overlays, *([overlays] if isinstance(overlays, str) else overlays)]
+        overlays = [overlays] if isinstance(overlays, str) else overlays
+        if not isinstance(overlays, list) or not all(isinstance(path, str) for path in overlays):
+            raise ValueError(f"runs: got the overlay {overlays!r}, wanted a file or a list of files")
+        files = [sweep.base, *sweep.overlays, *overlays]
         for path in files:
             read_settings(path, "base, overlays")
         for values in itertools.product(*sweep.grid.values()):
             chosen = dict(zip(sweep.grid, values, strict=True))
-            parts = [run["name"]] if run else []
+            parts = [str(run["name"])] if run else []
             parts += [f"{short[key]}={_readable(value)}" for key, value in chosen.items() if key != "seed"]
             name = ",".join(parts) or sweep.name
             if Path(name).name != name or name == "..":
