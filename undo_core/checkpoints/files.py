@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import mmap
 import os
 import re
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,11 +26,11 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from undo_core.io.untrusted import refused
 from undo_core.models import skeleton
+from undo_core.models.folder import named_weight_files, read_configuration, weight_files
+from undo_core.models.loading import sized_skeleton
 
-ADAPTER, CONFIG = "adapter_config.json", "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows changes line ends
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int32: "I32", torch.int64: "I64"}
@@ -63,63 +64,17 @@ class Group:
     sources: dict[str, str] = field(default_factory=dict)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint folder that transformers reads; others in the folder are left out.
-
-    Raises:
-        FileNotFoundError: the folder has none, or lacks one that its index names.
-        ValueError: the folder holds an adapter, which transformers would add to the weights in the files.
-    """
-    paths = named_weight_files(folder)
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"model: got {folder}, which has no {path.name}; wanted a checkpoint in safetensors")
-    return paths
-
-
-def check_checkpoint(name: str, folder: Path) -> None:
-    """Raises a FileNotFoundError that begins with ``name``, the key or argument, unless ``folder`` holds a checkpoint."""
-    if (folder / CONFIG).is_file():
-        return
-    what, wanted = f"which has no {CONFIG}", "wanted a Hugging Face checkpoint folder"
-    if not folder.exists():
-        what = "a folder that does not exist"
-        wanted += f"; a model of the Hugging Face hub must be downloaded first: hf download ORG/NAME --local-dir {folder}"
-    raise FileNotFoundError(f"{name}: got {folder}, {what}; {wanted}")
-
-
-def named_weight_files(folder: Path) -> list[Path]:
-    """Returns the paths of :func:`weight_files` without requiring that they exist.
-
-    A run can be planned from a configuration alone.
-
-    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the
-    files of the index. It does not read an index that lies beside ``model.safetensors``.
-
-    Raises:
-        ValueError: the folder holds an adapter.
-    """
-    if (folder / ADAPTER).is_file():
-        raise ValueError(
-            f"model: got {folder}, which holds an adapter ({ADAPTER}); wanted a checkpoint with the adapter merged into it"
-        )
-    name = SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
-    if (folder / CONFIG).is_file():
-        name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("transformers_weights") or name
-    if name.endswith(".index.json") and (folder / name).is_file():
-        weights = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
-        return [folder / file for file in sorted(set(weights.values()))]
-    return [folder / name]
-
-
 def read_header(path: Path) -> dict[str, Entry]:
     """Returns the tensors of a safetensors file by name, in the order of their bytes.
 
     Raises:
         SafetensorError: the file is damaged or incomplete.
     """
-    with safe_open(path, "pt"):
-        pass
+    try:
+        with refused(f"{path}", SafetensorError), safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise SafetensorError(f"{path}: {error}") from None
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -139,7 +94,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def checkpoint_skeleton(folder: Path, buffers: bool = False) -> PreTrainedModel:
     """Builds the :func:`undo_core.models.skeleton` of a checkpoint folder, tied as its files are; never runs remote code."""
-    model = skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False), buffers)
+    config = read_configuration(folder)
+    model = sized_skeleton(folder, config)
+    if buffers:
+        model = skeleton(config, buffers=True)
     settle_ties(model, {path: read_header(path) for path in weight_files(folder)})
     return model
 
@@ -151,7 +109,7 @@ def settled_configuration(folder: Path) -> PreTrainedConfig:
     or nothing, so that the second name of a head's bias (BERT) becomes a parameter too. For a folder without weights, the
     configuration is returned unchanged.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_configuration(folder)
     parts = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
     paths = named_weight_files(folder)
     there = parts and all(path.is_file() for path in paths)
@@ -239,6 +197,9 @@ def _groups(model: PreTrainedModel, files: Mapping[Path, Mapping[str, Entry]]) -
         group = found.setdefault(target, Group())
         if pattern is None:
             group.parameters = [target]
+            shape, wanted = files[where[name]][name].shape, tuple(state[target].shape)
+            if shape != wanted:
+                raise ValueError(f"model: got {name} of shape {shape}, wanted {wanted} as the configuration says")
         elif group.converter is None:
             group.converter = copy.deepcopy(by_pattern[pattern])
             patterns = group.converter.target_patterns
@@ -256,7 +217,8 @@ def to_memory(model: PreTrainedModel, group: Group, tensors: Mapping[str, torch.
     converter = copy.deepcopy(group.converter)
     for name, tensor in tensors.items():
         converter.add_tensor(group.parameters[0], name, group.sources[name], tensor)
-    made = converter.convert(group.parameters[0], model=model, config=model.config)
+    with refused(f"model: got {', '.join(sorted(group.files)[:3])}, of which transformers makes no {group.parameters[0]}"):
+        made = converter.convert(group.parameters[0], model=model, config=model.config)
     return {name: (value[0] if isinstance(value, list) else value).contiguous() for name, value in made.items()}
 
 
@@ -330,15 +292,23 @@ class MappedFile:
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.entries = read_header(path)
+        self.path, self.entries = path, read_header(path)
         with open(path, "rb" if read_only else "r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if read_only else mmap.ACCESS_WRITE)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Returns a tensor that shares the mapped memory; ``dtype`` must be given for a tensor that is not floating-point."""
-        entry = self.entries[name]
+        """Returns a tensor that shares the mapped memory; ``dtype`` must be given for a tensor that is not floating-point.
+
+        Raises:
+            ValueError: the file has no such tensor, or one of another dtype.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ValueError(f"{self.path}: got no tensor {name}, wanted one")
         dtype = dtype or entry.dtype
-        count = (entry.end - entry.start) // dtype.itemsize
+        count = math.prod(entry.shape)
+        if dtype is None or count * dtype.itemsize != entry.end - entry.start:
+            raise ValueError(f"{self.path}: got {name} of another dtype, wanted {dtype or 'a floating-point one'}")
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)

@@ -9,17 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from undo_core.checkpoints.files import (
-    INDEX,
-    SINGLE,
-    MappedFile,
-    groups,
-    read_header,
-    to_disk,
-    to_memory,
-    weight_files,
-)
+from undo_core.checkpoints.files import MappedFile, groups, read_header, to_disk, to_memory
 from undo_core.io.progress import StageProgress
+from undo_core.models.folder import INDEX, SINGLE, weight_files
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt", ".onnx")
 NOT_COPIED = ("manifest.json", "log.jsonl")  # they describe how the source was made, not the copy

@@ -21,10 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from undo_core import distributed
 from undo_core.cli import attack, hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import read_settings
+from undo_core.pipeline.config_files import PARSER_MODE, read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
+# What becomes one line: wrong arguments, settings and files (exit code 2), and a stage or a disk that failed (exit code 1).
+REFUSED = (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError)
+FAILED = (DivergedError, OSError, SafetensorError)
 TOGETHER = ("run", "unlearn", "distill", "relearn", "attack", "evaluate")  # the commands that all ranks of a torchrun work on
 COMMANDS: dict[str, Callable[..., int]] = {
     function.__name__: function
@@ -106,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
-    except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+    except REFUSED as error:
         return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
-    except (DivergedError, OSError, SafetensorError) as error:
+    except FAILED as error:
         return _failed(f"undo: failed: {_one_line(error)}", 1)
     except BrokenProcessPool:
         return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
@@ -146,6 +149,7 @@ def _parser(only: str | None = None) -> ArgumentParser:
         description="UNDO: robust unlearning for language models.",
         exit_on_error=False,
         formatter_class=hints.HelpFormatter,
+        parser_mode=PARSER_MODE,
     )
     subcommands = parser.add_subcommands(required=False)
     helps = {"run": _RUN, "plan": _PLAN, "sweep": _SWEEP} | {name: f.__doc__ or "" for name, f in COMMANDS.items()}
@@ -153,7 +157,7 @@ def _parser(only: str | None = None) -> ArgumentParser:
         sub = (
             _subparser(name)
             if only in (None, name)
-            else ArgumentParser(exit_on_error=False, formatter_class=hints.HelpFormatter)
+            else ArgumentParser(exit_on_error=False, formatter_class=hints.HelpFormatter, parser_mode=PARSER_MODE)
         )
         subcommands.add_subcommand(name, sub, help=text.splitlines()[0])
     return parser
@@ -167,6 +171,7 @@ def _subparser(name: str) -> ArgumentParser:
             description=text,
             exit_on_error=False,
             formatter_class=hints.HelpFormatter,
+            parser_mode=PARSER_MODE,
             usage=f"undo {name} CONFIG [--key=value ...]",
         )
         sub.add_argument("--config", action="config", help="YAML file; further files override the first")
@@ -181,6 +186,7 @@ def _subparser(name: str) -> ArgumentParser:
             description=_SWEEP,
             exit_on_error=False,
             formatter_class=hints.HelpFormatter,
+            parser_mode=PARSER_MODE,
             usage="undo sweep FILE [--dry-run] [--engine ray] [--key=value ...]",
         )
         sub.add_argument("--config", action="config", help="YAML file of the sweep")
@@ -192,7 +198,12 @@ def _subparser(name: str) -> ArgumentParser:
         sub.add_class_arguments(SweepConfig)
     else:
         function = COMMANDS[name]
-        sub = ArgumentParser(description=_description(function), exit_on_error=False, formatter_class=hints.HelpFormatter)
+        sub = ArgumentParser(
+            description=_description(function),
+            exit_on_error=False,
+            formatter_class=hints.HelpFormatter,
+            parser_mode=PARSER_MODE,
+        )
         settings = _settings_class(function)
         if function is attack.attack:
             sub.add_argument("--config", action="config", help="YAML file of settings; flags override it")
@@ -267,7 +278,9 @@ def _settings_class(function: Callable[..., int]) -> type | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message in one line that a terminal shows as it is: what a file names cannot move the cursor or change a colour."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in line)
 
 
 if __name__ == "__main__":

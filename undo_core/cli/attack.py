@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.io.progress import console
+from undo_core.models.folder import check_checkpoint
 from undo_core.pipeline.attack_config import AttackRunConfig
 
 
@@ -44,7 +44,7 @@ def attack(checkpoints: list[str], config: AttackRunConfig, command: str = "", d
     if dry_run:
         from undo_core.planning.table import stages_table
 
-        out = console if console.is_terminal else Console(width=110, highlight=False)
+        out = console if console.is_terminal else Console(width=110, highlight=False, markup=False)
         for defence in defences_of(checkpoints, config):
             lines = [(defence.prepared.title, [defence.prepared])]
             lines += [line for attacked in defence.attacks.values() for line in attacked.lines()]

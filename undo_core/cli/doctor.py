@@ -34,7 +34,7 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "nu
 
 def run_doctor() -> int:
     """Prints the findings, with a line for each problem; returns 0 if the pipeline can run on this machine, else 1."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     problems: list[str] = []
     console.print(_facts())
     table = Table(box=None, pad_edge=False)

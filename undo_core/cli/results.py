@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from undo_core import distributed
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.cli.folders import check_prepared
 from undo_core.data.questions import DESCRIPTION
 from undo_core.io.progress import console
+from undo_core.io.untrusted import refused
+from undo_core.models.folder import check_checkpoint
 
 
 def evaluate(
@@ -75,29 +76,39 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
         output: folder to make; None for the folder ``report`` inside PATHS, if that is a single folder.
         title: title of the pages.
     """
-    from undo_core.report import terminal_table, write_report
-    from undo_core.report.compare import comparison_table, load, write_comparison
-    from undo_core.report.defences import DEFENCE, merged
+    from undo_core.report.compare import load
+    from undo_core.report.metrics import check_result
 
     loaded = load([Path(path) for path in paths])
+    for folder, values in loaded:
+        check_result(values, f"results: {folder}")
     if output is None:
         if len(paths) > 1 or not Path(paths[0]).is_dir():
             raise ValueError(
                 f"output: got none with {', '.join(paths)}, wanted an output folder, because the paths are not a single folder"
             )
         output = str(Path(paths[0]) / "report")
+    with refused(f"results: got {', '.join(paths)}, of which no report can be made", ValueError):
+        _report(loaded, Path(output), title)
+    return 0
+
+
+def _report(loaded: list[tuple[str, dict[str, Any]]], output: Path, title: str) -> None:
+    from undo_core.report import terminal_table, write_report
+    from undo_core.report.compare import comparison_table, write_comparison
+    from undo_core.report.defences import DEFENCE, merged
+
     if any(entry["kind"] == DEFENCE for _, values in loaded for entry in values["models"]):
         results = merged([values for _, values in loaded])
-        page = write_report(results, Path(output), title)
+        page = write_report(results, output, title)
         console.print(terminal_table(results))
         console.print(str(page))
-        return 0
+        return
     if len({folder for folder, _ in loaded}) == 1:
         results = [values for _, values in loaded]
-        page = write_report(results, Path(output), title)
+        page = write_report(results, output, title)
         console.print(terminal_table(results))
         console.print(str(page))
-    page = write_comparison(loaded, Path(output), title)
+    page = write_comparison(loaded, output, title)
     console.print(comparison_table(loaded))
     console.print(str(page))
-    return 0

@@ -29,7 +29,7 @@ def sweep(config: SweepConfig, command: str, dry_run: bool) -> int:
     from undo_core.pipeline.sweep import run_sweep, sweep_table
 
     if dry_run:
-        out = console if console.is_terminal else Console(width=120, highlight=False)
+        out = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
         out.print(sweep_table(config))
         return 0
     failures = run_sweep(config, command)
@@ -54,7 +54,7 @@ def plan(config: RunConfig, memory: str | None = None, ranks: int = 1) -> int:
         raise ValueError(
             f"ranks: got {ranks} with memory {memory}, wanted one of the two: settings are searched for one process"
         )
-    out = console if console.is_terminal else Console(width=100 if ranks == 1 else 110, highlight=False)
+    out = console if console.is_terminal else Console(width=100 if ranks == 1 else 110, highlight=False, markup=False)
     out.print(plan_table(config, ranks))
     if limit is None:
         return 0

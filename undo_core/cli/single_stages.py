@@ -11,13 +11,13 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 from undo_core import distributed
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
-from undo_core.checkpoints.files import check_checkpoint
 from undo_core.cli.folders import build, check_prepared, print_left, print_noise
-from undo_core.distillation.cache import FACTS
+from undo_core.distillation.cache import FACTS, read_facts
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
-from undo_core.io.files import read_json, write_json
+from undo_core.io.files import write_json
 from undo_core.io.progress import console
+from undo_core.models.folder import check_checkpoint
 from undo_core.noise.checkpoint import describe_replay, replay_checkpoint
 from undo_core.noise.damage import Operator, check_arguments, selection
 from undo_core.noise.parameters import Parts
@@ -249,7 +249,7 @@ def distill(
             raise ValueError("streamed: got true with cache, wanted only one of the two")
         if not (Path(cache) / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
-        made = read_json(Path(cache) / FACTS)["identity"]
+        _, made = read_facts(Path(cache))
         config = TeacherConfig(**{name: made[name] for name in ("kind", "dtype", "k", "vocab_size") if name in made})
         # Its facts, which hold the hashes of its inputs, are enough for the key; the cache itself can be large.
         source = Folder(Path(cache), (FACTS,))

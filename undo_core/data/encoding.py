@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from undo_core.io.untrusted import refused
+
 
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: bool = False) -> list[list[int]]:
     """Returns the token ids of ``texts``, without the special tokens that the tokenizer puts around a text.
@@ -25,8 +27,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: 
         return []
     texts = list(texts)
     try:
-        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse)["input_ids"]
-    except Exception as error:  # the Rust tokenizers raise nothing narrower
+        with refused("text: got one that the tokenizer cannot encode"):  # Rust's errors are of no narrower kind
+            found = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse)["input_ids"]
+    except ValueError as error:
         if "Missing [UNK] token" not in str(error):
             raise
         if len(texts) > 1:

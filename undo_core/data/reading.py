@@ -14,6 +14,7 @@ from typing import Any
 from undo_core.io.text_files import check_is_content, checked_text, text_lines
 
 HUB = "hf://"
+BATCH_ROWS = 1024  # rows of a Parquet file that are read at a time
 ENDINGS = {"text": (".txt", ".jsonl", ".parquet"), "records": (".jsonl", ".parquet")}
 
 
@@ -120,10 +121,17 @@ def _parquet_records(path: Path, column: str | None) -> Iterator[tuple[str, Any]
     check_is_content(path)
     number = 0  # rows read so far
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        schema = pyarrow.parquet.read_schema(path)
         if column is not None:
-            _check_column(path, file.schema_arrow, column)
-        for batch in file.iter_batches(columns=None if column is None else [column]):
+            _check_column(path, schema, column)
+        # A column that repeats one long text stays as small in memory as in the file: it is read as a dictionary, in small batches.
+        texts = [
+            name
+            for name in schema.names
+            if column in (None, name) and schema.field(name).type in (pyarrow.string(), pyarrow.large_string())
+        ]
+        file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
+        for batch in file.iter_batches(BATCH_ROWS, columns=None if column is None else [column]):
             for at in range(batch.num_rows):
                 number += 1
                 values = {name: values[at].as_py() for name, values in zip(batch.schema.names, batch.columns, strict=True)}

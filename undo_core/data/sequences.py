@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from undo_core.io.untrusted import checked_object, refused
+
 _ALL = slice(None)
 _DTYPES = {  # the tensors of a file of sequences, and the dtypes in which they are saved
     "input_ids": torch.int32,
@@ -182,22 +184,31 @@ class Sequences:
         """Reads sequences that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds no sequences, or an older version wrote it, without the lengths of the sequences.
+            ValueError: the file is damaged or holds no sequences, or an older version wrote it, without the lengths of the
+                sequences.
         """
-        with safe_open(path, "pt") as file:
+        with refused(f"{path}"), safe_open(path, "pt") as file:
             keys, metadata = set(file.keys()), file.metadata() or {}
             if "input_ids" not in keys or "rows" not in metadata:
-                raise ValueError(
-                    f"{path}: not a file of token sequences (wanted a tensor 'input_ids' and a metadata entry 'rows')"
-                )
+                raise ValueError("not a file of token sequences (wanted a tensor 'input_ids' and a metadata entry 'rows')")
             if "lengths" not in keys:
                 raise ValueError(
-                    f"{path}: got token sequences without 'lengths', written by an older version; wanted sequences of this "
+                    "got token sequences without 'lengths', written by an older version; wanted sequences of this "
                     "version; prepare the data again"
                 )
-            facts = json.loads(metadata["rows"])
+            facts = checked_object(json.loads(metadata["rows"]), "rows", pad_id=int, group_names=list)
             tensors = {name: file.get_tensor(name) for name in _DTYPES if name in keys}
-            return cls(pad_id=facts["pad_id"], group_names=tuple(facts["group_names"]), **tensors)
+            for name, tensor in tensors.items():
+                if tensor.dtype != _DTYPES[name]:
+                    raise ValueError(f"got {name} in {tensor.dtype}, wanted {_DTYPES[name]}")
+            names, group = tuple(facts["group_names"]), tensors.get("group")
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError(f"got the group names {names}, wanted texts")
+            if group is not None and (
+                group.shape != tensors["input_ids"].shape[:1] or not ((group >= 0) & (group < len(names))).all()
+            ):
+                raise ValueError(f"got a group that is none of {', '.join(names)}, wanted an index of one for each sequence")
+            return cls(pad_id=facts["pad_id"], group_names=names, **tensors)
 
 
 def _derived_lengths(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:

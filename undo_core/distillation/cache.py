@@ -36,14 +36,16 @@ from undo_core.distillation.cache_identity import (
 from undo_core.distillation.cache_writer import PROGRESS, CacheWriter, DiskFull, describe_error, errors_of
 from undo_core.distillation.streaming import WeightReader, load_head, weights_digest
 from undo_core.distillation.teacher import TeacherConfig
-from undo_core.io.files import read_json, write_json
+from undo_core.io.files import write_json
 from undo_core.io.progress import console
+from undo_core.io.untrusted import checked_object, inside, read_object
 from undo_core.models import Head, check_vocab_size, head_of
 from undo_core.models.adapters import bare
 from undo_core.training import Batch
 from undo_core.training.losses import HiddenTargets, TopTargets
 
 FACTS = "cache.json"
+DTYPES = ("float32", "bfloat16")  # of stored hidden states
 SHARD_BYTES = 2 * 10**9
 
 
@@ -112,9 +114,25 @@ def cache_teacher(
                 console.print(f"{title}: {describe_error(name, error)}")
         write_json(folder / FACTS, facts)
         (folder / PROGRESS).unlink()
-    found = read_json(folder / FACTS)["identity"]
+    _, found = read_facts(folder)
     require_same(found, identity, f"folder: got {folder}, a cache", "wanted a new folder")
     return CachedTeacher(folder, head if config.kind == "cached" else None)
+
+
+def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the contents of a cache's ``cache.json``, and of them the identity; a ValueError if it is damaged."""
+    where = f"{folder / FACTS}"
+    facts = read_object(folder / FACTS, identity=dict, shards=list)
+    identity = checked_object(facts["identity"], where, kind=str, vocabulary=int, hidden_size=int)
+    if identity["kind"] == "topk":
+        checked_object(identity, where, k=int)
+    elif identity["kind"] != "cached" or identity.get("dtype") not in DTYPES:
+        raise ValueError(
+            f"{where}: got {identity['kind']} in {identity.get('dtype')}, wanted topk, or cached in {', '.join(DTYPES)}"
+        )
+    if not facts["shards"]:
+        raise ValueError(f"{where}: got no shards, wanted at least one")
+    return facts, identity
 
 
 class CachedTeacher:
@@ -129,16 +147,28 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: Path, head: Head | None) -> None:
-        self.facts = read_json(folder / FACTS)
-        identity = self.facts["identity"]
+        self.facts, identity = read_facts(folder)
         self.vocabulary, self.kind, self.head = identity["vocabulary"], identity["kind"], head
         self.vocab_size: int | None = identity.get("vocab_size")
         self._columns, self._sequences = columns_of(identity), None
-        self._shards = [MappedFile(folder / name, read_only=True) for name in self.facts["shards"]]
-        counts = [shard.tensor("offsets", torch.int64).clone() for shard in self._shards]
+        paths = [inside(folder, name, f"{folder / FACTS}") for name in self.facts["shards"]]
+        self._shards = [MappedFile(path, read_only=True) for path in paths]
+        counts = [self._checked(shard) for shard in self._shards]
         self._first = torch.tensor([0, *(int(c[-1]) for c in counts)]).cumsum(0)  # index of the first position of each shard
         starts = [offsets[:-1] + first for offsets, first in zip(counts, self._first.tolist(), strict=False)]
         self._offsets = torch.cat([*starts, self._first[-1:]])
+
+    def _checked(self, shard: MappedFile) -> torch.Tensor:
+        """Returns the offsets of a shard; raises a ValueError unless its columns have a row for each position."""
+        offsets = shard.tensor("offsets", torch.int64).clone()
+        rising = offsets.ndim == 1 and len(offsets) > 0 and offsets[0] == 0 and bool((offsets.diff() >= 0).all())
+        for name, (dtype, width) in self._columns.items():
+            rows = int(offsets[-1]) if rising else -1
+            if shard.tensor(name, dtype).shape not in ((rows, width), (rows,) if width == 1 else None):
+                raise ValueError(
+                    f"{shard.path}: got {name} whose rows are not the positions of the offsets; the cache is damaged"
+                )
+        return offsets
 
     @classmethod
     def open(
@@ -159,7 +189,7 @@ class CachedTeacher:
         folder = Path(folder)
         if not (folder / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {folder}, which has no {FACTS}; wanted a complete cache")
-        identity = read_json(folder / FACTS)["identity"]
+        _, identity = read_facts(folder)
         if config is not None:
             expected = form_of(config) | ({} if config.batch_size is None else batch_of(config))
             require_same(identity, expected, f"cache: got {folder}, made", "wanted one made as the settings say")

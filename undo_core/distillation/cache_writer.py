@@ -18,8 +18,9 @@ from undo_core.checkpoints.files import TensorWriter
 from undo_core.data.sequences import Sequences
 from undo_core.distillation.cache_identity import columns_of, require_same
 from undo_core.distillation.teacher import TeacherConfig
-from undo_core.io.files import read_json, sync_folder, write_json
+from undo_core.io.files import sync_folder, write_json
 from undo_core.io.progress import StageProgress
+from undo_core.io.untrusted import read_object
 from undo_core.models import Head, hidden_states
 
 PROGRESS = "progress.json"
@@ -88,11 +89,11 @@ class CacheWriter:
         record = self.folder / PROGRESS
         done = 0
         if record.exists():
-            found = read_json(record)
+            found = read_object(record, identity=dict, bounds=list, rows=int)
             require_same(
                 found["identity"], self.identity, f"folder: got {self.folder}, an unfinished cache", "wanted a new folder"
             )
-            if found["bounds"] == self.bounds:
+            if found["bounds"] == self.bounds and 0 <= found["rows"] <= len(self.sequences):
                 done = found["rows"]
             else:  # shards of another size cannot be continued
                 for path in self.folder.iterdir():

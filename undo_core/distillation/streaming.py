@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from undo_core.checkpoints.files import Group, MappedFile, checkpoint_skeleton, groups, read_header, to_memory, weight_files
+from undo_core.checkpoints.files import Group, MappedFile, checkpoint_skeleton, groups, read_header, to_memory
 from undo_core.models import Head, head_of
+from undo_core.models.folder import weight_files
 from undo_core.training.identity import digest_of, weights_digest
 
 __all__ = ["WeightReader", "load_head", "stream_model", "weights_digest"]

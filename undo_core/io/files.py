@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+JSON_BYTES = 1 << 28  # a larger JSON file is refused: in memory it takes about ten times its size
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``, atomically."""
@@ -36,8 +38,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the JSON value in ``path``."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Returns the JSON value in ``path``.
+
+    Raises:
+        ValueError: the file is larger than :data:`JSON_BYTES`, is not UTF-8 or not JSON, or is nested too deeply.
+    """
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{path}: got {size:,} bytes, wanted JSON of at most {JSON_BYTES:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, or torn ({error})") from None
 
 
 def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:

@@ -38,6 +38,7 @@ from pathlib import Path
 LEASE = 120.0  # seconds without renewal after which a claim is void; NFS clients cache a file's time for up to 60 s
 RENEWAL = 15.0  # seconds between renewals
 FREE = "free"
+CLAIM_CHARACTERS = 1 << 16  # more are never read of a claim, which has a few hundred
 
 
 class LockLostError(OSError):
@@ -257,21 +258,29 @@ def _claims(path: Path) -> list[Claim]:
 def _read(file: Path) -> tuple[str, int] | None:
     """Text and time of a claim; None if it does not exist."""
     try:
-        with open(file) as claim:  # unlike exists(), opening it asks the file server
-            return claim.read(), os.fstat(claim.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
+        with open(file, encoding="utf-8", errors="replace") as claim:  # unlike exists(), opening it asks the file server
+            return claim.read(CLAIM_CHARACTERS), os.fstat(claim.fileno()).st_mtime_ns
     except OSError as error:
-        if error.errno != errno.ESTALE:  # so says NFS of a file that another machine deletes after it was opened here
+        if os.path.islink(file):  # a link that leads nowhere: it takes its number, and nobody owns it
+            return "", 0
+        if error.errno not in (
+            errno.ENOENT,
+            errno.ESTALE,
+        ):  # so says NFS of a file that another machine deletes after it was opened here
             raise
         return None
 
 
 def _owner(text: str) -> Owner | None:
+    """The owner that a claim names; None if the claim is not yet written as a whole, or is not one of ours."""
     try:
-        return Owner(**json.loads(text))
-    except (ValueError, TypeError):  # not yet written as a whole
+        owner = Owner(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
+    kinds = {"pid": int, "follows": bool}
+    if any(type(value) is not kinds.get(name, str) for name, value in vars(owner).items()) or not 0 < owner.pid < 1 << 31:
+        return None
+    return owner
 
 
 def _start(pid: int) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from undo_core.io.memory_use import resident_bytes
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)  # names and messages are text, whatever brackets they hold
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Board:
     def _draw(self, update: Update) -> None:
         if self._progress is None:
             columns = (
-                TextColumn("{task.description:<20}"),
+                TextColumn("{task.description:<20}", markup=False),
                 BarColumn(20),
                 TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -30,6 +31,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from undo_core.io.text_files import check_is_content
+from undo_core.io.untrusted import refused
+from undo_core.models.folder import CONFIG, check_configuration, check_settings, read_configuration, weight_files
+
+PARAMETERS_PER_BYTE = 4  # of the weight files: no stored form has less than 2 bits for a parameter
+BUFFER_BYTES = 1 << 30  # of a checkpoint's model; transformers computes buffers from the configuration alone
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -59,13 +65,16 @@ def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
     """Returns the Hugging Face configuration that ``settings`` (keyword arguments, ``model_type`` among them) describe.
 
     Raises:
-        ValueError: ``model_type`` is missing or unknown, or a setting looks misspelt.
+        ValueError: ``model_type`` is missing or unknown, a setting looks misspelt, or
+            :func:`undo_core.models.folder.check_settings` refuses one.
     """
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise ValueError("model.config: got no model_type, wanted one such as gemma2 or llama")
-    config = AutoConfig.for_model(model_type, **settings)
+    check_settings(settings, "model.config")
+    with refused("model.config"):
+        config = AutoConfig.for_model(model_type, **settings)
     known = {*inspect.signature(type(config).__init__).parameters, *config.attribute_map}
     for name in settings.keys() - known:  # transformers silently keeps a misspelt setting and uses the default of the right one
         if near := difflib.get_close_matches(name, known, 1, cutoff=0.85):
@@ -76,7 +85,7 @@ def architecture(settings: dict[str, Any]) -> PreTrainedConfig:
 def configuration(settings: Mapping[str, Any]) -> PreTrainedConfig:
     """Returns a model's configuration: that of the folder ``path``, else the one that the arguments ``config`` describe."""
     path = settings["path"]
-    return AutoConfig.from_pretrained(path, trust_remote_code=False) if path else architecture(settings["config"])
+    return read_configuration(path) if path else architecture(settings["config"])
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -149,10 +158,32 @@ def skeleton(config: PreTrainedConfig, buffers: bool = False) -> PreTrainedModel
 @contextlib.contextmanager
 def _made(what: str) -> Iterator[None]:
     """Turns an error of transformers' automatic class into a ValueError that names the model ``what``."""
-    try:
+    with refused(
+        f"model: got {what}, of which transformers' AutoModelForCausalLM makes no model",
+        torch.OutOfMemoryError,
+        SafetensorError,
+    ):
         yield
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"model: got {what}, of which transformers' AutoModelForCausalLM makes no model: {error}") from error
+
+
+def sized_skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """Returns the :func:`skeleton` of a checkpoint folder, whose size is in proportion to its weight files.
+
+    Raises:
+        ValueError: the model has more than :data:`PARAMETERS_PER_BYTE` parameters for each byte of the files, or buffers of more
+            than :data:`BUFFER_BYTES`.
+    """
+    stored = sum(path.stat().st_size for path in weight_files(folder))
+    model = skeleton(config)
+    parameters, buffers = sum(p.numel() for p in model.parameters()), sum(b.nbytes for b in model.buffers())
+    if parameters > PARAMETERS_PER_BYTE * stored:
+        raise ValueError(
+            f"model: got {folder}, whose configuration has {parameters:,} parameters and whose files have {stored:,} bytes; "
+            f"wanted at most {PARAMETERS_PER_BYTE} parameters a byte"
+        )
+    if buffers > BUFFER_BYTES:
+        raise ValueError(f"model: got {folder}, whose model has {buffers:,} bytes of buffers, wanted at most {BUFFER_BYTES:,}")
+    return model
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -160,7 +191,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
 
     Folders are stored in the dtype that their stage trained in; :func:`undo_core.training.train` converts the model to its own.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_configuration(folder)
+    sized_skeleton(Path(folder), config)
     with _made(f"{folder}, a {config.model_type}"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -180,7 +212,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a checkpoint folder; it needs no padding token, since sequences record where their text ends."""
     for path in sorted(Path(folder).glob("*.json")):
         check_is_content(path)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if (Path(folder) / CONFIG).is_file():  # transformers reads it to find the tokenizer's class
+        check_configuration(Path(folder))
+    with refused(f"tokenizer: got {folder}, of which transformers' AutoTokenizer makes no tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_vocab_size(vocab_size: int | None, **sizes: int) -> None:

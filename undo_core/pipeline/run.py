@@ -12,6 +12,7 @@ from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
+from undo_core.io.untrusted import read_object
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
@@ -197,7 +198,7 @@ def evaluation(store: Store, stage: Stage, prepared: Stage) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_json(path, evaluate_folder(store.folder(stage), store.folder(prepared)))
-    return read_json(path)
+    return read_object(path)
 
 
 def evaluations(store: Store, graph: Graph) -> list[tuple[Stage, Stage]]:

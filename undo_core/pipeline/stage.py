@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from undo_core.checkpoints.files import CONFIG, stored_dtype, weight_files
+from undo_core.checkpoints.files import stored_dtype
 from undo_core.io.files import hash_file, hash_json
+from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
 if TYPE_CHECKING:  # meta imports the whole training code

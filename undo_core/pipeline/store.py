@@ -16,10 +16,11 @@ import torch
 import transformers
 
 from undo_core import distributed
-from undo_core.checkpoints.files import CONFIG, weight_files
 from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
+from undo_core.io.untrusted import read_object
+from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 
@@ -40,7 +41,7 @@ class Store:
 
     def manifest(self, stage: Stage | Folder) -> dict[str, Any]:
         """The manifest of a complete stage."""
-        return read_json(self.folder(stage) / MANIFEST)
+        return read_object(self.folder(stage) / MANIFEST)
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries of the manifest that identify the stage."""
@@ -156,7 +157,7 @@ class OneFolder(Store):
         if isinstance(stage, Folder) or not self.root.exists():
             return isinstance(stage, Folder)
         description, manifest = self.description(stage), self.root / MANIFEST
-        if manifest.exists() and {key: read_json(manifest).get(key) for key in description} == description:
+        if manifest.exists() and {key: read_object(manifest).get(key) for key in description} == description:
             return True
         raise FileExistsError(
             f"output: got {self.root}, which exists and was made from other inputs or settings; wanted a new folder"
@@ -172,7 +173,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     """Name and hashes of the weight files of an input folder."""
     manifest = folder / MANIFEST
     if manifest.exists():
-        outputs = read_json(manifest)["outputs"]
+        outputs = read_object(manifest, outputs=dict)["outputs"]
     else:
         weights = weight_files(folder) if (folder / CONFIG).is_file() else []
         outputs = {path.name: hash_file(path) for path in weights}

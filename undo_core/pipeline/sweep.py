@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
@@ -146,7 +146,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     ]
     for reason, left_out in refused.items():
         named = ", ".join(dict.fromkeys(config.name for config in left_out))
-        notes.append(f"[yellow]{len(left_out)} run(s) cannot begin ({named}):[/] {escape(reason)}")
+        notes.append(Text(f"{len(left_out)} run(s) cannot begin ({named}): {reason}", style="yellow"))
     return Group(table, kinds, "", *notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -14,8 +15,9 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import read_settings
+from undo_core.pipeline.config_files import PARSER_MODE, read_settings
 
+_KEY = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 
 
@@ -85,24 +87,37 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
         FileNotFoundError: a file that the sweep names is missing.
         ValueError: a setting of a run is invalid, or two runs would share both name and seed.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=PARSER_MODE)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig)
+    known = {entry.name for entry in dataclasses.fields(RunConfig)}
     configs: list[RunConfig] = []
     short = _short(key for key in sweep.grid if key != "seed")
     for run in sweep.runs or [{}]:
         own = {key: value for key, value in run.items() if key not in ("name", "overlay")}
         overlays = run.get("overlay", [])
-        files = [sweep.base, *sweep.overlays, *([overlays] if isinstance(overlays, str) else overlays)]
+        overlays = [overlays] if isinstance(overlays, str) else overlays
+        if not isinstance(overlays, list) or not all(isinstance(path, str) for path in overlays):
+            raise ValueError(f"runs: got the overlay {overlays!r}, wanted a file or a list of files")
+        files = [sweep.base, *sweep.overlays, *overlays]
         for path in files:
             read_settings(path, "base, overlays")
         for values in itertools.product(*sweep.grid.values()):
             chosen = dict(zip(sweep.grid, values, strict=True))
-            parts = [run["name"]] if run else []
+            parts = [str(run["name"])] if run else []
             parts += [f"{short[key]}={_readable(value)}" for key, value in chosen.items() if key != "seed"]
             name = ",".join(parts) or sweep.name
+            if Path(name).name != name or name == "..":
+                raise ValueError(
+                    f"name, grid, runs: got the name {name!r} of a run, wanted the name of a folder in {sweep.output}/runs"
+                )
             fixed = {"name": name, "output": str(Path(sweep.output) / "runs" / name)}
             settings = {**sweep.overrides, **own, **chosen, **fixed}
+            for key in settings:
+                if not isinstance(key, str) or not _KEY.fullmatch(key) or "class_path" in key.split("."):
+                    raise ValueError(f"run {name}: got the key {key!r}, wanted a dotted key of a run's settings")
+                if key.split(".")[0] not in known:  # not --help, nor another flag of the parser
+                    raise ValueError(f"run {name}: unrecognized arguments: --{key}")
             arguments = [f"--config={path}" for path in files] + [f"--{k}={_argument(v)}" for k, v in settings.items()]
             try:
                 read = vars(parser.instantiate(parser.parse_args(arguments)))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
@@ -164,7 +164,7 @@ _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, collapse_padding=True)
+    table = Table(title=Text(title, "table.title"), title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for name in names:
         table.add_column(name, justify="left" if name in ("stage", "folder", "during") else "right", no_wrap=True)
     return table

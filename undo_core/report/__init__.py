@@ -14,7 +14,7 @@ from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
-from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, results_table, terminal
+from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, plain, results_table, terminal
 
 
 def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Path:
@@ -59,16 +59,16 @@ def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
 
 
 def _tables(report: Report) -> str:
-    orders = [f"- {order_sentence(order, report)}" for order in report.orders if order.holds is not None]
+    orders = [f"- {plain(order_sentence(order, report))}" for order in report.orders if order.holds is not None]
     parts = [
-        f"# {report.title}",
-        words.opening(report),
+        f"# {plain(report.title)}",
+        plain(words.opening(report)),
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]
     said = claims(report)
     if said:
-        parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+        parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {plain(sentence)}" for sentence in said))
     attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:
         parts += ["## By attack", markdown(attacks).rstrip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
     Raises:
         FileNotFoundError: a path has no results.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     for path in paths:
         found = (
             [path]
@@ -38,7 +39,7 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
             raise FileNotFoundError(
                 f"results: got {path}, which has no results-seedN.json; wanted what undo run or undo sweep wrote"
             )
-        files.update({file.resolve(): file for file in found})
+        files.update({os.path.realpath(file): file for file in found})
     return [(str(file.parent), read_json(file)) for file in files.values()]
 
 

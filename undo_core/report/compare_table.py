@@ -20,9 +20,11 @@ from undo_core.report.table import (
     Cell,
     Notes,
     Table,
+    csv_cell,
     markdown,
     model_marks,
     performance,
+    plain,
     rate,
     ratio_cell,
     terminal_notes,
@@ -72,12 +74,12 @@ def methods_table(settings: Sequence[Setting]) -> Table:
 
 def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]) -> str:
     """Renders the table and the sentences on the published claims as Markdown."""
-    parts = [f"# {title}", markdown(table, names=2).rstrip()]
+    parts = [f"# {plain(title)}", markdown(table, names=2).rstrip()]
     if any(said.values()):
         parts.append("## Beside the published claims")
         parts.append(PUBLISHED)
         named = [(f"{label}: " if len(said) > 1 else "", text) for label, texts in said.items() for text in texts]
-        parts.append("\n".join(f"- {label}{text}" for label, text in named))
+        parts.append("\n".join(f"- {plain(label + text)}" for label, text in named))
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,7 +127,7 @@ def methods_csv(settings: Sequence[Setting]) -> str:
                 if stat:
                     points = [point.value for point in stat.points]
                     row |= {name: stat.mean, f"{name}_min": min(points), f"{name}_max": max(points)}
-            writer.writerow(row)
+            writer.writerow({name: csv_cell(value) for name, value in row.items()})
     return out.getvalue()
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from undo_core.attacks.grid import harm
-from undo_core.io.files import read_json, write_json
+from undo_core.io.files import write_json
+from undo_core.io.untrusted import checked_object, read_object, refused
 from undo_core.report.metrics import settings_of
 
 DEFENCE = "defence"
@@ -49,7 +50,13 @@ def defence_folder(output: Path, name: str, seed: int) -> Path:
 
 def known_defences(output: Path) -> list[dict[str, Any]]:
     """The results of every checkpoint and seed in the output folder, in the order of their names."""
-    return [read_json(path) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))]
+    found = [
+        (path, read_object(path, seed=int, models=list)) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))
+    ]
+    for path, values in found:
+        for entry in values["models"]:
+            checked_object(entry, f"{path}", name=str, kind=str, checkpoint=dict)
+    return [values for _, values in found]
 
 
 def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,6 +65,13 @@ def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: settings differ, or two checkpoints have one name.
     """
+    if not results:
+        raise ValueError("results: got none, wanted those of at least one checkpoint")
+    with refused("results: got some of another form, wanted what undo attack wrote"):
+        return _merged(results)
+
+
+def _merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     seeds: dict[int, dict[str, Any]] = {}
     first, content = settings_of(results[0]), dict[str, str]()
     for result in results:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from undo_core.io.untrusted import checked_object, refused
 from undo_core.report.attacks import Point, bounded, envelope
 
 FORMAT = 1
@@ -251,6 +252,11 @@ def derive(results: list[dict[str, Any]], title: str) -> Report:
         ValueError: no results, an unknown format, a repeated seed, or runs whose settings differ.
     """
     _check(results)
+    with refused("results: got some of another form, wanted what undo run or undo attack wrote"):
+        return _derived(results, title)
+
+
+def _derived(results: list[dict[str, Any]], title: str) -> Report:
     results = sorted(results, key=lambda result: result["seed"])
     metric = results[0]["metric"]
     higher, headline = metric["kind"] == "accuracy", metric["headline_step"]
@@ -421,15 +427,7 @@ def _check(results: list[dict[str, Any]]) -> None:
     if not results:
         raise ValueError("results: got none, wanted the results of one run or of several seeds")
     for result in results:
-        if result.get("format") != FORMAT:
-            raise ValueError(f"results: got format {result.get('format')!r}, wanted {FORMAT}")
-        if result["metric"]["kind"] not in ("accuracy", "loss"):
-            raise ValueError(f"results: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
-        for entry in result["models"]:
-            if entry["kind"] not in KINDS:
-                raise ValueError(f"results: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
-        if not result["models"]:
-            raise ValueError("results: got a run without models, wanted at least one")
+        check_result(result)
     seeds = [result["seed"] for result in results]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"results: got seeds {seeds}, wanted each seed once")
@@ -442,6 +440,23 @@ def _check(results: list[dict[str, Any]]) -> None:
             raise ValueError(
                 f"results: seeds {seeds[0]} and {result['seed']} differ in {named}; wanted runs that differ in their seed"
             )
+
+
+def check_result(result: Any, where: str = "results") -> None:
+    """Raises a ValueError that begins with ``where`` unless ``result`` has the outline of a run's results."""
+    checked_object(result, where)
+    if result.get("format") != FORMAT:
+        raise ValueError(f"{where}: got format {result.get('format')!r}, wanted {FORMAT}")
+    checked_object(result, where, metric=dict, models=list, seed=int)
+    checked_object(result["metric"], f"{where}: metric", kind=str, headline_step=int)
+    if result["metric"]["kind"] not in ("accuracy", "loss"):
+        raise ValueError(f"{where}: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
+    for entry in result["models"]:
+        checked_object(entry, f"{where}: models", name=str, kind=str, metrics=dict)
+        if entry["kind"] not in KINDS:
+            raise ValueError(f"{where}: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
+    if not result["models"]:
+        raise ValueError(f"{where}: got a run without models, wanted at least one")
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:

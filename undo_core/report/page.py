@@ -49,10 +49,14 @@ pre { overflow-x: auto; background: var(--tint); border: 1px solid var(--line); 
 details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
 """
 
+# What a browser may load for the page: its own style sheet and the pictures that are inlined; no script, nothing from elsewhere.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{css}</style>
 </head>
@@ -124,7 +128,7 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
 
 def document(title: str, parts: Iterable[str]) -> str:
     """Wraps the parts of a page in an HTML document."""
-    return _PAGE.format(title=escape(title), css=_CSS, body="\n".join(parts))
+    return _PAGE.format(title=escape(title), policy=POLICY, css=_CSS, body="\n".join(parts))
 
 
 def figure_html(title: str, png: bytes, caption: str) -> str:

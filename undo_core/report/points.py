@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from undo_core.report.attacks import Point, envelope
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.metrics import STUDENTS, ModelReport, Report
+from undo_core.report.table import csv_cell
 from undo_core.report.words import method_name
 
 FIGURES = ("overview", "oracle", "methods", "envelopes", "robustness", "labels")
@@ -77,7 +78,7 @@ def csv_text(points: Sequence[PlotPoint]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([field.name for field in dataclasses.fields(PlotPoint)])
-    writer.writerows(dataclasses.astuple(point) for point in points)
+    writer.writerows(map(csv_cell, dataclasses.astuple(point)) for point in points)
     return out.getvalue()
 
 

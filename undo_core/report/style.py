@@ -24,6 +24,7 @@ LINES |= {"defence": "-", "damaged": (0, (2, 1)), "gated": (0, (3, 1, 1, 1, 1, 1
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#444444",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -151,12 +150,23 @@ def group_table(report: Report) -> Table:
 
 def markdown(table: Table, names: int = 1) -> str:
     """Renders a table as GitHub Markdown with footnotes below; the first ``names`` columns are left-aligned."""
-    lines = ["| " + " | ".join(f"{name} ({unit})" if unit else name for name, unit in table.headers) + " |"]
+    lines = ["| " + " | ".join(plain(f"{name} ({unit})" if unit else name) for name, unit in table.headers) + " |"]
     lines.append("|" + "|".join(["---"] * names + ["---:"] * (len(table.headers) - names)) + "|")
     for row in table.rows:
-        cells = [f"{c.main}{f' ({c.small})' if c.small else ''}{f' {c.noted}' if c.marks else ''}" for c in row]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n" + "".join(f"\n[{mark}] {text}\n" for mark, text in table.notes.items())
+        cells = [f"{plain(c.main)}{f' ({plain(c.small)})' if c.small else ''}{f' {c.noted}' if c.marks else ''}" for c in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n[{mark}] {plain(text)}\n" for mark, text in table.notes.items())
+
+
+def plain(text: str) -> str:
+    """Returns a text as Markdown that shows it in one line: no HTML, no link, no end of a cell."""
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("<", "&lt;")
+    return text.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
+
+
+def csv_cell(value: object) -> object:
+    """Returns a value for CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def terminal(report: Report) -> Group:
@@ -173,7 +183,7 @@ def terminal(report: Report) -> Group:
     shown = [index for index, header in enumerate(table.headers) if header not in left_out]
     rates = "the worst learning rate" if len(report.rates) != 1 else f"the learning rate {rate(report.rates[0])}"
     title = f"{report.title}: {'accuracy' if report.higher else 'loss'} in {report.unit}, relearning at {rates}"
-    rich = RichTable(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    rich = RichTable(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for index in shown:
         name, unit = table.headers[index]
         head = name.replace(" steps", "").replace(" after ", "\nafter\n").replace(", ", "\n") + (

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from undo_core.io.files import write_bytes
+from undo_core.io.untrusted import checked_object, refused
 from undo_core.training.training_state import load_weights, weights
 
 ROOM = 1 << 30  # bytes of weights that are kept
@@ -58,8 +59,9 @@ class KeptEvaluations:
         The files then stay, because a run that is killed now goes on from a later checkpoint and comes back to them.
         """
         for _, path in self._files():
-            with safe_open(path, "pt") as file:
+            with refused(f"{path}: not a kept evaluation"), safe_open(path, "pt") as file:
                 saved = {name: json.loads(text) for name, text in file.metadata().items()}
+                checked_object(saved, f"{path}", metrics=dict, result=dict)
             if self.stop(saved["metrics"]):
                 load_weights(path, self.model)
                 return {**saved["result"], "stopped": True}

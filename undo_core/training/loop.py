@@ -20,7 +20,9 @@ from undo_kernels.ops.layout import check_trained
 from undo_core import distributed
 from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
+from undo_core.io.files import write_text
 from undo_core.io.progress import StageProgress
+from undo_core.io.untrusted import checked_object, refused
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, SequenceSource, Source, identity_of
 from undo_core.training.config import TrainConfig
@@ -252,8 +254,10 @@ def train(
     if found is not None:
         checkpoint, saved = found
         load_training_state(checkpoint, model, updater)
-        result = TrainResult(**saved["result"])
-        total, terms = torch.tensor(saved["loss_sum"], device=device), saved["loss_count"]
+        with refused(f"{checkpoint}: got a state.json that is not of this version"):
+            checked_object(saved["result"], "result", steps=int, tokens=dict, positions=dict, history=list)
+            result = TrainResult(**saved["result"])
+            total, terms = torch.tensor(float(saved["loss_sum"]), device=device), int(saved["loss_count"])
     logs = folder if distributed.rank() == 0 else None
     log = _Log(logs, -1 if found is None else result.steps)
     kept = None
@@ -384,6 +388,15 @@ def _is_read(device: torch.device, step: int) -> bool:
     return device.type == "cpu" or step % 10 == 0
 
 
+def _step_of(line: str) -> int:
+    """The step of a line of the log; -1 if the line is not whole."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1
+
+
 class _Log:
     """Log of a stage as JSON lines. Entries after ``step`` are dropped: a killed run wrote them after its last checkpoint."""
 
@@ -391,9 +404,9 @@ class _Log:
         self.path = None if folder is None else folder / "log.jsonl"
         if self.path is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+            kept = [line for line in lines if 0 <= _step_of(line) <= step]
+            write_text(self.path, "".join(line + "\n" for line in kept))  # a new file, also in place of a link to another one
 
     def write(self, entry: dict[str, Any]) -> None:
         if self.path is not None:

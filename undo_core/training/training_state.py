@@ -29,7 +29,8 @@ from undo_kernels.ops.sharding import local_of
 from undo_core.distributed import count, on_first, rank
 from undo_core.distributed.sharding import is_sharded, release
 from undo_core.distributed.storage import read_shards, result_of, stored_shapes, write_shards
-from undo_core.io.files import fresh, publish, read_json, write_json
+from undo_core.io.files import fresh, publish, write_json
+from undo_core.io.untrusted import checked_object, inside, read_object, refused
 from undo_core.training.optimizers import Updater
 
 FORMAT = (
@@ -147,8 +148,9 @@ def find_training_state(folder: Path, made_by: dict[str, Any]) -> tuple[Path, di
         return None
     if damaged:
         print(f"checkpoint: {damaged}; continuing from {newest.name}", flush=True)
-    state = read_json(newest / "state.json")
-    found, wanted = _flat(state.get("made_by", {})), _flat(json.loads(json.dumps(made_by)))
+    state = read_object(newest / "state.json")
+    found = _flat(checked_object(state.get("made_by", {}), f"{newest}: made_by"))
+    wanted = _flat(json.loads(json.dumps(made_by)))
     changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if changed:
         was, now = (", ".join(f"{name} {_shown(values.get(name))}" for name in changed) for values in (found, wanted))
@@ -162,18 +164,23 @@ def _fault(checkpoint: Path) -> str:
     if not (checkpoint / "state.json").exists():
         return "lacks state.json"
     try:
-        state = read_json(checkpoint / "state.json")
+        state = read_object(checkpoint / "state.json", step=int)
+        files = checked_object(state.get("files", {}), "files")
     except ValueError as error:
         return f"has a torn state.json ({error})"
     if f"step-{state.get('step')}" != checkpoint.name:  # files of the same sizes belong to every step
         return f"has the state.json of step {state.get('step')}"
-    for name, size in state.get("files", {}).items():
-        if not (checkpoint / name).exists():
-            return f"lacks {name}, written by one of {state['ranks']} ranks"
-        if (found := (checkpoint / name).stat().st_size) != size:
+    for name, size in files.items():
+        try:
+            path = inside(checkpoint, name, "state.json")
+        except ValueError as error:
+            return f"has a torn state.json ({error})"
+        if not path.is_file():
+            return f"lacks {name}, written by one of {state.get('ranks')} ranks"
+        if (found := path.stat().st_size) != size:
             return f"has {found} of the {size} bytes of {name}"
         try:
-            with safe_open(checkpoint / name, "pt"):  # reads its header
+            with safe_open(path, "pt"):  # reads its header
                 pass
         except SafetensorError as error:
             return f"has a torn {name} ({error})"
@@ -181,11 +188,20 @@ def _fault(checkpoint: Path) -> str:
 
 
 def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
-    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``; every rank calls it."""
+    """Loads a checkpoint's model and optimizer state into ``model`` and ``updater``; every rank calls it.
+
+    Raises:
+        ValueError: the files are not those of this model and optimizer.
+    """
     if is_sharded(model):
         release(model)
         _load_shards(checkpoint, model, updater)
         return
+    with refused(f"checkpoint: got {checkpoint}, which is damaged or of another model", torch.OutOfMemoryError):
+        _load_whole(checkpoint, model, updater)
+
+
+def _load_whole(checkpoint: Path, model: nn.Module, updater: Updater) -> None:
     if (checkpoint / "model.safetensors").exists():
         load_weights(checkpoint / "model.safetensors", model)
         updater.load(load_file(checkpoint / "optimizer.safetensors"))
@@ -204,7 +220,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Loads the :func:`weights` that ``path`` stores into ``model``."""
-    _fill(model, load_file(path))
+    with refused(f"{path}: not the weights of this model"):
+        _fill(model, load_file(path))
 
 
 def _fill(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:

@@ -11,10 +11,11 @@ from tokenizer_kinds import tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import noise_
-from undo_core.checkpoints.files import INDEX, SINGLE, checkpoint_skeleton, settled_configuration, stored_dtype, weight_files
+from undo_core.checkpoints.files import checkpoint_skeleton, settled_configuration, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.models import head_of, initialise, load_model
+from undo_core.models.folder import INDEX, SINGLE, weight_files
 from undo_core.noise.checkpoint import noise_checkpoint
 from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.memory.predictor import Predictor

@@ -16,7 +16,7 @@ from undo_core.distillation.cache_identity import BATCH_SIZE
 from undo_core.distillation.cache_writer import LOGIT_BYTES
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.teacher import TeacherConfig
-from undo_core.io.files import read_json
+from undo_core.io.untrusted import read_object
 from undo_core.models import forward_flops, head_of, hidden_states, load_model
 from undo_core.pipeline.model_stage import ModelStage
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -103,7 +103,7 @@ def cached_retain(cache: Path, data: Path) -> float:
     Raises:
         ValueError: the cache was made with other validation sequences.
     """
-    facts = read_json(cache / MANIFEST)
+    facts = read_object(cache / MANIFEST, retain_rows=str, retain=float)
     if facts["retain_rows"] != load_split(data, "valid_retain").digest():
         raise ValueError(
             f"cache: got {cache}, made with other validation sequences than {data} has; wanted a cache made from the same data"

@@ -90,7 +90,7 @@ class Distill(TrainingStage):
         data = work.inputs["prepared"]
         student, text = load_to_train(work.inputs["student"], self.train.precision), distill_sequences(data)
         if self.gate is not None:
-            text = text.take(kept_sequences(work.inputs["gate"]))
+            text = text.take(kept_sequences(work.inputs["gate"], len(text)))
         teacher, reached, passes = self._teacher(work, student, text)
         size = self.vocab_size
         if size is None and teacher.vocabulary != vocabulary_of(student):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from undo_core.distillation.gate import SEQUENCES_AT_ONCE, GateConfig, fit_classifier, labelled
+from undo_core.io.untrusted import refused
 from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import distill_sequences, heldout_sequences, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
@@ -67,6 +68,10 @@ class Gate(Stage):
         return Cost(disk=scene.sequences + 8 * self.config.buckets)
 
 
-def kept_sequences(folder: Path) -> torch.Tensor:
+def kept_sequences(folder: Path, sequences: int) -> torch.Tensor:
     """Returns a ``[sequences]`` bool mask over the distillation data: True for those that the gate in ``folder`` keeps."""
-    return load_file(folder / KEPT)["kept"]
+    with refused(f"{folder / KEPT}: not what a gate keeps"):
+        kept = load_file(folder / KEPT)["kept"]
+        if kept.dtype != torch.bool or kept.shape != (sequences,):
+            raise ValueError(f"got kept as {kept.dtype} of shape {tuple(kept.shape)}, wanted bool of shape ({sequences},)")
+        return kept

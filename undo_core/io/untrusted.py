@@ -1,0 +1,89 @@
+"""Reads what a file says without trusting it: errors are one line, sizes are limited, and a name leads to no other folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from undo_core.io.files import read_json
+
+_WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", float: "a number"}
+
+
+class Facts(dict[str, Any]):
+    """An object that a file holds; to ask for an entry that it lacks is a ValueError that names the file."""
+
+    def __init__(self, entries: dict[str, Any], where: str) -> None:
+        super().__init__(entries)
+        self.where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.where}: got no {name!r}, wanted one")
+
+
+def read_object(path: Path, **fields: type) -> Facts:
+    """Returns the JSON object in ``path``, which must have ``fields`` of these types.
+
+    Raises:
+        ValueError: as :func:`undo_core.io.files.read_json`, or the value is not such an object.
+    """
+    return Facts(checked_object(read_json(path), str(path), **fields), str(path))
+
+
+def checked_object(value: Any, where: str, **fields: type) -> dict[str, Any]:
+    """Returns ``value`` if it is an object with ``fields`` of these types; a ValueError that begins with ``where`` if not."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got {_kind(value)}, wanted an object")
+    for name, kind in fields.items():
+        found = value.get(name)
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            got = f"{_kind(found)} in {name!r}" if name in value else f"no {name!r}"
+            raise ValueError(f"{where}: got {got}, wanted {_WORDS[kind]} there")
+    return value
+
+
+def inside(folder: Path, name: Any, where: str) -> Path:
+    """Joins a name that a file gives to its folder.
+
+    Raises:
+        ValueError: ``name`` is not the relative path of something inside the folder. The message begins with ``where``.
+    """
+    parts = set()
+    if isinstance(name, str):
+        parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    rooted = isinstance(name, str) and (name.startswith(("/", "\\")) or PureWindowsPath(name).drive)
+    if not parts or rooted or ".." in parts or "\0" in name:
+        raise ValueError(f"{where}: got the file name {_shown(name)}, wanted the name of a file inside {folder}")
+    return folder / name
+
+
+@contextlib.contextmanager
+def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
+    """Turns any error that a library raises about a file, except ``keep`` and OSError, into a ValueError beginning with ``what``.
+
+    An OSError that names no file begins with ``what`` too.
+    The libraries that read models and tokenizers check little: a wrong value ends in a KeyError, a TypeError or, in Rust, in a
+    PanicException, which is not even an Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        said = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is None:
+            raise type(error)(f"{what}: {said}") from error
+        if isinstance(error, (OSError, *keep)) or not (panic or isinstance(error, Exception)):
+            raise
+        named = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+        raise ValueError(f"{what}: {named}") from error
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else _WORDS.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,125 @@
+"""What a checkpoint folder says about itself, read before transformers sees it: its configuration and its weight files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from undo_core.io.untrusted import checked_object, inside, read_object, refused
+
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+MOST_PARTS = 2048  # largest number of layers, experts or labels: transformers builds an object for each before it reads weights
+IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # what needs no package of kernels
+_COUNTS = re.compile(r"(?:^|_)(?:layers?|blocks?|experts?|labels?|depths?)$")
+
+
+def check_checkpoint(name: str, folder: Path) -> None:
+    """Raises a FileNotFoundError that begins with ``name``, the key or argument, unless ``folder`` holds a checkpoint."""
+    if (folder / CONFIG).is_file():
+        return
+    what, wanted = f"which has no {CONFIG}", "wanted a Hugging Face checkpoint folder"
+    if not folder.exists():
+        what = "a folder that does not exist"
+        wanted += f"; a model of the Hugging Face hub must be downloaded first: hf download ORG/NAME --local-dir {folder}"
+    raise FileNotFoundError(f"{name}: got {folder}, {what}; {wanted}")
+
+
+def read_configuration(folder: str | Path) -> PreTrainedConfig:
+    """Returns the configuration of a checkpoint folder; code in the folder is never run.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: it is not the configuration of a model that transformers knows, or :func:`check_settings` refuses it.
+    """
+    folder = Path(folder)
+    check_configuration(folder)
+    with refused(f"{folder / CONFIG}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_configuration(folder: Path) -> None:
+    """Raises a ValueError if :func:`check_settings` refuses ``config.json``, or a file that it names in its place."""
+    settings = read_object(folder / CONFIG)
+    check_settings(settings, f"{folder / CONFIG}")
+    others = settings.get("configuration_files", [])  # transformers may read one of them in place of config.json
+    for name in others if isinstance(others, list) else [others]:
+        other = inside(folder, name, f"{folder / CONFIG}")
+        if other.is_file():
+            check_settings(read_object(other), f"{other}")
+
+
+def check_settings(settings: Any, where: str) -> None:
+    """Raises a ValueError if settings of a model ask for more than :data:`MOST_PARTS` parts, or for code from elsewhere.
+
+    ``attn_implementation`` can name kernels on the Hugging Face hub, which transformers would download and run.
+    """
+    rest: list[Any] = [settings]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest += value
+        if not isinstance(value, dict):
+            continue
+        for name, entry in value.items():
+            if isinstance(entry, (int, float)) and _COUNTS.search(str(name)) and not entry <= MOST_PARTS:
+                raise ValueError(f"{where}: got {name} {entry}, wanted at most {MOST_PARTS}")
+            if str(name).endswith("_implementation"):
+                for one in entry.values() if isinstance(entry, dict) else [entry]:
+                    if one not in IMPLEMENTATIONS:
+                        known = ", ".join(map(str, IMPLEMENTATIONS[1:]))
+                        raise ValueError(f"{where}: got {name} {one!r}, wanted none, or one of {known}")
+            rest.append(entry)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint folder that transformers reads; others in the folder are left out.
+
+    Raises:
+        FileNotFoundError: the folder has none, or lacks one that its index names.
+        ValueError: the folder holds an adapter, which transformers would add to the weights in the files, or names a file
+            outside it.
+    """
+    paths = named_weight_files(folder)
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"model: got {folder}, which has no {path.name}; wanted a checkpoint in safetensors")
+    return paths
+
+
+def named_weight_files(folder: Path) -> list[Path]:
+    """Returns the paths of :func:`weight_files` without requiring that they exist.
+
+    A run can be planned from a configuration alone.
+
+    transformers takes the file that the configuration names (``transformers_weights``), else ``model.safetensors``, else the
+    files of the index. It does not read an index that lies beside ``model.safetensors``.
+
+    Raises:
+        ValueError: the folder holds an adapter, or names a file outside it.
+    """
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"model: got {folder}, which holds an adapter ({ADAPTER}); wanted a checkpoint with the adapter merged into it"
+        )
+    path = folder / (SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX)
+    if (folder / CONFIG).is_file() and (named := read_object(folder / CONFIG).get("transformers_weights")):
+        path = inside(folder, named, f"{folder / CONFIG}")
+    if path.name.endswith(".index.json") and path.is_file():
+        index = read_object(path, weight_map=dict)["weight_map"]
+        found = {inside(folder, file, f"{path}") for file in _texts(index.values(), f"{path}")}
+        if not found:
+            raise ValueError(f"{path}: got an index of no files, wanted at least one")
+        return sorted(found)
+    return [path]
+
+
+def _texts(values: Any, where: str) -> set[str]:
+    for value in values:
+        checked_object({"weight_map": value}, where, weight_map=str)
+    return set(values)
