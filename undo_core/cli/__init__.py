@@ -109,12 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
         return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
     except (DivergedError, OSError, SafetensorError) as error:
-        return _failed(f"undo: failed: {_one_line(error)}", 1)
+        return _failed(f"undo: failed: {_one_line(error)}{hints.what_to_do(error)}", 1)
     except BrokenProcessPool:
         return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
     except KeyboardInterrupt:
         return _failed("undo: interrupted; the same command continues", 130)
     except Exception as error:
+        if memory := hints.lack_of_memory(error):
+            return _failed(f"undo: failed: {memory}", 1)
         if distributed.count() == 1:
             raise
         return _failed(f"undo: failed: {distributed.explained(error)}", 1)

@@ -94,9 +94,11 @@ class CacheWriter:
             )
             if found["bounds"] == self.bounds:
                 done = found["rows"]
-            else:  # shards of another size cannot be continued
+            else:  # shards of another size cannot be continued; if this is killed, no call takes the record for shards that are gone
+                write_json(record, {**found, "rows": 0})
                 for path in self.folder.iterdir():
-                    path.unlink()
+                    if path != record:
+                        path.unlink()
         elif self.folder.exists() and any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
             raise ValueError(f"folder: got {self.folder}, which holds something else; wanted a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)

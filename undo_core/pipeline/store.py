@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import transformers
 
 from undo_core import distributed
 from undo_core.checkpoints.files import CONFIG, weight_files
-from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
+from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
@@ -75,14 +76,15 @@ class Store:
         reset_peak()
         began = time.monotonic()
         work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count(), distributed.tensor())
-        expected = distributed.on_first(lambda: stage.expected(work))
-        facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
-        facts.setdefault("seconds", time.monotonic() - began)
-        if distributed.count() > 1 and together:
-            facts |= {"ranks": distributed.count(), "tensor": distributed.tensor()} | {
-                "peak_bytes": max(distributed.gather(peak_bytes()))
-            }
-        distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
+        with errors_named(output):  # of what the libraries that a stage uses write
+            expected = distributed.on_first(lambda: stage.expected(work))
+            facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
+            facts.setdefault("seconds", time.monotonic() - began)
+            if distributed.count() > 1 and together:
+                facts |= {"ranks": distributed.count(), "tensor": distributed.tensor()} | {
+                    "peak_bytes": max(distributed.gather(peak_bytes()))
+                }
+            distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
 
     def _begin(self, stage: Stage, partial: Path) -> Path:
         """Prepares the hidden folder and returns the empty folder of the output in it."""
@@ -115,8 +117,19 @@ class Store:
         }
         write_json(output / MANIFEST, manifest)
         publish(output, final, hold.check)
-        for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_partials(final)
+
+    def tidy(self, stages: Iterable[Stage]) -> None:
+        """Removes the hidden folders of complete stages: a build that was killed just after it had published its result left them."""
+        finals = [self.folder(stage) for stage in stages if self.done(stage)]
+        if any(any(parent.glob(".*.partial*")) for parent in {final.parent for final in finals}):
+            for final in finals:
+                _remove_partials(final)
+
+
+def _remove_partials(final: Path) -> None:
+    for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _partials(final: Path) -> dict[int, Path]:

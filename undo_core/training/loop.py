@@ -19,6 +19,7 @@ from undo_kernels.ops.layout import check_trained
 from undo_core import distributed
 from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
+from undo_core.io.files import write_text
 from undo_core.io.progress import StageProgress
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, SequenceSource, Source, identity_of
@@ -342,7 +343,7 @@ class _Log:
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         if self.path is not None:

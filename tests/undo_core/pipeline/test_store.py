@@ -125,3 +125,12 @@ def test_names_that_begin_alike_are_kept_apart(tmp_path):
         (tmp_path / name).mkdir()
     Store(tmp_path).ensure(stage)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_a_kill_after_the_publishing_left_is_removed(tmp_path):
+    done, begun, store = Counted(), Counted(steps=4), Store(tmp_path)
+    store.ensure(done)
+    for stage in (done, begun):
+        (tmp_path / f".{stage.name}.partial" / "checkpoint").mkdir(parents=True)
+    store.tidy([done, begun])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{begun.name}.partial", done.name]
