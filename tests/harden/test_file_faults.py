@@ -1,6 +1,7 @@
 """At each operation on a file, a run fails or ends; the same command then ends with the same bits. So it does on a sick machine."""
 
 import errno
+import itertools
 import random
 import resource
 import shutil
@@ -22,7 +23,7 @@ RUNS = {
         distill={"recover": None, "teacher": {"kind": "cached"}, "train": {"steps": 2, "batch_size": 4}},
         controls={"filter": False, "random": True, "gate": {"alphas": [0.5]}},
         damage={"operators": ["prune"]},
-        attacks={"quantised": {"kind": "quantise", "bits": [4]}},
+        attacks={"quantised": {"kind": "quantise", "bits": [8]}},
     ),
 }
 
@@ -86,7 +87,7 @@ def interrupted(finished, tmp_path_factory):
 
 
 def set_back(place: Path, patch: pytest.MonkeyPatch) -> Path:
-    now = iter(range(10**9, 0, -86400))
+    now = itertools.count(10**9, -1)
     patch.setattr(time, "time", lambda: float(next(now)))
     for path in place.rglob("*"):
         path.touch()  # by the clock as it was before

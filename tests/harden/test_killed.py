@@ -47,7 +47,7 @@ MODES = {  # the settings, the kinds of stages that are killed, and how the comm
         shortest_run(
             controls={"filter": True, "random": True, "gate": {"alphas": [0.5]}},
             damage={"operators": ["prune"]},
-            attacks={"quantised": {"kind": "quantise", "bits": [4]}},
+            attacks={"quantised": {"kind": "quantise", "bits": [8]}},
         ),
         ("initialise", "gate", "damage", "probe"),
         {},

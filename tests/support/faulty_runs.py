@@ -177,4 +177,4 @@ def check_end(life: Life, what: str) -> None:
     """Asserts that a process has ended well, or with one line that names a file and says what to do."""
     if life.code != 0:
         assert life.said.count("\n") == 1 and life.said.startswith("undo: "), f"{what}: {life.said}"
-        assert "out/" in life.said and "the same command" in life.said, f"{what}: {life.said}"
+        assert "out/" in life.said and "the same command continues" in life.said, f"{what}: {life.said}"

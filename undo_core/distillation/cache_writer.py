@@ -150,8 +150,8 @@ class DiskFull:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
-                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from "
-                "what is there"
+                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all. Free some space, and "
+                "the same command continues from what is there"
             ) from None
 
 

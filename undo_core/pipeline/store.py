@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
+
+_PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")
 
 
 class Store:
@@ -119,11 +120,11 @@ class Store:
         publish(output, final, hold.check)
         _remove_partials(final)
 
-    def tidy(self, stages: Iterable[Stage]) -> None:
-        """Removes the hidden folders of complete stages: a build that was killed just after it had published its result left them."""
-        finals = [self.folder(stage) for stage in stages if self.done(stage)]
-        if any(any(parent.glob(".*.partial*")) for parent in {final.parent for final in finals}):
-            for final in finals:
+    def tidy(self) -> None:
+        """Removes the hidden folders of complete stages, which a build left that was killed just after it had published its result."""
+        begun = (_PARTIAL.fullmatch(path.name) for path in self.root.glob(".*"))
+        for final in {self.root / match["name"] for match in begun if match}:
+            if (final / MANIFEST).exists():
                 _remove_partials(final)
 
 
@@ -134,9 +135,8 @@ def _remove_partials(final: Path) -> None:
 
 def _partials(final: Path) -> dict[int, Path]:
     """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N``, begun or taken over by a later claim."""
-    name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
-    found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
-    return {int(match[1] or 0): path for match, path in found if match}
+    found = ((_PARTIAL.fullmatch(path.name), path) for path in final.parent.iterdir())
+    return {int(match["number"] or 0): path for match, path in found if match and match["name"] == final.name}
 
 
 def _unfinished(final: Path, hold: Hold) -> Path:
@@ -174,6 +174,10 @@ class OneFolder(Store):
         raise FileExistsError(
             f"output: got {self.root}, which exists and was made from other inputs or settings; wanted a new folder"
         )
+
+    def tidy(self) -> None:
+        if (self.root / MANIFEST).exists():
+            _remove_partials(self.root)
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries that identify the stage, with the content of each input folder: folders can be moved and renamed."""
