@@ -156,16 +156,17 @@ def _spawned(process):
 
 
 def test_too_little_memory(server, tries, account, tmp_path):
-    count = tries(0, 8)
-    finished = finish(server, tmp_path, shortest_run())
+    """A model of 15 MB, which with gradients and moments takes 60; its large tensors are what finds no room."""
+    count, run_of_it = tries(0, 4), shortest_run()
+    run_of_it["model"]["config"] |= {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2}
+    finished = finish(server, tmp_path, run_of_it)
     stage = next(name for name in finished.stages() if name.startswith("pretrain"))
-    for megabytes in [2**power for power in range(count)]:
+    for megabytes in (24, 32, 48, 64)[:count]:
         place = finished.without(stage, tmp_path / "small")
         ended = run(server, place, RUN, {"memory": megabytes << 20})
         if ended.codes != [0]:
-            assert ended.codes == [1] and ended.said.count("\n") == 1 and "out of memory" in ended.said, (
-                f"{megabytes} MB: {ended.said}"
-            )
+            assert ended.said.count("\n") == 1 and "memory" in ended.said, f"{megabytes} MB: {ended}"
+            assert ended.said.endswith("the same command continues\n"), f"{megabytes} MB: {ended}"
         again = run(server, place, RUN, {})
         assert again.codes == [0], again.said
         finished.compare(place, f"{megabytes} MB")

@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
     except (ArgumentError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
-        return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
+        message = hints.explained(_one_line(error), arguments[0], _parser)
+        return _failed(f"undo: error: {message}{hints.what_to_do(error)}", 2)
     except (DivergedError, OSError, SafetensorError) as error:
         return _failed(f"undo: failed: {_one_line(error)}{hints.what_to_do(error)}", 1)
     except BrokenProcessPool:

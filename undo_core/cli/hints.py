@@ -43,11 +43,13 @@ _AMBIGUOUS = re.compile(r"ambiguous option: --(?P<given>[^\s=]+.*?) could match 
 _CONTINUES = "the same command continues"
 _ROOM = f"free some space, and {_CONTINUES}"
 _ACCESS = f"make it accessible, and {_CONTINUES}"
+_MEMORY = f"free some memory, and {_CONTINUES}"
 _HANDLES = f"allow more open files (ulimit -n), and {_CONTINUES}"
 _TO_DO = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _ACCESS),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), _HANDLES),
+    errno.ENOMEM: _MEMORY,
     **dict.fromkeys((errno.EIO, errno.ESTALE), f"once the disk works again, {_CONTINUES}"),
 }
 
@@ -95,15 +97,18 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
 
 
 def what_to_do(error: BaseException) -> str:
-    """What the user can do about an error of the file system, to be added to its message; empty for another error."""
+    """What the user can do about an error of the system, to be added to its message; empty for another error."""
     advice = _TO_DO.get(error.errno) if isinstance(error, OSError) else None
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):  # a library that finds no room
+        advice = _MEMORY
     return f"; {advice}" if advice else ""
 
 
 def lack_of_memory(error: BaseException) -> str:
-    """One line about an allocation that failed; empty for another error."""
+    """One line about an allocation that failed, or that of a thread's stack; empty for another error."""
     text = str(error)
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+    known = ("can't allocate memory", "can't start new thread")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(part in text for part in known):
         return ""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     wanted = f" ({asked[1]} were asked for)" if asked else ""

@@ -140,6 +140,8 @@ def test_memory_that_cannot_be_had_is_one_line(capsys, failing):
         f"undo: failed: out of memory ({1 << 62} bytes were asked for); `undo plan CONFIG --memory SIZE` finds what fits, and"
     )
     assert capsys.readouterr().err == f"{line} the same command continues\n"
+    assert failing(lambda: throw(ImportError("torch.so: failed to map segment from shared object"))) == 2
+    assert capsys.readouterr().err.endswith("shared object; free some memory, and the same command continues\n")
     assert failing(lambda: throw(MemoryError())) == 1 and capsys.readouterr().err.startswith(
         "undo: failed: out of memory; `undo plan"
     )
