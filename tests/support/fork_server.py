@@ -41,23 +41,27 @@ class Ended:
 
 
 class ForkServer:
-    """Starts commands of ``undo``; a context."""
+    """Starts commands of ``undo``; a context. The server begins with the first command."""
+
+    process: subprocess.Popen | None = None
 
     def __enter__(self) -> ForkServer:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command, pipes = [sys.executable, __file__], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
 
     def start(self, folder: Path, arguments: list[str], *, ranks: int = 1, times: int = 1, memory: int = 0) -> list[int]:
         """Starts a command in ``folder``, on several ranks or several times at once, and returns the numbers of its processes.
 
         With ``memory``, each may take so many bytes more than it has at its beginning.
         """
+        if self.process is None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command, pipes = [sys.executable, __file__], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
         asked = {"folder": str(folder), "arguments": arguments, "ranks": ranks, "times": times, "memory": memory}
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         self.folder, self.began = folder, time.monotonic()
