@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from undo_core.io.files import errors_named
 from undo_core.io.untrusted import refused
 from undo_core.models import skeleton
 from undo_core.models.folder import named_weight_files, read_configuration, weight_files
@@ -273,15 +274,17 @@ class TensorWriter:
 
     def flush(self) -> None:
         """Flushes what was written to disk."""
-        os.fsync(self.file)
+        with errors_named(self.path):
+            os.fsync(self.file)
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         while len(data):
-            if hasattr(os, "pwrite"):
-                written = os.pwrite(self.file, data, offset)
-            else:  # Windows has no pwrite; seeking is safe because only one thread writes
-                os.lseek(self.file, offset, os.SEEK_SET)
-                written = os.write(self.file, data)
+            with errors_named(self.path):
+                if hasattr(os, "pwrite"):
+                    written = os.pwrite(self.file, data, offset)
+                else:  # Windows has no pwrite; seeking is safe because only one thread writes
+                    os.lseek(self.file, offset, os.SEEK_SET)
+                    written = os.write(self.file, data)
             data, offset = data[written:], offset + written
 
 

@@ -110,14 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
     except REFUSED as error:
-        return _failed(f"undo: error: {hints.explained(_one_line(error), arguments[0], _parser)}", 2)
+        message = hints.explained(_one_line(error), arguments[0], _parser)
+        return _failed(f"undo: error: {message}{hints.what_to_do(error)}", 2)
     except FAILED as error:
-        return _failed(f"undo: failed: {_one_line(error)}", 1)
+        return _failed(f"undo: failed: {_one_line(error)}{hints.what_to_do(error)}", 1)
     except BrokenProcessPool:
         return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
     except KeyboardInterrupt:
         return _failed("undo: interrupted; the same command continues", 130)
     except Exception as error:
+        if memory := hints.lack_of_memory(error):
+            return _failed(f"undo: failed: {memory}", 1)
         if distributed.count() == 1:
             raise
         return _failed(f"undo: failed: {distributed.explained(error)}", 1)

@@ -35,6 +35,7 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
     stage.check_ranks(distributed.count())
     output, store = Path(output), OneFolder(Path(output))
     known = distributed.on_first(lambda: store.done(stage))
+    distributed.on_first(store.tidy)
     store.ensure(stage)
     if not quiet:
         console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))

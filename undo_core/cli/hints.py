@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import pydoc
 import re
 from argparse import Action
 from collections.abc import Callable, Sequence
 
+import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
@@ -36,6 +38,20 @@ _UNKNOWN = (  # jsonargparse's messages about unknown names
 
 
 _AMBIGUOUS = re.compile(r"ambiguous option: --(?P<given>[^\s=]+.*?) could match (?P<flags>--[\w.]+\+?(, --[\w.]+\+?)*)")
+
+
+_CONTINUES = "the same command continues"
+_ROOM = f"free some space, and {_CONTINUES}"
+_ACCESS = f"make it accessible, and {_CONTINUES}"
+_MEMORY = f"free some memory, and {_CONTINUES}"
+_HANDLES = f"allow more open files (ulimit -n), and {_CONTINUES}"
+_TO_DO = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _ACCESS),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _HANDLES),
+    errno.ENOMEM: _MEMORY,
+    **dict.fromkeys((errno.EIO, errno.ESTALE), f"once the disk works again, {_CONTINUES}"),
+}
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -104,6 +120,25 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
                 found = nearest(given["key"], keys(command, parser_of))
             return f"{message}; did you mean {' or '.join(found)}?" if found else message
     return message
+
+
+def what_to_do(error: BaseException) -> str:
+    """What the user can do about an error of the system, to be added to its message; empty for another error."""
+    advice = _TO_DO.get(error.errno) if isinstance(error, OSError) else None
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):  # a library that finds no room
+        advice = _MEMORY
+    return f"; {advice}" if advice else ""
+
+
+def lack_of_memory(error: BaseException) -> str:
+    """One line about an allocation that failed, or that of a thread's stack; empty for another error."""
+    text = str(error)
+    known = ("can't allocate memory", "can't start new thread")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(part in text for part in known):
+        return ""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    wanted = f" ({asked[1]} were asked for)" if asked else ""
+    return f"out of memory{wanted}; `undo plan CONFIG --memory SIZE` finds what fits, and {_CONTINUES}"
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:

@@ -113,6 +113,7 @@ def cache_teacher(
             for name, error in facts["error"].items() if progress else ():
                 console.print(f"{title}: {describe_error(name, error)}")
         write_json(folder / FACTS, facts)
+    if (folder / PROGRESS).exists():  # also if a call was killed just here
         (folder / PROGRESS).unlink()
     _, found = read_facts(folder)
     require_same(found, identity, f"folder: got {folder}, a cache", "wanted a new folder")

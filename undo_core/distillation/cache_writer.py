@@ -95,9 +95,11 @@ class CacheWriter:
             )
             if found["bounds"] == self.bounds and 0 <= found["rows"] <= len(self.sequences):
                 done = found["rows"]
-            else:  # shards of another size cannot be continued
+            else:  # shards of another size cannot be continued; if this is killed, no call takes the record for shards that are gone
+                write_json(record, {**found, "rows": 0})
                 for path in self.folder.iterdir():
-                    path.unlink()
+                    if path != record:
+                        path.unlink()
         elif self.folder.exists() and any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
             raise ValueError(f"folder: got {self.folder}, which holds something else; wanted a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,8 +151,8 @@ class DiskFull:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
-                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all, and continues from "
-                "what is there"
+                f"{self.folder}: the disk is full; the teacher's cache takes {self.size:,} bytes in all. Free some space, and "
+                "the same command continues from what is there"
             ) from None
 
 

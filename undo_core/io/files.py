@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 JSON_BYTES = 1 << 28  # a larger JSON file is refused: in memory it takes about ten times its size
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+@contextlib.contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Adds ``path`` to an error of the operating system that names no file, and makes those of Rust an OSError.
+
+    A failed write or flush names no file. safetensors raises its own error for it, and tokenizers a bare Exception.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        if not (number := _RUST.search(str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,11 +45,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data``, atomically."""
     # several processes may write the same file, and on two machines, or in two containers, they may have the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with errors_named(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that is raised is the one to report
+                temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
@@ -58,7 +85,7 @@ def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None)
     """
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with open(path, "r+b") as file:  # Windows flushes only files that are open for writing
+            with errors_named(path), open(path, "r+b") as file:  # Windows flushes only files that are open for writing
                 os.fsync(file.fileno())
         elif path.is_dir():
             sync_folder(path)
@@ -82,7 +109,8 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with errors_named(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -35,6 +35,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from undo_core.io.files import errors_named
+
 LEASE = 120.0  # seconds without renewal after which a claim is void; NFS clients cache a file's time for up to 60 s
 RENEWAL = 15.0  # seconds between renewals
 FREE = "free"
@@ -186,18 +188,27 @@ def locked(path: Path, waiting: str) -> Iterator[Hold]:
             unless the process ignores interrupts; another block notices when it fails or calls :meth:`Hold.check`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hold, normal = _acquire(path, waiting), False
+    hold = _acquire(path, waiting)
     try:
         try:
             yield hold
-            normal = True
         finally:
             hold.stop()
-    except BaseException:
-        hold.check()
+    except BaseException as error:
+        _let_go(hold, error)
         raise
-    finally:
-        hold.release(normal)
+    hold.release(normal=True)
+
+
+def _let_go(hold: Hold, error: BaseException) -> None:
+    """Gives up a lock whose block ended with ``error``; raises only a LockLostError, since that is the cause of the other one."""
+    try:
+        hold.check()
+        hold.release(normal=False)
+    except LockLostError:
+        raise
+    except OSError as other:  # the file system that failed in the block may fail here too
+        error.add_note(f"The lock could not be given up either: {other}")
 
 
 def _acquire(path: Path, waiting: str) -> Hold:
@@ -231,11 +242,18 @@ def _acquire(path: Path, waiting: str) -> Hold:
 
 def _create(file: Path, owner: Owner) -> bool:
     """Makes a claim; False if another process was faster."""
-    try:
-        with open(file, "x") as claim:
-            json.dump(dataclasses.asdict(owner), claim)
-    except FileExistsError:
-        return False
+    with errors_named(file):
+        try:
+            claim = open(file, "x")  # noqa: SIM115
+        except FileExistsError:
+            return False
+        try:
+            with claim:
+                json.dump(dataclasses.asdict(owner), claim)
+        except OSError:
+            with contextlib.suppress(OSError):  # others would wait for the owner of half a claim
+                file.unlink()
+            raise
     return True
 
 

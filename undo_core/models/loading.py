@@ -24,12 +24,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from undo_core.io.files import read_json
 from undo_core.io.text_files import check_is_content
 from undo_core.io.untrusted import refused
 from undo_core.models.folder import CONFIG, check_configuration, check_settings, read_configuration, weight_files
@@ -197,6 +200,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
         model = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
+        if (generation := Path(folder) / GENERATION_CONFIG_NAME).is_file():  # transformers goes on if it cannot be read
+            model.generation_config = GenerationConfig.from_dict(read_json(generation))
     # Give every parameter its own storage: a later stage may rename or remove the mapped file, and aligned memory makes a
     # resumed run add in the same order as an uninterrupted one.
     with torch.no_grad():

@@ -60,6 +60,7 @@ def build_all(
         if workers > 1:
             console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
             workers = 1
+    distributed.on_first(store.tidy)
     while stages := distributed.on_first(missing):
         run_stages(store, stages, workers, finished)
 

@@ -16,13 +16,15 @@ import torch
 import transformers
 
 from undo_core import distributed
-from undo_core.io.files import fresh, hash_file, publish, read_json, write_json
+from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak
 from undo_core.io.untrusted import read_object
 from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
+
+_PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")
 
 
 class Store:
@@ -76,14 +78,15 @@ class Store:
         reset_peak()
         began = time.monotonic()
         work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count(), distributed.tensor())
-        expected = distributed.on_first(lambda: stage.expected(work))
-        facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
-        facts.setdefault("seconds", time.monotonic() - began)
-        if distributed.count() > 1 and together:
-            facts |= {"ranks": distributed.count(), "tensor": distributed.tensor()} | {
-                "peak_bytes": max(distributed.gather(peak_bytes()))
-            }
-        distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
+        with errors_named(output):  # of what the libraries that a stage uses write
+            expected = distributed.on_first(lambda: stage.expected(work))
+            facts = {**expected, **(stage.run(work) if together else distributed.on_first(lambda: stage.run(work)))}
+            facts.setdefault("seconds", time.monotonic() - began)
+            if distributed.count() > 1 and together:
+                facts |= {"ranks": distributed.count(), "tensor": distributed.tensor()} | {
+                    "peak_bytes": max(distributed.gather(peak_bytes()))
+                }
+            distributed.on_first(lambda: self._finish(stage, final, work, facts, hold))
 
     def _begin(self, stage: Stage, partial: Path) -> Path:
         """Prepares the hidden folder and returns the empty folder of the output in it."""
@@ -116,15 +119,25 @@ class Store:
         }
         write_json(output / MANIFEST, manifest)
         publish(output, final, hold.check)
-        for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_partials(final)
+
+    def tidy(self) -> None:
+        """Removes the hidden folders of complete stages, which a build left that was killed just after it had published its result."""
+        begun = (_PARTIAL.fullmatch(path.name) for path in self.root.glob(".*"))
+        for final in {self.root / match["name"] for match in begun if match}:
+            if (final / MANIFEST).exists():
+                _remove_partials(final)
+
+
+def _remove_partials(final: Path) -> None:
+    for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _partials(final: Path) -> dict[int, Path]:
     """Hidden folders of a build: ``.NAME.partial``, which has number 0, and ``.NAME.partial.N``, begun or taken over by a later claim."""
-    name = re.compile(rf"\.{re.escape(final.name)}\.partial(?:\.(\d+))?")
-    found = ((name.fullmatch(path.name), path) for path in final.parent.iterdir())
-    return {int(match[1] or 0): path for match, path in found if match}
+    found = ((_PARTIAL.fullmatch(path.name), path) for path in final.parent.iterdir())
+    return {int(match["number"] or 0): path for match, path in found if match and match["name"] == final.name}
 
 
 def _unfinished(final: Path, hold: Hold) -> Path:
@@ -162,6 +175,10 @@ class OneFolder(Store):
         raise FileExistsError(
             f"output: got {self.root}, which exists and was made from other inputs or settings; wanted a new folder"
         )
+
+    def tidy(self) -> None:
+        if (self.root / MANIFEST).exists():
+            _remove_partials(self.root)
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries that identify the stage, with the content of each input folder: folders can be moved and renamed."""

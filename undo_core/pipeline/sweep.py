@@ -64,6 +64,7 @@ def _run(sweep: SweepConfig, command: str, cluster: RayEngine | None) -> list[st
         except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
             console.print(f"  {config.name}: {failures[config.name, config.seed]}")
+    store.tidy()
     whole, left = [], runs
 
     def failed(stage: Stage, error: Exception) -> None:

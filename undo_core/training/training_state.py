@@ -29,7 +29,7 @@ from undo_kernels.ops.sharding import local_of
 from undo_core.distributed import count, on_first, rank
 from undo_core.distributed.sharding import is_sharded, release
 from undo_core.distributed.storage import read_shards, result_of, stored_shapes, write_shards
-from undo_core.io.files import fresh, publish, write_json
+from undo_core.io.files import errors_named, fresh, publish, write_json
 from undo_core.io.untrusted import checked_object, inside, read_object, refused
 from undo_core.training.optimizers import Updater
 
@@ -99,7 +99,8 @@ class CheckpointWriter:
     def _removed_if_it_fails(self) -> Iterator[None]:
         """Removes what could not be written, so that a full disk does not stay full."""
         try:
-            yield
+            with errors_named(self._temporary):
+                yield
         except Exception:  # of any kind: a full disk, or another rank's error; it is raised again
             if rank() == 0:
                 shutil.rmtree(self._temporary, ignore_errors=True)

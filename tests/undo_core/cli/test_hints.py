@@ -1,9 +1,12 @@
 """The command line's answers to a misspelt name, to a call without arguments, and to a shell that completes."""
 
+import errno
 import importlib.util
+import os
 import re
 
 import pytest
+import torch
 import yaml
 
 from undo_core import cli
@@ -96,4 +99,49 @@ def test_help_keeps_its_examples(capsys):
     assert (
         "\n\n  undo plan configs/arithmetic-cpu.yaml\n  undo plan configs/arithmetic-cpu.yaml --memory 8GB\n"
         "  undo plan configs/arithmetic-cpu.yaml --ranks 2\n\nWith --memory" in printed
+    )
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes ``undo doctor`` a command that calls a function; returns its exit code."""
+
+    def run(function) -> int:
+        def doctor() -> int:
+            """Fails."""
+            return function()
+
+        monkeypatch.setitem(cli.COMMANDS, "doctor", doctor)
+        return main(["doctor"])
+
+    return run
+
+
+def throw(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space, and the same command continues"),
+        (errno.EROFS, "make it accessible, and the same command continues"),
+        (errno.EMFILE, "allow more open files (ulimit -n), and the same command continues"),
+    ],
+)
+def test_an_error_of_the_disk_says_what_to_do(capsys, failing, number, advice):
+    assert failing(lambda: throw(OSError(number, os.strerror(number), "out/file"))) == 1
+    assert capsys.readouterr().err == f"undo: failed: [Errno {number}] {os.strerror(number)}: 'out/file'; {advice}\n"
+
+
+def test_memory_that_cannot_be_had_is_one_line(capsys, failing):
+    assert failing(lambda: torch.empty(1 << 62, dtype=torch.uint8)) == 1
+    line = (
+        f"undo: failed: out of memory ({1 << 62} bytes were asked for); `undo plan CONFIG --memory SIZE` finds what fits, and"
+    )
+    assert capsys.readouterr().err == f"{line} the same command continues\n"
+    assert failing(lambda: throw(ImportError("torch.so: failed to map segment from shared object"))) == 2
+    assert capsys.readouterr().err.endswith("shared object; free some memory, and the same command continues\n")
+    assert failing(lambda: throw(MemoryError())) == 1 and capsys.readouterr().err.startswith(
+        "undo: failed: out of memory; `undo plan"
     )

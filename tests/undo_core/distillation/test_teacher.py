@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections import namedtuple
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,6 +250,43 @@ def test_killed_between_a_file_and_its_record_or_with_other_sizes(tiny, sequence
     assert len(weight_hashes(tmp_path / "resized")) == 3 and weight_hashes(tmp_path / "resized") != weight_hashes(folder)
     students = [learn(CachedTeacher.open(tmp_path / name, tiny(1)), tiny(2), sequences)[0] for name in ("killed", "resized")]
     assert torch.equal(*students)
+
+
+def test_killed_while_shards_of_another_size_are_removed(tiny, sequences, tmp_path, monkeypatch):
+    """Whichever size the next call has, it takes no shard for stored that is gone."""
+    options = {"checkpoint_seconds": 0.0, "progress": False, "config": TeacherConfig("cached", batch_size=8)}
+    folder, unlink, removed = tmp_path / "cache", Path.unlink, []
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def killed_after_one(path, **options):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, **options)
+
+    for size in (20_000, 19_000):
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("undo_core.distillation.cache.write_json", killed)  # when all shards are there
+            cache_teacher(tiny(1), sequences, folder, shard_bytes=20_000, **options)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", killed_after_one)
+            cache_teacher(tiny(1), sequences, folder, shard_bytes=19_000, **options)
+        cache_teacher(tiny(1), sequences, folder, shard_bytes=size, **options)
+        whole = tmp_path / f"whole-{size}"
+        cache_teacher(tiny(1), sequences, whole, shard_bytes=size, **options)
+        assert weight_hashes(folder) == weight_hashes(whole)
+
+
+def test_a_kill_between_a_cache_and_the_end_of_its_record(tiny, sequences, tmp_path):
+    cache_teacher(tiny(1), sequences, tmp_path, CACHED, progress=False)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "progress.json").write_text("{}")
+    cache_teacher(tiny(1), sequences, tmp_path, CACHED, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def test_a_full_disk_is_one_line(tiny, sequences, tmp_path, monkeypatch):

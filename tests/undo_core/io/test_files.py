@@ -1,12 +1,16 @@
 """Files on disk are complete even if several processes write them."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from undo_core.io.files import read_json, see_changes, write_json
+import pytest
+from safetensors import SafetensorError
+
+from undo_core.io.files import errors_named, read_json, see_changes, write_json
 
 
 def write_often(path: Path, value: int) -> None:
@@ -83,3 +87,24 @@ def test_the_package_works_without_what_only_posix_has(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path / "a.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, "before")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device") as info:
+        write_json(path, "after")
+    assert (info.value.errno, info.value.filename) == (errno.ENOSPC, str(path))
+    assert read_json(path) == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_of_libraries_in_rust_are_those_of_the_system(tmp_path):
+    for error in (Exception("File too large (os error 27)"), SafetensorError("I/O error: File too large (os error 27)")):
+        with pytest.raises(OSError) as info, errors_named(tmp_path):
+            raise error
+        assert (info.value.errno, info.value.filename) == (27, str(tmp_path))
+    for error in (OSError("no number"), FileNotFoundError(2, "missing", "own"), ValueError("another"), Exception("another")):
+        with pytest.raises(type(error)) as info, errors_named(tmp_path):
+            raise error
+        assert info.value is error

@@ -332,3 +332,19 @@ def test_an_interrupt_stays_one(path):
     with contextlib.suppress(KeyboardInterrupt), locked(path, "waiting"):
         raise KeyboardInterrupt
     assert left(path) == [".stage.lock.1.free"]
+
+
+def test_an_error_in_the_block_is_the_one_to_report(path, monkeypatch):
+    """A disk that became read-only does not let the lock be given up either."""
+    with pytest.raises(ValueError, match="half way") as info, locked(path, "waiting"):
+        monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+        raise ValueError("half way")
+    assert "Read-only file system" in info.value.__notes__[0]
+
+
+def test_a_claim_that_cannot_be_written_keeps_nobody_waiting(path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device") as info:
+        patch.setattr(locks.json, "dump", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with locked(path, "waiting"):
+            pytest.fail("it has no claim")
+    assert info.value.filename == f"{path}.1" and left(path) == []

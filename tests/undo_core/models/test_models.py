@@ -1,6 +1,8 @@
 """A head gives the model's own logits, or it is refused."""
 
 import copy
+import errno
+import os
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from undo_core.models import (
     hidden_states,
     hidden_states_at,
     initialise,
+    load_model,
     vocabulary_of,
 )
 
@@ -221,3 +224,22 @@ def test_flops_of_models_without_one_number_of_heads_are_those_of_their_products
     model = causal(name)
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     assert 2 * products <= forward_flops(model, 8) < 4 * products
+
+
+def test_generation_settings_that_cannot_be_read_are_not_replaced(tmp_path, monkeypatch):
+    """transformers would go on with others, and the next stage would write those."""
+    model = build("llama")
+    model.generation_config.max_length = 77
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).generation_config.max_length == 77
+    real = open
+
+    def broken(file, *more, **named):
+        if str(file).endswith("generation_config.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file)
+        return real(file, *more, **named)
+
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", broken)
+    with pytest.raises(OSError, match="generation_config"):
+        load_model(tmp_path)

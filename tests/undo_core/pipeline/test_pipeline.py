@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from file_hashes import weight_hashes
+from fork_server import session
 from stage_kinds import KINDS, Ending
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,19 +125,6 @@ def test_a_second_run_does_nothing(finished, monkeypatch, capsys):
     assert main(["run", str(config)]) == 0
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     assert capsys.readouterr().out.strip().endswith("report.html")
-
-
-def session(leader):
-    """Returns the processes of a session, if the system lists them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(number) == leader and state != "Z":
-            found.append(path.parent.name)
-    return found
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -14,7 +14,7 @@ from stage_kinds import Counted
 from undo_core.io import locks
 from undo_core.io.locks import LockLostError
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.store import Store, _unfinished
+from undo_core.pipeline.store import OneFolder, Store, _unfinished
 
 processes = multiprocessing.get_context("fork")
 
@@ -125,3 +125,16 @@ def test_names_that_begin_alike_are_kept_apart(tmp_path):
         (tmp_path / name).mkdir()
     Store(tmp_path).ensure(stage)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_a_kill_after_the_publishing_left_is_removed(tmp_path):
+    done, begun, store = Counted(), Counted(steps=4), Store(tmp_path)
+    store.ensure(done)
+    for stage in (done, begun):
+        (tmp_path / f".{stage.name}.partial" / "checkpoint").mkdir(parents=True)
+    store.tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{begun.name}.partial", done.name]
+    (tmp_path / f".{done.name}.partial.2").mkdir()
+    OneFolder(tmp_path / done.name).tidy()
+    OneFolder(tmp_path / begun.name).tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{begun.name}.partial", done.name]
