@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import os
 import runpy
 import sys
+import tarfile
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext, has_flag
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
@@ -45,6 +48,29 @@ class BuildExtension(build_ext):
         self.extensions = every
 
 
+class SourceArchive(sdist):
+    """Gives every file the time of SOURCE_DATE_EPOCH, if that is set, and no owner, so that an archive has the same bytes again."""
+
+    def make_archive(self, base_name: str, format: str, root_dir=None, base_dir=None, owner=None, group=None) -> str:
+        """Returns the path of the archive."""
+        if format != "gztar" or "SOURCE_DATE_EPOCH" not in os.environ:
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+        time, path = int(os.environ["SOURCE_DATE_EPOCH"]), f"{base_name}.tar.gz"
+
+        def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, "", ""
+            entry.mtime, entry.mode = time, 0o755 if entry.mode & 0o100 else 0o644
+            return entry
+
+        with (
+            open(path, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=time) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            archive.add(base_dir, filter=plain)  # a folder's entries in the order of their names
+        return path
+
+
 setup(
     packages=find_packages("kernels") + find_packages(include=["undo_core", "undo_core.*"]),
     package_dir={"undo_kernels": "kernels/undo_kernels", "undo_core": "undo_core"},
@@ -58,5 +84,5 @@ setup(
             extra_compile_args=FLAGS,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "sdist": SourceArchive},
 )
