@@ -58,7 +58,11 @@ SPELLINGS = {
 }
 NAMES = {spelling.lower(): name for name, spellings in SPELLINGS.items() for spelling in [*spellings, name]}
 NO_NAMES = {"", "unknown", "dual license"}  # fields that say nothing
-REFINED = {"BSD": ("BSD-2-Clause", "BSD-3-Clause"), "LicenseRef-Proprietary": ("LicenseRef-NVIDIA",)}
+REFINED = {
+    "BSD": ("BSD-2-Clause", "BSD-3-Clause"),
+    "LGPL": ("LGPL-2.1-or-later",),
+    "LicenseRef-Proprietary": ("LicenseRef-NVIDIA",),
+}
 
 # Licences of versions whose metadata names none or contradicts itself, read in the files of the wheel.
 READ = {

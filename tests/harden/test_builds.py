@@ -21,7 +21,12 @@ def build(kind, source, out, where):
     code = f"import setuptools.build_meta as backend; backend.build_{kind}({os.fspath(out)!r})"
     out.mkdir(exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, env={**os.environ, **variables}, umask=where["umask"], capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, **variables},
+        umask=where["umask"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NO C++ KERNELS" not in done.stderr

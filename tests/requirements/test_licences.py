@@ -64,7 +64,9 @@ def test_what_metadata_says(metadata, found):
 
 
 def test_what_is_not_allowed_or_unknown_is_named():
-    assert supply.fault("something", ["MIT", "AGPL-3.0-only"], core=False).startswith("something: AGPL-3.0-only, wanted one of ")
+    assert supply.fault("something", ["MIT", "AGPL-3.0-only"], core=False).startswith(
+        "something: AGPL-3.0-only, wanted one of "
+    )
     assert supply.fault("something", ["Copyright (c) 2015"], core=False).startswith("something: Copyright (c) 2015, wanted")
     assert "names no licence" in supply.fault("something", [], core=False)
     assert supply.fault("something", ["Apache-2.0", "MIT"], core=True) == ""

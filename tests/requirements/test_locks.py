@@ -16,7 +16,10 @@ EXTRAS = PROJECT["optional-dependencies"]
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 IMPORTED_AS = {"pyyaml": "yaml"}  # where the module has another name than its package
 LOCKS = {name: supply.locked(path) for name, path in supply.LOCKS.items()}
-WANTED = {"core": PROJECT["dependencies"], "all": [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]}
+WANTED = {
+    "core": PROJECT["dependencies"],
+    "all": [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)],
+}
 
 
 @pytest.mark.parametrize("lock", LOCKS)
