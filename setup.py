@@ -17,6 +17,9 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
 FLAGS = ["-O3", "-ffp-contract=off"]
 OPENMP = "-fopenmp"
+REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
+if REPRODUCIBLE:
+    os.umask(0o022)  # a wheel states the modes of its files
 
 
 class BuildExtension(build_ext):
@@ -49,11 +52,11 @@ class BuildExtension(build_ext):
 
 
 class SourceArchive(sdist):
-    """Gives every file the time of SOURCE_DATE_EPOCH, if that is set, and no owner, so that an archive has the same bytes again."""
+    """Gives every file the time of SOURCE_DATE_EPOCH, if that is set, and no owner, so that the archive has the same bytes again."""
 
     def make_archive(self, base_name: str, format: str, root_dir=None, base_dir=None, owner=None, group=None) -> str:
         """Returns the path of the archive."""
-        if format != "gztar" or "SOURCE_DATE_EPOCH" not in os.environ:
+        if format != "gztar" or not REPRODUCIBLE:
             return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
         time, path = int(os.environ["SOURCE_DATE_EPOCH"]), f"{base_name}.tar.gz"
 
