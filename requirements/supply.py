@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
@@ -179,11 +180,19 @@ def write_sbom(path: Path) -> None:
     command = ["cyclonedx-py", "requirements", str(LOCKS["all"]), "--pyproject", str(HERE.parent / "pyproject.toml")]
     path.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([*command, "--of", "JSON", "--output-reproducible", "-o", str(path)], check=True)
-    bill, known = json.loads(path.read_text()), read_table()
+    bill = json.loads(path.read_text())
     for component in bill["components"]:
-        found = known[component["name"], component["version"]]
-        component["licenses"] = [{"license": {"name": one} if one.startswith("Lic") else {"id": one}} for one in found]
+        component["licenses"] = [licence_entry(one) for one in read_table()[component["name"], component["version"]]]
     path.write_text(json.dumps(bill, indent=1) + "\n")
+
+
+def licence_entry(licence: str) -> dict[str, dict[str, str]]:
+    """Returns a licence in CycloneDX's form, in which only SPDX has identifiers; all others are names."""
+    try:
+        known = not canonicalize_license_expression(licence).startswith("LicenseRef-")
+    except InvalidLicenseExpression:
+        known = False
+    return {"license": {"id" if known else "name": licence}}
 
 
 def main() -> int:

@@ -82,3 +82,9 @@ def test_a_licence_read_by_hand_is_that_of_one_version():
     assert supply.licences("torchao", "0.18.0", {}) == ["BSD-3-Clause"]
     assert supply.licences("torchao", "0.18.1", {}) == []
     assert set(supply.READ) <= set(TABLE)
+
+
+def test_in_the_bill_of_materials_only_spdx_has_identifiers():
+    assert supply.licence_entry("BSD-3-Clause") == {"license": {"id": "BSD-3-Clause"}}
+    for name in ("BSD", "Public-Domain", "LicenseRef-NVIDIA"):
+        assert supply.licence_entry(name) == {"license": {"name": name}}
