@@ -5,9 +5,10 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 LOCKED := --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock"
-# What `make test-lowest` runs, seen from tests/.
-LOWEST := undo_core/attacks undo_core/cli/test_commands.py undo_core/io undo_core/models/test_models.py undo_core/pipeline/test_pipeline.py \
-	undo_kernels/library undo_kernels/ops/test_checks.py undo_kernels/reference
+# What `make test-lowest` runs, seen from tests/. transformers 5.6 lacks deepseek_v4 and inkling and cannot build llama4 and musicgen.
+LOWEST := undo_core/attacks undo_core/checkpoints undo_core/cli/test_commands.py undo_core/io undo_core/models/test_models.py \
+	undo_core/pipeline/test_pipeline.py undo_kernels/library undo_kernels/ops/test_checks.py undo_kernels/reference \
+	-k 'not llama4 and not deepseek_v4 and not test_entries_that_the_model_drops and not test_a_model_that_transformers_cannot_make'
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
