@@ -155,7 +155,7 @@ def test_every_precision_for_long(text, tmp_path, tries, account):
 
 @pytest.mark.parametrize("optimizer", ["adamw-offload", "sgd", "adafactor"])
 def test_every_optimizer_for_long(text, tmp_path, tries, account, optimizer):
-    watched, _ = run(text, tmp_path / "run", tries(100, 2000), optimizer=optimizer)
+    watched, _ = run(text, tmp_path / "run", tries(50, 2000), optimizer=optimizer)
     watched.check()
     account("long runs: memory, handles, files, threads", tried=1, survived=1)
 
@@ -171,7 +171,7 @@ def test_a_teacher_on_disk_for_long(text, tmp_path, tries, account, kind):
         known = CachedTeacher.open(tmp_path / "cache", teacher)
     else:
         known = stream_model(tmp_path / "teacher")
-    watched, _ = run(text, tmp_path / "run", tries(100, 2000), teacher=known)
+    watched, _ = run(text, tmp_path / "run", tries(50, 2000), teacher=known)
     watched.check()
     account("long runs: memory, handles, files, threads", tried=1, survived=1)
 
