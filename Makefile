@@ -4,6 +4,11 @@ VENV ?= .venv
 # Where pip looks besides its defaults. On a machine without a GPU: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PIP_ARGS ?=
 BIN := $(VENV)/bin
+LOCKED := --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock"
+# What `make test-lowest` runs, seen from tests/. transformers 5.6 lacks deepseek_v4 and inkling and cannot build llama4 and musicgen.
+LOWEST := undo_core/attacks undo_core/checkpoints undo_core/cli/test_commands.py undo_core/io undo_core/models/test_models.py \
+	undo_core/pipeline/test_pipeline.py undo_kernels/library undo_kernels/ops/test_checks.py undo_kernels/reference \
+	-k 'not llama4 and not deepseek_v4 and not test_entries_that_the_model_drops and not test_a_model_that_transformers_cannot_make'
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
@@ -75,6 +80,26 @@ $(VENV)/.installed-%: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r $@.txt
 	@touch $@
 
+test-lowest: $(VENV)/.installed-supply  ## the tests of the pipeline, models and files with the lowest versions that pyproject.toml allows
+	$(BIN)/uv pip compile pyproject.toml --quiet --extra test --resolution lowest-direct --python-version 3.11 --no-annotate -o build/lowest.txt
+	$(BIN)/uv venv --quiet --allow-existing --python 3.11 build/lowest
+	$(BIN)/uv pip install --quiet --python build/lowest -r build/lowest.txt
+	$(BIN)/uv pip install --quiet --python build/lowest --no-deps --no-build-isolation .
+	cd tests && ../build/lowest/bin/python -m pytest -c ../pyproject.toml --benchmark-disable $(LOWEST)
+
+lock: $(VENV)/.installed-supply  ## requirements/*.txt from pyproject.toml and constraints.txt; LOCK=--upgrade takes newer versions
+	$(BIN)/uv pip compile pyproject.toml $(LOCKED) $(LOCK) -c constraints.txt --all-extras -o requirements/all.txt
+	$(BIN)/uv pip compile pyproject.toml $(LOCKED) $(LOCK) -c requirements/all.txt -o requirements/core.txt
+
+licences: $(VENV)/.installed-supply  ## the licence of every locked package, in requirements/licences.md; fails if one is not allowed
+	$(BIN)/python requirements/supply.py licences
+
+sbom: $(VENV)/.installed-supply  ## a bill of materials of every locked package in CycloneDX's JSON, in dist/sbom.json
+	PATH=$(BIN):$$PATH $(BIN)/python requirements/supply.py sbom dist/sbom.json
+
+audit: $(VENV)/.installed-supply  ## known vulnerabilities of every locked package; asks PyPI, or AUDIT='-s osv'
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off $(AUDIT) -r requirements/all.txt
+
 lint: $(VENV)/.installed-lint  ## check style and types of everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -92,6 +117,8 @@ docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/index.htm
 	@echo "site/index.html; with the search: $(PYTHON) -m http.server --directory site"
 
 EMPTY := build/empty-venv
+# The time that files of a release state: that of the last commit, so that another build of it has the same bytes.
+dist: export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),315532800)
 dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment without a compiler; TORCH=2.11.0 tries that torch
 	rm -rf dist $(EMPTY)
 	$(BIN)/python -m build --installer pip
@@ -104,4 +131,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot test-published harden bench bench-all bench-check lint format docs dist clean
+.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot test-published test-lowest harden bench bench-all bench-check lock licences sbom audit lint format docs dist clean

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import os
 import runpy
 import sys
+import tarfile
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext, has_flag
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 DIGEST = runpy.run_path("kernels/undo_kernels/cpu/sources.py")["digest"]("csrc")
@@ -16,6 +19,9 @@ FLAGS = ["-O3", "-ffp-contract=off"]
 # A sanitizer, such as address,undefined, for tests: Python must then run with its library loaded first (LD_PRELOAD).
 SANITIZER = [f"-fsanitize={os.environ['UNDO_SANITIZE']}", "-g1", "-O1"] if os.environ.get("UNDO_SANITIZE") else []
 OPENMP = "-fopenmp"
+REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
+if REPRODUCIBLE:
+    os.umask(0o022)  # a wheel states the modes of its files
 
 
 class BuildExtension(build_ext):
@@ -47,6 +53,29 @@ class BuildExtension(build_ext):
         self.extensions = every
 
 
+class SourceArchive(sdist):
+    """Gives every file the time of SOURCE_DATE_EPOCH, if that is set, and no owner, so that the archive has the same bytes again."""
+
+    def make_archive(self, base_name: str, format: str, root_dir=None, base_dir=None, owner=None, group=None) -> str:
+        """Returns the path of the archive."""
+        if format != "gztar" or not REPRODUCIBLE:
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+        time, path = int(os.environ["SOURCE_DATE_EPOCH"]), f"{base_name}.tar.gz"
+
+        def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, "", ""
+            entry.mtime, entry.mode = time, 0o755 if entry.mode & 0o100 else 0o644
+            return entry
+
+        with (
+            open(path, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=time) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            archive.add(base_dir, filter=plain)  # a folder's entries in the order of their names
+        return path
+
+
 setup(
     packages=find_packages("kernels") + find_packages(include=["undo_core", "undo_core.*"]),
     package_dir={"undo_kernels": "kernels/undo_kernels", "undo_core": "undo_core"},
@@ -61,5 +90,5 @@ setup(
             extra_link_args=SANITIZER,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "sdist": SourceArchive},
 )
