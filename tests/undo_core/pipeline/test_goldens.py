@@ -252,7 +252,11 @@ EVERY_KIND = {
     "relearn": {"rates": [0.001], "evaluate_at": [0, 1], "headline_step": 1, "extend": 0, "batch_size": 4},
     "controls": {"random": False, "gate": {"share": 0.05}},
     "damage": {"operators": ["prune"], "alphas": [0.4]},
-    "attacks": {"prompted": {"kind": "fewshot", "shots": [1]}, "merged": {"kind": "merge", "weights": [0.5]}},
+    "attacks": {
+        "prompted": {"kind": "fewshot", "shots": [1]},
+        "merged": {"kind": "merge", "weights": [0.5]},
+        "batched": {"together": 2, "rates": [0.001, 0.002], "evaluate_at": [0, 1], "headline_step": 1, "extend": 0},
+    },
     "measures": {"similarity": {"kind": "cka", "sequences": 4}},
 }
 
@@ -285,7 +289,7 @@ def test_a_manifest_of_each_command(files):
     commands.relearn("distilled", "relearned", "data", AttackConfig(rates=[0.01], **grid))
     commands.relearn("distilled", "prompted", "data", AttackConfig(kind="fewshot", shots=[1]))
     found = {str(path.parent): read_json(path) for path in sorted(Path().glob("**/manifest.json"))}
-    assert {facts["kind"] for facts in found.values()} == KINDS - {"pretrain", "initialise", "gate", "intervene", "measure"}
+    assert {facts["kind"] for facts in found.values()} == KINDS - {"pretrain", "initialise", "gate", "intervene", "measure", "relearn-grid"}
     check_json("commands.json", steady(found))
     again = commands.noise("unlearned", "noised", rules=[NoiseRule("embeddings", alpha=0.1)], layers="0")
     assert again == 0, "found again"

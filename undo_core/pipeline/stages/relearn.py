@@ -51,7 +51,7 @@ class Relearn(TrainingStage):
 
     def _json(self) -> dict[str, Any]:
         values, default = dataclasses.asdict(self.config), dataclasses.asdict(AttackConfig())
-        values["lora"] = self.config.lora.recorded()
+        values["lora"], default["lora"] = self.config.lora.recorded(), AttackConfig().lora.recorded()
         left_out = (*OF_THE_GRID, *(() if self.config.kind == "lora" else ("lora",)))
         kept = {name: value for name, value in values.items() if name in FIRST or value != default[name]}
         return {name: value for name, value in kept.items() if name not in left_out} | {"rate": self.rate}
