@@ -20,6 +20,7 @@ from undo_core.models import head_of
 from undo_core.models.adapters import has_adapters
 from undo_core.training import Batch, Source, TrainResult, as_source, train
 from undo_core.training.losses import cross_entropy
+from undo_core.training.memory_savers import choose_kernels, kept_kernels
 from undo_core.training.precision import convert_
 from undo_core.training.together import train_together
 
@@ -90,16 +91,29 @@ def attack_together(
     """
     _check(config, forget, retain)
     head_of(model)
-    start = evaluate(model)  # the same for all copies
     copies, trainings = [copy.deepcopy(model) for _ in trials], []
-    for index, (trial, copied) in enumerate(zip(trials, copies, strict=True)):
-        at = config.at(trial)
-        shared = {"evaluate": evaluate, "evaluate_at": at.evaluate_at, "known_at_start": start, "must_stay_finite": False}
-        shown = {"title": f"{title} {len(copies)} at once", "progress": progress and index == 0}
-        sources = _sources(copied, at, forget, retain)
-        trainings.append(train.steps(copied, mixed_cross_entropy, sources, at.training(trial.rate), **shared, **shown))
-    results = train_together(copies, trainings)
+    with contextlib.ExitStack() as kernels:
+        for copied in copies:
+            kernels.enter_context(kept_kernels(copied))
+        start = _at_start(copies[0], config, evaluate)  # the same for all copies
+        for index, (trial, copied) in enumerate(zip(trials, copies, strict=True)):
+            at = config.at(trial)
+            shared = {"evaluate": evaluate, "evaluate_at": at.evaluate_at, "known_at_start": start, "must_stay_finite": False}
+            shown = {"title": f"{title} {len(copies)} at once", "progress": progress and index == 0}
+            sources = _sources(copied, at, forget, retain)
+            trainings.append(train.steps(copied, mixed_cross_entropy, sources, at.training(trial.rate), **shared, **shown))
+        results = train_together(copies, trainings)
     return {trial: pair for trial, *pair in zip(trials, copies, results, strict=True)}
+
+
+@torch.no_grad()
+def _at_start(
+    model: PreTrainedModel, config: AttackConfig, evaluate: Callable[[PreTrainedModel], dict[str, float]]
+) -> dict[str, float]:
+    """Evaluates ``model`` before the first step as a training does: with its kernel, its precision and without dropout."""
+    choose_kernels(model, config.training(config.rates[0]))
+    convert_(model, config.precision)
+    return evaluate(model.eval())
 
 
 def _sources(model: PreTrainedModel, config: AttackConfig, forget: Data | None, retain: Data | None) -> dict[str, Source]:

@@ -21,17 +21,25 @@ def keeps_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def keeping(model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        inner = bare(model)
-        if not isinstance(inner, PreTrainedModel):
+        with kept_kernels(model):
             return function(model, *arguments, **options)
-        kernel = inner.config._attn_implementation
-        try:
-            return function(model, *arguments, **options)
-        finally:
-            if inner.config._attn_implementation != kernel:
-                inner.set_attn_implementation(kernel)
 
     return keeping
+
+
+@contextlib.contextmanager
+def kept_kernels(model: nn.Module) -> Iterator[None]:
+    """Context that restores the attention kernel of a model on exit, even after an exception."""
+    inner = bare(model)
+    if not isinstance(inner, PreTrainedModel):
+        yield
+        return
+    kernel = inner.config._attn_implementation
+    try:
+        yield
+    finally:
+        if inner.config._attn_implementation != kernel:
+            inner.set_attn_implementation(kernel)
 
 
 def choose_kernels(model: nn.Module, config: TrainConfig) -> None:

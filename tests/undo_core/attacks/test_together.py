@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import cli
 from undo_core.attacks import AttackConfig
-from undo_core.attacks.relearning import mixed_cross_entropy, relearn
+from undo_core.attacks.relearning import attack_together, mixed_cross_entropy, relearn
 from undo_core.data.sequences import Sequences
 from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
 from undo_core.pipeline.attack_run import defences_of
@@ -146,6 +146,38 @@ def test_curves_are_those_of_trials_one_by_one():
             assert found == pytest.approx(point, rel=2e-4)
         finals.add(round(result.history[-1]["forget"], 3))
     assert len(finals) == len(alone), "the trials differ, so that a mix-up of copies would show"
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("bfloat16", "sgd"), ("bfloat16-stochastic", "adamw")])
+def test_evaluations_see_each_model_as_alone_and_one_that_diverges_spoils_no_other(precision, optimizer):
+    model, forget, seen = small_model().train(), text(0), []
+    kernel = model.config._attn_implementation
+    config = AttackConfig(
+        rates=[1e-2, 1e18], evaluate_at=[0, 3], headline_step=3, extend=0, batch_size=4, precision=precision, optimizer=optimizer,
+        clip=0.0, attention="eager",
+    )  # fmt: skip
+
+    def evaluate(model):
+        dtype = next(model.parameters()).dtype
+        seen.append((model.training, torch.is_grad_enabled(), dtype, model.config._attn_implementation))
+        batch = as_batch(forget.input_ids.long())
+        return {"forget": float(mixed_cross_entropy(model, {"forget": batch}, {"forget": batch.counted}).detach())}
+
+    alone = relearn(model, forget, config, evaluate=evaluate, higher_is_better=False, progress=False)
+    together = attack_together(
+        model, forget, config.trials(), dataclasses.replace(config, together=2), evaluate=evaluate, progress=False
+    )
+    assert set(seen) == {(False, False, torch.bfloat16, "eager")} and kernel != "eager"
+    finals = []
+    for trial, result in alone.items():
+        copied, other = together[trial]
+        assert copied.config._attn_implementation == kernel
+        assert other.history[0] == result.history[0]
+        finals.append((result.history[-1]["forget"], other.history[-1]["forget"]))
+    assert (
+        finals[0][1] == pytest.approx(finals[0][0], rel=2e-3) and finals[0][0] < alone[config.trials()[0]].history[0]["forget"]
+    )
+    assert not any(value < 10 for value in finals[1]), "the other one has diverged"
 
 
 @pytest.mark.parametrize(
