@@ -37,5 +37,5 @@ def _check_all_matrices(model: PreTrainedModel, layers: Iterable[nn.Module]) -> 
     if unknown:
         raise ValueError(
             f"model: got {type(model).__name__}, whose {unknown[0]} (of {len(unknown)} such) is not the weight of a Linear "
-            "or Conv1D and cannot be rounded; wanted a model without such matrices"
+            "or Conv1D and can neither be rounded nor pruned; wanted a model without such matrices"
         )

@@ -27,17 +27,22 @@ class Moments:
     xy: torch.Tensor
 
 
-def joint_moments(model: PreTrainedModel, other: PreTrainedModel, sequences: Sequences) -> list[Moments]:
+def joint_moments(
+    model: PreTrainedModel, other: PreTrainedModel, sequences: Sequences, *, one_width: bool = False
+) -> list[Moments]:
     """Returns the moments of every layer, first to last.
 
     Memory: three ``[d, d]`` float64 matrices for each layer, and a batch of outputs of both models.
 
     Raises:
-        ValueError: the models differ in their number of layers.
+        ValueError: the models differ in their number of layers or, with ``one_width``, in the width of their hidden states.
     """
     counts = [len(find_layers(each)) for each in (model, other)]
     if counts[0] != counts[1]:
         raise ValueError(f"against: got a model of {counts[1]} layers, wanted the {counts[0]} of the measured one")
+    widths = [each.get_input_embeddings().weight.shape[1] for each in (model, other)]
+    if one_width and widths[0] != widths[1]:
+        raise ValueError(f"against: got a model of width {widths[1]}, wanted the {widths[0]} of the measured one")
     sums: list[list[torch.Tensor]] = [[] for _ in range(counts[0])]
     shifts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     tokens = 0

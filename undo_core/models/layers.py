@@ -66,10 +66,10 @@ def kept_outputs(model: PreTrainedModel, indices: Sequence[int]) -> Iterator[dic
 
 
 @contextlib.contextmanager
-def patched(model: PreTrainedModel, other: PreTrainedModel, index: int) -> Iterator[None]:
+def patched(model: PreTrainedModel, other: PreTrainedModel, index: int, name: str = "original") -> Iterator[None]:
     """Context in which the layer ``index`` of ``model`` outputs what that layer of ``other`` does for the same tokens.
 
-    ``other`` runs up to its head before each forward pass of ``model``.
+    ``other`` runs up to its head before each forward pass of ``model``. ``name`` is that of the argument in an error.
 
     Raises:
         ValueError: the models differ in their number of layers or in the width of their hidden states.
@@ -77,8 +77,8 @@ def patched(model: PreTrainedModel, other: PreTrainedModel, index: int) -> Itera
     shapes = [(len(find_layers(each)), each.get_input_embeddings().weight.shape[1]) for each in (model, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"original: got {shapes[1][0]} layers of width {shapes[1][1]}, wanted those of the model, {shapes[0][0]} of width "
-            f"{shapes[0][1]}"
+            f"{name}: got models of {shapes[1][0]} layers of width {shapes[1][1]} and of {shapes[0][0]} layers of width "
+            f"{shapes[0][1]}, wanted models of one shape"
         )
     head_of(model)  # measures the head with the model's own hidden states, before they are replaced
 

@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 
-def paired(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns, by name, the parameters of both models; a tied parameter appears once.
+def paired(
+    model: PreTrainedModel, other: PreTrainedModel, name: str = "original"
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns, by name, the parameters of both models; a tied parameter appears once. ``name`` is what an error calls ``other``.
 
     Raises:
         ValueError: the models differ in a parameter's name or shape.
@@ -18,15 +20,15 @@ def paired(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, tuple[to
     own, theirs = dict(model.named_parameters()), dict(other.named_parameters())
     if unknown := sorted(own.keys() ^ theirs.keys()):
         raise ValueError(
-            f"original: got a {type(other).__name__}, of which and of the model, a {type(model).__name__}, only one has "
+            f"{name}: got a {type(other).__name__}, of which and of the model, a {type(model).__name__}, only one has "
             f"{unknown[0]} (of {len(unknown)} such); wanted models of one architecture"
         )
-    for name, parameter in own.items():
-        if parameter.shape != theirs[name].shape:
+    for key, parameter in own.items():
+        if parameter.shape != theirs[key].shape:
             raise ValueError(
-                f"original: got {name} of shape {tuple(theirs[name].shape)}, wanted that of the model, {tuple(parameter.shape)}"
+                f"{name}: got {key} of shape {tuple(theirs[key].shape)}, wanted that of the model, {tuple(parameter.shape)}"
             )
-    return {name: (parameter.detach(), theirs[name].detach()) for name, parameter in own.items()}
+    return {key: (parameter.detach(), theirs[key].detach()) for key, parameter in own.items()}
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def on_the_line(model: PreTrainedModel, other: PreTrainedModel, share: float) ->
 
     At share 0 and 1 they have exactly the values of one of the models. Memory: a copy of the model.
     """
-    pairs = paired(model, other)
+    pairs = paired(model, other, "against")
     before = {name: own.clone() for name, (own, _) in pairs.items()}
     try:
         for own, theirs in pairs.values():

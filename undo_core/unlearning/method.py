@@ -79,8 +79,8 @@ Term = Callable[[PreTrainedModel, Batch, int], torch.Tensor]
 def forget_and_retain(forget: Term, model: PreTrainedModel, config: Settings) -> Loss:
     """Returns the loss ``forget(forget text) + retain_weight * CE(retain text)``.
 
-    With ``config.retain_loss`` kl, ``KL(p_original || p)`` replaces CE, and with jsd their Jensen-Shannon divergence. ``model`` must still be the original model. At
-    ``retain_weight`` 0 the retain text is not run.
+    With ``config.retain_loss`` kl, ``KL(p_original || p)`` replaces CE, and with jsd their Jensen-Shannon divergence. ``model``
+    must still be the original model. At ``retain_weight`` 0 the retain text is not run.
     """
     head_of(model)  # raises before anything is changed
     retain = cross_entropy if config.retain_loss == "cross-entropy" else kept(model, config)

@@ -1,7 +1,7 @@
 """Principal angle: whether the activations still vary most along the same direction.
 
 ``|u . v|`` with the first principal directions ``u`` and ``v`` of the outputs of one layer of both models on the same tokens: 1 if
-they are parallel, 0 if they are orthogonal. Cosine similarity of principal components of unlearned models: Xu et al. 2025 (arXiv
+they are parallel, 0 if they are orthogonal, n/a if the outputs of one do not vary. Cosine similarity of principal components of unlearned models: Xu et al. 2025 (arXiv
 2505.16831).
 """
 
@@ -30,9 +30,10 @@ class Angle(Measurement):
 
     def curve(self, model: PreTrainedModel, texts: Texts) -> Curve:
         curve: Curve = []
-        for layer, moments in enumerate(joint_moments(model, texts.reference(), self.read(texts.score)), 1):
-            first = [torch.linalg.eigh(own).eigenvectors[:, -1] for own in (moments.xx, moments.yy)]
-            curve.append((layer, abs(float(first[0] @ first[1]))))
+        for layer, moments in enumerate(joint_moments(model, texts.reference(), self.read(texts.score), one_width=True), 1):
+            (own, first), (other, second) = (torch.linalg.eigh(each) for each in (moments.xx, moments.yy))
+            varies = min(float(own[-1]), float(other[-1])) > 0  # without a variance the direction means nothing
+            curve.append((layer, abs(float(first[:, -1] @ second[:, -1])) if varies else None))
         return curve
 
     def passes(self, layers: int) -> int:

@@ -2,7 +2,8 @@
 
 ``CKA = |X^T Y|_F^2 / (|X^T X|_F |Y^T Y|_F)`` with the centred outputs ``[tokens, d]`` of the same layer of both models on the same
 tokens (Kornblith et al. 2019, arXiv 1905.00414): 1 if they agree up to an orthogonal map and a factor, near 0 if they have nothing
-in common. On unlearned models: Xu et al. 2025 (arXiv 2505.16831).
+in common. It is the plain estimator, which is biased upwards when there are few tokens for each dimension: compare values over the
+same text only. On unlearned models: Xu et al. 2025 (arXiv 2505.16831).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``P(alpha)`` of the weights ``(1 - alpha) * theta + alpha * theta'``; the number is the barrier, the most by which a point is worse
 than the straight line between the ends: ``max over alpha of [(1 - alpha) * P(0) + alpha * P(1) - P(alpha)]``, negated for a loss
-(Frankle et al. 2020, arXiv 1912.05671). Without a barrier both models lie in one basin. That a barrier between an unlearned model
+(the barrier of Entezari et al. 2022, arXiv 2110.06296; that of Frankle et al. 2020, arXiv 1912.05671, is taken from the mean of both
+ends, and agrees where the ends do equally well). Without a barrier both models lie in one basin. That a barrier between an unlearned model
 and the original predicts resistance to relearning: Siddiqui et al. 2025 (arXiv 2505.22310).
 """
 

@@ -36,7 +36,7 @@ class Distance(Measurement):
         }
         layers = {key: of_layer.get(id(parameter), 0) for key, parameter in model.named_parameters()}
         squares: dict[int, list[float]] = {}
-        for key, (own, other) in paired(model, texts.reference()).items():
+        for key, (own, other) in paired(model, texts.reference(), "against").items():
             sums = squares.setdefault(layers[key], [0.0, 0.0])
             sums[0] += float((own.double() - other.double()).square().sum())
             sums[1] += float(other.double().square().sum())

@@ -1,7 +1,7 @@
 """Linear probes: how well a linear map of a layer's outputs predicts the next token of forget text.
 
-A ridge classifier: with outputs ``X`` ``[tokens, d]``, standardised and with a column of ones, and one-hot next tokens ``Y``,
-``W = (X^T X / n + l2 * I)^-1 X^T Y / n``; its answer is the largest of ``x W``. It is fitted on validation text and scored on test
+A ridge classifier: with standardised outputs ``X`` ``[tokens, d]`` and one-hot next tokens ``Y`` of mean ``b``,
+``W = (X^T X / n + l2 * I)^-1 X^T (Y - b) / n``; its answer is the largest of ``x W + b``. It is fitted on validation text and scored on test
 text, on the answers where the text has answers (Alain and Bengio 2016, arXiv 1610.01644; on unlearned models Patil et al. 2023,
 arXiv 2309.17410). Only the ``classes`` most frequent next tokens are told apart; others count as wrong.
 """

@@ -36,7 +36,7 @@ class Patching(Measurement):
         own, best = (evaluate(each, sequences)["value"] for each in (model, reference))
         curve: Curve = []
         for index in range(len(find_layers(model))):
-            with patched(reference, model, index):
+            with patched(reference, model, index, "against"):
                 value = evaluate(reference, sequences)["value"]
             curve.append((index + 1, None if abs(best - own) < LEAST else (value - own) / (best - own)))
         return curve

@@ -30,7 +30,7 @@ class Shift(Measurement):
 
     def curve(self, model: PreTrainedModel, texts: Texts) -> Curve:
         curve: Curve = []
-        for layer, moments in enumerate(joint_moments(model, texts.reference(), self.read(texts.score)), 1):
+        for layer, moments in enumerate(joint_moments(model, texts.reference(), self.read(texts.score), one_width=True), 1):
             variances, directions = torch.linalg.eigh(moments.yy)
             moved = float((moments.means[0] - moments.means[1]) @ directions[:, -1])
             variance = float(variances[-1])

@@ -101,7 +101,7 @@ def test_a_patch_of_the_only_layers_that_differ_gives_the_original():
     for depth, equal in ((0.25, False), (0.5, True), (0.75, True), (1.0, True)):
         assert (under(mixed, Patch(depths=[depth]), original)[0] == wanted) is equal, depth
     _, shallow = two_models(num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"^original: got 2 layers of width 16, wanted those of the model, 4 of width 16"):
+    with pytest.raises(ValueError, match=r"^original: got models of 2 layers of width 16 and of 4 layers of width 16, wanted"):
         under(model, Patch(depths=[0.5]), shallow)
 
 

@@ -33,7 +33,7 @@ def test_another_architecture_is_refused_and_the_line_is_left_again():
     before = copy.deepcopy(model.state_dict())
     with (
         pytest.raises(
-            ValueError, match=r"^original: got model\.layers\.0\.mlp\.gate_proj\.weight of shape \(24, 16\), wanted that"
+            ValueError, match=r"^against: got model\.layers\.0\.mlp\.gate_proj\.weight of shape \(24, 16\), wanted that"
         ),
         on_the_line(model, wider, 0.5),
     ):

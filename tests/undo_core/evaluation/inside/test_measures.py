@@ -89,6 +89,22 @@ def test_shift_and_angle_are_those_of_the_principal_directions():
     assert [value for _, value in Shift().curve(model, texts(model))] == [0.0] * 4
 
 
+@pytest.mark.parametrize("kind", [Angle, Shift, Cka])
+def test_outputs_that_do_not_vary_have_no_direction(kind):
+    original, _ = two_models()
+    still = copy.deepcopy(original)
+    with torch.no_grad():
+        still.model.embed_tokens.weight.zero_()
+    assert {value for _, value in kind().curve(original, texts(still))} == {None}
+
+
+@pytest.mark.parametrize("kind", [Angle, Shift, Distance, Connectivity, Patching])
+def test_models_of_other_widths_are_refused_under_the_name_of_the_setting(kind):
+    (_, model), (wider, _) = two_models(), two_models(hidden_size=32)
+    with pytest.raises(ValueError, match=r"^against: got .*16"):
+        kind().curve(model, texts(wider))
+
+
 def test_distance_is_relative_to_the_other_model():
     original, model = two_models()
     curve = dict(Distance().curve(model, texts(original)))
