@@ -15,6 +15,7 @@ zero. The same rule refuses plain bfloat16, which loses small updates.
 
 import gc
 import math
+import mmap
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -49,6 +50,14 @@ MODEL = {
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the counts are Linux's")
 
 
+def unit_of_the_system():
+    """By how many bytes resident memory grows for one touched page: more than a page with huge pages, and in some sandboxes."""
+    with mmap.mmap(-1, 16 << 20) as area:
+        before = resident_bytes()
+        area[8 << 20] = 1
+        return max(0, resident_bytes() - before)
+
+
 @dataclass
 class Watched:
     """What a run held at each moment: bytes, handles, files of its folder, threads; and the names of its checkpoints."""
@@ -76,14 +85,14 @@ class Watched:
         settled = counts[MOMENTS // 5 :]
         return statistics.median(settled[-10:]) - statistics.median(settled[:10])
 
-    def check(self):
-        """Fails if anything grew, or if the checkpoints were not replaced."""
+    def check(self, least):
+        """Fails if anything grew, or if fewer than ``least`` checkpoints were seen."""
         assert {name: self.grown(getattr(self, name)) for name in ("handles", "files", "threads")} == {
             "handles": 0, "files": 0, "threads": 0,
         }  # fmt: skip
-        assert self.grown(self.bytes) <= TOLERANCE
+        assert self.grown(self.bytes) <= TOLERANCE + 2 * unit_of_the_system()
         assert max(self.files) <= 4, "the log, and model, optimizer and state of one checkpoint"
-        assert len(self.checkpoints) > 1
+        assert len(self.checkpoints) >= least, "checkpoints are written, and replaced in a run that is long enough"
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +142,12 @@ def half_width(values):
 
 def test_every_precision_for_long(text, tmp_path, tries, account):
     """Full: 10,000 steps in each precision, float32 and bfloat16-stochastic with three seeds, about 80,000 steps in all."""
-    steps, seeds = tries(200, 10_000), range(tries(1, 3))
+    steps, seeds = tries(MOMENTS, 10_000), range(tries(1, 3))
     fifths, ran = {}, 0
     for precision in PRECISIONS:
         for seed in seeds if precision in ("float32", "bfloat16-stochastic") else seeds[:1]:
             watched, fifths[precision, seed] = run(text, tmp_path / f"{precision}-{seed}", steps, precision, seed=seed)
-            watched.check()
+            watched.check(tries(1, 2))
             ran += 1
     account("long runs: memory, handles, files, threads", tried=ran, survived=ran)
     if len(seeds) == 1:
@@ -156,7 +165,7 @@ def test_every_precision_for_long(text, tmp_path, tries, account):
 @pytest.mark.parametrize("optimizer", ["adamw-offload", "sgd", "adafactor"])
 def test_every_optimizer_for_long(text, tmp_path, tries, account, optimizer):
     watched, _ = run(text, tmp_path / "run", tries(50, 2000), optimizer=optimizer)
-    watched.check()
+    watched.check(tries(1, 2))
     account("long runs: memory, handles, files, threads", tried=1, survived=1)
 
 
@@ -172,12 +181,14 @@ def test_a_teacher_on_disk_for_long(text, tmp_path, tries, account, kind):
     else:
         known = stream_model(tmp_path / "teacher")
     watched, _ = run(text, tmp_path / "run", tries(50, 2000), teacher=known)
-    watched.check()
+    watched.check(tries(1, 2))
     account("long runs: memory, handles, files, threads", tried=1, survived=1)
 
 
 def test_a_leak_of_one_small_tensor_a_step_is_seen(tmp_path):
     """What the full part's rule finds; the quick part's finds a hundred times as much a step."""
+    if (unit := unit_of_the_system()) > HEAP_STEP:
+        pytest.skip(f"resident memory grows by {unit:,} bytes at a time here")
     watched, kept = Watched(tmp_path), []
     for _ in range(MOMENTS):
         kept.extend(torch.zeros(1) for _ in range(200))

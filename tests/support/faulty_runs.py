@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import itertools
 import json
@@ -61,7 +62,7 @@ def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = CO
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setitem(loop.train.__wrapped__.__kwdefaults__, "checkpoint_seconds", -1.0)
+        patch.setitem(inspect.unwrap(loop.train).__kwdefaults__, "checkpoint_seconds", -1.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "checkpoint_seconds", 0.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "shard_bytes", 20_000)
         start, number = locks._start, next(_lives)

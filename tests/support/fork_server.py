@@ -6,6 +6,7 @@ have ended, with their exit codes. Every process writes a checkpoint after each 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ if __name__ in ("__main__", "__mp_main__"):  # the server, and the workers of it
     from undo_core.distillation import cache
     from undo_core.training import loop
 
-    loop.train.__wrapped__.__kwdefaults__["checkpoint_seconds"] = -1.0
+    inspect.unwrap(loop.train).__kwdefaults__["checkpoint_seconds"] = -1.0
     cache.cache_teacher.__kwdefaults__["checkpoint_seconds"] = 0.0
 
 

@@ -96,7 +96,7 @@ class CacheWriter:
             if found["bounds"] == self.bounds and 0 <= found["rows"] <= len(self.sequences):
                 done = found["rows"]
             else:  # shards of another size cannot be continued; if this is killed, no call takes the record for shards that are gone
-                write_json(record, {**found, "rows": 0})
+                write_json(record, {"identity": self.identity, "bounds": [], "rows": 0})
                 for path in self.folder.iterdir():
                     if path != record:
                         path.unlink()
