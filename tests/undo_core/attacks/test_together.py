@@ -258,7 +258,7 @@ def test_a_run_takes_the_trials_from_one_stage(tmp_path, monkeypatch, capsys):
         assert cli.main(["run", "run.json"]) in (0, None)
         results = json.loads((tmp_path / "out" / "results-seed0.json").read_text())
         curves[together] = {entry["name"]: entry["attack"]["curves"] for entry in results["models"] if entry.get("attack")}
-    grids = sorted((tmp_path / "out" / "stages").glob("relearn-grid-*"))
+    grids = sorted((tmp_path / "out" / "stages").glob("relearn_grid-*"))
     assert len(grids) == len(curves[3]) >= 2, "one batched run for each attacked model"
     for name, found in curves[3].items():
         for one, other in zip(curves[1][name], found, strict=True):

@@ -160,7 +160,7 @@ def test_a_shard_without_its_header_is_refused_by_name(cut):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [('{"step": 3}', "the state.json of step 3"), ("{}", "the state.json of step None"), ("", "a torn state.json")],
+    [('{"step": 3}', "the state.json of step 3"), ("{}", "a torn state.json"), ("", "a torn state.json")],
 )
 def test_a_torn_or_foreign_state_is_refused(cut, text, fault):
     folder, checkpoint = cut

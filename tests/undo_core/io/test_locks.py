@@ -245,10 +245,10 @@ def test_a_claim_that_another_machine_deletes_while_it_is_read_is_missing(path, 
     path.parent.mkdir()
     path.with_name(f"{path.name}.1").touch()
 
-    def stale(file: Path, *mode: str):
+    def stale(file: Path, *mode: str, **options: str):
         if not mode:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return open(file, *mode)
+        return open(file, *mode, **options)
 
     monkeypatch.setattr(locks, "open", stale, raising=False)
     assert locks._claims(path) == []

@@ -327,7 +327,7 @@ def with_gradient(weight, gradient):
 
 
 REFUSED = {
-    "a module": (lambda w: torch.nn.Linear(1, 1), r"got Linear, wanted student_weight itself"),
+    "a module": (lambda w: torch.nn.Linear(1, 1), r"got Linear, wanted a tensor that is student_weight itself"),
     "another": (
         lambda w: torch.nn.Parameter(w.detach().clone()),
         r"got another tensor, of shape \(2311, 48\) and torch.float32",

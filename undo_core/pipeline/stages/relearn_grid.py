@@ -33,7 +33,7 @@ class RelearnGrid(TrainingStage):
         model: the attacked model.
     """
 
-    kind = "relearn-grid"
+    kind = "relearn_grid"
     config: AttackConfig
     trials: tuple[Trial, ...]
     model: Stage | Folder
