@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from undo_core.attacks.relearning import attack_together, mixed_cross_entropy, r
 from undo_core.data.sequences import Sequences
 from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
 from undo_core.pipeline.attack_run import defences_of
+from undo_core.pipeline.stage import Folder
+from undo_core.pipeline.stages.relearn_grid import RelearnGrid
 from undo_core.training import train
 from undo_core.training.batches import as_batch
 from undo_core.training.together import Together
@@ -246,6 +249,13 @@ def test_an_error_in_a_step_leaves_the_contexts_of_the_training():
     with pytest.raises(KeyError, match="broken"):
         train(model, mixed_cross_entropy, source, config.training(1e-3), gradient=broken, progress=False)
     assert model.config._attn_implementation == kernel and not model.is_gradient_checkpointing
+
+
+def test_trials_whose_rates_agree_in_six_digits_keep_their_own_results():
+    config = AttackConfig(rates=[1.2345671e-3, 1.2345674e-3], together=2, seed=0)
+    given = {"prepared": Folder(Path("data")), "model": Folder(Path("model"))}
+    grid = RelearnGrid(config=config, trials=tuple(config.trials()), **given)
+    assert len({grid.trial(trial).trial_name for trial in grid.trials}) == 2
 
 
 def test_a_run_takes_the_trials_from_one_stage(tmp_path, monkeypatch, capsys):

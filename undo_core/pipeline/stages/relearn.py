@@ -102,7 +102,7 @@ class Relearn(TrainingStage):
     @property
     def trial_name(self) -> str:
         """Name of the trial among those that train together: its rate and the seed of its data order."""
-        return f"rate-{self.rate:g}-seed-{self.config.seed}"
+        return f"rate-{self.rate!r}-seed-{self.config.seed}"  # all digits: a rounded rate could be that of another trial
 
     def memory(self, meta: Meta) -> list[Memory]:
         if self.grid is not None:
