@@ -54,7 +54,7 @@ def possible(number: int, kind: str, path: str, stage: str) -> list[Fault]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fault_at_any_operation(name, finished, tries, account, tmp_path):
-    count = tries(2, EVERY) if name == "plain" else tries(0, EVERY)
+    count = tries(1, EVERY) if name == "plain" else tries(0, EVERY)
     run = finished(name)
     known = run.stages() if count == EVERY else [run.stages()[-2]]
     faults = [
@@ -129,7 +129,7 @@ def test_a_limit_of_the_system(what, finished, tries, account, tmp_path):
     run = finished("plain")
     limit, value, rooms = LIMITS[what]
     tried = [(stage, room) for stage in run.stages() for room in rooms]
-    tried = tried[1 : 1 + tries(2, len(tried))]
+    tried = tried[1 : 1 + tries(1, len(tried))]
     for stage, room in tried:
         place, before = run.without(stage, tmp_path / "limited"), resource.getrlimit(limit)
         resource.setrlimit(limit, (value(room), before[1]))

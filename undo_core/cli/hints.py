@@ -11,8 +11,9 @@ import re
 from argparse import Action
 from collections.abc import Callable, Sequence
 
-import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from undo_core.io.untrusted import lacks_memory
 
 FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
 
@@ -132,11 +133,9 @@ def what_to_do(error: BaseException) -> str:
 
 def lack_of_memory(error: BaseException) -> str:
     """One line about an allocation that failed, or that of a thread's stack; empty for another error."""
-    text = str(error)
-    known = ("can't allocate memory", "can't start new thread")
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(part in text for part in known):
+    if not lacks_memory(error):
         return ""
-    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     wanted = f" ({asked[1]} were asked for)" if asked else ""
     return f"out of memory{wanted}; `undo plan CONFIG --memory SIZE` finds what fits, and {_CONTINUES}"
 

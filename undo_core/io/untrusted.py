@@ -63,7 +63,7 @@ def inside(folder: Path, name: Any, where: str) -> Path:
 def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
     """Turns any error that a library raises about a file, except ``keep`` and OSError, into a ValueError beginning with ``what``.
 
-    An OSError that names no file begins with ``what`` too.
+    An OSError that names no file begins with ``what`` too. A lack of memory is no fault of the file, and is raised as it is.
     The libraries that read models and tokenizers check little: a wrong value ends in a KeyError, a TypeError or, in Rust, in a
     PanicException, which is not even an Exception.
     """
@@ -73,11 +73,20 @@ def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         said = " ".join(str(error).split())
         if isinstance(error, OSError) and error.filename is None:
-            raise type(error)(f"{what}: {said}") from error
-        if isinstance(error, (OSError, *keep)) or not (panic or isinstance(error, Exception)):
+            kind = type(error) if type(error).__module__ == "builtins" else OSError  # others take other arguments
+            named = kind(f"{what}: {said}")
+            named.errno = error.errno  # says what can be done about it
+            raise named from error
+        if isinstance(error, (OSError, *keep)) or lacks_memory(error) or not (panic or isinstance(error, Exception)):
             raise
-        named = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
-        raise ValueError(f"{what}: {named}") from error
+        shown = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+        raise ValueError(f"{what}: {shown}") from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, or that of a thread's stack. torch raises a bare RuntimeError for the memory of the CPU."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(part in str(error) for part in ("can't allocate memory", "can't start new thread"))
 
 
 def _kind(value: Any) -> str:

@@ -14,7 +14,8 @@ ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-MOST_PARTS = 2048  # largest number of layers, experts or labels: transformers builds an object for each before it reads weights
+MOST_PARTS = 2048  # largest number of layers or labels: transformers builds an object for each before it reads weights
+MOST_EXPERTS = 1 << 15  # Doge has 16384, as rows of a table
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # what needs no package of kernels
 _COUNTS = re.compile(r"(?:^|_)(?:layers?|blocks?|experts?|labels?|depths?)$")
 
@@ -55,7 +56,7 @@ def check_configuration(folder: Path) -> None:
 
 
 def check_settings(settings: Any, where: str) -> None:
-    """Raises a ValueError if settings of a model ask for more than :data:`MOST_PARTS` parts, or for code from elsewhere.
+    """Raises a ValueError if settings of a model ask for too many parts or experts, or for code from elsewhere.
 
     ``attn_implementation`` can name kernels on the Hugging Face hub, which transformers would download and run.
     """
@@ -67,8 +68,9 @@ def check_settings(settings: Any, where: str) -> None:
         if not isinstance(value, dict):
             continue
         for name, entry in value.items():
-            if isinstance(entry, (int, float)) and _COUNTS.search(str(name)) and not entry <= MOST_PARTS:
-                raise ValueError(f"{where}: got {name} {entry}, wanted at most {MOST_PARTS}")
+            most = MOST_EXPERTS if str(name).endswith(("expert", "experts")) else MOST_PARTS
+            if isinstance(entry, (int, float)) and _COUNTS.search(str(name)) and not entry <= most:
+                raise ValueError(f"{where}: got {name} {entry}, wanted at most {most}")
             if str(name).endswith("_implementation"):
                 for one in entry.values() if isinstance(entry, dict) else [entry]:
                     if one not in IMPLEMENTATIONS:

@@ -38,7 +38,7 @@ from undo_core.io.untrusted import refused
 from undo_core.models.folder import CONFIG, check_configuration, check_settings, read_configuration, weight_files
 
 PARAMETERS_PER_BYTE = 4  # of the weight files: no stored form has less than 2 bits for a parameter
-BUFFER_BYTES = 1 << 30  # of a checkpoint's model; transformers computes buffers from the configuration alone
+BUFFER_BYTES = 1 << 30  # of a checkpoint's model, or as many as its files have; buffers follow from the configuration alone
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -163,7 +163,6 @@ def _made(what: str) -> Iterator[None]:
     """Turns an error of transformers' automatic class into a ValueError that names the model ``what``."""
     with refused(
         f"model: got {what}, of which transformers' AutoModelForCausalLM makes no model",
-        torch.OutOfMemoryError,
         SafetensorError,
     ):
         yield
@@ -174,7 +173,7 @@ def sized_skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: the model has more than :data:`PARAMETERS_PER_BYTE` parameters for each byte of the files, or buffers of more
-            than :data:`BUFFER_BYTES`.
+            than :data:`BUFFER_BYTES` and more than the files.
     """
     stored = sum(path.stat().st_size for path in weight_files(folder))
     model = skeleton(config)
@@ -184,8 +183,8 @@ def sized_skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
             f"model: got {folder}, whose configuration has {parameters:,} parameters and whose files have {stored:,} bytes; "
             f"wanted at most {PARAMETERS_PER_BYTE} parameters a byte"
         )
-    if buffers > BUFFER_BYTES:
-        raise ValueError(f"model: got {folder}, whose model has {buffers:,} bytes of buffers, wanted at most {BUFFER_BYTES:,}")
+    if buffers > (most := max(BUFFER_BYTES, stored)):
+        raise ValueError(f"model: got {folder}, whose model has {buffers:,} bytes of buffers, wanted at most {most:,}")
     return model
 
 

@@ -198,7 +198,7 @@ def load_training_state(checkpoint: Path, model: nn.Module, updater: Updater) ->
         release(model)
         _load_shards(checkpoint, model, updater)
         return
-    with refused(f"checkpoint: got {checkpoint}, which is damaged or of another model", torch.OutOfMemoryError):
+    with refused(f"checkpoint: got {checkpoint}, which is damaged or of another model"):
         _load_whole(checkpoint, model, updater)
 
 

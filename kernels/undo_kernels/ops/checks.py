@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -135,7 +136,8 @@ def seed(value: Any) -> int:
 
 
 def ignore_index(value: Any) -> int:
-    """Returns ``value`` if it is a label that a 64-bit tensor can hold."""
+    """Returns ``value`` if it is a label that a 64-bit tensor can hold; it may be an integer of NumPy."""
+    value = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
     return integer("ignore_index", value, "a 64-bit integer", -_MOST - 1)
 
 

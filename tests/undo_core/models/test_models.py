@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 
 import pytest
@@ -21,8 +22,11 @@ from undo_core.models import (
     hidden_states_at,
     initialise,
     load_model,
+    loading,
     vocabulary_of,
 )
+from undo_core.models.folder import read_configuration
+from undo_core.models.loading import architecture, make
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -243,3 +247,19 @@ def test_generation_settings_that_cannot_be_read_are_not_replaced(tmp_path, monk
         monkeypatch.setattr(f"{module}.open", broken)
     with pytest.raises(OSError, match="generation_config"):
         load_model(tmp_path)
+
+
+def test_a_configuration_with_many_experts_in_a_table_is_read(tmp_path):
+    """Doge's files name 16384 experts, also those of its dense models."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "doge", "num_experts": 16384, "is_moe": False}))
+    assert read_configuration(tmp_path).num_experts == 16384
+
+
+def test_buffers_may_take_what_the_files_take(tmp_path, monkeypatch):
+    """An old GPT with many positions has a mask of their square in each layer."""
+    config = architecture({"model_type": "llama", **SMALL})
+    model = make(config)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "BUFFER_BYTES", 8)
+    assert sum(buffer.nbytes for buffer in model.buffers()) > 8
+    loading.sized_skeleton(tmp_path, config)

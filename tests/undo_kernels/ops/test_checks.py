@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,3 +143,9 @@ def test_a_bound_on_the_counted_tokens_waits_for_no_device():
             factor = by.factor(None, 6, torch.device("cpu"), torch.float32)
         assert factor.isnan().all() == spoilt
     assert set(names) <= {"aten::ones", "aten::full_like", "aten::div"}, names
+
+
+def test_a_label_to_ignore_may_be_an_integer_of_numpy():
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, -7, 2])
+    own, numpys = (ops.linear_cross_entropy(hidden, weight, labels, ignore_index=index) for index in (-7, np.int64(-7)))
+    assert torch.equal(own, numpys)
