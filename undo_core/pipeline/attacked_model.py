@@ -9,7 +9,7 @@ from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
 from undo_core.attacks.interventions import Intervention
 from undo_core.pipeline.stage import Folder, Stage
-from undo_core.pipeline.stages import Probe, Relearn, RelearnGrid
+from undo_core.pipeline.stages import Grid, Probe, Relearn
 from undo_core.pipeline.stages.intervene import intervene_stage
 from undo_core.pipeline.store import Store
 
@@ -49,7 +49,7 @@ class Attacked:
         if len(group) == 1:
             return None
         inputs = {"prepared": self.prepared, "model": self.model, "title": self.title}
-        return RelearnGrid(config=self.config, trials=tuple(group), **inputs)
+        return Grid(config=self.config, trials=tuple(group), **inputs)
 
     def stages(self) -> list[Stage]:
         """The stages of the configured grid."""

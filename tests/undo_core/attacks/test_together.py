@@ -19,7 +19,7 @@ from undo_core.data.sequences import Sequences
 from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
 from undo_core.pipeline.attack_run import defences_of
 from undo_core.pipeline.stage import Folder
-from undo_core.pipeline.stages.relearn_grid import RelearnGrid
+from undo_core.pipeline.stages.grid import Grid
 from undo_core.training import train
 from undo_core.training.batches import as_batch
 from undo_core.training.together import Together
@@ -254,7 +254,7 @@ def test_an_error_in_a_step_leaves_the_contexts_of_the_training():
 def test_trials_whose_rates_agree_in_six_digits_keep_their_own_results():
     config = AttackConfig(rates=[1.2345671e-3, 1.2345674e-3], together=2, seed=0)
     given = {"prepared": Folder(Path("data")), "model": Folder(Path("model"))}
-    grid = RelearnGrid(config=config, trials=tuple(config.trials()), **given)
+    grid = Grid(config=config, trials=tuple(config.trials()), **given)
     assert len({grid.trial(trial).trial_name for trial in grid.trials}) == 2
 
 
@@ -268,7 +268,7 @@ def test_a_run_takes_the_trials_from_one_stage(tmp_path, monkeypatch, capsys):
         assert cli.main(["run", "run.json"]) in (0, None)
         results = json.loads((tmp_path / "out" / "results-seed0.json").read_text())
         curves[together] = {entry["name"]: entry["attack"]["curves"] for entry in results["models"] if entry.get("attack")}
-    grids = sorted((tmp_path / "out" / "stages").glob("relearn_grid-*"))
+    grids = sorted((tmp_path / "out" / "stages").glob("grid-*"))
     assert len(grids) == len(curves[3]) >= 2, "one batched run for each attacked model"
     for name, found in curves[3].items():
         for one, other in zip(curves[1][name], found, strict=True):

@@ -252,7 +252,7 @@ def test_a_claim_that_another_machine_deletes_while_it_is_read_is_missing(path, 
 
     monkeypatch.setattr(locks, "open", stale, raising=False)
     assert locks._claims(path) == []
-    monkeypatch.setattr(locks, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")), raising=False)
+    monkeypatch.setattr(locks, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken")), raising=False)
     with pytest.raises(OSError, match="broken"):
         locks._claims(path)
 

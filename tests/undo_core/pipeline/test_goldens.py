@@ -289,7 +289,14 @@ def test_a_manifest_of_each_command(files):
     commands.relearn("distilled", "relearned", "data", AttackConfig(rates=[0.01], **grid))
     commands.relearn("distilled", "prompted", "data", AttackConfig(kind="fewshot", shots=[1]))
     found = {str(path.parent): read_json(path) for path in sorted(Path().glob("**/manifest.json"))}
-    assert {facts["kind"] for facts in found.values()} == KINDS - {"pretrain", "initialise", "gate", "intervene", "measure", "relearn_grid"}
+    assert {facts["kind"] for facts in found.values()} == KINDS - {
+        "pretrain",
+        "initialise",
+        "gate",
+        "intervene",
+        "measure",
+        "grid",
+    }
     check_json("commands.json", steady(found))
     again = commands.noise("unlearned", "noised", rules=[NoiseRule("embeddings", alpha=0.1)], layers="0")
     assert again == 0, "found again"

@@ -4,6 +4,7 @@ from undo_core.pipeline.stages.cache import Cache
 from undo_core.pipeline.stages.damage import Damage
 from undo_core.pipeline.stages.distill import Distill
 from undo_core.pipeline.stages.gate import Gate
+from undo_core.pipeline.stages.grid import Grid
 from undo_core.pipeline.stages.initialise import Initialise
 from undo_core.pipeline.stages.intervene import Intervene
 from undo_core.pipeline.stages.measure import Measure
@@ -12,7 +13,6 @@ from undo_core.pipeline.stages.prepare import Prepare
 from undo_core.pipeline.stages.pretrain import Pretrain
 from undo_core.pipeline.stages.probe import Probe
 from undo_core.pipeline.stages.relearn import Relearn
-from undo_core.pipeline.stages.relearn_grid import RelearnGrid
 from undo_core.pipeline.stages.replay import Replay
 from undo_core.pipeline.stages.unlearn import Unlearn
 
@@ -21,6 +21,7 @@ __all__ = [
     "Damage",
     "Distill",
     "Gate",
+    "Grid",
     "Initialise",
     "Intervene",
     "Measure",
@@ -29,7 +30,6 @@ __all__ = [
     "Pretrain",
     "Probe",
     "Relearn",
-    "RelearnGrid",
     "Replay",
     "Unlearn",
 ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelearnGrid(TrainingStage):
+class Grid(TrainingStage):
     """Trains copies of a model side by side; see :mod:`undo_core.training.together`.
 
     Its folder has a folder for each trial with the attacked model, if ``config.save`` keeps it, and its manifest the curves.
@@ -33,7 +33,7 @@ class RelearnGrid(TrainingStage):
         model: the attacked model.
     """
 
-    kind = "relearn_grid"
+    kind = "grid"
     config: AttackConfig
     trials: tuple[Trial, ...]
     model: Stage | Folder
