@@ -60,8 +60,6 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
   const V slope = all(float(exact)),
           rest = all(float(exact - float(exact)));  // in two parts: its rounding error would enter every element
   constexpr int64_t UNROLL = 4, STEP = UNROLL * LANES, BLOCK_WIDTH = 2048;
-  // An infinite x is infinite after the first part alone; the second may have the other sign.
-  auto sloped = [&](V x) UNDO_LAMBDA { return fma(slope, x, magnitude(x) < INFINITY ? rest * x : V{}); };
   double sum = 0;
   for (int64_t start = 0; start < c.width; start += BLOCK_WIDTH) {
     const int64_t end = start + BLOCK_WIDTH < c.width ? start + BLOCK_WIDTH : c.width;
@@ -71,17 +69,25 @@ UNDO_INLINE double rmu_row(const Rmu& c, int64_t i, double factor, typename G::t
       for (int64_t u = 0; u < UNROLL; ++u) {
         const V x = fma(minus, T::get(t + j + u * LANES), H::get(h + j + u * LANES));
         squares[u] = fma(x, x, squares[u]);
-        if (gradient) G::put(gradient + j + u * LANES, sloped(x));
+        if (gradient) G::put(gradient + j + u * LANES, fma(slope, x, rest * x));
       }
     }
     for (; j < end; j += LANES) {
       const int64_t count = end - j < LANES ? end - j : LANES;
       const V x = fma(minus, get_some<T>(t + j, count), get_some<H>(h + j, count));
       squares[0] = fma(x, x, squares[0]);
-      if (gradient) put_some<G>(gradient + j, count, sloped(x));
+      if (gradient) put_some<G>(gradient + j, count, fma(slope, x, rest * x));
     }
     for (int lane = 0; lane < LANES; ++lane) {
       sum += double(squares[0][lane]) + double(squares[1][lane]) + double(squares[2][lane]) + double(squares[3][lane]);
+    }
+  }
+  if (gradient && !(sum < INFINITY)) {
+    // Again for a row that may have an infinite x: that is infinite after the first part, and the second may have the other sign.
+    for (int64_t j = 0; j < c.width; j += LANES) {
+      const int64_t count = c.width - j < LANES ? c.width - j : LANES;
+      const V x = fma(minus, get_some<T>(t + j, count), get_some<H>(h + j, count));
+      put_some<G>(gradient + j, count, fma(slope, x, magnitude(x) < INFINITY ? rest * x : V{}));
     }
   }
   return factor * sum / double(c.width);
