@@ -60,7 +60,7 @@ class Attacked:
         stages = self.stages()
         grids = {grid.key: grid for stage in stages if (grid := stage.inputs.get("grid"))}
         lines = [(f"{self.title}, {len(grid.trials)} at once", [grid]) for grid in grids.values()]
-        alone = [stage for stage in stages if "grid" not in stage.inputs]
+        alone = [stage for stage in stages if not stage.inputs.get("grid")]
         of = "rates" if self.config.trains and self.config.seeds == 1 else "trials"
         return lines + ([(f"{self.title}, {len(alone)} {of}", alone)] if alone else [])
 
