@@ -181,7 +181,7 @@ def sized_skeleton(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     if parameters > PARAMETERS_PER_BYTE * stored:
         raise ValueError(
             f"model: got {folder}, whose configuration has {parameters:,} parameters and whose files have {stored:,} bytes; "
-            f"wanted at most {PARAMETERS_PER_BYTE} parameters a byte"
+            f"wanted at most {PARAMETERS_PER_BYTE} parameters a byte: a file may be cut off"
         )
     if buffers > (most := max(BUFFER_BYTES, stored)):
         raise ValueError(f"model: got {folder}, whose model has {buffers:,} bytes of buffers, wanted at most {most:,}")

@@ -179,6 +179,7 @@ def test_a_torn_checkpoint_is_one_line(checkpoint, capsys):
     assert (
         error.startswith("undo: error: ")
         and "model: got " in error
+        and "a file may be cut off" in error
         and error.count("\n") == 1
         and not (checkpoint / "out").exists()
     )
