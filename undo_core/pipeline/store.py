@@ -18,7 +18,7 @@ import transformers
 from undo_core import distributed
 from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
-from undo_core.io.memory_use import peak_bytes, reset_peak
+from undo_core.io.memory_use import peak_bytes, reset_peak, return_freed_memory
 from undo_core.io.untrusted import read_object
 from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
@@ -75,6 +75,7 @@ class Store:
         together.
         """
         together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
+        return_freed_memory()  # so that the stage's peak is its own
         reset_peak()
         began = time.monotonic()
         work = Work(inputs, output.parent, output, stage.title or stage.kind, distributed.count(), distributed.tensor())
