@@ -81,7 +81,7 @@ class Attacked:
             "steps": self.config.evaluate_at if self.config.trains else [0],
             "extended": self.config.trains and len(rates) > len(self.config.rates),
             "worst_at_end_of_grid": beyond is not None,
-            "curves": [self._curve(trial, curves[trial]) for trial in ordered],
+            "curves": [self._curve(trial, curves[trial], store) for trial in ordered],
         }
 
     def named_entry(self, store: Store) -> dict[str, Any]:
@@ -96,10 +96,14 @@ class Attacked:
             facts = {"needs_original": True} if self.config.needs_original else {}
         return {"kind": self.config.kind, "headline_step": headline, **facts, **entry, "curves": curves}
 
-    def _curve(self, trial: Trial, curve: Curve) -> dict[str, Any]:
+    def _curve(self, trial: Trial, curve: Curve, store: Store) -> dict[str, Any]:
+        stage = self.stage(trial)
+        facts = store.manifest(stage)
         order = {"seed": trial.order} if self.config.seeds > 1 and trial.bits is None else {}
         points = {name: [point[name] for point in curve] for name in ("forget", "retain")}
-        return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
+        if facts.get("steps"):  # all steps of an attack that trains cost the same
+            points["flops"] = [facts["flops"] * point["step"] / facts["steps"] for point in curve]
+        return {"rate": trial.rate, "stage": stage.name, **order, **points}
 
     def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
         """The finished curves of the grid and its extensions, and the next rate, or None if the worst rate lies inside."""

@@ -10,6 +10,7 @@ from typing import Any
 from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
+from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.io.untrusted import read_object
@@ -110,6 +111,8 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
         "metric": _metric(store, config, graph),
         "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
     }
+    if slowdown := slowdown_entry(results["models"], config.data.metric == "accuracy"):
+        results["slowdown"] = slowdown
     path = Path(config.output) / f"results-seed{config.seed}.json"
     if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
-OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size")
+OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size", "ladder")
 _AT_START: dict[str, dict[str, float]] = {}  # metrics before the first step, of the attacks that this process has run
 INTERVAL = {"": "value", "_low": "low", "_high": "high"}
 
