@@ -16,7 +16,8 @@ from undo_core.training.precision import Precision
 HEADLINE = "relearn"  # name of the attack whose result the reports quote; the user names the further ones
 KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
-NEEDS = {"lora": "peft", "quantise": "torchao"}  # required packages; the extra "attacks" installs them
+NEEDS = {"lora": "peft", "quantise": "torchao", "search": "optuna"}  # required packages
+EXTRAS = {"search": "optuna"}  # the extra that installs them, if it is not "attacks"
 SOURCES = ("forget", "retain")
 EVALUATE_AT = (0, 20, 40, 100, 200)
 INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -207,6 +208,21 @@ class AttackConfig:
         """Whether the attack changes weights by gradient descent."""
         return self.kind in TRAINED
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attacks that it tries: its own."""
+        return (self.kind,)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Steps at which the attacked model is evaluated: only 0 if nothing is trained."""
+        return self.evaluate_at if self.trains else [0]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
+        return 2 if self.kind == "lora" else 3
+
     def sequences(self) -> dict[str, int]:
         """Number of sequences of a step from each source of the mix.
 
@@ -271,7 +287,8 @@ def check_installed(kind: str) -> None:
     """Raises a ModuleNotFoundError if the package that an attack of this kind needs is not installed."""
     package = NEEDS.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[attacks]', or remove it")
+        extra = EXTRAS.get(kind, "attacks")
+        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[{extra}]', or remove it")
 
 
 def _different(name: str, values: list[int], low: int, high: int) -> None:

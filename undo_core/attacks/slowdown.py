@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from undo_core.attacks.grid import harm
+from undo_core.attacks.grid import every_curve, harm
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 REFERENCES = ("filter", "random")  # kinds of models without the capability, the preferred one first
@@ -137,10 +137,10 @@ def trajectories(entry: dict[str, Any]) -> Iterator[Trajectory]:
     for attack in (entry.get("attack"), *(entry.get("attacks") or {}).values()):
         if not attack or attack.get("needs_original"):
             continue
-        for curve in attack["curves"]:
+        for steps, curve in every_curve(attack):
             if curve.get("flops"):
                 values = [score["value"] for score in curve["forget"]]
-                yield Trajectory(curve["flops"], attack["steps"][: len(values)], values)
+                yield Trajectory(curve["flops"], steps[: len(values)], values)
 
 
 def reference_of(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

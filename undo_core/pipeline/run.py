@@ -78,7 +78,8 @@ def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
 def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
     for settings in (config.relearn, *config.attacks.values()):
-        check_installed(settings.kind)
+        for kind in settings.kinds:
+            check_installed(kind)
     attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
     return unfinished(store, _configured(config, graph), attacked)
 

@@ -91,7 +91,7 @@ class Relearn(TrainingStage):
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         if config.save:
             save(model, load_tokenizer(data), work.output, self.training)
-        return facts_of(model, result, texts, tests, self.passes_of_a_step)
+        return facts_of(model, result, texts, tests, config.passes)
 
     def _from_grid(self, work: Work) -> dict[str, Any]:
         """Takes the result out of the folder of the trials that trained together."""
@@ -125,12 +125,7 @@ class Relearn(TrainingStage):
         return cost if self.config.save else dataclasses.replace(cost, disk=0)
 
     def passes(self, scene: Scene) -> float:
-        return self.passes_of_a_step
-
-    @property
-    def passes_of_a_step(self) -> int:
-        """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
-        return 2 if self.config.kind == "lora" else 3
+        return self.config.passes
 
 
 def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:
