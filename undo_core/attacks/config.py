@@ -19,7 +19,6 @@ TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao", "search": "optuna"}  # required packages
 EXTRAS = {"search": "optuna"}  # the extra that installs them, if it is not "attacks"
 SOURCES = ("forget", "retain")
-EVALUATE_AT = (0, 20, 40, 100, 200)
 INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
 Settings = TypeVar("Settings", bound="Seeded")
 
@@ -111,8 +110,8 @@ class AttackConfig:
             examples before the prompt; quantise rounds the weights (extra ``attacks``). The last two train nothing.
         rates: learning rates of the grid, each constant after the warm-up.
         evaluate_at: steps at which the attacked model is evaluated; the last one is the length of the attack.
-        ladder: short for an ``evaluate_at`` with three steps in each decade up to this length: 10000 is 0, 10, 22, 46, 100, 215,
-            464, 1000, 2154, 4642, 10000.
+        ladder: length of the attack with three evaluations in each decade, which replace ``evaluate_at``: 10000 is 0, 10, 22, 46,
+            100, 215, 464, 1000, 2154, 4642, 10000, and the headline step. null for ``evaluate_at``.
         headline_step: step at which reports quote the worst case; one of ``evaluate_at``.
         extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies; 0 for never.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
@@ -143,7 +142,7 @@ class AttackConfig:
 
     kind: Literal["finetune", "lora", "fewshot", "quantise"] = "finetune"
     rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
-    evaluate_at: list[int] = field(default_factory=lambda: list(EVALUATE_AT))
+    evaluate_at: list[int] = field(default_factory=lambda: [0, 20, 40, 100, 200])
     ladder: int | None = None
     headline_step: int = 100
     extend: int = 3
@@ -174,10 +173,8 @@ class AttackConfig:
         if not self.rates or any(not rate > 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates: got {self.rates}, wanted different numbers > 0")
         if self.ladder is not None:
-            rungs = ladder_of(self.ladder)
-            if self.evaluate_at not in (list(EVALUATE_AT), rungs):
-                raise ValueError(f"ladder: got {self.ladder} with evaluate_at {self.evaluate_at}, wanted one of the two")
-            object.__setattr__(self, "evaluate_at", rungs)
+            own = [step for step in (self.headline_step,) if step < self.ladder]
+            object.__setattr__(self, "evaluate_at", sorted({*ladder_of(self.ladder), *own}))
         if self.evaluate_at != sorted(set(self.evaluate_at)) or not self.evaluate_at or self.evaluate_at[0] != 0:
             raise ValueError(f"evaluate_at: got {self.evaluate_at}, wanted increasing steps that begin with 0")
         if self.headline_step not in self.evaluate_at:

@@ -256,12 +256,13 @@ def best_useful(curve: list[dict[str, Any]], margin: float, higher_is_better: bo
 
 def _drawn(trial: Any, config: SearchConfig) -> Point:
     """The settings that Optuna proposes."""
+    optimizer = trial.suggest_categorical("optimizer", config.optimizers)
     point: Point = {
-        "rate": trial.suggest_float("rate", *config.rates, log=True),
+        "optimizer": optimizer,
+        "rate": trial.suggest_float(f"rate of {optimizer}", *config.rates, log=True),  # optimizers need different ones
         "steps": trial.suggest_int("steps", *config.steps, log=True),
         "batch_size": trial.suggest_categorical("batch_size", config.batch_sizes),
         "warmup": trial.suggest_categorical("warmup", config.warmups),
-        "optimizer": trial.suggest_categorical("optimizer", config.optimizers),
         "rank": trial.suggest_categorical("rank", config.ranks),
         "retain_share": trial.suggest_categorical("retain_share", config.retain_shares),
         "scaling": None,

@@ -1,6 +1,6 @@
 """Compute slowdown: how much more compute an attack needs than on a model that never had the capability.
 
-Let T_m(L) be the FLOPs after which the best setting of any attack that trains first brings model m to the forget performance L.
+Let T_m(L) be the FLOPs after which the first of the trials of all attacks that train brings model m to the forget performance L.
 
     slowdown_m(L) = T_m(L) / T_reference(L)
 
@@ -11,8 +11,9 @@ a model that only hides the capability has much less. With steps instead of FLOP
 fixed shares of the way from the reference, before any attack, to the original.
 
 A curve is known only at its evaluations, so T lies in an interval: above the FLOPs of the last evaluation before the level was
-reached and at most those of the first that reached it. If it never was, T lies above the budget (right-censored). The minimum
-over settings lies between the minima of both ends, and a ratio between the quotients of opposite ends.
+reached and at most those of the first that reached it. The minimum over the trials that reach the level lies between the minima
+of both ends, and a ratio between the quotients of opposite ends. If no trial reaches it, T is right-censored at the longest
+trial. As in every worst case, settings and lengths that were not tried are unknown.
 """
 
 from __future__ import annotations
@@ -100,9 +101,12 @@ def crossing(amounts: Sequence[float], forget: Sequence[float], level: float, hi
 
 
 def earliest(crossings: Iterable[Interval]) -> Interval:
-    """Interval of the minimum of quantities that lie in these intervals."""
+    """Interval of the first crossing of several trials; if none crosses, it is censored at the longest."""
     found = list(crossings)
-    return Interval(min(each.low for each in found), min(each.high for each in found))
+    reached = [each for each in found if not each.censored]
+    if not reached:
+        return Interval(max(each.low for each in found), math.inf)
+    return Interval(min(each.low for each in reached), min(each.high for each in reached))
 
 
 def slowdown(model: Interval, reference: Interval) -> Slowdown:

@@ -48,12 +48,11 @@ def test_a_crossing_lies_between_two_evaluations():
     assert crossing(flops, [9.0, math.nan, math.nan, math.nan], 5.0, False) == Interval(1000, math.inf), "it diverged"
 
 
-def test_the_best_setting_counts_and_the_longest_budget_bounds_nothing():
+def test_the_first_trial_that_reaches_a_level_counts_and_else_the_longest():
     assert earliest([Interval(10, 100), Interval(20, 50)]) == Interval(10, 50)
     assert earliest([Interval(1000, math.inf), Interval(200, 500)]) == Interval(200, 500)
-    assert earliest([Interval(1000, math.inf), Interval(20, math.inf)]) == Interval(20, math.inf), (
-        "the shorter trial would perhaps have reached it next"
-    )
+    assert earliest([Interval(20, math.inf), Interval(200, 500)]) == Interval(200, 500), "a short trial is not a longer one"
+    assert earliest([Interval(1000, math.inf), Interval(20, math.inf)]) == Interval(1000, math.inf)
 
 
 def test_a_slowdown_is_an_interval_of_quotients():
@@ -171,8 +170,9 @@ def test_a_ladder_is_a_short_way_to_write_evaluations():
     assert ladder_of(10) == [0, 10] and ladder_of(150) == [0, 10, 22, 46, 100, 150]
     config = AttackConfig(ladder=1000)
     assert config.evaluate_at == [0, 10, 22, 46, 100, 215, 464, 1000] and config.training(1e-3).steps == 1000
-    assert AttackConfig(ladder=1000, evaluate_at=config.evaluate_at) == config
-    with pytest.raises(ValueError, match=r"ladder: got 1000 with evaluate_at \[0, 5\], wanted one of the two"):
-        AttackConfig(ladder=1000, evaluate_at=[0, 5])
+    assert AttackConfig(ladder=1000, evaluate_at=[0, 5]) == config, "it replaces them"
+    assert AttackConfig(ladder=100, headline_step=50).evaluate_at == [0, 10, 22, 46, 50, 100], "with the headline step"
+    with pytest.raises(ValueError, match=r"headline_step: got 200, wanted one of evaluate_at, \[0, 10, 22, 46, 100\]"):
+        AttackConfig(ladder=100, headline_step=200)
     with pytest.raises(ValueError, match="ladder: got 9, wanted an integer >= 10"):
         AttackConfig(ladder=9)
