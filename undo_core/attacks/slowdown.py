@@ -160,7 +160,7 @@ def levels_of(models: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[
     """
     original = next((entry for entry in models if entry["kind"] == "original"), None)
     reference = reference_of(models)
-    if original is None or reference is None:
+    if original is None or reference is None or not all("forget" in entry["metrics"] for entry in (original, reference)):
         return {}
     start, end = (entry["metrics"]["forget"]["value"] for entry in (reference, original))
     if harm(end, higher_is_better) <= harm(start, higher_is_better):
