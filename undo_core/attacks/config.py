@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from undo_core.training.precision import Precision
 HEADLINE = "relearn"  # name of the attack whose result the reports quote; the user names the further ones
 KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
-NEEDS = {"lora": "peft", "quantise": "torchao"}  # required packages; the extra "attacks" installs them
+NEEDS = {"lora": "peft", "quantise": "torchao", "search": "optuna"}  # required packages
+EXTRAS = {"search": "optuna"}  # the extra that installs them, if it is not "attacks"
 SOURCES = ("forget", "retain")
 INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
 Settings = TypeVar("Settings", bound="Seeded")
@@ -106,13 +108,16 @@ class AttackConfig:
     Attributes:
         kind: finetune trains all weights; lora trains adapters and merges them (extra ``attacks``); fewshot puts solved forget
             examples before the prompt; quantise rounds the weights (extra ``attacks``). The last two train nothing.
-        rates: learning rates of the grid, each constant after one warm-up step.
+        rates: learning rates of the grid, each constant after the warm-up.
         evaluate_at: steps at which the attacked model is evaluated; the last one is the length of the attack.
+        ladder: length of the attack with three evaluations in each decade, which replace ``evaluate_at``: 10000 is 0, 10, 22, 46,
+            100, 215, 464, 1000, 2154, 4642, 10000, and the headline step. null for ``evaluate_at``.
         headline_step: step at which reports quote the worst case; one of ``evaluate_at``.
         extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies; 0 for never.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
             fine-tuning.
         batch_size: sequences in a step.
+        warmup: steps in which the learning rate rises linearly.
         micro_batch_size: as in the training of other stages, for each source.
         clip: largest norm of the gradient.
         weight_decay: as in the training of other stages.
@@ -138,10 +143,12 @@ class AttackConfig:
     kind: Literal["finetune", "lora", "fewshot", "quantise"] = "finetune"
     rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
     evaluate_at: list[int] = field(default_factory=lambda: [0, 20, 40, 100, 200])
+    ladder: int | None = None
     headline_step: int = 100
     extend: int = 3
     mix: dict[str, float] = field(default_factory=lambda: {"forget": 1.0})
     batch_size: int = 64
+    warmup: int = 1
     micro_batch_size: int | None = None
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -165,6 +172,9 @@ class AttackConfig:
             raise ValueError(f"kind: got {self.kind!r}, wanted one of {', '.join(KINDS)}")
         if not self.rates or any(not rate > 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
             raise ValueError(f"rates: got {self.rates}, wanted different numbers > 0")
+        if self.ladder is not None:
+            own = [step for step in (self.headline_step,) if step < self.ladder]
+            object.__setattr__(self, "evaluate_at", sorted({*ladder_of(self.ladder), *own}))
         if self.evaluate_at != sorted(set(self.evaluate_at)) or not self.evaluate_at or self.evaluate_at[0] != 0:
             raise ValueError(f"evaluate_at: got {self.evaluate_at}, wanted increasing steps that begin with 0")
         if self.headline_step not in self.evaluate_at:
@@ -195,6 +205,21 @@ class AttackConfig:
         """Whether the attack changes weights by gradient descent."""
         return self.kind in TRAINED
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attacks that it tries: its own."""
+        return (self.kind,)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Steps at which the attacked model is evaluated: only 0 if nothing is trained."""
+        return self.evaluate_at if self.trains else [0]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
+        return 2 if self.kind == "lora" else 3
+
     def sequences(self) -> dict[str, int]:
         """Number of sequences of a step from each source of the mix.
 
@@ -217,7 +242,7 @@ class AttackConfig:
         """Training settings for one learning rate of the grid."""
         shared = {field.name for field in dataclasses.fields(TrainConfig)} & {field.name for field in dataclasses.fields(self)}
         settings = {name: getattr(self, name) for name in shared}
-        return TrainConfig(steps=self.evaluate_at[-1], lr=rate, warmup=1, **settings)
+        return TrainConfig(steps=self.evaluate_at[-1], lr=rate, **settings)
 
     def trials(self, rates: Sequence[float] | None = None) -> list[Trial]:
         """The trials of the grid, with the configured learning rates or with ``rates``."""
@@ -238,6 +263,18 @@ class AttackConfig:
         return dataclasses.replace(self, seed=(self.seed or 0) + trial.order, rates=rates)
 
 
+def ladder_of(longest: int) -> list[int]:
+    """Steps from 0 up to ``longest``, three in each decade from 10 on at equal ratios.
+
+    Raises:
+        ValueError: ``longest`` is less than 10.
+    """
+    if longest < 10:
+        raise ValueError(f"ladder: got {longest}, wanted an integer >= 10")
+    rungs = itertools.takewhile(lambda step: step < longest, (round(10 ** (1 + third / 3)) for third in itertools.count()))
+    return [0, *rungs, longest]
+
+
 def with_seed(config: Settings, seed: int) -> Settings:
     """``config`` with ``seed`` unless it has a seed of its own."""
     return config if config.seed is not None else dataclasses.replace(config, seed=seed)  # pyrefly: ignore[bad-specialization]
@@ -247,7 +284,8 @@ def check_installed(kind: str) -> None:
     """Raises a ModuleNotFoundError if the package that an attack of this kind needs is not installed."""
     package = NEEDS.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[attacks]', or remove it")
+        extra = EXTRAS.get(kind, "attacks")
+        raise ModuleNotFoundError(f"kind: got {kind}, which needs {package}; pip install 'undo-core[{extra}]', or remove it")
 
 
 def _different(name: str, values: list[int], low: int, high: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
@@ -110,16 +110,25 @@ def bounded_worst(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, An
     higher, margin = metric["kind"] != "loss", metric["retain_margin"]
     before = {part: entry["metrics"][part] for part in ("forget", "retain")}
     kept = before["retain"]["value"]
-    bound = kept - margin if higher else kept * (1 + margin)
     found = [{"attack": None, "setting": None, "step": 0, **before}]
     for name, attack in _attacks(entry, metric).items():
-        for curve in attack["curves"] if not attack.get("needs_original") else ():
-            for step, forget, retain in zip(attack["steps"], curve["forget"], curve["retain"], strict=False):
-                useful = retain["value"] >= bound if higher else retain["value"] <= bound
-                if step <= attack["headline_step"] and useful:
+        for steps, curve in every_curve(attack) if not attack.get("needs_original") else ():
+            for step, forget, retain in zip(steps, curve["forget"], curve["retain"], strict=False):
+                if step <= attack["headline_step"] and is_useful(retain["value"], kept, margin, higher):
                     trial = {"attack": name, "setting": _setting(curve), "step": step}
                     found.append({**trial, "forget": forget, "retain": retain})
     return max(found, key=lambda trial: harm(trial["forget"]["value"], higher))
+
+
+def is_useful(retain: float, before: float, margin: float, higher_is_better: bool) -> bool:
+    """Whether the retain performance is at most ``margin`` worse than ``before``: absolute for an accuracy, relative for a loss."""
+    return retain >= before - margin if higher_is_better else retain <= before * (1 + margin)
+
+
+def every_curve(attack: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The steps and the curve of every trial of an attack in the results; a search records its trials beside its outcome."""
+    for curve in attack.get("trials", attack["curves"]):
+        yield curve.get("steps", attack["steps"]), curve
 
 
 def _attacks(entry: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Intervention(abc.ABC):
             needs no attack.
         trains: False: an intervention has no learning rate of the grid and no curve over steps.
         seeds: 1: an intervention has a single trial for each point of its grid.
-        headline_step: 0.
+        evaluations: 0, the step at which the changed model is evaluated.
     """
 
     seed: int | None = field(default=None, kw_only=True)
@@ -91,10 +91,15 @@ class Intervention(abc.ABC):
     needs_original: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     seeds: ClassVar[int] = 1
-    headline_step: ClassVar[int] = 0
+    evaluations: ClassVar[list[int]] = [0]  # read only
 
     def __init_subclass__(cls) -> None:
         enter(INTERVENTIONS, cls)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attacks that it tries: its own."""
+        return (self.kind,)  # pyrefly: ignore[missing-attribute]
 
     @abc.abstractmethod
     def apply(self, model: PreTrainedModel, given: Given) -> Prompted | None:

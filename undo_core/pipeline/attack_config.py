@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.interventions import AnyIntervention
 from undo_core.distributed.config import ParallelConfig
-from undo_core.pipeline.config import DataConfig, check_attacks, check_margin
+from undo_core.pipeline.config import AnyAttack, DataConfig, check_attacks, check_margin
 
 NAME = re.compile(r"\w[\w.-]*")
 
@@ -45,7 +44,7 @@ class AttackRunConfig:
         relearn: the headline attack; its settings are also those of the default ``attacks``.
         attacks: further attacks, by name. null: mixed (half retain text), benign (retain text alone), adapters (LoRA at ten times
             the rates) and quantised (8 and 4 bits); {} for none. An intervention has the name of a file in
-            undo_core/attacks/interventions as its ``kind``.
+            undo_core/attacks/interventions as its ``kind``, a search over settings has ``search``.
         measures: names of the two performances in the files for other suites, such as wmdp for questions of WMDP.
         keep: keep the weights of the attacked models, one folder for each trial; else they are removed as soon as they are
             evaluated.
@@ -60,7 +59,7 @@ class AttackRunConfig:
     workers: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     relearn: AttackConfig = field(default_factory=_headline)
-    attacks: dict[str, AttackConfig | AnyIntervention] | None = None
+    attacks: dict[str, AnyAttack] | None = None
     measures: dict[str, str] = field(default_factory=lambda: {"forget": "forget", "retain": "retain"})
     keep: bool = False
     retain_margin: float | None = None
@@ -82,7 +81,7 @@ class AttackRunConfig:
         if self.data.distill.sources:
             raise ValueError("data.distill.sources: got some, wanted none: an attack does not distill")
 
-    def envelope(self) -> dict[str, AttackConfig | AnyIntervention]:
+    def envelope(self) -> dict[str, AnyAttack]:
         """The further attacks: those that are given, or the default ones, with the settings of the headline attack."""
         if self.attacks is not None:
             return self.attacks

@@ -17,13 +17,14 @@ from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, AttackConfig, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
 from undo_core.attacks.interventions import Intervention
+from undo_core.attacks.search import settled_attacks
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, write_json
 from undo_core.io.progress import console
 from undo_core.io.untrusted import checked_object, read_object
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
-from undo_core.pipeline.config import ControlsConfig, ModelConfig, RunConfig, derive_seed
+from undo_core.pipeline.config import AnyAttack, ControlsConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
@@ -100,14 +101,16 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
                 f"checkpoints: got {named[name]} and {path}, both named {name}; wanted NAME={path} with another name"
             )
         named[name] = path
-    settings = {name: _unsaved(own, config.keep) for name, own in {HEADLINE: config.relearn, **config.envelope()}.items()}
+    every = settled_attacks(config.relearn, config.envelope())
+    settings = {name: _unsaved(own, config.keep) for name, own in every.items()}
     for attack, own in settings.items():
         if isinstance(own, Intervention) and own.needs_original and original is None:
             raise ValueError(
                 f"attacks.{attack}.kind: got {own.kind}, which needs the original model; wanted --original=CHECKPOINT with it"
             )
         try:
-            check_installed(own.kind)
+            for kind in own.kinds:
+                check_installed(kind)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"attacks.{attack}.{error}, or pass --attacks={{}} for the headline attack alone"
@@ -128,7 +131,7 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
     return defences
 
 
-def _unsaved(settings: AttackConfig | Intervention, keep: bool) -> AttackConfig | Intervention:
+def _unsaved(settings: AnyAttack, keep: bool) -> AnyAttack:
     """The settings of an attack, without weights that would be removed again where several trials share a folder."""
     shared = isinstance(settings, AttackConfig) and settings.together > 1
     return dataclasses.replace(settings, save=False) if shared and not keep else settings
@@ -302,10 +305,14 @@ def per_byte(entry: dict[str, Any], tokens: dict[str, float]) -> dict[str, Any]:
         return {**score, **{key: score[key] * tokens[name] for key in INTERVAL}}
 
     def curves(attack: dict[str, Any]) -> dict[str, Any]:
-        parts = [
-            {**curve, **{name: [scaled(name, score) for score in curve[name]] for name in tokens}} for curve in attack["curves"]
-        ]
-        return {**attack, "curves": parts}
+        parts = {
+            key: [
+                {**curve, **{name: [scaled(name, score) for score in curve[name]] for name in tokens}} for curve in attack[key]
+            ]
+            for key in ("curves", "trials")  # a search has trials beside its outcome
+            if key in attack
+        }
+        return {**attack, **parts}
 
     result = {**entry, "metrics": {name: scaled(name, score) for name, score in entry["metrics"].items()}}
     if entry["attack"]:

@@ -8,8 +8,9 @@ from typing import Any
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
 from undo_core.attacks.interventions import Intervention
+from undo_core.attacks.search import SearchConfig
 from undo_core.pipeline.stage import Folder, Stage
-from undo_core.pipeline.stages import Grid, Probe, Relearn
+from undo_core.pipeline.stages import Grid, Probe, Relearn, Search
 from undo_core.pipeline.stages.intervene import intervene_stage
 from undo_core.pipeline.store import Store
 
@@ -27,7 +28,7 @@ class Attacked:
         original: stage whose folder holds the model before the unlearning, if it is known.
     """
 
-    config: AttackConfig | Intervention
+    config: AttackConfig | Intervention | SearchConfig
     prepared: Stage
     model: Stage
     title: str
@@ -39,6 +40,8 @@ class Attacked:
         label = f"{trial.rate:g}" if trial == Trial(rate=trial.rate) else trial.name
         if isinstance(self.config, Intervention):
             return intervene_stage(self.config.at(trial), self.prepared, self.model, self.original, f"{self.title} {label}")
+        if isinstance(self.config, SearchConfig):
+            return Search(config=self.config, prepared=self.prepared, model=self.model, title=self.title)
         grid = self._grid(trial) if self.config.together > 1 else None
         return trial_stage(self.config, trial, self.prepared, self.model, f"{self.title} {label}", grid)
 
@@ -58,6 +61,8 @@ class Attacked:
     def lines(self) -> list[tuple[str, list[Stage]]]:
         """The lines of a plan, each a title and the stages that compute its trials."""
         stages = self.stages()
+        if isinstance(self.config, SearchConfig):
+            return [(f"{self.title}, {self.config.budget:g} times the grid", stages)]
         grids = {grid.key: grid for stage in stages if (grid := stage.inputs.get("grid"))}
         lines = [(f"{self.title}, {len(grid.trials)} at once", [grid]) for grid in grids.values()]
         alone = [stage for stage in stages if not stage.inputs.get("grid")]
@@ -78,10 +83,10 @@ class Attacked:
         rates = sorted({trial.rate for trial in curves if trial.rate is not None})
         return {
             "rates": rates,
-            "steps": self.config.evaluate_at if self.config.trains else [0],
+            "steps": self.config.evaluations,
             "extended": self.config.trains and len(rates) > len(self.config.rates),
             "worst_at_end_of_grid": beyond is not None,
-            "curves": [self._curve(trial, curves[trial]) for trial in ordered],
+            "curves": [self._curve(trial, curves[trial], store) for trial in ordered],
         }
 
     def named_entry(self, store: Store) -> dict[str, Any]:
@@ -89,17 +94,26 @@ class Attacked:
         entry = self.entry(store)
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
-        headline = self.config.headline_step if self.config.trains else 0
-        facts = {}
+        headline = (
+            self.config.headline_step if isinstance(self.config, AttackConfig) and self.config.trains else entry["steps"][-1]
+        )
+        facts: dict[str, Any] = {}
+        if isinstance(self.config, SearchConfig):
+            (stage,) = self.stages()
+            facts = stage.results(store.manifest(stage))
         if isinstance(self.config, Intervention):
             curves = [{**curve, "point": self.config.point(curve["setting"])} for curve in curves]
             facts = {"needs_original": True} if self.config.needs_original else {}
         return {"kind": self.config.kind, "headline_step": headline, **facts, **entry, "curves": curves}
 
-    def _curve(self, trial: Trial, curve: Curve) -> dict[str, Any]:
+    def _curve(self, trial: Trial, curve: Curve, store: Store) -> dict[str, Any]:
+        stage = self.stage(trial)
+        facts = store.manifest(stage)
         order = {"seed": trial.order} if self.config.seeds > 1 and trial.bits is None else {}
         points = {name: [point[name] for point in curve] for name in ("forget", "retain")}
-        return {"rate": trial.rate, "stage": self.stage(trial).name, **order, **points}
+        if facts.get("steps"):  # all steps of an attack that trains cost the same
+            points["flops"] = [facts["flops"] * point["step"] / facts["steps"] for point in curve]
+        return {"rate": trial.rate, "stage": stage.name, **order, **points}
 
     def _grown(self, store: Store) -> tuple[dict[Trial, Curve], float | None]:
         """The finished curves of the grid and its extensions, and the next rate, or None if the worst rate lies inside."""

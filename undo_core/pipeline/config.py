@@ -14,6 +14,7 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, outside
 
 from undo_core.attacks.config import HEADLINE, AttackConfig
 from undo_core.attacks.interventions import AnyIntervention
+from undo_core.attacks.search import SearchConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
@@ -25,6 +26,7 @@ from undo_core.training.config import TrainConfig
 from undo_core.unlearning.config import UnlearnConfig
 
 Sources = list[str] | dict[str, float]
+AnyAttack = AttackConfig | SearchConfig | AnyIntervention
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,7 @@ class RunConfig:
         controls: the models to compare with.
         damage: students damaged as much as by the noise, by other means.
         attacks: further attacks, by name; also interventions, whose ``kind`` is the name of a file in
-            undo_core/attacks/interventions.
+            undo_core/attacks/interventions, and a search over the settings of attacks, whose ``kind`` is search.
         retain_margin: margin of a second worst case beside the headline's, over the trials that leave the model useful: those
             whose retain performance is at most this much worse than before the attack. An absolute difference of accuracy or
             a relative one of cross-entropy; null for none.
@@ -378,7 +380,7 @@ class RunConfig:
     relearn: AttackConfig = field(default_factory=AttackConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
-    attacks: dict[str, AttackConfig | AnyIntervention] = field(default_factory=dict)
+    attacks: dict[str, AnyAttack] = field(default_factory=dict)
     retain_margin: float | None = None
     measures: dict[str, AnyMeasurement] = field(default_factory=dict)
 
@@ -406,8 +408,8 @@ class RunConfig:
                 raise ValueError(f"measures: got the name {name!r}, wanted letters, digits, - and _")
 
 
-def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig | AnyIntervention]) -> None:
-    """Raises a ValueError if the headline attack trains nothing or a further attack has an unusable name."""
+def check_attacks(relearn: AttackConfig, attacks: dict[str, AnyAttack]) -> None:
+    """Raises a ValueError if the headline attack trains nothing, or a further attack has an unusable name or is an impossible search."""
     if not relearn.trains:
         raise ValueError(f"relearn.kind: got {relearn.kind}, wanted finetune or lora; put other kinds under attacks")
     for name in attacks:
@@ -415,6 +417,12 @@ def check_attacks(relearn: AttackConfig, attacks: dict[str, AttackConfig | AnyIn
             raise ValueError(
                 f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
             )
+    for name, own in attacks.items():
+        if isinstance(own, SearchConfig):
+            try:
+                own.along(relearn)
+            except ValueError as error:
+                raise ValueError(f"attacks.{name}.{error}") from None
 
 
 def check_margin(margin: float | None) -> None:

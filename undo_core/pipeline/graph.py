@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from undo_core.attacks.config import HEADLINE, with_seed
+from undo_core.attacks.config import with_seed
+from undo_core.attacks.search import settled_attacks
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.models import configuration, positions_of
 from undo_core.pipeline.attacked_model import Attacked
@@ -256,7 +257,7 @@ def attacked_models(config: RunConfig, graph: Graph) -> dict[str, dict[str, Atta
             for model in graph.models
             if model.attacked
         }
-        for attack, settings in {HEADLINE: config.relearn, **config.attacks}.items()
+        for attack, settings in settled_attacks(config.relearn, config.attacks).items()
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
+from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.io.untrusted import read_object
@@ -77,7 +78,8 @@ def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
 def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]:
     """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
     for settings in (config.relearn, *config.attacks.values()):
-        check_installed(settings.kind)
+        for kind in settings.kinds:
+            check_installed(kind)
     attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
     return unfinished(store, _configured(config, graph), attacked)
 
@@ -110,6 +112,8 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
         "metric": _metric(store, config, graph),
         "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
     }
+    if slowdown := slowdown_entry(results["models"], config.data.metric == "accuracy"):
+        results["slowdown"] = slowdown
     path = Path(config.output) / f"results-seed{config.seed}.json"
     if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):
         path.parent.mkdir(parents=True, exist_ok=True)

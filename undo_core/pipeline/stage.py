@@ -202,7 +202,7 @@ class Stage(abc.ABC):
         return True
 
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Entries for the results of a model whose student this stage made; ``facts`` is this stage's manifest."""
+        """Entries for the results of a model whose student this stage made, or of an attack; ``facts`` is this stage's manifest."""
         return {}
 
     def _json(self) -> dict[str, Any]:

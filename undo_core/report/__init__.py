@@ -14,6 +14,8 @@ from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
+from undo_core.report.search import search_table
+from undo_core.report.slowdown import explanation, slowdown_table
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, plain, results_table, terminal
 
 
@@ -72,6 +74,10 @@ def _tables(report: Report) -> str:
     attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:
         parts += ["## By attack", markdown(attacks).rstrip()]
+    if (searches := search_table(report)).rows:
+        parts += ["## What the search found", markdown(searches).rstrip()]
+    if (slowdowns := slowdown_table(report)).rows:
+        parts += ["## Compute slowdown", markdown(slowdowns).rstrip(), plain(explanation(report))]
     if measures.rows:
         parts += ["## Measures", markdown(measures).rstrip()]
     if (predictions := correlation_table(report)).rows:

@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from undo_core.report.attacks import envelope
 from undo_core.report.inside import inside, interventions
 from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
+from undo_core.report.search import search
+from undo_core.report.slowdown import slowdown
 from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, colours_of, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import rate
 
@@ -24,7 +26,7 @@ def draw(report: Report) -> dict[str, bytes]:
     """Draws every figure that the results allow; returns ``{name: PNG}`` in the order of the page."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        for function in (relearning, compute, tradeoff, training, rates, interventions, inside):
+        for function in (relearning, slowdown, compute, tradeoff, training, rates, search, interventions, inside):
             figure = function(report)
             if figure is not None:
                 drawn[function.__name__] = png(figure)

@@ -12,6 +12,8 @@ from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report
+from undo_core.report.search import search_table
+from undo_core.report.slowdown import explanation, slowdown_table
 from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
 
 _CSS = """
@@ -68,10 +70,12 @@ _PAGE = """<!doctype html>
 
 TITLES = {
     "relearning": "Relearning",
+    "slowdown": "Forget performance against attack FLOPs",
     "compute": "Robustness against compute",
     "tradeoff": "Retain against forget",
     "training": "Training",
     "rates": "The attack, rate by rate",
+    "search": "The search, trial by trial",
     "interventions": "Interventions",
     "inside": "What is left inside",
 }
@@ -99,6 +103,12 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     if attacks.rows:
         parts.append(f"<h2>By attack</h2>{table_html(attacks)}")
         parts.append('<p class="soft">Each attack counts at its own headline step, with the worst trial of its grid.</p>')
+    if (searches := search_table(report)).rows:
+        parts.append(f"<h2>What the search found</h2>{table_html(searches)}")
+    slowdowns = slowdown_table(report)
+    if slowdowns.rows:
+        parts.append(f"<h2>Compute slowdown</h2>{table_html(slowdowns)}")
+        parts.append(f'<p class="soft">{escape(explanation(report))}</p>')
     for name, png in figures.items():
         parts.append(figure_html(TITLES[name], png, captions[name]))
     measures = measure_table(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from undo_core.report import inside
+from undo_core.report import inside, search, slowdown
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
@@ -54,6 +54,8 @@ def captions(report: Report) -> dict[str, str]:
         "reaches the target; a cross marks a student that reached its step limit first (censored).",
         "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
         **inside.captions(report),
+        **search.captions(report),
+        **slowdown.captions(report),
     }
 
 

@@ -73,6 +73,7 @@ def test_every_model_is_under_every_attack(finished):
             "stage",
             "forget",
             "retain",
+            "flops",
         }
         settings = {name: [curve["setting"] for curve in attack["curves"]] for name, attack in attacks.items()}
         assert settings["prompted"] == ["shots-1", "shots-2"] and settings["rounded"] == ["int8", "int4"]

@@ -14,6 +14,7 @@ from undo_core.pipeline.stages.pretrain import Pretrain
 from undo_core.pipeline.stages.probe import Probe
 from undo_core.pipeline.stages.relearn import Relearn
 from undo_core.pipeline.stages.replay import Replay
+from undo_core.pipeline.stages.search import Search
 from undo_core.pipeline.stages.unlearn import Unlearn
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "Probe",
     "Relearn",
     "Replay",
+    "Search",
     "Unlearn",
 ]

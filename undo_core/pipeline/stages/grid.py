@@ -75,7 +75,7 @@ class Grid(TrainingStage):
             alone = self.trial(trial)
             if config.save:
                 save(attacked, load_tokenizer(data), work.output / alone.trial_name, alone.training)
-            trials[alone.trial_name] = facts_of(attacked, result, texts, tests, alone.passes_of_a_step)
+            trials[alone.trial_name] = facts_of(attacked, result, texts, tests, config.passes)
         return {"trials": trials}
 
     def memory(self, meta: Meta) -> list[Memory]:

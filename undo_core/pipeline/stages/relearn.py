@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Settings that are always part of the key; later ones are left out at their default, so that older stages keep their keys.
 FIRST = ("evaluate_at", "headline_step", "batch_size", "clip", "precision", "optimizer", "step_in_backward", "seed")
-OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size")
+OF_THE_GRID = ("rates", "extend", "seeds", "shots", "bits", "group_size", "ladder")
 _AT_START: dict[str, dict[str, float]] = {}  # metrics before the first step, of the attacks that this process has run
 INTERVAL = {"": "value", "_low": "low", "_high": "high"}
 
@@ -91,7 +91,7 @@ class Relearn(TrainingStage):
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         if config.save:
             save(model, load_tokenizer(data), work.output, self.training)
-        return facts_of(model, result, texts, tests, self.passes_of_a_step)
+        return facts_of(model, result, texts, tests, config.passes)
 
     def _from_grid(self, work: Work) -> dict[str, Any]:
         """Takes the result out of the folder of the trials that trained together."""
@@ -125,12 +125,7 @@ class Relearn(TrainingStage):
         return cost if self.config.save else dataclasses.replace(cost, disk=0)
 
     def passes(self, scene: Scene) -> float:
-        return self.passes_of_a_step
-
-    @property
-    def passes_of_a_step(self) -> int:
-        """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
-        return 2 if self.config.kind == "lora" else 3
+        return self.config.passes
 
 
 def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:

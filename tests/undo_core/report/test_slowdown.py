@@ -1,0 +1,101 @@
+"""Compute slowdown in the report: cells with their censoring, the table, the page and the figure."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from undo_core.attacks.slowdown import Interval, slowdown
+from undo_core.report import derive, page
+from undo_core.report.slowdown import slowdown as figure
+from undo_core.report.slowdown import slowdown_cell, slowdown_table
+from undo_core.report.table import Notes, markdown
+
+
+def score(value):
+    return {"value": value, "low": value, "high": value, "n": 100}
+
+
+def model(kind, forget, *curves, alpha=None, steps=(0, 10, 100, 1000)):
+    attack = {
+        "rates": [10.0**-n for n in range(len(curves))],
+        "steps": list(steps),
+        "curves": [
+            {
+                "rate": 10.0**-n,
+                "stage": "s",
+                "forget": [score(v) for v in curve],
+                "retain": [score(0.9)] * len(steps),
+                "flops": [1e9 * s for s in steps],
+            }
+            for n, curve in enumerate(curves)
+        ],
+    }
+    name = f"undo-{alpha:g}" if alpha is not None else kind
+    metrics = {"retain": score(0.95), "forget": score(forget)}
+    own = {"name": name, "kind": kind, "alpha": alpha, "metrics": metrics, "training": None}
+    return {**own, "attack": attack if curves else None}
+
+
+def result(seed=0):
+    models = [
+        model("original", 0.9),
+        model("unlearn", 0.1, [0.1, 0.6, 0.9, 0.9], [0.1, 0.2, 0.3, 0.4]),
+        model("undo", 0.1, [0.1, 0.2, 0.4, 0.72], [0.1, 0.1, 0.2, 0.3], alpha=0.5),
+        model("filter", 0.1, [0.1, 0.1, 0.35, 0.75]),
+    ]
+    return {
+        "format": 1,
+        "name": "cost",
+        "seed": seed,
+        "command": "undo run",
+        "metric": {"kind": "accuracy", "headline_step": 100, "retain_target": None, "eval_splits": {}},
+        "models": models,
+    }
+
+
+def cell(*pairs):
+    return slowdown_cell([slowdown(Interval(*model), Interval(*reference)) for model, reference in pairs], Notes(), "filter")
+
+
+def test_a_cell_says_what_is_known():
+    assert (known := cell(((10, 20), (100, 200)))).main == "0.1" and known.spread == "0.05 to 0.2"
+    assert cell(((10, 20), (0, 200))).spread == "≥ 0.05"
+    assert cell(((1000, math.inf), (100, 200))).main == "≥ 5"
+    assert cell(((1000, math.inf), (100, 200))).remark == "> 1.0e+03 FLOPs"
+    assert cell(((10, 20), (1000, math.inf))).main == "≤ 0.02"
+    assert (neither := cell(((1000, math.inf), (1000, math.inf)))).main == "n/a" and neither.marks
+    assert cell(((0, 0), (100, 200))).main == "0"
+
+
+def test_a_median_over_seeds_lies_between_the_medians_of_the_ends():
+    three = cell(((10, 20), (100, 200)), ((100, 200), (100, 200)), ((1000, math.inf), (100, 200)))
+    assert three.main == "0.5 to 2" and not three.spread, "the middle one of three, whatever the censored one is"
+    assert cell(((10, 20), (100, 200)), ((1000, math.inf), (1000, math.inf))).main == "≥ 0.025", (
+        "nothing is known of the second"
+    )
+
+
+def test_the_table_has_levels_and_models():
+    table = slowdown_table(derive([result()], "t"))
+    assert [header[0] for header in table.headers] == ["capability back", "unlearn only", "UNDO α=0.5", "data filtering"]
+    assert [[c.main for c in row] for row in table.rows] == [
+        ["25 %", "0.1", "1", "1"],
+        ["50 %", "0.01", "1", "1"],
+        ["75 %", "0.1", "1", "1"],
+        ["90 %", "≤ 0.1", "n/a", "n/a"],
+    ]
+    assert "| 90 % (82.0 %) | ≤ 0.1 (1.0e+11 FLOPs)" in markdown(table)
+
+
+def test_the_report_shows_it_only_where_flops_are_known():
+    report = derive([result(0), result(1)], "cost")
+    assert figure(report) is not None
+    html = page.render(report, {"slowdown": b"png"})
+    assert "Compute slowdown" in html and "Medians over seeds" in html and "Best forget performance" in html
+    older = copy.deepcopy(result())
+    for entry in older["models"]:
+        for curve in (entry["attack"] or {"curves": ()})["curves"]:
+            del curve["flops"]
+    report = derive([older], "cost")
+    assert figure(report) is None and not slowdown_table(report).rows and "slowdown" not in page.render(report, {})
