@@ -72,6 +72,8 @@ def unlearn(
     if method.reference is not None:
         sources["forget"] = _with_reference(inner, sources["forget"], method, config.train)
     with method.alone(inner):
+        if method.prepare is not None:
+            _prepare(inner, sources["forget"], method, config.train)
         return train(
             model,
             method.loss,
@@ -108,6 +110,14 @@ def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) ->
 
 def _sum(*costs: dict[str, float]) -> dict[str, float]:
     return {name: sum(part[name] for part in costs) for name in costs[0]}
+
+
+@keeps_kernels
+def _prepare(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> None:
+    """Runs the method's preparation with the model as it will be trained."""
+    choose_kernels(model, config)
+    with converted(model, config.precision):
+        method.prepare(model, source)  # pyrefly: ignore[not-callable]
 
 
 @keeps_kernels
