@@ -90,7 +90,7 @@ def distill(
     known.check(text)
     on_policy = on_policy or OnPolicyConfig()
     if on_policy:
-        on_policy.check("resident" if isinstance(known, ModelTeacher) else getattr(known, "kind", "cached"))
+        on_policy.check(getattr(known, "kind", ""))
         if distributed.tensor() > 1:
             raise ValueError(
                 f"parallel.tensor: got {distributed.tensor()} with on_policy, wanted 1: it draws from a whole head"

@@ -73,7 +73,7 @@ def unlearn(
         sources["forget"] = _with_reference(inner, sources["forget"], method, config.train)
     with method.alone(inner):
         if method.prepare is not None:
-            _prepare(inner, sources["forget"], method, config.train)
+            sources["forget"] = _prepared(inner, sources["forget"], method, config.train)
         return train(
             model,
             method.loss,
@@ -113,11 +113,13 @@ def _sum(*costs: dict[str, float]) -> dict[str, float]:
 
 
 @keeps_kernels
-def _prepare(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> None:
-    """Runs the method's preparation with the model as it will be trained."""
+def _prepared(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> Source:
+    """Reads the batches of all steps once and runs the method's preparation with the model as it will be trained."""
+    read = ReadSource(source, [source(step) for step in range(config.steps)])
     choose_kernels(model, config)
     with converted(model, config.precision):
-        method.prepare(model, source)  # pyrefly: ignore[not-callable]
+        method.prepare(model, read)  # pyrefly: ignore[not-callable]
+    return read
 
 
 @keeps_kernels

@@ -84,6 +84,10 @@ class CIRConfig:
 
 
 def _check(config: Settings) -> None:
+    if config.train.step_in_backward:
+        raise ValueError(
+            "train.step_in_backward: got true with method cir, wanted false: forget and retain text have a backward pass each"
+        )
     if config.robust == "repnoise":
         raise ValueError(
             "robust: got repnoise with method cir, wanted none, sam or ilu with it: its terms of the forget text would be collapsed too"
@@ -125,7 +129,10 @@ def _reference_flops(model: PreTrainedModel, config: Settings, length: int) -> d
 
 @register("cir", "CIR", settings=CIRConfig, flops=_flops, reference_flops=_reference_flops, check=_check)
 def cir(model: PreTrainedModel, config: Settings) -> Method:
-    """CIR. Memory: the activations of the trained layers, a copy of each trained matrix as it is now, and its directions.
+    """CIR.
+
+    Memory: the activations of the trained layers, a copy of each trained matrix as it is now, and its directions; on the host, 13 bytes
+    for each position of the forget text of all steps.
 
     Raises:
         ValueError: the model has adapters, fewer layers than the target layer, layers that cannot be run in parts or have no mlp, no

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from rounding import assert_same_function, unit
+from rounding import assert_same_function, assert_same_training, unit
+from stage_kinds import NOWHERE
 from torch.func import functional_call
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
@@ -14,6 +15,8 @@ from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model, forward_flops
+from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.stages import Unlearn
 from undo_core.pipeline.stages.pretrain import next_token_loss
 from undo_core.training import sequence_source, train
 from undo_core.training.loop import accumulate
@@ -292,7 +295,7 @@ def test_a_direction_of_all_tokens_leaves_no_update(tiny, sequences):
 EVERY = [
     UnlearnConfig("cir", cir=CIRConfig(inputs=1, gradients=1), retain_weight=0.3),
     UnlearnConfig("topk", topk=TopKConfig(4)),
-    UnlearnConfig("maxent", robust="ilu"),
+    UnlearnConfig("maxent", robust="ilu", retain_weight=4.0),
 ]
 
 
@@ -316,6 +319,27 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny, sequences, tmp_path, config
     resumed = tiny()
     unlearn(resumed, **options, evaluate=lambda model: {}, checkpoint_seconds=0.0)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda config: config.title)
+def test_a_step_applies_the_gradient_of_the_method(tiny, sequences, config):
+    """Also to the embedding, which is tied to the head and trained by parts; SGD with rate 1 moves the weights by the gradient."""
+    train = TrainConfig(steps=1, batch_size=12, micro_batch_size=5, lr=1.0, optimizer="sgd", beta1=0.0, clip=0.0)
+    config, source = dataclasses.replace(config, train=train), sequence_source(sequences, 12, 3)
+    model, other = tiny(), tiny()
+    unlearn(model, forget=iter([source(0)]), retain=[source(1)], config=config, progress=False)
+    method, data = method_of(other, config), {"forget": source(0), "retain": source(1)}
+    if method.reference is not None:
+        data["forget"] = referred(other, data["forget"], method)
+    with method.alone(other):
+        if method.prepare is not None:
+            method.prepare(other, source)
+        method.gradient(other, method.loss, data, {name: batch.counted for name, batch in data.items()}, None)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter -= 0 if parameter.grad is None else parameter.grad
+    roundings = round(1 / config.ilu.step) if config.robust == "ilu" else 1  # of its difference quotient
+    assert_same_training(model.parameters(), other.parameters(), tiny().parameters(), roundings)
 
 
 @functools.cache
@@ -347,7 +371,8 @@ def test_it_forgets_and_keeps(config):
         train(other, next_token_loss, {"text": source}, settings, parameters=method.parameters, progress=False)
     after, control = (losses(one, **texts) for one in (model, other))
     assert after["forget"] > max(before["forget"], control["forget"]), (before, after, control)
-    assert after["retain"] <= before["retain"]
+    assert after["retain"] <= before["retain"], (before, after, control)
+    print(config.title, before, after, control)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +388,10 @@ def test_it_forgets_and_keeps(config):
         (lambda: UnlearnConfig(robust="ilu", retain_weight=0.0), "robust: got ilu with retain_weight 0"),
         (lambda: UnlearnConfig(robust="ilu", train=TrainConfig(precision="bfloat16")), "robust: got ilu with train.precision"),
         (lambda: UnlearnConfig(robust="ilu", train=TrainConfig(step_in_backward=True)), "robust: got ilu with train.step"),
+        (
+            lambda: UnlearnConfig("cir", train=TrainConfig(step_in_backward=True)),
+            "train.step_in_backward: got true with method cir",
+        ),
         (lambda: UnlearnConfig("cir", robust="repnoise"), "robust: got repnoise with method cir"),
     ],
 )
@@ -411,3 +440,18 @@ def test_flops_and_keys_know_them(tiny):
     keys = UnlearnConfig().settings().keys()
     assert not {"cir", "topk", "ilu"} & keys
     assert {"cir", "ilu"} < UnlearnConfig("cir", robust="ilu").settings().keys()
+
+
+def test_their_memory_is_predicted(tiny):
+    settings = TrainConfig(steps=5, batch_size=8, micro_batch_size=4)
+    predict = Predictor(tiny().config, 64, device="cuda")
+
+    def backward(config):
+        stage = Unlearn(config=dataclasses.replace(config, train=settings), prepared=NOWHERE, model=NOWHERE)
+        return next(m for m in predict.phases(stage, torch.float32) if m.phase == "backward")
+
+    plain, cir = backward(UnlearnConfig()), backward(UnlearnConfig("cir"))
+    assert backward(UnlearnConfig("topk")).weights == plain.weights, "no copy of the model"
+    assert backward(UnlearnConfig(robust="ilu")).total >= plain.total, "its passes have half the activations here"
+    matrices, directions = 4 * 2 * 3 * 16 * 32, 4 * 2 * 3 * (16 + 32) * 13
+    assert cir.weights == plain.weights + matrices + directions and cir.gradients < plain.gradients
