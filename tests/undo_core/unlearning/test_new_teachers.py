@@ -372,7 +372,6 @@ def test_it_forgets_and_keeps(config):
     after, control = (losses(one, **texts) for one in (model, other))
     assert after["forget"] > max(before["forget"], control["forget"]), (before, after, control)
     assert after["retain"] <= before["retain"], (before, after, control)
-    print(config.title, before, after, control)
 
 
 @pytest.mark.parametrize(
