@@ -18,6 +18,7 @@ from undo_core.attacks.relearning import attack
 from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import character_tokenizer
 from undo_core.distillation.cache import CachedTeacher, cache_teacher
+from undo_core.distillation.on_policy import OnPolicyConfig
 from undo_core.distillation.student import distill
 from undo_core.distillation.teacher import ModelTeacher, TeacherConfig
 from undo_core.models import build_model
@@ -25,6 +26,7 @@ from undo_core.pipeline.stages.pretrain import next_token_loss
 from undo_core.training import Source, TrainConfig, sequence_source, train
 from undo_core.training.optimizers import Updater
 from undo_core.unlearning import METHODS, RMUConfig, UnlearnConfig, unlearn
+from undo_core.unlearning.ilu import ILUConfig
 from undo_core.unlearning.repnoise import RepNoiseConfig
 
 VOCABULARY = 17
@@ -135,10 +137,12 @@ STAGES: dict[str, Callable[..., Any]] = {
     "rmu-sequence": unlearning("rmu", rmu=RMUConfig(normalize="sequence", trained="*weight")),
     "retain-kl": unlearning("maxent", retain_loss="kl"),
     "sam": unlearning("maxent", robust="sam"),
+    "ilu": unlearning("maxent", robust="ilu", ilu=ILUConfig(step=0.25)),  # a small step enlarges the rounding of reductions
     "repnoise": unlearning("maxent", robust="repnoise", repnoise=RepNoiseConfig(samples=16)),
     "repnoise-distance": unlearning("rmu", robust="repnoise", repnoise=RepNoiseConfig(alpha=0.0)),
     **{f"distill-{kind}": distillation(kind) for kind in ("resident", "streamed", "cached", "topk")},
     "distill-hidden": distillation("resident", hidden_weight=0.5),
+    "distill-on-policy": distillation("resident", on_policy=OnPolicyConfig(1.0, 1.0, prompt=3)),
     "relearn": relearning(),
     "relearn-mix": relearning(mix={"forget": 0.5, "retain": 0.5}),
     "relearn-lora": relearning(kind="lora", lora=LoraConfig(rank=2)),

@@ -13,6 +13,7 @@ from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_
 from undo_core.attacks.grid import explore
 from undo_core.cli.folders import build, check_prepared, print_left, print_noise
 from undo_core.distillation.cache import FACTS, read_facts
+from undo_core.distillation.on_policy import OnPolicyConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.io.files import write_json
@@ -219,6 +220,7 @@ def distill(
     hidden_weight: float = 0.0,
     hidden_layers: list[int] | None = None,
     vocab_size: int | None = None,
+    on_policy: OnPolicyConfig = OnPolicyConfig(),
     parallel: ParallelConfig = ParallelConfig(),
 ) -> int:
     """Train the checkpoint STUDENT to match the checkpoint TEACHER and write the result to OUTPUT.
@@ -240,6 +242,7 @@ def distill(
         vocab_size: number of real tokens, for a head that is padded to more vocabulary entries; the KL leaves the padding out.
             null for all entries or, if the heads of TEACHER and STUDENT differ in size and their tokenizers agree, for those
             of the smaller head.
+        on_policy: steps that train on continuations which STUDENT draws, by the reverse KL; not with cache.
         parallel: how the ranks of torchrun work together.
     """
     distributed.arrange(parallel)
@@ -250,6 +253,7 @@ def distill(
         if not (Path(cache) / FACTS).is_file():
             raise FileNotFoundError(f"cache: got {cache}, which has no {FACTS}; wanted a folder made by `undo cache`")
         _, made = read_facts(Path(cache))
+        on_policy.check(made["kind"])
         config = TeacherConfig(**{name: made[name] for name in ("kind", "dtype", "k", "vocab_size") if name in made})
         # Its facts, which hold the hashes of its inputs, are enough for the key; the cache itself can be large.
         source = Folder(Path(cache), (FACTS,))
@@ -260,6 +264,7 @@ def distill(
         vocab_size=vocab_size,
         hidden_weight=hidden_weight,
         hidden_layers=hidden_layers,
+        on_policy=on_policy,
         prepared=_folder(data),
         teacher=_folder(teacher),
         student=_folder(student),

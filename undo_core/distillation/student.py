@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from undo_core import distributed
 from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
+from undo_core.distillation.on_policy import OnPolicyConfig, Prompts, continued
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.distributed.sharding import shard
 from undo_core.distributed.vocabulary import divide, divided
@@ -34,6 +35,7 @@ def distill(
     hidden_weight: float = 0.0,
     hidden_layers: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    on_policy: OnPolicyConfig | None = None,
     folder: Path | None = None,
     title: str = "distill",
     progress: bool = True,
@@ -57,14 +59,17 @@ def distill(
         vocab_size: number of real tokens if a head has more vocabulary entries; the others are padding, without probability or
             gradient. None takes a cache's own number, or else all entries; if the two heads differ, it takes the smaller number
             and warns, since models with the same tokenizer are often padded differently.
+        on_policy: which steps train on continuations that the student draws itself, by the reverse KL; None for none. Needs a
+            teacher that is a model, and text without position ids.
         folder: for checkpoints and the log, so that a killed run resumes. A different student, teacher, text, ``config`` or
-            ``hidden_weight`` raises an error that names it; the comparison computes one digest of both models' weights, about a
+            ``hidden_weight`` or ``on_policy`` raises an error that names it; the comparison computes one digest of both models' weights, about a
             second per gigabyte in float32.
         title: label of the progress bar.
         progress: whether to show the progress bar.
         train_options: passed to :func:`undo_core.training.train` (``evaluate``, ``stop``).
 
-    Memory: with ``hidden_weight``, three times the hidden states of the matched layers.
+    Memory: with ``hidden_weight``, three times the hidden states of the matched layers. In an on-policy step, the keys and values of a
+    micro-batch, and the logits of one token of each of its sequences, before its forward pass.
 
     Raises:
         UnsupportedHead: the student's head is not a linear layer with optional bias, scale and softcap.
@@ -83,6 +88,13 @@ def distill(
             "of which a rank holds the same ones"
         )
     known.check(text)
+    on_policy = on_policy or OnPolicyConfig()
+    if on_policy:
+        on_policy.check(getattr(known, "kind", ""))
+        if distributed.tensor() > 1:
+            raise ValueError(
+                f"parallel.tensor: got {distributed.tensor()} with on_policy, wanted 1: it draws from a whole head"
+            )
     limits = limits_of(student, *([known.model] if isinstance(known, ModelTeacher) else []))
     match = None
     if hidden_weight:
@@ -92,18 +104,24 @@ def distill(
     own_sums = getattr(known, "vocab_size", None) == vocab_size  # a cache's log-sum-exps hold only for its own vocab_size
 
     def loss(student: PreTrainedModel, batches: dict[str, Batch], counted: dict[str, int]) -> torch.Tensor:
-        targets = known.targets(batches["text"])
+        batch, divergence = batches["text"], "forward"
+        if batch.reference is not None:
+            batch, divergence = continued(student, batch, on_policy.prompt, vocab_size), "reverse"
+        targets = known.targets(batch)
         if isinstance(targets, HiddenTargets) and not own_sums:
             targets = dataclasses.replace(targets, lse=None)
-        return distillation(student, targets, batches["text"], counted["text"], match, vocab_size)
+        return distillation(student, targets, batch, counted["text"], match, vocab_size, divergence)
 
     source = as_source(text, size=config.batch_size, seed=config.seed or 0, name="text", limits=limits)
+    if on_policy:
+        source = Prompts(source, on_policy, config.steps, config.seed or 0)
     settings = {}
     if folder is not None:
         settings = {
             "vocab_size": vocab_size,
             "teacher": teacher_identity(known),
             "matched": None if match is None else dataclasses.asdict(match),
+            **({"on_policy": on_policy.settings()} if on_policy else {}),
         }
     known = _spread(known)
     return train(

@@ -8,6 +8,7 @@ on all ranks; each of them gets an equal share of the sum over their tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +113,26 @@ def most_likely(hidden: torch.Tensor, head: Head) -> torch.Tensor:
             holder = bests[:, 0].argmax(0)  # the first of equals: ranks hold the entries in their order
             found.append(bests[:, 1].gather(0, holder[None])[0].long())
     return tokens.mine(torch.cat(found))
+
+
+def sampler(head: Head, vocab_size: int | None = None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns a function that draws tokens ``[n]`` from hidden states ``[n, d]`` and numbers ``[n]`` in [0, 1).
+
+    A drawn token is the first whose cumulative probability exceeds the number. The head must be whole; its entries from ``vocab_size``
+    on are never drawn. Memory: of a 16-bit head a float32 copy, for as long as the function exists.
+    """
+    weight, bias = head.weight[:vocab_size].detach().float().T, None if head.bias is None else head.bias[:vocab_size].float()
+
+    @torch.no_grad()
+    def draw(hidden: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        found, size = [], max(1, LOGITS // weight.shape[1])
+        for part, number in zip(hidden.split(size), uniform.split(size), strict=True):
+            sums = _logits(part.float() @ weight, bias, head).softmax(-1).cumsum(-1, dtype=torch.float64)
+            place = torch.searchsorted(sums, number.double()[:, None] * sums[:, -1:], right=True)[:, 0]
+            found.append(place.clamp_max(weight.shape[1] - 1))
+        return torch.cat(found)
+
+    return draw
 
 
 @torch.no_grad()

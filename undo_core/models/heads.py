@@ -10,6 +10,7 @@ logits that come out. No table of architectures is needed, and a head that does 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,20 @@ def hidden_states_at(
     return hidden, [inner[-1][layer] for layer in layers]
 
 
+def continued_states(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Returns :func:`hidden_states` of tokens that follow those in ``cache``, a ``DynamicCache``, which takes them up.
+
+    Raises:
+        ValueError: the model does not use the cache.
+    """
+    model, before = bare(model), cache.get_seq_length()
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older name
+    hidden = _run_to_head(model, input_ids, use_cache=True, **{name: cache})
+    if cache.get_seq_length() != before + input_ids.shape[1]:
+        raise ValueError(f"model: got {type(model).__name__}, which does not keep keys and values in a DynamicCache")
+    return hidden
+
+
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel) -> None:
     """Checks that packed documents do not attend to each other; runs once per model and attention kernel.
@@ -271,7 +286,7 @@ def _run_to_head(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any
 
     handle = model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        model(input_ids=input_ids, use_cache=False, **options)
+        model(input_ids=input_ids, **{"use_cache": False, **options})
     except _Reached as reached:
         return reached.hidden
     finally:

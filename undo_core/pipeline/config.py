@@ -17,6 +17,7 @@ from undo_core.attacks.interventions import AnyIntervention
 from undo_core.attacks.search import SearchConfig
 from undo_core.data.questions import MultipleChoiceConfig
 from undo_core.distillation.gate import GateConfig
+from undo_core.distillation.on_policy import OnPolicyConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.evaluation.inside import AnyMeasurement
@@ -291,6 +292,8 @@ class DistillConfig:
             final norm; null for every layer.
         vocab_size: number of real tokens, for a head that is padded to more vocabulary entries; the KL leaves the padding out.
             null for all entries.
+        on_policy: steps that train on continuations which the student draws, by the reverse KL; none by default, as published.
+            Needs a resident or streamed teacher.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -299,8 +302,10 @@ class DistillConfig:
     hidden_weight: float = 0.0
     hidden_layers: list[int] | None = None
     vocab_size: int | None = None
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     def __post_init__(self) -> None:
+        self.on_policy.check(self.teacher.kind)
         if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
             raise ValueError(f"distill.hidden_weight: got {self.hidden_weight}, wanted a finite number >= 0")
         if self.vocab_size is not None and self.vocab_size < 1:

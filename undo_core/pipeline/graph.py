@@ -209,6 +209,7 @@ class _Run:
             vocab_size=distill.vocab_size,
             hidden_weight=distill.hidden_weight,
             hidden_layers=distill.hidden_layers,
+            on_policy=distill.on_policy,
             prepared=self.prepared,
             teacher=teacher or self.teacher,
             student=student,

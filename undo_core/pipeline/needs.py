@@ -15,7 +15,7 @@ class Memory:
     """Memory of a stage in bytes, by parts, at the peak of one phase.
 
     Attributes:
-        phase: loading, forward, backward, step or evaluation.
+        phase: loading, drawing (of text, by a student), forward, backward, step or evaluation.
         weights: weights of the trained model, copies that a method keeps, and a file while it is read.
         gradients: gradients that exist in that phase.
         optimizer: masters, moments of the gradients, and the temporaries of a step.

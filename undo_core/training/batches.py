@@ -28,8 +28,8 @@ class Batch:
         position_ids: ``[batch, length]`` int64, or None. Where they restart, a new document begins, which does not attend to
             earlier ones. They must not restart within the text of an attention mask: transformers would let such documents
             attend to each other.
-        reference: ``[batch, length - 1]`` float values of another model that the loss needs; only in forget batches of
-            unlearning.
+        reference: ``[batch, length - 1, ...]`` float values that the loss needs: of another model in forget batches of unlearning,
+            the draws of the samples in batches of on-policy distillation.
         labels: ``[batch, length]`` int64 tokens to be predicted, aligned with ``input_ids`` (not shifted); None for the ids
             themselves. Values where ``mask`` is False are ignored.
         whole: for a micro-batch, the batch that it is part of.

@@ -72,6 +72,8 @@ def unlearn(
     if method.reference is not None:
         sources["forget"] = _with_reference(inner, sources["forget"], method, config.train)
     with method.alone(inner):
+        if method.prepare is not None:
+            sources["forget"] = _prepared(inner, sources["forget"], method, config.train)
         return train(
             model,
             method.loss,
@@ -108,6 +110,16 @@ def unlearn_flops(model: PreTrainedModel, config: UnlearnConfig, length: int) ->
 
 def _sum(*costs: dict[str, float]) -> dict[str, float]:
     return {name: sum(part[name] for part in costs) for name in costs[0]}
+
+
+@keeps_kernels
+def _prepared(model: PreTrainedModel, source: Source, method: Method, config: TrainConfig) -> Source:
+    """Reads the batches of all steps once and runs the method's preparation with the model as it will be trained."""
+    read = ReadSource(source, [source(step) for step in range(config.steps)])
+    choose_kernels(model, config)
+    with converted(model, config.precision):
+        method.prepare(model, read)  # pyrefly: ignore[not-callable]
+    return read
 
 
 @keeps_kernels

@@ -15,6 +15,10 @@ from undo_core.unlearning.method import METHODS, ROBUST, Entry
 
 for found in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each module registers its methods when it is imported
     importlib.import_module(f"{__package__}.{found.name}")
+for entries in (METHODS, ROBUST):  # by name, also where a module imports another before its turn
+    in_order = sorted(entries.items())
+    entries.clear()
+    entries.update(in_order)
 
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 RobustName = Literal[("none", *ROBUST)]  # type: ignore[valid-type]
@@ -86,9 +90,10 @@ class _Common:
 
 def _unlearn_config() -> type:
     own = {name: entry for name, entry in {**METHODS, **ROBUST}.items() if entry.settings}
+    titles = [f"{name} ({entry.title})" for name, entry in ROBUST.items()]
     names = {
         "{methods}": ", ".join(f"{name} ({entry.title})" for name, entry in METHODS.items()),
-        "{robust}": " or ".join(f"{name} ({entry.title})" for name, entry in ROBUST.items()),
+        "{robust}": " or ".join([", ".join(titles[:-1]), titles[-1]]),
     }
     text = (_Common.__doc__ or "").rstrip()
     for mark, value in names.items():

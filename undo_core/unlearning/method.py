@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.distributed.sharding import shard
 from undo_core.models import head_of
-from undo_core.training.batches import Batch
+from undo_core.training.batches import Batch, Source
 from undo_core.training.config import TrainConfig
 from undo_core.training.loop import Gradient, Loss, accumulate
 from undo_core.training.losses import cross_entropy, distillation
@@ -44,15 +44,18 @@ class Method:
     Attributes:
         loss: loss of a step over the sources ``forget`` and ``retain``.
         parameters: the parameters to train; None for all.
-        reference: function that computes values ``[batch, length - 1]`` of the original model for a forget batch. It runs
+        reference: function that computes values ``[batch, length - 1, ...]`` of the original model for a forget batch. It runs
             before the first step; ``loss`` receives the values as the batch's ``reference``.
         gradient: function that computes the gradient of a step from the loss.
+        prepare: function that reads what it needs of the original model and of the forget batches of all steps; it runs before
+            the first step, also of a resumed run, while only the trained parameters require a gradient.
     """
 
     loss: Loss
     parameters: list[nn.Parameter] | None = None
     reference: Callable[[PreTrainedModel, Batch], torch.Tensor] | None = None
     gradient: Gradient = accumulate
+    prepare: Callable[[PreTrainedModel, Source], None] | None = None
 
     @contextlib.contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -149,6 +152,26 @@ class Entry:
 
     def __call__(self, *arguments: Any) -> Method:
         return self.make(*arguments)
+
+
+def check_whole_gradient(config: Settings) -> None:
+    """Raises a ValueError for training settings that a wrapper which moves the weights and keeps their gradients does not support.
+
+    With ``step_in_backward`` the whole gradient never exists. In 16 bits, a small change of a weight is lost to rounding. With
+    adamw-offload the gradients are on the host, not beside the weights.
+    """
+    train = config.train
+    for name, value, wanted in (
+        ("precision", train.precision, "float32"),
+        ("step_in_backward", train.step_in_backward, False),
+    ):
+        if value != wanted:
+            raise ValueError(f"robust: got {config.robust} with train.{name} {value}, wanted {wanted} with it")
+    if train.optimizer == "adamw-offload":
+        raise ValueError(
+            f"robust: got {config.robust} with train.optimizer adamw-offload, wanted another optimizer: it needs the gradients on "
+            "the device of the weights"
+        )
 
 
 METHODS: dict[str, Entry] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -124,19 +124,23 @@ def rmu(model: PreTrainedModel, config: Settings) -> Method:
     return Method(loss, parameters)
 
 
-def trained_parameters(layers: torch.nn.ModuleList, settings: RMUConfig) -> dict[int, dict[str, torch.nn.Parameter]]:
-    """Returns the parameters that RMU trains: by the layer's index, then by name within the layer.
+def trained_parameters(
+    layers: torch.nn.ModuleList, settings: Any, method: str = "rmu"
+) -> dict[int, dict[str, torch.nn.Parameter]]:
+    """Returns the parameters from ``first_layer`` to below ``target_layer`` that match ``trained``: by layer, then by name in it.
+
+    ``settings`` are those of ``method``, RMU or another with these three.
 
     Raises:
         ValueError: the model has fewer layers than the target layer, or no parameter matches the pattern.
     """
     if settings.target_layer > len(layers):
-        raise ValueError(f"rmu.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
+        raise ValueError(f"{method}.target_layer: got {settings.target_layer}, wanted at most the model's {len(layers)} layers")
     found = {k: _chosen(layers[k], settings.trained) for k in range(settings.first_layer, settings.target_layer)}
     found = {k: named for k, named in found.items() if named}
     if not found:
         raise ValueError(
-            f"rmu.trained: got {settings.trained!r}, which no parameter of layers {settings.first_layer} and up matches"
+            f"{method}.trained: got {settings.trained!r}, which no parameter of layers {settings.first_layer} and up matches"
         )
     return found
 

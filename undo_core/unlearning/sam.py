@@ -23,7 +23,7 @@ from undo_core.distributed.sharding import global_norm
 from undo_core.training.batches import Batch
 from undo_core.training.loop import Loss
 from undo_core.training.precision import rewound
-from undo_core.unlearning.method import Costs, Method, Settings, register_robust
+from undo_core.unlearning.method import Costs, Method, Settings, check_whole_gradient, register_robust
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,12 @@ class SAMConfig:
             raise ValueError(f"rho: got {self.rho}, wanted a finite number > 0")
 
 
-def _check(config: Settings) -> None:
-    """Raises a ValueError for training settings that SAM does not support.
-
-    With ``step_in_backward`` the whole gradient never exists. In 16 bits, adding ``rho * g / |g|`` to a weight is lost to
-    rounding. With adamw-offload the gradients are on the host, not beside the weights.
-    """
-    train = config.train
-    for name, value, wanted in (
-        ("precision", train.precision, "float32"),
-        ("step_in_backward", train.step_in_backward, False),
-    ):
-        if value != wanted:
-            raise ValueError(f"robust: got sam with train.{name} {value}, wanted {wanted} with it")
-    if train.optimizer == "adamw-offload":
-        raise ValueError(
-            "robust: got sam with train.optimizer adamw-offload, wanted another optimizer: SAM needs the gradients on the "
-            "device of the weights"
-        )
-
-
 def _flops(costs: Costs, model: PreTrainedModel, config: Settings, length: int) -> Costs:
     """Added FLOPs: everything is computed twice."""
     return costs
 
 
-@register_robust("sam", "SAM", settings=SAMConfig, flops=_flops, check=_check)
+@register_robust("sam", "SAM", settings=SAMConfig, flops=_flops, check=check_whole_gradient)
 def sam(method: Method, model: PreTrainedModel, config: Settings) -> Method:
     """Adds SAM to ``method``.
 

@@ -34,8 +34,11 @@ CASES = [
     ("rmu-sequence", "tied"),
     ("sam", "untied"),
     ("repnoise", "untied"),
+    ("cir", "tied"),
+    ("ilu", "untied"),
     ("distill-resident", "tied"),
     ("distill-cached", "demo"),
+    ("distill-on-policy", "demo"),
     ("relearn-lora", "untied"),
 ]
 MICRO = dataclasses.replace(CONFIG, micro_batch_size=4)

@@ -93,7 +93,7 @@ class Meta:
         self.sharing = PlannedSharing(tensor)
         self.traffic: list[Traffic] = []
         self._unsharded: set[int] = set()
-        self._config, self._length, self._scored = config, length, scored
+        self._config, self.length, self._scored = config, length, scored
         self._live = LiveTensors(PARTS, self.sharing.called)
 
     @functools.cached_property
@@ -126,7 +126,7 @@ class Meta:
 
     def batch(self, sequences: int) -> Batch:
         """A batch of ``sequences`` sequences on the meta device."""
-        ids = torch.empty(sequences, self._length, dtype=torch.int64, device="meta")
+        ids = torch.empty(sequences, self.length, dtype=torch.int64, device="meta")
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def hold(self, tensors: Iterable[torch.Tensor], part: str, share: float = 1.0) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from undo_core.checkpoints.files import stored_dtype
 from undo_core.data.sequences import Sequences
 from undo_core.distillation.cache import CachedTeacher
+from undo_core.distillation.on_policy import OnPolicyConfig, drawing_bytes
 from undo_core.distillation.streaming import stream_model
 from undo_core.distillation.student import distill, matching
 from undo_core.distillation.teacher import ModelTeacher, Teacher, TeacherConfig
@@ -45,6 +46,7 @@ class Distill(TrainingStage):
         vocab_size: number of real tokens, for a head that is padded to more vocabulary entries.
         hidden_weight: factor on the relative squared error of the student's hidden states; 0 leaves it out.
         hidden_layers: layers after which hidden states are compared; None for every layer.
+        on_policy: which steps train on what the student draws.
         teacher: the model that the student matches.
         student: the model that is trained.
         gate: gate that selects the training sequences; None keeps all.
@@ -61,6 +63,7 @@ class Distill(TrainingStage):
     vocab_size: int | None = optional()
     hidden_weight: float = 0.0
     hidden_layers: list[int] | None = None
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     teacher: Stage | Folder
     student: Stage | Folder
     gate: Stage | Folder | None = optional()
@@ -69,9 +72,11 @@ class Distill(TrainingStage):
 
     def _json(self) -> dict[str, Any]:
         values = super()._json()
-        config, hidden = values.pop("config"), {name: values.pop(name) for name in ("hidden_weight", "hidden_layers")}
+        del values["config"], values["on_policy"]
+        own, hidden = self.on_policy.settings(), {name: values.pop(name) for name in ("hidden_weight", "hidden_layers")}
         config = self.config.settings()
-        return {**values, **({"teacher": config} if config else {}), **({"hidden": hidden} if self.hidden_weight else {})}
+        added = {"teacher": config, "hidden": hidden if self.hidden_weight else None, "on_policy": own}
+        return {**values, **{name: value for name, value in added.items() if value}}
 
     @property
     def training(self) -> TrainConfig:
@@ -110,14 +115,18 @@ class Distill(TrainingStage):
             hidden_weight=self.hidden_weight,
             hidden_layers=self.hidden_layers,
             vocab_size=size,
+            on_policy=self.on_policy,
             evaluate=validation(data, "retain"),
             stop=stop,
             folder=work.scratch,
             title=work.title,
         )
         save(student, load_tokenizer(data), work.output, self.train)
-        flops = (forward_flops(student, text.length) * 3 + passes) * result.positions["text"]
-        return {**facts, **training_facts(result, flops)}
+        drawn = self.on_policy.count(result.steps, self.train.steps)
+        if self.on_policy:
+            facts["on_policy_steps"] = drawn
+        own = forward_flops(student, text.length) * (3 + drawn / max(result.steps, 1))  # drawing text costs a forward pass
+        return {**facts, **training_facts(result, (own + passes) * result.positions["text"])}
 
     def _teacher(self, work: Work, student: PreTrainedModel, text: Sequences) -> tuple[Teacher, float | None, float]:
         """Returns the teacher, its retain performance if known, and its FLOPs per token."""
@@ -140,6 +149,10 @@ class Distill(TrainingStage):
 
     def memory(self, meta: Meta) -> list[Memory]:
         phases = meta.training(self.train, ("text",), lambda student: self._method(meta, student))
+        if self.on_policy:
+            forward = next(phase for phase in phases if phase.phase == "forward")
+            drawing = drawing_bytes(meta.model(), self.train.micro_batch_size or self.train.batch_size, meta.length)
+            phases.append(dataclasses.replace(forward, phase="drawing", activations=drawing, workspace=0))
         if self.config.kind != "resident":
             return phases
         dtype, own = self._teacher_dtype(meta.stored), meta.trained_dtype(self.train).itemsize * meta.elements
@@ -177,12 +190,12 @@ class Distill(TrainingStage):
         )
 
     def passes(self, scene: Scene) -> float:
-        """Forward passes that a step costs: three for the student, and the teacher's.
+        """Forward passes that a step costs: three for the student, and the teacher's; one more in a share of on-policy steps.
 
         The teacher costs one, with cached hidden states only the head's share of one, and with topk nothing.
         """
         if self.cache is None:
-            return 4
+            return 4 + self.on_policy.count(self.train.steps, self.train.steps) / max(self.train.steps, 1)
         exact = self.config.kind == "cached"
         return 3 + (head_flops(scene.model) / forward_flops(scene.model, scene.length) if exact else 0)
 
@@ -192,9 +205,9 @@ class Distill(TrainingStage):
         return name if name.startswith("teacher.") else super().flag(name)
 
     def possible(self, name: str, value: Any) -> bool:
-        """A cache does not hold the layers' hidden states, so it is not possible when these are matched."""
+        """A cache holds neither the layers' hidden states nor outputs for new text, so it is not possible where these are needed."""
         if name == "teacher.kind":
-            return not self.hidden_weight and self.config.kind == "resident"
+            return not self.hidden_weight and not self.on_policy and self.config.kind == "resident"
         return super().possible(name, value)
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
