@@ -72,6 +72,7 @@ TITLES = {
     "tradeoff": "Retain against forget",
     "training": "Training",
     "rates": "The attack, rate by rate",
+    "students": "Further students",
     "interventions": "Interventions",
     "inside": "What is left inside",
 }
