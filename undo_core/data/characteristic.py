@@ -1,14 +1,13 @@
 """Which tokens are characteristic of the forget text, and which retain sequences are near to it.
 
-The score of a token v is the z-score of its log-odds ratio between the two texts, with a Dirichlet prior that keeps rare tokens
-from having large ratios by chance (Monroe, Colaresi and Quinn 2008, "Fightin' Words", Political Analysis 16(4), equations 15, 16
-and 20):
+The score of a token v is the logarithm of its odds ratio between the two texts, with a Dirichlet prior that keeps rare tokens from
+having large ratios by chance (Monroe, Colaresi and Quinn 2008, "Fightin' Words", Political Analysis 16(4), equation 15):
 
 ``delta_v = log((f_v + a) / (F + V a - f_v - a)) - log((r_v + a) / (R + V a - r_v - a))``
-``z_v = delta_v / sqrt(1 / (f_v + a) + 1 / (r_v + a))``
 
 with ``f_v`` and ``r_v`` the counts of v in forget and retain text, ``F`` and ``R`` their totals, ``V`` the number of vocabulary
-entries and ``a = 0.5`` the prior's count of every token.
+entries and ``a = 0.5`` the prior's count of every token. Their z-score divides delta by its standard deviation; it ranks a frequent
+token that is a little more frequent in one text above a token that only this text has, and is therefore not used here.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ PRIOR = 0.5
 
 
 def characteristic(forget: Sequences, retain: Sequences, vocabulary: int) -> torch.Tensor:
-    """Returns the score of every token, ``[vocabulary]`` float64: positive for tokens that forget text has more of."""
-    ratio, variance = _log_odds(_counts(forget, vocabulary), _counts(retain, vocabulary))
-    return ratio / variance.sqrt()
+    """Returns the score of every token, ``[vocabulary]`` float64; -inf for tokens that the forget text does not have."""
+    counted = _counts(forget, vocabulary)
+    return _log_odds(counted, _counts(retain, vocabulary)).masked_fill(counted == 0, -torch.inf)
 
 
 def nearest(retain: Sequences, forget: Sequences, share: float) -> torch.Tensor:
@@ -37,7 +36,7 @@ def nearest(retain: Sequences, forget: Sequences, share: float) -> torch.Tensor:
         share: in (0, 1]; at least one sequence is taken.
     """
     vocabulary = 1 + max(retain.largest_id(), forget.largest_id())
-    ratio, _ = _log_odds(_counts(forget, vocabulary), _counts(retain, vocabulary))
+    ratio = _log_odds(_counts(forget, vocabulary), _counts(retain, vocabulary))
     text = retain.text_mask()
     scores = (ratio[retain.input_ids.long()] * text).sum(1) / text.sum(1).clamp_min(1)
     count = max(1, round(share * len(retain)))
@@ -49,11 +48,11 @@ def _counts(sequences: Sequences, vocabulary: int) -> torch.Tensor:
     return torch.bincount(tokens, minlength=vocabulary).double()
 
 
-def _log_odds(forget: torch.Tensor, retain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the log-odds ratio of every token, and its variance."""
+def _log_odds(forget: torch.Tensor, retain: torch.Tensor) -> torch.Tensor:
+    """Returns the logarithm of every token's odds ratio."""
 
     def odds(counts: torch.Tensor) -> torch.Tensor:
         smoothed = counts + PRIOR
         return (smoothed / (smoothed.sum() - smoothed)).log()
 
-    return odds(forget) - odds(retain), 1 / (forget + PRIOR) + 1 / (retain + PRIOR)
+    return odds(forget) - odds(retain)

@@ -55,7 +55,7 @@ def alpha_of_equal_distance(
         ValueError: no alpha in [0, 1] gives the distance.
     """
     parameters, toward = selected.parameters, selected.toward
-    other = {"beta": 0.1, **like}
+    other: dict[str, Any] = {"beta": 0.1, **like}
     other_seed, rules = other.pop("seed"), other.pop("rules", ())
     # select() has removed rules for parameters that stay unchanged from the policy's; here it is done for the other noise's.
     rules = tuple(rule for rule in rules if any(matches(rule.match, name, p) for name, p in parameters.items()))

@@ -198,10 +198,11 @@ class _Run:
                 title=f"gaussian {name}",
             )
             teacher = base if gaussian.shared else None
-        damaged: Stage = self._noise(config.alpha, base, f"noise {name}", config.rules)
+        noised = self._noise(config.alpha, base, f"noise {name}", config.rules)
         if config.equal_distance:
-            like = dataclasses.replace(self._noise(config.alpha, base, ""), parts="text").settings
-            damaged = dataclasses.replace(damaged, like=like)
+            usual = dataclasses.replace(self._noise(config.alpha, base, ""), parts="text")
+            noised = dataclasses.replace(noised, like=usual.settings)
+        damaged: Stage = noised
         if config.erase.tokens:
             seed = derive_seed(self.config.seed, "erase")
             damaged = Erase(config=config.erase, seed=seed, prepared=self.prepared, model=damaged, title=f"erase {name}")

@@ -6,11 +6,13 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
 
 from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.data import AttackDataConfig, facts
 from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
 from undo_core.data.sequences import Sequences
@@ -79,19 +81,22 @@ class Relearn(TrainingStage):
         if self.grid is not None:
             return self._from_grid(work)
         config, data = self.config, work.inputs["prepared"]
+        texts, tests, own = attacked_text(config, data)
         model = load_to_train(work.inputs["model"], config.precision)
-        texts = {name: train_sequences(data, [name]) for name in config.sequences()}
-        tests = tested_sequences(data)
         # Attacks of one model at several rates begin with the same evaluation.
         begins_with = hash_json(
-            [self.model.key, self.prepared.key, config.precision, config.kind, dataclasses.asdict(config.lora)]
+            [
+                *(self.model.key, self.prepared.key, config.precision, config.kind),
+                *(dataclasses.asdict(config.lora), dataclasses.asdict(config.data)),
+            ]
         )
         given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with), "evaluate": metrics_on(tests)}
-        result = attack(model, rate=self.rate, config=config, **given, folder=work.scratch, title=work.title)
+        given_text = dataclasses.replace(config, data=AttackDataConfig())
+        result = attack(model, rate=self.rate, config=given_text, **given, folder=work.scratch, title=work.title)
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         if config.save:
             save(model, load_tokenizer(data), work.output, self.training)
-        return facts_of(model, result, texts, tests, self.passes_of_a_step)
+        return facts_of(model, result, texts, tests, self.passes_of_a_step) | own
 
     def _from_grid(self, work: Work) -> dict[str, Any]:
         """Takes the result out of the folder of the trials that trained together."""
@@ -131,6 +136,16 @@ class Relearn(TrainingStage):
     def passes_of_a_step(self) -> int:
         """Forward passes that a step costs: 3, or 2 with LoRA, because frozen weights need no gradient."""
         return 2 if self.config.kind == "lora" else 3
+
+
+def attacked_text(config: AttackConfig, data: Path) -> tuple[dict[str, Sequences], dict[str, Sequences], dict[str, Any]]:
+    """Returns the attack's text by source and its test sequences, and facts about them if they are not those of every attack."""
+    tests = tested_sequences(data)
+    if not config.data:
+        return {name: train_sequences(data, [name]) for name in config.sequences()}, tests, {}
+    texts, tests = config.data.choose(train_sequences(data, ["forget"]), train_sequences(data, ["retain"]), tests)
+    texts = {name: texts[name] for name in config.sequences()}
+    return texts, tests, {"data": facts(texts, tests)}
 
 
 def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:
