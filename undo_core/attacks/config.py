@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-from undo_core.attacks.data import AttackDataConfig
+from undo_core.attacks.text import AttackTextConfig
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
 
@@ -113,7 +113,7 @@ class AttackConfig:
         extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies; 0 for never.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
             fine-tuning.
-        data: which of the forget and retain text is trained on; of a part of the forget set, the other part is scored.
+        text: which of the forget and retain text is trained on; of a part of the forget set, the other part is scored.
         batch_size: sequences in a step.
         micro_batch_size: as in the training of other stages, for each source.
         clip: largest norm of the gradient.
@@ -143,7 +143,7 @@ class AttackConfig:
     headline_step: int = 100
     extend: int = 3
     mix: dict[str, float] = field(default_factory=lambda: {"forget": 1.0})
-    data: AttackDataConfig = field(default_factory=AttackDataConfig)
+    text: AttackTextConfig = field(default_factory=AttackTextConfig)
     batch_size: int = 64
     micro_batch_size: int | None = None
     clip: float = 1.0
@@ -178,9 +178,9 @@ class AttackConfig:
         _different("shots", self.shots, 1, 1 << 20)
         _different("bits", self.bits, 2, 8)
         self.sequences()
-        self.data.check_mix(self.mix)
-        if self.data and not self.trains:
-            raise ValueError(f"data: got {self.data} with kind {self.kind}, which trains nothing; wanted none")
+        self.text.check_mix(self.mix)
+        if self.text and not self.trains:
+            raise ValueError(f"text: got {self.text} with kind {self.kind}, which trains nothing; wanted none")
         self.training(self.rates[0])
         self._check_together()
 

@@ -30,7 +30,7 @@ STUDENTS = {
     "erased": {"alpha": 0.6, "erase": {"tokens": 2}},
     "unlearn-again": {"model": "unlearn", "untie": True, "after": [AGAIN]},
 }  # fmt: skip
-PART = {**RUN["relearn"], "extend": 0, "data": {"forget_part": 0.5}, "save": False}
+PART = {**RUN["relearn"], "extend": 0, "text": {"forget_part": 0.5}, "save": False}
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +140,8 @@ def test_a_part_of_the_forget_set_is_trained_on_and_the_other_is_scored(finished
     trained = text(seen["forget"])
     scored = [prompt for prompt in prompts if prompt in whole and prompt not in trained]
     assert trained and scored and len(trained) < len(whole) and set(trained) <= set(whole)
-    assert curve["forget"][0]["n"] == len(scored) == manifest["data"]["scored"]["forget"]["sequences"]
-    assert manifest["data"]["trained"]["forget"] == {"sequences": len(trained), "digest": seen["forget"].digest()}
+    assert curve["forget"][0]["n"] == len(scored) == manifest["text"]["scored"]["forget"]["sequences"]
+    assert manifest["text"]["trained"]["forget"] == {"sequences": len(trained), "digest": seen["forget"].digest()}
     assert models["undo-0.5"]["attack"]["curves"][0]["forget"][0]["n"] == len(prompts), "the headline attack is as before"
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from undo_core.attacks.config import AttackConfig, Trial
-from undo_core.attacks.data import AttackDataConfig
 from undo_core.attacks.relearning import attack_together
+from undo_core.attacks.text import AttackTextConfig
 from undo_core.models import load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, halves, load_to_train, save
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
@@ -70,7 +70,7 @@ class Grid(TrainingStage):
         model = load_to_train(work.inputs["model"], config.precision)
         given = {"forget": None, **texts, "evaluate": metrics_on(tests), "title": work.title}
         trials: dict[str, Any] = {}
-        given_text = dataclasses.replace(config, data=AttackDataConfig())
+        given_text = dataclasses.replace(config, text=AttackTextConfig())
         for trial, (attacked, result) in attack_together(model, trials=self.trials, config=given_text, **given).items():
             alone = self.trial(trial)
             if config.save:

@@ -66,13 +66,14 @@ class Noise(Stage):
         return {"tensors": as_dicts(report), "left": as_dicts(report.left), **matched}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """The largest tensor: one is read at a time, from the mapped file."""
-        return [Memory("loading", weights=meta.mapped * meta.largest)]
+        """The largest tensor: one is read at a time, from the mapped file; to match a distance it is copied."""
+        copied = 0 if self.like is None else meta.stored.itemsize * meta.largest
+        return [Memory("loading", weights=meta.mapped * meta.largest, activations=copied)]
 
     @property
     def sized_by(self) -> dict[str, Any]:
-        """Nothing: the memory is that of the largest tensor under any settings."""
-        return {}
+        """The memory is that of the largest tensor under any other settings."""
+        return {"matched": self.like is not None}
 
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         matched = {name: facts[name] for name in ("alpha", "distance") if name in facts}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import PreTrainedModel
 
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.data import AttackDataConfig, facts
 from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
+from undo_core.attacks.text import AttackTextConfig, facts
 from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
 from undo_core.io.files import hash_json, read_json
@@ -87,11 +87,11 @@ class Relearn(TrainingStage):
         begins_with = hash_json(
             [
                 *(self.model.key, self.prepared.key, config.precision, config.kind),
-                *(dataclasses.asdict(config.lora), dataclasses.asdict(config.data)),
+                *(dataclasses.asdict(config.lora), dataclasses.asdict(config.text)),
             ]
         )
         given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with), "evaluate": metrics_on(tests)}
-        given_text = dataclasses.replace(config, data=AttackDataConfig())
+        given_text = dataclasses.replace(config, text=AttackTextConfig())
         result = attack(model, rate=self.rate, config=given_text, **given, folder=work.scratch, title=work.title)
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         if config.save:
@@ -141,11 +141,11 @@ class Relearn(TrainingStage):
 def attacked_text(config: AttackConfig, data: Path) -> tuple[dict[str, Sequences], dict[str, Sequences], dict[str, Any]]:
     """Returns the attack's text by source and its test sequences, and facts about them if they are not those of every attack."""
     tests = tested_sequences(data)
-    if not config.data:
+    if not config.text:
         return {name: train_sequences(data, [name]) for name in config.sequences()}, tests, {}
-    texts, tests = config.data.choose(train_sequences(data, ["forget"]), train_sequences(data, ["retain"]), tests)
+    texts, tests = config.text.choose(train_sequences(data, ["forget"]), train_sequences(data, ["retain"]), tests)
     texts = {name: texts[name] for name in config.sequences()}
-    return texts, tests, {"data": facts(texts, tests)}
+    return texts, tests, {"text": facts(texts, tests)}
 
 
 def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:

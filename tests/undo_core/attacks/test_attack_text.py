@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.data import AttackDataConfig, in_part
 from undo_core.attacks.relearning import attack
+from undo_core.attacks.text import AttackTextConfig, in_part
 from undo_core.data.arithmetic import compact_splits
 from undo_core.data.sequences import Sequences
 from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
@@ -29,7 +29,7 @@ def compact():
 
 def chosen(splits, **settings):
     tests = {name: splits[f"test_{name}"] for name in ("forget", "retain")}
-    return AttackDataConfig(**settings).choose(splits["train_forget"], splits["train_retain"], tests)
+    return AttackTextConfig(**settings).choose(splits["train_forget"], splits["train_retain"], tests)
 
 
 def test_prompts_of_the_other_part_are_scored(compact):
@@ -55,7 +55,7 @@ def test_text_is_scored_on_its_other_part():
     rows = torch.randint(1, 9, (60, 5), generator=draw, dtype=torch.int32)
     forget = Sequences(torch.cat([rows, rows]), 0)  # each text twice, far apart
     plain = {name: Sequences(rows[:20] + 10, 0) for name in ("forget", "retain")}
-    texts, tests = AttackDataConfig(forget_part=0.6).choose(forget, plain["retain"], plain)
+    texts, tests = AttackTextConfig(forget_part=0.6).choose(forget, plain["retain"], plain)
     trained, scored = texts_of(texts["forget"]), texts_of(tests["forget"])
     assert not set(trained) & set(scored) and set(trained) | set(scored) <= set(texts_of(forget))
     assert len(scored) == 20, "as many as there are test sequences"
@@ -73,7 +73,7 @@ def test_packed_problems_have_no_part(compact):
     one = compact["train_forget"]
     length = 2 * one.length
     packed = Sequences(one.input_ids.reshape(-1, length), 0, lengths=torch.full((len(one) // 2,), length))
-    with pytest.raises(ValueError, match=r"data\.forget_part: got 0\.5, .* which packed sequences and questions do not have"):
+    with pytest.raises(ValueError, match=r"text\.forget_part: got 0\.5, .* which packed sequences and questions do not have"):
         chosen({**compact, "train_forget": packed}, forget_part=0.5)
 
 
@@ -81,11 +81,11 @@ def test_packed_problems_have_no_part(compact):
     ("settings", "message"),
     [
         (
-            {"data": AttackDataConfig(forget_part=0.5), "mix": {"retain": 1.0}},
-            "data.forget_part: got 0.5 with a mix without forget",
+            {"text": AttackTextConfig(forget_part=0.5), "mix": {"retain": 1.0}},
+            "text.forget_part: got 0.5 with a mix without forget",
         ),
-        ({"data": AttackDataConfig(retain_near=0.5)}, "data.retain_near: got 0.5 with a mix without retain"),
-        ({"data": AttackDataConfig(forget_part=0.5), "kind": "quantise"}, "with kind quantise, which trains nothing"),
+        ({"text": AttackTextConfig(retain_near=0.5)}, "text.retain_near: got 0.5 with a mix without retain"),
+        ({"text": AttackTextConfig(forget_part=0.5), "kind": "quantise"}, "with kind quantise, which trains nothing"),
     ],
 )
 def test_settings_that_exclude_each_other(settings, message):
@@ -96,25 +96,25 @@ def test_settings_that_exclude_each_other(settings, message):
 @pytest.mark.parametrize("settings", [{"forget_part": 0.0}, {"forget_part": 1.0}, {"retain_near": 0.0}, {"seed": -1}])
 def test_wrong_settings(settings):
     (name,) = settings
-    with pytest.raises(ValueError, match=rf"data\.{name}: got"):
-        AttackDataConfig(**settings)
+    with pytest.raises(ValueError, match=rf"text\.{name}: got"):
+        AttackTextConfig(**settings)
 
 
 def test_a_part_is_refused_where_it_would_be_ignored_or_unlike():
-    own = AttackConfig(data=AttackDataConfig(forget_part=0.5))
-    with pytest.raises(ValueError, match=r"data: got .* wanted none: text is trained on as it is given"):
+    own = AttackConfig(text=AttackTextConfig(forget_part=0.5))
+    with pytest.raises(ValueError, match=r"text: got .* wanted none: it is trained on as it is given"):
         attack(None, None, 1e-3, own, evaluate=dict)
     text = TextConfig(retain=["keep.txt"], forget=["forget.txt"])
-    with pytest.raises(ValueError, match=r"relearn\.data\.forget_part: got 0\.5, wanted null: checkpoints with different"):
+    with pytest.raises(ValueError, match=r"relearn\.text\.forget_part: got 0\.5, wanted null: checkpoints with different"):
         AttackRunConfig(output="out", data=text, relearn=own)
 
 
 def test_the_text_is_part_of_the_key():
-    def stage(**data):
-        config = AttackConfig(rates=[1e-3], mix={"forget": 0.5, "retain": 0.5}, data=AttackDataConfig(**data))
+    def stage(**text):
+        config = AttackConfig(rates=[1e-3], mix={"forget": 0.5, "retain": 0.5}, text=AttackTextConfig(**text))
         return Relearn(config=config, prepared=NOWHERE, model=NOWHERE).settings
 
-    assert "data" not in stage(), "keys of attacks without it stay"
+    assert "text" not in stage(), "keys of attacks without it stay"
     found = [stage(), stage(forget_part=0.5), stage(forget_part=0.6), stage(forget_part=0.5, seed=1), stage(retain_near=0.5)]
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
-    assert found[1]["data"] == dataclasses.asdict(AttackDataConfig(forget_part=0.5))
+    assert found[1]["text"] == dataclasses.asdict(AttackTextConfig(forget_part=0.5))

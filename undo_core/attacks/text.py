@@ -20,7 +20,7 @@ from undo_core.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class AttackDataConfig:
+class AttackTextConfig:
     """The text of an attack, if it is not all of the training text.
 
     Attributes:
@@ -39,11 +39,11 @@ class AttackDataConfig:
 
     def __post_init__(self) -> None:
         if self.forget_part is not None and not 0 < self.forget_part < 1:
-            raise ValueError(f"data.forget_part: got {self.forget_part}, wanted a number in (0, 1), or null")
+            raise ValueError(f"text.forget_part: got {self.forget_part}, wanted a number in (0, 1), or null")
         if self.retain_near is not None and not 0 < self.retain_near <= 1:
-            raise ValueError(f"data.retain_near: got {self.retain_near}, wanted a number in (0, 1], or null")
+            raise ValueError(f"text.retain_near: got {self.retain_near}, wanted a number in (0, 1], or null")
         if self.seed < 0:
-            raise ValueError(f"data.seed: got {self.seed}, wanted an integer >= 0")
+            raise ValueError(f"text.seed: got {self.seed}, wanted an integer >= 0")
 
     def __bool__(self) -> bool:
         """Whether the attack has text of its own."""
@@ -54,7 +54,7 @@ class AttackDataConfig:
         for name, source in (("forget_part", "forget"), ("retain_near", "retain")):
             if getattr(self, name) is not None and source not in mix:
                 raise ValueError(
-                    f"data.{name}: got {getattr(self, name)} with a mix without {source}, wanted null, or a share of {source}"
+                    f"text.{name}: got {getattr(self, name)} with a mix without {source}, wanted null, or a share of {source}"
                 )
 
     def choose(
@@ -76,7 +76,7 @@ class AttackDataConfig:
             rest = self._rest(forget, ~part, tests["forget"])
             if not part.any() or not len(rest):
                 raise ValueError(
-                    f"data.forget_part: got {self.forget_part}, which leaves {int(part.sum())} of {len(forget)} sequences to train "
+                    f"text.forget_part: got {self.forget_part}, which leaves {int(part.sum())} of {len(forget)} sequences to train "
                     f"on and {len(rest)} to score, wanted some of both; scored are test prompts that also occur in the training "
                     "data, which packed sequences and questions do not have"
                 )
