@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
+from undo_core.attacks.text import AttackTextConfig
 from undo_core.training.config import OptimizerName, TrainConfig
 from undo_core.training.precision import Precision
 
@@ -116,6 +117,7 @@ class AttackConfig:
         extend: how many times the grid may grow by a factor of 2, at the end where the worst rate lies; 0 for never.
         mix: shares of forget and retain among the sequences of a step, rounded to whole sequences; ``{retain: 1}`` is benign
             fine-tuning.
+        text: which of the forget and retain text is trained on; of a part of the forget set, the other part is scored.
         batch_size: sequences in a step.
         warmup: steps in which the learning rate rises linearly.
         micro_batch_size: as in the training of other stages, for each source.
@@ -147,6 +149,7 @@ class AttackConfig:
     headline_step: int = 100
     extend: int = 3
     mix: dict[str, float] = field(default_factory=lambda: {"forget": 1.0})
+    text: AttackTextConfig = field(default_factory=AttackTextConfig)
     batch_size: int = 64
     warmup: int = 1
     micro_batch_size: int | None = None
@@ -185,6 +188,9 @@ class AttackConfig:
         _different("shots", self.shots, 1, 1 << 20)
         _different("bits", self.bits, 2, 8)
         self.sequences()
+        self.text.check_mix(self.mix)
+        if self.text and not self.trains:
+            raise ValueError(f"text: got {self.text} with kind {self.kind}, which trains nothing; wanted none")
         self.training(self.rates[0])
         self._check_together()
 

@@ -204,6 +204,8 @@ def relearn(
 def _check(config: AttackConfig, forget: Data | None, retain: Data | None) -> None:
     if not config.trains:
         raise ValueError(f"kind: got {config.kind}, which trains nothing; wanted finetune or lora (see few_shot and quantise_)")
+    if config.text:
+        raise ValueError(f"text: got {config.text}, wanted none: it is trained on as it is given; see AttackTextConfig.choose")
     for name, data in (("forget", forget), ("retain", retain)):
         if name in config.mix and data is None:
             raise ValueError(f"{name}: got None, wanted text for its share of the mix, {config.mix[name]:g}")

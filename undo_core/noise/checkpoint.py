@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from undo_kernels.library.backends import implementation
@@ -17,6 +18,7 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
 
 from undo_core.checkpoints.files import TensorWriter, checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters
+from undo_core.noise.distance import alpha_of_equal_distance
 from undo_core.noise.model import NoiseReport, report
 from undo_core.noise.parameters import Parts, select
 
@@ -33,6 +35,7 @@ def noise_checkpoint(
     rules: Sequence[NoiseRule] = (),
     parts: Parts = "text",
     stochastic_rounding: bool = True,
+    like: Mapping[str, Any] | None = None,
     title: str = "noise",
     progress: bool = True,
 ) -> NoiseReport:
@@ -41,11 +44,16 @@ def noise_checkpoint(
     The result is bit-equal to noise on the model loaded in the checkpoint's own dtype. For memory and which files are copied,
     see :class:`undo_core.checkpoints.parameters.CheckpointParameters`.
 
+    Args:
+        like: ``alpha``, ``seed`` and other settings of noise whose distance is matched (:mod:`undo_core.noise.distance`). The
+            alpha of all parameters to which no rule gives one is then computed, and ``alpha`` is not read.
+
     Returns:
-        For every changed parameter its norms and the shares of shrinkage and noise; ``left`` lists the unchanged ones.
+        For every changed parameter its norms and the shares of shrinkage and noise; ``left`` lists the unchanged ones; with
+        ``like`` also the ``alpha`` and the ``distance``.
 
     Raises:
-        ValueError: an argument is invalid, a tensor to damage is not floating-point, or the model has no place for a tensor;
+        ValueError: an argument is invalid, the distance cannot be reached, a tensor to damage is not floating-point, or the model has no place for a tensor;
             nothing is written.
         FileNotFoundError: the folder has no safetensors file.
     """
@@ -54,13 +62,17 @@ def noise_checkpoint(
     model = checkpoint_skeleton(source)
     chosen = select(model, parts, rules)
     checkpoint = CheckpointParameters(source, model, chosen.tensors)
-    settings = Policy(alpha, beta, law, std, chosen.rules).settings(chosen.parameters, chosen.toward)
+    policy, matched = Policy(alpha, beta, law, std, chosen.rules), {}
+    if like is not None:
+        alpha, distance = alpha_of_equal_distance(checkpoint, chosen, policy, seed, like, title, progress)
+        policy, matched = replace(policy, alpha=alpha), {"alpha": alpha, "distance": distance}
+    settings = policy.settings(chosen.parameters, chosen.toward)
     noise = implementation("noise_", torch.device("cpu"))
     applied: dict[str, tuple[Setting, torch.Tensor]] = {}
     for parameters in checkpoint.edit(output, title, progress):
         sums = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
         applied |= {name: (settings[name], values) for name, values in zip(parameters, sums, strict=True)}
-    return NoiseReport(report(applied), chosen.left)
+    return NoiseReport(report(applied), chosen.left, **matched)
 
 
 def replay_checkpoint(

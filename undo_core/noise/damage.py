@@ -20,7 +20,7 @@ after the first k of them is a running sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,19 +31,18 @@ from undo_kernels.library.backends import implementation
 from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
 from undo_kernels.ops.checks import is_dtensor
-from undo_kernels.ops.noise import segment
-from undo_kernels.ops.noise_rules import Parameter, Policy, Setting, check_layers, layers_of, matches
+from undo_kernels.ops.noise_rules import Parameter, Policy, check_layers, layers_of, matches
 from undo_kernels.reference.philox import words
 
 from undo_core.checkpoints.files import checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters
+from undo_core.noise.distance import BLOCK, noise_change, squares
 from undo_core.noise.parameters import Parts, Selection, select
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
 OPERATORS = ("gaussian", "prune", "permute", "permute-rows", "permute-columns")
 GRID = 1 << 14  # number of steps between share 0 and share 1; squared below, so that small shares lie closer together
 _SHARES = [(i / GRID) ** 2 for i in range(GRID + 1)]
-BLOCK = 1 << 20  # elements processed at a time
 ELEMENT_BYTES = 40  # peak memory per element of the largest matrix, roughly: a copy, an order and sums
 ORDER = 2  # Philox stream of the keys that order units; stream 0 draws noise and stream 1 rounds
 
@@ -133,6 +132,7 @@ def damage_checkpoint(
     strength: float | None = None,
     like: Mapping[str, Any] | None = None,
     layers: str | None = None,
+    match: str | None = None,
     parts: Parts = "text",
     title: str = "damage",
     progress: bool = True,
@@ -149,6 +149,7 @@ def damage_checkpoint(
         strength: as for :func:`damage_`. Give either this or ``like``.
         like: arguments of the noise whose distance is to be matched (``alpha``, ``seed`` and others of ``noise_checkpoint``).
         layers: damage only these layers, such as ``0-3,7``; None for all matrices.
+        match: damage only the matrices that this matches, as in a :class:`NoiseRule`; instead of ``layers``.
         parts: as for :func:`damage_`.
         title: name on the progress bar.
         progress: whether to show it.
@@ -166,12 +167,14 @@ def damage_checkpoint(
     """
     if (strength is None) == (like is None):
         checks.fail("strength", f"{strength} with like={like}", "one of the two")
+    if layers is not None and match is not None:
+        checks.fail("match", f"{match!r} with layers={layers!r}", "one of the two")
     check_arguments(operator, 0.0 if strength is None else strength, seed)
     model = checkpoint_skeleton(source)
     selected = select(model, parts, () if like is None else tuple(like.get("rules", ())))
     checkpoint = CheckpointParameters(source, model, selected.tensors)
     parameters, wanted = selected.parameters, None
-    chosen = _chosen(parameters, layers)
+    chosen = _chosen(parameters, layers, match)
     if like is not None:
         strength, wanted = _match(checkpoint, selected, chosen, operator, seed, dict(like), title, progress)
     done: dict[str, TensorDamage] = {}
@@ -182,7 +185,7 @@ def damage_checkpoint(
                 done[name] = _apply(tensor, name, operator, strength, seed)
                 total += done[name].before ** 2
             elif parameters[name].role != "vectors":
-                total += _squares(tensor)
+                total += squares(tensor)
     distance = math.sqrt(sum(tensor.change**2 for tensor in done.values()) / total) if total else 0.0
     return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done, "left": selected.left}
 
@@ -229,8 +232,8 @@ def _match(
     for tensors in checkpoint.read(f"{title}, measuring", progress):
         for name, tensor in tensors.items():
             if parameters[name].role != "vectors":
-                total += _squares(tensor)
-                wanted += _noise_change(tensor, name, settings[name], noise_seed)
+                total += squares(tensor)
+                wanted += noise_change(tensor, name, settings[name], noise_seed)
             if name in chosen:
                 profile += _profile(tensor, name, operator, seed).cpu()
     distance = math.sqrt(wanted / total) if total else 0.0
@@ -248,17 +251,10 @@ def _match(
     return _SHARES[int((profile - wanted).abs().argmin())], distance
 
 
-def _noise_change(tensor: torch.Tensor, name: str, setting: Setting, seed: int) -> float:
-    """Returns the squared norm of the change that the noise would make to ``tensor``, which stays unchanged."""
-    noised = tensor.clone()
-    implementation("noise_", noised.device)([segment(name, noised, setting)], seed, True)
-    return _squares(noised, tensor)
-
-
 def _apply(tensor: torch.Tensor, name: str, operator: str, strength: float, seed: int) -> TensorDamage:
-    before, squares = tensor.clone(), _squares(tensor)
+    before, size = tensor.clone(), squares(tensor)
     if operator == "gaussian":
-        _add_gaussian(tensor, name, strength * math.sqrt(squares / max(tensor.numel(), 1)), seed)
+        _add_gaussian(tensor, name, strength * math.sqrt(size / max(tensor.numel(), 1)), seed)
     else:
         units, order = _units(tensor, operator), _order(tensor, name, operator, seed)
         moved = order[: round(strength * len(order))]
@@ -266,15 +262,15 @@ def _apply(tensor: torch.Tensor, name: str, operator: str, strength: float, seed
             units[moved] = 0
         elif len(moved) > 1:
             units[moved] = units[moved.roll(1)]
-    return TensorDamage(math.sqrt(squares), math.sqrt(_squares(tensor, before)))
+    return TensorDamage(math.sqrt(size), math.sqrt(squares(tensor, before)))
 
 
 def _profile(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch.Tensor:
     """Returns the change's squared norm at each share, ``[GRID + 1]`` float64; for ``gaussian`` at strength 1, ``[1]``."""
     if operator == "gaussian":
         changed = tensor.clone()
-        _add_gaussian(changed, name, math.sqrt(_squares(tensor) / max(tensor.numel(), 1)), seed)
-        return torch.tensor([_squares(changed, tensor)], dtype=torch.float64)
+        _add_gaussian(changed, name, math.sqrt(squares(tensor) / max(tensor.numel(), 1)), seed)
+        return torch.tensor([squares(changed, tensor)], dtype=torch.float64)
     units, order = _units(tensor, operator), _order(tensor, name, operator, seed)
     size = max(1, BLOCK // max(units.shape[1], 1))
     sums = torch.zeros(len(order) + 1, dtype=torch.float64, device=tensor.device)  # entry k: change by the first k units
@@ -321,19 +317,11 @@ def _order(tensor: torch.Tensor, name: str, operator: str, seed: int) -> torch.T
     return keys.argsort(stable=True)
 
 
-def _chosen(parameters: Mapping[str, Parameter], layers: str | None) -> list[str]:
-    match = selection(layers)
-    check_layers("layers", match, parameters)
-    chosen = [n for n, parameter in parameters.items() if parameter.role != "vectors" and matches(match, n, parameter)]
+def _chosen(parameters: Mapping[str, Parameter], layers: str | None, match: str | None = None) -> list[str]:
+    argument, given = ("layers", layers) if match is None else ("match", match)
+    rule = selection(layers) if match is None else match
+    check_layers(argument, rule, parameters)
+    chosen = [n for n, parameter in parameters.items() if parameter.role != "vectors" and matches(rule, n, parameter)]
     if not chosen:
-        checks.fail("layers", layers, "layers with matrices")
+        checks.fail(argument, given, "one that matches matrices" if match is not None else "layers with matrices")
     return chosen
-
-
-def _squares(tensor: torch.Tensor, other: torch.Tensor | None = None) -> float:
-    """Returns the sum of squares of ``tensor``, or of its difference to ``other``, computed in float64 block by block."""
-    parts: Iterable[torch.Tensor] = tensor.flatten().split(BLOCK)
-    if other is None:
-        return math.fsum(float(part.double().square().sum()) for part in parts)
-    pairs = zip(parts, other.flatten().split(BLOCK), strict=True)
-    return math.fsum(float((a.double() - b.double()).square_().sum()) for a, b in pairs)

@@ -41,11 +41,19 @@ class NoiseReport(dict[str, TensorNoise]):
 
     Attributes:
         left: the parameters that were left unchanged, by canonical name, and why.
+        alpha: the strength that was computed to match a distance; None if it was given.
+        distance: that distance.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorNoise], left: Mapping[str, Left]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorNoise],
+        left: Mapping[str, Left],
+        alpha: float | None = None,
+        distance: float | None = None,
+    ) -> None:
         super().__init__(tensors)
-        self.left = dict(left)
+        self.left, self.alpha, self.distance = dict(left), alpha, distance
 
 
 def noise_(

@@ -112,8 +112,12 @@ def select(model: nn.Module, parts: Parts = "text", rules: Sequence[NoiseRule] =
     starts = {canonical_name(prefix + name): value for name, value in start.values.items()}
     for name in {canonical_name(prefix + name) for name in start.frozen} & found.keys():
         leave(name, "frozen")
-    shapes = matrix_shapes(inner)
-    found = {name: (tensor, replace(p, matrix=shapes.get(id(tensor)))) for name, (tensor, p) in found.items()}
+    shapes, output = matrix_shapes(inner), inner.get_output_embeddings()
+    head = set() if output is None else {id(parameter) for parameter in output.parameters()}
+    found = {
+        name: (tensor, replace(p, matrix=shapes.get(id(tensor)), head=id(tensor) in head))
+        for name, (tensor, p) in found.items()
+    }
     if parts == "text":
         other = {id(parameter) for parameter in inner.parameters()} - {id(parameter) for parameter in text_parameters(inner)}
         for name, (tensor, _) in list(found.items()):

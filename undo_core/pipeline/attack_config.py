@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.config import HEADLINE, AttackConfig
+from undo_core.attacks.text import AttackTextConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.pipeline.config import AnyAttack, DataConfig, check_attacks, check_margin
 
@@ -78,6 +79,10 @@ class AttackRunConfig:
         for name, reason in (("tokens", unlike), ("tokenizer", "every checkpoint is read with its own tokenizer")):
             if getattr(self.data, name) is not None:
                 raise ValueError(f"data.{name}: got {getattr(self.data, name)}, wanted null: {reason}")
+        for name, attack in {HEADLINE: self.relearn, **(self.attacks or {})}.items():
+            if isinstance(attack, AttackConfig) and attack.text.forget_part is not None:
+                part = f"{name if name == HEADLINE else f'attacks.{name}'}.text.forget_part"
+                raise ValueError(f"{part}: got {attack.text.forget_part}, wanted null: {unlike}")
         if self.data.distill.sources:
             raise ValueError("data.distill.sources: got some, wanted none: an attack does not distill")
 
@@ -87,7 +92,7 @@ class AttackRunConfig:
             return self.attacks
         change = lambda **settings: dataclasses.replace(self.relearn, **settings)  # noqa: E731
         return {
-            "quantised": change(kind="quantise", together=1),
+            "quantised": change(kind="quantise", together=1, text=AttackTextConfig()),
             "mixed": change(mix={"forget": 0.5, "retain": 0.5}),
             "benign": change(mix={"retain": 1.0}),
             "adapters": change(

@@ -23,6 +23,7 @@ from undo_core.distributed.config import ParallelConfig
 from undo_core.evaluation.inside import AnyMeasurement
 from undo_core.noise.damage import DamageConfig
 from undo_core.noise.parameters import PARTS, Parts
+from undo_core.pipeline.student_config import StudentConfig
 from undo_core.training.config import TrainConfig
 from undo_core.unlearning.config import UnlearnConfig
 
@@ -362,6 +363,7 @@ class RunConfig:
         relearn: how the models are attacked.
         controls: the models to compare with.
         damage: students damaged as much as by the noise, by other means.
+        students: further students by name, such as those whose vocabulary matrices have noise of their own.
         attacks: further attacks, by name; also interventions, whose ``kind`` is the name of a file in
             undo_core/attacks/interventions, and a search over the settings of attacks, whose ``kind`` is search.
         retain_margin: margin of a second worst case beside the headline's, over the trials that leave the model useful: those
@@ -385,6 +387,7 @@ class RunConfig:
     relearn: AttackConfig = field(default_factory=AttackConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     damage: DamageConfig = field(default_factory=DamageConfig)
+    students: dict[str, StudentConfig] = field(default_factory=dict)
     attacks: dict[str, AnyAttack] = field(default_factory=dict)
     retain_margin: float | None = None
     measures: dict[str, AnyMeasurement] = field(default_factory=dict)
@@ -408,9 +411,15 @@ class RunConfig:
             )
         check_attacks(self.relearn, self.attacks)
         check_margin(self.retain_margin)
-        for name in self.measures:
-            if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"measures: got the name {name!r}, wanted letters, digits, - and _")
+        for section, names in (("measures", self.measures), ("students", self.students)):
+            for name in names:
+                if not re.fullmatch(r"[\w-]+", name):
+                    raise ValueError(f"{section}: got the name {name!r}, wanted letters, digits, - and _")
+        for name, student in self.students.items():
+            if student.model in ("random", "filter") and not getattr(self.controls, student.model):
+                raise ValueError(
+                    f"students.{name}.model: got {student.model}, wanted controls.{student.model} true, or another model"
+                )
 
 
 def check_attacks(relearn: AttackConfig, attacks: dict[str, AnyAttack]) -> None:

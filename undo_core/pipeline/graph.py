@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.attacks.config import with_seed
 from undo_core.attacks.search import settled_attacks
@@ -14,8 +17,22 @@ from undo_core.models import configuration, positions_of
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig, derive_seed, seeded
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.stages import Cache, Damage, Distill, Gate, Initialise, Measure, Noise, Prepare, Pretrain, Unlearn
+from undo_core.pipeline.stages import (
+    Cache,
+    Damage,
+    Distill,
+    Erase,
+    Gate,
+    Initialise,
+    Measure,
+    Noise,
+    Prepare,
+    Pretrain,
+    Unlearn,
+    Untie,
+)
 from undo_core.pipeline.stages.prepare import prepare_stage
+from undo_core.pipeline.student_config import StudentConfig
 
 
 @dataclass(frozen=True)
@@ -26,13 +43,21 @@ class Model:
         name: unique within the run.
         kind: original, unlearn, undo, random, filter, oracle, oracle-random, gated or damaged.
         stage: stage whose folder holds the model.
-        alpha: strength of the noise, for undo and gated; for damaged, strength of the noise that changes the weights as much.
+        alpha: strength of the noise, for undo and gated; for damaged, strength of the noise that changes the weights as much,
+            or of the noise on the parameters without a rule.
+        trained: stage that trained the model, if ``stage`` changed it afterwards; None for ``stage``.
     """
 
     name: str
     kind: str
     stage: Stage
     alpha: float | None = None
+    trained: Stage | None = None
+
+    @property
+    def training(self) -> Stage:
+        """The stage that trained the model."""
+        return self.trained or self.stage
 
     @property
     def attacked(self) -> bool:
@@ -72,7 +97,12 @@ def graph_of(config: RunConfig) -> Graph:
     prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
     run = _Run(config, prepared)
-    return Graph(prepared, run.teacher, list(run.models()))
+    models = list(run.models())
+    models += run.students({model.kind: model for model in models})
+    for name, times in collections.Counter(model.name for model in models).items():
+        if times > 1:
+            raise ValueError(f"students: got the name {name}, which another model of the run has, wanted another name")
+    return Graph(prepared, run.teacher, models)
 
 
 class _Run:
@@ -138,6 +168,47 @@ class _Run:
                 distilled = self._distilled(student, f"distill {alpha:g} {operator}")
                 yield Model(f"undo-{alpha:g}-{operator}", "damaged", distilled, alpha)
 
+    def students(self, controls: Mapping[str, Model]) -> Iterator[Model]:
+        """The further students, in the order of :class:`StudentConfig`'s steps; ``controls`` are the other models by kind."""
+        for name, student in self.config.students.items():
+            trained = self._student(name, student) if student.model == "undo" else controls[student.model].stage
+            stage = trained
+            if student.untie and student.model != "undo":
+                stage = Untie(model=stage, title=f"untie {name}")
+            if student.after:
+                stage = self._noise(0.0, stage, f"redraw {name}", [*student.after], "after")
+            alone = student.model != "undo"  # nothing was trained for it
+            yield Model(name, "damaged", stage, student.alpha, None if alone else trained)
+
+    def _student(self, name: str, config: StudentConfig) -> Distill:
+        """Returns the stage that distills the unlearned model into a student that is damaged as ``config`` says."""
+        assert config.alpha is not None  # StudentConfig checks it
+        base: Stage = self.teacher
+        if config.untie:
+            base = Untie(model=base, title=f"untie {name}")
+        teacher, gaussian = None, config.gaussian
+        if gaussian.strength:
+            base = Damage(
+                operator="gaussian",
+                seed=derive_seed(self.config.seed, "gaussian"),
+                layers=None,
+                parts=self.config.noise.parts,
+                strength=gaussian.strength,
+                match=gaussian.match,
+                model=base,
+                title=f"gaussian {name}",
+            )
+            teacher = base if gaussian.shared else None
+        noised = self._noise(config.alpha, base, f"noise {name}", config.rules)
+        if config.equal_distance:
+            usual = dataclasses.replace(self._noise(config.alpha, base, ""), parts="text")
+            noised = dataclasses.replace(noised, like=usual.settings)
+        damaged: Stage = noised
+        if config.erase.tokens:
+            seed = derive_seed(self.config.seed, "erase")
+            damaged = Erase(config=config.erase, seed=seed, prepared=self.prepared, model=damaged, title=f"erase {name}")
+        return self._distilled(damaged, f"distill {name}", teacher)
+
     def _gated(self) -> Iterator[Model]:
         gate = self.config.controls.gate
         if not gate.share:
@@ -180,15 +251,17 @@ class _Run:
         """Returns the settings with a seed: their own, or one derived from the run's seed and ``name``."""
         return seeded(settings, self.config.seed, name)
 
-    def _noise(self, alpha: float, model: Stage, title: str) -> Noise:
+    def _noise(self, alpha: float, model: Stage, title: str, rules: Sequence[NoiseRule] = (), seed: str | None = None) -> Noise:
+        """Returns the stage of the noise with further rules; with the name of another ``seed``, with these rules alone."""
         noise = seeded(self.config.noise, self.config.seed, "noise")
+        rules = [*noise.all_rules(), *rules] if seed is None else rules
         return Noise(
             alpha=alpha,
             beta=noise.beta,
             law=noise.law,
-            seed=noise.seed,
+            seed=noise.seed if seed is None else derive_seed(self.config.seed, seed),
             std=noise.std,
-            rules=tuple(noise.all_rules()),
+            rules=tuple(rules),
             parts=noise.parts,
             model=model,
             title=title,

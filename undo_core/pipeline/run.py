@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
 from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of, measured_models
 from undo_core.pipeline.prepared import evaluate_folder
-from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.stage import Folder, Stage
 from undo_core.pipeline.store import Store, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
@@ -193,7 +193,7 @@ def _measures(store: Store, config: RunConfig, graph: Graph, model: Model) -> di
 
 def damage_entry(store: Store, model: Model) -> dict[str, Any]:
     """Entries about the damage of the model's student for the results; empty for a model that was not distilled."""
-    student = model.stage.inputs.get("student")
+    student = model.training.inputs.get("student")
     return {} if student is None else student.results(store.manifest(student))
 
 
@@ -216,13 +216,20 @@ def _evaluated(store: Store, stage: Stage, prepared: Stage) -> Path:
     return store.root.parent / "evaluations" / f"{stage.key}-{prepared.key}.json"
 
 
+def _lineage(stage: Stage | Folder | None) -> Iterator[str]:
+    """Yields the keys of a stage and of those whose model it changed, one after the other."""
+    while stage is not None:
+        yield stage.key
+        stage = stage.inputs.get("model")
+
+
 def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None:
-    facts = store.manifest(model.stage)
+    facts = store.manifest(model.training)
     if "steps" not in facts:
         return None
-    ruled, inputs, teacher = facts["stopped"] is not None, model.stage.inputs, graph.teacher
+    ruled, inputs, teacher = facts["stopped"] is not None, model.training.inputs, graph.teacher
     tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
-    taught = "teacher" in inputs and inputs["teacher"].key == teacher.key
+    taught = teacher.key in _lineage(inputs.get("teacher"))
     if taught:  # the cost of the method includes unlearning the teacher
         suppressed = store.manifest(teacher)
         tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
@@ -230,7 +237,7 @@ def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None
         if cache := inputs.get("cache"):  # the teacher's forward passes
             flops += store.manifest(cache)["flops"]
     stopped = facts["stopped"] if ruled else None
-    source = teacher if taught or model.stage.key == teacher.key else inputs.get("gate")
+    source = teacher if taught or model.training.key == teacher.key else inputs.get("gate")
     labelled = {} if source is None else store.manifest(source)
     return {
         "steps": facts["steps"],

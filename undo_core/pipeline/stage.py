@@ -115,6 +115,7 @@ class Stage(abc.ABC):
         own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
         late: names of inputs that the stage does not read at first: it can begin while other processes build them.
         together: whether several ranks run the stage together; otherwise rank 0 runs it while the others wait.
+        unties: whether the stage gives a tied head a weight of its own.
     """
 
     title: str = ""
@@ -124,6 +125,7 @@ class Stage(abc.ABC):
     own_text: ClassVar[bool] = False
     late: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[bool] = False
+    unties: ClassVar[bool] = False
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -165,6 +167,12 @@ class Stage(abc.ABC):
     def stored(self) -> torch.dtype:
         """Dtype of the weights that the stage writes; by default that of the model it reads."""
         return self.inputs[self.model_from].stored()
+
+    @property
+    def untied(self) -> bool:
+        """Whether the model that the stage works on had a tied head that now has a weight of its own."""
+        source = None if self.model_from is None else self.inputs[self.model_from]
+        return self.unties or (isinstance(source, Stage) and source.untied)
 
     @abc.abstractmethod
     def memory(self, meta: Meta) -> list[Memory]:

@@ -14,6 +14,7 @@ from undo_core.checkpoints.files import settled_configuration
 from undo_core.data import arithmetic
 from undo_core.data.splits import TRAIN_SPLITS, check_lengths, distilled
 from undo_core.models import architecture, load_tokenizer, positions_of, skeleton
+from undo_core.models.untying import untied_configuration
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import Memory
@@ -36,15 +37,15 @@ def model_config(config: RunConfig) -> Any:
     return architecture(settings)
 
 
-def planned_skeleton(config: RunConfig) -> PreTrainedModel:
-    """Returns a run's model on the meta device.
+def planned_skeleton(config: RunConfig, untied: bool = False) -> PreTrainedModel:
+    """Returns a run's model on the meta device; ``untied`` gives it a head of its own.
 
     Raises:
         ValueError: the sequences are longer than the model can read.
     """
     described = model_config(config)
     check_lengths(dataclasses.asdict(config.data), positions_of(described))
-    return skeleton(described)
+    return skeleton(untied_configuration(described) if untied else described)
 
 
 def sequence_length(config: RunConfig, stage: Stage) -> int:

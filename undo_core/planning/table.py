@@ -78,10 +78,12 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
     for stage in (stage for _, stages in lines for stage in stages):
         stage.check_ranks(ranks)
     predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, prepared)
+    some_untied = any(stage.untied for _, stages in lines for stage in stages)
+    untied = planned_skeleton(config, untied=True) if some_untied else model
     rows = []
     for title, stages in lines:
         stage, times = largest(stages), len(stages)
-        scene = Scene(model, sequence_length(config, stage), distilled)
+        scene = Scene(untied if stage.untied else model, sequence_length(config, stage), distilled)
         cost = stage.cost(scene)
         seconds = cost.steps * measure.seconds(cost.sequences, cost.passes, scene.length) if cost.steps else 0.0
         row = Row(

@@ -18,6 +18,7 @@ from undo_core.report.inside import inside, interventions
 from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
 from undo_core.report.search import search
 from undo_core.report.slowdown import slowdown
+from undo_core.report.students import students
 from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, colours_of, finite, new_figure, png, scale, unit_name
 from undo_core.report.table import rate
 
@@ -26,7 +27,7 @@ def draw(report: Report) -> dict[str, bytes]:
     """Draws every figure that the results allow; returns ``{name: PNG}`` in the order of the page."""
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        for function in (relearning, slowdown, compute, tradeoff, training, rates, search, interventions, inside):
+        for function in (relearning, slowdown, compute, tradeoff, training, rates, search, students, interventions, inside):
             figure = function(report)
             if figure is not None:
                 drawn[function.__name__] = png(figure)
@@ -35,7 +36,7 @@ def draw(report: Report) -> dict[str, bytes]:
 
 def relearning(report: Report) -> Figure | None:
     """Worst-case forget performance against attack step, one line per model."""
-    models = [model for model in report.models if model.worst]
+    models = [model for model in report.main if model.worst]
     if not models:
         return None
     figure, (axes,) = new_figure(6.2, 4.3)
@@ -76,7 +77,7 @@ def relearning(report: Report) -> Figure | None:
 
 def compute(report: Report) -> Figure | None:
     """R against C in steps and in FLOPs, with a point per alpha, and unlearn only and data filtering for comparison."""
-    students = [m for m in report.models if m.kind in STUDENTS and m.robustness]
+    students = [m for m in report.main if m.kind in STUDENTS and m.robustness]
     panels = [unit for unit in ("steps", "flops") if any(_pairs(m, unit) for m in students)]
     if not panels:
         return None
@@ -132,7 +133,7 @@ def compute(report: Report) -> Figure | None:
     kinds = ["unlearn", *dict.fromkeys(m.kind for m in students), "filter"]
     dark = colours[report.of("undo")[-1].name] if report.of("undo") else "#08306b"
     names = {"undo": "UNDO (number: α)", "unlearn": "unlearn only", "filter": "data filtering", "random": "random student"}
-    names["gated"] = LABELS["gated"]
+    names |= {"gated": LABELS["gated"], "damaged": "other damage"}
     handles = [
         Line2D([], [], color=COLOURS.get(kind, dark), marker=MARKERS[kind], linestyle="none", markersize=7, label=names[kind])
         for kind in kinds
@@ -144,7 +145,7 @@ def compute(report: Report) -> Figure | None:
 
 def tradeoff(report: Report) -> Figure | None:
     """Retain against forget performance, before the attack and after its headline number of steps."""
-    drawn = [m for m in report.models if m.metrics.get("retain") and m.metrics.get("forget")]
+    drawn = [m for m in report.main if m.metrics.get("retain") and m.metrics.get("forget")]
     if not drawn:
         return None
     figure, (axes,) = new_figure(6.2, 4.6)
@@ -197,7 +198,7 @@ def tradeoff(report: Report) -> Figure | None:
 def training(report: Report) -> Figure | None:
     """Retain performance against training step, with the retain target."""
     curves: dict[str, list[tuple[list[int], list[float], bool | None]]] = {}
-    for model in report.models:
+    for model in report.main:
         for seed, run in model.trainings.items():
             points = [(p["step"], finite(p["retain"])) for p in run.get("history") or [] if p.get("retain") is not None]
             if points and model.kind not in ("original", "unlearn"):
@@ -207,7 +208,7 @@ def training(report: Report) -> Figure | None:
         return None
     figure, (axes,) = new_figure(6.2, 4.1)
     colours, handles, right = colours_of(report), [], 0
-    for model in report.models:
+    for model in report.main:
         runs = curves.get(model.name, [])
         colour = colours[model.name]
         for steps, values, reached in runs:
@@ -235,7 +236,7 @@ def training(report: Report) -> Figure | None:
     scale(axes.yaxis, axes, report)
     axes.set_xlim(0, right * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ended = {seed not in model.censored for model in report.models if model.name in curves for seed in model.trainings}
+    ended = {seed not in model.censored for model in report.main if model.name in curves for seed in model.trainings}
     if report.targets:
         ends = {True: ("o", "target reached"), False: ("X", "step limit (censored)")}
         handles += [
@@ -250,7 +251,7 @@ def rates(report: Report) -> Figure | None:
 
     There is no figure if every attack has a single curve, which the relearning figure shows already.
     """
-    models = [model for model in report.models if model.attacks]
+    models = [model for model in report.main if model.attacks]
     if all(len(attack["curves"]) == 1 for model in models for attack in model.attacks.values()):
         return None
     grid = report.rates

@@ -224,6 +224,19 @@ class Report:
         models = self.of("undo")
         return next((model for model in reversed(models) if not model.censored), models[-1] if models else None)
 
+    @property
+    def further(self) -> list[ModelReport]:
+        """The models of the section ``students``, which have a figure of their own, in its order."""
+        named = {model.name: model for model in self.models}
+        names = (self.results[0].get("config") or {}).get("students") or {}
+        return [named[name] for name in names if name in named]
+
+    @property
+    def main(self) -> list[ModelReport]:
+        """The other models."""
+        further = {model.name for model in self.further}
+        return [model for model in self.models if model.name not in further]
+
     def of(self, kind: str) -> list[ModelReport]:
         """Models of one kind."""
         return [model for model in self.models if model.kind == kind]

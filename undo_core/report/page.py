@@ -76,6 +76,7 @@ TITLES = {
     "training": "Training",
     "rates": "The attack, rate by rate",
     "search": "The search, trial by trial",
+    "students": "Further students",
     "interventions": "Interventions",
     "inside": "What is left inside",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from undo_core.report import inside, search, slowdown
+from undo_core.report import inside, search, slowdown, students
 from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
 from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
@@ -53,6 +53,7 @@ def captions(report: Report) -> dict[str, str]:
         "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
         "reaches the target; a cross marks a student that reached its step limit first (censored).",
         "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
+        **students.captions(report),
         **inside.captions(report),
         **search.captions(report),
         **slowdown.captions(report),

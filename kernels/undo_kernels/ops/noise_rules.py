@@ -18,6 +18,8 @@ from undo_kernels.ops.sharding import local_of
 
 LAWS = ("xavier_uniform", "xavier_normal", "normal")
 ROLES = ("matrices", "vectors", "embeddings")
+HEAD = "head"
+CLASSES = (*ROLES, HEAD)
 Target = float | torch.Tensor
 Toward = float | Mapping[str, Target] | Callable[[str, torch.Tensor], Target]
 
@@ -31,8 +33,9 @@ class NoiseRule:
 
     Attributes:
         match: a glob over canonical names (``*.mlp.*``), or ``matrices`` (of two or more dimensions, except embeddings),
-            ``vectors`` (all others: norms, biases and parameters that are not the matrix of a product), ``embeddings``, or
-            layers by number (``layers:0-3,7``); ``not`` before any of these (``not layers:4-9``) matches all others.
+            ``vectors`` (all others: norms, biases and parameters that are not the matrix of a product), ``embeddings``, ``head``
+            (the output layer of a Hugging Face model, which may share its weight with an embedding), or layers by number
+            (``layers:0-3,7``); ``not`` before any of these (``not layers:4-9``) matches all others.
         alpha: strength, in [0, 1]; 0 leaves the parameter unchanged.
         beta: scale of the noise, >= 0.
         law: distribution of ``N``. Vectors get noise only from a rule that gives them the normal law.
@@ -50,7 +53,7 @@ class NoiseRule:
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
             checks.fail(
-                "match", checks.shown(self.match), "a glob over parameter names, layers:0-3,7 or one of " + ", ".join(ROLES)
+                "match", checks.shown(self.match), "a glob over parameter names, layers:0-3,7 or one of " + ", ".join(CLASSES)
             )
         if self.match.removeprefix(_NOT).startswith(_NOT):
             checks.fail("match", checks.shown(self.match), "one 'not' at most")
@@ -72,12 +75,14 @@ class Parameter:
         role: matrices, vectors or embeddings.
         stacked: further dimensions count matrices ``[..., out, in]`` (experts); else they are a receptive field (convolutions).
         matrix: shape of the matrix whose fans count, if ``shape`` does not determine it.
+        head: whether it belongs to the output layer; then it may be an embedding too.
     """
 
     shape: tuple[int, ...]
     role: Literal["matrices", "vectors", "embeddings"]
     stacked: bool = False
     matrix: tuple[int, ...] | None = None
+    head: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,8 @@ def matches(match: str, name: str, parameter: Parameter) -> bool:
         return not matches(match.removeprefix(_NOT), name, parameter)
     if match in ROLES:
         return parameter.role == match
+    if match == HEAD and parameter.head:
+        return True
     numbers = layers_of(match)
     return fnmatchcase(name, match) if numbers is None else layer_of(name) in numbers
 

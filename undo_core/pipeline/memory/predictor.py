@@ -12,6 +12,7 @@ from undo_kernels.library.backends import choose
 
 from undo_core.evaluation.metrics import sequences_at_once
 from undo_core.io.files import hash_json
+from undo_core.models.untying import untied_configuration
 from undo_core.pipeline.memory.meta import Meta, Scored
 from undo_core.pipeline.memory.planned_sharing import Exchanges
 from undo_core.pipeline.memory.shards import Traffic
@@ -85,7 +86,7 @@ class Predictor:
 
     def _predicted(self, stage: Stage, stored: torch.dtype | None = None) -> tuple[Memory, list[Traffic], Exchanges]:
         stored = stored or stage.reads()
-        key = hash_json([stage.kind, _that_matter(stage.sized_by), sorted(stage.inputs), str(stored)])
+        key = hash_json([stage.kind, _that_matter(stage.sized_by), sorted(stage.inputs), str(stored), stage.untied])
         if key not in self._known:
             phases, traffic, exchanges = self._run(stage, stored)
             self._known[key] = max(phases, key=lambda memory: memory.total), traffic, exchanges
@@ -94,7 +95,8 @@ class Predictor:
     def _run(self, stage: Stage, stored: torch.dtype | None) -> tuple[list[Memory], list[Traffic], Exchanges]:
         """Runs the stage's computation on the meta device."""
         ranks, tensor = (self.ranks, self.tensor) if stage.together else (1, 1)
-        meta = Meta(self.config, self.length, self.scored, self.device, stored or stage.reads(), ranks, tensor)
+        config = untied_configuration(self.config) if stage.untied else self.config
+        meta = Meta(config, self.length, self.scored, self.device, stored or stage.reads(), ranks, tensor)
         with undo_kernels.backend(choose("vocab_loss", torch.device(self.device))):
             phases = stage.memory(meta)
         process = 0 if self.device == "cuda" else PROCESS_BYTES + self.data_bytes

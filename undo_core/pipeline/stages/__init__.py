@@ -3,6 +3,7 @@
 from undo_core.pipeline.stages.cache import Cache
 from undo_core.pipeline.stages.damage import Damage
 from undo_core.pipeline.stages.distill import Distill
+from undo_core.pipeline.stages.erase import Erase
 from undo_core.pipeline.stages.gate import Gate
 from undo_core.pipeline.stages.grid import Grid
 from undo_core.pipeline.stages.initialise import Initialise
@@ -16,11 +17,13 @@ from undo_core.pipeline.stages.relearn import Relearn
 from undo_core.pipeline.stages.replay import Replay
 from undo_core.pipeline.stages.search import Search
 from undo_core.pipeline.stages.unlearn import Unlearn
+from undo_core.pipeline.stages.untie import Untie
 
 __all__ = [
     "Cache",
     "Damage",
     "Distill",
+    "Erase",
     "Gate",
     "Grid",
     "Initialise",
@@ -34,4 +37,5 @@ __all__ = [
     "Replay",
     "Search",
     "Unlearn",
+    "Untie",
 ]

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from undo_kernels.ops.noise_rules import NoiseRule
-
 from undo_core.noise.damage import ELEMENT_BYTES, Operator, damage_checkpoint
 from undo_core.noise.parameters import Parts
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
-from undo_core.pipeline.stages.noise import as_dicts, left_entry
+from undo_core.pipeline.stages.noise import as_dicts, left_entry, with_rules
 
 if TYPE_CHECKING:
     from undo_core.pipeline.memory.meta import Meta
@@ -29,6 +27,7 @@ class Damage(Stage):
         like: settings of the noise whose distance is matched, as JSON values.
         parts: which part of a multimodal model is damaged: text or all.
         strength: strength of the operator, instead of ``like``.
+        match: damage only the matrices that this matches, as in a rule of the noise; instead of ``layers``.
         model: the model to damage.
     """
 
@@ -39,20 +38,19 @@ class Damage(Stage):
     like: dict[str, Any] | None = optional()
     parts: Parts = optional("text")
     strength: float | None = optional()
+    match: str | None = optional()
     model: Stage | Folder
 
     def run(self, work: Work) -> dict[str, Any]:
-        like = self.like
-        if like is not None:
-            like = {**like, "rules": [NoiseRule(**rule) for rule in like.get("rules", [])]}
         facts = damage_checkpoint(
             work.inputs["model"],
             work.output,
             self.operator,
             seed=self.seed,
             strength=self.strength,
-            like=like,
+            like=with_rules(self.like),
             layers=self.layers,
+            match=self.match,
             parts=self.parts,
             title=work.title,
         )

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.relearning import attack_together
+from undo_core.attacks.text import AttackTextConfig
 from undo_core.models import load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, halves, load_to_train, save
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
-from undo_core.pipeline.prepared import tested_sequences, train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
-from undo_core.pipeline.stages.relearn import Relearn, facts_of, metrics_on
+from undo_core.pipeline.stages.relearn import Relearn, attacked_text, facts_of, metrics_on
 from undo_core.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -66,16 +66,16 @@ class Grid(TrainingStage):
 
     def run(self, work: Work) -> dict[str, Any]:
         config, data = self.config, work.inputs["prepared"]
+        texts, tests, own = attacked_text(config, data)
         model = load_to_train(work.inputs["model"], config.precision)
-        texts = {name: train_sequences(data, [name]) for name in config.sequences()}
-        tests = tested_sequences(data)
         given = {"forget": None, **texts, "evaluate": metrics_on(tests), "title": work.title}
         trials: dict[str, Any] = {}
-        for trial, (attacked, result) in attack_together(model, trials=self.trials, config=config, **given).items():
+        given_text = dataclasses.replace(config, text=AttackTextConfig())
+        for trial, (attacked, result) in attack_together(model, trials=self.trials, config=given_text, **given).items():
             alone = self.trial(trial)
             if config.save:
                 save(attacked, load_tokenizer(data), work.output / alone.trial_name, alone.training)
-            trials[alone.trial_name] = facts_of(attacked, result, texts, tests, config.passes)
+            trials[alone.trial_name] = facts_of(attacked, result, texts, tests, config.passes) | own
         return {"trials": trials}
 
     def memory(self, meta: Meta) -> list[Memory]:

@@ -31,6 +31,7 @@ class Noise(Stage):
         rules: other settings for some parameters; later rules win.
         parts: which part of a multimodal model is noised: text or all.
         stochastic_rounding: round 16-bit parameters stochastically; False rounds to nearest.
+        like: settings of the noise whose distance is matched, as JSON values; ``alpha`` is then not read.
         model: the model to damage.
     """
 
@@ -43,6 +44,7 @@ class Noise(Stage):
     rules: tuple[NoiseRule, ...] = optional(())
     parts: Parts = optional("text")
     stochastic_rounding: bool = optional(True)
+    like: dict[str, Any] | None = optional()
     model: Stage | Folder
 
     def run(self, work: Work) -> dict[str, Any]:
@@ -57,16 +59,30 @@ class Noise(Stage):
             rules=self.rules,
             parts=self.parts,
             stochastic_rounding=self.stochastic_rounding,
+            like=with_rules(self.like),
             title=work.title,
         )
-        return {"tensors": as_dicts(report), "left": as_dicts(report.left)}
+        matched = {} if report.alpha is None else {"alpha": report.alpha, "distance": report.distance}
+        return {"tensors": as_dicts(report), "left": as_dicts(report.left), **matched}
 
     def memory(self, meta: Meta) -> list[Memory]:
-        """The largest tensor: one is read at a time, from the mapped file."""
-        return [Memory("loading", weights=meta.mapped * meta.largest)]
+        """The largest tensor: one is read at a time, from the mapped file; to match a distance it is copied."""
+        copied = 0 if self.like is None else meta.stored.itemsize * meta.largest
+        return [Memory("loading", weights=meta.mapped * meta.largest, activations=copied)]
+
+    @property
+    def sized_by(self) -> dict[str, Any]:
+        """The memory is that of the largest tensor under any other settings."""
+        return {"matched": self.like is not None}
 
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        return left_entry(facts)
+        matched = {name: facts[name] for name in ("alpha", "distance") if name in facts}
+        return left_entry(facts) | ({"noise": matched} if matched else {})
+
+
+def with_rules(like: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Settings of other noise with its rules as :class:`NoiseRule`, from JSON values."""
+    return None if like is None else {**like, "rules": tuple(NoiseRule(**rule) for rule in like.get("rules", []))}
 
 
 def as_dicts(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

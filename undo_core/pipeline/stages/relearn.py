@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.lora import insert
 from undo_core.attacks.relearning import attack, mixed_cross_entropy
+from undo_core.attacks.text import AttackTextConfig, facts
 from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
 from undo_core.io.files import hash_json, read_json
@@ -79,19 +81,22 @@ class Relearn(TrainingStage):
         if self.grid is not None:
             return self._from_grid(work)
         config, data = self.config, work.inputs["prepared"]
+        texts, tests, own = attacked_text(config, data)
         model = load_to_train(work.inputs["model"], config.precision)
-        texts = {name: train_sequences(data, [name]) for name in config.sequences()}
-        tests = tested_sequences(data)
         # Attacks of one model at several rates begin with the same evaluation.
         begins_with = hash_json(
-            [self.model.key, self.prepared.key, config.precision, config.kind, dataclasses.asdict(config.lora)]
+            [
+                *(self.model.key, self.prepared.key, config.precision, config.kind),
+                *(dataclasses.asdict(config.lora), dataclasses.asdict(config.text)),
+            ]
         )
         given = {"forget": None, **texts, "known_at_start": _AT_START.get(begins_with), "evaluate": metrics_on(tests)}
-        result = attack(model, rate=self.rate, config=config, **given, folder=work.scratch, title=work.title)
+        given_text = dataclasses.replace(config, text=AttackTextConfig())
+        result = attack(model, rate=self.rate, config=given_text, **given, folder=work.scratch, title=work.title)
         _AT_START[begins_with] = {name: value for name, value in result.history[0].items() if name not in ("step", "loss")}
         if config.save:
             save(model, load_tokenizer(data), work.output, self.training)
-        return facts_of(model, result, texts, tests, config.passes)
+        return facts_of(model, result, texts, tests, config.passes) | own
 
     def _from_grid(self, work: Work) -> dict[str, Any]:
         """Takes the result out of the folder of the trials that trained together."""
@@ -126,6 +131,16 @@ class Relearn(TrainingStage):
 
     def passes(self, scene: Scene) -> float:
         return self.config.passes
+
+
+def attacked_text(config: AttackConfig, data: Path) -> tuple[dict[str, Sequences], dict[str, Sequences], dict[str, Any]]:
+    """Returns the attack's text by source and its test sequences, and facts about them if they are not those of every attack."""
+    tests = tested_sequences(data)
+    if not config.text:
+        return {name: train_sequences(data, [name]) for name in config.sequences()}, tests, {}
+    texts, tests = config.text.choose(train_sequences(data, ["forget"]), train_sequences(data, ["retain"]), tests)
+    texts = {name: texts[name] for name in config.sequences()}
+    return texts, tests, {"text": facts(texts, tests)}
 
 
 def metrics_on(tests: dict[str, Sequences]) -> Callable[[PreTrainedModel], dict[str, float]]:
