@@ -51,7 +51,7 @@ test-published: $(INSTALLED) $(VENV)/.installed-data  ## the published runs on t
 	HF_DATASETS_OFFLINE=1 $(BIN)/python bench/published.py
 
 harden: $(INSTALLED)  ## faults, kills, hostile files, random calls and long runs in full; `make test` has a quick part; hours
-	UNDO_HARDEN=1 $(BIN)/python -m pytest tests/harden -n logical --maxprocesses 4 --durations=40
+	UNDO_HARDEN=$(or $(UNDO_HARDEN),1) $(BIN)/python -m pytest tests/harden -n logical --maxprocesses 4 --durations=40
 
 bench: $(VENV)/.installed-bench  ## losses, noise and RMU beside the alternatives, about nine minutes; results in bench/results
 	$(BIN)/python bench/bench_kl.py

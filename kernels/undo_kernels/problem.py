@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from undo_kernels.projection import Projection
+from undo_kernels.projection import GivenLogits, Projection
 from undo_kernels.vocabulary_shard import VocabularyShard
 
 DENSE = ("forward", "reverse", "jsd")
@@ -39,7 +39,7 @@ class Problem:
     Attributes:
         student: hidden states ``[tokens, d_s]`` and their head, or precomputed logits ``[tokens, V]``.
         target: one of ``TARGETS``.
-        factor: ``[tokens]`` float, ``d total / d divergence``.
+        factor: ``[tokens]`` float, ``d total / d divergence``; where it is 0 and the label counts, the token is ``unseen``.
         label_factor: ``[tokens]`` float, ``d total / d nll``; None: no nll is computed.
         labels: ``[tokens]`` int64, negative for no label; a label outside the vocabulary makes the token's nll NaN. None: no token
             has one.
@@ -89,6 +89,15 @@ class Problem:
         return self.student.shard
 
     @property
+    def unseen(self) -> torch.Tensor | None:
+        """The tokens whose label alone may count, ``[tokens]`` bool; None: the teacher's logits are not given, or no label counts.
+
+        A backend takes the teacher's logits as 0 there. Otherwise a NaN of theirs would reach the gradient: the student's
+        probability is computed beside the teacher's, and 0 * NaN is NaN. A teacher's hidden states have been cleared already.
+        """
+        return self.factor == 0 if isinstance(self.teacher, GivenLogits) and self.label_factor is not None else None
+
+    @property
     def repeated(self) -> bool:
         """Whether an earlier call returned the losses already, and only the gradient is wanted."""
         return self.lse_s is not None
@@ -101,11 +110,12 @@ class Problem:
         return self._with_tokens(lambda hidden: hidden[tokens], lambda tensor: tensor[tokens]), tokens
 
     def cleared(self) -> Problem:
-        """Returns the problem on all tokens, with uncounted tokens' hidden states set to 0 so that a NaN there cannot spread."""
+        """Returns the problem on all tokens, with nothing in uncounted ones that could spread: hidden states of 0, no known entries."""
         if self.counted is None:
             return self
         keep = self.counted[:, None]
-        return self._with_tokens(lambda hidden: torch.where(keep, hidden, torch.zeros_like(hidden)), lambda tensor: tensor)
+        problem = self if self.indices is None else replace(self, indices=torch.where(keep, self.indices, -1))
+        return problem._with_tokens(lambda hidden: torch.where(keep, hidden, torch.zeros_like(hidden)), lambda tensor: tensor)
 
     def _with_tokens(
         self, hidden: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-FULL = os.environ.get("UNDO_HARDEN") == "1"
+SHARE = float(os.environ.get("UNDO_HARDEN", "0"))  # of the full numbers, which are tried with 1; 0 for the quick ones
 
 
 @pytest.fixture
@@ -13,9 +13,9 @@ def tries():
     """Returns how often this run tries: `tries(quick, full)`; a test whose quick number is 0 belongs to `make harden` alone."""
 
     def choose(quick: int, full: int) -> int:
-        if not FULL and quick == 0:
+        if not SHARE and quick == 0:
             pytest.skip("long: make harden runs it")
-        return full if FULL else quick
+        return max(1, quick, round(SHARE * full)) if SHARE else quick
 
     return choose
 
@@ -40,7 +40,16 @@ def pytest_terminal_summary(terminalreporter):
         for what, *numbers in rows:
             totals[what] = [old + new for old, new in zip(totals.get(what, [0, 0, 0]), numbers, strict=True)]
         width = max(map(len, [*totals, "fault or input"]))
-        terminalreporter.section("what was tried" + (" (all of it)" if FULL else " (the quick part; make harden tries all)"))
+        terminalreporter.section(
+            "what was tried"
+            + (
+                " (all of it)"
+                if SHARE == 1
+                else f" ({SHARE:.0%} of it)"
+                if SHARE
+                else " (the quick part; make harden tries all)"
+            )
+        )
         terminalreporter.line(f"{'fault or input':{width}}  {'tried':>8} {'survived':>8} {'refused':>8}")
         for what, numbers in sorted(totals.items()):
             terminalreporter.line(f"{what:{width}}  " + " ".join(f"{number:>8,}" for number in numbers))

@@ -1,8 +1,9 @@
-"""At each operation on a file, a run fails or ends; the same command then ends with the same bits. So it does on a sick machine."""
+"""At each kind of operation on a file, a run fails or ends; the same command then ends with the same bits. So it does on a sick machine."""
 
 import errno
 import itertools
 import random
+import re
 import resource
 import shutil
 import socket
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from faulty_files import ERRORS, Fault
-from faulty_runs import RESULTS, Finished, check_end, live, shortest_run, strike
+from faulty_runs import FURTHER, RESULTS, Finished, check_end, live, shortest_run, strike
+from stage_kinds import KINDS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the faults find the path of a handle in /proc")
 EVERY = 1_000_000  # more than there are operations
@@ -20,10 +22,7 @@ EVERY = 1_000_000  # more than there are operations
 RUNS = {
     "plain": shortest_run(),
     "cached": shortest_run(
-        distill={"recover": None, "teacher": {"kind": "cached"}, "train": {"steps": 2, "batch_size": 4}},
-        controls={"filter": False, "random": True, "gate": {"alphas": [0.5]}},
-        damage={"operators": ["prune"]},
-        attacks={"quantised": {"kind": "quantise", "bits": [8]}},
+        distill={"recover": None, "teacher": {"kind": "cached"}, "train": {"steps": 2, "batch_size": 4}}, **FURTHER
     ),
 }
 
@@ -41,6 +40,21 @@ def finished(tmp_path_factory):
     return get
 
 
+def unlike(operations: list[tuple[str, str]]) -> list[tuple[int, str, str]]:
+    """Numbers, kinds and paths of operations; of those alike, such as the steps of a loop, the first two and the last.
+
+    Two are alike if they and those before them are of the same kind, on paths that differ in digits only.
+    """
+    alike, before = dict[tuple, list[int]](), None
+    for number, (kind, path) in enumerate(operations):
+        now = kind, re.sub(r"\d+", "#", path)
+        alike.setdefault((before, now), []).append(number)
+        before = now
+    return [
+        (number, *operations[number]) for number in sorted({n for found in alike.values() for n in (*found[:2], found[-1])})
+    ]
+
+
 def possible(number: int, kind: str, path: str, stage: str) -> list[Fault]:
     """The faults that are tried at an operation: the end of the process, and one error, another one at the next operation.
 
@@ -54,22 +68,24 @@ def possible(number: int, kind: str, path: str, stage: str) -> list[Fault]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fault_at_any_operation(name, finished, tries, account, tmp_path):
-    count = tries(1, EVERY) if name == "plain" else tries(0, EVERY)
+    every = tries(1 if name == "plain" else 0, EVERY) > 1
     run = finished(name)
-    known = run.stages() if count == EVERY else [run.stages()[-2]]
+    kinds = {stage.split("-")[0] for stage in run.stages()} - {RESULTS}
+    assert name == "plain" or kinds == {kind.kind for kind in KINDS} - {"replay"}, "a kind is never struck"
+    known = run.stages() if every else [run.stages()[-2]]
     faults = [
         (stage, fault)
         for stage in known
-        for number, (kind, path) in enumerate(live(run.without(stage, tmp_path / "count")).files.operations)
+        for number, kind, path in unlike(live(run.without(stage, tmp_path / "count")).files.operations)
         for fault in possible(number, kind, path, stage)
     ]
-    kinds = {
+    tried = {
         "process ends": [(stage, fault) for stage, fault in faults if fault.error is None],
         "operation fails": [(stage, fault) for stage, fault in faults if fault.error is not None],
     }
-    for what, tried in kinds.items():
-        tried = tried if count == EVERY else random.Random(1).sample(tried, count)
-        survived = [strike(run, stage, tmp_path / "struck", fault) for stage, fault in tried]
+    for what, found in tried.items():
+        chosen = random.Random(1).sample(found, tries(1, len(found)))
+        survived = [strike(run, stage, tmp_path / "struck", fault) for stage, fault in chosen]
         account(f"{what} at a file operation", tried=len(survived), survived=sum(survived), refused=survived.count(False))
 
 

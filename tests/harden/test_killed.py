@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import pytest
 import yaml
-from faulty_runs import Finished, contents, shortest_run
+from faulty_runs import FURTHER, Finished, contents, shortest_run
 from fork_server import ForkServer, kill, session
 
 RUN, SWEEP = ["run", "run.yaml"], ["sweep", "sweep.yaml"]
@@ -43,13 +43,9 @@ MODES = {  # the settings, the kinds of stages that are killed, and how the comm
     "topk teacher": (taught(kind="topk", k=4), TEACHERS, {}),
     "streamed teacher": (taught(kind="streamed"), TEACHERS[1:], {}),
     "adapters": (shortest_run(relearn={**shortest_run()["relearn"], "kind": "lora"}), ("relearn",), {}),
-    "controls": (
-        shortest_run(
-            controls={"filter": True, "random": True, "gate": {"alphas": [0.5]}},
-            damage={"operators": ["prune"]},
-            attacks={"quantised": {"kind": "quantise", "bits": [8]}},
-        ),
-        ("initialise", "gate", "damage", "probe"),
+    "controls, attacks and measures": (
+        shortest_run(**FURTHER),
+        ("initialise", "gate", "damage", "probe", "grid", "intervene", "measure"),
         {},
     ),
     "two workers": (shortest_run(workers=2), TRAINED, {}),
@@ -90,7 +86,9 @@ def test_killed_at_random_moments(name, server, tries, account, tmp_path):
     settings, kinds, how = MODES[name]
     arguments = SWEEP if name == "sweep" else RUN
     finished, generator, killed = finish(server, tmp_path, settings, arguments, how), random.Random(time.time_ns()), 0
-    for stage in (stage for stage in finished.stages() if stage.split("-")[0] in kinds):
+    stages = [stage for stage in finished.stages() if stage.split("-")[0] in kinds]
+    assert len(stages) == len(kinds), f"the run builds {stages}"
+    for stage in stages:
         place = finished.without(stage, tmp_path / "killed")
         seconds, left = run(server, place, arguments, how).seconds, count
         finished.compare(place, f"{stage} without a kill")

@@ -11,18 +11,19 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 from faulty_files import Ended, Fault, FaultyFiles
 from tiny_run import RUN
 
-from undo_core.cli import main
+from undo_core import cli
 from undo_core.distillation import cache
 from undo_core.io import locks
 from undo_core.io.files import hash_file, hash_json, read_json
 from undo_core.pipeline.stages import relearn
+from undo_core.report import figures
 from undo_core.training import loop
 
 RESULTS = "results"  # in place of a stage: evaluations, results and report
@@ -40,6 +41,16 @@ def shortest_run(**changes: Any) -> dict[str, Any]:
     return {**run, **changes}
 
 
+# With these it builds the kinds of stages that the shortest run does not: gate, damage, initialise, probe, grid, intervene, measure.
+FURTHER = {
+    "controls": {"filter": True, "random": True, "gate": {"share": 0.5, "alphas": [0.5]}},
+    "damage": {"operators": ["prune"]},
+    "relearn": {**shortest_run()["relearn"], "rates": [1e-3, 2e-3], "together": 2},
+    "attacks": {"quantised": {"kind": "quantise", "bits": [8]}, "pruned": {"kind": "prune", "shares": [0.5]}},
+    "measures": {"angle": {"kind": "angle"}},
+}
+
+
 @dataclass
 class Life:
     """How a process ended.
@@ -55,13 +66,41 @@ class Life:
     files: FaultyFiles
 
 
+class _Parser:
+    """Reads a command's arguments once for each content of its file: to read them again takes longer than to build a stage."""
+
+    known: ClassVar[dict[tuple[str, ...], Any]] = {}
+    real = staticmethod(cli._parser)
+
+    def __init__(self, only: str | None = None) -> None:
+        self.only = only
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real(self.only), name)
+
+    def parse_args(self, arguments: list[str]) -> Any:
+        key = (*arguments, Path(COMMAND[1]).read_text())
+        if key not in self.known:
+            parser = self.real(self.only)
+            self.known[key] = parser.instantiate(parser.parse_args(arguments))
+        return copy.deepcopy(self.known[key])
+
+    def instantiate(self, parsed: Any) -> Any:
+        return parsed
+
+
 def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = COMMAND) -> Life:
-    """Runs a command of ``undo`` in ``folder`` as a new process would, with a checkpoint after every step, and with ``fault``."""
+    """Runs a command of ``undo`` in ``folder`` as a new process would, with a checkpoint after every step, and with ``fault``.
+
+    Figures are written but not drawn, which would take longer than all stages do.
+    """
     files, said, code = FaultyFiles(folder / "out", fault), io.StringIO(), None
     relearn._AT_START.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(cli, "_parser", _Parser)
+        patch.setattr(figures, "png", lambda figure: b"a figure")
         patch.setitem(inspect.unwrap(loop.train).__kwdefaults__, "checkpoint_seconds", -1.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "checkpoint_seconds", 0.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "shard_bytes", 20_000)
@@ -70,7 +109,7 @@ def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = CO
         patch.setattr(locks, "_start", lambda pid: f"{start(pid)} life {number}")
         patch.setattr(locks, "LEASE", 0.3)  # for which a torn claim is waited for
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), files, contextlib.suppress(Ended):
-            code = main(list(command))
+            code = cli.main(list(command))
     return Life(None if files.ended else code, said.getvalue(), files)
 
 

@@ -1,11 +1,13 @@
 """Processes of ``undo`` that can be killed: forked from one that has imported everything and computed nothing, so they begin at once.
 
 Run as a program it is that process. It reads commands as JSON lines, and answers each with the numbers of its processes and, when they
-have ended, with their exit codes. Every process writes a checkpoint after each step, as do the workers that it starts.
+have ended, with their exit codes. It imports what the first command that ends well has imported, models and plots among it, so that
+no later one spends its time on that. Every process writes a checkpoint after each step, as do the workers that it starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -93,7 +95,11 @@ def session(leader: int) -> list[int]:
     return found
 
 
+MODULES = "modules"  # file in the folder of a command: the modules that it has imported
+
+
 def _serve() -> None:
+    learnt = False
     for line in sys.stdin:
         asked = json.loads(line)
         (Path(asked["folder"]) / "said").write_text("")
@@ -104,7 +110,19 @@ def _serve() -> None:
                 _become(asked, number, port)
             processes.append(process)
         print(json.dumps(processes), flush=True)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        if not learnt and not any(codes):
+            learnt = True
+            _learn(Path(asked["folder"]) / MODULES)
+        print(json.dumps(codes), flush=True)
+
+
+def _learn(modules: Path) -> None:
+    """Imports modules, which must leave this process without threads."""
+    for name in modules.read_text().splitlines():
+        if not name.startswith("__"):
+            importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the threads of this process"
 
 
 def _become(asked: dict[str, Any], number: int, port: str) -> None:
@@ -126,6 +144,10 @@ def _become(asked: dict[str, Any], number: int, port: str) -> None:
             taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (taken + asked["memory"],) * 2)
         code = main(asked["arguments"])
+        found = [
+            name for name, module in sys.modules.items() if getattr(getattr(module, "__spec__", None), "has_location", False)
+        ]
+        Path(MODULES).write_text("\n".join(found))  # those that have a file
     except BaseException:
         import traceback
 

@@ -1,5 +1,6 @@
 """The entry points that read files, each with a valid file to mutate."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from sweep_results import results
 from tiny_run import RUN
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.grid import next_rate
 from undo_core.checkpoints.files import MappedFile, checkpoint_skeleton, read_header, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
 from undo_core.cli import _config_first, _parser
@@ -30,13 +33,15 @@ from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, w
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
+from undo_core.pipeline.run import _metric, _summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages.gate import KEPT, kept_sequences
+from undo_core.pipeline.stages.noise import left_entry
 from undo_core.pipeline.store import OneFolder, Store, _provenance
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.report.compare import comparison_table, load
 from undo_core.report.defences import known_defences, merged
-from undo_core.training import TrainConfig
+from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.kept import KeptEvaluations
 from undo_core.training.loop import _Log
 from undo_core.training.optimizers import Updater
@@ -245,14 +250,31 @@ def _run_folder(root: Path) -> list[Reader]:
         "sources": {},
         "key": "0123456789ab",
         "outputs": {"model.safetensors": "0"},
+        **{"seconds": 1.0, "peak_bytes": 1, "steps": 2, "tokens": 8, "flops": 1.0, "limit_reached": False, "stopped": None},
+        **{"history": [{"step": 2, "loss": 1.0, "retain": 2.0, "forget": 3.0}], "retain_target": None, "parameters": 9},
+        **{
+            "splits": {
+                "train_retain": {"rows": 4, "length": 8, "tokens": 32},
+                "test_retain": {"rows": 4, "length": 8, "tokens": 32},
+            }
+        },
+        **{"curve": [{"step": step, "forget": {"value": 1.0, "low": 0.9, "high": 1.1}, "retain": 2.0} for step in (0, 2)]},
+        **{"points": [{"at": 0, "value": 1.0}], "left": {"a": {"reason": "frozen", "elements": 3, "share": 0.1}}},
     }
     (folder / "manifest.json").write_text(json.dumps(done))
-    stage = SimpleNamespace(name=folder.name, kind="noise", settings={}, key="0123456789ab", inputs={})
+    stage = SimpleNamespace(name=folder.name, kind="noise", settings={}, key="0123456789ab", inputs={}, title="noise")
+    attack = AttackConfig(rates=[1e-3], evaluate_at=[0, 2], headline_step=2)
+    read_so = SimpleNamespace(data=SimpleNamespace(metric="loss"), relearn=attack, retain_margin=None)
 
     def manifest() -> None:
         if not Store(folder.parent).done(stage):
             return
-        Store(folder.parent).manifest(stage).get("facts")
+        store = Store(folder.parent)
+        facts = store.manifest(stage)
+        _summary(stage, facts)
+        left_entry(facts)
+        _metric(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
+        next_rate(attack, {trial: facts["curve"] for trial in attack.trials()}, False)
         _provenance(folder)
         Folder(folder).content  # noqa: B018
         OneFolder(folder).done(stage)
@@ -286,7 +308,7 @@ def _run_folder(root: Path) -> list[Reader]:
     log.parent.mkdir()
     log.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)))
     evaluations = KeptEvaluations(lambda metrics: "x" in metrics, lambda: False, small, kept, 1)
-    evaluations.keep({"steps": 1, "tokens": {}}, {"x": 0.0})
+    evaluations.keep(dataclasses.asdict(TrainResult(steps=1)), {"x": 0.0})
 
     def first() -> None:
         try:

@@ -30,8 +30,10 @@ def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better
         return None
     headline: dict[float, list[float]] = {}
     for trial, curve in curves.items():
-        value = next(_value(point["forget"]) for point in curve if point["step"] == config.headline_step)
-        headline.setdefault(trial.rate, []).append(value)
+        values = [_value(point["forget"]) for point in curve if point["step"] == config.headline_step]
+        if not values:
+            raise ValueError(f"curve: got no evaluation at the headline step {config.headline_step}, wanted one; it is damaged")
+        headline.setdefault(trial.rate, []).append(values[0])
     worst = {rate: max(values, key=lambda value: harm(value, higher_is_better)) for rate, values in headline.items()}
     return extension_of(worst, higher_is_better)
 

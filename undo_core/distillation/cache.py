@@ -123,8 +123,9 @@ def cache_teacher(
 def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the contents of a cache's ``cache.json``, and of them the identity; a ValueError if it is damaged."""
     where = f"{folder / FACTS}"
-    facts = read_object(folder / FACTS, identity=dict, shards=list)
-    identity = checked_object(facts["identity"], where, kind=str, vocabulary=int, hidden_size=int)
+    shape = {"kind": str, "vocabulary": int, "hidden_size": int, "vocab_size?": (int, type(None)), "k?": int}
+    facts = read_object(folder / FACTS, identity=shape, shards=[str])
+    identity = facts["identity"]
     if identity["kind"] == "topk":
         checked_object(identity, where, k=int)
     elif identity["kind"] != "cached" or identity.get("dtype") not in DTYPES:

@@ -89,7 +89,7 @@ class CacheWriter:
         record = self.folder / PROGRESS
         done = 0
         if record.exists():
-            found = read_object(record, identity=dict, bounds=list, rows=int)
+            found = read_object(record, identity=dict, bounds=[int], rows=int)
             require_same(
                 found["identity"], self.identity, f"folder: got {self.folder}, an unfinished cache", "wanted a new folder"
             )

@@ -9,6 +9,11 @@ from typing import Any
 
 from undo_core.io.files import read_json
 
+# A type; [shape] of each entry; {name: shape} of entries that must be there, or may if the name ends with "?"; {str: shape} of each
+# entry whatever its name; a tuple of shapes for any of them.
+Shape = Any
+NUMBER = (float, int)
+
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", float: "a number"}
 
 
@@ -23,25 +28,59 @@ class Facts(dict[str, Any]):
         raise ValueError(f"{self.where}: got no {name!r}, wanted one")
 
 
-def read_object(path: Path, **fields: type) -> Facts:
-    """Returns the JSON object in ``path``, which must have ``fields`` of these types.
+def read_object(path: Path, shape: Shape = dict, /, **fields: Shape) -> Facts:
+    """Returns the JSON object in ``path``, which must have this :data:`Shape`, and ``fields`` of theirs.
 
     Raises:
         ValueError: as :func:`undo_core.io.files.read_json`, or the value is not such an object.
     """
-    return Facts(checked_object(read_json(path), str(path), **fields), str(path))
+    return Facts(checked(checked_object(read_json(path), str(path), **fields), shape, str(path)), str(path))
 
 
-def checked_object(value: Any, where: str, **fields: type) -> dict[str, Any]:
-    """Returns ``value`` if it is an object with ``fields`` of these types; a ValueError that begins with ``where`` if not."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: got {_kind(value)}, wanted an object")
-    for name, kind in fields.items():
-        found = value.get(name)
-        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-            got = f"{_kind(found)} in {name!r}" if name in value else f"no {name!r}"
-            raise ValueError(f"{where}: got {got}, wanted {_WORDS[kind]} there")
+def checked_object(value: Any, where: str, **fields: Shape) -> dict[str, Any]:
+    """Returns ``value`` if it is an object with ``fields`` of these shapes; a ValueError that begins with ``where`` if not."""
+    return checked(value, fields, where)
+
+
+def checked(value: Any, shape: Shape, where: str, at: str = "") -> Any:
+    """Returns a JSON value if it has this :data:`Shape`, down to its innermost values.
+
+    Args:
+        value: the value.
+        shape: its shape.
+        where: the file, with which an error begins.
+        at: place of the value in the file, for an error.
+
+    Raises:
+        ValueError: a value is of another type, or is not there. It names the place.
+    """
+    if isinstance(shape, tuple):
+        return checked(value, next((one for one in shape if isinstance(value, _type(one))), shape[0]), where, at)
+    if not isinstance(value, _type(shape)) or (isinstance(value, bool) and shape is not bool):
+        raise ValueError(f"{where}: got {_kind(value)}{at and f' in {at!r}'}, wanted {_word(shape)}{at and ' there'}")
+    if isinstance(shape, list):
+        for number, entry in enumerate(value):
+            checked(entry, shape[0], where, f"{at}[{number}]")
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            if name is str:
+                for key, entry in value.items():
+                    checked(entry, inner, where, f"{at}.{key}".lstrip("."))
+            elif (key := name.removesuffix("?")) in value:
+                checked(value[key], inner, where, f"{at}.{key}".lstrip("."))
+            elif key == name:
+                raise ValueError(f"{where}: got no {f'{at}.{key}'.lstrip('.')!r}, wanted {_word(inner)} there")
     return value
+
+
+def _type(shape: Shape) -> Any:
+    if isinstance(shape, tuple):
+        return tuple(map(_type, shape))
+    return shape if isinstance(shape, type) else type(shape)
+
+
+def _word(shape: Shape) -> str:
+    return _word(shape[0]) if isinstance(shape, tuple) else _WORDS[_type(shape)]
 
 
 def inside(folder: Path, name: Any, where: str) -> Path:

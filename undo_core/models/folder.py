@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from undo_core.io.untrusted import checked_object, inside, read_object, refused
@@ -17,6 +19,8 @@ SINGLE = "model.safetensors"
 MOST_PARTS = 2048  # largest number of layers or labels: transformers builds an object for each before it reads weights
 MOST_EXPERTS = 1 << 15  # Doge has 16384, as rows of a table
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # what needs no package of kernels
+_HERE = (None, "eager", "sdpa", "grouped_mm", "batched_mm")  # what every machine has
+_PACKAGED = re.compile(r"(paged\|.*|flash_attention_\d|deepgemm|sonicmoe)\Z")  # transformers' names of what needs one
 _COUNTS = re.compile(r"(?:^|_)(?:layers?|blocks?|experts?|labels?|depths?)$")
 
 
@@ -34,31 +38,62 @@ def check_checkpoint(name: str, folder: Path) -> None:
 def read_configuration(folder: str | Path) -> PreTrainedConfig:
     """Returns the configuration of a checkpoint folder; code in the folder is never run.
 
+    What says how a model runs rather than what it computes is not taken from the folder: attention and experts run with what
+    every machine has (with a warning if the folder names something else), and outputs are objects without hidden states or
+    attentions.
+
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: it is not the configuration of a model that transformers knows, or :func:`check_settings` refuses it.
+        ValueError: it is not the configuration of a model that transformers knows, its weights are quantised in a way that
+            transformers does not know, or :func:`check_settings` refuses it.
     """
     folder = Path(folder)
     check_configuration(folder)
     with refused(f"{folder / CONFIG}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            _check_quantised(dict(quantised))
+    _run_here(config, f"{folder / CONFIG}")
+    return config
+
+
+def _check_quantised(settings: dict[str, Any]) -> None:
+    """Raises a ValueError for a method that transformers does not know: it would take the stored integers for weights."""
+    from transformers.quantizers import AutoHfQuantizer  # imports the file of every method
+
+    if not AutoHfQuantizer.supports_quant_method(settings):
+        got = f"quant_method {settings['quant_method']!r} in quantization_config"
+        raise ValueError(f"got {got}, wanted one that transformers knows, or none")
+
+
+def _run_here(config: PreTrainedConfig, where: str) -> None:
+    parts = [config]
+    for part in parts:
+        parts += [sub for name in part.sub_configs if (sub := getattr(part, name, None)) is not None]
+    names = {getattr(part, name, None) for part in parts for name in ("_attn_implementation", "_experts_implementation")}
+    if absent := sorted(names.difference(_HERE)):
+        warnings.warn(f"{where}: got {', '.join(absent)}; the model runs with what this machine has", stacklevel=3)
+        config._attn_implementation = config._experts_implementation = None  # of all parts
+    for part in parts:
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
 
 
 def check_configuration(folder: Path) -> None:
     """Raises a ValueError if :func:`check_settings` refuses ``config.json``, or a file that it names in its place."""
     settings = read_object(folder / CONFIG)
-    check_settings(settings, f"{folder / CONFIG}")
+    check_settings(settings, f"{folder / CONFIG}", stored=True)
     others = settings.get("configuration_files", [])  # transformers may read one of them in place of config.json
     for name in others if isinstance(others, list) else [others]:
         other = inside(folder, name, f"{folder / CONFIG}")
         if other.is_file():
-            check_settings(read_object(other), f"{other}")
+            check_settings(read_object(other), f"{other}", stored=True)
 
 
-def check_settings(settings: Any, where: str) -> None:
+def check_settings(settings: Any, where: str, stored: bool = False) -> None:
     """Raises a ValueError if settings of a model ask for too many parts or experts, or for code from elsewhere.
 
-    ``attn_implementation`` can name kernels on the Hugging Face hub, which transformers would download and run.
+    ``attn_implementation`` can name kernels on the Hugging Face hub, which transformers would download and run. Those of a
+    checkpoint (``stored``) may name what transformers knows and this machine may lack: :func:`read_configuration` drops it.
     """
     rest: list[Any] = [settings]
     while rest:
@@ -73,7 +108,7 @@ def check_settings(settings: Any, where: str) -> None:
                 raise ValueError(f"{where}: got {name} {entry}, wanted at most {most}")
             if str(name).endswith("_implementation"):
                 for one in entry.values() if isinstance(entry, dict) else [entry]:
-                    if one not in IMPLEMENTATIONS:
+                    if one not in IMPLEMENTATIONS and not (stored and isinstance(one, str) and _PACKAGED.match(one)):
                         known = ", ".join(map(str, IMPLEMENTATIONS[1:]))
                         raise ValueError(f"{where}: got {name} {one!r}, wanted none, or one of {known}")
             rest.append(entry)

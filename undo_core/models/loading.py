@@ -192,15 +192,24 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     """Loads a model from a Hugging Face checkpoint folder in ``dtype``, onto the GPU if there is one; remote code is never run.
 
     Folders are stored in the dtype that their stage trained in; :func:`undo_core.training.train` converts the model to its own.
+
+    Raises:
+        ValueError: the folder is not a checkpoint that can be read, or lacks a weight, which transformers would draw at random.
     """
     config = read_configuration(folder)
     sized_skeleton(Path(folder), config)
+    kernel = attention_of(config)
     with _made(f"{folder}, a {config.model_type}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=attention_of(config), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            **({} if kernel is None else {"attn_implementation": kernel}),
+        )  # fmt: skip
         if (generation := Path(folder) / GENERATION_CONFIG_NAME).is_file():  # transformers goes on if it cannot be read
             model.generation_config = GenerationConfig.from_dict(read_json(generation))
+    if lacking := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model: got {folder}, which has no {lacking[0]} ({len(lacking)} weights in all); wanted a whole checkpoint"
+        )
     # Give every parameter its own storage: a later stage may rename or remove the mapped file, and aligned memory makes a
     # resumed run add in the same order as an uninterrupted one.
     with torch.no_grad():

@@ -21,14 +21,14 @@ from undo_core.attacks.search import settled_attacks
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, write_json
 from undo_core.io.progress import console
-from undo_core.io.untrusted import checked_object, read_object
+from undo_core.io.untrusted import read_object
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import AnyAttack, ControlsConfig, ModelConfig, RunConfig, derive_seed
 from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
-from undo_core.pipeline.store import Store, machine, versions
+from undo_core.pipeline.store import ENTRIES, Store, machine, versions
 from undo_core.pipeline.workers import use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.defences import DEFENCE, defence_folder, known_defences, merged, write_defence, write_heatmap
@@ -162,7 +162,7 @@ def remove_weights(folder: Path) -> None:
     """Removes the weights of a finished stage; its manifest keeps their hashes and names them as removed."""
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
-        facts = read_object(folder / MANIFEST)
+        facts = read_object(folder / MANIFEST, ENTRIES)
         write_json(
             folder / MANIFEST, {**facts, "removed": sorted({*facts.get("removed", []), *(path.name for path in weights)})}
         )
@@ -223,8 +223,8 @@ def _check_alike(config: AttackRunConfig, defences: list[Defence]) -> None:
     """Raises a ValueError unless the output folder is new, or holds other checkpoints that were attacked with the same settings."""
     output, own = Path(config.output), settings_of({"config": _settings(config, defences[0]), "metric": {}})
     for path in output.glob("results-seed*.json"):
-        models = read_object(path, models=list)["models"]
-        if all(checked_object(entry, f"{path}", kind=str)["kind"] != DEFENCE for entry in models):
+        models = read_object(path, models=[{"kind": str}])["models"]
+        if all(entry["kind"] != DEFENCE for entry in models):
             raise ValueError(f"output: got {output}, which has the results of a run, {path.name}; wanted another folder")
     for known in known_defences(output):
         (entry,) = known["models"]

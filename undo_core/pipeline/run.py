@@ -131,7 +131,7 @@ def _summary(stage: Stage, facts: dict[str, Any]) -> str:
     notes = [f"{facts['seconds']:.1f} s"]
     if "steps" in facts:
         notes.insert(0, f"{facts['steps']} steps")
-        last = facts["history"][-1]
+        last = facts["history"][-1] if facts["history"] else {}
         notes += [f"{name} {last[name]:.3f}" for name in ("retain", "forget") if name in last]
     if facts.get("limit_reached"):
         notes.append("LIMIT REACHED before the stop rule was satisfied")

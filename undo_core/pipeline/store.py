@@ -19,11 +19,20 @@ from undo_core import distributed
 from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak, return_freed_memory
-from undo_core.io.untrusted import read_object
+from undo_core.io.untrusted import NUMBER, read_object
 from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 
+_SCORE = (NUMBER, {"value": NUMBER})
+ENTRIES = {  # the entries of a manifest that are read, whatever the kind of its stage
+    **{"seconds?": NUMBER, "peak_bytes?": int, "outputs?": {str: str}, "removed?": [str], "parameters?": int},
+    **{"splits?": {str: {"rows": int, "tokens": int}}, "curve?": [{"step": int, "forget": _SCORE, "retain": _SCORE}]},
+    **{"steps?": int, "tokens?": int, "flops?": NUMBER, "limit_reached?": bool, "history?": [{str: NUMBER}]},
+    **{"retain_target?": (NUMBER, type(None)), "labelled_forget_tokens?": int, "labelled_retain_tokens?": int},
+    **{"labelled_distinct_tokens?": {str: int}, "points?": [{"at": (NUMBER, str), "value": (NUMBER, type(None))}]},
+    **{"left?": {str: {"reason": str, "elements": int, "share": NUMBER}}},
+}
 _PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")
 
 
@@ -42,8 +51,8 @@ class Store:
         return isinstance(stage, Folder) or (self.folder(stage) / MANIFEST).exists()
 
     def manifest(self, stage: Stage | Folder) -> dict[str, Any]:
-        """The manifest of a complete stage."""
-        return read_object(self.folder(stage) / MANIFEST)
+        """The manifest of a complete stage, whose entries have the shapes of :data:`ENTRIES`."""
+        return read_object(self.folder(stage) / MANIFEST, ENTRIES)
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries of the manifest that identify the stage."""
@@ -191,7 +200,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
     """Name and hashes of the weight files of an input folder."""
     manifest = folder / MANIFEST
     if manifest.exists():
-        outputs = read_object(manifest, outputs=dict)["outputs"]
+        outputs = read_object(manifest, outputs={str: str})["outputs"]
     else:
         weights = weight_files(folder) if (folder / CONFIG).is_file() else []
         outputs = {path.name: hash_file(path) for path in weights}

@@ -69,6 +69,11 @@ class SweepConfig:
             raise ValueError("address, cpus, ranks: got one of them with the engine local, wanted --engine=ray")
         if self.engine == "ray" and self.workers is not None:
             raise ValueError(f"workers: got {self.workers} with the engine ray, which fills the cluster; wanted none")
+        for name in ("overrides", "grid", "runs"):
+            try:
+                json.dumps(getattr(self, name))
+            except (TypeError, ValueError) as error:  # a date, a set, bytes: YAML has more kinds of values than a setting
+                raise ValueError(f"{name}: {error}, wanted numbers, texts, lists and objects") from None
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{key}: got no values, wanted at least one")

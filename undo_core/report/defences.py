@@ -28,7 +28,7 @@ from typing import Any
 
 from undo_core.attacks.grid import harm
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import checked_object, read_object, refused
+from undo_core.io.untrusted import read_object, refused
 from undo_core.report.metrics import settings_of
 
 DEFENCE = "defence"
@@ -50,13 +50,8 @@ def defence_folder(output: Path, name: str, seed: int) -> Path:
 
 def known_defences(output: Path) -> list[dict[str, Any]]:
     """The results of every checkpoint and seed in the output folder, in the order of their names."""
-    found = [
-        (path, read_object(path, seed=int, models=list)) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))
-    ]
-    for path, values in found:
-        for entry in values["models"]:
-            checked_object(entry, f"{path}", name=str, kind=str, checkpoint=dict)
-    return [values for _, values in found]
+    models = [{"name": str, "kind": str, "checkpoint": dict}]
+    return [read_object(path, seed=int, models=models) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))]
 
 
 def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

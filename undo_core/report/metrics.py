@@ -460,12 +460,11 @@ def check_result(result: Any, where: str = "results") -> None:
     checked_object(result, where)
     if result.get("format") != FORMAT:
         raise ValueError(f"{where}: got format {result.get('format')!r}, wanted {FORMAT}")
-    checked_object(result, where, metric=dict, models=list, seed=int)
-    checked_object(result["metric"], f"{where}: metric", kind=str, headline_step=int)
+    models = [{"name": str, "kind": str, "metrics": dict}]
+    checked_object(result, where, metric={"kind": str, "headline_step": int}, models=models, seed=int)
     if result["metric"]["kind"] not in ("accuracy", "loss"):
         raise ValueError(f"{where}: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
     for entry in result["models"]:
-        checked_object(entry, f"{where}: models", name=str, kind=str, metrics=dict)
         if entry["kind"] not in KINDS:
             raise ValueError(f"{where}: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
     if not result["models"]:

@@ -13,10 +13,15 @@ from safetensors.torch import save
 from torch import nn
 
 from undo_core.io.files import write_bytes
-from undo_core.io.untrusted import checked_object, refused
+from undo_core.io.untrusted import NUMBER, checked_object, refused
 from undo_core.training.training_state import load_weights, weights
 
 ROOM = 1 << 30  # bytes of weights that are kept
+
+RESULT = {  # of a training, as JSON holds it
+    **{"steps": int, "tokens": {str: int}, "positions": {str: int}, "history": [{str: NUMBER}]},
+    **{"stopped": (bool, type(None)), "seconds": NUMBER},
+}
 
 
 class KeptEvaluations:
@@ -61,10 +66,10 @@ class KeptEvaluations:
         for _, path in self._files():
             with refused(f"{path}: not a kept evaluation"), safe_open(path, "pt") as file:
                 saved = {name: json.loads(text) for name, text in file.metadata().items()}
-                checked_object(saved, f"{path}", metrics=dict, result=dict)
+                checked_object(saved, f"{path}", metrics={str: NUMBER}, result=RESULT)
             if self.stop(saved["metrics"]):
                 load_weights(path, self.model)
-                return {**saved["result"], "stopped": True}
+                return {name: saved["result"][name] for name in RESULT} | {"stopped": True}
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 

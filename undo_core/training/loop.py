@@ -22,12 +22,12 @@ from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
 from undo_core.io.files import write_text
 from undo_core.io.progress import StageProgress
-from undo_core.io.untrusted import checked_object, refused
+from undo_core.io.untrusted import checked, refused
 from undo_core.models.adapters import bare, check_adapters
 from undo_core.training.batches import Batch, SequenceSource, Source, identity_of
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
-from undo_core.training.kept import KeptEvaluations
+from undo_core.training.kept import RESULT, KeptEvaluations
 from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
@@ -255,7 +255,7 @@ def train(
         checkpoint, saved = found
         load_training_state(checkpoint, model, updater)
         with refused(f"{checkpoint}: got a state.json that is not of this version"):
-            checked_object(saved["result"], "result", steps=int, tokens=dict, positions=dict, history=list)
+            checked(saved["result"], RESULT, "result")
             result = TrainResult(**saved["result"])
             total, terms = torch.tensor(float(saved["loss_sum"]), device=device), int(saved["loss_count"])
     logs = folder if distributed.rank() == 0 else None

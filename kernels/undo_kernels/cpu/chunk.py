@@ -53,6 +53,7 @@ class Chunk:
         self.per_token["base_t"].fill_(_NOWHERE)
         gain = p.student.scale / p.student.temperature
         self.per_token["weight"][:tokens] = self.take(p.factor) * gain if p.target in (*DENSE, "uniform") else 0
+        self.unseen = None if p.unseen is None else self.take(p.unseen).nonzero().squeeze(-1)
         self.labels = None
         if p.label_factor is not None:
             self.per_token["own"][:tokens] = self.take(p.label_factor) * gain

@@ -180,6 +180,8 @@ class _Run:
             return torch.mm(self._weight(side, first, entries), chunk.hidden[which].T, out=z)
         given = side.hidden[:, first : first + entries]
         z[:, : chunk.tokens].copy_((given[chunk.part] if self.index is None else given.index_select(0, chunk.index)).T)
+        if which == 1 and chunk.unseen is not None:
+            z.index_fill_(1, chunk.unseen, 0.0)
         z[:, chunk.tokens :].zero_()
         return z
 

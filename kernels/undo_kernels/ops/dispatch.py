@@ -22,6 +22,7 @@ from undo_kernels.reference.vocab_loss import token_losses
 # Plain PyTorch is faster below so many (token, vocabulary entry) pairs, and below so many vocabulary entries, than each backend. For
 # C++ measured on one core with AVX-512: 128 tokens by 1000 entries are even, 8192 by 17 are faster in PyTorch, 8192 by 100 are not.
 _DIRECT = {"cpu": (1 << 17, 64), "triton": (1 << 19, 512)}
+_BEYOND = 1e30  # a log-sum-exp beside which every probability is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,18 @@ class LossReduction:
         if token_weight is not None:
             weight = checks.per_token("token_weight", token_weight, leading, "float", device).reshape(-1).detach()
         return cls(leading, weight, reduction, normalizer, max_counted)
+
+    def counting(self, counted: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns which tokens count, ``[tokens]`` bool or None for all: those of ``counted`` whose weight is not 0.
+
+        A token of weight 0 is like a masked one, so that nothing of it, NaN included, reaches a gradient.
+        """
+        if self.weight is None:
+            return counted
+        weighted = self.weight != 0
+        if checks.looks(weighted) and weighted.all():
+            return counted
+        return weighted if counted is None else counted & weighted
 
     def factor(self, counted: torch.Tensor | None, tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Returns each token's factor in the reduced loss, ``[tokens]``; NaN if more tokens count than ``max_counted``."""
@@ -128,12 +141,13 @@ def reduced_loss(
     dtype = torch.float64 if wide else torch.float32
     either = counted if label_weight is None or target == "own" else _either(counted, labelled)
     either = labelled if target == "own" else either
-    if reduction.weight is not None:  # like a masked token, so that nothing of it, NaN included, reaches a gradient
-        weighted = reduction.weight != 0
-        if not (checks.looks(weighted) and weighted.all()):
-            either = weighted if either is None else either & weighted
+    either = reduction.counting(either)
+    unseen = None  # the tokens whose label alone counts, where nothing of the teacher, NaN included, may reach it
     if teacher is not None and counted is not None and label_weight is not None:
-        teacher = _seen(teacher, counted, either)
+        unseen = ~counted if either is None else either & ~counted
+        if not isinstance(teacher, GivenLogits):  # see Problem.unseen for these
+            teacher = dataclasses.replace(teacher, hidden=teacher.hidden.masked_fill(unseen[:, None], 0.0))
+        lse_t = None if lse_t is None else lse_t.float().masked_fill(unseen, _BEYOND)
     grad = torch.is_grad_enabled()
     parts = (student.hidden, student.weight, student.bias)
     given = isinstance(student, GivenLogits)
@@ -158,26 +172,16 @@ def reduced_loss(
     )
     backend = choose_backend(problem, wide, device)
     if backend == "reference":
-        return _plain(problem, reduction)
-    if reduction.kind == "none" or (inplace and needs[0]) or student.accumulate_into is not None:
-        return _per_token(problem, reduction, backend, inplace)
-    tensors, options = arguments(problem, backend)
-    results = torch.ops.undo.vocab_loss(*tensors, **options)
-    return results[0], _statistics(results)
-
-
-def _seen(teacher: Projection, counted: torch.Tensor, either: torch.Tensor | None) -> Projection:
-    """Returns the teacher with zeros at the tokens whose labels alone count: a NaN of a masked token would reach their gradient.
-
-    Given logits, for which a copy is large, are replaced where the host finds a number that is not finite.
-    """
-    left = ~counted if either is None else either & ~counted
-    if checks.looks(left):
-        if teacher.hidden[left].isfinite().all():
-            return teacher
-    elif isinstance(teacher, GivenLogits):
-        return teacher
-    return dataclasses.replace(teacher, hidden=teacher.hidden.masked_fill(left[:, None], 0.0))
+        loss, found = _plain(problem, reduction)
+    elif reduction.kind == "none" or (inplace and needs[0]) or student.accumulate_into is not None:
+        loss, found = _per_token(problem, reduction, backend, inplace)
+    else:
+        tensors, options = arguments(problem, backend)
+        results = torch.ops.undo.vocab_loss(*tensors, **options)
+        loss, found = results[0], _statistics(results)
+    if statistics and unseen is not None:
+        found = {name: value.masked_fill(unseen, 0.0) for name, value in found.items()}
+    return loss, found
 
 
 def choose_backend(problem: Problem, wide: bool, device: torch.device) -> str:

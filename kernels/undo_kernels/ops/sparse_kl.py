@@ -97,7 +97,7 @@ def _sparse(
     leading = reduction.leading
     checks.choice("tail", tail, ("bucket", "renormalize"))
     indices, logprobs = checks.replicated("teacher_indices", indices), checks.replicated("teacher_logprobs", logprobs)
-    checks.sparse_teacher(indices, logprobs, leading, projection.entries, counted, projection.hidden)
+    checks.sparse_teacher(indices, logprobs, leading, projection.entries, reduction.counting(counted), projection.hidden)
     tokens = leading.numel()
     indices = indices.reshape(tokens, indices.shape[-1]).long()
     logprobs = logprobs.detach().reshape(tokens, logprobs.shape[-1])

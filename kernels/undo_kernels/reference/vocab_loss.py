@@ -22,7 +22,7 @@ from undo_kernels.reference.sharded import ShardedLosses
 def token_losses(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Returns divergence and nll, ``[tokens]`` each, and, with ``statistics``, detached lse_s, lse_t, entropy and agreement."""
     p = problem
-    tensors = (p.labels, p.indices, p.logprobs)
+    tensors = (p.labels, p.indices, p.logprobs, p.unseen)
     size = tokens_within(p.workspace_bytes, p.tokens, p.student.widest, p.student.hidden.dtype, COPIES[p.target])
     if size >= p.tokens:
         outputs = _chunk(p, p.student, p.teacher, *tensors)
@@ -49,6 +49,7 @@ def _chunk(
     labels: torch.Tensor | None,
     indices: torch.Tensor | None,
     logprobs: torch.Tensor | None,
+    unseen: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     z = student.logits()
     if p.shard is not None:
@@ -72,6 +73,8 @@ def _chunk(
     elif p.target in DENSE:
         with torch.no_grad():
             z_t = teacher.logits().to(z.dtype)
+        if unseen is not None:
+            z_t = z_t.masked_fill(unseen[:, None], 0.0)
     if p.target != "own":
         divergence = TokenDivergence.apply(z, z_t, indices, logprobs, p.target, p.beta)
     if not p.statistics or p.target not in DENSE:

@@ -59,7 +59,7 @@ def load_squashed(z_ptr, side, o_v, keep, HOLES: tl.constexpr, FINE: tl.constexp
 
 @triton.jit
 def exact_stats(
-    z_s_ptr, z_t_ptr, student, teacher, start, end,
+    z_s_ptr, z_t_ptr, student, teacher, start, end, end_t,
     TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, HOLES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of one part of one token; with a teacher, also the sum of the differences of their exponentials.
@@ -88,7 +88,7 @@ def exact_stats(
         rescale_s = tl.exp(m_s - m_new_s)
         b_u = b_s - m_new_s
         if TEACHER:
-            _, b_q, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
+            _, b_q, _ = load_squashed(z_t_ptr, teacher, o_v, o_v < end_t, False, False)
             b_t = tl.where(keep, teacher.outer * b_q, float("-inf"))
             here = tl.max(b_t, 0)
             if STATISTICS:
@@ -132,7 +132,7 @@ def exact_stats(
 
 @triton.jit
 def fast_stats(
-    z_s_ptr, z_t_ptr, student, teacher, start, end,
+    z_s_ptr, z_t_ptr, student, teacher, start, end, end_t,
     TEACHER: tl.constexpr, CROSS: tl.constexpr, STATISTICS: tl.constexpr, SAME: tl.constexpr, HOLES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def fast_stats(
         b_s, b_here, o_l = tl.reshape(b_s, [LANES, 4]), tl.reshape(b_here, [LANES, 4]), tl.reshape(o_v, [LANES, 4])
         b_e, rescale, m_s, l_s, _, top_s = add_block(b_s, b_here, student, o_l, m_s, l_s, energy, top_s, STATISTICS)
         if TEACHER:
-            _, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, False)
+            _, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, o_v < end_t, False, False)
             b_t = tl.reshape(b_t, [LANES, 4])
             _, _, m_t, l_t, energy, top_t = add_block(
                 b_t, tl.reshape(keep, [LANES, 4]), teacher, o_l, m_t, l_t, energy, top_t, STATISTICS
@@ -183,22 +183,25 @@ def stats_rows(
     """Computes maximum and sum of exponentials of one part of one token, and what the flags ask for."""
     i_token = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
-    if MASKED:  # noqa: SIM102
-        if tl.load(counted_ptr + i_token) == 0:
+    start = i_part * split.part
+    end = tl.minimum(start + split.part, split.vocabulary)
+    end_t = end  # of the teacher's logits that are read; others are 0
+    if MASKED:
+        counted = tl.load(counted_ptr + i_token)
+        if counted == 0:
             return
+        end_t = tl.where(counted == 1, end, start)
     z_s_ptr = student.z_ptr + i_token * student.stride
     z_t_ptr = teacher.z_ptr + i_token * teacher.stride
     partial_ptr = split.partial_ptr + i_token * split.parts + i_part
-    start = i_part * split.part
-    end = tl.minimum(start + split.part, split.vocabulary)
 
     if student.MATH == EXACT:
         m_s, l_s, m_t, l_t, cross, energy, top_s, top_t, difference = exact_stats(
-            z_s_ptr, z_t_ptr, student, teacher, start, end, TEACHER, CROSS, STATISTICS, HOLES, BLOCK_V
+            z_s_ptr, z_t_ptr, student, teacher, start, end, end_t, TEACHER, CROSS, STATISTICS, HOLES, BLOCK_V
         )
     else:
         m_s, l_s, m_t, l_t, cross, energy, top_s, top_t, difference = fast_stats(
-            z_s_ptr, z_t_ptr, student, teacher, start, end, TEACHER, CROSS, STATISTICS, SAME, HOLES, BLOCK_V
+            z_s_ptr, z_t_ptr, student, teacher, start, end, end_t, TEACHER, CROSS, STATISTICS, SAME, HOLES, BLOCK_V
         )
     tl.store(partial_ptr + M_S * split.stride_field, m_s)
     tl.store(partial_ptr + L_S * split.stride_field, l_s)
@@ -236,9 +239,12 @@ def loss_rows(
     partial_ptr = split.partial_ptr + i_token * split.parts + i_part
     start = i_part * split.part
     end = tl.minimum(start + split.part, split.vocabulary)
+    end_t = end  # of the teacher's logits that are read; others are 0
     counts = True
     if form.MASKED:
-        counts = tl.load(counted_ptr + i_token) != 0
+        counted = tl.load(counted_ptr + i_token)
+        counts = counted != 0
+        end_t = tl.where(counted == 1, end, start)
 
     b_value = tl.zeros([BLOCK_V], tl.float32)
     b_mixed = tl.zeros([BLOCK_V], tl.float32)
@@ -270,7 +276,7 @@ def loss_rows(
             b_t = b_s
             if form.TARGET != OWN:  # noqa: SIM102
                 if not form.UNIFORM:
-                    b_y, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, keep, False, FINE)
+                    b_y, b_t, _ = load_squashed(z_t_ptr, teacher, o_v, o_v < end_t, False, FINE)
             value, mixed, b_p, b_g = loss_and_slope(
                 b_z, b_y, b_s, b_t, student, teacher, base_s, base_t, log_sum_s, log_sum_t, gap, offset,
                 weights.beta_t, weights.beta_s, form,

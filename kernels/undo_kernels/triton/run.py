@@ -91,7 +91,10 @@ class Run:
         self._gradients()
 
     def _select(self) -> None:
-        """Chooses the tokens to process: all, all but the masked ones, or the counted ones gathered in their order."""
+        """Chooses the tokens to process: all, all but the masked ones, or the counted ones gathered in their order.
+
+        The kernels take them as 0 (does not count), 1 (counts) or 2 (counts, but the teacher's given logits are not read).
+        """
         p, count = self.problem, self.problem.tokens
         self.index = self.place = self.live = None
         if not self.shapes.compacted:
@@ -106,6 +109,8 @@ class Run:
             self.place = torch.where(self.live, index, count)  # unused places point to an extra token, which is dropped
         self.masked = self.live is not None
         self.counted = self.live.to(torch.uint8) if self.masked else torch.ones(1, dtype=torch.uint8, device=self.device)
+        if self.masked and p.unseen is not None:
+            self.counted += self.live & p.unseen
 
     def _take(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:

@@ -83,6 +83,7 @@ def test_named_runs_overlays_and_the_grid_multiply(tmp_path):
     [
         ({}, ["grid, runs: got neither"]),
         ({"grid": {"noise.beta": []}}, ["grid.noise.beta: got no values"]),
+        ({"grid": {"noise.beta": [{1, 2}]}}, ["grid: Object of type set"]),  # as !!set
         ({"grid": {"noise.alpha": [0.1]}}, ["run alpha=0.1", "did you mean noise.alphas?"]),
         ({"grid": {"noise.alphas": [[0.5], [1.5]]}}, ["run alphas=1.5", "1.5", "[0, 1]"]),
         ({"runs": [{"name": "../up"}]}, ["runs: got the name '../up'"]),
