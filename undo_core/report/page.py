@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from undo_core.report import words
+from undo_core.report.alpha_search import RULE, search_sentences, search_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
@@ -95,6 +96,10 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         text = "".join(f"<li>{escape(order_sentence(order, report))}</li>" for order in orders)
         parts.append(f'<p>Does the attack get harder with α? After {report.headline} steps:</p><ul class="notes">{text}</ul>')
     parts.append(claims_html(claims(report)))
+    if (search := search_table(report)).rows:
+        sentences = [*search_sentences(report), RULE]
+        parts.append(f"<h2>The search for an alpha</h2>{table_html(search)}")
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in sentences]
     attacks = attack_table(report)
     if attacks.rows:
         parts.append(f"<h2>By attack</h2>{table_html(attacks)}")

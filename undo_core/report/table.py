@@ -12,7 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from undo_core.report.attacks import Point, worst_by_attack
-from undo_core.report.metrics import DIVERGED, KEPT, ModelReport, Order, Report, Stat
+from undo_core.report.metrics import KEPT, ModelReport, Order, Report, Stat
+from undo_core.report.robustness import DIVERGED
 
 NONE = "–"
 NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
