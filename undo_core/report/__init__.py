@@ -16,6 +16,7 @@ from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
+from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, plain, results_table, terminal
 
 
@@ -69,6 +70,9 @@ def _tables(report: Report) -> str:
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]
+    if (differences := differences_table(report, comparisons := between_alphas(report))).rows:
+        ordered = "\n".join(f"- {plain(sentence)}" for sentence in order_sentences(report, comparisons))
+        parts += ["## Between alphas", markdown(differences).rstrip(), ABOUT, ordered]
     said = claims(report)
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {plain(sentence)}" for sentence in said))
