@@ -1,4 +1,4 @@
-"""The tables of docs/findings/study.md agree with the recorded results, and a finished sweep is recorded whole."""
+"""The tables of docs/findings/study.md and the predictions in its guide agree with the recorded results."""
 
 import importlib
 import json
@@ -52,3 +52,10 @@ def test_a_finished_sweep_is_recorded(tables, tmp_path, monkeypatch):
     assert "NPO relearns less than MaxEnt." in text and "NPO – MaxEnt, UNDO α=0.8" in text
     with pytest.raises(SystemExit, match="wanted a folder named"):
         tables.record(tmp_path)
+
+
+def test_the_guide_has_the_errors_of_the_predictions(capsys):
+    importlib.import_module("study_predictions").main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    guide = (ROOT / "docs" / "guides" / "alpha.md").read_text()
+    assert len(printed) == 13 and [line for line in printed if line not in guide] == []

@@ -11,7 +11,7 @@ from rich.text import Text
 from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
-from undo_core.report.alpha_search import RULE, search_sentences, search_table
+from undo_core.report.alpha_search import PREDICTED, RULE, search_sentences, search_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
@@ -77,7 +77,7 @@ def _tables(report: Report) -> str:
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {plain(sentence)}" for sentence in said))
     if (search := search_table(report)).rows:
-        said = [*search_sentences(report), RULE]
+        said = [*search_sentences(report), RULE, PREDICTED]
         parts += ["## The search for an alpha", markdown(search).rstrip(), "\n".join(f"- {plain(one)}" for one in said)]
     attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from undo_core.report.attacks import Point
@@ -12,6 +14,10 @@ from undo_core.report.table import NONE, Cell, Notes, Table, ratio, ratio_cell
 RULE = (
     "R decides by its point estimate. The interval covers the sampling of the evaluated sequences; other seeds of training and "
     "attack differ by more. A cheaper alpha is a smaller one."
+)
+PREDICTED = (
+    "A prediction is made from the tried alphas next to an alpha before it is tried: by the line through R, with both neighbours' "
+    "values as its interval, and by the line through the logarithms of the FLOPs."
 )
 UNSURE = "the interval of R contains the target, so that other test sequences could decide otherwise"
 
@@ -52,14 +58,15 @@ def search_table(report: Report) -> Table:
     notes, rows = Notes(), []
     against = "data filtering" if report.of("filter") else "the random student"
     headers = [("seed", ""), ("alpha", ""), ("tried", ""), ("R", f"against {against}"), ("C", "steps"), ("C", "FLOPs")]
-    headers += [("FLOPs", "with unlearning"), ("decision", "")]
+    headers += [("FLOPs", "with unlearning"), ("predicted R", ""), ("predicted FLOPs", ""), ("decision", "")]
     for seed, search in _searches(report):
         for index, alpha in enumerate(search["tried"]):
             model = next(m for m in report.of("undo") if m.alpha == alpha and seed in m.entries)
             found = robustness(report, model, seed)
             shown = Stat((found,)) if isinstance(found, Point) else Stat((), {seed: found})
             spent = [Stat(tuple(p for p in model.compute[unit].points if p.seed == seed)) for unit in ("steps", "flops")]
-            flops = (model.entries[seed].get("training") or {}).get("flops")
+            flops = _flops(model, seed)
+            predicted = predictions(report, seed, search["tried"][: max(index, search["configured"])], alpha)
             order = index + 1 - search["configured"]
             rows.append(
                 [
@@ -69,10 +76,30 @@ def search_table(report: Report) -> Table:
                     ratio_cell(shown, notes),
                     *(Cell(ratio(stat.mean)) if stat else Cell() for stat in spent),
                     Cell(NONE if flops is None else f"{flops:.2e}"),
+                    *(predicted if order > 0 else (Cell(), Cell())),
                     Cell(_decision(found, search["target"]), marks=notes.mark(UNSURE) if _unsure(found, search) else ""),
                 ]
             )
     return Table(headers, rows, notes.texts)
+
+
+def predictions(report: Report, seed: int, tried: Sequence[float], alpha: float) -> tuple[Cell, Cell]:
+    """R of an alpha with its interval, and its FLOPs, predicted from the alphas tried before it.
+
+    The neighbours' FLOPs are no interval: in the recorded sweep (bench/study_predictions.py) they rarely hold those between them.
+    """
+    known = {model.alpha: model for model in report.of("undo") if model.alpha in tried and seed in model.entries}
+    found = {other: robustness(report, model, seed) for other, model in known.items()}
+    ratios = {other: point.value for other, point in found.items() if isinstance(point, Point)}
+    ratios.setdefault(0.0, 0.0)  # without damage the student is the teacher
+    spent = {other: math.log(flops) for other, model in known.items() if (flops := _flops(model, seed))}
+    flops = _predicted(spent, alpha, lambda value: f"{math.exp(value):.2e}")
+    return _predicted(ratios, alpha, ratio), Cell(flops.main)
+
+
+def between(alpha: float, low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Value at ``alpha`` of the line through two points, each an alpha and its value."""
+    return low[1] + (alpha - low[0]) / (high[0] - low[0]) * (high[1] - low[1])
 
 
 def search_sentences(report: Report) -> list[str]:
@@ -109,6 +136,19 @@ def _sentence(report: Report, seed: int, search: dict[str, Any]) -> str:
         named = ", ".join(f"{alpha:g}" for alpha in swapped)
         text += f" R does not rise with every step: at {named} it is below the target again."
     return text
+
+
+def _predicted(known: dict[float, float], alpha: float, shown: Callable[[float], str]) -> Cell:
+    low = max((other for other in known if other < alpha), default=None)
+    high = min((other for other in known if other > alpha), default=None)
+    if low is None or high is None:
+        return Cell()
+    ends = sorted((known[low], known[high]))
+    return Cell(shown(between(alpha, (low, known[low]), (high, known[high]))), " to ".join(map(shown, ends)))
+
+
+def _flops(model: ModelReport, seed: int) -> float | None:
+    return (model.entries[seed].get("training") or {}).get("flops")
 
 
 def _searches(report: Report) -> list[tuple[int, dict[str, Any]]]:

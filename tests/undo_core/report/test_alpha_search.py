@@ -55,6 +55,20 @@ def test_the_table_has_every_tried_alpha_in_order():
     )
 
 
+def test_a_try_is_predicted_from_what_was_tried_before_it():
+    report = derive([searched(0.5, tried=(0.2, 0.8, 0.6, 0.7))], "t")
+    exact = outcomes(searched(0.5, tried=(0.2, 0.8, 0.6, 0.7)))
+    flops = {model.alpha: model.entries[0]["training"]["flops"] for model in report.of("undo")}
+    rows = {row[1].main: row for row in search_table(report).rows}
+    assert [rows[alpha][7].main for alpha in ("0.2", "0.8")] == ["–", "–"], "a configured alpha is not predicted"
+    for alpha, low, share in (("0.6", 0.2, 2 / 3), ("0.7", 0.6, 1 / 2)):
+        r, spent = rows[alpha][7:9]
+        assert r.main == f"{exact[low] + share * (exact[0.8] - exact[low]):.2f}"
+        assert r.spread == f"{exact[low]:.2f} to {exact[0.8]:.2f}"
+        assert spent.main == f"{flops[low] ** (1 - share) * flops[0.8] ** share:.2e}"
+        assert spent.spread == "", "the neighbours' FLOPs are no interval"
+
+
 def test_it_marks_an_interval_that_contains_the_target():
     exact = outcomes(searched(0.5))
     report = derive([searched(exact[0.6] - 0.001)], "t")
