@@ -104,7 +104,9 @@ def between(alpha: float, low: tuple[float, float], high: tuple[float, float]) -
 
 def search_sentences(report: Report) -> list[str]:
     """The outcome of the search for each seed: the cheapest alpha that reached the target, or that none did."""
-    return [_sentence(report, seed, search) for seed, search in _searches(report)]
+    several = len(report.seeds) > 1
+    said = [(seed, _sentence(report, seed, search)) for seed, search in _searches(report)]
+    return [f"Seed {seed}: {text}" if several else text[0].upper() + text[1:] for seed, text in said]
 
 
 def _sentence(report: Report, seed: int, search: dict[str, Any]) -> str:
@@ -114,15 +116,14 @@ def _sentence(report: Report, seed: int, search: dict[str, Any]) -> str:
             found[model.alpha] = model, robustness(report, model, seed)
     known = {alpha: point for alpha, (_, point) in sorted(found.items()) if isinstance(point, Point)}
     reached = [alpha for alpha, point in known.items() if point.value >= target]
-    who = f"Seed {seed}: " if len(report.seeds) > 1 else ""
     if not reached:
         best = max(known, key=lambda alpha: known[alpha].value, default=None)
         said = "" if best is None else f"; the closest is α = {best:g} with {_say(known[best])}"
-        return f"{who}no tried alpha up to {max(found):g} reached R = {target:g}{said}. The search ended because {search['ended']}."
+        return f"no tried alpha up to {max(found):g} reached R = {target:g}{said}. The search ended because {search['ended']}."
     cheapest = reached[0]
     model, point = found[cheapest][0], known[cheapest]
     cost = next((p.value for p in model.compute["steps"].points if p.seed == seed), None)
-    text = f"{who}the cheapest tried alpha that reached R = {target:g} is {cheapest:g}, with {_say(point)}"
+    text = f"the cheapest tried alpha that reached R = {target:g} is {cheapest:g}, with {_say(point)}"
     text += "" if cost is None else f" at {100 * cost:.0f} % of data filtering's training steps"
     below = [alpha for alpha in found if alpha < cheapest]
     if below:
