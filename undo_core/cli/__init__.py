@@ -43,10 +43,13 @@ _RUN = """Run every stage of CONFIG that is not finished yet, then write the rep
 
   undo run configs/arithmetic-cpu.yaml
   undo run configs/arithmetic-cpu.yaml --seed=1 --noise.alphas='[0.3,0.6]' --output=runs/mine
+  undo run configs/arithmetic-cpu.yaml --target-robustness=0.9 --alpha-resolution=0.02
 
 Override any key of the configuration with --key=value; nested keys are written with dots. After an interruption, even kill -9,
 the same command continues where it stopped. Finished stages are kept in OUTPUT/stages, where all runs with the same OUTPUT
 share them.
+
+With --target-robustness, the run goes on with further alphas until the cheapest is known whose R reaches the target.
 """
 
 _PLAN = """Print the stages of CONFIG with their steps, time, disk and peak memory, without running anything.

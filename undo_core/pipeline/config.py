@@ -371,6 +371,11 @@ class RunConfig:
             a relative one of cross-entropy; null for none.
         measures: measures of what the models still hold inside, by name; the ``kind`` of each is the name of a file in
             undo_core/evaluation/inside.
+        target_robustness: R for which the cheapest alpha is searched, beginning with noise.alphas; null searches none. R is
+            measured against data filtering, or without it against the random student.
+        alpha_resolution: distance of neighbouring alphas at which the search ends; it tries multiples of it.
+        alpha_tries: largest number of alphas that the search adds to noise.alphas.
+        alpha_max: alpha that the search tries if none of noise.alphas reaches the target.
     """
 
     name: str
@@ -391,6 +396,10 @@ class RunConfig:
     attacks: dict[str, AnyAttack] = field(default_factory=dict)
     retain_margin: float | None = None
     measures: dict[str, AnyMeasurement] = field(default_factory=dict)
+    target_robustness: float | None = None
+    alpha_resolution: float = 0.02
+    alpha_tries: int = 8
+    alpha_max: float = 0.9
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -420,6 +429,23 @@ class RunConfig:
                 raise ValueError(
                     f"students.{name}.model: got {student.model}, wanted controls.{student.model} true, or another model"
                 )
+        self._check_search()
+
+    def _check_search(self) -> None:
+        target = self.target_robustness
+        if target is not None and not 0 < target < math.inf:
+            raise ValueError(f"target_robustness: got {target}, wanted a finite number > 0, or null")
+        if target is not None and not (self.controls.filter or self.controls.random):
+            raise ValueError(
+                f"target_robustness: got {target} without a control that R is measured against; wanted controls.filter or "
+                "controls.random"
+            )
+        if not 0.001 <= self.alpha_resolution <= 0.5:
+            raise ValueError(f"alpha_resolution: got {self.alpha_resolution}, wanted a number in [0.001, 0.5]")
+        if self.alpha_tries < 1:
+            raise ValueError(f"alpha_tries: got {self.alpha_tries}, wanted an integer >= 1")
+        if not 0 < self.alpha_max <= 1:
+            raise ValueError(f"alpha_max: got {self.alpha_max}, wanted a number in (0, 1]")
 
 
 def check_attacks(relearn: AttackConfig, attacks: dict[str, AnyAttack]) -> None:

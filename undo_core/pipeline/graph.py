@@ -105,6 +105,16 @@ def graph_of(config: RunConfig) -> Graph:
     return Graph(prepared, run.teacher, models)
 
 
+def with_alphas(graph: Graph, config: RunConfig, alphas: list[float]) -> Graph:
+    """Returns the graph of the run with these alphas instead of ``noise.alphas``; other damage keeps its own."""
+    damage = config.damage
+    if damage.alphas is None:
+        damage = dataclasses.replace(damage, alphas=config.noise.alphas)
+    wider = dataclasses.replace(config, noise=dataclasses.replace(config.noise, alphas=alphas), damage=damage)
+    run = _Run(wider, graph.prepared)
+    return Graph(graph.prepared, run.teacher, list(run.models()))
+
+
 class _Run:
     """Builds the stages of one configuration."""
 

@@ -14,15 +14,17 @@ from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console
 from undo_core.io.untrusted import read_object
+from undo_core.pipeline.alpha_search import AlphaSearch, Outcome
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.costs import with_costs
-from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of, measured_models
+from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of, measured_models, with_alphas
 from undo_core.pipeline.prepared import evaluate_folder
 from undo_core.pipeline.stage import Folder, Stage
 from undo_core.pipeline.store import Store, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
+from undo_core.report.alpha_search import outcomes
 
 RESULTS_FORMAT = 1
 
@@ -76,12 +78,51 @@ def finish(store: Store, config: RunConfig, graph: Graph, command: str) -> Path:
 
 
 def missing_stages(store: Store, config: RunConfig, graph: Graph) -> list[Stage]:
-    """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids."""
+    """The stages that a run still needs: models and configured attacks; once these are done, extensions of the attack grids.
+
+    Then those of the next alpha, if a target of robustness is searched.
+    """
     for settings in (config.relearn, *config.attacks.values()):
         for kind in settings.kinds:
             check_installed(kind)
-    attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
-    return unfinished(store, _configured(config, graph), attacked)
+    return _grown(store, config, graph)[1]
+
+
+def searched(store: Store, config: RunConfig, graph: Graph) -> Graph:
+    """The graph with the alphas that the search for a target of robustness has tried; the same without a search."""
+    return _grown(store, config, graph)[0]
+
+
+def _grown(store: Store, config: RunConfig, graph: Graph) -> tuple[Graph, list[Stage], dict[str, Any] | None]:
+    """The graph with every alpha tried so far, the stages that it still needs, and the entry of the search in the results."""
+    target, alphas = config.target_robustness, sorted(config.noise.alphas)
+    while True:
+        attacked = [entry for models in attacked_models(config, graph).values() for entry in models.values()]
+        stages = unfinished(store, _configured(config, graph), attacked)
+        if stages or target is None:
+            return graph, stages, None
+        limits = (config.alpha_resolution, config.alpha_tries, config.alpha_max)
+        search = AlphaSearch(target, *limits, len(config.noise.alphas))
+        following = search.following(_outcomes(store, config, graph))
+        if isinstance(following, str):
+            entry = {**dataclasses.asdict(search), "tried": alphas, "ended": following}
+            return graph, [], entry
+        alphas.append(following)
+        graph = with_alphas(graph, config, alphas)
+
+
+def _outcomes(store: Store, config: RunConfig, graph: Graph) -> dict[float, Outcome]:
+    """R of each alpha as the report gives it, without an evaluation of the models before the attack."""
+    entries = [
+        {
+            **{"name": model.name, "kind": model.kind, "alpha": model.alpha, "stage": model.stage.name, "metrics": {}},
+            "training": _training(store, graph, model),
+            **_attacks(store, config, graph, model),
+        }
+        for model in graph.models
+    ]
+    results = {"format": RESULTS_FORMAT, "seed": config.seed, "metric": _metric(store, config, graph), "models": entries}
+    return outcomes(results)
 
 
 def unfinished(store: Store, configured: Iterable[Stage], attacked: Iterable[Attacked]) -> list[Stage]:
@@ -101,6 +142,7 @@ def _configured(config: RunConfig, graph: Graph) -> list[Stage]:
 def save_results(store: Store, config: RunConfig, graph: Graph, command: str) -> dict[str, Any]:
     """Evaluates the models of a run whose stages are complete, writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
+    graph, _, search = _grown(store, config, graph)
     results = {
         "format": RESULTS_FORMAT,
         "name": config.name,
@@ -111,6 +153,7 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
         "config": dataclasses.asdict(config),
         "metric": _metric(store, config, graph),
         "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
+        **({} if search is None else {"search": search}),
     }
     if slowdown := slowdown_entry(results["models"], config.data.metric == "accuracy"):
         results["slowdown"] = slowdown
@@ -156,7 +199,6 @@ def margin_entry(margin: float | None) -> dict[str, float]:
 
 
 def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
-    under = {name: models[model.name] for name, models in attacked_models(config, graph).items() if model.attacked}
     entry = {
         "name": model.name,
         "kind": model.kind,
@@ -165,14 +207,21 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
         "metrics": evaluation(store, model.stage, graph.prepared),
         **damage_entry(store, model),
         "training": _training(store, graph, model),
-        "attack": under[HEADLINE].entry(store) if under else None,
+        **_attacks(store, config, graph, model),
     }
-    if under and config.attacks:
-        entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
-    if under and (config.attacks or config.retain_margin is not None):
+    if model.attacked and (config.attacks or config.retain_margin is not None):
         entry["worst"] = worst_of(entry, _metric(store, config, graph))
     if config.measures:
         entry["measures"] = _measures(store, config, graph, model)
+    return entry
+
+
+def _attacks(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[str, Any]:
+    """The entries of the headline attack on a model and, if there are any, of further attacks."""
+    under = {name: models[model.name] for name, models in attacked_models(config, graph).items() if model.attacked}
+    entry: dict[str, Any] = {"attack": under[HEADLINE].entry(store) if under else None}
+    if under and config.attacks:
+        entry["attacks"] = {name: under[name].named_entry(store) for name in config.attacks}
     return entry
 
 

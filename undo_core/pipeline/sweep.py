@@ -17,7 +17,7 @@ from rich.text import Text
 from undo_core.io.progress import console
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import Graph, graph_of
-from undo_core.pipeline.run import announce, evaluations, missing_stages, save_results
+from undo_core.pipeline.run import announce, evaluations, missing_stages, save_results, searched
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
@@ -87,7 +87,7 @@ def _run(sweep: SweepConfig, command: str, cluster: RayEngine | None) -> list[st
             else:
                 failures[config.name, config.seed] = reason
     if cluster is not None:
-        pairs = [pair for _, graph in whole for pair in evaluations(store, graph)]
+        pairs = [pair for run in whole for pair in evaluations(store, searched(store, *run))]
         cluster.evaluate(store, list({(stage.key, prepared.key): (stage, prepared) for stage, prepared in pairs}.values()))
     folders: dict[Path, list[dict[str, Any]]] = collections.defaultdict(list)
     for config, graph in sorted(whole, key=lambda run: runs.index(run)):
@@ -143,7 +143,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     notes = [
         f"{len(stages_of)} runs need {wanted.total()} stages: {len(every)} distinct ones, {shared} of them shared by several "
         f"runs; {len(every) - finished.total()} are missing, to run with {configs[0].workers} worker(s).",
-        "Attacks that extend a grid of rates are not included. `undo plan` shows the steps, memory and time of one run.",
+        "Attacks that extend a grid of rates and alphas that a search adds are not included. `undo plan` shows the steps, memory and time of one run.",
     ]
     for reason, left_out in refused.items():
         named = ", ".join(dict.fromkeys(config.name for config in left_out))

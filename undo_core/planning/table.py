@@ -143,6 +143,11 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
         "Times are upper bounds: a stop rule usually ends a stage much earlier. They exclude evaluation and grid extensions.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
     ]
+    if config.target_robustness is not None:
+        notes.append(
+            f"The search for R = {config.target_robustness:g} is not included: it may add {config.alpha_tries} alphas, each distilled "
+            "and attacked like those above."
+        )
     if ranks > 1:
         notes.append(
             f"Stages that send nothing run on rank 0. Times are of one process: {ranks} ranks divide the work of a step, but also wait "

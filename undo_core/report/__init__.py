@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
+from undo_core.report.alpha_search import PREDICTED, RULE, search_sentences, search_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
+from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
 from undo_core.report.slowdown import explanation, slowdown_table
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, plain, results_table, terminal
@@ -57,7 +60,8 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
 
 def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
     """Returns the table of results for ``rich``; ``results`` and errors as in :func:`write_report`."""
-    return terminal(derive(results, str(results[0].get("name", "results")) if results else ""))
+    report = derive(results, str(results[0].get("name", "results")) if results else "")
+    return Group(terminal(report), *map(Text, search_sentences(report)))
 
 
 def _tables(report: Report) -> str:
@@ -68,9 +72,15 @@ def _tables(report: Report) -> str:
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]
+    if (differences := differences_table(report, comparisons := between_alphas(report))).rows:
+        ordered = "\n".join(f"- {plain(sentence)}" for sentence in order_sentences(report, comparisons))
+        parts += ["## Between alphas", markdown(differences).rstrip(), ABOUT, ordered]
     said = claims(report)
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {plain(sentence)}" for sentence in said))
+    if (search := search_table(report)).rows:
+        said = [*search_sentences(report), RULE, PREDICTED]
+        parts += ["## The search for an alpha", markdown(search).rstrip(), "\n".join(f"- {plain(one)}" for one in said)]
     attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:
         parts += ["## By attack", markdown(attacks).rstrip()]

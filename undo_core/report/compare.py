@@ -18,7 +18,7 @@ from undo_core.report.points import FIGURES, Setting, csv_text, plot_points
 from undo_core.report.words import method_name
 from undo_core.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 Loaded = tuple[str, dict[str, Any]]  # folder of a run, and the contents of its results file
 
 
@@ -79,7 +79,7 @@ def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path
         else:
             (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report
     write_text(folder / "points.csv", csv_text([point for point in points if point.figure in drawn]))
-    write_text(folder / "methods.md", compare_table.methods_markdown(title, table, said))
+    write_text(folder / "methods.md", compare_table.methods_markdown(title, settings, table, said))
     write_text(folder / "methods.tex", compare_table.latex(table))
     write_text(folder / "methods.csv", compare_table.methods_csv(settings))
     write_text(page, html)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from undo_core.report.compare_table import methods_table
+from undo_core.report.over_seeds import ABOUT, compared, differences_table, medians_table, order_sentences
 from undo_core.report.page import claims_html, document, figure_html, table_html
 from undo_core.report.points import Setting
 
@@ -34,6 +35,12 @@ def render(title: str, settings: Sequence[Setting], figures: Mapping[str, bytes]
         '<p class="soft">Means over seeds, smallest and largest seed. The same in methods.md, methods.tex and methods.csv.</p>',
         claims_html(sentences),
     ]
+    comparisons = compared(settings)
+    if (medians := medians_table(settings)).rows:
+        orders = order_sentences(settings[0].report, comparisons)
+        parts.append(f"<h2>Over the seeds</h2>{table_html(medians)}")
+        parts.append(f'<p class="soft">{escape(ABOUT)}</p>{table_html(differences_table(settings[0].report, comparisons))}')
+        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(text)}</li>" for text in orders)}</ul>')
     parts += [figure_html(_TITLES[name], png, explained[name]) for name, png in figures.items()]
     rows = "".join(f"<dt>{escape(s.label)}</dt><dd>{escape(', '.join(s.runs))}</dd>" for s in settings)
     parts.append(f"<h2>Runs</h2><p>Every plotted value with its run folder and stage: points.csv.</p><dl>{rows}</dl>")

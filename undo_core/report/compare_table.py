@@ -14,6 +14,7 @@ from rich.text import Text
 
 from undo_core.report.claims import PUBLISHED, label_shares
 from undo_core.report.metrics import Stat
+from undo_core.report.over_seeds import ABOUT, compared, differences_table, medians_table, order_sentences
 from undo_core.report.points import COMPARED, Setting
 from undo_core.report.table import (
     NONE,
@@ -72,9 +73,14 @@ def methods_table(settings: Sequence[Setting]) -> Table:
     return Table(headers, rows, notes.texts)
 
 
-def methods_markdown(title: str, table: Table, said: Mapping[str, Sequence[str]]) -> str:
-    """Renders the table and the sentences on the published claims as Markdown."""
+def methods_markdown(title: str, settings: Sequence[Setting], table: Table, said: Mapping[str, Sequence[str]]) -> str:
+    """Renders the table, the statistics over seeds and the sentences on the published claims as Markdown."""
     parts = [f"# {plain(title)}", markdown(table, names=2).rstrip()]
+    if (medians := medians_table(settings)).rows:
+        comparisons = compared(settings)
+        parts += ["## Over the seeds", markdown(medians, names=2).rstrip(), ABOUT]
+        parts.append(markdown(differences_table(settings[0].report, comparisons)).rstrip())
+        parts.append("\n".join(f"- {plain(text)}" for text in order_sentences(settings[0].report, comparisons)))
     if any(said.values()):
         parts.append("## Beside the published claims")
         parts.append(PUBLISHED)

@@ -7,7 +7,8 @@ import random
 from collections.abc import Sequence
 
 from undo_core.report.inside import measures_of
-from undo_core.report.metrics import DIVERGED, Report
+from undo_core.report.metrics import Report
+from undo_core.report.robustness import DIVERGED
 from undo_core.report.table import Cell, Table
 
 FEWEST = 5  # pairs of model and seed below which no correlation is stated

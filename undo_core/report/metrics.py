@@ -20,10 +20,9 @@ from typing import Any
 
 from undo_core.io.untrusted import checked_object, refused
 from undo_core.report.attacks import Point, bounded, envelope
+from undo_core.report.robustness import MIN_DENOMINATOR, robustness_point
 
 FORMAT = 1
-MIN_DENOMINATOR = 0.1  # smallest denominator of R; below it, R is mostly evaluation noise
-DIVERGED = 1e30  # a loss of at least this stands for a model that diverged
 KEPT = 0.9  # a model that keeps more than this share of its forget performance has hardly forgotten
 KINDS = ("original", "defence", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
 STUDENTS = ("undo", "damaged", "gated", "random")  # models that are trained to the retain target
@@ -37,6 +36,7 @@ LABELS = {
     "oracle-random": "oracle matching, random student",
 }
 UNITS = ("steps", "tokens", "flops")
+SEARCH_SETTINGS = ("target_robustness", "alpha_resolution", "alpha_tries", "alpha_max")
 CENSORED = "the model is censored"
 FILTER_CENSORED = "data filtering is censored"
 NO_FILTER = "no data filtering"
@@ -60,7 +60,7 @@ class Stat:
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """Smallest and largest value over seeds; for one seed the 95 % interval of its evaluation, or None without one."""
+        """Smallest and largest value over seeds; for one seed the 95 % interval of the evaluation, or None without one."""
         if len(self.points) > 1:
             values = [p.value for p in self.points]
             return min(values), max(values)
@@ -284,7 +284,7 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
     def pick(table: dict[str, dict[int, Any]], name: str | None, seed: int) -> Any:
         return table.get(name or "", {}).get(seed)
 
-    def robustness(name: str, seed: int) -> float | str:
+    def robustness(name: str, seed: int) -> Point | str:
         entry, control = entries[name][seed], pick(entries, named["filter"], seed)
         ends = [(pick(worst, n, seed) or {}).get(headline) for n in (name, named["unlearn"], named["filter"])]
         if is_censored(entry, seed in targets):
@@ -295,9 +295,9 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
             return FILTER_CENSORED
         if ends[0] is None or ends[1] is None or ends[2] is None:
             return "not attacked for the headline number of steps, or a control was not"
-        return ratio_of_robustness(ends[0].value, ends[1].value, ends[2].value)
+        return robustness_point(ends[0], ends[1], ends[2])
 
-    def compute(name: str, seed: int, unit: str) -> float | str:
+    def compute(name: str, seed: int, unit: str) -> Point | str:
         entry, control = entries[name][seed], pick(entries, named["filter"], seed)
         if control is None:
             return NO_FILTER
@@ -316,7 +316,7 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
             return "training not counted"
         if base == 0:
             return "data filtering met the retain target before training"
-        return spent / base
+        return Point(seed, spent / base)
 
     models = []
     for name, by in entries.items():
@@ -352,16 +352,6 @@ def unit_of(metric: dict[str, Any]) -> str:
     return metric.get("unit", "nats/token")
 
 
-def ratio_of_robustness(undo: float, unlearn: float, filter: float) -> float | str:
-    """Returns R, or the reason why it is not defined."""
-    if max(undo, unlearn, filter) >= DIVERGED:
-        return "diverged under the attack at every learning rate, or a control did"
-    denominator = filter - unlearn
-    if abs(denominator) < MIN_DENOMINATOR - 1e-9:  # the tolerance lets 0.9 - 0.8 count as 0.1
-        return f"P_filter - P_unlearn is {denominator:.3f}, under {MIN_DENOMINATOR:g} in size"
-    return (undo - unlearn) / denominator
-
-
 def is_censored(entry: dict[str, Any], has_target: bool) -> bool:
     """Whether training to a retain target ended at its step limit instead."""
     training = entry.get("training")
@@ -391,10 +381,10 @@ def _order(models: list[ModelReport], seed: int | None, headline: int, higher: b
     return Order(seed, [(name, stat.mean) for name, stat in chain], rises, left_out)
 
 
-def _stat(values: Iterable[tuple[int, float | str]]) -> Stat:
+def _stat(values: Iterable[tuple[int, Point | str]]) -> Stat:
     pairs = list(values)
     missing = {seed: value for seed, value in pairs if isinstance(value, str)}
-    return Stat(tuple(Point(seed, value) for seed, value in pairs if not isinstance(value, str)), missing)
+    return Stat(tuple(value for _, value in pairs if not isinstance(value, str)), missing)
 
 
 def _evaluations(entries: dict[int, dict[str, Any]], score: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Stat:
@@ -472,10 +462,12 @@ def check_result(result: Any, where: str = "results") -> None:
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Settings that must agree between seeds, as a flat dictionary with dotted keys."""
-    config = {
-        k: v for k, v in (result.get("config") or {}).items() if k not in ("seed", "output", "name", "workers", "parallel")
-    }
+    """Settings that must agree between seeds, as a flat dictionary with dotted keys.
+
+    Those of a search decide which alphas there are, and not how their models are made.
+    """
+    own = ("seed", "output", "name", "workers", "parallel", *SEARCH_SETTINGS)
+    config = {k: v for k, v in (result.get("config") or {}).items() if k not in own}
     metric = {k: v for k, v in result["metric"].items() if k in ("kind", "headline_step", "unit", "retain_margin")}
     return dict(_flat({**config, "metric": metric}, ""))
 

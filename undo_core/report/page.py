@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from html import escape
 
 from undo_core.report import words
+from undo_core.report.alpha_search import PREDICTED, RULE, search_sentences, search_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report
+from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
 from undo_core.report.slowdown import explanation, slowdown_table
 from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
@@ -99,7 +101,15 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     if orders:
         text = "".join(f"<li>{escape(order_sentence(order, report))}</li>" for order in orders)
         parts.append(f'<p>Does the attack get harder with α? After {report.headline} steps:</p><ul class="notes">{text}</ul>')
+    if (differences := differences_table(report, comparisons := between_alphas(report))).rows:
+        text = "".join(f"<li>{escape(sentence)}</li>" for sentence in order_sentences(report, comparisons))
+        parts.append(f"<h2>Between alphas</h2>{table_html(differences)}")
+        parts.append(f'<p class="soft">{escape(ABOUT)}</p><ul class="notes">{text}</ul>')
     parts.append(claims_html(claims(report)))
+    if (search := search_table(report)).rows:
+        sentences = [*search_sentences(report), RULE, PREDICTED]
+        parts.append(f"<h2>The search for an alpha</h2>{table_html(search)}")
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in sentences]
     attacks = attack_table(report)
     if attacks.rows:
         parts.append(f"<h2>By attack</h2>{table_html(attacks)}")

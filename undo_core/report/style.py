@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from undo_core.report.metrics import DIVERGED, Report
+from undo_core.report.metrics import Report
+from undo_core.report.robustness import DIVERGED
 
 # Okabe and Ito's colours, safe for colour-blind readers; UNDO students use a ramp of blues, darker with alpha.
 COLOURS = {"original": "#5b5b5b", "unlearn": "#D55E00", "random": "#CC79A7", "filter": "#009E73", "oracle": "#E69F00"}

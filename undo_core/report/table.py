@@ -12,7 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from undo_core.report.attacks import Point, worst_by_attack
-from undo_core.report.metrics import DIVERGED, KEPT, ModelReport, Order, Report, Stat
+from undo_core.report.metrics import KEPT, ModelReport, Order, Report, Stat
+from undo_core.report.robustness import DIVERGED
 
 NONE = "–"
 NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
@@ -214,7 +215,7 @@ def terminal_notes(table: Table) -> list[Text]:
 def order_sentence(order: Order, report: Report) -> str:
     """Describes the result of the order check in a sentence."""
     labels = {model.name: model.label for model in report.models}
-    who = "Mean over seeds" if order.seed is None else f"Seed {order.seed}"
+    who = "By the means over seeds" if order.seed is None else f"Seed {order.seed}"
     chain = " → ".join(f"{labels[name]} {number(value, report.higher)}" for name, value in order.chain)
     end = f" Not compared because they are censored: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
     if order.holds:

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from undo_core.report import inside, search, slowdown, students
-from undo_core.report.metrics import MIN_DENOMINATOR, ModelReport, Report, Stat
+from undo_core.report.metrics import ModelReport, Report, Stat
+from undo_core.report.robustness import MIN_DENOMINATOR
 from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
 from undo_core.unlearning.config import ROBUST

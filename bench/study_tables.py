@@ -1,0 +1,207 @@
+"""Records sweeps of the demo, and writes their tables between markers into docs/findings/study.md.
+
+    python bench/study_tables.py                       writes the tables from bench/results/sweep-*
+    python bench/study_tables.py --check               fails if the page differs from them
+    python bench/study_tables.py --record runs/sweep-study    first copies a finished sweep's results into bench/results/NAME, and its
+                                                       report's tables, values and figures into docs/results/NAME
+
+``<!-- study:methods -->`` ... ``<!-- /study:methods -->`` encloses a table. Values are medians over seeds, with their bootstrap intervals in
+parentheses (``undo_core/report/seeds.py``). The folder that is recorded keeps its name: sweep-alpha, sweep-methods, sweep-attacks,
+sweep-labels or sweep-study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from undo_core.cli import results as command
+from undo_core.report.attacks import Point, worst_by_attack
+from undo_core.report.claims import labelled_tokens
+from undo_core.report.compare import compare, load
+from undo_core.report.metrics import ModelReport, Report, Stat
+from undo_core.report.over_seeds import compared, differences_table, median_cell, order_sentences
+from undo_core.report.points import Setting
+from undo_core.report.table import Cell, Table, markdown, number, ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "findings" / "study.md"
+BLOCK = re.compile(r"(<!-- study:(?P<name>[a-z-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.S)
+TITLES = {
+    "sweep-alpha": "Robustness over alpha",
+    "sweep-methods": "Every method before and after UNDO",
+    "sweep-attacks": "Every attack",
+    "sweep-labels": "Budgets of labels",
+    "sweep-study": "The headline rows over five seeds",
+}
+KEPT = ("*.md", "*.csv", "*.tex", "*.png")  # files of a report that docs/results keeps, where it has files of that name already
+
+
+def main() -> int:
+    """Writes or checks the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page differs from the results")
+    parser.add_argument("--record", type=Path, help="folder of a finished sweep")
+    options = parser.parse_args()
+    if options.record is not None:
+        record(options.record)
+    text = PAGE.read_text()
+    made = written(text)
+    if options.check:
+        if made != text:
+            print(f"{PAGE.relative_to(ROOT)} differs from bench/results: python bench/study_tables.py")
+        return int(made != text)
+    PAGE.write_text(made)
+    return 0
+
+
+def written(text: str) -> str:
+    """The page with every table made again."""
+    return BLOCK.sub(lambda found: f"{found[1]}{table_of(found['name'])}\n{found[3]}", text)
+
+
+def table_of(name: str) -> str:
+    """The text between a pair of markers."""
+    sweep, make = TABLES[name]
+    folder = ROOT / "bench" / "results" / sweep
+    if not folder.exists():
+        return (
+            f"Not recorded yet: `undo sweep configs/{sweep}.yaml`, then `python bench/study_tables.py --record runs/{sweep}`."
+        )
+    settings = compare(load([folder]), sweep)
+    seeds = ", ".join(map(str, settings[0].report.seeds))
+    return f"Medians over seeds {seeds}; in parentheses the 95 % bootstrap interval over seeds.\n\n{make(settings)}"
+
+
+def record(finished: Path) -> None:
+    """Copies the results and the report of a finished sweep into the repository."""
+    name = finished.resolve().name
+    if name not in TITLES:
+        raise SystemExit(f"--record: got {finished}, wanted a folder named {', '.join(TITLES)}")
+    found = sorted(finished.glob("runs/*/results-seed*.json"))
+    if not found:
+        raise SystemExit(f"--record: got {finished}, which has no runs/*/results-seedN.json; wanted a finished sweep")
+    into, pages = ROOT / "bench" / "results" / name, ROOT / "docs" / "results" / name
+    shutil.rmtree(into, ignore_errors=True)
+    for path in found:
+        copy = into / path.relative_to(finished)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    with tempfile.TemporaryDirectory() as made:
+        command.report([str(into.relative_to(ROOT))], made, TITLES[name])
+        pages.mkdir(parents=True, exist_ok=True)
+        known = {path.name for path in pages.iterdir()}
+        for path in (path for pattern in KEPT for path in Path(made).glob(pattern)):
+            if path.name in known or not known:
+                shutil.copy(path, pages / path.name)
+
+
+def alphas(settings: Sequence[Setting]) -> str:
+    """Every model of one setting: performance, R and C, and the orders that the seeds show."""
+    report = settings[0].report
+    columns = ["retain, %", f"forget after {report.headline} steps, %", "R", "C, steps", "C, FLOPs"]
+    rows = [[Cell(model.label), *_scores(model, report), *_ratios(model)] for model in report.models if model.worst]
+    return f"{_table(['model', *columns], rows)}\n\n{orders(settings)}"
+
+
+def methods(settings: Sequence[Setting]) -> str:
+    """One row for each method: the unlearned model, its students, and R and C of the one with the largest alpha."""
+    report = settings[0].report
+    students = [model.label for model in settings[0].report.of("undo")]
+    students = [label for label in students if all(_named(s, label) for s in settings)]
+    strongest = students[-1]
+    columns = ["retain, %", "forget, %", "unlearn only, attacked, %", *(f"{label}, attacked, %" for label in students)]
+    columns += [f"{strongest}, retain, %", "R", "C, steps", "C, FLOPs"]
+    rows = []
+    for setting in settings:
+        (unlearned,) = setting.report.of("unlearn")
+        best = _named(setting, strongest)
+        cells = [_percent(unlearned.metrics[key]) for key in ("retain", "forget")]
+        cells += [
+            _percent(model.worst[report.headline]) for model in (unlearned, *(_named(setting, label) for label in students))
+        ]
+        rows.append([Cell(setting.label), *cells, _percent(best.metrics["retain"]), *_ratios(best)])
+    for model in (model for setting in settings if not setting.lender for model in setting.report.of("filter")):
+        cells = [_percent(model.metrics[key]) for key in ("retain", "forget")]
+        rows.append([Cell(model.label), *cells, _percent(model.worst[report.headline]), *[Cell("")] * (len(columns) - 3)])
+    return _table(["method", *columns], rows)
+
+
+def orders(settings: Sequence[Setting]) -> str:
+    """The paired differences, and the orders that the seeds show."""
+    report, comparisons = settings[0].report, compared(settings)
+    said = "\n".join(f"- {sentence}" for sentence in order_sentences(report, comparisons))
+    return f"{markdown(differences_table(report, comparisons)).rstrip()}\n\n{said}"
+
+
+def headline(settings: Sequence[Setting]) -> str:
+    """The methods over more seeds, MaxEnt's alphas, and the orders between methods."""
+    own = next(setting for setting in settings if setting.report.of("filter") and not setting.lender)
+    return "\n\n".join([methods(settings), alphas([own]), orders(settings)])
+
+
+def attacks(settings: Sequence[Setting]) -> str:
+    """The worst case of every attack at its own headline step."""
+    report = settings[0].report
+    models = [model for model in report.models if model.attacks]
+    worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
+    for model in models:
+        for seed, entry in model.entries.items():
+            for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
+                worst.setdefault(key, {}).setdefault(model.name, []).append(point)
+    rows = [
+        [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ())))) for m in models)]
+        for (name, step), found in worst.items()
+    ]
+    return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows)
+
+
+def labels(settings: Sequence[Setting]) -> str:
+    """One row for each budget of labels."""
+    columns = ["labelled forget tokens", "forget before the attack, %", "UNDO, attacked, %", "R", "C, steps"]
+    rows = []
+    for setting in settings:
+        (unlearned,), student = setting.report.of("unlearn"), setting.report.strongest
+        tokens = [labelled_tokens(entry)["forget"] for entry in unlearned.entries.values()]
+        cells = [median_cell(Stat(tuple(Point(seed, t) for seed, t in enumerate(tokens))), lambda v: f"{v:.0f}")]
+        cells += [_percent(unlearned.metrics["forget"]), _percent(student.worst[setting.report.headline])]
+        rows.append([Cell(setting.label), *cells, *_ratios(student)[:2]])
+    return _table(["forget sequences", *columns], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
+    "alpha": ("sweep-alpha", alphas),
+    "methods": ("sweep-methods", methods),
+    "methods-orders": ("sweep-methods", orders),
+    "attacks": ("sweep-attacks", attacks),
+    "labels": ("sweep-labels", labels),
+    "headline": ("sweep-study", headline),
+}
+
+
+def _table(headers: Sequence[str], rows: list[list[Cell]]) -> str:
+    return markdown(Table([(name, "") for name in headers], rows)).rstrip()
+
+
+def _scores(model: ModelReport, report: Report) -> list[Cell]:
+    return [_percent(stat) for stat in (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))]
+
+
+def _ratios(model: ModelReport) -> list[Cell]:
+    return [median_cell(stat, ratio) for stat in (model.robustness, model.compute["steps"], model.compute["flops"])]
+
+
+def _percent(stat: Stat) -> Cell:
+    return median_cell(stat, lambda value: number(value, True))
+
+
+def _named(setting: Setting, label: str) -> ModelReport | None:
+    return next((model for model in setting.report.models if model.label == label), None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

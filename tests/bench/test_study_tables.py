@@ -1,0 +1,61 @@
+"""The tables of docs/findings/study.md and the predictions in its guide agree with the recorded results."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from sweep_results import results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return importlib.import_module("study_tables")
+
+
+def test_the_page_agrees_with_the_results(tables):
+    text = tables.PAGE.read_text()
+    assert tables.written(text) == text, "python bench/study_tables.py writes it"
+    assert {found["name"] for found in tables.BLOCK.finditer(text)} == set(tables.TABLES)
+    assert tables.written(re.sub(r"\d\.\d", "x", text)) != text, "a changed number is found"
+
+
+def test_a_finished_sweep_is_recorded(tables, tmp_path, monkeypatch):
+    """Five seeds of two methods, the second without data filtering of its own; MaxEnt alone has a further alpha."""
+    for name, alphas in (("maxent", (0.6, 0.8)), ("npo", (0.8,))):
+        for seed in range(5):
+            values = results(name, seed, name, alphas=alphas, strength=1.3 if name == "npo" else 1.0, oracles=False)
+            if name == "npo":
+                values["models"] = [model for model in values["models"] if model["kind"] != "filter"]
+            path = tmp_path / "runs" / "sweep-study" / "runs" / name / f"results-seed{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    reports = []
+
+    def report(paths, output, title):
+        reports.append((paths, title))
+        for name in ("methods.md", "robustness.png", "comparison.html"):
+            (Path(output) / name).write_text(name)
+
+    monkeypatch.setattr(tables.command, "report", report)
+    assert tables.table_of("headline").startswith("Not recorded yet")
+    tables.record(Path("runs/sweep-study"))
+    assert reports == [(["bench/results/sweep-study"], tables.TITLES["sweep-study"])]
+    assert sorted(path.name for path in (tmp_path / "docs/results/sweep-study").iterdir()) == ["methods.md", "robustness.png"]
+    text = tables.table_of("headline")
+    assert "seeds 0, 1, 2, 3, 4" in text and "| NPO |" in text and "| UNDO α=0.6 |" in text
+    assert "NPO relearns less than MaxEnt." in text and "NPO – MaxEnt, UNDO α=0.8" in text
+    with pytest.raises(SystemExit, match="wanted a folder named"):
+        tables.record(tmp_path)
+
+
+def test_the_guide_has_the_errors_of_the_predictions(capsys):
+    importlib.import_module("study_predictions").main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    guide = (ROOT / "docs" / "guides" / "alpha.md").read_text()
+    assert len(printed) == 13 and [line for line in printed if line not in guide] == []
