@@ -153,7 +153,7 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
         "config": dataclasses.asdict(config),
         "metric": _metric(store, config, graph),
         "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
-        **({} if search is None else {"search": search}),
+        **({} if search is None else {"alpha_search": search}),
     }
     if slowdown := slowdown_entry(results["models"], config.data.metric == "accuracy"):
         results["slowdown"] = slowdown

@@ -11,7 +11,7 @@ from rich.text import Text
 from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
-from undo_core.report.alpha_search import PREDICTED, RULE, search_sentences, search_table
+from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
@@ -61,7 +61,7 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
 def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
     """Returns the table of results for ``rich``; ``results`` and errors as in :func:`write_report`."""
     report = derive(results, str(results[0].get("name", "results")) if results else "")
-    return Group(terminal(report), *map(Text, search_sentences(report)))
+    return Group(terminal(report), *map(Text, alpha_sentences(report)))
 
 
 def _tables(report: Report) -> str:
@@ -78,9 +78,9 @@ def _tables(report: Report) -> str:
     said = claims(report)
     if said:
         parts.append(f"{PUBLISHED}\n\n" + "\n".join(f"- {plain(sentence)}" for sentence in said))
-    if (search := search_table(report)).rows:
-        said = [*search_sentences(report), RULE, PREDICTED]
-        parts += ["## The search for an alpha", markdown(search).rstrip(), "\n".join(f"- {plain(one)}" for one in said)]
+    if (tried := alpha_table(report)).rows:
+        said = [*alpha_sentences(report), RULE, PREDICTED]
+        parts += ["## The search for an alpha", markdown(tried).rstrip(), "\n".join(f"- {plain(one)}" for one in said)]
     attacks, measures, costs = attack_table(report), measure_table(report), cost_table(report)
     if attacks.rows:
         parts += ["## By attack", markdown(attacks).rstrip()]

@@ -53,7 +53,7 @@ def robustness(report: Report, model: ModelReport, seed: int) -> Point | str:
     return robustness_point(ends[0], ends[1], ends[2], "random")
 
 
-def search_table(report: Report) -> Table:
+def alpha_table(report: Report) -> Table:
     """Table of the tried alphas in the order of the search, one row for each; no rows without a search."""
     notes, rows = Notes(), []
     against = "data filtering" if report.of("filter") else "the random student"
@@ -102,7 +102,7 @@ def between(alpha: float, low: tuple[float, float], high: tuple[float, float]) -
     return low[1] + (alpha - low[0]) / (high[0] - low[0]) * (high[1] - low[1])
 
 
-def search_sentences(report: Report) -> list[str]:
+def alpha_sentences(report: Report) -> list[str]:
     """The outcome of the search for each seed: the cheapest alpha that reached the target, or that none did."""
     several = len(report.seeds) > 1
     said = [(seed, _sentence(report, seed, search)) for seed, search in _searches(report)]
@@ -153,7 +153,7 @@ def _flops(model: ModelReport, seed: int) -> float | None:
 
 
 def _searches(report: Report) -> list[tuple[int, dict[str, Any]]]:
-    return [(result["seed"], result["search"]) for result in report.results if result.get("search")]
+    return [(result["seed"], result["alpha_search"]) for result in report.results if result.get("alpha_search")]
 
 
 def _attacked(model: ModelReport, headline: int, seed: int) -> Point | None:

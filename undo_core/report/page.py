@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from undo_core.report import words
-from undo_core.report.alpha_search import PREDICTED, RULE, search_sentences, search_table
+from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
@@ -106,9 +106,9 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
         parts.append(f"<h2>Between alphas</h2>{table_html(differences)}")
         parts.append(f'<p class="soft">{escape(ABOUT)}</p><ul class="notes">{text}</ul>')
     parts.append(claims_html(claims(report)))
-    if (search := search_table(report)).rows:
-        sentences = [*search_sentences(report), RULE, PREDICTED]
-        parts.append(f"<h2>The search for an alpha</h2>{table_html(search)}")
+    if (tried := alpha_table(report)).rows:
+        sentences = [*alpha_sentences(report), RULE, PREDICTED]
+        parts.append(f"<h2>The search for an alpha</h2>{table_html(tried)}")
         parts += [f"<p>{escape(sentence)}</p>" for sentence in sentences]
     attacks = attack_table(report)
     if attacks.rows:

@@ -184,12 +184,12 @@ def test_a_real_run_records_its_search_and_continues(tmp_path, monkeypatch):
     )
     page = running.run(settings, "test")
     results = read_json(tmp_path / "results-seed0.json")
-    assert results["search"] == {
+    assert results["alpha_search"] == {
         **{"target": 0.45, "resolution": 0.1, "tries": 8, "largest": 0.9, "configured": 2},
         **{"tried": [0.3, 0.5, 0.4], "ended": "neighbouring alphas are as close as the resolution"},
     }
     assert [m["name"] for m in results["models"] if m["kind"] == "undo"] == [
-        f"undo-{a:g}" for a in sorted(results["search"]["tried"])
+        f"undo-{a:g}" for a in sorted(results["alpha_search"]["tried"])
     ]
     assert "The search for an alpha" in page.read_text() and "The search for an alpha" in (page.parent / "table.md").read_text()
     monkeypatch.setattr(running, "run_stages", lambda *_: pytest.fail("a stage was run again"))

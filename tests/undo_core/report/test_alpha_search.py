@@ -6,7 +6,7 @@ import pytest
 from sweep_results import results as run
 
 from undo_core.report import derive
-from undo_core.report.alpha_search import UNSURE, outcomes, search_sentences, search_table
+from undo_core.report.alpha_search import UNSURE, outcomes, alpha_sentences, alpha_table
 from undo_core.report.attacks import Point
 from undo_core.report.page import render
 from undo_core.report.robustness import Z, ratio_of_robustness, robustness_point
@@ -33,7 +33,7 @@ def test_the_interval_of_r_propagates_the_three_evaluations():
 def searched(target, tried=(0.4, 0.8, 0.6), **changes):
     values = run("maxent", alphas=tuple(sorted(tried)), **changes)
     limits = {"resolution": 0.02, "tries": 8, "largest": 0.9, "configured": 2}
-    return {**values, "search": {"target": target, **limits, "tried": list(tried), "ended": "the reason"}}
+    return {**values, "alpha_search": {"target": target, **limits, "tried": list(tried), "ended": "the reason"}}
 
 
 def test_the_table_has_every_tried_alpha_in_order():
@@ -42,14 +42,14 @@ def test_the_table_has_every_tried_alpha_in_order():
     assert exact[0.4] < exact[0.6] < exact[0.8]
     target = (exact[0.6] + exact[0.4]) / 2
     report = derive([searched(target)], "t")
-    table = search_table(report)
+    table = alpha_table(report)
     shown = [[cell.main for cell in row] for row in table.rows]
     assert [row[1:3] for row in shown] == [["0.4", "configured"], ["0.8", "configured"], ["0.6", "no. 1"]]
     assert [row[-1] for row in shown] == ["misses", "reaches", "reaches"]
     assert [row[3] for row in shown] == [f"{exact[alpha]:.2f}" for alpha in (0.4, 0.8, 0.6)]
     steps = {model.alpha: model.compute["steps"].mean for model in report.of("undo")}
     assert [row[4] for row in shown] == [f"{steps[alpha]:.2f}" for alpha in (0.4, 0.8, 0.6)]
-    (said,) = search_sentences(report)
+    (said,) = alpha_sentences(report)
     assert (
         f"cheapest tried alpha that reached R = {target:g} is 0.6" in said and "0.4, missed it" in said and UNSURE not in said
     )
@@ -59,7 +59,7 @@ def test_a_try_is_predicted_from_what_was_tried_before_it():
     report = derive([searched(0.5, tried=(0.2, 0.8, 0.6, 0.7))], "t")
     exact = outcomes(searched(0.5, tried=(0.2, 0.8, 0.6, 0.7)))
     flops = {model.alpha: model.entries[0]["training"]["flops"] for model in report.of("undo")}
-    rows = {row[1].main: row for row in search_table(report).rows}
+    rows = {row[1].main: row for row in alpha_table(report).rows}
     assert [rows[alpha][7].main for alpha in ("0.2", "0.8")] == ["–", "–"], "a configured alpha is not predicted"
     for alpha, low, share in (("0.6", 0.2, 2 / 3), ("0.7", 0.6, 1 / 2)):
         r, spent = rows[alpha][7:9]
@@ -72,14 +72,14 @@ def test_a_try_is_predicted_from_what_was_tried_before_it():
 def test_it_marks_an_interval_that_contains_the_target():
     exact = outcomes(searched(0.5))
     report = derive([searched(exact[0.6] - 0.001)], "t")
-    marked = {row[1].main for row in search_table(report).rows if row[-1].marks}
-    assert marked == {"0.6"} and UNSURE in search_sentences(report)[0] and UNSURE in search_table(report).notes.values()
+    marked = {row[1].main for row in alpha_table(report).rows if row[-1].marks}
+    assert marked == {"0.6"} and UNSURE in alpha_sentences(report)[0] and UNSURE in alpha_table(report).notes.values()
 
 
 def test_it_says_that_none_reached_and_which_was_not_repaired():
     report = derive([searched(3.0, censored=(0.8,))], "t")
-    assert [row[-1].main for row in search_table(report).rows] == ["misses", "not repaired", "misses"]
-    (said,) = search_sentences(report)
+    assert [row[-1].main for row in alpha_table(report).rows] == ["misses", "not repaired", "misses"]
+    (said,) = alpha_sentences(report)
     assert said.startswith("No tried alpha up to 0.8 reached R = 3") and "α = 0.6" in said and "because the reason" in said
 
 
@@ -88,8 +88,8 @@ def test_it_says_where_r_falls_again():
     weak, strong = (next(m for m in values["models"] if m["alpha"] == alpha) for alpha in (0.4, 0.8))
     weak["attack"], strong["attack"] = strong["attack"], weak["attack"]
     exact = outcomes(values)
-    values["search"]["target"] = (exact[0.4] + exact[0.6]) / 2
-    assert "at 0.6, 0.8 it is below the target again" in search_sentences(derive([values], "t"))[0]
+    values["alpha_search"]["target"] = (exact[0.4] + exact[0.6]) / 2
+    assert "at 0.6, 0.8 it is below the target again" in alpha_sentences(derive([values], "t"))[0]
 
 
 def test_without_data_filtering_the_random_student_is_the_control():
@@ -99,7 +99,7 @@ def test_without_data_filtering_the_random_student_is_the_control():
     worst = {model.name: model.worst[100].mean for model in report.models if model.worst}
     expected = (worst["undo-0.6"] - worst["unlearn"]) / (worst["random"] - worst["unlearn"])
     assert (
-        outcomes(values)[0.6] == pytest.approx(expected) and search_table(report).headers[3][1] == "against the random student"
+        outcomes(values)[0.6] == pytest.approx(expected) and alpha_table(report).headers[3][1] == "against the random student"
     )
     without = copy.deepcopy(values)
     without["models"] = [model for model in without["models"] if model["kind"] != "random"]
@@ -113,5 +113,5 @@ def test_seeds_that_tried_other_alphas_share_a_report():
         values["config"]["noise"] = {"alphas": [0.4, 0.8]}
         values["config"]["target_robustness"] = 0.5 + 0.1 * values["seed"]
     report = derive(several, "t")
-    assert [row[0].main for row in search_table(report).rows] == ["0"] * 3 + ["1"] * 3
-    assert [sentence[:7] for sentence in search_sentences(report)] == ["Seed 0:", "Seed 1:"]
+    assert [row[0].main for row in alpha_table(report).rows] == ["0"] * 3 + ["1"] * 3
+    assert [sentence[:7] for sentence in alpha_sentences(report)] == ["Seed 0:", "Seed 1:"]
