@@ -6,7 +6,7 @@ import pytest
 from sweep_results import results as run
 
 from undo_core.report import derive
-from undo_core.report.alpha_search import UNSURE, outcomes, alpha_sentences, alpha_table
+from undo_core.report.alpha_search import UNSURE, alpha_sentences, alpha_table, outcomes
 from undo_core.report.attacks import Point
 from undo_core.report.page import render
 from undo_core.report.robustness import Z, ratio_of_robustness, robustness_point
