@@ -113,11 +113,17 @@ def _flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, f
     layers, settings = find_layers(model), config.cir
     widths = [p.shape for named in trained_parameters(layers, settings, "cir").values() for p in named.values()]
     projections = sum(4.0 * (a + b) * (max(settings.inputs, settings.gradients) + 1) for a, b in widths)
-    whole = forward_flops(model, length)
+    whole, first, last = forward_flops(model, length), settings.first_layer, settings.target_layer
     return {
-        "forget": below + 3 * within + matrices + projections,
-        "retain": 2 * whole - below + matrices if config.retain_weight else 0.0,
+        "forget": below + 3 * within + _scores(model, length, list(layers[first:last])) + matrices + projections,
+        "retain": 2 * whole - below + _scores(model, length, list(layers[first:])) + matrices if config.retain_weight else 0.0,
     }
+
+
+def _scores(model: PreTrainedModel, length: int, layers: list[nn.Module]) -> float:
+    """FLOPs of the attention scores of layers, which cost twice as much backward as forward."""
+    linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return forward_flops(model, length, layers) - 2.0 * linear
 
 
 def _reference_flops(model: PreTrainedModel, config: Settings, length: int) -> dict[str, float]:
