@@ -112,6 +112,8 @@ class SearchConfig:
         settled = dataclasses.replace(self, like=self.like or headline)
         if not settled._like.trains:
             raise ValueError(f"like.kind: got {settled._like.kind}, which trains nothing; wanted finetune or lora")
+        if not settled._like.evaluate_at[-1]:
+            raise ValueError("like.evaluate_at: got [0], wanted at least one step, which the budget multiplies")
         for point in settled.corners():
             settled.attack(point)
         least = self.steps[0] * max(settled.cost(point) // point["steps"] for point in settled.corners())

@@ -94,9 +94,9 @@ class Attacked:
         entry = self.entry(store)
         names = {self.stage(trial).name: trial.name for trial in self._grown(store)[0]}
         curves = [{**curve, "setting": names[curve["stage"]]} for curve in entry["curves"]]
-        headline = (
-            self.config.headline_step if isinstance(self.config, AttackConfig) and self.config.trains else entry["steps"][-1]
-        )
+        headline = entry["steps"][-1]
+        if isinstance(self.config, AttackConfig) and self.config.trains:
+            headline = self.config.headline_step
         facts: dict[str, Any] = {}
         if isinstance(self.config, SearchConfig):
             (stage,) = self.stages()

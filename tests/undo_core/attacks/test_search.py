@@ -136,6 +136,8 @@ def test_a_search_that_no_budget_or_precision_allows_is_refused():
         SearchConfig().along(dataclasses.replace(HEADLINE, precision="bfloat16-stochastic"))
     with pytest.raises(ValueError, match=r"like.kind: got fewshot, which trains nothing"):
         SearchConfig(like=AttackConfig(kind="fewshot")).along(HEADLINE)
+    with pytest.raises(ValueError, match=r"like.evaluate_at: got \[0\], wanted at least one step"):
+        SearchConfig(like=AttackConfig(evaluate_at=[0], headline_step=0)).along(HEADLINE)
 
 
 def test_without_optuna_the_error_names_the_extra(monkeypatch):

@@ -149,7 +149,7 @@ curves = st.integers(2, 6).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(curves, min_size=1, max_size=3), st.lists(curves, min_size=1, max_size=3), st.sampled_from([0.25, 0.5, 0.75]))
 def test_only_relative_flops_count(model, reference, level):
     """A unit of FLOPs cancels; any monotone rescaling moves a crossing with it; the value lies in its interval."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class Search(TrainingStage):
         chosen = tried[best].curve[tried[best].best]
         shown = {name: chosen[name] for name in ("forget", "retain")}
         curve = [{"step": self.config.evaluations[-1], **shown}]
-        return {"curve": curve, "best": best, "trials": trials, "flops": sum(own["flops"] for own in facts)}
+        spent = sum(own["flops"] for own in facts)
+        return {"curve": curve, "best": best, "trials": trials, "flops": spent, "optuna": importlib.metadata.version("optuna")}
 
     def _facts(self, number: int, attack: AttackConfig, work: Work) -> dict[str, Any]:
         """The curve of a trial and what it took, from its file if it is finished, else computed."""
