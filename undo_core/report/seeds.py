@@ -85,11 +85,11 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
 
     The smallest of m p-values is multiplied by m, the next by m - 1 and so on; none becomes smaller than the one before it.
     """
-    known = [(found.p, index) for index, found in enumerate(differences) if found is not None and found.p is not None]
+    known = [(found.p, index, found) for index, found in enumerate(differences) if found is not None and found.p is not None]
     result, least = list(differences), 0.0
-    for rank, (p, index) in enumerate(sorted(known)):
+    for rank, (p, index, found) in enumerate(sorted(known, key=lambda entry: entry[:2])):
         least = max(least, min(1.0, (len(known) - rank) * p))
-        result[index] = dataclasses.replace(differences[index], corrected=least)
+        result[index] = dataclasses.replace(found, corrected=least)
     return result
 
 
