@@ -71,7 +71,7 @@ def _run_here(config: PreTrainedConfig, where: str) -> None:
     for part in parts:
         parts += [sub for name in part.sub_configs if (sub := getattr(part, name, None)) is not None]
     names = {getattr(part, name, None) for part in parts for name in ("_attn_implementation", "_experts_implementation")}
-    if absent := sorted(names.difference(_HERE)):
+    if absent := sorted(map(str, names.difference(_HERE))):
         warnings.warn(f"{where}: got {', '.join(absent)}; the model runs with what this machine has", stacklevel=3)
         config._attn_implementation = config._experts_implementation = None  # of all parts
     for part in parts:
