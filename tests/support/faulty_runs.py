@@ -140,9 +140,11 @@ class Finished:
         return [*reversed(first.values()), RESULTS]
 
     def without(self, stage: str, folder: Path) -> Path:
-        """Copies the run to ``folder``, without this stage."""
+        """Copies the run to ``folder``, without this stage; and without the trials of a grid, or nobody would build it again."""
         shutil.rmtree(folder, ignore_errors=True)
-        left_out = ("results-*", "report", "evaluations") if stage == RESULTS else (stage,)
+        manifests = self.folder.glob("out/stages/relearn-*/manifest.json")
+        trials = [path.parent.name for path in manifests if read_json(path)["inputs"].get("grid", {}).get("folder") == stage]
+        left_out = ("results-*", "report", "evaluations") if stage == RESULTS else (stage, *trials)
         return Path(shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns(*left_out)))
 
     def compare(self, folder: Path, what: str) -> None:
