@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from undo_core.attacks.intervention import check_numbers
 from undo_core.training.config import OptimizerName
 
 Point = dict[str, Any]  # the searched settings of one trial
-# Settings of ``like`` that change the result of a trial; the others are searched, or derived from what is.
+# Settings of ``like`` that change the result of a trial; the others are searched, derived from what is, or without effect on it.
 HELD = (
     *("micro_batch_size", "clip", "weight_decay", "beta1", "precision"),
     *("step_in_backward", "activation_checkpointing", "attention"),
@@ -74,13 +75,13 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_numbers("budget", [self.budget], 0, math.inf, above=True)
-        check_numbers("rates", self.rates, 0, math.inf, above=True)
-        for name, low in (("steps", 1), ("batch_sizes", 1), ("ranks", 0)):
+        for name, low in (("batch_sizes", 1), ("ranks", 0)):
             check_numbers(name, getattr(self, name), low, math.inf)
-        for name in ("rates", "steps"):
+        for name in ("rates", "steps"):  # equal ends hold the setting
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1]:
                 raise ValueError(f"{name}: got {ends}, wanted the lowest and the highest")
+            check_numbers(name, sorted(set(ends)), 0, math.inf, above=True)
         check_numbers("warmups", self.warmups, 0, 1)
         check_numbers("scalings", self.scalings, 0, math.inf, above=True)
         check_numbers("retain_shares", self.retain_shares, 0, 1)
@@ -115,7 +116,8 @@ class SearchConfig:
         if not settled._like.evaluate_at[-1]:
             raise ValueError("like.evaluate_at: got [0], wanted at least one step, which the budget multiplies")
         for point in settled.corners():
-            settled.attack(point)
+            for size, share in itertools.product(self.batch_sizes, self.retain_shares):
+                settled.attack({**point, "batch_size": size, "retain_share": share})
         least = self.steps[0] * max(settled.cost(point) // point["steps"] for point in settled.corners())
         if settled.compute < least:
             wanted = least / settled.compute * self.budget
@@ -178,6 +180,8 @@ class SearchConfig:
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("kind", "budget", "like")}
         adapters = {name: value for name, value in self._like.lora.recorded().items() if name not in ("rank", "alpha")}
         held = {name: getattr(self._like, name) for name in HELD}
+        if self._like.text:  # left out without, as in the attacks that train
+            held["text"] = dataclasses.asdict(self._like.text)
         return {**own, "compute": self.compute, "like": {**held, "lora": adapters}}
 
     @property

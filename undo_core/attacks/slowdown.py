@@ -72,7 +72,8 @@ class Slowdown:
     Attributes:
         amount: interval of the FLOPs or steps after which the model reaches the level.
         ratio: interval of the slowdown; ``low`` is 0 if the reference never reaches the level, ``high`` infinite if the model
-            never does or if the reference may do so at once. Nothing is known, 0 to infinity, if neither reaches it.
+            never does or if the reference may do so at once. It is 0 to infinity if neither reaches it, and if both may do so
+            at once.
         value: the slowdown with both counted at the first evaluation that reaches the level; None if one never does.
     """
 
@@ -82,8 +83,8 @@ class Slowdown:
 
     @property
     def unknown(self) -> bool:
-        """Whether neither the model nor the reference reaches the level."""
-        return self.ratio == UNKNOWN
+        """Whether nothing is known, because neither the model nor the reference reaches the level."""
+        return self.ratio == UNKNOWN and self.value is None
 
     def to_json(self) -> dict[str, Any]:
         """The attributes as JSON values."""

@@ -96,13 +96,7 @@ def graph_of(config: RunConfig) -> Graph:
     """
     prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
-    run = _Run(config, prepared)
-    models = list(run.models())
-    models += run.students({model.kind: model for model in models})
-    for name, times in collections.Counter(model.name for model in models).items():
-        if times > 1:
-            raise ValueError(f"students: got the name {name}, which another model of the run has, wanted another name")
-    return Graph(prepared, run.teacher, models)
+    return _graph(config, prepared)
 
 
 def with_alphas(graph: Graph, config: RunConfig, alphas: list[float]) -> Graph:
@@ -111,8 +105,18 @@ def with_alphas(graph: Graph, config: RunConfig, alphas: list[float]) -> Graph:
     if damage.alphas is None:
         damage = dataclasses.replace(damage, alphas=config.noise.alphas)
     wider = dataclasses.replace(config, noise=dataclasses.replace(config.noise, alphas=alphas), damage=damage)
-    run = _Run(wider, graph.prepared)
-    return Graph(graph.prepared, run.teacher, list(run.models()))
+    return _graph(wider, graph.prepared)
+
+
+def _graph(config: RunConfig, prepared: Prepare) -> Graph:
+    """Returns the graph of the run on these data: its own models, then the further students."""
+    run = _Run(config, prepared)
+    models = list(run.models())
+    models += run.students({model.kind: model for model in models})
+    for name, times in collections.Counter(model.name for model in models).items():
+        if times > 1:
+            raise ValueError(f"students: got the name {name}, which another model of the run has, wanted another name")
+    return Graph(prepared, run.teacher, models)
 
 
 class _Run:

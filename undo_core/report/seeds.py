@@ -4,7 +4,7 @@ A seed is the unit that is drawn: its value holds what data, training, attack an
 are compared by the differences of the seeds that both have. A difference counts as an order only if
 
 - its bootstrap interval over the seeds does not contain 0, and
-- Student's paired t-test gives p < 0.05 after Holm's correction for all comparisons of its table.
+- Student's paired t-test gives p < 0.05 after Holm's correction for all comparisons of the same quantity, a column of the table.
 
 The bootstrap (Efron 1979) is enumerated exactly for up to :data:`EXACT` seeds. With up to five seeds the interval of a median is the
 range of the seeds; the range of n seeds holds the true median with the probability 1 - 2^(1 - n): 75 % for three, 94 % for five.
@@ -81,7 +81,7 @@ def paired(one: Sequence[Point], other: Sequence[Point]) -> Difference | None:
 
 
 def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
-    """The differences of one table with Holm's correction over all of its tests (Holm 1979).
+    """The differences in one quantity with Holm's correction over all of its tests (Holm 1979).
 
     The smallest of m p-values is multiplied by m, the next by m - 1 and so on; none becomes smaller than the one before it.
     """

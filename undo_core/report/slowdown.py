@@ -126,7 +126,8 @@ def explanation(report: Report) -> str:
         f"FLOPs after which the best attack first brings a model to a level, divided by those of {reference_label(report)}, "
         "which never had the capability: 1 means that starting from the model saves an attacker nothing. Levels are shares of the way "
         "from the reference, before any attack, to the original. Counted at the first evaluation that reaches the level; the "
-        "interval below follows from the evaluations between which it lies. ≥: the model did not reach the level within its budget; "
+        "interval below follows from the evaluations between which it lies. ≥: the model did not reach the level within its budget or, "
+        "in an interval, the reference reached it by its first evaluation; "
         f"≤: the reference did not.{seeds}"
     )
 

@@ -10,6 +10,7 @@ import pytest
 
 from undo_core.attacks.config import NEEDS, AttackConfig, LoraConfig
 from undo_core.attacks.search import SearchConfig, Tried, best_useful, search, settled_attacks
+from undo_core.attacks.text import AttackTextConfig
 
 needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
 HEADLINE = AttackConfig(rates=[1e-3, 1e-2], evaluate_at=[0, 10, 100], headline_step=100, batch_size=8, clip=0.5, seeds=2)
@@ -113,11 +114,46 @@ def test_a_search_is_like_the_headline_attack_unless_it_names_another():
     assert same["like"]["clip"] == 0.5 and same["compute"] == 2 * 9600
 
 
+def test_the_key_of_a_search_tells_every_setting_of_like_that_changes_a_trial():
+    """A setting that an attack gains later is told too, or is named here as searched, derived or without effect."""
+    other = {
+        **{"micro_batch_size": 2, "clip": 2.0, "weight_decay": 0.5, "beta1": 0.5, "precision": "bfloat16"},
+        **{"step_in_backward": True, "activation_checkpointing": True, "attention": "eager"},
+        **{"lora": LoraConfig(targets=["q_proj"]), "text": AttackTextConfig(forget_part=0.5)},
+    }
+    decided = {"kind", "rates", "evaluate_at", "ladder", "headline_step", "extend", "mix", "batch_size", "warmup", "optimizer"}
+    decided |= {"shots", "bits", "group_size", "save", "together", "seeds", "seed"}
+    assert {field.name for field in dataclasses.fields(AttackConfig)} == other.keys() | decided
+    plain = SearchConfig(retain_shares=[0.5]).along(HEADLINE).settings()
+    for name, value in other.items():
+        told = SearchConfig(retain_shares=[0.5]).along(dataclasses.replace(HEADLINE, **{name: value})).settings()
+        assert told != plain, name
+
+
+def test_a_text_that_some_trial_would_not_train_on_is_refused_before_any_trial():
+    near = dataclasses.replace(HEADLINE, mix={"forget": 0.5, "retain": 0.5}, text=AttackTextConfig(retain_near=0.1))
+    with pytest.raises(ValueError, match=r"text.retain_near: got 0.1 with a mix without retain"):
+        SearchConfig().along(near)
+    with pytest.raises(ValueError, match=r"text.retain_near: got 0.1 with a mix without retain"):
+        SearchConfig(batch_sizes=[1, 8], retain_shares=[0.25]).along(near)
+    assert SearchConfig(batch_sizes=[8], retain_shares=[0.25]).along(near).like == near
+
+
+def test_equal_ends_hold_a_setting():
+    config = SearchConfig(rates=[1e-3, 1e-3], steps=[30, 30], budget=5.0, seed=3).along(HEADLINE)
+    assert config.steps == [30, 30] and config.rates == [1e-3, 1e-3]
+    if importlib.util.find_spec("optuna"):
+        points = [each.point for each in search(config, attempt, True)]
+        assert len(points) > 2 and {(point["rate"], point["steps"]) for point in points} == {(1e-3, 30)}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"budget": 0.0}, "budget: got .* wanted different numbers above 0"),
         ({"rates": [1e-3]}, "rates: got .* wanted the lowest and the highest"),
+        ({"rates": [0.0, 1e-3]}, "rates: got .* above 0"),
+        ({"steps": [0, 0]}, "steps: got .* above 0"),
         ({"steps": [100, 10]}, "steps: got .* wanted the lowest and the highest"),
         ({"optimizers": []}, "optimizers: got .*, wanted at least one"),
         ({"retain_shares": [1.5]}, "retain_shares: got .* from 0 to 1"),

@@ -69,6 +69,8 @@ def test_a_slowdown_is_an_interval_of_quotients():
     before = slowdown(Interval(0, 0), Interval(100, 200))
     assert (before.ratio, before.value) == (Interval(0.0, 0.0), 0.0)
     assert slowdown(Interval(10, 20), Interval(0, 0)).unknown
+    first = slowdown(Interval(0, 20), Interval(0, 10))
+    assert (first.ratio, first.value) == (Interval(0.0, math.inf), 2.0) and not first.unknown, "both reach it, at no known time"
 
 
 def test_slowdowns_of_results_by_hand():

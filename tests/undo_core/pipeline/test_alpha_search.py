@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.io.files import read_json
@@ -22,6 +23,7 @@ from undo_core.pipeline.config import (
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import missing_stages, searched
 from undo_core.pipeline.stages import Distill, Noise, Pretrain, Relearn, Unlearn
+from undo_core.pipeline.student_config import StudentConfig
 from undo_core.report.alpha_search import outcomes
 from undo_core.report.metrics import derive
 from undo_core.training import TrainConfig
@@ -141,6 +143,17 @@ def config(output="unused", **changes) -> RunConfig:
         "controls": ControlsConfig(random=False),
     }
     return RunConfig(**{**values, **changes})
+
+
+def test_further_students_stay_in_a_run_that_tries_more_alphas():
+    own = StudentConfig(alpha=0.4, rules=[NoiseRule("embeddings", alpha=0.2)])
+    settings = config(students={"own": own}, alpha_tries=1)
+    graph, store = graph_of(settings), Answers(forget_of)
+    while stages := missing_stages(store, settings, graph):
+        store.finished |= {stage.key for stage in stages}
+    grown = searched(store, settings, graph)
+    assert [m.alpha for m in grown.models if m.kind == "undo"] not in ([], [0.4, 0.8]), "one more was tried"
+    assert [m for m in grown.models if m.kind == "damaged"] == [m for m in graph.models if m.kind == "damaged"] != []
 
 
 @pytest.mark.parametrize("controls", [{"random": False}, {"filter": False}], ids=["filter", "random"])

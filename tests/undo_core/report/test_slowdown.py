@@ -66,6 +66,8 @@ def test_a_cell_says_what_is_known():
     assert cell(((10, 20), (1000, math.inf))).main == "≤ 0.02"
     assert (neither := cell(((1000, math.inf), (1000, math.inf)))).main == "n/a" and neither.marks
     assert cell(((0, 0), (100, 200))).main == "0"
+    first = cell(((0, 20), (0, 10)))
+    assert (first.main, first.spread, first.marks) == ("2", "", ""), "no note that neither reaches what both reach"
 
 
 def test_a_median_over_seeds_lies_between_the_medians_of_the_ends():
