@@ -202,6 +202,16 @@ def test_what_it_cannot_go_with_is_named(tokenizer, sequences):
         Prompts(sequence_source(packed, 4, 0), OnPolicyConfig(1.0, 1.0), 1, 0)(0)
 
 
+def test_a_student_without_keys_and_values_is_refused_before_the_first_step(tokenizer, sequences):
+    """Its first on-policy step may come after hours."""
+    student = build_model({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, tokenizer, 0)
+    mix, steps = OnPolicyConfig(last=1.0), TrainConfig(steps=4, batch_size=4)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=r"^on_policy: got MambaForCausalLM, wanted a model that keeps the keys and values"):
+        distill(student, sharp("llama", tokenizer), sequences, steps, on_policy=mix, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_keys_flops_memory_and_advice_know_it(tokenizer):
     """A mix of 0 leaves the key as it was; drawing costs one more forward pass in its share of the steps."""
     settings = {"train": TrainConfig(steps=10, batch_size=8), "recover": None}
