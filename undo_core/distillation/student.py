@@ -90,7 +90,7 @@ def distill(
     known.check(text)
     on_policy = on_policy or OnPolicyConfig()
     if on_policy:
-        on_policy.check(getattr(known, "kind", ""))
+        on_policy.check(getattr(known, "kind", ""), int(text.lengths.max()) if isinstance(text, Sequences) else None)
         if distributed.tensor() > 1:
             raise ValueError(
                 f"parallel.tensor: got {distributed.tensor()} with on_policy, wanted 1: it draws from a whole head"
