@@ -17,6 +17,7 @@ import torch
 from undo_core.data.sequences import Sequences
 
 PRIOR = 0.5
+ROWS = 4096  # sequences that are held in float64 at a time
 
 
 def characteristic(forget: Sequences, retain: Sequences, vocabulary: int) -> torch.Tensor:
@@ -37,15 +38,18 @@ def nearest(retain: Sequences, forget: Sequences, share: float) -> torch.Tensor:
     """
     vocabulary = 1 + max(retain.largest_id(), forget.largest_id())
     ratio = _log_odds(_counts(forget, vocabulary), _counts(retain, vocabulary))
-    text = retain.text_mask()
-    scores = (ratio[retain.input_ids.long()] * text).sum(1) / text.sum(1).clamp_min(1)
+    blocks = torch.arange(len(retain)).split(ROWS)
+    scores = torch.cat([(ratio[retain.input_ids[rows].long()] * retain.text_mask(rows)).sum(1) for rows in blocks])
+    scores /= retain.lengths.clamp_min(1)
     count = max(1, round(share * len(retain)))
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _counts(sequences: Sequences, vocabulary: int) -> torch.Tensor:
-    tokens = sequences.input_ids[sequences.text_mask()].long()
-    return torch.bincount(tokens, minlength=vocabulary).double()
+    total = torch.zeros(vocabulary, dtype=torch.float64)
+    for rows in torch.arange(len(sequences)).split(ROWS):
+        total += torch.bincount(sequences.input_ids[rows][sequences.text_mask(rows)].long(), minlength=vocabulary)
+    return total
 
 
 def _log_odds(forget: torch.Tensor, retain: torch.Tensor) -> torch.Tensor:

@@ -53,12 +53,21 @@ class OnPolicyConfig:
         """Whether any step can be on-policy."""
         return self.first > 0 or self.last > 0
 
-    def check(self, kind: str) -> None:
-        """Raises a ValueError for a teacher whose outputs are stored: it knows nothing of new text."""
+    def check(self, kind: str, longest: int | None = None) -> None:
+        """Raises a ValueError for a teacher whose outputs are stored, which knows nothing of new text, or for text without room.
+
+        Args:
+            kind: of the teacher.
+            longest: tokens of the longest sequence, if it is known.
+        """
         if self and kind in ("cached", "topk"):
             raise ValueError(
                 f"on_policy: got shares {self.first:g} to {self.last:g} with a {kind} teacher, which cannot score what the student "
                 "draws; wanted a resident or streamed teacher"
+            )
+        if self and longest is not None and longest <= self.prompt:
+            raise ValueError(
+                f"on_policy.prompt: got {self.prompt} for text of at most {longest} tokens, wanted fewer than these: nothing would be drawn"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -95,6 +104,7 @@ class Prompts:
                 raise ValueError(
                     f"on_policy: got text with {name}, wanted whole sequences that are padded on the right, without it"
                 )
+        self.config.check("", batch.input_ids.shape[1])
         drawn = torch.arange(batch.input_ids.shape[1]) >= self.config.prompt
         generator = torch.Generator().manual_seed(int(hash_json(["on-policy", self.seed, step])[:15], 16))
         uniform = torch.rand(len(batch.input_ids), len(drawn) - 1, generator=generator, dtype=torch.float64)

@@ -21,7 +21,7 @@ from undo_core.distillation.on_policy import OnPolicyConfig, Prompts, continued
 from undo_core.distillation.teacher import ModelTeacher, Teacher, as_teacher, teacher_identity
 from undo_core.distributed.sharding import shard
 from undo_core.distributed.vocabulary import divide, divided
-from undo_core.models import Head, check_vocab_size, head_of, vocabulary_of
+from undo_core.models import Head, check_continues, check_vocab_size, head_of, vocabulary_of
 from undo_core.training import Batch, Source, TrainConfig, TrainResult, as_source, train
 from undo_core.training.losses import HiddenTargets, Match, distillation
 
@@ -90,11 +90,12 @@ def distill(
     known.check(text)
     on_policy = on_policy or OnPolicyConfig()
     if on_policy:
-        on_policy.check(getattr(known, "kind", ""))
+        on_policy.check(getattr(known, "kind", ""), int(text.lengths.max()) if isinstance(text, Sequences) else None)
         if distributed.tensor() > 1:
             raise ValueError(
                 f"parallel.tensor: got {distributed.tensor()} with on_policy, wanted 1: it draws from a whole head"
             )
+        check_continues(student)  # now, because the first on-policy step may be late
     limits = limits_of(student, *([known.model] if isinstance(known, ModelTeacher) else []))
     match = None
     if hidden_weight:

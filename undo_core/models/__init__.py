@@ -3,6 +3,7 @@
 from undo_core.models.heads import (
     Head,
     UnsupportedHead,
+    check_continues,
     check_isolation,
     continued_states,
     evaluating,
@@ -35,6 +36,7 @@ __all__ = [
     "architecture",
     "attention_of",
     "build_model",
+    "check_continues",
     "check_isolation",
     "check_vocab_size",
     "configuration",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from undo_kernels.ops.checks import is_dtensor
 
@@ -219,6 +219,26 @@ def continued_states(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any
     if cache.get_seq_length() != before + input_ids.shape[1]:
         raise ValueError(f"model: got {type(model).__name__}, which does not keep keys and values in a DynamicCache")
     return hidden
+
+
+@torch.no_grad()
+def check_continues(model: PreTrainedModel) -> None:
+    """Checks that :func:`continued_states` works for ``model``, on two tokens.
+
+    Raises:
+        ValueError: the model keeps no keys and values (a state-space model, for example), or not in a ``DynamicCache``.
+    """
+    model = bare(model)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        cache = DynamicCache(config=model.config)
+        with evaluating(model):
+            for _ in range(2):
+                continued_states(model, token, cache)
+    except (AttributeError, TypeError, ValueError) as error:  # transformers' caches and models have no common one
+        raise ValueError(
+            f"on_policy: got {type(model).__name__}, wanted a model that keeps the keys and values of earlier tokens in a DynamicCache"
+        ) from error
 
 
 @torch.no_grad()

@@ -44,5 +44,6 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.data_ptr() in held:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             held.add(parameter.data_ptr())
+    result.get_input_embeddings().padding_idx = getattr(model.get_input_embeddings(), "padding_idx", None)  # see load_model
     result.generation_config = model.generation_config
     return result.to(output.weight.device)

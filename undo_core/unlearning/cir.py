@@ -271,11 +271,18 @@ def _recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[torch.
 
 
 def principal(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """Orthonormal basis ``[d, count + 1]`` of the mean and the leading principal components of ``vectors`` ``[n, d]``."""
+    """Orthonormal basis of the mean and the leading principal components of ``vectors`` ``[n, d]``: at most ``count + 1`` columns.
+
+    The columns of directions that the vectors do not have, because they are few or span less, are 0: LAPACK's choice there means nothing.
+    """
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     mean = vectors.mean(0, keepdim=True)
-    components = torch.linalg.svd(vectors - mean, full_matrices=False).Vh[:count]
-    return torch.linalg.qr(torch.cat([mean, components]).T).Q.contiguous()
+    _, sizes, components = torch.linalg.svd(vectors - mean, full_matrices=False)
+    rounding = max(vectors.shape) * torch.finfo(vectors.dtype).eps
+    there = sizes > rounding * torch.linalg.matrix_norm(vectors)
+    directions = torch.cat([mean, (components * there[:, None])[:count]])
+    basis, left = torch.linalg.qr(directions.T)
+    return torch.where(left.diagonal().abs() > rounding * directions.norm(dim=1), basis, 0.0).contiguous()
 
 
 @contextlib.contextmanager

@@ -202,6 +202,39 @@ def test_what_it_cannot_go_with_is_named(tokenizer, sequences):
         Prompts(sequence_source(packed, 4, 0), OnPolicyConfig(1.0, 1.0), 1, 0)(0)
 
 
+def test_a_prompt_that_leaves_nothing_to_draw_is_refused(tokenizer, sequences):
+    """Such a step would train on nothing, and say nothing."""
+    longest = int(sequences.lengths.max())
+    student, mix = sharp("llama", tokenizer), OnPolicyConfig(last=1.0, prompt=longest)
+    wanted = rf"^on_policy\.prompt: got {longest} for text of at most {longest} tokens, wanted fewer"
+    with pytest.raises(ValueError, match=wanted):
+        distill(student, copy.deepcopy(student), sequences, TrainConfig(steps=4, batch_size=4), on_policy=mix, progress=False)
+    wide = OnPolicyConfig(1.0, 1.0, prompt=sequences.length)
+    with pytest.raises(ValueError, match=r"^on_policy\.prompt: got"):  # a function of the step shows its text only then
+        Prompts(sequence_source(sequences, 4, 0), wide, 1, 0)(0)
+
+
+def test_a_step_of_texts_that_the_prompt_holds_whole_leaves_the_student(tokenizer, sequences):
+    """Some texts are longer; a batch of short ones has a loss of 0 and no gradient."""
+    short = Sequences(sequences.input_ids, 0, lengths=torch.tensor([3] * (len(sequences) - 1) + [sequences.length]))
+    student, teacher = sharp("llama", tokenizer), sharp("llama", tokenizer, seed=7)
+    before = copy.deepcopy(student.state_dict())
+    config = TrainConfig(steps=1, batch_size=4, lr=1e-2, weight_decay=0.0)
+    result = distill(student, teacher, short, config, on_policy=OnPolicyConfig(1.0, 1.0, prompt=3), progress=False)
+    assert result.tokens == {"text": 0}
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_student_without_keys_and_values_is_refused_before_the_first_step(tokenizer, sequences):
+    """Its first on-policy step may come after hours."""
+    student = build_model({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, tokenizer, 0)
+    mix, steps = OnPolicyConfig(last=1.0, prompt=3), TrainConfig(steps=4, batch_size=4)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=r"^on_policy: got MambaForCausalLM, wanted a model that keeps the keys and values"):
+        distill(student, sharp("llama", tokenizer), sequences, steps, on_policy=mix, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_keys_flops_memory_and_advice_know_it(tokenizer):
     """A mix of 0 leaves the key as it was; drawing costs one more forward pass in its share of the steps."""
     settings = {"train": TrainConfig(steps=10, batch_size=8), "recover": None}

@@ -47,6 +47,14 @@ def test_untying(kind, tmp_path):
     assert again.get_input_embeddings().weight.abs().max() > 0
 
 
+def test_a_token_that_ends_texts_and_pads_goes_on_being_trained(tmp_path):
+    """The loaded model trains its embedding; transformers' own model of the configuration would leave it as it is."""
+    model_of("llama", tie_word_embeddings=True, pad_token_id=2, eos_token_id=2).save_pretrained(tmp_path)
+    apart = untied(load_model(tmp_path))
+    apart(input_ids=torch.tensor([[3, 2, 4]])).logits.sum().backward()
+    assert apart.get_input_embeddings().weight.grad[2].abs().max() > 0
+
+
 def test_a_head_of_its_own_is_refused():
     with pytest.raises(
         ValueError, match="untie: got a LlamaForCausalLM whose head shares no weight, wanted one with a tied head"

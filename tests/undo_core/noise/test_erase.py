@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from undo_core.data import characteristic as characteristic_text
 from undo_core.data.characteristic import characteristic, nearest
 from undo_core.data.sequences import Sequences
 from undo_core.noise.erase import EraseConfig, erase_
@@ -50,7 +51,9 @@ def test_a_token_that_only_the_forget_text_has_comes_before_a_frequent_one():
     assert characteristic(sequences(forget), sequences(retain), 10).argsort(descending=True)[:2].tolist() == [9, 3]
 
 
-def test_nearest_sequences():
+@pytest.mark.parametrize("rows", [2, 4096])
+def test_nearest_sequences(rows, monkeypatch):
+    monkeypatch.setattr(characteristic_text, "ROWS", rows)  # a block, of which the last is not full
     ratios = by_hand(vocabulary=8)
     means = [sum(ratios[token] for token in row) / len(row) for row in RETAIN]
     order = sorted(range(len(RETAIN)), key=lambda i: -means[i])

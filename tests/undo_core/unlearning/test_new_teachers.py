@@ -189,6 +189,19 @@ def test_principal_directions_are_the_mean_and_the_eigenvectors_of_the_covarianc
     assert float((got.T @ got - torch.eye(4)).norm()) < 100 * unit()
 
 
+@pytest.mark.parametrize(
+    ("rank", "tokens", "shift"), [(3, 100, 2.0), (3, 100, 0.0), (3, 2, 2.0), (1, 100, 0.0), (0, 10, 2.0), (0, 10, 0.0)]
+)
+def test_directions_that_the_vectors_do_not_have_are_not_collapsed(rank, tokens, shift):
+    """They would be LAPACK's choice, which means nothing and may differ among machines."""
+    generator = torch.Generator().manual_seed(1)
+    space = torch.linalg.qr(torch.randn(16, 4, generator=generator)).Q
+    x = torch.randn(tokens, rank, generator=generator) @ space[:, :rank].T + shift * space[:, 3]
+    got, wanted = principal(x, 6).double(), torch.linalg.matrix_rank(x.double(), rtol=1e-5) if x.any() else 0
+    assert float(((got @ got.T) @ x.double().T - x.double().T).norm()) < 1e-4, "all that they have is collapsed"
+    assert float((got @ got.T).trace()) == pytest.approx(float(wanted), abs=1e-4), "and nothing else"
+
+
 def published(model, original, data, bases):
     """Gradients of the layers' matrices, as sums over tokens of their inputs and the gradients of their outputs."""
     batch, calls, outs = data["forget"], {}, {"own": [], "first": []}
