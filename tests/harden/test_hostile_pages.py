@@ -125,7 +125,7 @@ def test_every_text_of_a_report_is_text(text, account, capsys):
     settings = compare([(f"runs/{text}", found), ("runs/b", hostile(text, seed=1))], text)
     table = methods_table(settings)
     check(compare_page.render(title, settings, {}, {setting.label: [text] for setting in settings}))
-    for said in (_tables(report), methods_markdown(title, table, {setting.label: [text] for setting in settings})):
+    for said in (_tables(report), methods_markdown(title, settings, table, {setting.label: [text] for setting in settings})):
         assert "<" not in said and " [click]" not in said and "\n# heading" not in said
     tex = latex(table)
     assert "\\input" not in tex and "\\frac" not in tex

@@ -143,11 +143,13 @@ def lack_of_memory(error: BaseException) -> str:
 def nearest(key: str, known: Sequence[str]) -> list[str]:
     """Finds the known keys that a misspelt ``key`` may mean.
 
-    Returns: The known key whose parts are closest to those of ``key``, one by one; if some part has no close match, up to three
-    keys whose
-        last part is close to the last part of ``key``.
+    Returns: For a single part that is the last part of keys, up to three of these. Otherwise the known key whose parts are closest
+        to those of ``key``, one by one; if some part has no close match, up to three keys whose last part is close to the last part
+        of ``key``.
     """
     paths = [name.split(".") for name in known]
+    if inner := [name for name, path in zip(known, paths, strict=True) if path[1:] and path[-1] == key]:
+        return inner[:3]
     parts, path = key.split("."), []
     for depth, part in enumerate(parts):
         siblings = sorted({other[depth] for other in paths if len(other) > depth and other[:depth] == path})

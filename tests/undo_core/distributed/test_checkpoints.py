@@ -210,7 +210,8 @@ def test_a_rank_that_is_killed_while_writing_leaves_the_previous_checkpoint(two,
     with pytest.raises(AssertionError, match="failed"):
         on_ranks(2, killed_in_the_second_write, tmp_path)
     left = {path.name.rpartition("-")[0] for path in (tmp_path / "checkpoint").iterdir()}
-    assert left == {"step", "writing-2"} and (tmp_path / "checkpoint" / "step-1").exists()
+    assert left - {"writing-2"} == {"step"}, "the other rank may have removed the torn one before it was ended"
+    assert (tmp_path / "checkpoint" / "step-1").exists()
     weights = on_ranks(2, trained, tmp_path)[0]
     assert all(torch.equal(weights[name], tensor) for name, tensor in two[0]["whole"].items())
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-4"]
