@@ -121,7 +121,11 @@ def _outcomes(store: Store, config: RunConfig, graph: Graph) -> dict[float, Outc
         }
         for model in graph.models
     ]
-    results = {"format": RESULTS_FORMAT, "seed": config.seed, "metric": _metric(store, config, graph), "models": entries}
+    metric = _metric(store, config, graph)
+    metric.pop(
+        "retain_margin", None
+    )  # R does not need it, and the worst case within a margin needs the evaluations before the attack
+    results = {"format": RESULTS_FORMAT, "seed": config.seed, "metric": metric, "models": entries}
     return outcomes(results)
 
 

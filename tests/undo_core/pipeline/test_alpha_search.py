@@ -147,7 +147,7 @@ def config(output="unused", **changes) -> RunConfig:
 
 def test_further_students_stay_in_a_run_that_tries_more_alphas():
     own = StudentConfig(alpha=0.4, rules=[NoiseRule("embeddings", alpha=0.2)])
-    settings = config(students={"own": own}, alpha_tries=1)
+    settings = config(students={"own": own}, alpha_tries=1, retain_margin=0.05)
     graph, store = graph_of(settings), Answers(forget_of)
     while stages := missing_stages(store, settings, graph):
         store.finished |= {stage.key for stage in stages}
