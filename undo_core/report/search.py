@@ -47,7 +47,9 @@ def search_table(report: Report) -> Table:
                     Cell(model.label, f"seed {seed}" if len(report.seeds) > 1 else ""),
                     Cell(name),
                     *scores,
-                    Cell(f"{attack['best'] + 1} of {len(attack['trials'])}"),
+                    Cell(
+                        f"{attack['best'] + 1} of {len(attack['trials'])}" if at else "none beats the model before the attack"
+                    ),
                     Cell(rate(point["rate"])),
                     Cell(f"{trial['steps'][at]} of {trial['steps'][-1]}"),
                     Cell(str(point["batch_size"])),

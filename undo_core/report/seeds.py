@@ -94,13 +94,17 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
 
 
 def t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean difference is 0; None with fewer than :data:`FEWEST` differences."""
+    """Two-sided p of Student's t-test that the mean difference is 0.
+
+    None with fewer than :data:`FEWEST` differences, and where all are equal but not 0: the test then has no scale, and a few
+    accuracies over a few hundred prompts are equal by chance.
+    """
     count = len(differences)
     if count < FEWEST:
         return None
     mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
     if deviation == 0:
-        return 1.0 if mean == 0 else 0.0
+        return 1.0 if mean == 0 else None
     return t_tail(abs(mean) / (deviation / math.sqrt(count)), count - 1)
 
 

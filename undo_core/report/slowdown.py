@@ -95,7 +95,7 @@ def slowdown(report: Report) -> Figure | None:
     axes.set_xscale("log")
     axes.set_xlim(left, right * 1.05)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right > 100 * left else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}".replace("+", "")))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("FLOPs of the attack (log; left edge: before it)")
     axes.set_ylabel(f"forget {unit_name(report)}")

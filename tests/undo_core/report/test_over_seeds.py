@@ -56,7 +56,7 @@ def test_a_loss_has_the_other_direction():
     )
 
 
-def test_no_order_where_seeds_disagree():
+def test_no_order_without_a_difference():
     found = settings(maxent=1.0, npo=1.0)
     swapped = found[1].report.of("undo")[-1].worst[100].points
     assert len(swapped) == 5
