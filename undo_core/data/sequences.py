@@ -130,6 +130,18 @@ class Sequences:
         taken = {name: None if column is None else column[index] for name, column in self._columns().items()}
         return dataclasses.replace(self, **taken)
 
+    def distinct(self) -> tuple[Sequences, torch.Tensor]:
+        """Returns the sequences without repeats, and ``[n]`` int64, the index among them of each of these sequences.
+
+        Repeats agree in every column except the group. The sequences keep their order.
+        """
+        columns = [column.long() for name, column in self._columns().items() if column is not None and name != "group"]
+        rows = torch.cat([column.reshape(len(self), -1) for column in columns], 1)
+        _, of = torch.unique(rows, dim=0, return_inverse=True)
+        first = torch.full((len(self),), len(self)).scatter_reduce(0, of, torch.arange(len(self)), "amin")[of]
+        kept, index = torch.unique(first, return_inverse=True)
+        return self.take(kept), index
+
     @classmethod
     def joined(cls, parts: Sequence[Sequences]) -> Sequences:
         """Concatenates the token ids, lengths and document starts of ``parts``; drops answers, groups and choices."""

@@ -30,7 +30,8 @@ def evaluate(
     Accuracy is the exact match of the greedy answer, terminator included. One forward pass over the reference text is enough:
     greedy decoding gives the reference answer exactly if, at every answer position, the most likely token given the reference
     tokens before it is right. For sequences with choices, accuracy is the share of sequences whose right letter is the
-    likeliest of the letters; these sequences run sorted by length, each batch cut to its longest sequence.
+    likeliest of the letters. Sequences with answers run sorted by length, each batch cut to its last answer, and repeats of a
+    sequence run once.
 
     Args:
         model: the model; each module keeps its training or evaluation mode. On several ranks each scores some of the batches;
@@ -53,6 +54,9 @@ def evaluate(
     limits_of(model).check_sequences(sequences, "sequences")
     device = next(model.parameters()).device
     parts, order = [], []
+    given, repeats = sequences, None
+    if given.answer_mask is not None:
+        sequences, repeats = given.distinct()
     batches = list(_batches(sequences, batch_size))
     # Ranks that share a head for the same tokens would mix their results if each scored other sequences.
     rank, count = (0, 1) if has_same_tokens(model) else (distributed.rank(), distributed.count())
@@ -69,20 +73,22 @@ def evaluate(
                 chosen = counted if sequences.answer_mask is None else sequences.answer_mask
                 mask = sequences.text_mask(index) if chosen is None else chosen[index]
                 score, positions = token_nats if sequences.answer_mask is None else _correct, sequences.position_ids(index)
-                part = run(model, score, ids, None if positions is None else positions.to(device), mask.to(device))
+                at = None if positions is None else positions[:, :length].to(device)
+                part = run(model, score, ids, at, mask[:, :length].to(device))
             if turn < len(batches):
                 parts.append(part.cpu())
                 order.append(index)
     own = list(zip(parts, order, strict=True))
     found = own if count == 1 else [pair for of_rank in distributed.gather(own) for pair in of_rank]
     scores = torch.cat([part for part, _ in found])[torch.cat([index for _, index in found]).argsort()]
-    summary = accuracy if sequences.answer_mask is not None else _mean_nats
+    scores = scores if repeats is None else scores[repeats]
+    summary = accuracy if given.answer_mask is not None else _mean_nats
     result = summary(scores)
-    if sequences.group is not None:
+    if given.group is not None:
         result["groups"] = {
-            name: summary(scores[sequences.group == index])
-            for index, name in enumerate(sequences.group_names)
-            if (sequences.group == index).any()
+            name: summary(scores[given.group == index])
+            for index, name in enumerate(given.group_names)
+            if (given.group == index).any()
         }
     return result
 
@@ -93,12 +99,10 @@ def sequences_at_once(length: int) -> int:
 
 
 def _batches(sequences: Sequences, size: int | None) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yields the indices of the sequences of each batch, and the number of tokens of its longest sequence."""
-    lengths = (
-        torch.full((len(sequences),), sequences.length)
-        if sequences.choices is None
-        else sequences.answer_mask.int().argmax(1) + 1
-    )
+    """Yields the indices of the sequences of each batch, and up to which token they are read: the last answer, if they have some."""
+    lengths = torch.full((len(sequences),), sequences.length)
+    if sequences.answer_mask is not None:  # argmax gives 0 where no token is an answer
+        lengths -= sequences.answer_mask.flip(1).int().argmax(1)
     left = lengths.argsort(descending=True, stable=True)
     while len(left):
         longest = int(lengths[left[0]])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from causal_models import build
+from launches import Launches
 from tiny_run import RUN
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core import cli
@@ -23,31 +23,6 @@ from undo_core.pipeline.stages.grid import Grid
 from undo_core.training import train
 from undo_core.training.batches import as_batch
 from undo_core.training.together import Together
-
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "expand",
-    "detach",
-    "alias",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "permute",
-}
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that compute, each of which is at least one launch on a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        self.count += operator.overloadpacket.__name__ not in VIEWS
-        return operator(*arguments, **(options or {}))
 
 
 def copies_of(model, number):

@@ -41,3 +41,11 @@ def test_what_is_no_sequences_file_is_named(tmp_path):
         Sequences(torch.zeros(0, 3), 0)
     with pytest.raises(ValueError, match="answer_mask: got shape"):
         Sequences(torch.zeros(2, 3), 0, torch.zeros(2, 2))
+
+
+def test_distinct_sequences_keep_their_order_and_differ_in_some_column():
+    ids = torch.tensor([[5, 6], [3, 4], [5, 6], [5, 6], [3, 4]])
+    mask = torch.tensor([[0, 1], [0, 1], [0, 1], [1, 1], [0, 1]]).bool()
+    distinct, of = Sequences(ids, 0, mask, torch.tensor([0, 1, 1, 0, 0]), ("a", "b")).distinct()
+    assert distinct.input_ids.tolist() == [[5, 6], [3, 4], [5, 6]] and of.tolist() == [0, 1, 0, 2, 1]
+    assert distinct.answer_mask.tolist() == [[False, True], [False, True], [True, True]]

@@ -65,3 +65,21 @@ def test_groups_are_scored_apart(half_trained, sequences):
     got = evaluate(half_trained, grouped)
     total = sum(score["value"] * score["n"] for score in got["groups"].values())
     assert total == pytest.approx(got["value"] * 100) and list(got["groups"]) == ["a", "b", "c"]
+
+
+def test_repeats_run_once_and_nothing_after_the_last_answer_runs(half_trained, sequences):
+    rows = sequences.take(torch.arange(100) % 40)  # 40 different ones at most
+    mask = rows.answer_mask.clone()
+    for row in range(0, 100, 3):  # of every third, only the first token of the answer is scored
+        mask[row, int(rows.answer_mask[row].int().argmax()) + 1 :] = False
+    rows = Sequences(rows.input_ids, 0, mask, torch.arange(100) % 2, ("even", "odd"))
+    wanted = [evaluate(half_trained, rows.take(slice(row, row + 1)), batch_size=1)["value"] for row in range(100)]
+    assert 0 < sum(wanted) < 100
+    read = []
+    hook = half_trained.get_input_embeddings().register_forward_hook(lambda module, given, out: read.append(given[0].shape))
+    got = evaluate(half_trained, rows, batch_size=1)
+    hook.remove()
+    different = {(tuple(ids), int(answer.nonzero()[-1])) for ids, answer in zip(rows.input_ids.tolist(), mask, strict=True)}
+    assert sorted(shape[1] for shape in read) == sorted(last for _, last in different) and len(different) < 100
+    assert got["value"] == pytest.approx(sum(wanted) / 100)
+    assert got["groups"]["odd"]["value"] == pytest.approx(sum(wanted[1::2]) / 50)
