@@ -26,7 +26,7 @@ from undo_core.report.compare import compare, load
 from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.over_seeds import compared, differences_table, median_cell, order_sentences
 from undo_core.report.points import Setting
-from undo_core.report.table import Cell, Table, markdown, number, ratio
+from undo_core.report.table import Cell, Notes, Table, markdown, number, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "findings" / "study.md"
@@ -102,15 +102,17 @@ def record(finished: Path) -> None:
 
 def alphas(settings: Sequence[Setting]) -> str:
     """Every model of one setting: performance, R and C, and the orders that the seeds show."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     columns = ["retain, %", f"forget after {report.headline} steps, %", "R", "C, steps", "C, FLOPs"]
-    rows = [[Cell(model.label), *_scores(model, report), *_ratios(model)] for model in report.models if model.worst]
-    return f"{_table(['model', *columns], rows)}\n\n{orders(settings)}"
+    rows = [
+        [Cell(model.label), *_scores(model, report, notes), *_ratios(model, notes)] for model in report.models if model.worst
+    ]
+    return f"{_table(['model', *columns], rows, notes)}\n\n{orders(settings)}"
 
 
 def methods(settings: Sequence[Setting]) -> str:
     """One row for each method: the unlearned model, its students, and R and C of the one with the largest alpha."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     students = [model.label for model in settings[0].report.of("undo")]
     students = [label for label in students if all(_named(s, label) for s in settings)]
     strongest = students[-1]
@@ -120,15 +122,18 @@ def methods(settings: Sequence[Setting]) -> str:
     for setting in settings:
         (unlearned,) = setting.report.of("unlearn")
         best = _named(setting, strongest)
-        cells = [_percent(unlearned.metrics[key]) for key in ("retain", "forget")]
+        cells = [_percent(unlearned.metrics[key], notes) for key in ("retain", "forget")]
         cells += [
-            _percent(model.worst[report.headline]) for model in (unlearned, *(_named(setting, label) for label in students))
+            _percent(model.worst[report.headline], notes)
+            for model in (unlearned, *(_named(setting, label) for label in students))
         ]
-        rows.append([Cell(setting.label), *cells, _percent(best.metrics["retain"]), *_ratios(best)])
+        rows.append([Cell(setting.label), *cells, _percent(best.metrics["retain"], notes), *_ratios(best, notes)])
     for model in (model for setting in settings if not setting.lender for model in setting.report.of("filter")):
-        cells = [_percent(model.metrics[key]) for key in ("retain", "forget")]
-        rows.append([Cell(model.label), *cells, _percent(model.worst[report.headline]), *[Cell("")] * (len(columns) - 3)])
-    return _table(["method", *columns], rows)
+        cells = [_percent(model.metrics[key], notes) for key in ("retain", "forget")]
+        rows.append(
+            [Cell(model.label), *cells, _percent(model.worst[report.headline], notes), *[Cell("")] * (len(columns) - 3)]
+        )
+    return _table(["method", *columns], rows, notes)
 
 
 def orders(settings: Sequence[Setting]) -> str:
@@ -146,7 +151,7 @@ def headline(settings: Sequence[Setting]) -> str:
 
 def attacks(settings: Sequence[Setting]) -> str:
     """The worst case of every attack at its own headline step."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     models = [model for model in report.models if model.attacks]
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
     for model in models:
@@ -154,23 +159,23 @@ def attacks(settings: Sequence[Setting]) -> str:
             for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
                 worst.setdefault(key, {}).setdefault(model.name, []).append(point)
     rows = [
-        [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ())))) for m in models)]
+        [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ()))), notes) for m in models)]
         for (name, step), found in worst.items()
     ]
-    return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows)
+    return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows, notes)
 
 
 def labels(settings: Sequence[Setting]) -> str:
     """One row for each budget of labels."""
     columns = ["labelled forget tokens", "forget before the attack, %", "UNDO, attacked, %", "R", "C, steps"]
-    rows = []
+    rows, notes = [], Notes()
     for setting in settings:
         (unlearned,), student = setting.report.of("unlearn"), setting.report.strongest
         tokens = [labelled_tokens(entry)["forget"] for entry in unlearned.entries.values()]
-        cells = [median_cell(Stat(tuple(Point(seed, t) for seed, t in enumerate(tokens))), lambda v: f"{v:.0f}")]
-        cells += [_percent(unlearned.metrics["forget"]), _percent(student.worst[setting.report.headline])]
-        rows.append([Cell(setting.label), *cells, *_ratios(student)[:2]])
-    return _table(["forget sequences", *columns], rows)
+        cells = [median_cell(Stat(tuple(Point(seed, t) for seed, t in enumerate(tokens))), lambda v: f"{v:.0f}", notes)]
+        cells += [_percent(unlearned.metrics["forget"], notes), _percent(student.worst[setting.report.headline], notes)]
+        rows.append([Cell(setting.label), *cells, *_ratios(student, notes)[:2]])
+    return _table(["forget sequences", *columns], rows, notes)
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
@@ -183,20 +188,20 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
 }
 
 
-def _table(headers: Sequence[str], rows: list[list[Cell]]) -> str:
-    return markdown(Table([(name, "") for name in headers], rows)).rstrip()
+def _table(headers: Sequence[str], rows: list[list[Cell]], notes: Notes) -> str:
+    return markdown(Table([(name, "") for name in headers], rows, notes.texts)).rstrip()
 
 
-def _scores(model: ModelReport, report: Report) -> list[Cell]:
-    return [_percent(stat) for stat in (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))]
+def _scores(model: ModelReport, report: Report, notes: Notes) -> list[Cell]:
+    return [_percent(stat, notes) for stat in (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))]
 
 
-def _ratios(model: ModelReport) -> list[Cell]:
-    return [median_cell(stat, ratio) for stat in (model.robustness, model.compute["steps"], model.compute["flops"])]
+def _ratios(model: ModelReport, notes: Notes) -> list[Cell]:
+    return [median_cell(stat, ratio, notes) for stat in (model.robustness, model.compute["steps"], model.compute["flops"])]
 
 
-def _percent(stat: Stat) -> Cell:
-    return median_cell(stat, lambda value: number(value, True))
+def _percent(stat: Stat, notes: Notes) -> Cell:
+    return median_cell(stat, lambda value: number(value, True), notes)
 
 
 def _named(setting: Setting, label: str) -> ModelReport | None:
