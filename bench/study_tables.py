@@ -13,6 +13,7 @@ sweep-labels or sweep-study.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from undo_core.cli import results as command
+from undo_core.io.files import replace_folder, write_bytes
 from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.compare import compare, load
@@ -29,6 +31,7 @@ from undo_core.report.points import Setting
 from undo_core.report.table import Cell, Notes, Table, markdown, number, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("bench") / "results"
 PAGE = ROOT / "docs" / "findings" / "study.md"
 BLOCK = re.compile(r"(<!-- study:(?P<name>[a-z-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.S)
 TITLES = {
@@ -45,7 +48,7 @@ def main() -> int:
     """Writes or checks the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page differs from the results")
-    parser.add_argument("--record", type=Path, help="folder of a finished sweep")
+    parser.add_argument("--record", type=Path, help="folder of a finished sweep, from the repository's root")
     options = parser.parse_args()
     if options.record is not None:
         record(options.record)
@@ -67,7 +70,7 @@ def written(text: str) -> str:
 def table_of(name: str) -> str:
     """The text between a pair of markers."""
     sweep, make = TABLES[name]
-    folder = ROOT / "bench" / "results" / sweep
+    folder = ROOT / RESULTS / sweep
     if not folder.exists():
         return (
             f"Not recorded yet: `undo sweep configs/{sweep}.yaml`, then `python bench/study_tables.py --record runs/{sweep}`."
@@ -78,26 +81,31 @@ def table_of(name: str) -> str:
 
 
 def record(finished: Path) -> None:
-    """Copies the results and the report of a finished sweep into the repository."""
+    """Copies the results and the report of a finished sweep into the repository; an earlier record is replaced once both are made."""
+    finished = ROOT / finished
     name = finished.resolve().name
     if name not in TITLES:
         raise SystemExit(f"--record: got {finished}, wanted a folder named {', '.join(TITLES)}")
     found = sorted(finished.glob("runs/*/results-seed*.json"))
     if not found:
         raise SystemExit(f"--record: got {finished}, which has no runs/*/results-seedN.json; wanted a finished sweep")
-    into, pages = ROOT / "bench" / "results" / name, ROOT / "docs" / "results" / name
-    shutil.rmtree(into, ignore_errors=True)
-    for path in found:
-        copy = into / path.relative_to(finished)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    with tempfile.TemporaryDirectory() as made:
-        command.report([str(into.relative_to(ROOT))], made, TITLES[name])
+    into, pages = ROOT / RESULTS / name, ROOT / "docs" / "results" / name
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".recording-", dir=into.parent) as temporary:
+        copied, made = Path(temporary) / RESULTS / name, Path(temporary) / "report"
+        for path in found:
+            copy = copied / path.relative_to(finished)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        made.mkdir()
+        with contextlib.chdir(temporary):  # the report names the folder of each run: that in the repository
+            command.report([str(RESULTS / name)], str(made), TITLES[name])
+        replace_folder(copied, into)
         pages.mkdir(parents=True, exist_ok=True)
         known = {path.name for path in pages.iterdir()}
-        for path in (path for pattern in KEPT for path in Path(made).glob(pattern)):
+        for path in (path for pattern in KEPT for path in made.glob(pattern)):
             if path.name in known or not known:
-                shutil.copy(path, pages / path.name)
+                write_bytes(pages / path.name, path.read_bytes())
 
 
 def alphas(settings: Sequence[Setting]) -> str:
