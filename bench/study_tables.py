@@ -13,6 +13,7 @@ sweep-labels or sweep-study.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import tempfile
@@ -20,15 +21,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from undo_core.cli import results as command
+from undo_core.io.files import replace_folder, write_bytes
 from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.compare import compare, load
 from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.over_seeds import compared, differences_table, median_cell, order_sentences
 from undo_core.report.points import Setting
-from undo_core.report.table import Cell, Table, markdown, number, ratio
+from undo_core.report.table import Cell, Notes, Table, markdown, number, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("bench") / "results"
 PAGE = ROOT / "docs" / "findings" / "study.md"
 BLOCK = re.compile(r"(<!-- study:(?P<name>[a-z-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.S)
 TITLES = {
@@ -45,7 +48,7 @@ def main() -> int:
     """Writes or checks the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page differs from the results")
-    parser.add_argument("--record", type=Path, help="folder of a finished sweep")
+    parser.add_argument("--record", type=Path, help="folder of a finished sweep, from the repository's root")
     options = parser.parse_args()
     if options.record is not None:
         record(options.record)
@@ -67,7 +70,7 @@ def written(text: str) -> str:
 def table_of(name: str) -> str:
     """The text between a pair of markers."""
     sweep, make = TABLES[name]
-    folder = ROOT / "bench" / "results" / sweep
+    folder = ROOT / RESULTS / sweep
     if not folder.exists():
         return (
             f"Not recorded yet: `undo sweep configs/{sweep}.yaml`, then `python bench/study_tables.py --record runs/{sweep}`."
@@ -78,39 +81,46 @@ def table_of(name: str) -> str:
 
 
 def record(finished: Path) -> None:
-    """Copies the results and the report of a finished sweep into the repository."""
+    """Copies the results and the report of a finished sweep into the repository; an earlier record is replaced once both are made."""
+    finished = ROOT / finished
     name = finished.resolve().name
     if name not in TITLES:
         raise SystemExit(f"--record: got {finished}, wanted a folder named {', '.join(TITLES)}")
     found = sorted(finished.glob("runs/*/results-seed*.json"))
     if not found:
         raise SystemExit(f"--record: got {finished}, which has no runs/*/results-seedN.json; wanted a finished sweep")
-    into, pages = ROOT / "bench" / "results" / name, ROOT / "docs" / "results" / name
-    shutil.rmtree(into, ignore_errors=True)
-    for path in found:
-        copy = into / path.relative_to(finished)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    with tempfile.TemporaryDirectory() as made:
-        command.report([str(into.relative_to(ROOT))], made, TITLES[name])
+    into, pages = ROOT / RESULTS / name, ROOT / "docs" / "results" / name
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".recording-", dir=into.parent) as temporary:
+        copied, made = Path(temporary) / RESULTS / name, Path(temporary) / "report"
+        for path in found:
+            copy = copied / path.relative_to(finished)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        made.mkdir()
+        with contextlib.chdir(temporary):  # the report names the folder of each run: that in the repository
+            command.report([str(RESULTS / name)], str(made), TITLES[name])
+        replace_folder(copied, into)
         pages.mkdir(parents=True, exist_ok=True)
         known = {path.name for path in pages.iterdir()}
-        for path in (path for pattern in KEPT for path in Path(made).glob(pattern)):
+        for path in (path for pattern in KEPT for path in made.glob(pattern)):
             if path.name in known or not known:
-                shutil.copy(path, pages / path.name)
+                write_bytes(pages / path.name, path.read_bytes())
 
 
 def alphas(settings: Sequence[Setting]) -> str:
     """Every model of one setting: performance, R and C, and the orders that the seeds show."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     columns = ["retain, %", f"forget after {report.headline} steps, %", "R", "C, steps", "C, FLOPs"]
-    rows = [[Cell(model.label), *_scores(model, report), *_ratios(model)] for model in report.models if model.worst]
-    return f"{_table(['model', *columns], rows)}\n\n{orders(settings)}"
+    rows = [
+        [Cell(model.label), *_scores(model, report, notes), *_ratios(model, notes)] for model in report.models if model.worst
+    ]
+    return f"{_table(['model', *columns], rows, notes)}\n\n{orders(settings)}"
 
 
 def methods(settings: Sequence[Setting]) -> str:
     """One row for each method: the unlearned model, its students, and R and C of the one with the largest alpha."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     students = [model.label for model in settings[0].report.of("undo")]
     students = [label for label in students if all(_named(s, label) for s in settings)]
     strongest = students[-1]
@@ -120,15 +130,18 @@ def methods(settings: Sequence[Setting]) -> str:
     for setting in settings:
         (unlearned,) = setting.report.of("unlearn")
         best = _named(setting, strongest)
-        cells = [_percent(unlearned.metrics[key]) for key in ("retain", "forget")]
+        cells = [_percent(unlearned.metrics[key], notes) for key in ("retain", "forget")]
         cells += [
-            _percent(model.worst[report.headline]) for model in (unlearned, *(_named(setting, label) for label in students))
+            _percent(model.worst[report.headline], notes)
+            for model in (unlearned, *(_named(setting, label) for label in students))
         ]
-        rows.append([Cell(setting.label), *cells, _percent(best.metrics["retain"]), *_ratios(best)])
+        rows.append([Cell(setting.label), *cells, _percent(best.metrics["retain"], notes), *_ratios(best, notes)])
     for model in (model for setting in settings if not setting.lender for model in setting.report.of("filter")):
-        cells = [_percent(model.metrics[key]) for key in ("retain", "forget")]
-        rows.append([Cell(model.label), *cells, _percent(model.worst[report.headline]), *[Cell("")] * (len(columns) - 3)])
-    return _table(["method", *columns], rows)
+        cells = [_percent(model.metrics[key], notes) for key in ("retain", "forget")]
+        rows.append(
+            [Cell(model.label), *cells, _percent(model.worst[report.headline], notes), *[Cell("")] * (len(columns) - 3)]
+        )
+    return _table(["method", *columns], rows, notes)
 
 
 def orders(settings: Sequence[Setting]) -> str:
@@ -146,7 +159,7 @@ def headline(settings: Sequence[Setting]) -> str:
 
 def attacks(settings: Sequence[Setting]) -> str:
     """The worst case of every attack at its own headline step."""
-    report = settings[0].report
+    report, notes = settings[0].report, Notes()
     models = [model for model in report.models if model.attacks]
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
     for model in models:
@@ -154,23 +167,23 @@ def attacks(settings: Sequence[Setting]) -> str:
             for key, point in worst_by_attack(entry, seed, report.higher, report.headline).items():
                 worst.setdefault(key, {}).setdefault(model.name, []).append(point)
     rows = [
-        [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ())))) for m in models)]
+        [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ()))), notes) for m in models)]
         for (name, step), found in worst.items()
     ]
-    return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows)
+    return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows, notes)
 
 
 def labels(settings: Sequence[Setting]) -> str:
     """One row for each budget of labels."""
     columns = ["labelled forget tokens", "forget before the attack, %", "UNDO, attacked, %", "R", "C, steps"]
-    rows = []
+    rows, notes = [], Notes()
     for setting in settings:
         (unlearned,), student = setting.report.of("unlearn"), setting.report.strongest
         tokens = [labelled_tokens(entry)["forget"] for entry in unlearned.entries.values()]
-        cells = [median_cell(Stat(tuple(Point(seed, t) for seed, t in enumerate(tokens))), lambda v: f"{v:.0f}")]
-        cells += [_percent(unlearned.metrics["forget"]), _percent(student.worst[setting.report.headline])]
-        rows.append([Cell(setting.label), *cells, *_ratios(student)[:2]])
-    return _table(["forget sequences", *columns], rows)
+        cells = [median_cell(Stat(tuple(Point(seed, t) for seed, t in enumerate(tokens))), lambda v: f"{v:.0f}", notes)]
+        cells += [_percent(unlearned.metrics["forget"], notes), _percent(student.worst[setting.report.headline], notes)]
+        rows.append([Cell(setting.label), *cells, *_ratios(student, notes)[:2]])
+    return _table(["forget sequences", *columns], rows, notes)
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
@@ -183,20 +196,20 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
 }
 
 
-def _table(headers: Sequence[str], rows: list[list[Cell]]) -> str:
-    return markdown(Table([(name, "") for name in headers], rows)).rstrip()
+def _table(headers: Sequence[str], rows: list[list[Cell]], notes: Notes) -> str:
+    return markdown(Table([(name, "") for name in headers], rows, notes.texts)).rstrip()
 
 
-def _scores(model: ModelReport, report: Report) -> list[Cell]:
-    return [_percent(stat) for stat in (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))]
+def _scores(model: ModelReport, report: Report, notes: Notes) -> list[Cell]:
+    return [_percent(stat, notes) for stat in (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))]
 
 
-def _ratios(model: ModelReport) -> list[Cell]:
-    return [median_cell(stat, ratio) for stat in (model.robustness, model.compute["steps"], model.compute["flops"])]
+def _ratios(model: ModelReport, notes: Notes) -> list[Cell]:
+    return [median_cell(stat, ratio, notes) for stat in (model.robustness, model.compute["steps"], model.compute["flops"])]
 
 
-def _percent(stat: Stat) -> Cell:
-    return median_cell(stat, lambda value: number(value, True))
+def _percent(stat: Stat, notes: Notes) -> Cell:
+    return median_cell(stat, lambda value: number(value, True), notes)
 
 
 def _named(setting: Setting, label: str) -> ModelReport | None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ def test_the_page_agrees_with_the_results(tables):
     assert tables.written(re.sub(r"\d\.\d", "x", text)) != text, "a changed number is found"
 
 
-def test_a_finished_sweep_is_recorded(tables, tmp_path, monkeypatch):
-    """Five seeds of two methods, the second without data filtering of its own; MaxEnt alone has a further alpha."""
+@pytest.fixture
+def finished(tables, tmp_path, monkeypatch):
+    """A repository with a sweep: five seeds of two methods, the second without data filtering of its own; MaxEnt has a further alpha."""
     for name, alphas in (("maxent", (0.6, 0.8)), ("npo", (0.8,))):
         for seed in range(5):
             values = results(name, seed, name, alphas=alphas, strength=1.3 if name == "npo" else 1.0, oracles=False)
@@ -34,7 +36,14 @@ def test_a_finished_sweep_is_recorded(tables, tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    return tmp_path
+
+
+def test_a_finished_sweep_is_recorded(tables, finished, monkeypatch):
+    """From any working directory; the pages name the folders of the repository."""
     reports = []
 
     def report(paths, output, title):
@@ -46,12 +55,29 @@ def test_a_finished_sweep_is_recorded(tables, tmp_path, monkeypatch):
     assert tables.table_of("headline").startswith("Not recorded yet")
     tables.record(Path("runs/sweep-study"))
     assert reports == [(["bench/results/sweep-study"], tables.TITLES["sweep-study"])]
-    assert sorted(path.name for path in (tmp_path / "docs/results/sweep-study").iterdir()) == ["methods.md", "robustness.png"]
+    assert sorted(path.name for path in (finished / "docs/results/sweep-study").iterdir()) == ["methods.md", "robustness.png"]
     text = tables.table_of("headline")
     assert "seeds 0, 1, 2, 3, 4" in text and "| NPO |" in text and "| UNDO α=0.6 |" in text
     assert "NPO relearns less than MaxEnt." in text and "NPO – MaxEnt, UNDO α=0.8" in text
     with pytest.raises(SystemExit, match="wanted a folder named"):
-        tables.record(tmp_path)
+        tables.record(finished)
+
+
+def test_a_record_that_fails_leaves_the_earlier_one(tables, finished, monkeypatch):
+    into, pages = finished / "bench/results/sweep-study", finished / "docs/results/sweep-study"
+    tables.record(Path("runs/sweep-study"))
+    before = {path: path.read_bytes() for folder in (into, pages) for path in folder.rglob("*") if path.is_file()}
+    assert "bench/results/sweep-study/runs/maxent" in (pages / "points.csv").read_text()
+    assert str(finished) not in "".join(path.read_text() for path in pages.glob("*.[mc]*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tables.command, "report", lambda *_: 1 / 0)
+        shutil.rmtree(finished / "runs/sweep-study/runs/npo")
+        with pytest.raises(ZeroDivisionError):
+            tables.record(Path("runs/sweep-study"))
+    assert before == {path: path.read_bytes() for folder in (into, pages) for path in folder.rglob("*") if path.is_file()}
+    tables.record(Path("runs/sweep-study"))
+    assert [path.name for path in (into / "runs").iterdir()] == ["maxent"], "a second record replaces the first"
+    assert [path.name for path in into.parent.iterdir()] == ["sweep-study"], "nothing is left beside it"
 
 
 def test_the_guide_has_the_errors_of_the_predictions(capsys):

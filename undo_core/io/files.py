@@ -95,6 +95,28 @@ def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None)
     sync_folder(final.parent)
 
 
+def replace_folder(folder: Path, final: Path) -> None:
+    """Publishes ``folder`` as ``final`` and deletes the folder that was there before.
+
+    The old folder is renamed just before the new one takes its name, and renamed back if that fails. A process killed between the
+    two renamings leaves the old folder beside, as ``.NAME.*.old``.
+    """
+    old = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.old")
+
+    def move_aside() -> None:
+        if final.exists():
+            os.rename(final, old)
+
+    try:
+        publish(folder, final, move_aside)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
 def fresh(folder: Path) -> Path:
     """Deletes ``folder`` if it exists, creates it empty, and returns it."""
     if folder.exists():

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from undo_core.report.metrics import STUDENTS, ModelReport, Report, Stat
 from undo_core.report.points import Setting
 from undo_core.report.seeds import FEWEST, Difference, bootstrap, corrected, paired
-from undo_core.report.table import Cell, Table, number, ratio
+from undo_core.report.table import Cell, Notes, Table, number, ratio
 
 ABOUT = (
     "Medians over seeds; in parentheses the 95 % bootstrap interval over seeds, which for up to five seeds is their range. "
     "Differences are taken seed by seed. p is that of a paired t-test after Holm's correction for all tests of its column. An order "
     "is claimed only if p < 0.05 and the interval of the difference does not contain 0."
 )
+TOO_FEW = f"median over fewer than {FEWEST} seeds, too few for an interval over seeds"
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Comparison:
 
     Attributes:
         names: display names of the two.
-        where: what both have in common; empty if the names say it.
-        one, other: the models; differences are ``one - other``.
+        where: what both have in common, or why they cannot be compared; empty if the names say it.
+        one, other: the models; differences are ``one - other``. None if the methods have no students that can be compared.
     """
 
     names: tuple[str, str]
     where: str
-    one: ModelReport
-    other: ModelReport
+    one: ModelReport | None
+    other: ModelReport | None
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,30 @@ def compared(settings: Sequence[Setting]) -> list[Comparison]:
 
 
 def between_methods(settings: Sequence[Setting]) -> list[Comparison]:
-    """Each method's strongest UNDO student beside that of the reference: the method whose data filtering others use, or the first."""
+    """Each method's UNDO student beside that of the reference, at the strongest alpha that both have.
+
+    The reference is the method whose data filtering others use, or the first. The strongest alpha is the largest at which neither
+    student is censored, or the largest if there is none. Methods without an alpha or a seed in common have a comparison that says so.
+    """
     lenders = {setting.lender for setting in settings}
     reference = next((setting for setting in settings if setting.label in lenders), settings[0])
-    found = []
-    for setting in settings:
-        for one, other in zip(setting.compared("undo"), reference.compared("undo"), strict=False):
-            if setting is not reference and one.name == other.name:
-                found.append(Comparison((setting.label, reference.label), one.label, one, other))
-    return found
+    return [_against(reference, setting) for setting in settings if setting is not reference]
+
+
+def _against(reference: Setting, setting: Setting) -> Comparison:
+    names = (setting.label, reference.label)
+    theirs = {model.name: model for model in reference.report.of("undo")}
+    pairs = [(model, theirs[model.name]) for model in setting.report.of("undo") if model.name in theirs]
+    if not pairs:
+        return Comparison(names, f"not compared: no alpha in common ({_alphas(setting)}; {_alphas(reference)})", None, None)
+    one, other = next((pair for pair in reversed(pairs) if not any(model.censored for model in pair)), pairs[-1])
+    if not one.entries.keys() & other.entries.keys():
+        return Comparison(names, f"not compared: no seed in common at {one.label}", None, None)
+    return Comparison(names, one.label, one, other)
+
+
+def _alphas(setting: Setting) -> str:
+    return " and ".join(f"{model.alpha:g}" for model in setting.report.of("undo")) or "none"
 
 
 def between_alphas(report: Report) -> list[Comparison]:
@@ -107,8 +123,11 @@ def between_alphas(report: Report) -> list[Comparison]:
 
 
 def medians_table(settings: Sequence[Setting]) -> Table:
-    """Medians of every student, of unlearning alone and of data filtering; no rows with fewer than :data:`FEWEST` seeds."""
-    report = settings[0].report
+    """Medians of every student, of unlearning alone and of data filtering.
+
+    It has no rows if no model has :data:`FEWEST` seeds. A footnote marks medians of fewer.
+    """
+    report, notes = settings[0].report, Notes()
     headers = [
         ("method", ""),
         ("model", ""),
@@ -125,23 +144,29 @@ def medians_table(settings: Sequence[Setting]) -> Table:
             performances = (model.metrics.get("retain", Stat()), model.worst.get(report.headline, Stat()))
             ratios = (model.robustness, model.compute.get("steps", Stat()), model.compute.get("flops", Stat()))
             row = [Cell(setting.label), Cell(model.label), Cell(str(len(model.entries)))]
-            row += [median_cell(stat, lambda value: number(value, report.higher)) for stat in performances]
-            rows.append(row + [median_cell(stat, ratio) for stat in ratios])
-    return Table(headers, rows if _enough(setting.report for setting in settings) else [])
+            row += [median_cell(stat, lambda value: number(value, report.higher), notes) for stat in performances]
+            rows.append(row + [median_cell(stat, ratio, notes) for stat in ratios])
+    enough = max(len(setting.report.seeds) for setting in settings) >= FEWEST
+    return Table(headers, rows, notes.texts) if enough else Table(headers, [])
 
 
-def median_cell(stat: Stat, shown: Callable[[float], str]) -> Cell:
-    """Cell with the median over the seeds and its bootstrap interval."""
+def median_cell(stat: Stat, shown: Callable[[float], str], notes: Notes) -> Cell:
+    """Cell with the median over the seeds and its bootstrap interval, or a footnote that there are too few seeds for one."""
     if not stat:
         return Cell()
     values = [point.value for point in stat.points]
-    interval = bootstrap(values)
-    return Cell(shown(statistics.median(values)), "" if interval is None else f"{shown(interval[0])}–{shown(interval[1])}")
+    interval, middle = bootstrap(values), shown(statistics.median(values))
+    if interval is None:
+        return Cell(middle, marks=notes.mark(TOO_FEW))
+    return Cell(middle, f"{shown(interval[0])}–{shown(interval[1])}")
 
 
 def differences_table(report: Report, comparisons: Sequence[Comparison]) -> Table:
-    """Paired differences of the comparisons; no rows with fewer than :data:`FEWEST` seeds. ``report`` gives metric and headline."""
-    headers, columns = [("difference", ""), ("seeds", "")], []
+    """Paired differences of the comparisons; ``report`` gives metric and headline.
+
+    It has no rows if neither the report nor a compared model has :data:`FEWEST` seeds. A footnote marks differences over fewer.
+    """
+    headers, columns, notes = [("difference", ""), ("seeds", "")], [], Notes()
     for quantity in quantities(report):
         headers += [(quantity.name, quantity.unit), ("p", "Holm")]
         columns.append((quantity, _differences(quantity, comparisons)))
@@ -151,14 +176,14 @@ def differences_table(report: Report, comparisons: Sequence[Comparison]) -> Tabl
         name = ", ".join(filter(None, [" – ".join(comparison.names), comparison.where]))
         row = [Cell(name), Cell(str(seeds))]
         for quantity, found in columns:
-            row += _cells(quantity, found[index])
+            row += _cells(quantity, found[index], notes)
         rows.append(row)
-    return Table(headers, rows if _enough([report]) else [])
+    return Table(headers, rows, notes.texts) if _enough(report, comparisons) else Table(headers, [])
 
 
 def order_sentences(report: Report, comparisons: Sequence[Comparison]) -> list[str]:
     """Says for each quantity between which models the seeds show an order, and between how many they do not."""
-    if not comparisons or not _enough([report]):
+    if not comparisons or not _enough(report, comparisons):
         return []
     sentences = []
     for quantity in quantities(report):
@@ -179,19 +204,23 @@ def order_sentences(report: Report, comparisons: Sequence[Comparison]) -> list[s
 
 
 def _differences(quantity: Quantity, comparisons: Sequence[Comparison]) -> list[Difference | None]:
-    return corrected([paired(quantity.of(c.one).points, quantity.of(c.other).points) for c in comparisons])
+    points = [[quantity.of(model).points if model else () for model in (c.one, c.other)] for c in comparisons]
+    return corrected([paired(*both) for both in points])
 
 
-def _cells(quantity: Quantity, found: Difference | None) -> list[Cell]:
+def _cells(quantity: Quantity, found: Difference | None, notes: Notes) -> list[Cell]:
     if found is None:
         return [Cell(), Cell()]
-    spread = "" if found.interval is None else " to ".join(map(quantity.shown, found.interval))
+    if found.interval is None:
+        return [Cell(quantity.shown(found.median), marks=notes.mark(TOO_FEW)), Cell()]
+    spread = " to ".join(map(quantity.shown, found.interval))
     p = Cell() if found.corrected is None else Cell(f"{found.corrected:.3f}", remark="an order" if found.ordered else "")
     return [Cell(quantity.shown(found.median), spread), p]
 
 
-def _enough(reports: Iterable[Report]) -> bool:
-    return max(len(report.seeds) for report in reports) >= FEWEST
+def _enough(report: Report, comparisons: Sequence[Comparison]) -> bool:
+    models = [model for c in comparisons for model in (c.one, c.other) if model is not None]
+    return max([len(report.seeds), *(len(model.entries) for model in models)]) >= FEWEST
 
 
 def _signed(text: str) -> str:

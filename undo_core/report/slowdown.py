@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from undo_core.attacks.slowdown import Interval, Slowdown, frontier, levels_of, reference_of, slowdowns, trajectories
 from undo_core.report.metrics import Report
+from undo_core.report.over_seeds import TOO_FEW
+from undo_core.report.seeds import FEWEST
 from undo_core.report.style import LINES, MARKERS, colours_of, finite, new_figure, scale, unit_name
 from undo_core.report.table import Cell, Notes, Table, number
 
@@ -22,6 +25,7 @@ AT_START = "reaches the level before any attack"
 def slowdown_table(report: Report) -> Table:
     """Table of the compute slowdown, a row for each level and a column for each attacked model; medians over seeds.
 
+    A footnote marks those of several seeds that are too few for an interval over seeds.
     It has no rows without an original and a model without the capability, or if no attack recorded its FLOPs.
     """
     notes, levels = Notes(), _levels(report)
@@ -33,7 +37,10 @@ def slowdown_table(report: Report) -> Table:
         row = [Cell(f"{100 * share:g} %", f"{number(statistics.fmean(values), report.higher)} {report.unit}")]
         for model in models:
             seeds = [own[model.name][share] for own in found.values() if model.name in own]
-            row.append(slowdown_cell(seeds, notes, reference_label(report)))
+            cell = slowdown_cell(seeds, notes, reference_label(report))
+            if len(report.seeds) > 1 and len(seeds) < FEWEST:
+                cell = dataclasses.replace(cell, marks=cell.marks + notes.mark(TOO_FEW))
+            row.append(cell)
         rows.append(row)
     return Table(headers, rows, notes.texts)
 

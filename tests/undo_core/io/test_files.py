@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from undo_core.io.files import errors_named, read_json, see_changes, write_json
+from undo_core.io.files import errors_named, read_json, replace_folder, see_changes, write_json
 
 
 def write_often(path: Path, value: int) -> None:
@@ -42,6 +42,29 @@ def test_machines_whose_processes_have_the_same_number_may_replace_the_same_file
     monkeypatch.setattr(os, "replace", second_machine)
     write_json(path, "first")
     assert read_json(path) == "first" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    new, final, rename = tmp_path / "new", tmp_path / "final", os.rename
+
+    def made(value: int) -> Path:
+        new.mkdir()
+        write_json(new / "value.json", value)
+        return new
+
+    replace_folder(made(1), final)
+    replace_folder(made(2), final)
+    assert read_json(final / "value.json") == 2 and [p.name for p in tmp_path.iterdir()] == ["final"]
+
+    def full(source: Path, target: Path) -> None:
+        if source == new:
+            raise OSError(errno.ENOSPC, "no space left")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="no space left"):
+        replace_folder(made(3), final)
+    assert read_json(final / "value.json") == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["final", "new"]
 
 
 def test_to_see_the_changes_of_others_leaves_none(tmp_path):

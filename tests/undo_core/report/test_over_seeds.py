@@ -49,6 +49,58 @@ def test_differences_between_methods_are_paired_and_corrected():
     assert said[2] == "C (FLOPs): no order in 2 of 2 comparisons.", "both train for as many steps"
 
 
+def test_methods_whose_strongest_alphas_differ_are_compared_where_both_have_students():
+    alphas = {"maxent": (0.4, 0.8), "npo": (0.4, 0.6), "rmu": (0.2,)}
+    found = compare([(f"runs/{n}", run(n, s, n, alphas=own)) for n, own in alphas.items() for s in range(3)], "t")
+    comparisons = compared(found)
+    table = differences_table(found[0].report, comparisons)
+    assert [row[0].main for row in table.rows] == [
+        "NPO – MaxEnt, UNDO α=0.4",
+        "RMU – MaxEnt, not compared: no alpha in common (0.2; 0.4 and 0.8)",
+    ]
+    differences = [attacked(found[1], "undo-0.4")[seed] - attacked(found[0], "undo-0.4")[seed] for seed in range(3)]
+    assert table.rows[0][2].main.strip("+") == f"{100 * statistics.median(differences):.1f}"
+    assert {cell.main for cell in table.rows[1][2:]} == {"–"} and table.rows[1][1].main == "0"
+    for page in (compare_page("t", found, {}, {}), methods_markdown("t", found, methods_table(found), {})):
+        assert "not compared: no alpha in common (0.2; 0.4 and 0.8)" in page.replace("\\", "")
+    assert "of 1 comparisons" in order_sentences(found[0].report, comparisons)[0], "only one of the two was made"
+
+
+def test_a_censored_alpha_is_compared_only_if_there_is_no_other():
+    one, both = {"npo": (0.8,)}, {"npo": (0.4, 0.8), "maxent": (0.4,)}
+    for censored, name in ((one, "UNDO α=0.4"), (both, "UNDO α=0.8")):
+        loaded = [
+            (n, run(n, s, n, alphas=(0.4, 0.8), censored=censored.get(n, ()))) for n in ("maxent", "npo") for s in range(3)
+        ]
+        (comparison,) = compared(compare(loaded, "t"))
+        assert comparison.where == name
+
+
+def test_methods_without_a_seed_in_common_are_not_compared():
+    loaded = [(n, run(n, s, n)) for n, seeds in (("maxent", (0, 1, 2)), ("npo", (3, 4, 5))) for s in seeds]
+    found = compare(loaded, "t")
+    (row,) = differences_table(found[0].report, compared(found)).rows
+    assert row[0].main == "NPO – MaxEnt, not compared: no seed in common at UNDO α=0.8"
+
+
+def test_a_median_of_two_seeds_is_marked_and_has_no_interval():
+    """MaxEnt has five seeds, NPO two: its rows are marked, whichever method comes first."""
+    runs = [("maxent", seed) for seed in range(5)] + [("npo", seed) for seed in range(2)]
+    for order in (runs, runs[::-1]):
+        found = compare([(name, run(name, seed, name, alphas=(0.4, 0.8))) for name, seed in order], "t")
+        table = medians_table(found)
+        (mark,) = table.notes
+        assert "fewer than 3 seeds" in table.notes[mark]
+        for row in table.rows:
+            few = row[0].main == "NPO"
+            assert row[2].main == ("2" if few else "5")
+            assert all((mark in c.marks, c.spread == "") == (few, few) for c in row[3:] if c.main != "–")
+        differences = differences_table(found[0].report, compared(found))
+        (row,), (mark,) = differences.rows, differences.notes
+        assert row[1].main == "2" and row[2].marks == mark and row[2].spread == ""
+        assert "[a] median over fewer than 3 seeds" in methods_markdown("t", found, methods_table(found), {})
+
+
 def test_a_loss_has_the_other_direction():
     found = settings(loss=True)
     assert (

@@ -101,3 +101,12 @@ def test_the_report_shows_it_only_where_flops_are_known():
             del curve["flops"]
     report = derive([older], "cost")
     assert figure(report) is None and not slowdown_table(report).rows and "slowdown" not in page.render(report, {})
+
+
+def test_a_median_of_two_seeds_is_marked():
+    def marked(*seeds):
+        texts = slowdown_table(derive([result(seed) for seed in seeds], "t")).notes.values()
+        return [text for text in texts if "fewer than 3 seeds" in text]
+
+    assert marked(0) == [] and marked(0, 1, 2) == [], "one seed is no median"
+    assert len(marked(0, 1)) == 1
