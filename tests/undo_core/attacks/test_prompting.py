@@ -10,9 +10,11 @@ from attacked_models import GPT2, SHAPE
 from rounding import PATH, gamma
 
 from undo_core.attacks import AttackConfig, few_shot
+from undo_core.data.config import DataConfig
 from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
-from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.models.config import ModelConfig
+from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 
 
