@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from answered_sequences import answered
 
-from undo_core.data.sequences import Sequences
 from undo_core.models import build_model
 
 TINY = {
@@ -44,11 +44,4 @@ def tiny(tokenizer):
 @pytest.fixture
 def sequences(tokenizer):
     """Returns a hundred additions of digits, one per sequence."""
-    texts = [f"{a}+{b}={a + b}" for a in range(10) for b in range(10)]
-    ids = torch.zeros(len(texts), 8, dtype=torch.int32)
-    answers = torch.zeros(len(texts), 8, dtype=torch.bool)
-    for sequence, text in enumerate(texts):
-        tokens = [1, *tokenizer.encode(text, add_special_tokens=False), 1]
-        ids[sequence, : len(tokens)] = torch.tensor(tokens)
-        answers[sequence, 5 : len(tokens)] = True
-    return Sequences(ids, 0, answers)
+    return answered(tokenizer, (f"{a}+{b}={a + b}" for a in range(10) for b in range(10)))

@@ -12,18 +12,19 @@ from undo_core import distributed
 from undo_core.attacks.config import AttackConfig, Trial, check_installed, with_seed
 from undo_core.attacks.grid import explore
 from undo_core.cli.folders import build, check_prepared, print_left, print_noise
+from undo_core.data.config import DataConfig
 from undo_core.distillation.cache import FACTS, read_facts
 from undo_core.distillation.on_policy import OnPolicyConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.io.files import write_json
 from undo_core.io.progress import console
+from undo_core.models.config import ModelConfig
 from undo_core.models.folder import check_checkpoint
 from undo_core.noise.checkpoint import describe_replay, replay_checkpoint
 from undo_core.noise.damage import Operator, check_arguments, selection
 from undo_core.noise.parameters import Parts
 from undo_core.pipeline.attacked_model import trial_stage
-from undo_core.pipeline.config import DataConfig, ModelConfig
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages import Cache, Damage, Distill, Noise, Replay, Unlearn

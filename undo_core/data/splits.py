@@ -41,7 +41,7 @@ def make_splits(
     ``valid_text_forget``, and its test part is dropped.
 
     Args:
-        settings: the fields of :class:`undo_core.pipeline.config.DataConfig`, with the seed set.
+        settings: the fields of :class:`undo_core.data.config.DataConfig`, with the seed set.
         positions: number of the model's positions; None if it has no limit.
 
     Returns:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from undo_core.attacks.config import HEADLINE, AttackConfig
+from undo_core.attacks.named import AnyAttack, check_attacks, check_margin
 from undo_core.attacks.text import AttackTextConfig
+from undo_core.data.config import DataConfig
 from undo_core.distributed.config import ParallelConfig
-from undo_core.pipeline.config import AnyAttack, DataConfig, check_attacks, check_margin
 
 NAME = re.compile(r"\w[\w.-]*")
 

@@ -17,14 +17,16 @@ from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, AttackConfig, check_installed, with_seed
 from undo_core.attacks.grid import worst_of
 from undo_core.attacks.interventions import Intervention
+from undo_core.attacks.named import AnyAttack
 from undo_core.attacks.search import settled_attacks
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, write_json
 from undo_core.io.progress import console
 from undo_core.io.untrusted import read_object
+from undo_core.models.config import ModelConfig
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
-from undo_core.pipeline.config import AnyAttack, ControlsConfig, ModelConfig, RunConfig, derive_seed
+from undo_core.pipeline.config import ControlsConfig, RunConfig, derive_seed
 from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage

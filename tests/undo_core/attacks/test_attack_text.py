@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from stage_kinds import NOWHERE
 
 from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.relearning import attack
@@ -13,8 +14,6 @@ from undo_core.data.arithmetic import compact_splits
 from undo_core.data.sequences import Sequences
 from undo_core.pipeline.attack_config import AttackRunConfig, TextConfig
 from undo_core.pipeline.stages import Relearn
-
-from stage_kinds import NOWHERE  # isort: skip
 
 
 def texts_of(sequences):

@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from undo_core import noise_
 from undo_core.checkpoints.files import checkpoint_skeleton, settled_configuration, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
+from undo_core.data.config import DataConfig
 from undo_core.distillation.streaming import WeightReader, load_head, stream_model, weights_digest
 from undo_core.models import head_of, initialise, load_model
+from undo_core.models.config import ModelConfig
 from undo_core.models.folder import INDEX, SINGLE, weight_files
 from undo_core.noise.checkpoint import noise_checkpoint
-from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
+from undo_core.pipeline.config import ControlsConfig, RunConfig
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stage import Folder, Work
 from undo_core.pipeline.stages import Initialise

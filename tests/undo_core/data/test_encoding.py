@@ -169,7 +169,7 @@ def test_arithmetic_takes_a_tokenizer_without_a_beginning_of_text():
 
 
 def test_bad_settings_are_named(asked):
-    from undo_core.pipeline.config import DataConfig
+    from undo_core.data.config import DataConfig
 
     for make, name in (
         (lambda: MultipleChoiceConfig([asked], special_tokens="x"), ""),

@@ -14,6 +14,7 @@ from generated_questions import WORDS, bytewise_tokenizer, questions, write
 from undo_core import evaluate as evaluate_sequences
 from undo_core import few_shot
 from undo_core.cli import main
+from undo_core.data.config import DataConfig, QuestionsConfig
 from undo_core.data.question_sequences import question_splits
 from undo_core.data.questions import MultipleChoiceConfig, read_questions
 from undo_core.data.sequences import Sequences
@@ -21,7 +22,8 @@ from undo_core.data.tokenizers import character_tokenizer
 from undo_core.evaluation.multiple_choice import multiple_choice
 from undo_core.io.files import read_json
 from undo_core.models import build_model
-from undo_core.pipeline.config import DataConfig, ModelConfig, PretrainConfig, QuestionsConfig, RunConfig
+from undo_core.models.config import ModelConfig
+from undo_core.pipeline.config import PretrainConfig, RunConfig
 from undo_core.pipeline.stages.prepare import prepare_stage
 
 MODEL = {

@@ -11,11 +11,11 @@ from stage_kinds import NOWHERE
 from undo_core import TrainConfig, distill
 from undo_core.data.sequences import Sequences
 from undo_core.distillation import on_policy
+from undo_core.distillation.config import DistillConfig
 from undo_core.distillation.on_policy import OnPolicyConfig, Prompts, continued
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.distributed import head_ops
 from undo_core.models import Head, build_model
-from undo_core.pipeline.config import DistillConfig
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import Scene
 from undo_core.pipeline.stages import Distill

@@ -5,7 +5,9 @@ from tiny_run import RUN
 from transformers import AutoConfig
 
 from undo_core import distributed
-from undo_core.pipeline.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
+from undo_core.data.config import DataConfig
+from undo_core.models.config import ModelConfig
+from undo_core.pipeline.config import PretrainConfig, RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.prepared import load_split

@@ -20,7 +20,8 @@ from undo_core.distributed.sharding import run, shard
 from undo_core.distributed.vocabulary import check_shareable
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import head_of, hidden_states
-from undo_core.pipeline.config import ModelConfig, RunConfig
+from undo_core.models.config import ModelConfig
+from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Pretrain, Unlearn

@@ -15,8 +15,8 @@ from undo_core import NoiseRule, damage_, noise_
 from undo_core.cli import main
 from undo_core.io.files import read_json
 from undo_core.noise.checkpoint import noise_checkpoint
+from undo_core.noise.config import NoiseConfig
 from undo_core.noise.parameters import Left, summary
-from undo_core.pipeline.config import NoiseConfig
 from undo_core.pipeline.stages import Damage, Noise
 
 ROOT = Path(__file__).parents[3]

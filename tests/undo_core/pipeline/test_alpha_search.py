@@ -4,32 +4,21 @@ import dataclasses
 import math
 
 import pytest
+from tiny_run import small_run
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core.attacks.relearning import AttackConfig
 from undo_core.io.files import read_json
+from undo_core.noise.config import NoiseConfig
 from undo_core.noise.damage import DamageConfig
 from undo_core.pipeline import run as running
 from undo_core.pipeline.alpha_search import AlphaSearch
-from undo_core.pipeline.config import (
-    ControlsConfig,
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    NoiseConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from undo_core.pipeline.config import ControlsConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import missing_stages, searched
 from undo_core.pipeline.stages import Distill, Noise, Pretrain, Relearn, Unlearn
 from undo_core.pipeline.student_config import StudentConfig
 from undo_core.report.alpha_search import outcomes
 from undo_core.report.metrics import derive
-from undo_core.training import TrainConfig
-from undo_core.unlearning import UnlearnConfig
-
-SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 CURVES = {
     "linear": lambda alpha: 1.1 * alpha,
@@ -127,22 +116,13 @@ def forget_of(model):
     return 0.9 - 0.7 * student.alpha if isinstance(student, Noise) else 0.2
 
 
-def config(output="unused", **changes) -> RunConfig:
-    train = TrainConfig(steps=2, batch_size=4)
+def config(output="unused", **changes):
     values = {
-        "name": "search",
-        "output": str(output),
-        "data": DataConfig(train_rows=300, eval_prompts=20),
-        "model": ModelConfig(config=SHAPE),
-        "pretrain": PretrainConfig(train=train),
-        "unlearn": UnlearnConfig(train=train),
-        "distill": DistillConfig(train=train),
-        "relearn": AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
         "target_robustness": 0.7,
         "noise": NoiseConfig(alphas=[0.4, 0.8]),
         "controls": ControlsConfig(random=False),
     }
-    return RunConfig(**{**values, **changes})
+    return small_run("search", output, **{**values, **changes})
 
 
 def test_further_students_stay_in_a_run_that_tries_more_alphas():

@@ -5,23 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import small_run
 
-from undo_core.attacks.relearning import AttackConfig
 from undo_core.data.sequences import Sequences
+from undo_core.distillation.config import DistillConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import read_json
 from undo_core.models import load_model
+from undo_core.noise.config import NoiseConfig
 from undo_core.noise.damage import DamageConfig
-from undo_core.pipeline.config import (
-    ControlsConfig,
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    NoiseConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from undo_core.pipeline.config import ControlsConfig
 from undo_core.pipeline.costs import with_costs
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import run
@@ -31,25 +25,16 @@ from undo_core.planning.table import plan_rows
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
 
-SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-
-def config(output="unused", **changes) -> RunConfig:
-    train = TrainConfig(steps=2, batch_size=4)
+def config(output="unused", **changes):
     values = {
-        "name": "controls",
-        "output": str(output),
-        "data": DataConfig(train_rows=300, eval_prompts=20),
-        "model": ModelConfig(config=SHAPE),
-        "pretrain": PretrainConfig(train=train),
         "unlearn": UnlearnConfig(train=TrainConfig(steps=5, batch_size=4), forget_rows=7),
         "noise": NoiseConfig(alphas=[0.5]),
-        "distill": DistillConfig(recover=-1.0, train=train, hidden_weight=0.5),
-        "relearn": AttackConfig(rates=[1e-3], evaluate_at=[0, 1], headline_step=1, extend=0, batch_size=4),
+        "distill": DistillConfig(recover=-1.0, train=TrainConfig(steps=2, batch_size=4), hidden_weight=0.5),
         "damage": DamageConfig(operators=["prune"], alphas=[0.4]),
         "controls": ControlsConfig(random=False, oracle_random_steps=3, gate=GateConfig(share=0.05, alphas=[0.5])),
     }
-    return RunConfig(**{**values, **changes})
+    return small_run("controls", output, **{**values, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,10 @@ from undo_kernels.ops.noise_rules import NoiseRule
 from undo_core import cli
 from undo_core.attacks.config import AttackConfig
 from undo_core.cli import single_stages as commands
+from undo_core.data.config import DataConfig
 from undo_core.io.files import hash_json, read_json
-from undo_core.pipeline.config import DataConfig, ModelConfig, RunConfig
+from undo_core.models.config import ModelConfig
+from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import missing_stages, save_results
 from undo_core.pipeline.store import Store

@@ -18,16 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.cli import main
+from undo_core.data.config import DataConfig
+from undo_core.distillation.config import DistillConfig
 from undo_core.io.files import hash_file, read_json
-from undo_core.pipeline.config import (
-    ControlsConfig,
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    NoiseConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from undo_core.models.config import ModelConfig
+from undo_core.noise.config import NoiseConfig
+from undo_core.pipeline.config import ControlsConfig, PretrainConfig, RunConfig
 from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.run import run
 from undo_core.pipeline.stages.prepare import prepare_stage

@@ -9,16 +9,12 @@ from rich.console import Console
 
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.cli import main
+from undo_core.data.config import DataConfig
+from undo_core.distillation.config import DistillConfig
 from undo_core.distillation.teacher import TeacherConfig
-from undo_core.pipeline.config import (
-    ControlsConfig,
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    NoiseConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from undo_core.models.config import ModelConfig
+from undo_core.noise.config import NoiseConfig
+from undo_core.pipeline.config import ControlsConfig, PretrainConfig, RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import run
 from undo_core.pipeline.stages import Cache

@@ -9,6 +9,7 @@ import torch
 from rounding import assert_same_function, assert_same_training, unit
 from stage_kinds import NOWHERE
 from torch.func import functional_call
+from unlearning_inputs import changed, drawn
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.data.sequences import Sequences
@@ -24,23 +25,6 @@ from undo_core.unlearning import method_of, referred, unlearn_flops
 from undo_core.unlearning.cir import CIRConfig, collapsing, principal
 from undo_core.unlearning.ilu import ILUConfig
 from undo_core.unlearning.topk import TopKConfig, suppressed
-
-
-def drawn(sequences):
-    source = sequence_source(sequences, 12, 3)
-    data = {"forget": source(0), "retain": source(1)}
-    data["forget"].mask[3] = False  # a sequence without labels
-    data["forget"].mask[5, 4:] = False
-    return data, {name: batch.counted for name, batch in data.items()}
-
-
-def changed(model, seed=1):
-    """Returns a model near the original, so that the two differ as in the middle of training."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def ce(model, batch, parameters=None):

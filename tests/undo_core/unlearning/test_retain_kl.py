@@ -7,13 +7,13 @@ import pytest
 import torch
 from rounding import PATH, assert_as_exact_as, gamma
 from stage_kinds import NOWHERE
+from unlearning_inputs import changed, drawn
 
 from undo_core import TrainConfig, UnlearnConfig, unlearn
 from undo_core.distillation.teacher import ModelTeacher
 from undo_core.models import build_model
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Unlearn
-from undo_core.training import sequence_source
 from undo_core.training.loop import accumulate
 from undo_core.training.precision import PRECISIONS, convert_
 from undo_core.unlearning import method as base
@@ -26,22 +26,6 @@ TERMS = [
     ("jsd", "maxent"),
 ]
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def drawn(sequences):
-    source = sequence_source(sequences, 12, 3)
-    data = {"forget": source(0), "retain": source(1)}
-    data["retain"].mask[3] = False  # a sequence without labels
-    data["retain"].mask[5, 4:] = False
-    return data, {name: batch.counted for name, batch in data.items()}
-
-
-def moved(model):
-    """Moves the model as in the middle of training."""
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    return model
 
 
 def divergence(original, model, batch, name):
@@ -60,11 +44,11 @@ def divergence(original, model, batch, name):
 @pytest.mark.parametrize(("term", "name"), TERMS)
 def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, term, name):
     """For every method, loss and gradient less the forget term are those of the divergence, in any micro-batches."""
-    data, counted = drawn(sequences)
+    data, counted = drawn(sequences, masked="retain")
     original = tiny()
     original.lm_head.weight.data.mul_(30)  # sure of some labels, unsure of others
     method = method_of(original, UnlearnConfig(name, retain_weight=0.25, retain_loss=term))
-    plain, model = method_of(original, UnlearnConfig(name, retain_weight=0.0)), moved(copy.deepcopy(original))
+    plain, model = method_of(original, UnlearnConfig(name, retain_weight=0.0)), changed(copy.deepcopy(original))
     if method.reference is not None:
         data["forget"] = referred(original, data["forget"], method)
     wide = copy.deepcopy(model).double()
@@ -74,7 +58,7 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, te
         exact[-1].backward()
     there, wanted = (float(value.detach()) for value in exact)
     same = [p.grad for p in same.parameters()]
-    moved(original)  # it is trained in place, and the copy must not change
+    changed(original)  # it is trained in place, and the copy must not change
     for micro in (None, 5):
         values, gradients = [], []
         for one in (method, plain):
@@ -91,7 +75,7 @@ def test_the_retain_term_is_the_divergence_from_the_original(tiny, sequences, te
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_at_the_original_it_is_nothing(tokenizer, sequences, precision, monkeypatch):
     """In every precision, the copy has the weights, rotary frequencies and attention kernel of the trained model."""
-    data, counted = drawn(sequences)
+    data, counted = drawn(sequences, masked="retain")
     model, copies = build_model(LLAMA, tokenizer, 0), []
     monkeypatch.setattr(base, "ModelTeacher", lambda copied: copies.append(copied) or ModelTeacher(copied))
     assert model.config._attn_implementation == "sdpa"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import undo_kernels
 from rounding import PATH, assert_as_exact_as, assert_same_function, assert_same_training, gamma
 from stage_kinds import NOWHERE
+from unlearning_inputs import changed, drawn
 
 import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
@@ -48,23 +49,6 @@ TOKEN_METHODS = [
 
 def label(config):
     return f"{config.title}-{config.npo.unit}-{config.undial.gamma}"
-
-
-def drawn(sequences):
-    source = sequence_source(sequences, 12, 3)
-    data = {"forget": source(0), "retain": source(1)}
-    data["forget"].mask[3] = False  # a sequence without labels
-    data["forget"].mask[5, 4:] = False
-    return data, {name: batch.counted for name, batch in data.items()}
-
-
-def changed(model, seed=1):
-    """Returns a model near the original, so that the two differ as in the middle of training."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def token_logprobs(model, batch):

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from undo_core.checkpoints.files import stored_dtype
+from undo_core.data.config import DataConfig
 from undo_core.data.limits import Limits
 from undo_core.data.splits import make_splits
 from undo_core.io.files import hash_file
 from undo_core.io.progress import console
 from undo_core.io.text_files import check_is_content
 from undo_core.models import build_model, configuration, load_model, positions_of
+from undo_core.models.config import ModelConfig
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, check_checkpoint, named_weight_files
-from undo_core.pipeline.config import DataConfig, ModelConfig, seeded
+from undo_core.pipeline.config import seeded
 from undo_core.pipeline.model_stage import save
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
