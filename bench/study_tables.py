@@ -1,13 +1,12 @@
-"""Records sweeps of the demo, and writes their tables between markers into docs/findings/study.md.
+"""Records runs and sweeps of the demo, and writes their tables between markers into the pages under docs.
 
-    python bench/study_tables.py                       writes the tables from bench/results/sweep-*
-    python bench/study_tables.py --check               fails if the page differs from them
-    python bench/study_tables.py --record runs/sweep-study    first copies a finished sweep's results into bench/results/NAME, and its
-                                                       report's tables, values and figures into docs/results/NAME
+    python bench/study_tables.py                       writes the tables from bench/results
+    python bench/study_tables.py --check               fails if a page differs from them
+    python bench/study_tables.py --record runs/sweep-study    first copies finished results into bench/results/NAME, and the report's
+                                                       tables, values and figures into docs/results/NAME
 
-``<!-- study:methods -->`` ... ``<!-- /study:methods -->`` encloses a table. Values are medians over seeds, with their bootstrap intervals in
-parentheses (``undo_core/report/seeds.py``). The folder that is recorded keeps its name: sweep-alpha, sweep-methods, sweep-attacks,
-sweep-labels or sweep-study.
+``<!-- study:methods -->`` ... ``<!-- /study:methods -->`` encloses a table. Over several seeds, values are medians with their bootstrap
+intervals in parentheses (``undo_core/report/seeds.py``). The folder that is recorded keeps its name, one of ``COMMANDS``.
 """
 
 from __future__ import annotations
@@ -22,44 +21,65 @@ from pathlib import Path
 
 from undo_core.cli import results as command
 from undo_core.io.files import replace_folder, write_bytes
+from undo_core.report.alpha_search import alpha_table
 from undo_core.report.attacks import Point, worst_by_attack
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.compare import compare, load
+from undo_core.report.correlation import correlation_table
+from undo_core.report.inside import measure_table
 from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.over_seeds import compared, differences_table, median_cell, order_sentences
 from undo_core.report.points import Setting
-from undo_core.report.table import Cell, Notes, Table, markdown, number, ratio
+from undo_core.report.search import search_table
+from undo_core.report.slowdown import slowdown_table
+from undo_core.report.table import Cell, Notes, Table, attack_table, markdown, number, performance, ratio, ratio_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("bench") / "results"
-PAGE = ROOT / "docs" / "findings" / "study.md"
 BLOCK = re.compile(r"(<!-- study:(?P<name>[a-z-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.S)
-TITLES = {
-    "sweep-alpha": "Robustness over alpha",
-    "sweep-methods": "Every method before and after UNDO",
-    "sweep-attacks": "Every attack",
-    "sweep-labels": "Budgets of labels",
-    "sweep-study": "The headline rows over five seeds",
+RUN = "undo run configs/arithmetic-cpu.yaml"
+COMMANDS = {  # what makes each recorded folder: its title, and the command
+    "sweep-alpha": ("Robustness over alpha", "undo sweep configs/sweep-alpha.yaml"),
+    "sweep-methods": ("Every method before and after UNDO", "undo sweep configs/sweep-methods.yaml"),
+    "sweep-attacks": ("Every attack", "undo sweep configs/sweep-attacks.yaml"),
+    "sweep-labels": ("Budgets of labels", "undo sweep configs/sweep-labels.yaml"),
+    "sweep-study": ("The headline rows over five seeds", "undo sweep configs/sweep-study.yaml"),
+    "sweep-on-policy": ("On-policy distillation", "undo sweep configs/sweep-on-policy.yaml"),
+    "leak-channels": ("Leak channels", f"{RUN} --config configs/leak-channels.yaml --config configs/inside.yaml"),
+    "inside": (
+        "Interventions and measures",
+        f"{RUN} --config configs/interventions.yaml --config configs/inside.yaml --name inside --output runs/inside",
+    ),
+    "search": (
+        "An attacker that searches",
+        f"{RUN} --config configs/attack-search.yaml --name search --output runs/search --noise.alphas='[0.8]' "
+        "--controls.random=false --controls.oracle_steps=0",
+    ),
+    "alpha": ("The cheapest alpha", f"{RUN} --target-robustness 0.9 --name alpha --output runs/alpha"),
 }
 KEPT = ("*.md", "*.csv", "*.tex", "*.png")  # files of a report that docs/results keeps, where it has files of that name already
 
 
 def main() -> int:
-    """Writes or checks the page."""
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page differs from the results")
-    parser.add_argument("--record", type=Path, help="folder of a finished sweep, from the repository's root")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page differs from the results")
+    parser.add_argument("--record", type=Path, help="folder of a finished run or sweep, from the repository's root")
     options = parser.parse_args()
     if options.record is not None:
         record(options.record)
-    text = PAGE.read_text()
-    made = written(text)
-    if options.check:
-        if made != text:
-            print(f"{PAGE.relative_to(ROOT)} differs from bench/results: python bench/study_tables.py")
-        return int(made != text)
-    PAGE.write_text(made)
-    return 0
+    differ = [page for page in pages() if written(page.read_text()) != page.read_text()]
+    for page in differ:
+        if options.check:
+            print(f"{page.relative_to(ROOT)} differs from bench/results: python bench/study_tables.py")
+        else:
+            page.write_text(written(page.read_text()))
+    return int(options.check and bool(differ))
+
+
+def pages() -> list[Path]:
+    """The pages with a table."""
+    return [page for page in sorted((ROOT / "docs").rglob("*.md")) if BLOCK.search(page.read_text())]
 
 
 def written(text: str) -> str:
@@ -69,26 +89,28 @@ def written(text: str) -> str:
 
 def table_of(name: str) -> str:
     """The text between a pair of markers."""
-    sweep, make = TABLES[name]
-    folder = ROOT / RESULTS / sweep
+    recorded, make = TABLES[name]
+    folder = ROOT / RESULTS / recorded
     if not folder.exists():
-        return (
-            f"Not recorded yet: `undo sweep configs/{sweep}.yaml`, then `python bench/study_tables.py --record runs/{sweep}`."
-        )
-    settings = compare(load([folder]), sweep)
-    seeds = ", ".join(map(str, settings[0].report.seeds))
-    return f"Medians over seeds {seeds}; in parentheses the 95 % bootstrap interval over seeds.\n\n{make(settings)}"
+        return f"Not recorded yet: `{COMMANDS[recorded][1]}`, then `python bench/study_tables.py --record runs/{recorded}`."
+    settings = compare(load([folder]), recorded)
+    seeds = list(map(str, settings[0].report.seeds))
+    if len(seeds) == 1:
+        said = f"Seed {seeds[0]}; in parentheses the 95 % interval over the test sequences."
+    else:
+        said = f"Medians over seeds {', '.join(seeds)}; in parentheses the 95 % bootstrap interval over seeds."
+    return f"{said}\n\n{make(settings)}"
 
 
 def record(finished: Path) -> None:
-    """Copies the results and the report of a finished sweep into the repository; an earlier record is replaced once both are made."""
+    """Copies finished results and their report into the repository; an earlier record is replaced once both are made."""
     finished = ROOT / finished
     name = finished.resolve().name
-    if name not in TITLES:
-        raise SystemExit(f"--record: got {finished}, wanted a folder named {', '.join(TITLES)}")
-    found = sorted(finished.glob("runs/*/results-seed*.json"))
+    if name not in COMMANDS:
+        raise SystemExit(f"--record: got {finished}, wanted a folder named {', '.join(COMMANDS)}")
+    found = sorted([*finished.glob("results-seed*.json"), *finished.glob("runs/*/results-seed*.json")])
     if not found:
-        raise SystemExit(f"--record: got {finished}, which has no runs/*/results-seedN.json; wanted a finished sweep")
+        raise SystemExit(f"--record: got {finished}, which has no results-seedN.json; wanted a finished run or sweep")
     into, pages = ROOT / RESULTS / name, ROOT / "docs" / "results" / name
     into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".recording-", dir=into.parent) as temporary:
@@ -99,7 +121,7 @@ def record(finished: Path) -> None:
             shutil.copy(path, copy)
         made.mkdir()
         with contextlib.chdir(temporary):  # the report names the folder of each run: that in the repository
-            command.report([str(RESULTS / name)], str(made), TITLES[name])
+            command.report([str(RESULTS / name)], str(made), COMMANDS[name][0])
         replace_folder(copied, into)
         pages.mkdir(parents=True, exist_ok=True)
         known = {path.name for path in pages.iterdir()}
@@ -186,6 +208,31 @@ def labels(settings: Sequence[Setting]) -> str:
     return _table(["forget sequences", *columns], rows, notes)
 
 
+def students(settings: Sequence[Setting]) -> str:
+    """One row for each attacked model of all settings, of a single seed: performance before and after the attack, R and C."""
+    first, notes = settings[0].report, Notes()
+    steps = [step for step in first.steps if step > 0]
+    headers = ["model", "retain, %", "forget, %", *(f"after {step} steps, %" for step in steps), "R", "C, steps", "C, FLOPs"]
+    rows, seen = [], set()
+    for setting in settings:
+        report = setting.report
+        for model in (model for model in report.models if model.worst):
+            label = f"{model.label}, {setting.label}" if model.name.startswith("undo") and len(settings) > 1 else model.label
+            if label in seen:
+                continue
+            seen.add(label)
+            cells = [performance(model.metrics[key], report.higher) for key in ("retain", "forget")]
+            cells += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
+            found = (model.robustness, model.compute["steps"], model.compute["flops"])
+            rows.append([Cell(label), *cells, *(ratio_cell(stat, notes) for stat in found)])
+    return _table(headers, rows, notes)
+
+
+def of_the_report(*tables: Callable[[Report], Table]) -> Callable[[Sequence[Setting]], str]:
+    """Tables as the run's report shows them."""
+    return lambda settings: "\n\n".join(markdown(table(settings[0].report)).rstrip() for table in tables)
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "alpha": ("sweep-alpha", alphas),
     "methods": ("sweep-methods", methods),
@@ -193,6 +240,14 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "attacks": ("sweep-attacks", attacks),
     "labels": ("sweep-labels", labels),
     "headline": ("sweep-study", headline),
+    "on-policy": ("sweep-on-policy", students),
+    "leak": ("leak-channels", students),
+    "leak-measures": ("leak-channels", of_the_report(correlation_table)),
+    "interventions": ("inside", of_the_report(attack_table)),
+    "measures": ("inside", of_the_report(measure_table, correlation_table)),
+    "search": ("search", of_the_report(attack_table, search_table)),
+    "slowdown": ("search", of_the_report(slowdown_table)),
+    "cheapest-alpha": ("alpha", of_the_report(alpha_table)),
 }
 
 
