@@ -24,8 +24,7 @@ from undo_core.attacks.slowdown import (
     trajectories,
 )
 from undo_core.report.metrics import Report
-from undo_core.report.over_seeds import TOO_FEW
-from undo_core.report.seeds import FEWEST
+from undo_core.report.seeds import FEWEST, TOO_FEW
 from undo_core.report.style import LINES, MARKERS, colours_of, finite, label_ends, new_figure, scale, unit_name
 from undo_core.report.table import Cell, Notes, Table, number
 
