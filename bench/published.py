@@ -37,12 +37,13 @@ from undo_core.data.questions import read_questions
 from undo_core.data.reading import read_documents
 from undo_core.models import initialise, load_tokenizer
 from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.described import model_config
 from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.workers import use_threads
-from undo_core.planning.models import model_config, sequence_length
+from undo_core.planning.models import sequence_length
 from undo_core.planning.table import plan_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -111,9 +111,9 @@ class SearchConfig:
             ValueError: a setting that no trial could have, or a budget that does not allow the shortest trial of any size.
         """
         settled = dataclasses.replace(self, like=self.like or headline)
-        if not settled._like.trains:
-            raise ValueError(f"like.kind: got {settled._like.kind}, which trains nothing; wanted finetune or lora")
-        if not settled._like.evaluate_at[-1]:
+        if not settled.held.trains:
+            raise ValueError(f"like.kind: got {settled.held.kind}, which trains nothing; wanted finetune or lora")
+        if not settled.held.evaluate_at[-1]:
             raise ValueError("like.evaluate_at: got [0], wanted at least one step, which the budget multiplies")
         for point in settled.corners():
             for size, share in itertools.product(self.batch_sizes, self.retain_shares):
@@ -140,7 +140,7 @@ class SearchConfig:
     @property
     def compute(self) -> int:
         """The budget in sequences times forward passes."""
-        like = self._like
+        like = self.held
         grid = len(like.rates) * like.seeds * like.evaluate_at[-1] * like.batch_size
         return int(self.budget * grid * like.passes)
 
@@ -150,7 +150,7 @@ class SearchConfig:
 
     def attack(self, point: Point) -> AttackConfig:
         """The attack with the settings of ``point``."""
-        like, size, steps, rank = self._like, point["batch_size"], point["steps"], point["rank"]
+        like, size, steps, rank = self.held, point["batch_size"], point["steps"], point["rank"]
         retain = round(size * point["retain_share"])
         shares = {name: float(share) for name, share in (("forget", size - retain), ("retain", retain)) if share}
         own: dict[str, Any] = {"kind": "finetune"}
@@ -178,14 +178,15 @@ class SearchConfig:
     def settings(self) -> dict[str, Any]:
         """The settings that change the result, as JSON values; they are part of the stage's key."""
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("kind", "budget", "like")}
-        adapters = {name: value for name, value in self._like.lora.recorded().items() if name not in ("rank", "alpha")}
-        held = {name: getattr(self._like, name) for name in HELD}
-        if self._like.text:  # left out without, as in the attacks that train
-            held["text"] = dataclasses.asdict(self._like.text)
+        adapters = {name: value for name, value in self.held.lora.recorded().items() if name not in ("rank", "alpha")}
+        held = {name: getattr(self.held, name) for name in HELD}
+        if self.held.text:  # left out without, as in the attacks that train
+            held["text"] = dataclasses.asdict(self.held.text)
         return {**own, "compute": self.compute, "like": {**held, "lora": adapters}}
 
     @property
-    def _like(self) -> AttackConfig:
+    def held(self) -> AttackConfig:
+        """The attack whose other settings hold."""
         if self.like is None:
             raise ValueError("like: got None, wanted an attack: see SearchConfig.along")
         return self.like

@@ -1,10 +1,11 @@
 """Compute slowdown: how much more compute an attack needs than on a model that never had the capability.
 
-Let T_m(L) be the FLOPs after which the first of the trials of all attacks that train brings model m to the forget performance L.
+Let T_m(L) be the FLOPs after which the first of the trials of all attacks that train on the forget text brings model m to the
+forget performance L.
 
     slowdown_m(L) = T_m(L) / T_reference(L)
 
-The reference is the data-filtered model, else the random student. 1 means that the attacker saves nothing by starting from m;
+The reference is the checkpoint that ``undo attack`` was given as such, else the data-filtered model, else the random student. 1 means that the attacker saves nothing by starting from m;
 a model that only hides the capability has much less. With steps instead of FLOPs this is the Anamnesis Index (Chundawat et al.
 2022, arXiv 2201.05629), which compares with a model that was retrained without the forget set. Rathi and Radford (2026, arXiv
 2601.21571) call such a ratio of compute at equal forget performance a compute slowdown, of pretraining there. The levels L lie at
@@ -14,15 +15,19 @@ A curve is known only at its evaluations, so T lies in an interval: above the FL
 reached and at most those of the first that reached it. The minimum over the trials that reach the level lies between the minima
 of both ends, and a ratio between the quotients of opposite ends. If no trial reaches it, T is right-censored at the longest
 trial. As in every worst case, settings and lengths that were not tried are unknown.
+
+Attacks on other text do not count: without forget text they do something else than teach the capability again, and on a part of the
+forget set they are scored on other prompts, so that a level is not the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from undo_core.attacks.config import HEADLINE, SOURCES, TRAINED
 from undo_core.attacks.grid import every_curve, harm
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -137,6 +142,39 @@ def frontier(trajectories: Iterable[Trajectory], higher_is_better: bool) -> tupl
     return flops, forget
 
 
+def other_text(config: Mapping[str, Any]) -> list[str]:
+    """Names of the attacks that do not train on the whole forget text, or on a choice of the retain text.
+
+    Args:
+        config: ``config`` of a results file.
+    """
+    headline = config.get("relearn") or {}
+    found = []
+    for name, attack in {HEADLINE: headline, **(config.get("attacks") or {})}.items():
+        kind = attack.get("kind", TRAINED[0])
+        text = ((attack.get("like") or headline) if kind == "search" else attack).get("text") or {}
+        chosen = any(text.get(part) is not None for part in ("forget_part", "retain_near"))
+        if kind in (*TRAINED, "search") and (chosen or "forget" not in (attack.get("mix") or SOURCES)):
+            found.append(name)
+    return found
+
+
+def comparable(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models of a results file, without the attacks and the trials of searches that train on other text."""
+    apart, models = other_text(result.get("config") or {}), []
+    for entry in result["models"]:
+        attacks = {name: _on_forget_text(own) for name, own in (entry.get("attacks") or {}).items() if name not in apart}
+        models.append({**entry, "attack": None if HEADLINE in apart else entry.get("attack"), "attacks": attacks})
+    return models
+
+
+def _on_forget_text(attack: dict[str, Any]) -> dict[str, Any]:
+    if "trials" not in attack:
+        return attack
+    sizes = ((trial, trial["point"]["batch_size"], trial["point"]["retain_share"]) for trial in attack["trials"])
+    return {**attack, "trials": [trial for trial, size, share in sizes if round(size * share) < size]}
+
+
 def trajectories(entry: dict[str, Any]) -> Iterator[Trajectory]:
     """The trials of all attacks on a model that record their FLOPs and need no original, from its entry in the results."""
     for attack in (entry.get("attack"), *(entry.get("attacks") or {}).values()):
@@ -149,15 +187,34 @@ def trajectories(entry: dict[str, Any]) -> Iterator[Trajectory]:
 
 
 def reference_of(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The entry of the model without the capability with which the others are compared, if the results have one."""
+    """The entry of the model without the capability with which the others are compared, if the results have exactly one."""
+    given = [entry for entry in models if entry.get("reference") and any(trajectories(entry))]
+    if given:
+        return given[0] if len(given) == 1 else None
     found = (entry for kind in REFERENCES for entry in models if entry["kind"] == kind and any(trajectories(entry)))
     return next(found, None)
+
+
+def missing(models: Sequence[dict[str, Any]], higher_is_better: bool) -> str:
+    """Says why there is no slowdown; empty if there is one. The arguments are those of :func:`levels_of`."""
+    if levels_of(models, higher_is_better):
+        return ""
+    if not any(entry["kind"] == "original" for entry in models):
+        return "the results have no original model (undo attack: --original)"
+    if not any(any(trajectories(entry)) for entry in models):
+        return "no attack that trains on the forget text recorded its FLOPs"
+    if several := [entry["name"] for entry in models if entry.get("reference")][1:]:
+        return f"several models are given as the one without the capability, {', '.join(several)} among them"
+    if reference_of(models) is None:
+        wanted = "data filtering or the random student; undo attack: --reference"
+        return f"no attacked model is known to be without the capability ({wanted})"
+    return "the original is no better on the forget set than the model without the capability"
 
 
 def levels_of(models: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[float, float]:
     """The forget performance at each share of the way from the reference to the original.
 
-    It is empty without one of them, or if the original is no better.
+    It is empty without one of them, or if the original is no better. ``models`` are those of :func:`comparable`.
     """
     original = next((entry for entry in models if entry["kind"] == "original"), None)
     reference = reference_of(models)
@@ -175,7 +232,7 @@ def slowdowns(
     """Slowdown of each attacked model at each share, ``{model name: {share: ...}}``; empty without original or reference.
 
     Args:
-        models: entries of a results file.
+        models: entries of a results file, of :func:`comparable`.
         higher_is_better: True for an accuracy, False for a loss.
         unit: flops or steps.
     """
@@ -200,14 +257,18 @@ def slowdowns(
     return found
 
 
-def slowdown_entry(models: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[str, Any] | None:
+def slowdown_entry(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The entry ``slowdown`` of the results; None without an original or a reference.
+
+    Args:
+        result: the results of a seed.
 
     Returns:
         ``reference``, the name of the model compared with; ``levels``, each with its ``share`` and ``forget`` performance; and
         ``models``, for each model a list over the levels with ``flops`` and ``steps``, each with the ``amount`` after which the
         level is reached, the ``ratio`` to the reference's as an interval, and its ``value``. An end that is None is infinite.
     """
+    models, higher_is_better = comparable(result), result["metric"]["kind"] == "accuracy"
     levels = levels_of(models, higher_is_better)
     if not levels:
         return None

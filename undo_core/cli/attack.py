@@ -26,6 +26,9 @@ def attack(checkpoints: list[str], config: AttackRunConfig, command: str = "", d
     and rounding of the weights (quantised), over a grid of learning rates that grows while the worst rate is at its end. The worst
     case counts. The settings of --relearn hold for all of them; --attacks replaces the others.
 
+    With --original and --reference, a checkpoint that never had the capability, the report also says how many times the reference's
+    FLOPs an attack on each checkpoint needs.
+
     OUTPUT gets report/report.html, results-seedN.json, and a folder for each checkpoint, defences/NAME, in the layout of
     TamperBench. A later call with the same settings and OUTPUT adds its checkpoints to the table. After an interruption, the same
     command continues.
@@ -39,8 +42,9 @@ def attack(checkpoints: list[str], config: AttackRunConfig, command: str = "", d
 
     if not checkpoints:
         raise ValueError("checkpoints: got none, wanted at least one checkpoint folder")
-    for given in [*checkpoints, *([config.original] if config.original else [])]:
-        check_checkpoint("checkpoints" if given in checkpoints else "original", Path(named_checkpoint(given)[1]))
+    for given in config.every(checkpoints):
+        name = "checkpoints" if given in checkpoints else "reference" if given == config.reference else "original"
+        check_checkpoint(name, Path(named_checkpoint(given)[1]))
     if dry_run:
         from undo_core.planning.table import stages_table
 

@@ -17,7 +17,7 @@ def run(config: RunConfig, command: str) -> int:
 
     if config.parallel.tensor > 1:  # its stages would find out only when the first of them trains
         from undo_core.distributed.vocabulary import check_shareable
-        from undo_core.planning.models import planned_skeleton
+        from undo_core.pipeline.described import planned_skeleton
 
         check_shareable(planned_skeleton(config))
     run_pipeline(config, command)

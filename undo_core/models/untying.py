@@ -19,6 +19,14 @@ def untied_configuration(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def check_tied(model: PreTrainedModel) -> None:
+    """Raises a ValueError if the model, which may be on the meta device, has no head, or one that shares no weight."""
+    output = model.get_output_embeddings()
+    shared = [one for _, one in model.named_parameters(remove_duplicate=False) if output is not None and one is output.weight]
+    if len(shared) < 2:
+        raise ValueError(f"untie: got a {type(model).__name__} whose head shares no weight, wanted one with a tied head")
+
+
 @torch.no_grad()
 def untied(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the same model with a head of its own, which starts as a copy of the embedding's weight.
@@ -31,11 +39,8 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model has no head, or its head shares no weight.
     """
-    output, names = model.get_output_embeddings(), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    if output is None or len(names[id(output.weight)]) < 2:
-        raise ValueError(f"untie: got a {type(model).__name__} whose head shares no weight, wanted one with a tied head")
+    check_tied(model)
+    output = model.get_output_embeddings()
     result = skeleton(untied_configuration(model.config), buffers=True)
     result.load_state_dict(model.state_dict(), assign=True)  # the state of a tied model has the weight under each of its names
     held: set[int] = set()

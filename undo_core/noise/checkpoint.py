@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from undo_kernels.library.backends import implementation
 from undo_kernels.noise_segments import Segment
 from undo_kernels.ops import checks
@@ -18,9 +19,9 @@ from undo_kernels.ops.noise_rules import NoiseRule, Policy, Setting
 
 from undo_core.checkpoints.files import TensorWriter, checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters
-from undo_core.noise.distance import alpha_of_equal_distance
+from undo_core.noise.distance import alpha_of_equal_distance, settings_like
 from undo_core.noise.model import NoiseReport, report
-from undo_core.noise.parameters import Parts, select
+from undo_core.noise.parameters import Parts, Selection, select
 
 
 def noise_checkpoint(
@@ -57,12 +58,10 @@ def noise_checkpoint(
             nothing is written.
         FileNotFoundError: the folder has no safetensors file.
     """
-    checks.seed(seed)
-    Policy(alpha, beta, law, std, tuple(rules))
     model = checkpoint_skeleton(source)
-    chosen = select(model, parts, rules)
-    checkpoint = CheckpointParameters(source, model, chosen.tensors)
-    policy, matched = Policy(alpha, beta, law, std, chosen.rules), {}
+    given = {"alpha": alpha, "beta": beta, "seed": seed, "law": law, "std": std, "rules": rules, "parts": parts, "like": like}
+    chosen, policy = check_noise(model, **given)
+    checkpoint, matched = CheckpointParameters(source, model, chosen.tensors), {}
     if like is not None:
         alpha, distance = alpha_of_equal_distance(checkpoint, chosen, policy, seed, like, title, progress)
         policy, matched = replace(policy, alpha=alpha), {"alpha": alpha, "distance": distance}
@@ -73,6 +72,33 @@ def noise_checkpoint(
         sums = noise([segment(name, t, settings[name]) for name, t in parameters.items()], seed, stochastic_rounding)
         applied |= {name: (settings[name], values) for name, values in zip(parameters, sums, strict=True)}
     return NoiseReport(report(applied), chosen.left, **matched)
+
+
+def check_noise(
+    model: nn.Module,
+    *,
+    alpha: float,
+    beta: float,
+    seed: int,
+    law: str,
+    std: float | None,
+    rules: Sequence[NoiseRule],
+    parts: Parts,
+    like: Mapping[str, Any] | None,
+) -> tuple[Selection, Policy]:
+    """Returns the parameters of a model that :func:`noise_checkpoint` would change, and how; the model may be on the meta device.
+
+    Raises:
+        ValueError: an argument is invalid or does not suit the model. Whether a distance can be reached depends on the weights.
+    """
+    checks.seed(seed)
+    Policy(alpha, beta, law, std, tuple(rules))
+    chosen = select(model, parts, rules)
+    policy = Policy(alpha, beta, law, std, chosen.rules)
+    policy.settings(chosen.parameters, chosen.toward)
+    if like is not None:
+        settings_like(chosen, like)
+    return chosen, policy
 
 
 def replay_checkpoint(

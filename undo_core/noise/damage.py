@@ -31,12 +31,12 @@ from undo_kernels.library.backends import implementation
 from undo_kernels.noise_segments import Segment, name_hash
 from undo_kernels.ops import checks
 from undo_kernels.ops.checks import is_dtensor
-from undo_kernels.ops.noise_rules import Parameter, Policy, check_layers, layers_of, matches
+from undo_kernels.ops.noise_rules import Parameter, check_layers, layers_of, matches
 from undo_kernels.reference.philox import words
 
 from undo_core.checkpoints.files import checkpoint_skeleton
 from undo_core.checkpoints.parameters import CheckpointParameters
-from undo_core.noise.distance import BLOCK, noise_change, squares
+from undo_core.noise.distance import BLOCK, noise_change, settings_like, squares
 from undo_core.noise.parameters import Parts, Selection, select
 
 Operator = Literal["gaussian", "prune", "permute", "permute-rows", "permute-columns"]
@@ -165,18 +165,13 @@ def damage_checkpoint(
         ValueError: an argument is invalid, or the operator cannot reach the distance; nothing is written.
         FileNotFoundError: the folder has no safetensors file.
     """
-    if (strength is None) == (like is None):
-        checks.fail("strength", f"{strength} with like={like}", "one of the two")
-    if layers is not None and match is not None:
-        checks.fail("match", f"{match!r} with layers={layers!r}", "one of the two")
-    check_arguments(operator, 0.0 if strength is None else strength, seed)
     model = checkpoint_skeleton(source)
-    selected = select(model, parts, () if like is None else tuple(like.get("rules", ())))
+    given = {"seed": seed, "strength": strength, "like": like, "layers": layers, "match": match, "parts": parts}
+    selected, chosen = check_damage(model, operator, **given)
     checkpoint = CheckpointParameters(source, model, selected.tensors)
     parameters, wanted = selected.parameters, None
-    chosen = _chosen(parameters, layers, match)
     if like is not None:
-        strength, wanted = _match(checkpoint, selected, chosen, operator, seed, dict(like), title, progress)
+        strength, wanted = _match(checkpoint, selected, chosen, operator, seed, like, title, progress)
     done: dict[str, TensorDamage] = {}
     total = 0.0
     for tensors in checkpoint.edit(output, title, progress):
@@ -188,6 +183,35 @@ def damage_checkpoint(
                 total += squares(tensor)
     distance = math.sqrt(sum(tensor.change**2 for tensor in done.values()) / total) if total else 0.0
     return {"strength": strength, "distance": distance, "wanted": wanted, "tensors": done, "left": selected.left}
+
+
+def check_damage(
+    model: nn.Module,
+    operator: str,
+    *,
+    seed: int,
+    strength: float | None,
+    like: Mapping[str, Any] | None,
+    layers: str | None,
+    match: str | None,
+    parts: Parts,
+) -> tuple[Selection, list[str]]:
+    """Returns the parameters that the noise of a model would change, and the names of those that :func:`damage_checkpoint` changes.
+
+    The model may be on the meta device.
+
+    Raises:
+        ValueError: an argument is invalid or does not suit the model. Whether a distance can be reached depends on the weights.
+    """
+    if (strength is None) == (like is None):
+        checks.fail("strength", f"{strength} with like={like}", "one of the two")
+    if layers is not None and match is not None:
+        checks.fail("match", f"{match!r} with layers={layers!r}", "one of the two")
+    check_arguments(operator, 0.0 if strength is None else strength, seed)
+    selected = select(model, parts, () if like is None else tuple(like.get("rules", ())))
+    if like is not None:
+        settings_like(selected, like)
+    return selected, _chosen(selected.parameters, layers, match)
 
 
 def check_arguments(operator: str, strength: float, seed: int) -> None:
@@ -217,16 +241,13 @@ def _match(
     chosen: list[str],
     operator: str,
     seed: int,
-    like: dict[str, Any],
+    like: Mapping[str, Any],
     title: str,
     progress: bool,
 ) -> tuple[float, float]:
     """Returns the strength whose distance comes closest to that of the noise, and the noise's distance."""
-    noise_seed = like.pop("seed")
-    checks.seed(noise_seed)
-    policy = Policy(**{"beta": 0.1, **like, "rules": selected.rules})
     parameters = selected.parameters
-    settings = policy.settings(parameters, selected.toward)
+    settings, noise_seed = settings_like(selected, like)
     total, wanted = 0.0, 0.0
     profile = torch.zeros(1 if operator == "gaussian" else GRID + 1, dtype=torch.float64)
     for tensors in checkpoint.read(f"{title}, measuring", progress):

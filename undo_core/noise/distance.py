@@ -55,11 +55,7 @@ def alpha_of_equal_distance(
         ValueError: no alpha in [0, 1] gives the distance.
     """
     parameters, toward = selected.parameters, selected.toward
-    other: dict[str, Any] = {"beta": 0.1, **like}
-    other_seed, rules = other.pop("seed"), other.pop("rules", ())
-    # select() has removed rules for parameters that stay unchanged from the policy's; here it is done for the other noise's.
-    rules = tuple(rule for rule in rules if any(matches(rule.match, name, p) for name, p in parameters.items()))
-    wanted_settings = Policy(**other, rules=rules).settings(parameters, toward)
+    wanted_settings, other_seed = settings_like(selected, like)
     settings = dataclasses.replace(policy, alpha=1.0).settings(parameters, toward)
     wanted = own = rest = total = 0.0
     for tensors in checkpoint.read(f"{title}, measuring", progress):
@@ -84,6 +80,21 @@ def alpha_of_equal_distance(
             "alpha 1 for the others",
         )
     return math.sqrt((wanted - own) / rest), distance
+
+
+def settings_like(selected: Selection, like: Mapping[str, Any]) -> tuple[dict[str, Setting], int]:
+    """Returns the settings of other noise for the selected parameters, by name, and its seed; ``like`` as above.
+
+    Raises:
+        ValueError: it does not suit the parameters.
+    """
+    other: dict[str, Any] = {"beta": 0.1, **like}
+    seed, rules = other.pop("seed"), other.pop("rules", ())
+    checks.seed(seed)
+    # select() has removed rules for parameters that stay unchanged from the policy's; here it is done for the other noise's.
+    parameters = selected.parameters
+    rules = tuple(rule for rule in rules if any(matches(rule.match, name, p) for name, p in parameters.items()))
+    return Policy(**other, rules=rules).settings(parameters, selected.toward), seed
 
 
 def noise_change(tensor: torch.Tensor, name: str, setting: Setting, seed: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +40,8 @@ class AttackRunConfig:
         output: folder of the stages, of a folder for each checkpoint, and of the report.
         data: what was to be kept and what was to be forgotten.
         original: checkpoint before the unlearning, NAME=FOLDER or FOLDER; it is evaluated and not attacked.
+        reference: checkpoint that never had the capability, such as one trained without the forget text, NAME=FOLDER or FOLDER; it
+            is attacked like the others, and the compute slowdown compares them with it.
         name: title of the report.
         seed: seed from which all other seeds derive.
         workers: number of stages that run in parallel, each with its share of the CPU threads.
@@ -56,6 +59,7 @@ class AttackRunConfig:
     output: str
     data: TextConfig
     original: str | None = None
+    reference: str | None = None
     name: str = "attack"
     seed: int = 0
     workers: int = 1
@@ -86,6 +90,10 @@ class AttackRunConfig:
                 raise ValueError(f"{part}: got {attack.text.forget_part}, wanted null: {unlike}")
         if self.data.distill.sources:
             raise ValueError("data.distill.sources: got some, wanted none: an attack does not distill")
+
+    def every(self, checkpoints: Sequence[str]) -> list[str]:
+        """The checkpoints, with the reference and the original if they are given."""
+        return [*checkpoints, *(given for given in (self.reference, self.original) if given)]
 
     def envelope(self) -> dict[str, AnyAttack]:
         """The further attacks: those that are given, or the default ones, with the settings of the headline attack."""

@@ -19,6 +19,7 @@ from undo_core.attacks.grid import worst_of
 from undo_core.attacks.interventions import Intervention
 from undo_core.attacks.named import AnyAttack
 from undo_core.attacks.search import settled_attacks
+from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, write_json
 from undo_core.io.progress import console
@@ -47,11 +48,13 @@ class Defence:
         name: its row in the tables.
         prepared: stage that reads the checkpoint and prepares the text for it.
         attacks: the checkpoint under each attack, by the attack's name; empty for the original.
+        reference: whether it never had the capability, so that the slowdown compares the others with it.
     """
 
     name: str
     prepared: Prepare
     attacks: dict[str, Attacked]
+    reference: bool = False
 
     @property
     def kind(self) -> str:
@@ -95,8 +98,8 @@ def attack_checkpoints(checkpoints: Sequence[str], config: AttackRunConfig, comm
 def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Defence]:
     """The checkpoints with the stages that attack them; nothing is computed. For errors see :func:`attack_checkpoints`."""
     named: dict[str, str] = {}
-    original = config.original and named_checkpoint(config.original)[0]
-    for given in [*checkpoints, *([config.original] if config.original else [])]:
+    original, reference = (given and named_checkpoint(given)[0] for given in (config.original, config.reference))
+    for given in config.every(checkpoints):
         name, path = named_checkpoint(given)
         if name in named:
             raise ValueError(
@@ -129,7 +132,7 @@ def defences_of(checkpoints: Sequence[str], config: AttackRunConfig) -> list[Def
             attack: Attacked(with_seed(own, seed), prepared, prepared, f"{attack} {name}", higher, prepares.get(original or ""))
             for attack, own in under.items()
         }
-        defences.append(Defence(name, prepared, attacks))
+        defences.append(Defence(name, prepared, attacks, name == reference))
     return defences
 
 
@@ -194,7 +197,9 @@ def _finish(store: Store, config: AttackRunConfig, defences: list[Defence], comm
         write_defence(defence_folder(output, defence.name, config.seed), result, config.measures)
     seeds = merged(known_defences(output))
     for results in seeds:
-        write_json(output / f"results-seed{results['seed']}.json", results)
+        slowdown = slowdown_entry(results)
+        entry = {"slowdown": slowdown} if slowdown else {}
+        write_json(output / f"results-seed{results['seed']}.json", {**results, **entry})
     write_heatmap(output / "report", next(results for results in seeds if results["seed"] == config.seed))
     report = write_report(seeds, output / "report", config.name)
     console.print(terminal_table(seeds))
@@ -238,6 +243,9 @@ def _check_alike(config: AttackRunConfig, defences: list[Defence]) -> None:
                 f"{key}: got {own.get(key)}, but {entry['name']} in {output} was attacked with {other.get(key)}; "
                 "wanted the same settings, or another output folder"
             )
+        given = next((defence.name for defence in defences if defence.reference), entry["name"])
+        if entry.get("reference") and given != entry["name"]:
+            raise ValueError(f"reference: got {given}, but {output} has {entry['name']} as the reference; wanted the same")
         for defence in (defence for defence in defences if defence.name == entry["name"]):
             path, there = defence.prepared.model.path, entry["checkpoint"]
             if (defence.kind, _digest(defence, text=False)) != (entry["kind"], there["content"]):
@@ -279,6 +287,7 @@ def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[s
         "metrics": evaluation(store, defence.prepared, defence.prepared),
         "training": None,
         "attack": None,
+        **({"reference": True} if defence.reference else {}),
         "checkpoint": {
             "path": defence.prepared.model.path,
             "content": _digest(defence, text=False),

@@ -16,6 +16,7 @@ from undo_core.distillation.teacher import TeacherConfig
 from undo_core.models import configuration, positions_of
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import RunConfig, derive_seed, seeded
+from undo_core.pipeline.described import check_stages
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.stages import (
     Cache,
@@ -92,11 +93,13 @@ def graph_of(config: RunConfig) -> Graph:
 
     Raises:
         FileNotFoundError: a data file or a checkpoint folder that the configuration names is missing.
-        ValueError: the examples of a few-shot attack cannot fit in the model's positions.
+        ValueError: the examples of a few-shot attack cannot fit in the model's positions, or a stage would refuse the model.
     """
     prepared = prepare_stage(config.data, config.model, config.seed)
     _check_shots(config)
-    return _graph(config, prepared)
+    graph = _graph(config, prepared)
+    check_stages(config, graph.stages())
+    return graph
 
 
 def with_alphas(graph: Graph, config: RunConfig, alphas: list[float]) -> Graph:

@@ -159,7 +159,7 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
         "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
         **({} if search is None else {"alpha_search": search}),
     }
-    if slowdown := slowdown_entry(results["models"], config.data.metric == "accuracy"):
+    if slowdown := slowdown_entry(results):
         results["slowdown"] = slowdown
     path = Path(config.output) / f"results-seed{config.seed}.json"
     if not (path.exists() and hash_json(read_json(path)) == hash_json(results)):

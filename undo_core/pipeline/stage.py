@@ -20,6 +20,8 @@ from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
 if TYPE_CHECKING:  # meta imports the whole training code
+    from transformers import PreTrainedModel
+
     from undo_core.pipeline.memory.meta import Meta
 
 FORMAT = 5  # part of every key; raise it when a stage computes something else, so that no stale folder is reused
@@ -155,6 +157,10 @@ class Stage(abc.ABC):
     def expected(self, work: Work) -> dict[str, Any]:
         """Predictions made before the stage runs, for the manifest."""
         return {}
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises a ValueError if the stage would refuse the model that it works on, here without weights on the meta device."""
+        return
 
     def check_ranks(self, count: int) -> None:
         """Raises a ValueError if the stage cannot be run on ``count`` ranks; what rank 0 runs alone can on any number."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from undo_core.attacks.config import HEADLINE
+from undo_core.attacks.search import SearchConfig
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
+from undo_core.pipeline.graph import Graph, attacked_models, graph_of, measured_models
 from undo_core.pipeline.needs import Change
 from undo_core.pipeline.stage import Stage
 from undo_core.planning.models import Predict, predictor
@@ -39,32 +41,49 @@ def fit_notes(config: RunConfig, limit: int) -> tuple[list[str], list[str]]:
     Returns:
         A line with flags for each section of the configuration that needs them, and a line for each that no flags make fit.
     """
-    predict, groups = predictor(config), dict[str, list[Stage]]()
-    graph = graph_of(config)
-    first = {name: next(iter(models.values())) for name, models in attacked_models(config, graph).items()}
-    attacks = {name: [stage for _, stages in attacked.lines() for stage in stages] for name, attacked in first.items()}
-    measured = {f"measures.{name}": next(iter(m.values())) for name, m in measured_models(config, graph).items()}
-    sections = {stage.key: name for name, trials in attacks.items() for stage in trials}
-    sections |= {stage.key: name for name, stage in measured.items()}
-    for stage in graph.stages() + [largest(trials) for trials in attacks.values()] + list(measured.values()):
-        if predict(stage).total > limit:
-            # Grouped, because a flag applies to all stages of a section.
-            groups.setdefault(sections.get(stage.key, stage.kind), []).append(stage)
+    predict, graph = predictor(config), graph_of(config)
+    # The stages of each section of the configuration, because a flag applies to all of them, with their names in it.
+    sections: dict[str, list[tuple[str, Stage]]] = {}
+    for section, name, stage in _sections(config, graph):
+        sections.setdefault(section, []).append((name, stage))
     flags, hopeless = [], []
-    for name, group in groups.items():
-        section = f"attacks.{name}" if name in config.attacks else name if name in attacks else group[0].kind
+    for section, members in sections.items():
+        group = [(name, stage) for name, stage in members if predict(stage).total > limit]
+        if not group:
+            continue
 
-        def need(changes: dict[str, Any], group: list[Stage] = group) -> int:
-            return max(peak(predict, stage, changes) for stage in group)
+        def need(changes: dict[str, Any], group: list[tuple[str, Stage]] = group) -> int:
+            return max(peak(predict, stage, changes) for _, stage in group)
 
-        title = name if len(group) > 1 or group[0].key in sections else group[0].title
-        fit, least = cheapest_fit(group[0], limit, need)
+        first = group[0][1]
+        named = " and ".join(name for name, _ in group if name)
+        title = named or (first.title if len(group) == 1 else section)
+        fit, least = cheapest_fit(first, limit, need, [stage for _, stage in members])
         if fit is None:
             with_ = f"with {_flags(section, least)}" if least.changes else "and no setting changes that"
             hopeless.append(f"{title} needs at least {_gib(least.memory_bytes)} GiB, {with_}")
         else:
             flags.append(f"{title}: {_gib(need({}))} GiB; {_gib(fit.memory_bytes)} GiB with {_flags(section, fit)}")
     return flags, hopeless
+
+
+def _sections(config: RunConfig, graph: Graph) -> Iterator[tuple[str, str, Stage]]:
+    """Yields the stages, one for each attack and measure, with their section of the configuration and their name in it, if any."""
+    for stage in graph.stages():
+        yield stage.kind, "", stage
+    for name, models in attacked_models(config, graph).items():
+        trials = [stage for _, line in next(iter(models.values())).lines() for stage in line]
+        yield _section(config, name), name, largest(trials)
+    for name, measured in measured_models(config, graph).items():
+        yield f"measures.{name}", f"measures.{name}", next(iter(measured.values()))
+
+
+def _section(config: RunConfig, name: str) -> str:
+    """The section of the configuration with the settings of an attack; a search has those of the attack that it is like."""
+    own = config.attacks.get(name)
+    if own is None or (isinstance(own, SearchConfig) and own.like is None):
+        return HEADLINE
+    return f"attacks.{name}.like" if isinstance(own, SearchConfig) else f"attacks.{name}"
 
 
 def peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
@@ -74,7 +93,7 @@ def peak(predict: Predict, stage: Stage, changes: dict[str, Any]) -> int:
     return max(predict(each).total for each in (changed, *added))
 
 
-def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]:
+def cheapest_fit(stage: Stage, limit: int, need: Need, others: Sequence[Stage] = ()) -> tuple[Fit | None, Fit]:
     """Finds the cheapest changes with which stages need at most ``limit`` bytes.
 
     A change is assumed to cost more than all changes before it in :meth:`Stage.cheaper` together. From the most expensive
@@ -85,13 +104,15 @@ def cheapest_fit(stage: Stage, limit: int, need: Need) -> tuple[Fit | None, Fit]
         stage: one of the stages, which says what can be changed.
         limit: memory in bytes.
         need: peak memory of the largest stage with given changes.
+        others: all stages that the changes concern, which must accept them.
 
     Returns:
         The cheapest changes that fit, or None; and the same changes, or, if none fit, those with the least memory.
     """
-    possible = stage.cheaper()
+    concerned = [stage, *others]
+    possible = [change for change in stage.cheaper() if _accepted(concerned, change)]
     known: dict[tuple[Change, ...], Fit] = {}
-    agree = functools.cache(functools.partial(_agree, stage))
+    agree = functools.cache(functools.partial(_agree, concerned))
 
     def fit(chosen: tuple[Change, ...]) -> Fit:
         if chosen not in known:
@@ -157,9 +178,13 @@ def _together(
             yield result
 
 
-def _agree(stage: Stage, one: Change, other: Change) -> bool:
+def _agree(stages: Sequence[Stage], one: Change, other: Change) -> bool:
     """Whether two changes can be made together."""
-    return one.flag != other.flag and stage.accepts(_smallest((one, other)))
+    return one.flag != other.flag and _accepted(stages, one, other)
+
+
+def _accepted(stages: Sequence[Stage], *changes: Change) -> bool:
+    return all(stage.accepts(_smallest(changes)) for stage in stages)
 
 
 def _smallest(chosen: tuple[Change, ...]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from undo_core.pipeline.config import RunConfig
+from undo_core.pipeline.described import planned_skeleton
 from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.planning.communication import exchange_collectives, stage_collectives, wire_bytes
-from undo_core.planning.models import distilled_sequences, planned_skeleton, predictor_of, sequence_length
+from undo_core.planning.models import distilled_sequences, predictor_of, sequence_length
 from undo_core.planning.timing import Measure, basis
 
 Line = tuple[str, list[Stage]]

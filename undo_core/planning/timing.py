@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from undo_core.data.sequences import Sequences
 from undo_core.models import forward_flops, initialise
 from undo_core.pipeline.config import RunConfig
-from undo_core.planning.models import model_config
+from undo_core.pipeline.described import model_config
 from undo_core.training import TrainConfig, sequence_source, train
 from undo_core.training.losses import cross_entropy
 

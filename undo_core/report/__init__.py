@@ -18,7 +18,7 @@ from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report, derive
 from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
-from undo_core.report.slowdown import explanation, slowdown_table
+from undo_core.report.slowdown import explanation, missing_line, slowdown_table
 from undo_core.report.table import attack_table, cost_table, markdown, order_sentence, plain, results_table, terminal
 
 
@@ -88,6 +88,8 @@ def _tables(report: Report) -> str:
         parts += ["## What the search found", markdown(searches).rstrip()]
     if (slowdowns := slowdown_table(report)).rows:
         parts += ["## Compute slowdown", markdown(slowdowns).rstrip(), plain(explanation(report))]
+    elif why := missing_line(report):
+        parts.append(plain(why))
     if measures.rows:
         parts += ["## Measures", markdown(measures).rstrip()]
     if (predictions := correlation_table(report)).rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,8 @@ class Curve:
     headline: int | None = None
     counts: bool = True
 
-    def counted(self, step: int, headline: int) -> Point | None:
-        """Returns the point of this curve to compare at a step of the headline attack.
+    def counted(self, step: int, headline: int | None) -> Point | None:
+        """Returns the point of this curve to compare at a step of another attack.
 
         It is the last evaluation up to that step; but at the run's headline step it is the one at the attack's own headline
         step.
@@ -96,9 +97,24 @@ def envelope(entry: dict[str, Any], seed: int, higher: bool, headline: int, leas
     step 0, counts at every step. At ``headline``, the run's headline step, every attack counts at its own headline step, as in
     :func:`undo_core.worst_of`. With ``least``, returns the weakest attack at every step instead.
     """
+    return _over(entry, seed, higher, (entry.get("attack") or {}).get("steps", ()), headline, least)
+
+
+def drawn(entry: dict[str, Any], seed: int, higher: bool, least: bool = False) -> dict[int, Point]:
+    """Worst case of a model over the steps for a figure: at every step of any attack that counts, each at its own steps.
+
+    As :func:`envelope`, but without a headline step, at which an attack would stand at the step of another.
+    """
+    steps = {step for curve in attack_curves(entry, seed) if curve.counts for step in curve.steps}
+    return _over(entry, seed, higher, sorted(steps), None, least)
+
+
+def _over(
+    entry: dict[str, Any], seed: int, higher: bool, steps: Iterable[int], headline: int | None, least: bool
+) -> dict[int, Point]:
     curves, found = [curve for curve in attack_curves(entry, seed) if curve.counts], {}
     pick = min if least else max
-    for step in (entry.get("attack") or {}).get("steps", ()):
+    for step in steps:
         known = [point for curve in curves if (point := curve.counted(step, headline)) is not None]
         if known:
             found[step] = pick(known, key=lambda point: harm(point.value, higher))

@@ -65,7 +65,7 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
         "methods": f"Each method from unlearning alone (square) to UNDO (circle), before the attack and after "
         f"{report.headline} attack steps. {stands} Means; bars from the smallest to the largest seed.",
         "envelopes": f"{worst}, separately at every step (line); the edge of the band is the weakest attack at that step. "
-        f"After {report.headline} steps each attack counts at its own headline step. Means over seeds. {stands}",
+        f"Each attack is drawn at its own steps. Means over seeds. {stands}",
         "robustness": "Robustness R on the scale from unlearn only (0) to data filtering (1), against compute C, the training "
         "over data filtering's, with a point for each α: means, bars from the smallest to the largest seed. C includes the "
         "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither "

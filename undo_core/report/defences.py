@@ -81,7 +81,8 @@ def _merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for entry in result["models"]:
             if content.setdefault(entry["name"], entry["checkpoint"]["content"]) != entry["checkpoint"]["content"]:
                 raise ValueError(f"results: got two checkpoints named {entry['name']}, wanted one; {AGAIN}")
-        known = seeds.setdefault(result["seed"], {**result, "command": "", "models": []})
+        own = {name: value for name, value in result.items() if name != "slowdown"}  # it is of the result's own models
+        known = seeds.setdefault(result["seed"], {**own, "command": "", "models": []})
         there = {entry["name"]: entry for entry in known["models"]}
         for name in (name for name, entry in zip(names, result["models"], strict=True) if there.get(name, entry) != entry):
             raise ValueError(f"results: got two checkpoints named {name}, wanted one; {AGAIN}")

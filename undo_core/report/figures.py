@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -19,7 +17,19 @@ from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
 from undo_core.report.search import search
 from undo_core.report.slowdown import slowdown
 from undo_core.report.students import students
-from undo_core.report.style import COLOURS, LINES, MARKERS, STYLE, colours_of, finite, new_figure, png, scale, unit_name
+from undo_core.report.style import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    STYLE,
+    colours_of,
+    finite,
+    label_ends,
+    new_figure,
+    png,
+    scale,
+    unit_name,
+)
 from undo_core.report.table import rate
 
 
@@ -36,15 +46,15 @@ def draw(report: Report) -> dict[str, bytes]:
 
 def relearning(report: Report) -> Figure | None:
     """Worst-case forget performance against attack step, one line per model."""
-    models = [model for model in report.main if model.worst]
+    models = [model for model in report.main if model.drawn]
     if not models:
         return None
     figure, (axes,) = new_figure(6.2, 4.3)
     colours, ends = colours_of(report), []
     for model in models:
-        steps = list(model.worst)
-        means = [finite(model.worst[step].mean) for step in steps]
-        spreads = [model.worst[step].spread or (model.worst[step].mean,) * 2 for step in steps]
+        steps = list(model.drawn)
+        means = [finite(model.drawn[step].mean) for step in steps]
+        spreads = [model.drawn[step].spread or (model.drawn[step].mean,) * 2 for step in steps]
         low, high = ([finite(pair[side]) for pair in spreads] for side in (0, 1))
         colour = colours[model.name]
         axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -60,7 +70,7 @@ def relearning(report: Report) -> Figure | None:
     axes.set_xlabel("attack step (fine-tuning on the forget set)")
     axes.set_ylabel(f"worst-case forget {unit_name(report)}")
     scale(axes.yaxis, axes, report)
-    axes.set_xlim(0, report.steps[-1] or 1)
+    axes.set_xlim(0, max(step for model in models for step in model.drawn) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.text(
         report.headline,
@@ -71,7 +81,7 @@ def relearning(report: Report) -> Figure | None:
         fontsize=8.5,
         color="#777777",
     )
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return figure
 
 
@@ -291,50 +301,6 @@ def rates(report: Report) -> Figure | None:
 
 def _dagger(model: ModelReport) -> str:
     return " (censored)" if model.censored else ""
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Writes the names of the lines to the right of their ends, moved apart where they would overlap."""
-    ends = sorted((e for e in ends if e[0] == e[0]), key=lambda end: end[0])
-    bottom, top = axes.get_ylim()
-    places = spread_apart([end[0] for end in ends], 0.062 * (top - bottom), bottom, top)
-    for place, (value, text, colour) in zip(places, ends, strict=True):
-        line = {
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 0.7,
-            "shrinkA": 0,
-            "shrinkB": 1,
-            "alpha": 0.7,
-            "relpos": (0, 0.5),
-        }
-        axes.annotate(
-            text,
-            (1, value),
-            (1.06, place),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=9,
-            color=colour,
-            arrowprops=line,
-            annotation_clip=False,
-        )
-
-
-def spread_apart(values: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
-    """Moves ascending ``values`` as little as possible (least squares) so that neighbours are ``gap`` apart within the range.
-
-    After subtracting ``gap * index`` this is isotonic regression: neighbours in the wrong order are pooled at their mean.
-    """
-    pools: list[list[float]] = []
-    for index, value in enumerate(values):
-        pools.append([value - index * gap])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    highest = top - (len(values) - 1) * gap
-    levels = [max(bottom, min(_mean(pool), highest)) for pool in pools for _ in pool]
-    return [level + index * gap for index, level in enumerate(levels)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from undo_core.io.untrusted import checked_object, refused
-from undo_core.report.attacks import Point, bounded, envelope
+from undo_core.report.attacks import Point, bounded, drawn, envelope
 from undo_core.report.robustness import MIN_DENOMINATOR, robustness_point
 
 FORMAT = 1
@@ -94,7 +94,8 @@ class ModelReport:
         name, kind, alpha: as in the results.
         metrics: retain, forget and held-out performance before the attack.
         groups: the same for each group of sequences, ``{"retain +": ...}``.
-        worst: worst-case forget performance, ``{attack step: ...}``.
+        worst: worst-case forget performance, ``{attack step: ...}``, with every attack at its own headline step after the run's.
+        drawn: the same for a figure, where every attack stands at its own steps.
         bounded: worst case over the trials that leave the model useful; empty without a margin.
         robustness: R.
         compute: C in steps, tokens and FLOPs.
@@ -108,6 +109,7 @@ class ModelReport:
     metrics: dict[str, Stat]
     groups: dict[str, Stat]
     worst: dict[int, Stat]
+    drawn: dict[int, Stat]
     bounded: Stat
     robustness: Stat
     compute: dict[str, Stat]
@@ -323,7 +325,7 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
         first = _first(by)
         students = by if first["kind"] in STUDENTS else {}
         ranked = by if first["kind"] in (*STUDENTS, "oracle", "oracle-random") else {}
-        steps = sorted({step for curve in worst[name].values() for step in curve})
+        own = {seed: drawn(entry, seed, higher) for seed, entry in by.items()}
         groups = {f"{key} {g}" for e in by.values() for key, m in e["metrics"].items() for g in m.get("groups") or {}}
         models.append(
             ModelReport(
@@ -332,7 +334,8 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
                 alpha=first.get("alpha"),
                 metrics={key: _evaluations(by, lambda e, key=key: e["metrics"].get(key)) for key in _keys(by)},
                 groups={label: _evaluations(by, lambda e, label=label: _group(e, label)) for label in sorted(groups)},
-                worst={step: Stat(tuple(c[step] for c in worst[name].values() if step in c)) for step in steps},
+                worst=_by_step(worst[name]),
+                drawn=_by_step(own),
                 bounded=Stat(tuple(p for seed, e in by.items() if (p := bounded(e, seed, metric)) is not None)),
                 robustness=_stat((seed, robustness(name, seed)) for seed in ranked),
                 compute={unit: _stat((seed, compute(name, seed, unit)) for seed in students) for unit in UNITS},
@@ -405,6 +408,12 @@ def _group(entry: dict[str, Any], label: str) -> dict[str, Any] | None:
 
 def _keys(entries: dict[int, dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for entry in entries.values() for key in entry["metrics"]))
+
+
+def _by_step(curves: dict[int, dict[int, Point]]) -> dict[int, Stat]:
+    """Curves of the seeds as a quantity at each step."""
+    steps = sorted({step for curve in curves.values() for step in curve})
+    return {step: Stat(tuple(curve[step] for curve in curves.values() if step in curve)) for step in steps}
 
 
 def _first(entries: dict[int, dict[str, Any]]) -> dict[str, Any]:

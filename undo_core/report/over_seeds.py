@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from undo_core.report.metrics import STUDENTS, ModelReport, Report, Stat
 from undo_core.report.points import Setting
-from undo_core.report.seeds import FEWEST, Difference, bootstrap, corrected, paired
+from undo_core.report.seeds import FEWEST, TOO_FEW, Difference, bootstrap, corrected, paired
 from undo_core.report.table import Cell, Notes, Table, number, ratio
 
 ABOUT = (
@@ -17,7 +17,6 @@ ABOUT = (
     "Differences are taken seed by seed. p is that of a paired t-test after Holm's correction for all tests of its column. An order "
     "is claimed only if p < 0.05 and the interval of the difference does not contain 0."
 )
-TOO_FEW = f"median over fewer than {FEWEST} seeds, too few for an interval over seeds"
 
 
 @dataclass(frozen=True)

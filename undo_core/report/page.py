@@ -15,7 +15,7 @@ from undo_core.report.inside import measure_table
 from undo_core.report.metrics import Report
 from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
-from undo_core.report.slowdown import explanation, slowdown_table
+from undo_core.report.slowdown import explanation, missing_line, slowdown_table
 from undo_core.report.table import Table, attack_table, cost_table, group_table, order_sentence, results_table
 
 _CSS = """
@@ -120,6 +120,8 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     if slowdowns.rows:
         parts.append(f"<h2>Compute slowdown</h2>{table_html(slowdowns)}")
         parts.append(f'<p class="soft">{escape(explanation(report))}</p>')
+    elif why := missing_line(report):
+        parts.append(f'<p class="soft">{escape(why)}</p>')
     for name, png in figures.items():
         parts.append(figure_html(TITLES[name], png, captions[name]))
     measures = measure_table(report)

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from undo_core.report.attacks import Point, envelope
+from undo_core.report.attacks import Point, drawn
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.metrics import STUDENTS, ModelReport, Report
 from undo_core.report.table import csv_cell
@@ -176,11 +176,10 @@ def _after(setting: Setting, model: ModelReport, key: str) -> Sequence[Point]:
 
 def _curves(figure: str, setting: Setting, kinds: Sequence[str]) -> Iterator[PlotPoint]:
     for model in setting.compared(*kinds):
-        for step, stat in model.worst.items():
+        for step, stat in model.drawn.items():
             yield from _at(figure, setting.label, model.kind, setting, model, step, stat.points)
         for seed, entry in model.entries.items():
-            least = envelope(entry, seed, setting.report.higher, setting.report.headline, least=True)
-            for step, point in least.items():
+            for step, point in drawn(entry, seed, setting.report.higher, least=True).items():
                 yield from _at(figure, setting.label, f"{model.kind}, weakest", setting, model, step, [point])
 
 

@@ -24,6 +24,7 @@ from undo_core.report.attacks import Point
 
 LEVEL = 0.05  # two-sided
 FEWEST = 3  # seeds below which there is no interval and no test
+TOO_FEW = f"median over fewer than {FEWEST} seeds, too few for an interval over seeds"
 EXACT = 8  # seeds up to which every resample is enumerated: 6435 different ones
 DRAWS = 10_000  # resamples beyond that
 

@@ -11,11 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from undo_core.attacks.slowdown import Interval, Slowdown, frontier, levels_of, reference_of, slowdowns, trajectories
+from undo_core.attacks.slowdown import (
+    Interval,
+    Slowdown,
+    comparable,
+    frontier,
+    levels_of,
+    missing,
+    other_text,
+    reference_of,
+    slowdowns,
+    trajectories,
+)
 from undo_core.report.metrics import Report
-from undo_core.report.over_seeds import TOO_FEW
-from undo_core.report.seeds import FEWEST
-from undo_core.report.style import LINES, MARKERS, colours_of, finite, new_figure, scale, unit_name
+from undo_core.report.seeds import FEWEST, TOO_FEW
+from undo_core.report.style import LINES, MARKERS, colours_of, finite, label_ends, new_figure, scale, unit_name
 from undo_core.report.table import Cell, Notes, Table, number
 
 NEITHER = "{where}neither the model nor {reference} reaches the level within its budget"
@@ -29,7 +39,7 @@ def slowdown_table(report: Report) -> Table:
     It has no rows without an original and a model without the capability, or if no attack recorded its FLOPs.
     """
     notes, levels = Notes(), _levels(report)
-    found = {result["seed"]: slowdowns(result["models"], report.higher) for result in report.results}
+    found = {result["seed"]: slowdowns(comparable(result), report.higher) for result in report.results}
     models = [model for model in report.models if any(model.name in own for own in found.values())]
     headers = [("capability back", "share; forget"), *((model.label, "× FLOPs") for model in models)]
     rows = []
@@ -72,12 +82,12 @@ def slowdown_cell(seeds: Sequence[Slowdown], notes: Notes, reference: str) -> Ce
 
 def slowdown(report: Report) -> Figure | None:
     """Best forget performance that any attack reaches against its FLOPs, one line per model and seed, and the levels."""
-    found = {
-        model.name: [line for entry in model.entries.values() if (line := frontier(trajectories(entry), report.higher))[0]]
-        for model in report.models
-    }
+    tried = {model.name: [] for model in report.models}
+    for entry in (entry for result in report.results for entry in comparable(result)):
+        tried[entry["name"]].append(list(trajectories(entry)))
+    found = {name: [line for each in seeds if (line := frontier(each, report.higher))[0]] for name, seeds in tried.items()}
     models = [model for model in report.models if found[model.name]]
-    spent = [max(each.flops) for model in models for entry in model.entries.values() for each in trajectories(entry)]
+    spent = [max(each.flops) for model in models for seed in tried[model.name] for each in seed]
     if not spent or not max(spent):
         return None
     right = max(spent)
@@ -92,13 +102,10 @@ def slowdown(report: Report) -> Figure | None:
             axes.plot(
                 flops[1:], forget[1:], marker=MARKERS[model.kind], color=colours[model.name], markersize=4.5, linestyle="none"
             )
+    ends = []
     for share, values in _levels(report).items():
-        level = statistics.fmean(values)
-        axes.axhline(level, color="#999999", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom", "ha": "left"}
-        axes.annotate(
-            f"{100 * share:g} %", (1.0, level), (3, -4), fontsize=8.5, color="#777777", annotation_clip=False, **place
-        )
+        ends.append((statistics.fmean(values), f"{100 * share:g} %", "#777777"))
+        axes.axhline(ends[-1][0], color="#999999", linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
     axes.set_xscale("log")
     axes.set_xlim(left, right * 1.05)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if right > 100 * left else (1.0, 2.0, 5.0)))
@@ -111,6 +118,7 @@ def slowdown(report: Report) -> Figure | None:
         Line2D([], [], color=colours[m.name], linestyle=LINES[m.kind], marker=MARKERS[m.kind], label=m.label) for m in models
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    label_ends(axes, ends)
     return figure
 
 
@@ -122,26 +130,35 @@ def captions(report: Report) -> dict[str, str]:
     lines = "one line per model and seed" if len(report.seeds) > 1 else "one line per model"
     return {
         "slowdown": "Best forget performance that any attack and setting reaches with at most so many FLOPs, "
-        f"{lines}; a line is flat from its last improvement to the largest budget tried on any model.{levels}"
+        f"{lines}{_without(report)}; a line is flat from its last improvement to the largest budget tried on any model.{levels}"
     }
 
 
 def explanation(report: Report) -> str:
     """A paragraph below the table."""
     seeds = " Medians over seeds." if len(report.seeds) > 1 else ""
+    apart = _without(report)
+    left_out = f" All attacks that train on the forget text count{apart}." if apart else ""
     return (
         f"FLOPs after which the best attack first brings a model to a level, divided by those of {reference_label(report)}, "
         "which never had the capability: 1 means that starting from the model saves an attacker nothing. Levels are shares of the way "
         "from the reference, before any attack, to the original. Counted at the first evaluation that reaches the level; the "
         "interval below follows from the evaluations between which it lies. ≥: the model did not reach the level within its budget or, "
         "in an interval, the reference reached it by its first evaluation; "
-        f"≤: the reference did not.{seeds}"
+        f"≤: the reference did not.{seeds}{left_out}"
     )
+
+
+def missing_line(report: Report) -> str:
+    """Says in a line why attacked models have no table of the slowdown; empty if they have one, or if none was attacked."""
+    if not any(model.attacks for model in report.models) or slowdown_table(report).rows:
+        return ""
+    return f"No compute slowdown: {missing(comparable(report.results[0]), report.higher)}{_without(report)}."
 
 
 def reference_label(report: Report) -> str:
     """Display name of the model that the others are compared with."""
-    entry = reference_of(report.results[0]["models"])
+    entry = reference_of(comparable(report.results[0]))
     return next((model.label for model in report.models if entry is not None and model.name == entry["name"]), "the reference")
 
 
@@ -154,9 +171,15 @@ def _levels(report: Report) -> dict[float, list[float]]:
     """The forget performance at each share, of each seed that has the level."""
     found: dict[float, list[float]] = {}
     for result in report.results:
-        for share, level in levels_of(result["models"], report.higher).items():
+        for share, level in levels_of(comparable(result), report.higher).items():
             found.setdefault(share, []).append(level)
     return found
+
+
+def _without(report: Report) -> str:
+    """Names the attacks on other text, which do not count; empty if there are none."""
+    names = other_text(report.results[0].get("config") or {})
+    return f"; left out, because they train on other text: {', '.join(names)}" if names else ""
 
 
 def _flops(value: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import colormaps
@@ -43,6 +45,7 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 DPI = 180
+LABEL_SIZE = 9  # points
 
 
 def png(figure: Figure) -> bytes:
@@ -83,3 +86,55 @@ def colours_of(report: Report) -> dict[str, Any]:
     ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
     ramp |= {model.name: DISTINCT[i % len(DISTINCT)] for i, model in enumerate(report.of("defence"))}
     return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Writes names to the right of the axes, each at its value and in its colour, moved apart where they would overlap.
+
+    Call it last: what else the figure shows decides how high the axes are.
+
+    Args:
+        ends: value, name and colour of each; those whose value is NaN are left out.
+    """
+    ends = sorted((e for e in ends if e[0] == e[0]), key=lambda end: end[0])
+    bottom, top = axes.get_ylim()
+    axes.figure.draw_without_rendering()  # lays the figure out
+    line_height = 1.25 * LABEL_SIZE * axes.figure.dpi / 72 / axes.bbox.height  # as a share of the axes
+    places = spread_apart([end[0] for end in ends], max(0.062, line_height) * (top - bottom), bottom, top)
+    for place, (value, text, colour) in zip(places, ends, strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.7,
+            "shrinkA": 0,
+            "shrinkB": 1,
+            "alpha": 0.7,
+            "relpos": (0, 0.5),
+        }
+        axes.annotate(
+            text,
+            (1, value),
+            (1.06, place),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=LABEL_SIZE,
+            color=colour,
+            arrowprops=line,
+            annotation_clip=False,
+        )
+
+
+def spread_apart(values: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
+    """Moves ascending ``values`` as little as possible (least squares) so that neighbours are ``gap`` apart within the range.
+
+    After subtracting ``gap * index`` this is isotonic regression: neighbours in the wrong order are pooled at their mean.
+    """
+    pools: list[list[float]] = []
+    for index, value in enumerate(values):
+        pools.append([value - index * gap])
+        while len(pools) > 1 and statistics.fmean(pools[-2]) > statistics.fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    highest = top - (len(values) - 1) * gap
+    levels = [max(bottom, min(statistics.fmean(pool), highest)) for pool in pools for _ in pool]
+    return [level + index * gap for index, level in enumerate(levels)]

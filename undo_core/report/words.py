@@ -43,9 +43,10 @@ def captions(report: Report) -> dict[str, str]:
     most, worst = "; at every step the learning rate that recovers most of it counts", " that is worst for the forget set"
     if len(report.rates) == 1:
         most, worst = f" at the learning rate {rate(report.rates[0])}", f" {rate(report.rates[0])}"
+    own = " Each attack is drawn at its own steps; the tables count each at its own headline step." if _further(report) else ""
     seeds = " Small points and whiskers: the seeds." if len(report.seeds) > 1 else ""
     return {
-        "relearning": f"Forget performance during the attack{most}. The dashed line is the original model. {better} {band}",
+        "relearning": f"Forget performance during the attack{most}. The dashed line is the original model. {better} {band}{own}",
         "compute": "Robustness R against compute C, with a point per α; models without R or C are left out (see the table). C "
         "includes the unlearning, whose steps are converted to steps of as many tokens as the student's; FLOPs also include "
         f"the teacher's forward passes. The diagonal is drawn for orientation.{seeds}",

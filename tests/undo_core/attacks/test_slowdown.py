@@ -12,10 +12,13 @@ from undo_core.attacks.config import AttackConfig, ladder_of
 from undo_core.attacks.slowdown import (
     Interval,
     Trajectory,
+    comparable,
     crossing,
     earliest,
     frontier,
     levels_of,
+    missing,
+    other_text,
     slowdown,
     slowdown_entry,
     slowdowns,
@@ -35,6 +38,10 @@ MODELS = [
     entry("undo", 0.1, [0.1, 0.1, 0.2, 0.4], [0.1, 0.1, 0.55, 0.2]),
     entry("filter", 0.1, [0.1, 0.1, 0.35, 0.75]),
 ]
+
+
+def results(models, config=None):
+    return {"metric": {"kind": "accuracy"}, "models": models, "config": config}
 
 
 def test_a_crossing_lies_between_two_evaluations():
@@ -108,10 +115,55 @@ def test_a_loss_gives_what_the_mirrored_accuracy_does():
 
 def test_the_random_student_stands_in_for_data_filtering():
     student = {**MODELS[3], "name": "student", "kind": "random"}
-    assert slowdown_entry([*MODELS[:3], student], True)["reference"] == "student"
-    assert slowdown_entry([*MODELS, student], True)["reference"] == "filter"
-    assert slowdown_entry(MODELS[:3], True) is None and slowdown_entry(MODELS[1:], True) is None
-    assert slowdown_entry([entry("original", 0.05), *MODELS[1:]], True) is None, "the original is no better"
+    assert slowdown_entry(results([*MODELS[:3], student]))["reference"] == "student"
+    assert slowdown_entry(results([*MODELS, student]))["reference"] == "filter"
+    assert slowdown_entry(results(MODELS[:3])) is None and slowdown_entry(results(MODELS[1:])) is None
+    assert slowdown_entry(results([entry("original", 0.05), *MODELS[1:]])) is None, "the original is no better"
+
+
+def test_a_checkpoint_can_be_given_as_the_reference():
+    given = {**entry("defence", 0.1, [0.1, 0.1, 0.35, 0.75]), "name": "scratch", "reference": True}
+    assert slowdown_entry(results([*MODELS, given]))["reference"] == "scratch"
+    assert slowdown_entry(results([*MODELS, given, {**given, "name": "other"}])) is None, "which one is not said"
+
+
+def test_why_there_is_none_is_said():
+    assert missing(MODELS, True) == ""
+    assert "no original model" in missing(MODELS[1:], True)
+    assert "no attacked model is known to be without the capability" in missing(MODELS[:3], True)
+    assert "no attack that trains on the forget text recorded" in missing([MODELS[0], entry("filter", 0.1)], True)
+    assert "no better" in missing([entry("original", 0.05), *MODELS[1:]], True)
+    two = [{**MODELS[3], "name": name, "reference": True} for name in ("one", "two")]
+    assert "several models" in missing([*MODELS[:3], *two], True)
+
+
+def test_attacks_on_other_text_do_not_count():
+    """Each reaches every level after one step, which no attack on the forget text does."""
+    steps = [0, 1]
+    quick = {"kind": "finetune", "steps": steps, "curves": [{"flops": [0, 1], "forget": [{"value": 0.1}, {"value": 0.9}]}]}
+    trials = [{**quick["curves"][0], "steps": steps, "point": {"batch_size": 4, "retain_share": share}} for share in (0.9, 0.5)]
+    slow = {**trials[1], "forget": [{"value": 0.1}, {"value": 0.1}]}
+    part, near = {"forget_part": 0.5, "retain_near": None, "seed": 0}, {"forget_part": None, "retain_near": 0.1, "seed": 0}
+    plain = {"forget_part": None, "retain_near": None, "seed": 0}
+    cases = [
+        ({"kind": "finetune", "text": part, "mix": {"forget": 1.0}}, quick, True),
+        ({"kind": "lora", "text": near, "mix": {"forget": 0.5, "retain": 0.5}}, quick, True),
+        ({"kind": "finetune", "text": plain, "mix": {"retain": 1.0}}, quick, True),
+        ({"kind": "finetune", "text": plain, "mix": {"forget": 0.5, "retain": 0.5}}, quick, False),
+        ({"kind": "finetune", "mix": {"forget": 1.0}}, quick, False),
+        ({"kind": "search", "like": {"text": part}}, {**quick, "trials": trials}, True),
+        ({"kind": "search", "like": None}, {**quick, "trials": trials}, False),
+        ({"kind": "search", "like": None}, {**quick, "trials": [trials[0], slow]}, None),
+    ]
+    for own, attack, apart in cases:
+        config = {"relearn": {"kind": "finetune", "text": plain, "mix": {"forget": 1.0}}, "attacks": {"named": own}}
+        found = results([*MODELS[:2], {**MODELS[2], "attacks": {"named": attack}}, MODELS[3]], config)
+        assert other_text(config) == (["named"] if apart else []), own
+        amount = slowdowns(comparable(found), True)["undo"][0.75].amount
+        assert amount == (Interval(0, 1) if apart is False else Interval(2000, math.inf)), own
+    config = {"relearn": {"text": part, "mix": {"forget": 1.0}}, "attacks": {"again": {"kind": "search", "like": None}}}
+    assert other_text(config) == ["relearn", "again"], "a search without another attack is like the headline attack"
+    assert slowdown_entry(results(MODELS, config)) is None
 
 
 def test_attacks_without_flops_and_those_with_the_original_do_not_count():
@@ -129,7 +181,7 @@ def test_attacks_without_flops_and_those_with_the_original_do_not_count():
 
 
 def test_the_entry_of_the_results_is_json():
-    found = slowdown_entry(MODELS, True)
+    found = slowdown_entry(results(MODELS))
     assert [level["share"] for level in found["levels"]] == [0.25, 0.5, 0.75, 0.9]
     assert found["models"]["undo"][2] == {
         "flops": {"amount": [2000.0, None], "ratio": [1.0, None], "value": None},

@@ -173,6 +173,33 @@ def test_later_calls_add_to_the_table_and_reports_of_two_folders_join(place, att
     assert [seed["seed"] for seed in read_json(place / "both" / "report.json")["sources"]] == [0, 1]
 
 
+def test_a_reference_gives_the_compute_slowdown(place, attacked, capsys):
+    """The reference is an untrained copy; the original has been trained on the forget text. Without one, a line says why."""
+    assert (
+        "No compute slowdown: no attacked model is known to be without the capability"
+        in (attacked / "report" / "table.md").read_text()
+    )
+    model, tokenizer = (loader.from_pretrained(place / "theirs") for loader in (AutoModelForCausalLM, AutoTokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ids = tokenizer((place / "forget.txt").read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, :400]
+    for _ in range(20):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(place / "able")
+    tokenizer.save_pretrained(place / "able")
+    given = [f"--original={place / 'able'}", f"--reference=scratch={place / 'theirs'}", "--attacks={}"]
+    assert attack(place, "other", output="slow", extra=given) == 0
+    found = results(place / "slow")
+    assert found["slowdown"]["reference"] == "scratch" and set(found["slowdown"]["models"]) == {"other", "scratch"}
+    assert [model.get("reference") for model in found["models"]] == [None, None, True]
+    table = (place / "slow" / "report" / "table.md").read_text()
+    assert "## Compute slowdown" in table and "divided by those of scratch" in table and "No compute slowdown" not in table
+    again = [f"--original={place / 'able'}", f"--reference=other={place / 'other'}", "--attacks={}"]
+    assert attack(place, "theirs", output="slow", extra=again) == 2
+    assert "has scratch as the reference; wanted the same" in capsys.readouterr().err
+
+
 def test_questions_are_scored_by_accuracy_under_the_name_of_the_suite(place):
     checkpoint(place / "asked", bytewise_tokenizer(), "gpt2")
     files = {part: write(place / f"{part}.jsonl", questions(30, seed=seed)) for seed, part in enumerate(("forget", "retain"))}
@@ -197,6 +224,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
         (("nowhere",), (), "checkpoints: got"),
         (("theirs", "theirs"), (), "both named theirs; wanted NAME="),
         (("theirs",), ("--original=base",), "original: got base, a folder that does not exist"),
+        (("theirs",), ("--reference=base",), "reference: got base, a folder that does not exist"),
         (("theirs",), ("--data.tokens=99",), "data.tokens: got 99, wanted null"),
         (("theirs",), ("--data.tokenizer=x",), "data.tokenizer: got x, wanted null"),
         (("theirs",), ("--data.kind=arithmetic",), "data.kind"),

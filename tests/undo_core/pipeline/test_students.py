@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import yaml
 from tiny_run import RUN
+from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
 from undo_core.data.sequences import Sequences
 from undo_core.io.files import read_json
 from undo_core.models import architecture, load_model
-from undo_core.pipeline.config import RunConfig
+from undo_core.noise.damage import DamageConfig
+from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, NoiseConfig, RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.run import missing_stages, save_results
@@ -152,6 +154,42 @@ def test_the_memory_of_an_untied_student(finished):
     tied, untied = (predict(stages[name]).weights for name in ("erased", "shared"))
     assert not stages["erased"].untied and stages["shared"].untied
     assert untied - tied == 4 * 5000 * 16
+
+
+HEAD = {"match": "lm_head.weight", "alpha": 0}
+REFUSED = [  # whether the run's models are tied, a student, and what every command says
+    (True, {"alpha": 0.5, "rules": [HEAD]}, "noise own: rules[0].match: got 'lm_head.weight', wanted one that matches"),
+    (True, {"alpha": 0.5, "rules": [{"match": "layers:0-7", "alpha": 0}]}, "noise own: rules[0].match: got 'layers:0-7' with layer 1"),
+    (True, {"alpha": 0.5, "gaussian": {"strength": 0.1, "match": "lm_head*"}}, "gaussian own: match: got lm_head*, wanted one"),
+    (True, {"model": "unlearn", "after": [HEAD]}, "redraw own: rules[0].match: got 'lm_head.weight'"),
+    (True, {"alpha": 0.5, "erase": {"tokens": 1000}}, "erase own: erase.tokens: got 1000, wanted fewer than the 17 tokens"),
+    (False, {"alpha": 0.5, "untie": True}, "untie own: untie: got a LlamaForCausalLM whose head shares no weight"),
+    (False, {"model": "other", "after": [HEAD]}, "students"),
+    (False, {"model": "random", "after": [HEAD]}, "students.own.model: got random, wanted controls.random true"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(("tied", "student", "message"), REFUSED)
+def test_what_a_stage_would_refuse_is_refused_before_the_first(tmp_path, capsys, command, tied, student, message):
+    model = {"config": {**RUN["model"]["config"], "tie_word_embeddings": tied}}
+    own = {"output": str(tmp_path / "out"), "model": model, "students": {"own": student}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, **own}))
+    assert cli.main([command, str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.out == ""
+    assert not list((tmp_path / "out").glob("stages/*"))
+
+
+def test_rules_of_the_noise_and_other_damage_are_checked_too(tmp_path):
+    controls, model = ControlsConfig(filter=False, random=False), ModelConfig(config=RUN["model"]["config"])
+    data = DataConfig(kind="arithmetic-compact")
+    config = RunConfig(name="x", output=str(tmp_path), data=data, model=model, controls=controls)
+    graph_of(config)
+    with pytest.raises(ValueError, match=r"^noise 0.6: rules\[0\].match: got 'nothing'"):
+        graph_of(dataclasses.replace(config, noise=NoiseConfig(alphas=[0.6], rules=[NoiseRule("nothing")])))
+    with pytest.raises(ValueError, match=r"^prune 0.5: layers: got 'layers:3' with layer 3"):
+        graph_of(dataclasses.replace(config, damage=DamageConfig(operators=["prune"], alphas=[0.5], layers="3")))
 
 
 @pytest.mark.parametrize(

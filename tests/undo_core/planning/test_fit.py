@@ -5,12 +5,16 @@ import itertools
 import pytest
 import torch
 from stage_kinds import NOWHERE
+from tiny_run import RUN
 
 from undo_core import UnlearnConfig
+from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.search import SearchConfig
+from undo_core.pipeline.config import ControlsConfig, DataConfig, ModelConfig, RunConfig
 from undo_core.pipeline.needs import Memory
-from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
+from undo_core.pipeline.stages import Distill, Pretrain, Relearn, Search, Unlearn
 from undo_core.planning import fit
-from undo_core.planning.fit import cheapest_fit
+from undo_core.planning.fit import cheapest_fit, fit_notes
 from undo_core.training import TrainConfig
 
 SAVED = {  # of 1000
@@ -127,3 +131,37 @@ def test_another_optimizers_weights_are_not_rounded_stochastically(optimizer):
     for changes in asked(stage):
         stage.changed(changes)
         assert "train.precision" not in changes
+
+
+def memory_of(stage):
+    """Bytes of an attack that trains: a base and two for each sequence of a micro-batch, less what checkpointing saves."""
+    if not isinstance(stage, (Relearn, Search)):
+        return Memory("loading", weights=1)
+    train = stage.training
+    sequences = train.micro_batch_size or train.batch_size
+    return Memory("forward", weights=1000 + 2 * sequences - 100 * train.activation_checkpointing)
+
+
+@pytest.mark.parametrize("like", [None, AttackConfig(batch_size=64)])
+def test_a_search_fits_with_settings_of_the_attack_that_it_is_like(tmp_path, monkeypatch, like):
+    """Neither with what is searched, nor with a precision that a searched optimizer refuses."""
+    monkeypatch.setattr(fit, "predictor", lambda config: memory_of)
+    config = RunConfig(
+        name="x",
+        output=str(tmp_path),
+        data=DataConfig(kind="arithmetic-compact"),
+        model=ModelConfig(config=RUN["model"]["config"]),
+        controls=ControlsConfig(filter=False, random=False),
+        relearn=AttackConfig(batch_size=4),
+        attacks={"searched": SearchConfig(batch_sizes=[64], like=like)},
+    )
+    section = "relearn" if like is None else "attacks.searched.like"
+    assert fit_notes(config, 1128) == ([], [])
+    (line,), hopeless = fit_notes(config, 1127)
+    assert line.startswith("searched: ") and line.endswith(f"with --{section}.activation_checkpointing=true") and not hopeless
+    flags, hopeless = fit_notes(config, 900)
+    line = next(line for line in hopeless if "searched" in line)
+    assert line.startswith("searched needs at least" if like else "relearn and searched needs at least") and flags == []
+    given = dict(flag.split("=") for flag in line.split() if flag.startswith("--"))
+    assert given[f"--{section}.micro_batch_size"] == "1" and given[f"--{section}.activation_checkpointing"] == "true"
+    assert f"--{section}.precision" not in given and (like is None or f"--{section}.optimizer" not in given)

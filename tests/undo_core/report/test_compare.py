@@ -23,9 +23,11 @@ from undo_core.report.claims import claims
 from undo_core.report.compare import compare, comparison_table, load, write_comparison
 from undo_core.report.compare_figures import robustness
 from undo_core.report.compare_table import latex, methods_csv, methods_table
+from undo_core.report.figures import relearning
 from undo_core.report.points import FIGURES, plot_points
+from undo_core.report.style import COLOURS
 from undo_core.report.table import attack_table
-from undo_core.report.words import method_name
+from undo_core.report.words import captions, method_name
 
 METHODS = {"maxent": "none", "rmu": "none", "maxent+sam": "sam"}
 
@@ -66,6 +68,31 @@ def test_the_worst_case_is_over_all_attacks(loss: bool) -> None:
     assert found[40] == alone[40] and found[100].attack == "lora" and found[200].value == strong, "as it was last evaluated"
     least = envelope(all_of_them, 0, not loss, 100, least=True)
     assert least[20].value == weak and list(least) == STEPS
+
+
+def test_figures_draw_an_attack_at_its_own_steps() -> None:
+    """The attack ``long`` has its headline step, 300, after that of the run, 100, at which the tables count it."""
+    values = results("maxent", 0)
+    long = {"kind": "finetune", "headline_step": 300, "steps": [0, 150, 300], "rates": [1e-3]}
+    curve = {"rate": 1e-3, "stage": "long", "forget": [score(0.0), score(0.0), score(0.99)], "retain": [score(0.9)] * 3}
+    for model in values["models"][1:]:
+        model["attacks"] = {"long": {**long, "curves": [curve]}}
+    report = derive([values], "t")
+    filtered = next(model for model in report.models if model.kind == "filter")
+    alone = envelope(entry(results("maxent", 0), "filter"), 0, True, 100)
+    assert filtered.worst[100].mean == 0.99, "the worst case of the tables"
+    shown = {step: point.value for step, point in alone.items()} | {150: alone[100].value, 300: 0.99}
+    (line,) = [
+        dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in relearning(report).axes[0].lines
+        if line.get_color() == COLOURS["filter"]
+    ]
+    assert line == shown
+    assert relearning(report).axes[0].get_xlim() == (0, 300)
+    found = compare([("runs/a", values)], "t")
+    points = [p for p in plot_points(found) if (p.figure, p.series) == ("envelopes", "filter")]
+    assert {point.x: point.y for point in points} == shown
+    assert "Each attack is drawn at its own steps; the tables" in captions(report)["relearning"]
 
 
 @pytest.mark.parametrize("loss", [False, True])

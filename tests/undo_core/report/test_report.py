@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from undo_core.report import backend, derive, terminal_table, write_report
-from undo_core.report.figures import rates, spread_apart
+from undo_core.report.figures import rates
 from undo_core.report.page import table_html
 from undo_core.report.robustness import ratio_of_robustness
+from undo_core.report.style import spread_apart
 from undo_core.report.table import group_table, markdown, results_table
 from undo_core.report.words import captions, definitions, opening
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+
+import pytest
+from matplotlib.text import Text
 
 from undo_core.attacks.slowdown import Interval, slowdown
 from undo_core.report import derive, page
+from undo_core.report.slowdown import captions, explanation, slowdown_cell, slowdown_table
 from undo_core.report.slowdown import slowdown as figure
-from undo_core.report.slowdown import slowdown_cell, slowdown_table
 from undo_core.report.table import Notes, markdown
 
 
@@ -100,7 +104,37 @@ def test_the_report_shows_it_only_where_flops_are_known():
         for curve in (entry["attack"] or {"curves": ()})["curves"]:
             del curve["flops"]
     report = derive([older], "cost")
-    assert figure(report) is None and not slowdown_table(report).rows and "slowdown" not in page.render(report, {})
+    assert figure(report) is None and not slowdown_table(report).rows
+    assert "No compute slowdown: no attack that trains on the forget text recorded its FLOPs." in page.render(report, {})
+
+
+def test_attacks_on_other_text_are_left_out_of_table_and_figure():
+    plain = result()
+    config = {"relearn": {"kind": "finetune"}, "attacks": {"other-half": {"kind": "finetune", "text": {"forget_part": 0.5}}}}
+    further = copy.deepcopy(plain)
+    for entry in further["models"]:
+        if entry["attack"]:
+            quick = {"kind": "finetune", "headline_step": 10, **copy.deepcopy(entry["attack"])}
+            for curve in quick["curves"]:
+                curve["forget"] = [score(0.9)] * 4
+            entry["attacks"] = {"other-half": quick}
+    with_other = derive([{**further, "config": config}], "t")
+    assert slowdown_table(with_other).rows == slowdown_table(derive([plain], "t")).rows
+    lines = [[list(line.get_ydata()) for line in figure(report).axes[0].lines] for report in (with_other, derive([plain], "t"))]
+    assert lines[0] == lines[1]
+    said = "left out, because they train on other text: other-half"
+    assert said in explanation(with_other) and said in captions(with_other)["slowdown"]
+    assert "left out" not in explanation(derive([plain], "t"))
+
+
+def test_a_run_without_a_reference_says_why_it_has_no_table():
+    own = result()
+    own["models"] = own["models"][:-1]
+    report = derive([own], "t")
+    assert "No compute slowdown: no attacked model is known to be without the capability" in page.render(report, {})
+    for entry in own["models"]:
+        entry["attack"] = None
+    assert "compute slowdown" not in page.render(derive([own], "t"), {}), "nothing was attacked"
 
 
 def test_a_median_of_two_seeds_is_marked():
@@ -110,3 +144,18 @@ def test_a_median_of_two_seeds_is_marked():
 
     assert marked(0) == [] and marked(0, 1, 2) == [], "one seed is no median"
     assert len(marked(0, 1)) == 1
+
+
+@pytest.mark.parametrize(("best", "others"), [(0.9, 0), (0.2, 0), (0.11, 25)])
+def test_the_names_of_the_levels_do_not_overlap(best, others):
+    """Levels far apart and near; with many models the legend leaves the axes less than half of their height."""
+    own = result()
+    own["models"][0]["metrics"]["forget"] = score(best)
+    own["models"] += [{**model("damaged", 0.1, [0.1, 0.1, 0.2, 0.3]), "name": f"student-{number}"} for number in range(others)]
+    drawn = figure(derive([own], "t"))
+    drawn.draw_without_rendering()
+    (axes,) = drawn.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the levels
+    assert [text.get_text() for text in axes.texts] == ["25 %", "50 %", "75 %", "90 %"]
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+    assert boxes[-1].y1 <= axes.bbox.y1 + boxes[-1].height, "the uppermost stands at the axes"

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from undo_core.noise.damage import ELEMENT_BYTES, Operator, damage_checkpoint
+from undo_core.noise.damage import ELEMENT_BYTES, Operator, check_damage, damage_checkpoint
 from undo_core.noise.parameters import Parts
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 from undo_core.pipeline.stages.noise import as_dicts, left_entry, with_rules
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from undo_core.pipeline.memory.meta import Meta
 
 
@@ -46,15 +48,17 @@ class Damage(Stage):
             work.inputs["model"],
             work.output,
             self.operator,
-            seed=self.seed,
-            strength=self.strength,
-            like=with_rules(self.like),
-            layers=self.layers,
-            match=self.match,
-            parts=self.parts,
+            **self._given(),
             title=work.title,
         )
         return {**facts, "tensors": as_dicts(facts["tensors"]), "left": as_dicts(facts["left"])}
+
+    def check(self, model: PreTrainedModel) -> None:
+        check_damage(model, self.operator, **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        names = ("seed", "strength", "layers", "match", "parts")
+        return {name: getattr(self, name) for name in names} | {"like": with_rules(self.like)}
 
     def memory(self, meta: Meta) -> list[Memory]:
         return [Memory("forward", weights=meta.mapped * meta.largest, activations=ELEMENT_BYTES * meta.largest)]

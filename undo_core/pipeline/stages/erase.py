@@ -15,6 +15,8 @@ from undo_core.pipeline.prepared import train_sequences
 from undo_core.pipeline.stage import Folder, Stage, Work
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from undo_core.pipeline.memory.meta import Meta
 
 
@@ -39,8 +41,7 @@ class Erase(Stage):
         source, data = work.inputs["model"], work.inputs["prepared"]
         model = load_model(source, self.stored())
         texts = {name: train_sequences(data, [name]) for name in ("forget", "retain")}
-        vocabulary = min(len(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-        scores = characteristic(**texts, vocabulary=vocabulary)
+        scores = characteristic(**texts, vocabulary=_vocabulary(model))
         positive = int((scores > 0).sum())
         if self.config.tokens > positive:
             raise ValueError(
@@ -54,6 +55,11 @@ class Erase(Stage):
         named = tokenizer.convert_ids_to_tokens(tokens.tolist())
         return {"erased": [{"token": text, "id": i} for text, i in zip(named, tokens.tolist(), strict=True)]}
 
+    def check(self, model: PreTrainedModel) -> None:
+        """More than the tokens that are characteristic, which only the data tell, are refused later."""
+        if self.config.tokens >= (size := _vocabulary(model)):
+            raise ValueError(f"erase.tokens: got {self.config.tokens}, wanted fewer than the {size} tokens of the vocabulary")
+
     def results(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         return {"erased": [entry["token"] for entry in facts["erased"]]}
 
@@ -61,3 +67,8 @@ class Erase(Stage):
         """The model, and the kept rows of the largest matrix in float64."""
         weights = meta.stored.itemsize * meta.elements + meta.reading(meta.stored)
         return [Memory("loading", weights=weights, activations=16 * meta.largest)]
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Number of tokens that have a row in the embedding and in the head."""
+    return min(len(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core.noise.checkpoint import noise_checkpoint
+from undo_core.noise.checkpoint import check_noise, noise_checkpoint
 from undo_core.noise.parameters import Left, Parts, summary
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from undo_core.pipeline.memory.meta import Meta
 
 
@@ -48,22 +50,18 @@ class Noise(Stage):
     model: Stage | Folder
 
     def run(self, work: Work) -> dict[str, Any]:
-        report = noise_checkpoint(
-            work.inputs["model"],
-            work.output,
-            alpha=self.alpha,
-            beta=self.beta,
-            seed=self.seed,
-            law=self.law,
-            std=self.std,
-            rules=self.rules,
-            parts=self.parts,
-            stochastic_rounding=self.stochastic_rounding,
-            like=with_rules(self.like),
-            title=work.title,
-        )
+        rounding = self.stochastic_rounding
+        source, settings = work.inputs["model"], self._given()
+        report = noise_checkpoint(source, work.output, **settings, stochastic_rounding=rounding, title=work.title)
         matched = {} if report.alpha is None else {"alpha": report.alpha, "distance": report.distance}
         return {"tensors": as_dicts(report), "left": as_dicts(report.left), **matched}
+
+    def check(self, model: PreTrainedModel) -> None:
+        check_noise(model, **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        names = ("alpha", "beta", "seed", "law", "std", "rules", "parts")
+        return {name: getattr(self, name) for name in names} | {"like": with_rules(self.like)}
 
     def memory(self, meta: Meta) -> list[Memory]:
         """The largest tensor: one is read at a time, from the mapped file; to match a distance it is copied."""

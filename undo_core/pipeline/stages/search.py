@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from undo_core import distributed
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.search import SearchConfig, search
+from undo_core.attacks.search import HELD, SearchConfig, search
 from undo_core.io.files import write_json
 from undo_core.io.untrusted import read_object
 from undo_core.models import forward_flops
 from undo_core.pipeline.model_stage import TrainingStage
-from undo_core.pipeline.needs import Change, Cost, Memory, Scene
+from undo_core.pipeline.needs import Cost, Memory, Scene
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.pipeline.stages.relearn import Relearn
@@ -65,14 +65,16 @@ class Search(TrainingStage):
         return self.heaviest.training
 
     def retrained(self, **settings: Any) -> Self:
-        raise ValueError(f"{self.kind}: got changes of {', '.join(settings)}, wanted none: they are searched, or those of like")
+        """The search with other settings of ``like``; those that are searched do not change."""
+        held = {name: value for name, value in settings.items() if name in HELD}
+        like = dataclasses.replace(self.config.held, **held)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, like=like).along(like))
 
-    def cheaper(self) -> list[Change]:
-        """None of its own: a trial has the settings of the attack that the search is like."""
-        return []
+    def flag(self, name: str) -> str:
+        return name
 
-    def changed(self, changes: Mapping[str, Any]) -> Self:
-        return self.retrained(**changes) if changes else self
+    def possible(self, name: str, value: Any) -> bool:
+        return name in HELD and super().possible(name, value)
 
     def check_ranks(self, count: int) -> None:
         for point in self.config.corners():

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from undo_core.models import load_model, load_tokenizer
-from undo_core.models.untying import untied
+from undo_core.models.untying import check_tied, untied
 from undo_core.pipeline.model_stage import save
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from undo_core.pipeline.memory.meta import Meta
 
 
@@ -32,6 +34,9 @@ class Untie(Stage):
         model = untied(load_model(source, self.stored()))
         save(model, load_tokenizer(source), work.output)
         return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def check(self, model: PreTrainedModel) -> None:
+        check_tied(model)
 
     def memory(self, meta: Meta) -> list[Memory]:
         return [Memory("loading", weights=meta.stored.itemsize * meta.elements + meta.reading(meta.stored))]
