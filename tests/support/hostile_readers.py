@@ -18,8 +18,8 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.grid import next_rate
 from undo_core.checkpoints.files import MappedFile, checkpoint_skeleton, read_header, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
-from undo_core.cli import _config_first, _parser
 from undo_core.cli.folders import check_prepared
+from undo_core.cli.parser import as_run_config, command_parser, parser_arguments
 from undo_core.data.encoding import encoded
 from undo_core.data.questions import MultipleChoiceConfig, posed
 from undo_core.data.reading import read_documents, read_records
@@ -30,7 +30,6 @@ from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io import locks
 from undo_core.models import load_model, load_tokenizer
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, weight_files
-from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.run import _metric, _summary
@@ -202,16 +201,14 @@ def _settings(root: Path) -> list[Reader]:
     swept.write_text(yaml.safe_dump({**sweep, "overrides": {"relearn.batch_size": 2}, "overlays": []}))
 
     def parsed(command: str, path: Path) -> None:
-        arguments = _config_first([command, str(path)])
-        parser = _parser(command)
-        values = vars(parser.instantiate(parser.parse_args(arguments))[command])
-        values.pop("config")
-        if command == "sweep":
-            values.pop("dry_run")
-            for config in expand(SweepConfig(**values)):
-                assert Path(config.output).resolve().parent == (Path(values["output"]) / "runs").resolve(), config.output
-        else:
-            RunConfig(**{name: value for name, value in values.items() if name not in ("memory", "ranks")})
+        parser = command_parser(command)
+        values = parser.instantiate(parser.parse_args(parser_arguments([command, str(path)])))[command]
+        if command == "run":
+            as_run_config(values)
+            return
+        sweep = SweepConfig(**{name: value for name, value in vars(values).items() if name not in ("config", "dry_run")})
+        for config in expand(sweep):
+            assert Path(config.output).resolve().parent == (Path(sweep.output) / "runs").resolve(), config.output
 
     return [
         Reader("YAML settings", plain, lambda: read_settings(plain), "yaml", 20, 4000, ("plain.yaml",)),

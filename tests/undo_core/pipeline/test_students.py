@@ -7,11 +7,10 @@ import pytest
 import yaml
 from tiny_run import RUN
 
-from undo_core import cli
+from undo_core.cli.parser import run_config
 from undo_core.data.sequences import Sequences
 from undo_core.io.files import read_json
 from undo_core.models import architecture, load_model
-from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.run import missing_stages, save_results
@@ -40,9 +39,7 @@ def finished(tmp_path_factory):
     model = {"config": {**RUN["model"]["config"], "tie_word_embeddings": True}}
     own = {"model": model, "students": STUDENTS, "attacks": {"part": PART}, "relearn": {**RUN["relearn"], "extend": 0}}
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "output": str(folder), **own}, sort_keys=False))
-    parser = cli._parser()
-    values = vars(parser.instantiate(parser.parse_args(["run", f"--config={folder / 'run.yaml'}"]))["run"])
-    config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
+    config = run_config([f"--config={folder / 'run.yaml'}"])
     store, graph = Store(folder / "stages"), graph_of(config)
     run_stages(store, missing_stages(store, config, graph), 1, lambda stage: None)
     results = save_results(store, config, graph, "undo run")
