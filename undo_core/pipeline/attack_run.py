@@ -34,7 +34,7 @@ from undo_core.pipeline.store import ENTRIES, Store, machine, versions
 from undo_core.pipeline.workers import use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.defences import DEFENCE, defence_folder, known_defences, merged, write_defence, write_heatmap
-from undo_core.report.metrics import settings_of
+from undo_core.report.results import settings_of
 
 INTERVAL = ("value", "low", "high")
 

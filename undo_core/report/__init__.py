@@ -14,8 +14,9 @@ from undo_core.report import figures, page, words
 from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
+from undo_core.report.derivation import derive
 from undo_core.report.inside import measure_table
-from undo_core.report.metrics import Report, derive
+from undo_core.report.metrics import Report
 from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
 from undo_core.report.slowdown import explanation, slowdown_table

@@ -19,7 +19,7 @@ from undo_core.pipeline.stages import Relearn, relearn
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.student_config import GaussianConfig, StudentConfig
 from undo_core.pipeline.workers import run_stages
-from undo_core.report.metrics import derive
+from undo_core.report.derivation import derive
 from undo_core.report.students import students
 
 AGAIN = {"match": "head", "alpha": 1, "beta": 1, "law": "normal", "std": 0.02}
