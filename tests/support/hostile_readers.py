@@ -32,17 +32,17 @@ from undo_core.models import load_model, load_tokenizer
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, weight_files
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
-from undo_core.pipeline.run import _metric, _summary
+from undo_core.pipeline.run import metric_of, stage_summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages.gate import KEPT, kept_sequences
 from undo_core.pipeline.stages.noise import left_entry
-from undo_core.pipeline.store import OneFolder, Store, _provenance
+from undo_core.pipeline.store import OneFolder, Store, provenance
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.report.compare import comparison_table, load
 from undo_core.report.defences import known_defences, merged
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.kept import KeptEvaluations
-from undo_core.training.loop import _Log
+from undo_core.training.log import StageLog
 from undo_core.training.optimizers import Updater
 from undo_core.training.training_state import CheckpointWriter, find_training_state, load_training_state
 
@@ -268,11 +268,11 @@ def _run_folder(root: Path) -> list[Reader]:
             return
         store = Store(folder.parent)
         facts = store.manifest(stage)
-        _summary(stage, facts)
+        stage_summary(stage, facts)
         left_entry(facts)
-        _metric(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
+        metric_of(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
         next_rate(attack, {trial: facts["curve"] for trial in attack.trials()}, False)
-        _provenance(folder)
+        provenance(folder)
         Folder(folder).content  # noqa: B018
         OneFolder(folder).done(stage)
 
@@ -335,7 +335,7 @@ def _run_folder(root: Path) -> list[Reader]:
         Reader(
             "training state, optimizer", written / "optimizer.safetensors", restored, "safetensors", 15, 3000, (str(written),)
         ),
-        Reader("log", log, lambda: _Log(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
+        Reader("log", log, lambda: StageLog(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
         Reader("kept evaluation", next(kept.iterdir()), first, "safetensors", 15, 2000, (str(kept),)),
         Reader("gate", gate / KEPT, lambda: kept_sequences(gate, 2), "safetensors", 15, 2000, (KEPT,)),
     ]

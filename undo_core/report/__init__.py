@@ -53,7 +53,7 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
             (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report of other results
     for name, png in drawn.items():
         write_bytes(folder / f"{name}.png", png)
-    write_text(folder / "table.md", _tables(report))
+    write_text(folder / "table.md", markdown_tables(report))
     write_text(done, html)
     write_json(known, {**report.to_json(), "sources": sources})  # written last, so that it marks a complete report
     return done
@@ -65,7 +65,8 @@ def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
     return Group(terminal(report), *map(Text, alpha_sentences(report)))
 
 
-def _tables(report: Report) -> str:
+def markdown_tables(report: Report) -> str:
+    """Returns the sentences and tables of a report as Markdown."""
     orders = [f"- {plain(order_sentence(order, report))}" for order in report.orders if order.holds is not None]
     parts = [
         f"# {plain(report.title)}",
