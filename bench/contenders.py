@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import harness
 import torch
 import undo_kernels
 from problems import Inputs, Outputs
+
+ROUNDED = "rounds logits to 16 bits"
+Loss = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,56 @@ def products(inputs: Inputs, teacher: bool) -> Callable[[], Outputs]:
         return None, d_hidden, d_weight
 
     return step
+
+
+def common(
+    undo: Callable[[Inputs], Loss], plain: Callable[..., torch.Tensor], arguments: Callable[[Inputs], tuple[Any, ...]]
+) -> list[Contender]:
+    """Returns the contenders that every loss has: undo-core in its ways, and plain torch alone, compiled and chunked.
+
+    Args:
+        undo: makes, from the inputs, the loss of undo-core.
+        plain: the loss in plain torch.
+        arguments: makes, from the inputs, the arguments of ``plain``.
+    """
+
+    def on_backend(inputs: Inputs, backend: str) -> Loss:
+        loss = undo(inputs)
+
+        def run() -> torch.Tensor:
+            with undo_kernels.backend(backend):
+                return loss()
+
+        return run
+
+    def of_torch(inputs: Inputs, compiled: bool = False) -> Loss:
+        loss = torch.compile(plain, fullgraph=True, dynamic=False) if compiled else plain
+        return functools.partial(loss, *arguments(inputs))
+
+    def chunked(inputs: Inputs) -> Loss:
+        return functools.partial(auto_chunked(plain), *arguments(inputs))
+
+    return [
+        Contender("undo-core", "undo-core", undo),
+        Contender("undo-core-workspace", "undo-core, workspace", undo, note="workspace: a tenth of plain torch's extra memory"),
+        Contender(
+            "undo-reference",
+            "undo-core, reference",
+            functools.partial(on_backend, backend="reference"),
+            backend="reference",
+        ),
+        Contender("plain", "plain torch", of_torch, differs=ROUNDED),
+        Contender("compile", "torch.compile", functools.partial(of_torch, compiled=True), compiles=True, differs=ROUNDED),
+        Contender(
+            "auto-chunker",
+            "torch.compile, auto-chunker",
+            chunked,
+            compiles=True,
+            differs=ROUNDED,
+            note="made to chunk at every shape, into 8 parts; its own thresholds want 8 tokens for each column of width; "
+            "without gradients it does not chunk",
+        ),
+    ]
 
 
 Ran = list[dict[str, Any]]  # the kernels that ran in one call, each way once, as JSON values

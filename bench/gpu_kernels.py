@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +23,7 @@ from undo_kernels.projection import Projection
 from undo_kernels.triton import vocab_loss
 from undo_kernels.triton.plan import gpu_plan
 from undo_kernels.triton.products import Workspace
+from undo_kernels.triton.tuner import median_of_events, seconds_of_clock
 
 REPEATS = 5
 SHAPE, REHEARSAL = (8192, 256_000), (16, 256)
@@ -46,20 +45,7 @@ def problem(width: int, plan: str, device: torch.device, tokens: int, vocabulary
 def median_seconds(step: Callable[[], Any], device: torch.device) -> float:
     """Median of a few runs after one that is not counted."""
     step()
-    taken = []
-    for _ in range(REPEATS if device.type == "cuda" else 1):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return median_of_events(step, REPEATS) if device.type == "cuda" else seconds_of_clock(step)
 
 
 def kernel_milliseconds(step: Callable[[], Any], device: torch.device) -> dict[str, float]:

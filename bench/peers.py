@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import undo_kernels
-from contenders import Contender, auto_chunked, loader, products
+from contenders import ROUNDED, Contender, Loss, common, loader, products
 from problems import Inputs
 
 from undo_core import ops
 
 _LIGER, _TRL = "liger_kernel.transformers", "trl.kernels.chunked_divergence"
-_ROUNDED = "rounds logits to 16 bits"
-
-Loss = Callable[[], torch.Tensor]
 
 
-def _undo(inputs: Inputs, backend: str | None = None, teacher_lse: bool = False) -> Loss:
+def _undo(inputs: Inputs, teacher_lse: bool = False) -> Loss:
     options = {
         "student_softcap": inputs.softcap,
         "teacher_softcap": inputs.softcap,
@@ -32,11 +27,7 @@ def _undo(inputs: Inputs, backend: str | None = None, teacher_lse: bool = False)
     def loss() -> torch.Tensor:
         return ops.linear_kl_div(*inputs.heads, **options)
 
-    def on_backend() -> torch.Tensor:
-        with undo_kernels.backend(backend):
-            return loss()
-
-    return loss if backend is None else on_backend
+    return loss
 
 
 def plain_loss(
@@ -52,16 +43,6 @@ def plain_loss(
         student, teacher = softcap * torch.tanh(student / softcap), softcap * torch.tanh(teacher / softcap)
     student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _plain(inputs: Inputs, compiled: bool = False) -> Loss:
-    loss = torch.compile(plain_loss, fullgraph=True, dynamic=False) if compiled else plain_loss
-    return lambda: loss(*inputs.heads, inputs.softcap)
-
-
-def _auto_chunker(inputs: Inputs) -> Loss:
-    loss = auto_chunked(plain_loss)
-    return lambda: loss(*inputs.heads, inputs.softcap)
 
 
 def _liger_chunked(inputs: Inputs) -> Loss:
@@ -98,32 +79,12 @@ def _trl(inputs: Inputs) -> Loss:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("undo-core", "undo-core", _undo),
-        Contender(
-            "undo-core-workspace", "undo-core, workspace", _undo, note="workspace: a tenth of plain torch's extra memory"
-        ),
+        *common(_undo, plain_loss, lambda inputs: (*inputs.heads, inputs.softcap)),
         Contender(
             "undo-core-lse",
             "undo-core, teacher's lse given",
             functools.partial(_undo, teacher_lse=True),
             note="the teacher's log-sum-exps were computed before",
-        ),
-        Contender(
-            "undo-reference",
-            "undo-core, reference",
-            functools.partial(_undo, backend="reference"),
-            backend="reference",
-        ),
-        Contender("plain", "plain torch", _plain, differs=_ROUNDED),
-        Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
-        Contender(
-            "auto-chunker",
-            "torch.compile, auto-chunker",
-            _auto_chunker,
-            compiles=True,
-            differs=_ROUNDED,
-            note="made to chunk at every shape, into 8 parts; its own thresholds want 8 tokens for each column of width; "
-            "without gradients it does not chunk",
         ),
         Contender(
             "liger-chunked",
@@ -153,7 +114,7 @@ CONTENDERS = {
             module=f"{_LIGER}.fused_linear_kl_div",
             gpu_only=True,
             softcap=False,
-            differs=_ROUNDED,
+            differs=ROUNDED,
             note="wants the teacher's probabilities, [tokens, V], which torch computes in its timed step",
         ),
         Contender(

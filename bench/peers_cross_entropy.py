@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import undo_kernels
-from contenders import Contender, auto_chunked, loader, products
+from contenders import ROUNDED, Contender, Loss, common, loader, products
 from problems import Inputs
 
 from undo_core import ops
 
 _LIGER, _TRL = "liger_kernel.transformers.fused_linear_cross_entropy", "trl.kernels.chunked_logprob"
-_ROUNDED = "rounds logits to 16 bits"
-
-Loss = Callable[[], torch.Tensor]
 
 
-def _undo(inputs: Inputs, backend: str | None = None) -> Loss:
+def _undo(inputs: Inputs) -> Loss:
     def loss() -> torch.Tensor:
         return ops.linear_cross_entropy(
             *inputs.heads[:2], inputs.labels, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes, plan=inputs.plan
         )
 
-    def on_backend() -> torch.Tensor:
-        with undo_kernels.backend(backend):
-            return loss()
-
-    return loss if backend is None else on_backend
+    return loss
 
 
 def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -38,16 +29,6 @@ def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits.float(), labels)
-
-
-def _plain(inputs: Inputs, compiled: bool = False) -> Loss:
-    loss = torch.compile(plain_loss, fullgraph=True, dynamic=False) if compiled else plain_loss
-    return lambda: loss(*inputs.heads[:2], inputs.labels, inputs.softcap)
-
-
-def _auto_chunker(inputs: Inputs) -> Loss:
-    loss = auto_chunked(plain_loss)
-    return lambda: loss(*inputs.heads[:2], inputs.labels, inputs.softcap)
 
 
 def _torch_chunked(inputs: Inputs) -> Loss:
@@ -78,27 +59,7 @@ TRL_TILE = 32768  # as its trainers pass it
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("undo-core", "undo-core", _undo),
-        Contender(
-            "undo-core-workspace", "undo-core, workspace", _undo, note="workspace: a tenth of plain torch's extra memory"
-        ),
-        Contender(
-            "undo-reference",
-            "undo-core, reference",
-            functools.partial(_undo, backend="reference"),
-            backend="reference",
-        ),
-        Contender("plain", "plain torch", _plain, differs=_ROUNDED),
-        Contender("compile", "torch.compile", functools.partial(_plain, compiled=True), compiles=True, differs=_ROUNDED),
-        Contender(
-            "auto-chunker",
-            "torch.compile, auto-chunker",
-            _auto_chunker,
-            compiles=True,
-            differs=_ROUNDED,
-            note="made to chunk at every shape, into 8 parts; its own thresholds want 8 tokens for each column of width; "
-            "without gradients it does not chunk",
-        ),
+        *common(_undo, plain_loss, lambda inputs: (*inputs.heads[:2], inputs.labels, inputs.softcap)),
         Contender(
             "torch-chunked",
             "torch linear_cross_entropy",
@@ -113,7 +74,7 @@ CONTENDERS = {
             _trl,
             package="trl",
             module=_TRL,
-            differs=_ROUNDED,
+            differs=ROUNDED,
             note="on a CPU its tiles run in plain PyTorch, not in its Triton kernels",
         ),
         Contender(

@@ -61,7 +61,7 @@ def kernels_before() -> Iterator[None]:
     tiles = {("sm_90", "stats", False): tile_table.Tile(64, 256, 64, 8, 3, 8)}
     with (
         mock.patch.dict(costs.INSTRUCTIONS, measured),
-        mock.patch.dict(tile_table._TILES, tiles),
+        mock.patch.dict(tile_table.TILES, tiles),
         mock.patch.object(plan, "_CHUNK_TOKENS", (1024, 1024)),
         mock.patch.object(tile_table, "together", return_value=False),
     ):

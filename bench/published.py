@@ -31,7 +31,7 @@ from typing import Any
 from hub_replica import QUESTIONS, large_tokenizer, write_replica
 from transformers import AutoConfig
 
-from undo_core.cli import _parser
+from undo_core.cli.parser import run_config
 from undo_core.data.encoding import encoded
 from undo_core.data.questions import read_questions
 from undo_core.data.reading import read_documents
@@ -76,9 +76,7 @@ TOGETHER = {
 
 def configuration(name: str, *flags: str) -> RunConfig:
     """A shipped configuration with other settings."""
-    parser = _parser("run")
-    values = parser.instantiate(parser.parse_args(["run", f"--config={ROOT / 'configs' / CONFIGS[name]}.yaml", *flags]))["run"]
-    return RunConfig(**{key: value for key, value in vars(values).items() if key != "config"})
+    return run_config([f"--config={ROOT / 'configs' / CONFIGS[name]}.yaml", *flags])
 
 
 def overrides(name: str, sequences: int) -> list[str]:

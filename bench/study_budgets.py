@@ -20,7 +20,7 @@ from typing import Any
 
 from summaries import markdown
 
-from undo_core import cli
+from undo_core.cli.parser import run_config
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of
 from undo_core.pipeline.run import evaluation
@@ -176,9 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, help="folder for the results")
     own, rest = parser.parse_known_args()
-    commands = cli._parser()
-    values = vars(commands.instantiate(commands.parse_args(["run", "--config", *rest]))["run"])
-    config = RunConfig(**{name: value for name, value in values.items() if name != "config"})
+    config = run_config(["--config", *rest])
     if config.data.metric != "loss":
         sys.exit("study_budgets: wanted a run on text that is scored by its cross-entropy")
     graph = graph_of(config)

@@ -73,7 +73,7 @@ def worker(loop: int, kept: bool, vocabulary: int) -> None:
             optimizer.zero_grad()
 
     if not kept:
-        workspace._LEAST_BYTES = sys.maxsize
+        workspace.LEAST_BYTES = sys.maxsize
     if loop:
         with tied_gradient_in_place(student) if loop == 2 else contextlib.nullcontext():
             plain_loop()

@@ -17,7 +17,8 @@ from typing import Any
 
 from undo_core.report.alpha_search import between
 from undo_core.report.compare import load
-from undo_core.report.metrics import ModelReport, Report, derive
+from undo_core.report.derivation import derive
+from undo_core.report.metrics import ModelReport, Report
 from undo_core.report.robustness import ratio_of_robustness
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench" / "results" / "sweep-alpha"

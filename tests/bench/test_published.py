@@ -11,7 +11,7 @@ from hub_replica import QUESTIONS, large_tokenizer, write_replica
 
 from undo_core.data.questions import MultipleChoiceConfig, posed, read_questions
 from undo_core.data.reading import read_documents
-from undo_core.report.metrics import settings_of
+from undo_core.report.results import settings_of
 
 SMALL = {"wmdp-cyber": 7, "test": 12, "dev": 10}
 COLUMNS = {

@@ -23,7 +23,8 @@ from mutations import MODULE
 from sweep_results import results
 from tiny_run import RUN
 
-from undo_core.cli import _config_first, main
+from undo_core.cli import main
+from undo_core.cli.parser import parser_arguments
 from undo_core.data.reading import read_documents
 from undo_core.io.untrusted import inside
 from undo_core.models import load_model, load_tokenizer
@@ -137,7 +138,7 @@ def test_settings_name_no_code(tmp_path, monkeypatch):
         inner = {"config": {**RUN["model"]["config"], "x": payload}} if place == "model" else payload
         base.write_text(yaml.safe_dump({**RUN, place: {"a": inner} if place == "attacks" else inner}))
         with watched(tmp_path), pytest.raises(ValueError, match=r"base\.yaml.*class_path"):
-            _config_first(["run", str(base)])
+            parser_arguments(["run", str(base)])
         with watched(tmp_path), pytest.raises(ValueError, match="class_path"):
             parse_value(base.read_text())
     base.write_text(yaml.safe_dump(RUN))

@@ -11,7 +11,7 @@ from sweep_results import results
 
 from undo_core.cli import main
 from undo_core.io.progress import console
-from undo_core.report import _tables, compare_page, derive, page, style, terminal_table, write_report
+from undo_core.report import compare_page, derive, markdown_tables, page, style, terminal_table, write_report
 from undo_core.report.compare import compare, comparison_table, write_comparison
 from undo_core.report.compare_table import latex, methods_csv, methods_markdown, methods_table
 from undo_core.report.points import csv_text, plot_points
@@ -125,7 +125,10 @@ def test_every_text_of_a_report_is_text(text, account, capsys):
     settings = compare([(f"runs/{text}", found), ("runs/b", hostile(text, seed=1))], text)
     table = methods_table(settings)
     check(compare_page.render(title, settings, {}, {setting.label: [text] for setting in settings}))
-    for said in (_tables(report), methods_markdown(title, settings, table, {setting.label: [text] for setting in settings})):
+    for said in (
+        markdown_tables(report),
+        methods_markdown(title, settings, table, {setting.label: [text] for setting in settings}),
+    ):
         assert "<" not in said and " [click]" not in said and "\n# heading" not in said
     tex = latex(table)
     assert "\\input" not in tex and "\\frac" not in tex

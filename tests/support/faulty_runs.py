@@ -70,7 +70,7 @@ class _Parser:
     """Reads a command's arguments once for each content of its file: to read them again takes longer than to build a stage."""
 
     known: ClassVar[dict[tuple[str, ...], Any]] = {}
-    real = staticmethod(cli._parser)
+    real = staticmethod(cli.command_parser)
 
     def __init__(self, only: str | None = None) -> None:
         self.only = only
@@ -99,7 +99,7 @@ def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = CO
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(cli, "_parser", _Parser)
+        patch.setattr(cli, "command_parser", _Parser)
         patch.setattr(figures, "png", lambda figure: b"a figure")
         patch.setitem(inspect.unwrap(loop.train).__kwdefaults__, "checkpoint_seconds", -1.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "checkpoint_seconds", 0.0)

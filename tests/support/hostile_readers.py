@@ -18,8 +18,8 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.grid import next_rate
 from undo_core.checkpoints.files import MappedFile, checkpoint_skeleton, read_header, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
-from undo_core.cli import _config_first, _parser
 from undo_core.cli.folders import check_prepared
+from undo_core.cli.parser import as_run_config, command_parser, parser_arguments
 from undo_core.data.encoding import encoded
 from undo_core.data.questions import MultipleChoiceConfig, posed
 from undo_core.data.reading import read_documents, read_records
@@ -30,20 +30,19 @@ from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io import locks
 from undo_core.models import load_model, load_tokenizer
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, weight_files
-from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
-from undo_core.pipeline.run import _metric, _summary
+from undo_core.pipeline.run import metric_of, stage_summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages.gate import KEPT, kept_sequences
 from undo_core.pipeline.stages.noise import left_entry
-from undo_core.pipeline.store import OneFolder, Store, _provenance
+from undo_core.pipeline.store import OneFolder, Store, provenance
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.report.compare import comparison_table, load
 from undo_core.report.defences import known_defences, merged
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.kept import KeptEvaluations
-from undo_core.training.loop import _Log
+from undo_core.training.log import StageLog
 from undo_core.training.optimizers import Updater
 from undo_core.training.training_state import CheckpointWriter, find_training_state, load_training_state
 
@@ -202,16 +201,14 @@ def _settings(root: Path) -> list[Reader]:
     swept.write_text(yaml.safe_dump({**sweep, "overrides": {"relearn.batch_size": 2}, "overlays": []}))
 
     def parsed(command: str, path: Path) -> None:
-        arguments = _config_first([command, str(path)])
-        parser = _parser(command)
-        values = vars(parser.instantiate(parser.parse_args(arguments))[command])
-        values.pop("config")
-        if command == "sweep":
-            values.pop("dry_run")
-            for config in expand(SweepConfig(**values)):
-                assert Path(config.output).resolve().parent == (Path(values["output"]) / "runs").resolve(), config.output
-        else:
-            RunConfig(**{name: value for name, value in values.items() if name not in ("memory", "ranks")})
+        parser = command_parser(command)
+        values = parser.instantiate(parser.parse_args(parser_arguments([command, str(path)])))[command]
+        if command == "run":
+            as_run_config(values)
+            return
+        sweep = SweepConfig(**{name: value for name, value in vars(values).items() if name not in ("config", "dry_run")})
+        for config in expand(sweep):
+            assert Path(config.output).resolve().parent == (Path(sweep.output) / "runs").resolve(), config.output
 
     return [
         Reader("YAML settings", plain, lambda: read_settings(plain), "yaml", 20, 4000, ("plain.yaml",)),
@@ -271,11 +268,11 @@ def _run_folder(root: Path) -> list[Reader]:
             return
         store = Store(folder.parent)
         facts = store.manifest(stage)
-        _summary(stage, facts)
+        stage_summary(stage, facts)
         left_entry(facts)
-        _metric(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
+        metric_of(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
         next_rate(attack, {trial: facts["curve"] for trial in attack.trials()}, False)
-        _provenance(folder)
+        provenance(folder)
         Folder(folder).content  # noqa: B018
         OneFolder(folder).done(stage)
 
@@ -338,7 +335,7 @@ def _run_folder(root: Path) -> list[Reader]:
         Reader(
             "training state, optimizer", written / "optimizer.safetensors", restored, "safetensors", 15, 3000, (str(written),)
         ),
-        Reader("log", log, lambda: _Log(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
+        Reader("log", log, lambda: StageLog(log.parent, 3), "jsonl", 20, 3000, ("log.jsonl",)),
         Reader("kept evaluation", next(kept.iterdir()), first, "safetensors", 15, 2000, (str(kept),)),
         Reader("gate", gate / KEPT, lambda: kept_sequences(gate, 2), "safetensors", 15, 2000, (KEPT,)),
     ]

@@ -4,17 +4,14 @@ Each process writes to the file OUT.RANK, as JSON, how far its gradients are fro
 parameter, and by how much those of the whole model in float32 are.
 """
 
-import datetime
 import json
-import multiprocessing
 import sys
-import tempfile
 import types
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DTensor imports it at first use, which otherwise each process would do by itself
 import torch.distributed as dist
+from gloo_processes import forked
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -105,11 +102,8 @@ def sharded_twice(kind, tied, mesh):
     return total.item(), gradients(model), model(own).logits.detach()
 
 
-def work(rank, world, store, out):
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
-    line, said = init_device_mesh("cpu", (world,)), {}
+def work(line, out):
+    world, said = line.size(), {}
     grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor")) if world > 2 else None
     for kind, tied in MODELS:
         value, exact, _ = whole(kind, tied, torch.float64, batch(4))
@@ -125,20 +119,8 @@ def work(rank, world, store, out):
                 "ours": errors(found, exact),
                 "plain": errors(plain, exact),
             }
-    Path(f"{out}.{rank}").write_text(json.dumps(said))
-    dist.destroy_process_group()
-
-
-def main(world, out):
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [fork.Process(target=work, args=(rank, world, f"{folder}/store", out)) for rank in range(world)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    sys.exit(any(worker.exitcode for worker in workers))
+    Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    sys.exit(forked(int(sys.argv[1]), work, sys.argv[2]))

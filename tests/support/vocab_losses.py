@@ -42,6 +42,18 @@ def divergence(z_s, z_t, kind, beta=0.5):
     return (t.exp() * (t - s)).sum(-1)
 
 
+def logit_gradient(z_s, z_t, kind):
+    """Gradient of the summed divergence for the student's logits, in float64, without the cancellation of a difference of sums."""
+    s, t = z_s.detach().double().log_softmax(-1), z_t.double().log_softmax(-1)
+    x = s - t
+    if kind == "forward":
+        return t.exp() * x.expm1()
+    if kind == "reverse":
+        return s.exp() * (x - (s.exp() * x).sum(-1, keepdim=True))
+    m = torch.logaddexp(s, t) - math.log(2)
+    return 0.5 * s.exp() * ((s - m) - (s.exp() * (s - m)).sum(-1, keepdim=True))
+
+
 def draw(rows=ROWS, vocabulary=VOCABULARY, width=WIDTH, teacher_width=TEACHER_WIDTH, spread=1.0, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731

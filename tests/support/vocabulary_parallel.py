@@ -4,20 +4,16 @@ It imports everything once, forks so many processes, and each writes to the file
 it passed. CASES is essential, long or triton.
 """
 
-import datetime
 import functools
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DTensor imports it at first use, which otherwise each process would do by itself
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from gloo_processes import forked
 from vocabulary_parallel_checks import (
     CPP,
     KINDS,
@@ -128,11 +124,8 @@ def cases(which):
     return {"essential": essential_cases, "long": long_cases, "triton": triton_cases}[which]()
 
 
-def work(rank, world, store, which, out):
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
-    p, said = Processes(init_device_mesh("cpu", (world,))), {}
+def work(mesh, which, out):
+    p, said = Processes(mesh), {}
     for name, case in cases(which).items():
         try:
             said[name] = "not run, because a case before it failed and the processes no longer wait for each other"
@@ -141,8 +134,7 @@ def work(rank, world, store, which, out):
                 said[name] = ""
         except Exception:  # written to the file of results, where the test asserts that there is none
             said[name] = traceback.format_exc(limit=-6)
-    Path(f"{out}.{rank}").write_text(json.dumps(said))
-    dist.destroy_process_group()
+    Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(said))
 
 
 def main(world, out, which):
@@ -150,14 +142,7 @@ def main(world, out, which):
         from interpreter import replace_language_once
 
         replace_language_once()
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [fork.Process(target=work, args=(rank, world, f"{folder}/store", which, out)) for rank in range(world)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    sys.exit(any(worker.exitcode for worker in workers))
+    sys.exit(forked(world, work, which, out))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
         title: title of the pages.
     """
     from undo_core.report.compare import load
-    from undo_core.report.metrics import check_result
+    from undo_core.report.results import check_result
 
     loaded = load([Path(path) for path in paths])
     for folder, values in loaded:

@@ -1,17 +1,6 @@
 """Language models: building and loading them, their heads, hidden states and adapters."""
 
-from undo_core.models.heads import (
-    Head,
-    UnsupportedHead,
-    check_continues,
-    check_isolation,
-    continued_states,
-    evaluating,
-    head_of,
-    hidden_states,
-    hidden_states_at,
-    vocabulary_of,
-)
+from undo_core.models.heads import Head, head_of, vocabulary_of
 from undo_core.models.loading import (
     architecture,
     attention_of,
@@ -28,6 +17,15 @@ from undo_core.models.loading import (
     set_attention,
     skeleton,
     tokens_of,
+)
+from undo_core.models.trunk import (
+    UnsupportedHead,
+    check_continues,
+    check_isolation,
+    continued_states,
+    evaluating,
+    hidden_states,
+    hidden_states_at,
 )
 
 __all__ = [

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from undo_core.models.heads import evaluating, head_of, hidden_states
+from undo_core.models.heads import head_of
+from undo_core.models.trunk import evaluating, hidden_states
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,8 +1,8 @@
 """Building, loading and describing causal language models of transformers.
 
-The method sees a model as a trunk that gives hidden states and a head that gives logits (:mod:`undo_core.models.heads`). The
-losses never ask a model for its logits. They take the trunk's final hidden states and the head's parts, so that with a fused
-backend no ``[tokens, V]`` tensor exists, whatever the size of the vocabulary.
+The method sees a model as a trunk that gives hidden states (:mod:`undo_core.models.trunk`) and a head that gives logits
+(:mod:`undo_core.models.heads`). The losses never ask a model for its logits. They take the trunk's final hidden states and the
+head's parts, so that with a fused backend no ``[tokens, V]`` tensor exists, whatever the size of the vocabulary.
 """
 
 from __future__ import annotations

@@ -28,14 +28,14 @@ from undo_core.models.config import ModelConfig
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
 from undo_core.pipeline.attacked_model import Attacked
 from undo_core.pipeline.config import ControlsConfig, RunConfig, derive_seed
-from undo_core.pipeline.run import RESULTS_FORMAT, announce, build_all, evaluation, margin_entry, unfinished
+from undo_core.pipeline.run import announce, build_all, evaluation, margin_entry, results_file, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
-from undo_core.pipeline.store import ENTRIES, Store, machine, versions
+from undo_core.pipeline.store import ENTRIES, Store
 from undo_core.pipeline.workers import use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.defences import DEFENCE, defence_folder, known_defences, merged, write_defence, write_heatmap
-from undo_core.report.metrics import settings_of
+from undo_core.report.results import settings_of
 
 INTERVAL = ("value", "low", "high")
 
@@ -183,17 +183,8 @@ def _finish(store: Store, config: AttackRunConfig, defences: list[Defence], comm
         for attacked in defence.attacks.values() if not config.keep else ():
             for curve in attacked.entry(store)["curves"]:  # a call that was killed may have left some
                 remove_weights(store.root / curve["stage"])
-        result = {
-            "format": RESULTS_FORMAT,
-            "name": config.name,
-            "seed": config.seed,
-            "command": command,
-            "versions": versions(),
-            "machine": machine(),
-            "config": _settings(config, defence),
-            "metric": metric,
-            "models": [_entry(store, defence, metric, sizes)],
-        }
+        models = [_entry(store, defence, metric, sizes)]
+        result = results_file(config.name, config.seed, command, _settings(config, defence), metric, models)
         write_defence(defence_folder(output, defence.name, config.seed), result, config.measures)
     seeds = merged(known_defences(output))
     for results in seeds:

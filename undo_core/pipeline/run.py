@@ -25,8 +25,7 @@ from undo_core.pipeline.store import Store, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.alpha_search import outcomes
-
-RESULTS_FORMAT = 1
+from undo_core.report.results import FORMAT
 
 
 def run(config: RunConfig, command: str) -> Path:
@@ -121,11 +120,11 @@ def _outcomes(store: Store, config: RunConfig, graph: Graph) -> dict[float, Outc
         }
         for model in graph.models
     ]
-    metric = _metric(store, config, graph)
+    metric = metric_of(store, config, graph)
     metric.pop(
         "retain_margin", None
     )  # R does not need it, and the worst case within a margin needs the evaluations before the attack
-    results = {"format": RESULTS_FORMAT, "seed": config.seed, "metric": metric, "models": entries}
+    results = {"format": FORMAT, "seed": config.seed, "metric": metric, "models": entries}
     return outcomes(results)
 
 
@@ -147,16 +146,9 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
     """Evaluates the models of a run whose stages are complete, writes ``results-seedN.json`` and returns its content."""
     use_threads(1)
     graph, _, search = _grown(store, config, graph)
+    models = with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens)
     results = {
-        "format": RESULTS_FORMAT,
-        "name": config.name,
-        "seed": config.seed,
-        "command": command,
-        "versions": versions(),
-        "machine": machine(),
-        "config": dataclasses.asdict(config),
-        "metric": _metric(store, config, graph),
-        "models": with_costs([_entry(store, config, graph, model) for model in graph.models], config.pretrain.tokens),
+        **results_file(config.name, config.seed, command, dataclasses.asdict(config), metric_of(store, config, graph), models),
         **({} if search is None else {"alpha_search": search}),
     }
     if slowdown := slowdown_entry(results):
@@ -168,12 +160,29 @@ def save_results(store: Store, config: RunConfig, graph: Graph, command: str) ->
     return results
 
 
+def results_file(
+    name: str, seed: int, command: str, settings: dict[str, Any], metric: dict[str, Any], models: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the content of a results file: what ran, with which settings and on which machine, and the models' entries."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "seed": seed,
+        "command": command,
+        "versions": versions(),
+        "machine": machine(),
+        "config": settings,
+        "metric": metric,
+        "models": models,
+    }
+
+
 def announce(store: Store, stage: Stage) -> None:
     """Prints a line about a stage that was just built."""
-    console.print(_summary(stage, store.manifest(stage)))
+    console.print(stage_summary(stage, store.manifest(stage)))
 
 
-def _summary(stage: Stage, facts: dict[str, Any]) -> str:
+def stage_summary(stage: Stage, facts: dict[str, Any]) -> str:
     """One line about a stage that was just built."""
     notes = [f"{facts['seconds']:.1f} s"]
     if "steps" in facts:
@@ -185,7 +194,8 @@ def _summary(stage: Stage, facts: dict[str, Any]) -> str:
     return f"  {stage.title:<22} {'  '.join(notes)}"
 
 
-def _metric(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
+def metric_of(store: Store, config: RunConfig, graph: Graph) -> dict[str, Any]:
+    """How a results file's performances are measured: their kind, the retain target, the headline step and the sequences."""
     splits = store.manifest(graph.prepared)["splits"]
     targets = [store.manifest(m.stage).get("retain_target") for m in graph.models]
     return {
@@ -214,7 +224,7 @@ def _entry(store: Store, config: RunConfig, graph: Graph, model: Model) -> dict[
         **_attacks(store, config, graph, model),
     }
     if model.attacked and (config.attacks or config.retain_margin is not None):
-        entry["worst"] = worst_of(entry, _metric(store, config, graph))
+        entry["worst"] = worst_of(entry, metric_of(store, config, graph))
     if config.measures:
         entry["measures"] = _measures(store, config, graph, model)
     return entry

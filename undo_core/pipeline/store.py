@@ -83,7 +83,7 @@ class Store:
         On several ranks, rank 0 holds the lock, reads and writes the store; the others take part only in stages that all run
         together.
         """
-        together, output = stage.together, distributed.on_first(lambda: self._begin(stage, _unfinished(final, hold)))
+        together, output = stage.together, distributed.on_first(lambda: self._begin(stage, unfinished_folder(final, hold)))
         return_freed_memory()  # so that the stage's peak is its own
         reset_peak()
         began = time.monotonic()
@@ -118,9 +118,7 @@ class Store:
         manifest = {
             "format": FORMAT,
             **self.description(stage),
-            "inputs": {
-                name: _provenance(work.wait(name) if name in stage.late else path) for name, path in work.inputs.items()
-            },
+            "inputs": {name: provenance(work.wait(name) if name in stage.late else path) for name, path in work.inputs.items()},
             "outputs": {path.name: hash_file(path) for path in weights},
             "versions": versions(),
             "machine": machine(),
@@ -150,7 +148,7 @@ def _partials(final: Path) -> dict[int, Path]:
     return {int(match["number"] or 0): path for match, path in found if match and match["name"] == final.name}
 
 
-def _unfinished(final: Path, hold: Hold) -> Path:
+def unfinished_folder(final: Path, hold: Hold) -> Path:
     """Returns the hidden folder in which ``final`` is built.
 
     A takeover renames it. If the former owner was only stopped, what it still writes goes to a folder that nobody reads.
@@ -196,7 +194,7 @@ class OneFolder(Store):
         return {"format": FORMAT, "kind": stage.kind, "settings": stage.settings, "sources": sources}
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def provenance(folder: Path) -> dict[str, Any]:
     """Name and hashes of the weight files of an input folder."""
     manifest = folder / MANIFEST
     if manifest.exists():

@@ -59,7 +59,7 @@ def _run(sweep: SweepConfig, command: str, cluster: RayEngine | None) -> list[st
     for config in _configs(sweep):
         try:
             graph = graph_of(config)
-            _all_stages(config, graph, sweep.ranks)
+            all_stages(config, graph, sweep.ranks)
             runs.append((config, graph))
         except _UNPLANNED as error:
             failures[config.name, config.seed] = _line("plan", error)
@@ -114,7 +114,7 @@ def sweep_table(sweep: SweepConfig) -> RenderableType:
     stages_of, refused = [], dict[str, list[RunConfig]]()
     for config in (configs := _configs(sweep)):
         try:
-            stages_of.append((config, _all_stages(config, graph_of(config), sweep.ranks)))
+            stages_of.append((config, all_stages(config, graph_of(config), sweep.ranks)))
         except _UNPLANNED as error:
             refused.setdefault(_line("plan", error), []).append(config)
     wanted = collections.Counter(key for _, stages in stages_of for key in stages)
@@ -157,7 +157,7 @@ def _configs(sweep: SweepConfig) -> list[RunConfig]:
     return [dataclasses.replace(config, workers=workers) for config in configs]
 
 
-def _all_stages(config: RunConfig, graph: Graph, ranks: int) -> dict[str, Stage]:
+def all_stages(config: RunConfig, graph: Graph, ranks: int) -> dict[str, Stage]:
     """Every stage of a run by its key, without extensions of attack grids.
 
     Raises:

@@ -14,8 +14,9 @@ from undo_core.report import figures, page, words
 from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
+from undo_core.report.derivation import derive
 from undo_core.report.inside import measure_table
-from undo_core.report.metrics import Report, derive
+from undo_core.report.metrics import Report
 from undo_core.report.over_seeds import ABOUT, between_alphas, differences_table, order_sentences
 from undo_core.report.search import search_table
 from undo_core.report.slowdown import explanation, missing_line, slowdown_table
@@ -52,7 +53,7 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
             (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report of other results
     for name, png in drawn.items():
         write_bytes(folder / f"{name}.png", png)
-    write_text(folder / "table.md", _tables(report))
+    write_text(folder / "table.md", markdown_tables(report))
     write_text(done, html)
     write_json(known, {**report.to_json(), "sources": sources})  # written last, so that it marks a complete report
     return done
@@ -64,7 +65,8 @@ def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
     return Group(terminal(report), *map(Text, alpha_sentences(report)))
 
 
-def _tables(report: Report) -> str:
+def markdown_tables(report: Report) -> str:
+    """Returns the sentences and tables of a report as Markdown."""
     orders = [f"- {plain(order_sentence(order, report))}" for order in report.orders if order.holds is not None]
     parts = [
         f"# {plain(report.title)}",

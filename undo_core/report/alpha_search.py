@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from undo_core.report.attacks import Point
-from undo_core.report.metrics import CENSORED, ModelReport, Report, Stat, derive
+from undo_core.report.derivation import CENSORED, derive
+from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.robustness import robustness_point
 from undo_core.report.table import NONE, Cell, Notes, Table, ratio, ratio_cell
 

@@ -13,8 +13,9 @@ from rich.console import RenderableType
 from undo_core.io.files import hash_json, read_json, write_bytes, write_json, write_text
 from undo_core.report import compare_figures, compare_page, compare_table
 from undo_core.report.claims import claims
-from undo_core.report.metrics import derive, settings_of
+from undo_core.report.derivation import derive
 from undo_core.report.points import FIGURES, Setting, csv_text, plot_points
+from undo_core.report.results import settings_of
 from undo_core.report.words import method_name
 from undo_core.version import __version__
 

@@ -12,11 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 
 from undo_core.report.metrics import LABELS, STUDENTS
 from undo_core.report.points import FIGURES, PlotPoint, Setting
-from undo_core.report.style import COLOURS, DISTINCT, LINES, MARKERS, STYLE, finite, new_figure, png, scale, unit_name
+from undo_core.report.style import (
+    COLOURS,
+    DISTINCT,
+    LINES,
+    MARKERS,
+    STYLE,
+    finite,
+    new_figure,
+    png,
+    scale,
+    step_panels,
+    unit_name,
+)
 from undo_core.report.table import count
 
 UNDO = "#08519c"
@@ -98,7 +109,7 @@ def curves(settings: Sequence[Setting], points: Points) -> Figure:
     rows = -(-len(labels) // columns)
     figure, panels = new_figure(max(4.6, 2.35 * columns + 0.6), 2.25 * rows + 1.3, rows, columns, sharex=True, sharey=True)
     kinds = list(dict.fromkeys(point.series.partition(",")[0] for point in points))
-    for index, (axes, label) in enumerate(zip(panels, labels, strict=False)):
+    for axes, label in zip(panels, labels, strict=False):
         for kind in kinds:
             worst, weakest = (
                 _line([p for p in points if p.panel == label and p.series == series]) for series in (kind, f"{kind}, weakest")
@@ -112,14 +123,7 @@ def curves(settings: Sequence[Setting], points: Points) -> Figure:
         axes.axvline(report.headline, color=GREY, linewidth=0.9, zorder=1)
         if len(settings) > 1:
             axes.set_title(_wrap(label, 26), fontsize=9.5)
-        axes.tick_params(labelsize=8.5, labelbottom=index + columns >= len(labels))
-        axes.set_xlim(0, max(point.x for point in points) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        scale(axes.yaxis, axes, report)
-    for axes in panels[len(labels) :]:
-        axes.set_visible(False)
-    figure.supxlabel("attack step", fontsize=10.5)
-    figure.supylabel(f"forget {unit_name(report)}", fontsize=10.5)
+    step_panels(figure, panels, len(labels), columns, max(point.x for point in points), report)
     handles: list[Any] = [
         Line2D(
             [], [], color=KIND_COLOURS[kind], linestyle=LINES[kind], marker=MARKERS[kind], markersize=5, label=KIND_NAMES[kind]

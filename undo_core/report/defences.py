@@ -29,7 +29,7 @@ from typing import Any
 from undo_core.attacks.grid import harm
 from undo_core.io.files import write_json
 from undo_core.io.untrusted import read_object, refused
-from undo_core.report.metrics import settings_of
+from undo_core.report.results import settings_of
 
 DEFENCE = "defence"
 FACTS = "defence.json"

@@ -28,6 +28,7 @@ from undo_core.report.style import (
     new_figure,
     png,
     scale,
+    step_panels,
     unit_name,
 )
 from undo_core.report.table import rate
@@ -269,7 +270,7 @@ def rates(report: Report) -> Figure | None:
     columns = 2 if len(models) in (2, 4) else min(3, len(models))
     rows = -(-len(models) // columns)
     figure, panels = new_figure(2.25 * columns + 0.4, 1.95 * rows + 0.9, rows, columns, sharex=True, sharey=True)
-    for index, (axes, model) in enumerate(zip(panels, models, strict=False)):
+    for axes, model in zip(panels, models, strict=False):
         for seed, attack in model.attacks.items():
             worst = envelope({"attack": attack}, seed, report.higher, report.headline)
             axes.plot(
@@ -279,14 +280,7 @@ def rates(report: Report) -> Figure | None:
                 values = [finite(score["value"]) for score in curve["forget"]]
                 axes.plot(attack["steps"][: len(values)], values, color=shades[curve["rate"]], linewidth=1.2)
         axes.set_title(model.label + _dagger(model), fontsize=9.5)
-        axes.tick_params(labelsize=8.5, labelbottom=index + columns >= len(models))
-        axes.set_xlim(0, report.steps[-1] or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        scale(axes.yaxis, axes, report)
-    for axes in panels[len(models) :]:
-        axes.set_visible(False)
-    figure.supxlabel("attack step", fontsize=10.5)
-    figure.supylabel(f"forget {unit_name(report)}", fontsize=10.5)
+    step_panels(figure, panels, len(models), columns, report.steps[-1], report)
     handles = [Line2D([], [], color=shades[r], linewidth=1.6, label=rate(r)) for r in grid]
     handles.append(Line2D([], [], color="#f2b8a0", linewidth=5, label="worst case"))
     figure.legend(

@@ -80,6 +80,19 @@ def scale(axis: Any, axes: Axes, report: Report) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}" if value < 1.001 else ""))
 
 
+def step_panels(figure: Figure, panels: list[Axes], used: int, columns: int, last: float, report: Report) -> None:
+    """Scales and labels panels of forget performance against attack steps up to ``last``; hides those beyond ``used``."""
+    for index, axes in enumerate(panels[:used]):
+        axes.tick_params(labelsize=8.5, labelbottom=index + columns >= used)
+        axes.set_xlim(0, last or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        scale(axes.yaxis, axes, report)
+    for axes in panels[used:]:
+        axes.set_visible(False)
+    figure.supxlabel("attack step", fontsize=10.5)
+    figure.supylabel(f"forget {unit_name(report)}", fontsize=10.5)
+
+
 def colours_of(report: Report) -> dict[str, Any]:
     """``{model name: colour}``."""
     undo = [model.name for model in report.of("undo")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -20,7 +19,6 @@ from undo_kernels.ops.layout import check_trained
 from undo_core import distributed
 from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
-from undo_core.io.files import write_text
 from undo_core.io.progress import StageProgress
 from undo_core.io.untrusted import checked, refused
 from undo_core.models.adapters import bare, check_adapters
@@ -28,6 +26,7 @@ from undo_core.training.batches import Batch, SequenceSource, Source, identity_o
 from undo_core.training.config import TrainConfig
 from undo_core.training.identity import function_identity, model_identity
 from undo_core.training.kept import RESULT, KeptEvaluations
+from undo_core.training.log import StageLog
 from undo_core.training.memory_savers import choose_kernels, keeps_kernels, lean
 from undo_core.training.optimizers import Updater
 from undo_core.training.precision import seeded, weight_dtype
@@ -259,7 +258,7 @@ def train(
             result = TrainResult(**saved["result"])
             total, terms = torch.tensor(float(saved["loss_sum"]), device=device), int(saved["loss_count"])
     logs = folder if distributed.rank() == 0 else None
-    log = _Log(logs, -1 if found is None else result.steps)
+    log = StageLog(logs, -1 if found is None else result.steps)
     kept = None
     if stop is not None and stop_known is not None and folder is not None and count == 1:
         kept = KeptEvaluations(stop, stop_known, model, folder / "kept", result.steps)
@@ -272,7 +271,7 @@ def train(
         earlier = None if kept is None else kept.first()
         if earlier is not None:
             result = TrainResult(**earlier)
-            log = _Log(logs, result.steps)
+            log = StageLog(logs, result.steps)
         return earlier is not None
 
     def evaluate_now() -> bool:
@@ -386,29 +385,3 @@ def accumulate(
 def _is_read(device: torch.device, step: int) -> bool:
     """Whether the loss of this step is read on the host; on a GPU that waits for the device, so only every tenth is."""
     return device.type == "cpu" or step % 10 == 0
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of the log; -1 if the line is not whole."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return -1
-    return step if isinstance(step, int) else -1
-
-
-class _Log:
-    """Log of a stage as JSON lines. Entries after ``step`` are dropped: a killed run wrote them after its last checkpoint."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self.path = None if folder is None else folder / "log.jsonl"
-        if self.path is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-            kept = [line for line in lines if 0 <= _step_of(line) <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))  # a new file, also in place of a link to another one
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")

@@ -12,7 +12,7 @@ import weakref
 
 import torch
 
-_LEAST_BYTES = 16 << 20  # malloc keeps smaller blocks by itself
+LEAST_BYTES = 16 << 20  # malloc keeps smaller blocks by itself
 
 
 class _Kept(threading.local):
@@ -40,7 +40,7 @@ def reusable(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     before more is allocated, so that no more is kept than was in use at one time.
     """
     size = shape.numel() * dtype.itemsize
-    if size < _LEAST_BYTES:
+    if size < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         memory = _unused[size].pop()

@@ -34,12 +34,12 @@ from undo_kernels.reference.philox import DRAW, ROUND, words
 Noise = Callable[[Sequence[Segment], int, bool], torch.Tensor]
 BLOCK = 1 << 16
 
-_LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.1666848063468933, 0.14249935746192932)
-_LOG += (-0.12411050498485565, 0.11661511659622192, -0.115712009370327, 0.07149753719568253)
-_SIN = (3.1415927410125732, -5.167712688446045, 2.5501625537872314, -0.5992020964622498, 0.08100174367427826)
-_COS = (1.0, -4.934802055358887, 4.058707237243652, -1.335044503211975, 0.23132924735546112)
-# _LN2_HIGH has 15 significant bits, so that its product with an exponent is exact in float32.
-_LN2_HIGH, _LN2_LOW = (0.693145751953125, 1.42860682030941723212e-6)
+LOG = (0.3333333134651184, -0.24999989569187164, 0.20000708103179932, -0.1666848063468933, 0.14249935746192932)
+LOG += (-0.12411050498485565, 0.11661511659622192, -0.115712009370327, 0.07149753719568253)
+SIN = (3.1415927410125732, -5.167712688446045, 2.5501625537872314, -0.5992020964622498, 0.08100174367427826)
+COS = (1.0, -4.934802055358887, 4.058707237243652, -1.335044503211975, 0.23132924735546112)
+# LN2_HIGH has 15 significant bits, so that its product with an exponent is exact in float32.
+LN2_HIGH, LN2_LOW = (0.693145751953125, 1.42860682030941723212e-6)
 
 
 @register("noise_", "reference")
@@ -111,7 +111,7 @@ def standard(law: str, seed: int, hashed: int, start: int, count: int, device: t
         return _odd_integer(words(seed, hashed, DRAW, start, count, device))
     first = start - start % 4
     lanes = words(seed, hashed, DRAW, first, (start + count - first + 3) // 4 * 4, device).view(-1, 2, 2)
-    radius = _sqrt(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
+    radius = square_root(_log(((lanes[..., 0] >> 9) * 2 + 1).float() * 2.0**-24) * -2.0)
     sine, cosine = _sincospi(_odd_integer(lanes[..., 1]) * 2.0**-24)
     return torch.stack([radius * cosine, radius * sine], dim=-1).view(-1)[start - first : start - first + count]
 
@@ -162,13 +162,13 @@ def _log(u: torch.Tensor) -> torch.Tensor:
     square = f * f
     e = exponent.float()
     tail = f * square
-    tail = tail * _horner(_LOG, f)
-    tail = tail + e * _LN2_LOW
+    tail = tail * _horner(LOG, f)
+    tail = tail + e * LN2_LOW
     tail = tail - square * 0.5
-    return (tail + f) + e * _LN2_HIGH
+    return (tail + f) + e * LN2_HIGH
 
 
-def _sqrt(x: torch.Tensor) -> torch.Tensor:
+def square_root(x: torch.Tensor) -> torch.Tensor:
     """Returns the correctly rounded square root; torch's float32 one is not when MKL computes it.
 
     The float64 root can be rounded again safely: no root of a float32 is so near the middle of two float32 that the last bit
@@ -182,7 +182,7 @@ def _sincospi(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     quadrant = torch.floor(x * 2.0 + 0.5)
     r = x - quadrant * 0.5
     square = r * r
-    sine, cosine = r * _horner(_SIN, square), _horner(_COS, square)
+    sine, cosine = r * _horner(SIN, square), _horner(COS, square)
     q = quadrant.to(torch.int64) & 3
     swapped = q & 1 == 1
     s = torch.where(swapped, cosine, sine)

@@ -48,8 +48,8 @@ _LAWS = {"uniform": 0, "normal": 1, "constant": 2}
 _UNIFORM, _NORMAL = tl.constexpr(0), tl.constexpr(1)
 
 _M0, _M1, _W0, _W1 = map(tl.constexpr, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
-_LOG, _SIN, _COS = map(tl.constexpr, (reference._LOG, reference._SIN, reference._COS))
-_LN2_HIGH, _LN2_LOW = tl.constexpr(reference._LN2_HIGH), tl.constexpr(reference._LN2_LOW)
+_LOG, _SIN, _COS = map(tl.constexpr, (reference.LOG, reference.SIN, reference.COS))
+_LN2_HIGH, _LN2_LOW = tl.constexpr(reference.LN2_HIGH), tl.constexpr(reference.LN2_LOW)
 
 
 @register("noise_", "triton")

@@ -44,7 +44,7 @@ FIELDS = 9  # number of partial sums per part of a token, see pair_math.py
 # Keyed by target, kernel and whether operands are float32. "cross" is the statistics kernel with the offset of reverse KL or
 # the top-1; "jsd" is the loss kernel of jsd. Both need more registers than "stats" and "loss".
 KERNELS = ("stats", "cross", "loss", "jsd")
-_TILES: dict[tuple[str, str, bool], Tile] = {
+TILES: dict[tuple[str, str, bool], Tile] = {
     **{(target, kernel, False): Tile(64, 128, 64, 8, 3, 4) for target in TARGETS for kernel in KERNELS},
     **{(target, kernel, True): Tile(64, 64, 32, 8, 2, 2) for target in TARGETS for kernel in ("stats", "cross", "jsd")},
     **{(target, "loss", True): Tile(64, 128, 32, 8, 2, 4) for target in TARGETS},
@@ -89,14 +89,14 @@ def tile(target: str, kernel: str, wide: bool, width: int) -> Tile:
     """
     widths = sorted(key[3] for key in MEASURED if key[:3] == (target, kernel, wide))
     if not widths:
-        return _TILES[target, kernel, wide]
+        return TILES[target, kernel, wide]
     return Tile(*MEASURED[target, kernel, wide, next((known for known in widths if known >= width), widths[-1])])
 
 
 def tiles(target: str, kernel: str, wide: bool) -> list[Tile]:
     """Returns every tile that :func:`tile` can return, over all widths."""
     measured = [Tile(*fields) for key, fields in MEASURED.items() if key[:3] == (target, kernel, wide)]
-    return list(dict.fromkeys(measured)) or [_TILES[target, kernel, wide]]
+    return list(dict.fromkeys(measured)) or [TILES[target, kernel, wide]]
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def test_no_arguments_teach(capsys):
     assert main([]) == 2
     printed = capsys.readouterr().out
     assert printed == FIRST_STEPS + "\n" and len(printed.splitlines()) == 11
-    parsers = cli._parser("")._subcommands_action._name_parser_map
+    parsers = cli.command_parser("")._subcommands_action._name_parser_map
     assert {line.split()[1] for line in printed.splitlines() if line.startswith("  undo ")} <= {
         *parsers,
         "completion",

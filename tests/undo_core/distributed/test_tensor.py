@@ -25,7 +25,7 @@ from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.stages import Distill, Pretrain, Unlearn
-from undo_core.pipeline.sweep import _all_stages
+from undo_core.pipeline.sweep import all_stages
 from undo_core.planning.communication import exchange_collectives, stage_collectives
 from undo_core.unlearning import UnlearnConfig
 
@@ -252,4 +252,4 @@ def test_heads_that_cannot_be_shared_are_refused():
 def test_the_runs_of_a_sweep_share_no_heads():
     config = RunConfig("a", "out", ModelConfig(config={"model_type": "llama"}), parallel=ParallelConfig(2))
     with pytest.raises(ValueError, match=r"parallel\.tensor: got 2 in a sweep, wanted 1"):
-        _all_stages(config, graph_of(config), 2)
+        all_stages(config, graph_of(config), 2)

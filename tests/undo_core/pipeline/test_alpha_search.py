@@ -18,7 +18,7 @@ from undo_core.pipeline.run import missing_stages, searched
 from undo_core.pipeline.stages import Distill, Noise, Pretrain, Relearn, Unlearn
 from undo_core.pipeline.student_config import StudentConfig
 from undo_core.report.alpha_search import outcomes
-from undo_core.report.metrics import derive
+from undo_core.report.derivation import derive
 
 CURVES = {
     "linear": lambda alpha: 1.1 * alpha,

@@ -22,9 +22,9 @@ from rich.console import Console
 from stage_kinds import KINDS as CLASSES
 from undo_kernels.ops.noise_rules import NoiseRule
 
-from undo_core import cli
 from undo_core.attacks.config import AttackConfig
 from undo_core.cli import single_stages as commands
+from undo_core.cli.parser import command_parser, run_config
 from undo_core.data.config import DataConfig
 from undo_core.io.files import hash_json, read_json
 from undo_core.models.config import ModelConfig
@@ -127,9 +127,7 @@ def configuration(path: Path) -> RunConfig:
     arguments = ["--config", name] if "model" in settings else ["--config=configs/arithmetic-cpu.yaml", f"--config={name}"]
     if "data" in settings and not settings["data"].get("retain", True):
         arguments += ["--data.retain=[keep.txt]", "--data.forget=[forget.txt]"]
-    parser = cli._parser()
-    values = parser.instantiate(parser.parse_args(["plan", *arguments]))["plan"]
-    return RunConfig(**{key: value for key, value in vars(values).items() if key not in ("config", "memory", "ranks")})
+    return run_config(arguments)
 
 
 def stages(config: RunConfig):
@@ -163,7 +161,7 @@ def test_keys_of_sweeps(files):
 def test_help(monkeypatch):
     """Line breaks may differ; the parser's library decides them."""
     monkeypatch.setenv("COLUMNS", "120")
-    parser = cli._parser()
+    parser = command_parser()
     texts = {"undo": parser.format_help()}
     texts |= {name: sub.format_help() for name, sub in parser._subcommands_action._name_parser_map.items()}
     assert {path.stem for path in (GOLDENS / "help").glob("*.txt")} <= set(texts)
@@ -267,9 +265,7 @@ EVERY_KIND = {
 
 def test_a_manifest_of_each_kind_and_the_results(files):
     Path("run.yaml").write_text(yaml.safe_dump(EVERY_KIND))
-    parser = cli._parser()
-    values = vars(parser.instantiate(parser.parse_args(["run", "--config=run.yaml"]))["run"])
-    config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
+    config = run_config(["--config=run.yaml"])
     store, plan = Store(Path("out/stages")), graph_of(config)
     manifests = {}
     while missing := missing_stages(store, config, plan):

@@ -14,7 +14,7 @@ from stage_kinds import Counted
 from undo_core.io import locks
 from undo_core.io.locks import LockLostError
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.store import OneFolder, Store, _unfinished
+from undo_core.pipeline.store import OneFolder, Store, unfinished_folder
 
 processes = multiprocessing.get_context("fork")
 
@@ -104,11 +104,13 @@ def test_no_later_claim_builds_in_the_folder_of_an_owner_that_may_continue(tmp_p
     """It may have been stopped before it made the folder, or the folder was finished and the result deleted since."""
     final = tmp_path / "stage"
     for number, folder in ((1, ".stage.partial"), (2, ".stage.partial.1"), (5, ".stage.partial.4")):
-        assert _unfinished(final, Mock(number=number, takeover=None)).name == folder
+        assert unfinished_folder(final, Mock(number=number, takeover=None)).name == folder
     (tmp_path / ".stage.partial.1").mkdir()
-    assert _unfinished(final, Mock(number=5, takeover=None)).name == ".stage.partial.1", "given up, or its owner has ended"
-    assert _unfinished(final, Mock(number=6, takeover="lost")).name == ".stage.partial.5"
-    assert _unfinished(final, Mock(number=2, takeover="files of the locks were deleted")).name == ".stage.partial.6"
+    assert unfinished_folder(final, Mock(number=5, takeover=None)).name == ".stage.partial.1", (
+        "given up, or its owner has ended"
+    )
+    assert unfinished_folder(final, Mock(number=6, takeover="lost")).name == ".stage.partial.5"
+    assert unfinished_folder(final, Mock(number=2, takeover="files of the locks were deleted")).name == ".stage.partial.6"
 
 
 def test_a_lock_lost_at_the_last_moment_publishes_nothing(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny_run import RUN
 from undo_kernels.ops.noise_rules import NoiseRule
 
 from undo_core import cli
+from undo_core.cli.parser import run_config
 from undo_core.data.sequences import Sequences
 from undo_core.io.files import read_json
 from undo_core.models import architecture, load_model
@@ -22,7 +23,7 @@ from undo_core.pipeline.stages import Relearn, relearn
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.student_config import GaussianConfig, StudentConfig
 from undo_core.pipeline.workers import run_stages
-from undo_core.report.metrics import derive
+from undo_core.report.derivation import derive
 from undo_core.report.students import students
 
 AGAIN = {"match": "head", "alpha": 1, "beta": 1, "law": "normal", "std": 0.02}
@@ -42,9 +43,7 @@ def finished(tmp_path_factory):
     model = {"config": {**RUN["model"]["config"], "tie_word_embeddings": True}}
     own = {"model": model, "students": STUDENTS, "attacks": {"part": PART}, "relearn": {**RUN["relearn"], "extend": 0}}
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "output": str(folder), **own}, sort_keys=False))
-    parser = cli._parser()
-    values = vars(parser.instantiate(parser.parse_args(["run", f"--config={folder / 'run.yaml'}"]))["run"])
-    config = RunConfig(**{key: value for key, value in values.items() if key != "config"})
+    config = run_config([f"--config={folder / 'run.yaml'}"])
     store, graph = Store(folder / "stages"), graph_of(config)
     run_stages(store, missing_stages(store, config, graph), 1, lambda stage: None)
     results = save_results(store, config, graph, "undo run")

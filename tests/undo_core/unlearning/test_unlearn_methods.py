@@ -20,7 +20,7 @@ from unlearning_inputs import changed, drawn
 
 import undo_core
 from undo_core import TrainConfig, UnlearnConfig, unlearn
-from undo_core.cli import _parser
+from undo_core.cli.parser import run_config
 from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
 from undo_core.models import build_model
@@ -521,8 +521,7 @@ def test_a_method_is_one_file(tmp_path):
 )
 def test_every_overlay_is_read_over_the_demo(path):
     demo = str(path.parents[1] / "arithmetic-cpu.yaml")
-    parser = _parser()
-    config = parser.instantiate(parser.parse_args(["plan", "--config", demo, "--config", str(path)]))["plan"].unlearn
+    config = run_config(["--config", demo, "--config", str(path)]).unlearn
     assert config.title == path.stem.replace("-", "+")
 
 

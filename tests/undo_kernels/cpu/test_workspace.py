@@ -60,7 +60,7 @@ def test_threads_do_not_share_it():
 def sizes():
     """A number of rows whose gradient is kept, and one below it."""
     undo_kernels.release_workspace()
-    yield kept._LEAST_BYTES // (4 * 32), kept._LEAST_BYTES // (4 * 32) - 1
+    yield kept.LEAST_BYTES // (4 * 32), kept.LEAST_BYTES // (4 * 32) - 1
     undo_kernels.release_workspace()
 
 

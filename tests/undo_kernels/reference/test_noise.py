@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import EXPONENTIAL, gamma
-from undo_kernels.reference.noise import _sqrt, round_stochastically, standard
+from undo_kernels.reference.noise import round_stochastically, square_root, standard
 from undo_kernels.reference.philox import philox_4x32_10, words
 
 from undo_core import ops
@@ -88,7 +88,7 @@ def test_the_laws_have_their_moments():
 
 def test_the_square_root_is_correctly_rounded():
     x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) * 34
-    assert np.array_equal(_sqrt(x).numpy(), np.sqrt(x.numpy()))  # the processor's instruction
+    assert np.array_equal(square_root(x).numpy(), np.sqrt(x.numpy()))  # the processor's instruction
 
 
 def test_box_muller_against_the_library_functions():
