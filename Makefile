@@ -50,6 +50,9 @@ test-aot: $(INSTALLED)  ## every form of the Triton kernels compiled for sm_90, 
 test-published: $(INSTALLED) $(VENV)/.installed-data  ## the published runs on two layers, in the true formats of their data; half an hour
 	HF_DATASETS_OFFLINE=1 $(BIN)/python bench/published.py
 
+test-trainers: $(INSTALLED) $(VENV)/.installed-bench  ## the examples in TRL's trainers, which `make test` skips where TRL is missing, and in the others
+	$(BIN)/python -m pytest tests/examples/test_examples.py tests/bench/test_trainers.py
+
 harden: $(INSTALLED)  ## faults, kills, hostile files, random calls and long runs in full; `make test` has a quick part; hours
 	UNDO_HARDEN=$(or $(UNDO_HARDEN),1) $(BIN)/python -m pytest tests/harden -n logical --maxprocesses 4 --durations=40
 
@@ -131,4 +134,4 @@ dist: $(VENV)/.installed-dist  ## sdist and wheel, tried in an empty environment
 clean:  ## remove the environment and built files
 	rm -rf $(VENV) build dist site *.egg-info kernels/undo_kernels/*.so
 
-.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot test-published test-lowest harden bench bench-all bench-check lock licences sbom audit lint format docs dist clean
+.PHONY: help install demo test test-matrix test-variations test-arm test-distributed test-aot test-published test-trainers test-lowest harden bench bench-all bench-check lock licences sbom audit lint format docs dist clean

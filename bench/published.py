@@ -4,13 +4,12 @@ Three parts, each for language, arithmetic and WMDP at their published settings,
 (``hub_replica.py``) and a tokenizer of 256,000 entries:
 
 - **data**: streams the hub's files through ``datasets``, counts tokens per second, and parses as many questions as WMDP and MMLU have;
-- **run**: runs every kind of stage on a model of two layers for two steps of two micro-batches, in a process of its own, and compares
-  the peak memory with the plan's prediction. Everything else is as published except what ``CUT`` names;
+- **run**: runs every kind of stage on a model of two layers for two steps, in a process of its own, and compares the peak memory with
+  the plan's prediction. Everything else is as published except what ``CUT`` and ``SEQUENCES`` name. The largest stage takes 9 GB;
 - **plan**: asks the plan of the full configuration for FLOPs, memory on a GPU and bytes between several.
 
     python bench/published.py                       all parts, and the page; about half an hour on two idle cores
     python bench/published.py run --only language   one part of one experiment; the page keeps the results of the others
-    python bench/published.py run --sequences 4     more sequences in a micro-batch than 1
 """
 
 from __future__ import annotations
@@ -40,25 +39,40 @@ from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.described import model_config
 from undo_core.pipeline.graph import attacked_models, graph_of
 from undo_core.pipeline.memory.predictor import Predictor
+from undo_core.pipeline.model_stage import TrainingStage
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.workers import use_threads
 from undo_core.planning.models import sequence_length
 from undo_core.planning.table import plan_rows
+from undo_core.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "published.json", ROOT / "docs" / "results" / "published.md"
 CONFIGS = {"language": "language", "arithmetic": "arithmetic", "wmdp": "wmdp-gemma-2-2b"}
 CHECKPOINT = "checkpoints/gemma-2-2b"
 GEMMA = {"model_type": "gemma2", "vocab_size": 256_000, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-CUT_VOCABULARY = 32_000  # of WMDP's model of two layers: with 256,000 entries its distillation takes 9 GB
 CUT = {
-    "language": "2 of 14 layers; a micro-batch of {sequences} sequences (published: 5 and 4), two of them in a step; 2 steps; "
-    "{tokens} tokens of each language",
-    "arithmetic": "2 of 14 layers; a tokenizer of 256,000 entries, as published (`--data.tokenizer`); a micro-batch of {sequences} sequences (published: 15), two of them in a step; 2 steps; "
-    "{rows} problems",
-    "wmdp": "2 of 26 layers, so RMU trains layer 0 and reads layer 1; {vocabulary} of 256,000 vocabulary entries; a micro-batch of "
-    "{sequences} sequences (published: 10), two of them in a step; 2 steps; {tokens} tokens of each corpus; 12 questions of WMDP, 6 of MMLU",
+    "language": "2 of 14 layers; 2 steps; {tokens} tokens of each language",
+    "arithmetic": "2 of 14 layers; 2 steps; {rows} problems; a tokenizer of 256,000 entries, as published (`--data.tokenizer`)",
+    "wmdp": "2 of 26 layers, so RMU trains layer 0 and reads layer 1; 2 steps; {tokens} tokens of each corpus; 12 questions of WMDP and, "
+    "with five examples each, 6 of MMLU score `unlearn`, `distill` and `relearn`",
+}
+STAGES = {
+    "language": ("prepare", "pretrain", "unlearn", "noise", "distill", "relearn"),
+    "arithmetic": ("prepare", "pretrain", "unlearn", "noise", "distill", "relearn"),
+    "wmdp": ("prepare", "unlearn", "noise", "distill", "relearn"),
+}
+# Sequences in a step and in a micro-batch, of the stages that would otherwise take more than 9 GB or too long; the others are as published.
+SEQUENCES: dict[str, dict[str, dict[str, int]]] = {
+    "language": {stage: {"batch_size": 2, "micro_batch_size": 1} for stage in ("pretrain", "unlearn", "distill")}
+    | {"relearn": {"micro_batch_size": 4}},
+    "arithmetic": {stage: {"batch_size": 2, "micro_batch_size": 1} for stage in ("pretrain", "unlearn", "distill", "relearn")},
+    "wmdp": {
+        "unlearn": {"batch_size": 4},
+        "distill": {"batch_size": 1, "micro_batch_size": 1},
+        "relearn": {"micro_batch_size": 4},
+    },
 }
 TOKENS, ROWS = 60_000, 2_000
 # An H200 SXM by NVIDIA's data sheet: dense bfloat16 and float32 (not TF32) FLOP/s, and NVLink in one direction. The shares are assumed.
@@ -79,16 +93,16 @@ def configuration(name: str, *flags: str) -> RunConfig:
     return run_config([f"--config={ROOT / 'configs' / CONFIGS[name]}.yaml", *flags])
 
 
-def overrides(name: str, sequences: int) -> list[str]:
-    """The flags that cut a configuration down to what ``CUT`` says."""
+def overrides(name: str) -> list[str]:
+    """The flags that cut a configuration down to what ``CUT`` and ``SEQUENCES`` say."""
     values: dict[str, Any] = {"output": "out", "noise.alphas": None, "controls": {"filter": False, "random": False}}
     values["noise.alphas"] = [0.25 if name == "wmdp" else 0.6]
     for stage in ("unlearn", "distill", *(() if name == "wmdp" else ("pretrain",))):
-        sizes = {"steps": 2, "batch_size": 2 * sequences, "micro_batch_size": sequences, "warmup": 1, "eval_every": 2}
-        values |= {f"{stage}.train.{key}": value for key, value in sizes.items()}
+        values |= {f"{stage}.train.{key}": value for key, value in {"steps": 2, "warmup": 1, "eval_every": 2}.items()}
+    for stage, sizes in SEQUENCES[name].items():
+        values |= {f"{stage}{'' if stage == 'relearn' else '.train'}.{key}": value for key, value in sizes.items()}
     values |= {"distill.recover": None}
     values |= {"relearn.rates": [1e-5], "relearn.evaluate_at": [0, 2], "relearn.headline_step": 2}
-    values |= {"relearn.batch_size": 2 * sequences, "relearn.micro_batch_size": sequences}
     if name == "wmdp":
         values |= {"model.path": "checkpoints/two-layers", "data.tokens": TOKENS, "data.distill.tokens": 2 * TOKENS}
         values |= {"data.valid_fraction": 0.1, "unlearn.rmu.first_layer": 0, "unlearn.rmu.target_layer": 1}
@@ -134,18 +148,17 @@ def data(folder: Path) -> dict[str, Any]:
 # -- run ---------------------------------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, name: str, sequences: int) -> dict[str, Any]:
+def run(folder: Path, name: str) -> dict[str, Any]:
     """Builds one stage of each kind and returns predicted and measured peaks."""
     prepare(folder, 120, {"wmdp-cyber": 12, "test": 12, "dev": 30}, 6)
     if name == "wmdp":
         small = folder / "checkpoints" / "two-layers"
-        sizes = {**GEMMA, "vocab_size": CUT_VOCABULARY, "num_hidden_layers": 2}
-        large_tokenizer(CUT_VOCABULARY).save_pretrained(small)
-        initialise(AutoConfig.for_model(**sizes), 0).bfloat16().save_pretrained(small)
+        large_tokenizer().save_pretrained(small)
+        initialise(AutoConfig.for_model(**GEMMA, num_hidden_layers=2), 0).bfloat16().save_pretrained(small)
     rows = []
-    for kind in kinds(configuration(name, *overrides(name, sequences))):
+    for kind in STAGES[name]:
         # A process of its own: what an earlier stage left in the allocator would count as this one's.
-        command = [sys.executable, __file__, "stage", "--only", name, "--sequences", str(sequences), "--kind", kind]
+        command = [sys.executable, __file__, "stage", "--only", name, "--kind", kind]
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         )
@@ -153,12 +166,11 @@ def run(folder: Path, name: str, sequences: int) -> dict[str, Any]:
             raise RuntimeError(f"{name}, {kind}: {done.stderr[-2000:]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {rows[-1]}", flush=True)
-    cut = CUT[name].format(sequences=sequences, tokens=f"{TOKENS:,}", rows=f"{ROWS:,}", vocabulary=f"{CUT_VOCABULARY:,}")
-    return {"cut": cut, "stages": rows}
+    return {"cut": CUT[name].format(tokens=f"{TOKENS:,}", rows=f"{ROWS:,}"), "stages": rows}
 
 
 def kinds(config: RunConfig) -> dict[str, Stage]:
-    """One stage of each kind that the configuration needs, in the order in which they are built."""
+    """One stage of each kind that the configuration needs."""
     graph = graph_of(config)
     attacked = attacked_models(config, graph)["relearn"]
     found: dict[str, Stage] = {}
@@ -167,9 +179,9 @@ def kinds(config: RunConfig) -> dict[str, Stage]:
     return found
 
 
-def stage(name: str, sequences: int, kind: str) -> None:
+def stage(name: str, kind: str) -> None:
     """Builds one stage in the working directory and prints what it took."""
-    config = configuration(name, *overrides(name, sequences))
+    config = configuration(name, *overrides(name))
     made, store = kinds(config)[kind], Store(Path("out/stages"))
     use_threads(1)
     store.ensure(made)
@@ -180,19 +192,17 @@ def stage(name: str, sequences: int, kind: str) -> None:
     predict = Predictor(
         model_config(config), sequence_length(config, made), **scored, evaluated=most, evaluated_length=longest, device="cpu"
     )
-    last = facts.get("history", [{}])[-1]
-    print(
-        json.dumps(
-            {
-                "stage": kind,
-                "predicted": predict(made).total,
-                "measured": facts["peak_bytes"],
-                "seconds": facts["seconds"],
-                "steps": facts.get("steps"),
-                "finite": all(math.isfinite(value) for value in last.values() if isinstance(value, float)),
-            }
-        )
-    )
+    row = {"stage": kind, "predicted": predict(made).total, "measured": facts["peak_bytes"], "seconds": facts["seconds"]}
+    if isinstance(made, TrainingStage):
+        values = [value for entry in facts["history"] for value in entry.values() if isinstance(value, float)]
+        row |= {"steps": facts["steps"], "finite": bool(values) and all(map(math.isfinite, values)), "length": predict.length}
+        row |= {"step": parts(made.training), "published": parts(kinds(configuration(name))[kind].training)}
+    print(json.dumps(row))
+
+
+def parts(train: TrainConfig) -> list[int]:
+    """Returns the numbers of sequences in a step and in a micro-batch."""
+    return [train.batch_size, train.micro_batch_size or train.batch_size]
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------------------
@@ -204,19 +214,28 @@ def plan(folder: Path, name: str) -> list[dict[str, Any]]:
     os.chdir(folder)
     flags = [f"--data.tokenizer={CHECKPOINT}"] if name == "arithmetic" else []
     config, store = configuration(name, "--output=out", *flags), Store(Path("nowhere"))
+    graph = graph_of(config)
+    trials = [
+        stage for models in attacked_models(config, graph).values() for model in models.values() for stage in model.stages()
+    ]
+    precisions = {
+        stage.name: stage.training.precision for stage in [*graph.stages(), *trials] if isinstance(stage, TrainingStage)
+    }
     one, _ = plan_rows(config, store)
     ranks, rows = RANKS[name], []
     several, _ = plan_rows(configuration(name, "--output=out", *flags, *TOGETHER[name]), store, ranks)
     for row, shared in zip(one, several, strict=True):
-        precision = "bfloat16" if name == "wmdp" or row.title.startswith("relearn") else "float32"
-        compute = row.flops / (PEAK[precision] * COMPUTED)
-        wire = row.steps * shared.wire_bytes / (NVLINK * SENT)
-        hours = {"one": compute / 3600, "several": (compute / ranks + wire) / 3600} if row.steps else {}
+        work = {}
+        if row.steps:
+            precision = precisions[row.folder]
+            compute = row.flops / (PEAK[precision] * COMPUTED)
+            wire = row.steps * shared.wire_bytes / (NVLINK * SENT)
+            work = {"precision": precision, "one": compute / 3600, "several": (compute / ranks + wire) / 3600}
         memory = {
             "memory": row.memory.total - row.memory.process,
             "memory_of_several": shared.memory.total - shared.memory.process,
         }
-        rows.append({"stage": row.title, "steps": row.steps, "flops": row.flops, "precision": precision, **memory, **hours})
+        rows.append({"stage": row.title, "steps": row.steps, "flops": row.flops, **memory, **work})
     return rows
 
 
@@ -231,8 +250,10 @@ def page(results: dict[str, Any]) -> str:
     measured = [name for name in CONFIGS if name in results.get("run", {})]
     if measured:
         said = (
-            "Each stage ran in a process of its own, on a busy machine, which the seconds show. `prepare` is not predicted well: the plan "
-            "leaves out the tokenizer, which takes 300 MB while one of 256,000 entries is loaded, and what `datasets` imports."
+            "Each stage ran in a process of its own, on a busy machine, which the seconds show. Sequence lengths, the vocabulary of 256,000 "
+            "entries and precisions are the published ones. Sequences in a step: micro-batches × sequences in each. `prepare` is not "
+            "predicted well: the plan leaves out the tokenizer, which takes 300 MB while one of 256,000 entries is loaded, and what "
+            "`datasets` imports."
         )
         parts += [
             "## Two layers: predicted and measured peak memory",
@@ -263,10 +284,15 @@ def _proved(results: dict[str, Any]) -> str:
         ran = results.get("run", {}).get(name)
         stages = "its stages were not run on two layers yet"
         if ran:
-            finite = all(row["finite"] for row in ran["stages"])
-            stages = f"{', '.join(row['stage'] for row in ran['stages'])} on two layers{', all values finite' * finite}"
-            stages += "" if ran["stages"][-1]["stage"] == "relearn" else "; relearn was not run"
-            worst = max(abs(row["predicted"] / row["measured"] - 1) for row in ran["stages"] if row["steps"])
+            trained = [row for row in ran["stages"] if "step" in row]
+            finite = all(row["finite"] for row in trained)
+            done = [row["stage"] for row in ran["stages"]]
+            left = [kind for kind in STAGES[name] if kind not in done]
+            stages = f"{', '.join(done)} on two layers{', all values finite' * finite}"
+            stages += f"; not run yet: {', '.join(left)}" if left else ""
+            whole = [row["stage"] for row in trained if row["step"][0] == row["published"][0]]
+            stages += f"; as many sequences in a step as published in {' and '.join(whole)}" if whole else ""
+            worst = max(abs(row["predicted"] / row["measured"] - 1) for row in trained)
             stages += f"; peak memory of training within {worst:.0%} of the prediction"
         lines.append(f"| {name} | {proved[name]}{stages} | {missing[name]} |")
     return "\n".join(lines)
@@ -295,24 +321,29 @@ def _measured(name: str, ran: dict[str, Any]) -> str:
     lines = [
         f"**{name}**. Cut: {ran['cut']}.",
         "",
-        "| stage | predicted, MiB | measured, MiB | ratio | seconds |",
-        "|---|---:|---:|---:|---:|",
+        "| stage | tokens in a sequence | sequences in a step | published | predicted, MiB | measured, MiB | ratio | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in ran["stages"]:
+        work = ["–"] * 3
+        if "step" in row:
+            work = [f"{row['length']:,}", *(f"{whole // part} × {part}" for whole, part in (row["step"], row["published"]))]
         sizes = [f"{row[key] / 2**20:,.0f}" for key in ("predicted", "measured")]
         ratio = f"{row['predicted'] / row['measured']:.2f}"
-        lines.append(f"| {row['stage']} | {' | '.join(sizes)} | {ratio} | {row['seconds']:.0f} |")
+        lines.append(f"| {row['stage']} | {' | '.join([*work, *sizes])} | {ratio} | {row['seconds']:.0f} |")
     return "\n".join(lines)
 
 
 def _assumed() -> str:
     return (
-        f"Nothing here was measured. Compute is the plan's FLOPs over {COMPUTED:.0%} of an H200's peak ({PEAK['bfloat16'] / 1e12:.0f} TFLOP/s "
-        f"in bfloat16, {PEAK['float32'] / 1e12:.0f} in float32, the precision in which language and arithmetic are published); on several GPUs "
-        f"their share of it, plus the plan's bytes over {SENT:.0%} of NVLink, not overlapped. The unlearning of language has 4 sequences in a "
-        "step, so 4 GPUs can train it together, with `--pretrain.train.micro_batch_size=20 --distill.train.micro_batch_size=16`; 8 GPUs run "
-        "two seeds at a time. Arithmetic is planned with a tokenizer of 256,000 entries, as published. Memory leaves out the process and takes the workspace of the losses from the plan of the CPU's kernels. Evaluation, data and stop rules are left out, so a "
-        "distillation may end much earlier. `undo plan` prints the same rows with this machine's rate."
+        f"Nothing here was measured. Compute is the plan's FLOPs over {COMPUTED:.0%} of an H200's peak in the precision that the "
+        f"configuration gives the stage ({PEAK['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, {PEAK['float32'] / 1e12:.0f} in float32); on "
+        f"several GPUs their share of it, plus the plan's bytes over {SENT:.0%} of NVLink, not overlapped. The unlearning of language has 4 "
+        "sequences in a step, so 4 GPUs can train it together, with `--pretrain.train.micro_batch_size=20 "
+        "--distill.train.micro_batch_size=16`; 8 GPUs run two seeds at a time. Arithmetic is planned with a tokenizer of 256,000 entries, "
+        "as published. Memory leaves out the process and the data, and takes the workspace of the losses from the plan of the CPU's kernels. "
+        "Evaluation, data and stop rules are left out, so a distillation may end much earlier. `undo plan` prints the same rows with this "
+        "machine's rate."
     )
 
 
@@ -321,18 +352,19 @@ def _schedule(name: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"**{name}**",
         "",
-        f"| stage | steps | PFLOP | hours, one H200 | hours, {n} | GiB on one | GiB on each of {n} |",
+        f"| stage | precision | steps | PFLOP | hours, one H200 | hours, {n} | GiB on one | GiB on each of {n} |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         memory = [f"{row[key] / 2**30:.1f}" for key in ("memory", "memory_of_several")]
-        work = ["–"] * 4
+        work = ["–"] * 5
         if row["steps"]:
-            work = [f"{row['steps']:,}", f"{row['flops'] / 1e15:,.1f}", f"{row['one']:.2f}", f"{row['several']:.2f}"]
+            amounts = [f"{row['steps']:,}", f"{row['flops'] / 1e15:,.1f}", f"{row['one']:.2f}", f"{row['several']:.2f}"]
+            work = [row["precision"], *amounts]
         lines.append(f"| {row['stage']} | {' | '.join([*work, *memory])} |")
     total = [sum(row.get(key, 0.0) for row in rows) for key in ("one", "several")]
     work = f"{sum(row['flops'] for row in rows) / 1e15:,.0f}"
-    lines.append(f"| **all** | | {work} | **{total[0]:.1f}** | **{total[1]:.1f}** | | |")
+    lines.append(f"| **all** | | | {work} | **{total[0]:.1f}** | **{total[1]:.1f}** | | |")
     return "\n".join(lines)
 
 
@@ -346,15 +378,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("data", "run", "plan", "page", "stage"), help="default: all")
     parser.add_argument("--only", choices=tuple(CONFIGS), help="one experiment")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences in a micro-batch of the part run")
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.part == "stage":
-        stage(asked.only, asked.sequences, asked.kind)
+        stage(asked.only, asked.kind)
         return
     parts = {
         "data": lambda folder, name: data(folder),
-        "run": lambda folder, name: run(folder, name, asked.sequences),
+        "run": run,
         "plan": plan,
     }
     home = Path.cwd()

@@ -93,11 +93,12 @@ OWN = {
 def test_only_what_is_named_is_cut(name):
     full, cut = (
         settings_of({"config": dataclasses.asdict(config), "metric": {}})
-        for config in (published.configuration(name), published.configuration(name, *published.overrides(name, 1)))
+        for config in (published.configuration(name), published.configuration(name, *published.overrides(name)))
     )
     differing = {key.rpartition(".")[2] for key in {**full, **cut} if full.get(key) != cut.get(key)}
     assert differing <= CUT | OWN[name] and OWN[name] <= differing
-    assert cut["data.length"] == full["data.length"] and cut["distill.train.precision"] == full["distill.train.precision"]
+    assert cut["data.length"] == full["data.length"] and cut.get("data.distill.length") == full.get("data.distill.length")
+    assert cut["distill.train.precision"] == full["distill.train.precision"]
 
 
 def test_the_page_shows_the_recorded_results():
@@ -106,5 +107,24 @@ def test_the_page_shows_the_recorded_results():
     assert shown == published.page(results)
     streamed = results["data"]["hub"]["streamed"]
     assert [entry["questions"] for entry in streamed.values() if "questions" in entry] == list(QUESTIONS.values())
-    for ran in results["run"].values():
-        assert all(row["finite"] for row in ran["stages"])
+    for name, ran in results["run"].items():
+        stages = {row["stage"]: row for row in ran["stages"]}
+        assert list(stages) == [kind for kind in published.STAGES[name] if kind in stages]
+        trained = [row for row in ran["stages"] if row["stage"] not in ("prepare", "noise")]
+        assert all(row["finite"] and row["steps"] == 2 for row in trained)
+        config = published.configuration(name)
+        if attack := stages.get("relearn"):
+            assert attack["published"][0] == config.relearn.batch_size and attack["length"] == config.data.length
+            assert attack["step"][0] == attack["published"][0] or name == "arithmetic"
+
+
+@pytest.mark.parametrize("name", published.CONFIGS)
+def test_the_schedule_is_in_the_precision_of_the_configuration(name):
+    config = published.configuration(name)
+    wanted = {"pretrain": config.pretrain.train, "unlearn": config.unlearn.train, "distill": config.distill.train}
+    for row in json.loads(published.RESULTS.read_text())["plan"][name]:
+        if row["steps"]:
+            kind = row["stage"].replace("data filtering", "pretrain").split()[0]
+            assert row["precision"] == (config.relearn if kind == "relearn" else wanted[kind]).precision
+            hours = row["flops"] / published.PEAK[row["precision"]] / published.COMPUTED / 3600
+            assert row["one"] == pytest.approx(hours) and row["several"] >= hours / published.RANKS[name]
