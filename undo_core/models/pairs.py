@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 def paired(
     model: PreTrainedModel, other: PreTrainedModel, name: str = "original"
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns, by name, the parameters of both models; a tied parameter appears once. ``name`` is what an error calls ``other``.
+    """Returns, by name, the parameters of both models; a parameter that ``model`` ties appears once.
+
+    Where only ``other`` ties its head to its embedding, its one matrix is the partner of both. ``name`` is what an error calls ``other``.
 
     Raises:
-        ValueError: the models differ in a parameter's name or shape.
+        ValueError: the models differ in a parameter's name or shape, or only ``model`` ties its head.
     """
-    own, theirs = dict(model.named_parameters()), dict(other.named_parameters())
-    if unknown := sorted(own.keys() ^ theirs.keys()):
+    own, theirs = dict(model.named_parameters()), dict(other.named_parameters(remove_duplicate=False))
+    if unknown := sorted((own.keys() - theirs.keys()) | (dict(other.named_parameters()).keys() - own.keys())):
         raise ValueError(
             f"{name}: got a {type(other).__name__}, of which and of the model, a {type(model).__name__}, only one has "
             f"{unknown[0]} (of {len(unknown)} such); wanted models of one architecture"
