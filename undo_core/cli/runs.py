@@ -54,7 +54,7 @@ def plan(config: RunConfig, memory: str | None = None, ranks: int = 1) -> int:
         raise ValueError(
             f"ranks: got {ranks} with memory {memory}, wanted one of the two: settings are searched for one process"
         )
-    out = console if console.is_terminal else Console(width=100 if ranks == 1 else 110, highlight=False, markup=False)
+    out = console if console.is_terminal else Console(width=100, highlight=False, markup=False)
     out.print(plan_table(config, ranks))
     if limit is None:
         return 0

@@ -19,6 +19,7 @@ from undo_core.pipeline.store import Store
 from undo_core.planning.communication import exchange_collectives, stage_collectives, wire_bytes
 from undo_core.planning.models import distilled_sequences, predictor_of, sequence_length
 from undo_core.planning.timing import Measure, basis
+from undo_core.report.table import count
 
 Line = tuple[str, list[Stage]]
 
@@ -111,7 +112,10 @@ def _wire(predictor: Predictor, stage: Stage) -> float:
 
 
 def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
-    """Returns the output of ``undo plan``: a table of work, a table of memory, and notes with totals and the basis of times."""
+    """Returns the output of ``undo plan``: a table of work, a table of memory, and notes with totals and the basis of times.
+
+    From 80 columns on, no number is cut; titles of stages are folded.
+    """
     return _tables(config, *plan_rows(config, Store(Path(config.output) / "stages"), ranks), ranks)
 
 
@@ -121,21 +125,25 @@ def stages_table(config: RunConfig, lines: list[Line], prepared: Stage) -> Rende
 
 
 def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> RenderableType:
-    work = _table(f"{config.name}: what would run", "stage", "steps", "positions", "TFLOP", "time", "disk MiB", "folder")
+    work = _table(
+        f"{config.name}: what would run, disk in MiB", "stage", "steps", "positions", "FLOP", "time", "disk", "folder"
+    )
     size = 2**30 if max(row.memory.total for row in rows) >= 8 * 2**30 else 2**20
     unit = "GiB" if size == 2**30 else "MiB"
-    shown = lambda count: f"{count / size:,.1f}" if size == 2**30 else f"{count / size:,.0f}"  # noqa: E731
+    shown = lambda number: f"{number / size:,.1f}" if size == 2**30 else f"{number / size:,.0f}"  # noqa: E731
     of, sent = ("", ()) if ranks == 1 else (f" of one of {ranks} ranks", ("MiB/step",))
-    memory = _table(f"\nPeak memory{of}, predicted by parts, {unit}", "stage", "peak", "measured", "during", *_HEADINGS, *sent)
+    known = ("measured",) if any(row.measured_bytes is not None for row in rows) else ()
+    memory = _table(f"\nPeak memory{of}, predicted by parts, {unit}", "stage", "peak", *known, "during", *_HEADINGS, *sent)
     for row in rows:
         limit = "<= " if row.ruled else ""
         took = "done" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
-        done = (f"{limit}{row.steps:,}", f"{row.positions:,}", f"{row.flops / 1e12:.2f}") if row.steps else ("-", "-", "-")
+        done = (f"{limit}{row.steps:,}", count(row.positions), count(row.flops)) if row.steps else ("-", "-", "-")
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
-        measured = "-" if row.measured_bytes is None else shown(row.measured_bytes)
+    for title, row in _alike(rows):
+        measured = ["-" if row.measured_bytes is None else shown(row.measured_bytes)] if known else []
         parts = [shown(getattr(row.memory, part)) for part in PARTS]
         moved = [f"{row.wire_bytes / 2**20:,.1f}" if row.wire_bytes else "-"] if sent else []
-        memory.add_row(row.title, shown(row.memory.total), measured, row.memory.phase, *parts, *moved)
+        memory.add_row(title, shown(row.memory.total), *measured, row.memory.phase, *parts, *moved)
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
@@ -168,13 +176,26 @@ def largest(stages: list[Stage]) -> Stage:
     return max(stages, key=lambda stage: stage.settings.get("shots", 0))
 
 
+def _alike(rows: list[Row]) -> list[tuple[str, Row]]:
+    """The lines with titles for the table of memory; those of one kind, by the first word of their titles, that agree are one."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.title.split()[0], row.memory, row.measured_bytes, row.wire_bytes), []).append(row)
+    return [
+        (group[0].title if len(group) == 1 else f"{group[0].title.split()[0]}, {len(group)} lines", group[0])
+        for group in groups.values()
+    ]
+
+
 _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
 
 
 def _table(title: str, *names: str) -> Table:
+    """A table of which only the first column is folded where the terminal is narrow; numbers are never cut."""
     table = Table(title=Text(title, "table.title"), title_justify="left", box=None, pad_edge=False, collapse_padding=True)
     for name in names:
-        table.add_column(name, justify="left" if name in ("stage", "folder", "during") else "right", no_wrap=True)
+        left = name in ("stage", "folder", "during")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "stage", overflow="fold")
     return table
 
 

@@ -16,11 +16,12 @@ from undo_core.models.config import ModelConfig
 from undo_core.noise.config import NoiseConfig
 from undo_core.pipeline.config import ControlsConfig, PretrainConfig, RunConfig
 from undo_core.pipeline.graph import graph_of
+from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.run import run
 from undo_core.pipeline.stages import Cache
 from undo_core.pipeline.store import Store
 from undo_core.planning.fit import bytes_of
-from undo_core.planning.table import plan_rows, plan_table
+from undo_core.planning.table import Row, _alike, _tables, plan_rows, plan_table
 from undo_core.planning.timing import Measure
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
@@ -78,6 +79,29 @@ def test_the_plan_is_what_then_runs(tmp_path, teacher):
             assert row.flops == facts["flops"] and row.positions == 200 * 11
             stored = sum(path.stat().st_size for path in store.folder(stage).glob("*.safetensors"))
             assert 0.9 < stored / facts["bytes"] <= 1
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("measured", [None, 7999 << 20])
+def test_no_number_is_cut_whatever_the_titles(tmp_path, width, measured):
+    parts = {"weights": 1111, "gradients": 1222, "optimizer": 1333, "activations": 1444, "teacher": 1555, "process": 666}
+    memory = Memory("evaluation", **{name: number << 20 for name, number in parts.items()})
+    title = "relearn only-embedding-redrawn, 3 rates"
+    folder = "initialise-0123456789ab"
+    row = Row(title, 3000, True, 4_224_000, 11.47e12, 6300.0, memory, measured, 4321 << 20, 0.0, folder, False)
+    other = replace(row, title="relearn only-both-redrawn-equal-in-distance, 3 rates", folder="relearn-0123456789ab")
+    smaller = replace(row, title="relearn a", memory=replace(memory, weights=7 << 20))
+    console = Console(width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(_tables(config(tmp_path), [row, other, smaller], 0, 1))
+    work, _, needs = capture.get().partition("Peak memory")
+    assert "…" not in capture.get() and max(map(len, capture.get().splitlines())) <= width
+    for text in ("<= 3,000", "4.22M", "11.5T", "<= 105 min", "4,321", "initialise-0123456789ab", "relearn-0123456789ab"):
+        assert text in work, text
+    (line,) = (line for line in needs.splitlines() if "1,111" in line)
+    wanted = ["7,331", *(["7,999"] if measured else []), "evaluation", "1,111", "1,222", "1,333", "1,444", "0", "1,555", "666"]
+    assert line.split()[-len(wanted) :] == wanted
+    assert [title for title, _ in _alike([row, other, smaller])] == ["relearn, 2 lines", "relearn a"]
 
 
 def test_a_large_model_is_planned_without_being_built(tmp_path):
