@@ -45,6 +45,7 @@ COMMANDS = {  # what makes each recorded folder: its title, and the command
     "sweep-labels": ("Budgets of labels", "undo sweep configs/sweep-labels.yaml"),
     "sweep-study": ("The headline rows over five seeds", "undo sweep configs/sweep-study.yaml"),
     "sweep-on-policy": ("On-policy distillation", "undo sweep configs/sweep-on-policy.yaml"),
+    "sweep-leak-channels": ("Leak channels over three seeds", "undo sweep configs/sweep-leak-channels.yaml"),
     "leak-channels": ("Leak channels", f"{RUN} --config configs/leak-channels.yaml --config configs/inside.yaml"),
     "inside": (
         "Interventions and measures",
@@ -209,23 +210,22 @@ def labels(settings: Sequence[Setting]) -> str:
 
 
 def students(settings: Sequence[Setting]) -> str:
-    """One row for each attacked model of all settings, of a single seed: performance before and after the attack, R and C."""
+    """One row for each attacked model of all settings: performance before and after the attack, R and C."""
     first, notes = settings[0].report, Notes()
     steps = [step for step in first.steps if step > 0]
     headers = ["model", "retain, %", "forget, %", *(f"after {step} steps, %" for step in steps), "R", "C, steps", "C, FLOPs"]
-    rows, seen = [], set()
+    rows: dict[str, list[Cell]] = {}
     for setting in settings:
-        report = setting.report
-        for model in (model for model in report.models if model.worst):
-            label = f"{model.label}, {setting.label}" if model.name.startswith("undo") and len(settings) > 1 else model.label
-            if label in seen:
-                continue
-            seen.add(label)
-            cells = [performance(model.metrics[key], report.higher) for key in ("retain", "forget")]
-            cells += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
-            found = (model.robustness, model.compute["steps"], model.compute["flops"])
-            rows.append([Cell(label), *cells, *(ratio_cell(stat, notes) for stat in found)])
-    return _table(headers, rows, notes)
+        for model in (model for model in setting.report.models if model.worst):
+            label = f"{model.label}, {setting.label}" if model.kind == "undo" and len(settings) > 1 else model.label
+            stats = [*(model.metrics[key] for key in ("retain", "forget")), *(model.worst.get(step, Stat()) for step in steps)]
+            if len(first.seeds) > 1:
+                cells = [*(_percent(stat, notes) for stat in stats), *_ratios(model, notes)]
+            else:
+                found = (model.robustness, model.compute["steps"], model.compute["flops"])
+                cells = [*(performance(stat, first.higher) for stat in stats), *(ratio_cell(stat, notes) for stat in found)]
+            rows.setdefault(label, [Cell(label), *cells])
+    return _table(headers, list(rows.values()), notes)
 
 
 def of_the_report(*tables: Callable[[Report], Table]) -> Callable[[Sequence[Setting]], str]:
@@ -242,6 +242,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "headline": ("sweep-study", headline),
     "on-policy": ("sweep-on-policy", students),
     "leak": ("leak-channels", students),
+    "leak-seeds": ("sweep-leak-channels", students),
     "leak-measures": ("leak-channels", of_the_report(correlation_table)),
     "interventions": ("inside", of_the_report(attack_table)),
     "measures": ("inside", of_the_report(measure_table, correlation_table)),
