@@ -53,7 +53,7 @@ COMMANDS = {  # what makes each recorded folder: its title, and the command
     ),
     "search": (
         "An attacker that searches",
-        f"{RUN} --config configs/attack-search.yaml --name search --output runs/search --noise.alphas='[0.8]' "
+        f"{RUN} --config configs/attack-search.yaml --name search --output runs/search --attacks.searched.budget=0.5 --noise.alphas='[0.8]' "
         "--controls.random=false --controls.oracle_steps=0",
     ),
     "alpha": ("The cheapest alpha", f"{RUN} --target-robustness 0.9 --name alpha --output runs/alpha"),
