@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from undo_core import distributed
 from undo_core.cli import attack, hints, runs
-from undo_core.cli.parser import COMMANDS, as_run_config, command_parser, parser_arguments, settings_class
+from undo_core.cli.parser import COMMANDS, as_run_config, command_parser, parser_arguments, settings_class, settings_files
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return _on_ranks(parsed.subcommand, lambda: _dispatch(parser, parsed, "undo " + shlex.join(arguments)))
     except REFUSED as error:
-        message = hints.explained(_one_line(error), arguments[0], command_parser)
+        message = hints.explained(_one_line(error), arguments[0], command_parser, settings_files(arguments))
         return _failed(f"undo: error: {message}{hints.what_to_do(error)}", 2)
     except FAILED as error:
         return _failed(f"undo: failed: {_one_line(error)}{hints.what_to_do(error)}", 1)

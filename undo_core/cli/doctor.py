@@ -22,7 +22,7 @@ from rich.table import Table
 from undo_kernels.projection import Projection
 
 from undo_core import ops
-from undo_core.pipeline.store import machine, usable_cores
+from undo_core.pipeline.store import load_warning, machine, usable_cores
 from undo_core.version import __version__
 
 Check = Callable[
@@ -56,6 +56,8 @@ def run_doctor() -> int:
         console.print(
             f"WARNING torch's bfloat16 products take {slower:.1f} times as long as its float32 ones on this processor: train in float32 here."
         )
+    if busy := load_warning():
+        console.print(busy)
     for problem in problems:
         console.print(f"PROBLEM {problem}")
     console.print("Everything that the pipeline needs works here." if not problems else "The pipeline cannot run here.")

@@ -10,10 +10,12 @@ import pydoc
 import re
 from argparse import Action
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from undo_core.io.untrusted import lacks_memory
+from undo_core.pipeline.config_files import read_settings
 
 FIRST_STEPS = """undo removes a capability from a language model so that fine-tuning cannot cheaply bring it back.
 
@@ -27,10 +29,24 @@ FIRST_STEPS = """undo removes a capability from a language model so that fine-tu
   undo completion bash                         a script with which the shell completes commands and keys
   undo --help; undo run --help                 all commands; all keys of a configuration"""
 
+ALIASES = {  # names that other libraries give to settings, and what these are called here
+    **dict.fromkeys(("learning_rate", "learning_rates"), ("lr", "rates")),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations", "epochs", "num_train_epochs"), ("steps", "headline_step")),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"), ("batch_size",)),
+    **dict.fromkeys(("max_length", "max_seq_length", "seq_length", "sequence_length"), ("length",)),
+    **dict.fromkeys(("model_name_or_path", "pretrained_model_name_or_path"), ("path",)),
+    **{
+        "gradient_checkpointing": ("activation_checkpointing",),
+        "lr_scheduler_type": ("schedule",),
+        "warmup_steps": ("warmup",),
+    },
+    **{"eval_steps": ("eval_every",), "output_dir": ("output",), "torch_dtype": ("precision",), "optim": ("optimizer",)},
+}
 SHELLS = ("bash", "zsh", "tcsh")
 
+_FLAG = re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)")
 _UNKNOWN = (  # jsonargparse's messages about unknown names
-    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
+    _FLAG,
     re.compile(r"does not accept option '(?P<key>[^']+)'"),
     re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
     re.compile(r"class_path '(?P<home>[\w.]+)': Option '(?P<key>[^']+)' is not accepted"),
@@ -101,8 +117,11 @@ def of_one_kind(message: str) -> str:
     return message[: match.start()] + "; ".join(left) + message[match.end() :]
 
 
-def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser]) -> str:
-    """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name."""
+def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser], files: Sequence[str] = ()) -> str:
+    """Returns ``message`` and, if it reports a name that ``command`` does not know, adds the nearest known name.
+
+    A name that stands in one of the ``files`` of settings, of which later ones override earlier ones, is reported with the file.
+    """
     message = of_one_kind(message)
     if match := _AMBIGUOUS.search(message):
         flags = [flag for flag in match["flags"].split(", ") if not flag.endswith(("+", ".help"))]
@@ -119,8 +138,26 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
                 found = nearest(given["key"], [field.name for field in dataclasses.fields(pydoc.locate(given["home"]))])
             else:
                 found = nearest(given["key"], keys(command, parser_of))
+            if pattern is not _FLAG and not given.get("choices"):
+                message = "".join(f"{file}: " for file in _with_key(given["key"].split("."), files)) + message
             return f"{message}; did you mean {' or '.join(found)}?" if found else message
     return message
+
+
+def _with_key(path: Sequence[str], files: Sequence[str]) -> list[str]:
+    """The last of the files of settings in which a mapping, at any depth, has this path; empty if none has."""
+
+    def has(node: Any) -> bool:
+        if not isinstance(node, dict):
+            return False
+        inner = node
+        for part in path:
+            if not isinstance(inner, dict) or part not in inner:
+                return any(map(has, node.values()))
+            inner = inner[part]
+        return True
+
+    return [file for file in files if has(read_settings(file))][-1:]
 
 
 def what_to_do(error: BaseException) -> str:
@@ -145,24 +182,32 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
     Returns: For a single part that is the last part of keys, up to three of these. Otherwise the known key whose parts are closest
         to those of ``key``, one by one; if some part has no close match, up to three keys whose last part is close to the last part
-        of ``key``.
+        of ``key``, those below the parts that matched if there are any. A name in :data:`ALIASES` is closest to what it stands for.
     """
     paths = [name.split(".") for name in known]
-    if inner := [name for name, path in zip(known, paths, strict=True) if path[1:] and path[-1] == key]:
-        return inner[:3]
+    for leaf in (key, *ALIASES.get(key, ())):
+        if inner := [name for name, path in zip(known, paths, strict=True) if path[1:] and path[-1] == leaf]:
+            return inner[:3]
     parts, path = key.split("."), []
     for depth, part in enumerate(parts):
         siblings = sorted({other[depth] for other in paths if len(other) > depth and other[:depth] == path})
         if not siblings and path:  # a mapping whose keys the user chooses
             named = ".".join([*path, *parts[depth:]])
             return [named] if named != key else []
-        path += difflib.get_close_matches(part, siblings, n=1)
+        path += _closest(part, siblings, 0.6)
         if len(path) == depth:
             break
     else:
         return [".".join(path)]
-    leaf = difflib.get_close_matches(parts[-1], sorted({path[-1] for path in paths}), n=1, cutoff=0.8)
-    return [name for name in known if name.split(".")[-1:] == leaf][:3]
+    leaf = _closest(parts[-1], sorted({path[-1] for path in paths}), 0.8)
+    found = [name for name in known if name.split(".")[-1:] == leaf]
+    return [name for name in found if name.startswith(".".join(path) + ".")][:3] or found[:3]
+
+
+def _closest(part: str, known: Sequence[str], cutoff: float) -> list[str]:
+    """The known part that ``part`` most likely means, in a list that is empty if there is none."""
+    meant = [name for name in ALIASES.get(part, ()) if name in known]
+    return [part] if part in known else meant[:1] or difflib.get_close_matches(part, known, n=1, cutoff=cutoff)
 
 
 def keys(command: str, parser_of: Callable[[str], ArgumentParser]) -> list[str]:

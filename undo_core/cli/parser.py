@@ -139,6 +139,22 @@ def parser_arguments(arguments: list[str]) -> list[str]:
     return [_dashes(argument) for argument in _config_first(arguments)]
 
 
+def settings_files(arguments: list[str]) -> list[str]:
+    """The files of settings that the arguments name and that exist; later ones override earlier ones."""
+    first = arguments[1:2] if arguments[:1] in (["run"], ["plan"], ["sweep"]) else []
+    return [name for name in first if Path(name).is_file()] + _laid_over(arguments)
+
+
+def _laid_over(arguments: list[str]) -> list[str]:
+    """The files that ``--config`` names and that exist."""
+    named = [
+        following if name == "--config" else name.removeprefix("--config=")
+        for name, following in itertools.pairwise([*arguments, ""])
+        if name.startswith("--config")
+    ]
+    return [name for name in named if Path(name).is_file()]
+
+
 def run_config(arguments: Sequence[str]) -> RunConfig:
     """Returns the settings of ``undo run`` with these arguments: ``--config=FILE``, once or more, and flags."""
     parser = command_parser("run")
@@ -169,10 +185,8 @@ def _config_first(arguments: list[str]) -> list[str]:
     that may be omitted become flags: ``evaluate MODEL DATA`` becomes ``evaluate MODEL --data DATA``.
     """
     if arguments[:1] in (["run"], ["plan"], ["sweep"]):
-        for name, following in itertools.pairwise([*arguments, ""]):
-            laid_over = following if name == "--config" else name.removeprefix("--config=")
-            if laid_over != name and Path(laid_over).is_file():
-                read_settings(laid_over)
+        for laid_over in _laid_over(arguments):
+            read_settings(laid_over)
     if len(arguments) > 1 and arguments[0] in ("run", "plan", "sweep") and not arguments[1].startswith("-"):
         settings = read_settings(arguments[1])
         rest = ["--config", *arguments[1:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,12 +86,17 @@ def read_questions(sources: Iterable[str | Path]) -> list[Question]:
     """
     found = []
     for source in map(str, sources):
-        records = read_records(source, "multiple_choice", split="test")
-        questions = [_question(record, f"{source}, {place}") for place, record in records]
+        questions = list(each_question(source))
         if not questions:
             raise ValueError(f"{source}: got no question, wanted at least one")
         found += questions
     return found
+
+
+def each_question(source: str) -> Iterator[Question]:
+    """Yields the questions of a source, as :func:`read_questions` reads them."""
+    for place, record in read_records(source, "multiple_choice", split="test"):
+        yield _question(record, f"{source}, {place}")
 
 
 def first_of_each(questions: Sequence[Question], limit: float) -> list[Question]:

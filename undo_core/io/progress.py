@@ -42,7 +42,7 @@ class _Note(ProgressColumn):
 
 
 class Board:
-    """Shows updates: bars on a terminal; elsewhere at most one line per stage every ``every`` seconds, to keep logs short."""
+    """Shows updates: bars on a terminal; elsewhere a line when a stage starts or continues, and then at most one every ``every`` seconds."""
 
     def __init__(self, every: float = 15.0) -> None:
         self.every = every
@@ -80,6 +80,9 @@ class Board:
 
     def _print(self, update: Update) -> None:
         now = time.monotonic()
+        if update.title not in self._began:
+            how = f"continues from {update.start} of {update.total}" if update.start else "starts"
+            console.print(f"{update.title}: {how}")
         began = self._began.setdefault(update.title, now)
         spoke = self._spoke.setdefault(update.title, now)
         if update.done:
@@ -109,6 +112,8 @@ class StageProgress:
         self._read, self._step, self._spoke = 0, start, 0.0
 
     def __enter__(self) -> StageProgress:
+        if self.enabled:
+            _show(Update(self.title, self.start, self.total, start=self.start))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ from undo_core.pipeline.costs import with_costs
 from undo_core.pipeline.graph import Graph, Model, attacked_models, graph_of, measured_models, with_alphas
 from undo_core.pipeline.prepared import evaluate_folder
 from undo_core.pipeline.stage import Folder, Stage
-from undo_core.pipeline.store import Store, machine, versions
+from undo_core.pipeline.store import Store, load_warning, machine, versions
 from undo_core.pipeline.workers import run_stages, use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.alpha_search import outcomes
@@ -35,6 +35,8 @@ def run(config: RunConfig, command: str) -> Path:
     """
     distributed.arrange(config.parallel)
     store, graph = Store(Path(config.output) / "stages"), graph_of(config)
+    if (busy := load_warning()) and distributed.rank() == 0:
+        console.print(busy)
     missing = lambda: missing_stages(store, config, graph)  # noqa: E731
     build_all(store, _configured(config, graph), missing, config.workers, lambda stage: announce(store, stage))
     return distributed.on_first(lambda: finish(store, config, graph, command))

@@ -19,6 +19,7 @@ from undo_core import distributed
 from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak, return_freed_memory
+from undo_core.io.progress import console
 from undo_core.io.untrusted import NUMBER, read_object
 from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
@@ -33,6 +34,7 @@ ENTRIES = {  # the entries of a manifest that are read, whatever the kind of its
     **{"labelled_distinct_tokens?": {str: int}, "points?": [{"at": (NUMBER, str), "value": (NUMBER, type(None))}]},
     **{"left?": {str: {"reason": str, "elements": int, "share": NUMBER}}},
 }
+THREADS = "threads.json"  # in the hidden folder of a stage
 _PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")
 
 
@@ -106,6 +108,13 @@ class Store:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(begun, description)
+        threads, used = torch.get_num_threads(), _threads_used(partial)
+        if used and threads != used[-1]:
+            console.print(
+                f"{stage.title or stage.kind}: continues with {threads} threads, began with {used[0]}; the last bits of its result can differ"
+            )
+        if threads not in used[-1:]:
+            write_json(partial / THREADS, {"threads": [*used, threads]})
         return fresh(partial / "output")
 
     def _finish(self, stage: Stage, final: Path, work: Work, facts: dict[str, Any], hold: Hold) -> None:
@@ -123,6 +132,7 @@ class Store:
             "versions": versions(),
             "machine": machine(),
             "peak_bytes": peak_bytes(),
+            **({"threads_used": used} if len(used := _threads_used(partial)) > 1 else {}),
             **facts,
         }
         write_json(output / MANIFEST, manifest)
@@ -140,6 +150,11 @@ class Store:
 def _remove_partials(final: Path) -> None:
     for folder in _partials(final).values():  # a network file system keeps a folder in which a file is open
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _threads_used(partial: Path) -> list[int]:
+    """The numbers of CPU threads with which a stage was begun and continued, one after the other."""
+    return read_object(partial / THREADS, threads=[int])["threads"] if (partial / THREADS).exists() else []
 
 
 def _partials(final: Path) -> dict[int, Path]:
@@ -224,6 +239,17 @@ def machine() -> dict[str, Any]:
 def usable_cores() -> int:
     """Number of cores that this process may use; all of the machine's if the system does not say (macOS, Windows)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_warning() -> str:
+    """One line about a machine with more running processes than cores; empty for another, and where the system does not say."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, usable_cores()
+    if load <= cores:
+        return ""
+    return (
+        f"WARNING the load average is {load:.1f} on {cores} cores: other processes compete for them, and threads that wait for each other "
+        "can take many times as long as one. OMP_NUM_THREADS=1 avoids that; keep it until the run is finished."
+    )
 
 
 def _processor() -> str:

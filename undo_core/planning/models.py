@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 from undo_core.data import arithmetic
+from undo_core.data.config import Sources
 from undo_core.data.splits import TRAIN_SPLITS, distilled
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.described import model_config
@@ -15,6 +18,7 @@ from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store
 
 Predict = Callable[[Stage], Memory]
+TOKEN_BYTES = 4  # of English text with a vocabulary of a pretrained model
 
 
 def sequence_length(config: RunConfig, stage: Stage) -> int:
@@ -28,12 +32,30 @@ def sequence_length(config: RunConfig, stage: Stage) -> int:
 def distilled_sequences(config: RunConfig, store: Store, prepared: Stage) -> int:
     """Returns the number of sequences that students are distilled on.
 
-    Before the data are prepared it is an upper bound for arithmetic, whose problems may be packed, and 0 for text.
+    Before the data are prepared it is an upper bound for arithmetic, whose problems may be packed, and an estimate for text: the
+    training share of the tokens that the settings allow, but no more than one for each :data:`TOKEN_BYTES` bytes of the files.
+    It is 0 for a hub data set without a limit.
     """
     if store.done(prepared):
         splits = store.manifest(prepared)["splits"]
         return sum(splits[name]["rows"] for name in (TRAIN_SPLITS[part] for part in distilled(splits)))
-    return 0 if config.data.kind == "text" else 2 * config.data.train_rows
+    data = config.data
+    if data.kind != "text":
+        return 2 * data.train_rows
+    other = data.distill
+    read = [(other.sources, other.tokens)] if other.sources else [(data.retain, data.tokens), (data.forget, data.tokens)]
+    tokens = sum(_tokens(sources, limit) for sources, limit in read) * (1 - 2 * data.valid_fraction)
+    return math.ceil(tokens / ((other.length if other.sources else None) or data.length))
+
+
+def _tokens(sources: Sources, limit: int | None) -> int:
+    """Estimates the number of tokens that are read from sources."""
+    if isinstance(sources, dict):  # sources with shares are repeated until they have them
+        return limit or 0
+    if any("://" in source for source in sources):
+        return limit or 0
+    found = sum(Path(source).stat().st_size for source in sources) // TOKEN_BYTES
+    return found if limit is None else min(limit, found)
 
 
 def predictor(config: RunConfig, ranks: int = 1) -> Predict:

@@ -15,10 +15,11 @@ from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.store import Store
+from undo_core.pipeline.stages.gate import Gate
+from undo_core.pipeline.store import Store, load_warning
 from undo_core.planning.communication import exchange_collectives, stage_collectives, wire_bytes
 from undo_core.planning.models import distilled_sequences, predictor_of, sequence_length
-from undo_core.planning.timing import Measure, basis
+from undo_core.planning.timing import Measure, basis, gate_seconds
 from undo_core.report.table import count
 
 Line = tuple[str, list[Stage]]
@@ -34,7 +35,7 @@ class Row:
         ruled: whether a stop rule may end the stage earlier.
         positions: tokens that run through the trained model, padding included.
         flops: maximum number of floating-point operations.
-        seconds: predicted maximum time.
+        seconds: predicted maximum time; 0 if it is not predicted.
         memory: predicted peak memory, by parts.
         measured_bytes: measured peak memory of a finished stage, else None.
         disk_bytes: bytes that the stage's folder takes on disk.
@@ -88,6 +89,8 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
         scene = Scene(untied if stage.untied else model, sequence_length(config, stage), distilled)
         cost = stage.cost(scene)
         seconds = cost.steps * measure.seconds(cost.sequences, cost.passes, scene.length) if cost.steps else 0.0
+        if isinstance(stage, Gate):
+            seconds = gate_seconds(stage.config, distilled, scene.length)
         row = Row(
             title=title,
             steps=cost.steps * times,
@@ -136,7 +139,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     memory = _table(f"\nPeak memory{of}, predicted by parts, {unit}", "stage", "peak", *known, "during", *_HEADINGS, *sent)
     for row in rows:
         limit = "<= " if row.ruled else ""
-        took = "done" if row.done else "-" if not row.steps else f"{limit}{_duration(row.seconds)}"
+        took = "done" if row.done else f"{limit}{_duration(row.seconds)}" if row.seconds else "-"
         done = (f"{limit}{row.steps:,}", count(row.positions), count(row.flops)) if row.steps else ("-", "-", "-")
         work.add_row(row.title, *done, took, f"{row.disk_bytes / 2**20:,.0f}", row.folder)
     for title, row in _alike(rows):
@@ -147,9 +150,10 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines; at most {_duration(total)} with {config.workers} worker(s), "
+        f"To do: {len(left)} of {len(rows)} lines; an estimated {_duration(total)} with {config.workers} worker(s), "
         f"{disk / 2**20:,.0f} MiB of disk.",
-        "Times are upper bounds: a stop rule usually ends a stage much earlier. They exclude evaluation and grid extensions.",
+        "The estimate takes every stage to its last step: a stop rule usually ends one much earlier. It leaves out evaluations, grid "
+        "extensions, loading and saving, and the lines without a time.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
     ]
     if config.target_robustness is not None:
@@ -157,6 +161,10 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
             f"The search for R = {config.target_robustness:g} is not included: it may add {config.alpha_tries} alphas, each distilled "
             "and attacked like those above."
         )
+    if busy := load_warning():
+        notes.append(f"{busy} The times above are longer for it.")
+    if total > LONG:
+        notes.append(_what_to_cut(left, sum(row.seconds for row in left)))
     if ranks > 1:
         notes.append(
             f"Stages that send nothing run on rank 0. Times are of one process: {ranks} ranks divide the work of a step, but also wait "
@@ -169,6 +177,20 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     else:
         notes.append("Memory is that of the process that runs the stage.")
     return Group(work, memory, "", *notes)
+
+
+def _what_to_cut(rows: list[Row], total: float) -> str:
+    """The settings on which most of a long plan's time depends, and where the guide says what to cut."""
+    spent: dict[str, float] = {}
+    for row in rows:
+        kind = row.folder.rpartition("-")[0]
+        spent[kind] = spent.get(kind, 0.0) + row.seconds
+    most = sorted(spent, key=lambda kind: -spent[kind])[:2]
+    parts = [f"{kind} {spent[kind] / total:.0%} ({_SETTINGS.get(kind, kind)})" for kind in most if spent[kind]]
+    return (
+        f"This takes longer than a day on this machine. Most of it: {', '.join(parts)}; all grow with data.length. "
+        'What to cut: docs/guides/checkpoint.md, "A small model, or a first trial".'
+    )
 
 
 def largest(stages: list[Stage]) -> Stage:
@@ -187,6 +209,17 @@ def _alike(rows: list[Row]) -> list[tuple[str, Row]]:
     ]
 
 
+LONG = 24 * 3600.0  # seconds from which the plan says what to cut
+_SETTINGS = {  # on which the time of a kind of stage depends
+    "pretrain": "pretrain.train.steps and batch_size, controls.filter",
+    "unlearn": "unlearn.train.steps and batch_size",
+    "cache": "data.tokens",
+    "distill": "distill.train.steps and batch_size, the number of noise.alphas, controls",
+    "relearn": "the number of relearn.rates, headline_step and batch_size, attacks",
+    "search": "attacks",
+    "intervene": "attacks",
+    "measure": "measures",
+}
 _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
 
 

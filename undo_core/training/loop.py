@@ -301,49 +301,53 @@ def train(
         state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
         checkpoints.write(result.steps, state)
 
-    done = evaluate_now() if found is None else bool(result.stopped)
-    with (
-        lean(model, config, count) as tied,
-        updater.attached(tied),
-        StageProgress(title, config.steps, start=result.steps, enabled=progress) as bar,
-        CheckpointWriter(None if folder is None else folder / "checkpoint", model, updater) as checkpoints,
-    ):
-        while result.steps < config.steps and not done:
-            step = result.steps
-            batches = {name: source(step).to(device) for name, source in sources.items()}
-            counted = {name: batch.counted for name, batch in batches.items()}
-            updater.begin(step, config.rate(step))
-            outer.train()
-            value = yield Wanted(
-                gradient, model, loss, batches, counted, config.micro_batch_size, device, config.seed or 0, step
-            )
-            updater.step()
-            late = time.monotonic() - last_save > pause and (checkpoint_seconds < 0 or not checkpoints.busy)
-            if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
-                value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
-                late = _is_read(device, step) and bool(asked)
-            total, terms = total + value, terms + 1
-            result.steps += 1
-            for name, batch in batches.items():
-                result.tokens[name] += counted[name]
-                result.positions[name] += batch.input_ids.numel()
-            due = result.steps in at if at is not None else config.eval_every and result.steps % config.eval_every == 0
-            due = due or result.steps == config.steps
-            loss_now = float(value) if _is_read(device, step) else None
-            seen = float(total) if due else loss_now  # the sum includes the losses that were not read in their own step
-            if must_stay_finite and seen is not None and not abs(seen) < float("inf"):
-                if stops_earlier():
-                    break
-                raise DivergedError(f"{title}: the loss is {seen} by step {result.steps} (lr {config.rate(step):g}); lower lr")
-            bar.update(result.steps, sum(counted.values()), loss_now, shown)
-            if due:
-                done = evaluate_now()
-            if late:
-                asked_at = time.monotonic()
-                save()
-                last_save = time.monotonic()
-                if checkpoint_seconds > 0:
-                    pause = max(checkpoint_seconds, (last_save - asked_at) / CHECKPOINT_SHARE)
+    with StageProgress(
+        title, config.steps, start=result.steps, enabled=progress
+    ) as bar:  # before an evaluation, which may take minutes
+        done = evaluate_now() if found is None else bool(result.stopped)
+        with (
+            lean(model, config, count) as tied,
+            updater.attached(tied),
+            CheckpointWriter(None if folder is None else folder / "checkpoint", model, updater) as checkpoints,
+        ):
+            while result.steps < config.steps and not done:
+                step = result.steps
+                batches = {name: source(step).to(device) for name, source in sources.items()}
+                counted = {name: batch.counted for name, batch in batches.items()}
+                updater.begin(step, config.rate(step))
+                outer.train()
+                value = yield Wanted(
+                    gradient, model, loss, batches, counted, config.micro_batch_size, device, config.seed or 0, step
+                )
+                updater.step()
+                late = time.monotonic() - last_save > pause and (checkpoint_seconds < 0 or not checkpoints.busy)
+                if count > 1:  # one reduction for the sum of the losses, and for whether rank 0's clock asks for a checkpoint
+                    value, asked = distributed.total(torch.stack([value, value.new_tensor(late and distributed.rank() == 0)]))
+                    late = _is_read(device, step) and bool(asked)
+                total, terms = total + value, terms + 1
+                result.steps += 1
+                for name, batch in batches.items():
+                    result.tokens[name] += counted[name]
+                    result.positions[name] += batch.input_ids.numel()
+                due = result.steps in at if at is not None else config.eval_every and result.steps % config.eval_every == 0
+                due = due or result.steps == config.steps
+                loss_now = float(value) if _is_read(device, step) else None
+                seen = float(total) if due else loss_now  # the sum includes the losses that were not read in their own step
+                if must_stay_finite and seen is not None and not abs(seen) < float("inf"):
+                    if stops_earlier():
+                        break
+                    raise DivergedError(
+                        f"{title}: the loss is {seen} by step {result.steps} (lr {config.rate(step):g}); lower lr"
+                    )
+                bar.update(result.steps, sum(counted.values()), loss_now, shown)
+                if due:
+                    done = evaluate_now()
+                if late:
+                    asked_at = time.monotonic()
+                    save()
+                    last_save = time.monotonic()
+                    if checkpoint_seconds > 0:
+                        pause = max(checkpoint_seconds, (last_save - asked_at) / CHECKPOINT_SHARE)
     outer.eval()
     release_workspace()  # the memory of the gradients, which no later step needs
     # No later loss would reveal that the last step made a weight non-finite.

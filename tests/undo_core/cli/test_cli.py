@@ -1,10 +1,13 @@
 """A mistake gives one line that names the key and the fix, and exit code 2, before any work."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from undo_core.cli import main
+from undo_core.pipeline import run as pipeline_run
+from undo_core.pipeline import store
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = str(ROOT / "configs" / "arithmetic-cpu.yaml")
@@ -87,3 +90,29 @@ def test_help_teaches(command, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "usage: undo" in text and len(text.splitlines()) > 5
+
+
+@pytest.mark.parametrize("name", ["retain", "forget"])
+def test_the_plan_refuses_a_file_of_the_wrong_form(name, capsys, tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"text": "a document"}\n')
+    bad.write_text('{"body": "a document"}\n')
+    files = {"retain": good, "forget": good, name: bad}
+    language, output = str(ROOT / "configs" / "language-cpu.yaml"), tmp_path / "run"
+    flags = [f"--data.{key}=[{path}]" for key, path in files.items()]
+    assert main(["plan", language, *flags, f"--output={output}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"undo: error: {bad}, line 1: got no text in the field 'text' (the fields body)")
+    assert error.count("\n") == 1 and not output.exists()
+
+
+@pytest.mark.parametrize(("load", "warned"), [(9.5, True), (2.0, False)])
+def test_a_run_warns_of_a_busy_machine(load, warned, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(store, "usable_cores", lambda: 2)
+    for name in ("build_all", "finish"):
+        monkeypatch.setattr(pipeline_run, name, lambda *arguments: None)
+    assert main(["run", DEMO, f"--output={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == int(warned)
+    assert ("WARNING the load average is 9.5 on 2 cores" in printed and "OMP_NUM_THREADS=1" in printed) == warned

@@ -23,6 +23,14 @@ def test_the_doctor_warns_of_slow_products_in_bfloat16(capsys, monkeypatch, slow
     assert ("WARNING torch's bfloat16 products take 4.8 times" in capsys.readouterr().out) == (slower == 4.8)
 
 
+@pytest.mark.parametrize("busy", ["", "WARNING the load average is high"])
+def test_the_doctor_warns_of_a_busy_machine(capsys, monkeypatch, busy):
+    monkeypatch.setattr(doctor, "_CHECKS", {})
+    monkeypatch.setattr(doctor, "load_warning", lambda: busy)
+    assert run_doctor() == 0
+    assert ("the load average" in capsys.readouterr().out) == bool(busy)
+
+
 def test_the_doctor_reports_no_kernel_that_did_not_run(capsys, monkeypatch):
     """If dispatch leaves everything to plain PyTorch, the numbers are right but no kernel was checked."""
     monkeypatch.setattr(doctor, "_CHECKS", {"linear_kl_div": doctor._CHECKS["linear_kl_div"]})

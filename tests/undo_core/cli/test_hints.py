@@ -28,6 +28,9 @@ DEMO = "configs/arithmetic-cpu.yaml"
         (["plan", DEMO, "--data.v=x"], "ambiguous option: --data.v=x could match --data.valid_fraction, --data.vocab_size"),
         (["noise", "model", "output", "--rule=[]"], "did you mean rules?"),
         (["noise", "model", "output", "--alhpa=0.6"], "did you mean alpha?"),
+        (["plan", DEMO, "--unlearn.train.learning_rate=1e-4"], "learning_rate=1e-4; did you mean unlearn.train.lr?"),
+        (["plan", DEMO, "--relearn.learning_rate=1e-4"], "did you mean relearn.rates?"),
+        (["plan", DEMO, "--distill.learning_rate=1e-4"], "did you mean distill.train.lr?"),
     ],
 )
 def test_a_misspelt_name_on_the_command_line(capsys, arguments, wanted):
@@ -43,6 +46,8 @@ def test_a_misspelt_name_on_the_command_line(capsys, arguments, wanted):
         (["pretrain", "train", "stesp"], "pretrain.train.steps"),
         (["unlern", "train", "stesp"], "unlearn.train.steps"),
         (["attacks", "mine", "kidn"], "kind"),
+        (["unlearn", "train", "learning_rate"], "unlearn.train.lr"),
+        (["noise", "alpha"], "noise.alphas"),
     ],
 )
 def test_a_misspelt_key_in_a_file(capsys, tmp_path, path, wanted):
@@ -52,7 +57,16 @@ def test_a_misspelt_key_in_a_file(capsys, tmp_path, path, wanted):
     nested[path[-1]] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert main(["plan", str(tmp_path / "config.yaml")]) == 2
-    assert capsys.readouterr().err.rstrip().endswith(f"did you mean {wanted}?")
+    printed = capsys.readouterr().err
+    assert printed.rstrip().endswith(f"did you mean {wanted}?")
+    assert printed.startswith(f"undo: error: {tmp_path / 'config.yaml'}: ") and path[-1] in printed
+
+
+def test_a_misspelt_key_in_the_file_that_overrides(capsys, tmp_path):
+    (tmp_path / "over.yaml").write_text("unlearn: {train: {learning_rate: 0.1}}")
+    assert main(["plan", DEMO, "--config", str(tmp_path / "over.yaml")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"undo: error: {tmp_path / 'over.yaml'}: ") and printed.endswith("mean unlearn.train.lr?\n")
 
 
 def test_nothing_near_is_not_guessed(capsys):

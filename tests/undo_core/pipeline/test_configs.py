@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 from pathlib import Path
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 from generated_questions import questions, write
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from undo_core.cli import main
 from undo_core.data.sequences import Sequences
 from undo_core.data.tokenizers import train_bpe
 from undo_core.io.files import read_json
+from undo_core.planning.timing import Measure
 
 ROOT = Path(__file__).resolve().parents[3]
-TEMPLATE, WMDP, LANGUAGE = (
-    str(ROOT / "configs" / name) for name in ("hf-template.yaml", "wmdp-gemma-2-2b.yaml", "language.yaml")
+TEMPLATE, WMDP, LANGUAGE, TRIAL = (
+    str(ROOT / "configs" / name) for name in ("hf-template.yaml", "wmdp-gemma-2-2b.yaml", "language.yaml", "hf-trial.yaml")
 )
 WORDS = {
     "retain": "house river garden window morning paper light stone field bread",
@@ -103,6 +105,28 @@ def test_the_template_runs(folder, tmp_path, capsys):
     assert all(part.starts is not None and part.length == 32 for part in sequences.values())
     (prepared,) = (tmp_path / "out" / "stages").glob("prepare-*/model.safetensors")
     assert {t.dtype for t in load_file(prepared).values()} == {torch.bfloat16}, "the checkpoint keeps its dtype"
+
+
+def test_the_trial_runs(folder, tmp_path):
+    files = [f"--data.{name}=[{folder / name}.jsonl]" for name in ("retain", "forget")]
+    arguments = [*files, "--data.tokens=2000", *small(folder, tmp_path, 4, 2), "--unlearn.train.warmup=1"]
+    assert main(["run", TRIAL, *arguments]) == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    found = read_json(tmp_path / "results-seed0.json")
+    assert [model["name"] for model in found["models"]] == ["original", "unlearn", "undo-0.3"]
+    assert all(len(model["attack"]["curves"][0]["forget"]) == 2 for model in found["models"][1:])
+
+
+def test_the_trial_takes_less_than_half_an_hour_on_two_cores(tmp_path, capsys, monkeypatch):
+    """A model of 135 million parameters, and the float32 rate of two cores of an Intel Xeon with AVX-512."""
+    monkeypatch.setattr(Measure, "_matrix_rate", lambda self: 130e9)
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    LlamaConfig(**shape, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True).save_pretrained(tmp_path)
+    (tmp_path / "long.txt").write_text("a line of text\n" * 10_000)
+    files = [f"--data.{name}=[{tmp_path / 'long.txt'}]" for name in ("retain", "forget")]
+    assert main(["plan", TRIAL, f"--model.path={tmp_path}", *files]) == 0
+    (minutes,) = re.findall(r"an estimated (\d+) min with 1 worker", capsys.readouterr().out)
+    assert 5 < int(minutes) < 30
 
 
 def test_the_published_wmdp_settings_run(folder, tmp_path, capsys):

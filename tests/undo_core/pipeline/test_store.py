@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from stage_kinds import Counted
 
 from undo_core.io import locks
@@ -140,3 +141,18 @@ def test_what_a_kill_after_the_publishing_left_is_removed(tmp_path):
     OneFolder(tmp_path / done.name).tidy()
     OneFolder(tmp_path / begun.name).tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{begun.name}.partial", done.name]
+
+
+@pytest.mark.parametrize("threads", [[1, 1], [2, 1]])
+def test_a_stage_that_continues_with_other_threads_says_so(tmp_path, capsys, monkeypatch, threads):
+    store, stage = Store(tmp_path), Counted(title="counting")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(Counted, "run", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.ensure(stage)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[1])
+    store.ensure(stage)
+    printed, other = capsys.readouterr().out, threads[0] != threads[1]
+    assert ("counting: continues with 1 threads, began with 2" in printed) == other
+    assert store.manifest(stage).get("threads_used") == (threads if other else None)

@@ -11,6 +11,7 @@ from undo_core.attacks.relearning import AttackConfig
 from undo_core.cli import main
 from undo_core.data.config import DataConfig
 from undo_core.distillation.config import DistillConfig
+from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.models.config import ModelConfig
 from undo_core.noise.config import NoiseConfig
@@ -102,6 +103,37 @@ def test_no_number_is_cut_whatever_the_titles(tmp_path, width, measured):
     wanted = ["7,331", *(["7,999"] if measured else []), "evaluation", "1,111", "1,222", "1,333", "1,444", "0", "1,555", "666"]
     assert line.split()[-len(wanted) :] == wanted
     assert [title for title, _ in _alike([row, other, smaller])] == ["relearn, 2 lines", "relearn a"]
+
+
+@pytest.mark.parametrize(("seconds", "long"), [(2e4, True), (0.01, False)])
+def test_a_plan_of_more_than_a_day_says_what_to_cut(tmp_path, monkeypatch, seconds, long):
+    monkeypatch.setattr(Measure, "seconds", lambda *arguments: seconds)
+    printed = " ".join(show(config(tmp_path)).split())
+    assert ("This takes longer than a day on this machine." in printed) == long
+    # Three models of three steps each are trained, and three attacked with two rates for two steps each.
+    assert ("Most of it: relearn 50% (the number of relearn.rates" in printed and "distill 25%" in printed) == long
+    assert ('docs/guides/checkpoint.md, "A small model, or a first trial"' in printed) == long
+
+
+def test_the_cached_teacher_and_the_gate_have_a_time_before_the_data_are_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)
+    for name in ("retain", "forget"):
+        text = "".join(f"{name} {i} and {i * 7} more\n" for i in range(1000))
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = DataConfig(
+        kind="text", retain=[str(tmp_path / "retain.txt")], forget=[str(tmp_path / "forget.txt")], tokens=4000, length=32
+    )
+    data = replace(data, vocab_size=400)
+    teacher, gate = TeacherConfig("cached"), GateConfig(share=0.1)
+    settings = replace(config(tmp_path / "run", teacher), data=data)
+    settings = replace(settings, controls=replace(settings.controls, gate=gate))
+    store, graph = Store(tmp_path / "run" / "stages"), graph_of(settings)
+    before = {row.title: row for row in plan_rows(settings, store)[0]}
+    assert before["cache teacher"].seconds > 0 and before["gate"].seconds > 0
+    assert {row.title for row in before.values() if not row.seconds} == {"prepare", "noise 0.5", "random student"}
+    store.ensure(graph.prepared)
+    after = {row.title: row for row in plan_rows(settings, store)[0]}
+    assert before["cache teacher"].positions == pytest.approx(after["cache teacher"].positions, rel=0.1)
 
 
 def test_a_large_model_is_planned_without_being_built(tmp_path):

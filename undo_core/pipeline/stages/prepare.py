@@ -12,6 +12,8 @@ import torch
 from undo_core.checkpoints.files import stored_dtype
 from undo_core.data.config import DataConfig
 from undo_core.data.limits import Limits
+from undo_core.data.questions import each_question
+from undo_core.data.reading import read_documents
 from undo_core.data.splits import make_splits
 from undo_core.io.files import hash_file
 from undo_core.io.progress import console
@@ -122,4 +124,16 @@ def prepare_stage(data: DataConfig, model: ModelConfig, seed: int) -> Prepare:
         files += sorted({path for name in TOKENIZER_FILES for path in Path(data.tokenizer).glob(name) if path.is_file()})
     for path in files:
         check_is_content(path)
+    check_first_records(data)
     return Prepare(data=data, model=model, files={str(path): hash_file(path) for path in files}, title="prepare")
+
+
+def check_first_records(data: DataConfig) -> None:
+    """Reads the first document or question of each file, so that a file of the wrong form is refused before any work.
+
+    Raises:
+        ValueError, ImportError: as :func:`undo_core.data.reading.read_documents` and :func:`undo_core.data.questions.read_questions`.
+    """
+    for key, source in data.sources() if data.kind == "text" else ():
+        if "://" not in source:
+            next(each_question(source) if key.startswith("data.questions.") else read_documents([source]), None)
