@@ -395,13 +395,13 @@ def test_figures_and_terms_say_did_not_recover() -> None:
 
 
 def test_retain_after_the_attack_is_that_of_the_worst_trial() -> None:
-    """The first rate, whose retain is 90 %, is the worst for UNDO with 0.2; the second, with 80 %, for the other models."""
+    """The second rate, whose retain is 80 %, is the worst for unlearn only and UNDO with 0.6; the first, with 90 %, for the others."""
     for results in ([run()], [run(seed) for seed in range(3)]):
         table = results_table(derive(results, "title"))
         names = [name for name, _ in table.headers]
         at = names.index("retain after 100 steps")
         assert names[at - 1] == "forget after 100 steps"
-        assert [row[at].main for row in table.rows] == ["–", "80.0", "90.0", "80.0", "80.0", "80.0"]
+        assert [row[at].main for row in table.rows] == ["–", "80.0", "90.0", "80.0", "90.0", "90.0"]
     result = run()
     for model in result["models"]:
         model["attack"] = None
@@ -472,6 +472,9 @@ def test_what_each_attack_took() -> None:
         ["mixed", "1 to 2", "250", "8", "32", "64k", "3.00e+09", "3.20e+09"],
         ["found", "2", "up to 70", "searched", "32", "–", "3.00e+06", "4.00e+06"],
     ]
+    for part in result["models"]:
+        part.get("attacks", {}).pop("found", None)
+    report = derive([result], "title")
     assert "## What each attack took" in markdown_tables(report) and "What each attack took" in page.render(report, {})
     result["config"]["data"] = {"kind": "arithmetic-compact", "length": 256}
     (row, *_) = attack_cost_table(derive([result], "title")).rows
