@@ -25,6 +25,7 @@ from undo_core.report.style import (
     colours_of,
     finite,
     label_ends,
+    legend_columns,
     new_figure,
     png,
     recovery,
@@ -202,7 +203,11 @@ def tradeoff(report: Report) -> Figure | None:
     corner = "better: lower right ↘" if report.higher else "better: upper left ↖"
     axes.set_title(corner, loc="right" if report.higher else "left", fontsize=9, color="#777777")
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3 if len(handles) > 6 else 2, fontsize=8.5, columnspacing=1.2
+        handles=handles,
+        loc="outside lower center",
+        ncols=legend_columns(report, 3 if len(handles) > 6 else 2),
+        fontsize=8.5,
+        columnspacing=1.2,
     )
     return figure
 
@@ -251,11 +256,11 @@ def training(report: Report) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ended = {seed not in model.censored for model in report.main if model.name in curves for seed in model.trainings}
     if report.targets:
-        ends = {True: ("o", "target reached"), False: ("X", "step limit reached first: did not recover")}
+        ends = {True: ("o", "target reached"), False: ("X", "step limit reached first")}
         handles += [
             Line2D([], [], color="#555555", marker=m, linestyle="none", label=t) for k, (m, t) in ends.items() if k in ended
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(report), fontsize=8.5, columnspacing=1.2)
     return figure
 
 

@@ -25,7 +25,18 @@ from undo_core.attacks.slowdown import (
 )
 from undo_core.report.metrics import Report
 from undo_core.report.seeds import FEWEST, TOO_FEW
-from undo_core.report.style import LINES, MARKERS, colours_of, finite, label_ends, new_figure, recovery, scale, unit_name
+from undo_core.report.style import (
+    LINES,
+    MARKERS,
+    colours_of,
+    finite,
+    label_ends,
+    legend_columns,
+    new_figure,
+    recovery,
+    scale,
+    unit_name,
+)
 from undo_core.report.table import Cell, Notes, Table, number
 
 NEITHER = "{where}neither the model nor {reference} reaches the level within its budget"
@@ -121,7 +132,7 @@ def slowdown(report: Report) -> Figure | None:
         Line2D([], [], color=colours[m.name], linestyle=LINES[m.kind], marker=MARKERS[m.kind], label=m.label + recovery(m))
         for m in models
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(report), fontsize=8.5, columnspacing=1.2)
     label_ends(axes, ends)
     return figure
 

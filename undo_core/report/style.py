@@ -106,6 +106,11 @@ def recovery(model: ModelReport) -> str:
     return " (did not recover)" if model.censored else ""
 
 
+def legend_columns(report: Report, most: int = 3) -> int:
+    """Columns of a legend of models: two where the name of one is long because it did not recover."""
+    return 2 if any(model.censored for model in report.models) else most
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
     """Writes names to the right of the axes, each at its value and in its colour, moved apart where they would overlap.
 
