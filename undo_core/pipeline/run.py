@@ -185,12 +185,13 @@ def announce(store: Store, stage: Stage) -> None:
 
 
 def stage_summary(stage: Stage, facts: dict[str, Any]) -> str:
-    """One line about a stage that was just built."""
+    """One line about a stage that was just built; an attack is measured on the test split, a training on the validation split."""
     notes = [f"{facts['seconds']:.1f} s"]
     if "steps" in facts:
         notes.insert(0, f"{facts['steps']} steps")
         last = facts["history"][-1] if facts["history"] else {}
-        notes += [f"{name} {last[name]:.3f}" for name in ("retain", "forget") if name in last]
+        split = "" if "curve" in facts else "valid "
+        notes += [f"{split}{name} {last[name]:.3f}" for name in ("retain", "forget") if name in last]
     if facts.get("limit_reached"):
         notes.append("LIMIT REACHED before the stop rule was satisfied")
     return f"  {stage.title:<22} {'  '.join(notes)}"

@@ -12,6 +12,8 @@ from undo_core.io.files import hash_json, read_json, write_bytes, write_json, wr
 from undo_core.report import backend as _backend  # noqa: F401  # before anything imports matplotlib
 from undo_core.report import figures, page, words
 from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
+from undo_core.report.attack_costs import ABOUT as ABOUT_COSTS
+from undo_core.report.attack_costs import attack_cost_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.derivation import derive
@@ -98,6 +100,8 @@ def markdown_tables(report: Report) -> str:
         parts += ["## Does a measure predict relearning?", markdown(predictions).rstrip()]
     if costs.rows:
         parts += ["## What it took", markdown(costs).rstrip()]
+    if (attacking := attack_cost_table(report)).rows:
+        parts += ["## What each attack took", markdown(attacking).rstrip(), ABOUT_COSTS]
     return "\n\n".join(parts) + "\n"
 
 

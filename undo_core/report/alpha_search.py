@@ -47,7 +47,7 @@ def robustness(report: Report, model: ModelReport, seed: int) -> Point | str:
     if not random:
         return "neither data filtering nor a random student"
     if seed in random[0].censored:
-        return "the random student is censored"
+        return "the random student did not recover"
     ends = [_attacked(of, report.headline, seed) for of in (model, unlearn, random[0])]
     if ends[0] is None or ends[1] is None or ends[2] is None:
         return "not attacked for the headline number of steps, or a control was not"

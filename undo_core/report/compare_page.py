@@ -53,7 +53,9 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
     """Returns a caption for each figure."""
     report = settings[0].report
     alphas = sorted({s.report.strongest.alpha or 0.0 for s in settings if s.report.strongest})
-    stands = f"UNDO is shown at the largest α that no seed's step limit censored ({', '.join(f'{a:g}' for a in alphas)})."
+    stands = (
+        f"UNDO is shown at the largest α at which the students of all seeds recovered ({', '.join(f'{a:g}' for a in alphas)})."
+    )
     stands = stands if alphas else ""
     worst = "The worst case is taken over all attacks and learning rates"
     return {
@@ -68,8 +70,8 @@ def captions(settings: Sequence[Setting]) -> dict[str, str]:
         f"Each attack is drawn at its own steps. Means over seeds. {stands}",
         "robustness": "Robustness R on the scale from unlearn only (0) to data filtering (1), against compute C, the training "
         "over data filtering's, with a point for each α: means, bars from the smallest to the largest seed. C includes the "
-        "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Censored models have neither "
-        "R nor C.",
+        "unlearning, and in FLOPs the teacher's forward passes. Numbers give α if there is room. Models that did not recover "
+        "have neither R nor C.",
         "labels": f"The same method with fewer labelled forget tokens. {stands} Means; bars from the smallest to the largest "
         "seed.",
     }

@@ -22,8 +22,8 @@ from undo_core.report.metrics import STUDENTS, UNITS, ModelReport, Order, Report
 from undo_core.report.results import KINDS, check_results
 from undo_core.report.robustness import robustness_point
 
-CENSORED = "the model is censored"
-FILTER_CENSORED = "data filtering is censored"
+CENSORED = "the model did not recover"
+FILTER_CENSORED = "data filtering did not recover"
 NO_FILTER = "no data filtering"
 _STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
 
@@ -67,10 +67,10 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
     def robustness(name: str, seed: int) -> Point | str:
         entry, control = entries[name][seed], pick(entries, named["filter"], seed)
         ends = [(pick(worst, n, seed) or {}).get(headline) for n in (name, named["unlearn"], named["filter"])]
-        if is_censored(entry, seed in targets):
-            return CENSORED
         if control is None:
             return NO_FILTER
+        if is_censored(entry, seed in targets):
+            return CENSORED
         if is_censored(control, seed in targets):
             return FILTER_CENSORED
         if ends[0] is None or ends[1] is None or ends[2] is None:

@@ -25,8 +25,10 @@ from undo_core.report.style import (
     colours_of,
     finite,
     label_ends,
+    legend_columns,
     new_figure,
     png,
+    recovery,
     scale,
     step_panels,
     unit_name,
@@ -62,7 +64,7 @@ def relearning(report: Report) -> Figure | None:
         axes.plot(
             steps, means, color=colour, linestyle=LINES[model.kind], marker=MARKERS[model.kind], markersize=4.5, clip_on=False
         )
-        ends.append((means[-1], model.label + _dagger(model), colour))
+        ends.append((means[-1], model.label + recovery(model), colour))
     original = next((m.metrics["forget"] for m in report.of("original") if m.metrics.get("forget")), None)
     if original:
         axes.axhline(original.mean, color=COLOURS["original"], linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
@@ -181,7 +183,7 @@ def tradeoff(report: Report) -> Figure | None:
             axes.annotate("", after, (x, y), arrowprops=arrow, zorder=3)
             axes.plot(*after, marker=marker, color=colour, markersize=8, linestyle="none", zorder=4)
         handles.append(
-            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=model.label + _dagger(model))
+            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=model.label + recovery(model))
         )
     axes.set_xlabel(f"retain {unit_name(report)}")
     axes.set_ylabel(f"forget {unit_name(report)}")
@@ -201,7 +203,11 @@ def tradeoff(report: Report) -> Figure | None:
     corner = "better: lower right ↘" if report.higher else "better: upper left ↖"
     axes.set_title(corner, loc="right" if report.higher else "left", fontsize=9, color="#777777")
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3 if len(handles) > 6 else 2, fontsize=8.5, columnspacing=1.2
+        handles=handles,
+        loc="outside lower center",
+        ncols=legend_columns(report, 3 if len(handles) > 6 else 2),
+        fontsize=8.5,
+        columnspacing=1.2,
     )
     return figure
 
@@ -231,7 +237,7 @@ def training(report: Report) -> Figure | None:
                 axes.plot(steps[-1], values[-1], color=colour, linestyle="none", markeredgecolor="white", zorder=4, **end)
             right = max(right, steps[-1])
         if runs:
-            label = model.label + _dagger(model)
+            label = model.label + recovery(model)
             handles.append(Line2D([], [], color=colour, linestyle=LINES[model.kind], label=label))
     for index, target in enumerate(report.targets.values()):
         axes.axhline(target, color="#444444", linewidth=1, linestyle=(0, (3, 2)), zorder=1)
@@ -244,16 +250,17 @@ def training(report: Report) -> Figure | None:
             axes.annotate("retain target", xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9, **place)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"retain {unit_name(report)}, validation")
+    axes.margins(y=0.12)  # room for the name of the target between its line and the axis
     scale(axes.yaxis, axes, report)
     axes.set_xlim(0, right * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ended = {seed not in model.censored for model in report.main if model.name in curves for seed in model.trainings}
     if report.targets:
-        ends = {True: ("o", "target reached"), False: ("X", "step limit (censored)")}
+        ends = {True: ("o", "target reached"), False: ("X", "step limit reached first")}
         handles += [
             Line2D([], [], color="#555555", marker=m, linestyle="none", label=t) for k, (m, t) in ends.items() if k in ended
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(report), fontsize=8.5, columnspacing=1.2)
     return figure
 
 
@@ -279,7 +286,7 @@ def rates(report: Report) -> Figure | None:
             for curve in attack["curves"]:
                 values = [finite(score["value"]) for score in curve["forget"]]
                 axes.plot(attack["steps"][: len(values)], values, color=shades[curve["rate"]], linewidth=1.2)
-        axes.set_title(model.label + _dagger(model), fontsize=9.5)
+        axes.set_title(model.label + recovery(model), fontsize=9.5)
     step_panels(figure, panels, len(models), columns, report.steps[-1], report)
     handles = [Line2D([], [], color=shades[r], linewidth=1.6, label=rate(r)) for r in grid]
     handles.append(Line2D([], [], color="#f2b8a0", linewidth=5, label="worst case"))
@@ -291,10 +298,6 @@ def rates(report: Report) -> Figure | None:
         title="learning rate",
     )
     return figure
-
-
-def _dagger(model: ModelReport) -> str:
-    return " (censored)" if model.censored else ""
 
 
 def _mean(values: Sequence[float]) -> float:

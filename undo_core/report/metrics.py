@@ -178,6 +178,17 @@ class Report:
         return "%" if self.higher else unit_of(self.results[0]["metric"])
 
     @property
+    def asked(self) -> bool:
+        """Whether performance is measured on multiple-choice questions."""
+        data: dict[str, Any] = (self.results[0].get("config") or {}).get("data") or {}
+        return bool((data.get("questions") or {}).get("forget"))
+
+    @property
+    def scored(self) -> str:
+        """What a performance is measured on, in the plural."""
+        return "questions" if self.asked else "sequences"
+
+    @property
     def seeds(self) -> list[int]:
         """Seeds of the runs, in ascending order."""
         return [result["seed"] for result in self.results]

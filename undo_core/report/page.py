@@ -9,6 +9,8 @@ from html import escape
 
 from undo_core.report import words
 from undo_core.report.alpha_search import PREDICTED, RULE, alpha_sentences, alpha_table
+from undo_core.report.attack_costs import ABOUT as ABOUT_COSTS
+from undo_core.report.attack_costs import attack_cost_table
 from undo_core.report.claims import PUBLISHED, claims
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
@@ -134,6 +136,8 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     if costs.rows:
         parts.append(f"<h2>What it took</h2>{table_html(costs)}")
         parts.append(f'<p class="soft">{means}Tokens and FLOPs of students include the unlearning.</p>')
+    if (attacking := attack_cost_table(report)).rows:
+        parts.append(f'<h2>What each attack took</h2>{table_html(attacking)}<p class="soft">{escape(ABOUT_COSTS)}</p>')
     if groups.rows:
         parts.append(f"<details><summary>By group, before the attack</summary>{table_html(groups)}</details>")
     terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in words.definitions(report))
@@ -168,7 +172,7 @@ def claims_html(sentences: Iterable[str]) -> str:
 
 
 def table_html(table: Table) -> str:
-    """Renders the table with its footnotes."""
+    """Renders the table with its footnotes and the sentences below it."""
     heads = "".join(
         f"<th>{escape(name)}{f'<small>{escape(unit)}</small>' if unit else ''}</th>" for name, unit in table.headers
     )
@@ -182,7 +186,8 @@ def table_html(table: Table) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li><sup>{escape(mark)}</sup> {escape(text)}</li>" for mark, text in table.notes.items())
     html = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    return html + (f'<ul class="notes soft">{notes}</ul>' if notes else "")
+    below = "".join(f'<p class="soft">{escape(text)}</p>' for text in table.below)
+    return html + (f'<ul class="notes soft">{notes}</ul>' if notes else "") + below
 
 
 def _details(title: str, value: object) -> str:

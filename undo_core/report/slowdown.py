@@ -25,7 +25,18 @@ from undo_core.attacks.slowdown import (
 )
 from undo_core.report.metrics import Report
 from undo_core.report.seeds import FEWEST, TOO_FEW
-from undo_core.report.style import LINES, MARKERS, colours_of, finite, label_ends, new_figure, scale, unit_name
+from undo_core.report.style import (
+    LINES,
+    MARKERS,
+    colours_of,
+    finite,
+    label_ends,
+    legend_columns,
+    new_figure,
+    recovery,
+    scale,
+    unit_name,
+)
 from undo_core.report.table import Cell, Notes, Table, number
 
 NEITHER = "{where}neither the model nor {reference} reaches the level within its budget"
@@ -81,16 +92,19 @@ def slowdown_cell(seeds: Sequence[Slowdown], notes: Notes, reference: str) -> Ce
 
 
 def slowdown(report: Report) -> Figure | None:
-    """Best forget performance that any attack reaches against its FLOPs, one line per model and seed, and the levels."""
+    """Best forget performance that any attack reaches against its FLOPs, one line per model and seed, and the levels.
+
+    There is no figure unless some model was evaluated after two amounts of FLOPs.
+    """
     tried = {model.name: [] for model in report.models}
     for entry in (entry for result in report.results for entry in comparable(result)):
         tried[entry["name"]].append(list(trajectories(entry)))
     found = {name: [line for each in seeds if (line := frontier(each, report.higher))[0]] for name, seeds in tried.items()}
     models = [model for model in report.models if found[model.name]]
-    spent = [max(each.flops) for model in models for seed in tried[model.name] for each in seed]
-    if not spent or not max(spent):
-        return None
-    right = max(spent)
+    spent = [{amount for each in seed for amount in each.flops if amount} for model in models for seed in tried[model.name]]
+    if max(map(len, spent), default=0) < 2:
+        return None  # a single budget is a vertical line for each model
+    right = max(amount for amounts in spent for amount in amounts)
     left = min(amount for model in models for flops, _ in found[model.name] for amount in [*flops, right] if amount) / 2
     figure, (axes,) = new_figure(6.2, 4.3)
     colours = colours_of(report)
@@ -115,9 +129,10 @@ def slowdown(report: Report) -> Figure | None:
     axes.set_ylabel(f"forget {unit_name(report)}")
     scale(axes.yaxis, axes, report)
     handles = [
-        Line2D([], [], color=colours[m.name], linestyle=LINES[m.kind], marker=MARKERS[m.kind], label=m.label) for m in models
+        Line2D([], [], color=colours[m.name], linestyle=LINES[m.kind], marker=MARKERS[m.kind], label=m.label + recovery(m))
+        for m in models
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, columnspacing=1.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(report), fontsize=8.5, columnspacing=1.2)
     label_ends(axes, ends)
     return figure
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from undo_core.report.metrics import ModelReport, Report, Stat
-from undo_core.report.style import COLOURS, colours_of, finite, new_figure, scale, unit_name
+from undo_core.report.style import COLOURS, colours_of, finite, new_figure, recovery, scale, unit_name
 
 CONTROLS = ("unlearn", "undo", "random", "filter")
 
@@ -55,7 +55,7 @@ def after(model: ModelReport, report: Report) -> Stat:
 
 def label(model: ModelReport) -> str:
     """Name of a row."""
-    return f"{model.label}{' (censored)' if model.censored else ''}"
+    return model.label + recovery(model)
 
 
 def captions(report: Report) -> dict[str, str]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from undo_core.report.metrics import Report
+from undo_core.report.metrics import ModelReport, Report
 from undo_core.report.robustness import DIVERGED
 
 # Okabe and Ito's colours, safe for colour-blind readers; UNDO students use a ramp of blues, darker with alpha.
@@ -99,6 +99,16 @@ def colours_of(report: Report) -> dict[str, Any]:
     ramp = {name: colormaps["Blues"](0.45 + 0.55 * (i + 1) / len(undo)) for i, name in enumerate(undo)}
     ramp |= {model.name: DISTINCT[i % len(DISTINCT)] for i, model in enumerate(report.of("defence"))}
     return {model.name: ramp.get(model.name) or COLOURS[model.kind] for model in report.models}
+
+
+def recovery(model: ModelReport) -> str:
+    """What follows the name of a model in a figure that did not recover its retain performance in some seed; else empty."""
+    return " (did not recover)" if model.censored else ""
+
+
+def legend_columns(report: Report, most: int = 3) -> int:
+    """Columns of a legend of models: two where the name of one is long because it did not recover."""
+    return 2 if any(model.censored for model in report.models) else most
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,7 @@ from undo_core.report.robustness import DIVERGED
 NONE = "–"
 NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
+FEW = 30  # sequences below which the interval of an evaluation is rough
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Table: headers as ``(name, unit)``, rows of cells, and footnotes ``{mark: text}``."""
+    """Table: headers as ``(name, unit)``, rows of cells, footnotes ``{mark: text}``, and sentences below it."""
 
     headers: list[tuple[str, str]]
     rows: list[list[Cell]]
     notes: dict[str, str] = field(default_factory=dict)
+    below: list[str] = field(default_factory=list)
 
 
 def results_table(report: Report) -> Table:
@@ -55,27 +58,89 @@ def results_table(report: Report) -> Table:
     unit = report.unit
     steps = _columns(report)
     held_out = [k for k in ("heldout_retain", "heldout_forget") if any(m.metrics.get(k) for m in report.models)]
-    ranked = any(m.robustness or m.robustness.missing for m in report.models)
+    ratios, left_out = ratio_columns(report.models)
+    attacked = any(retain_after(m, report) for m in report.models)
     bounded = any(m.bounded for m in report.models)
     headers = [("model", ""), ("retain", unit), ("forget", unit)]
-    headers += [(_after(step), f"worst case, {unit}") for step in steps]
+    for step in steps:
+        headers.append((_after(step), f"worst case, {unit}"))
+        if attacked and step == report.headline:
+            headers.append((f"retain after {step} steps", f"of that trial, {unit}"))
     headers += [("forget, still useful", f"worst case, {unit}; {margin(report)}")] if bounded else []
-    if ranked:
-        headers += [("R", "robustness"), ("C", "steps"), ("C", "tokens"), ("C", "FLOPs")]
+    headers += ratios
     headers += [(key.replace("heldout_", "held-out "), unit) for key in held_out]
     rows = []
     for model in report.models:
         row = [Cell(model.label, marks=model_marks(model, report, notes))]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in ("retain", "forget")]
-        row += [performance(model.worst.get(step, Stat()), report.higher) for step in steps]
+        for step in steps:
+            row.append(performance(model.worst.get(step, Stat()), report.higher))
+            if attacked and step == report.headline:
+                row.append(performance(retain_after(model, report), report.higher))
         if bounded:
             by = sorted({point.attack or "no attack" for point in model.bounded.points})
             row.append(dataclasses.replace(performance(model.bounded, report.higher), remark=", ".join(by)))
-        if ranked:
-            row += [ratio_cell(stat, notes) for stat in (model.robustness, *model.compute.values())]
+        row += [ratio_cell(ratios_of(model)[header], notes) for header in ratios]
         row += [performance(model.metrics.get(key, Stat()), report.higher) for key in held_out]
         rows.append(row)
-    return Table(headers, rows, notes.texts)
+    return Table(headers, rows, notes.texts, [*evaluated(report, held_out), *left_out])
+
+
+def retain_after(model: ModelReport, report: Report) -> Stat:
+    """Retain performance after the headline number of attack steps, of the trial that is the worst case of forget."""
+    points = model.worst.get(report.headline, Stat()).points
+    return Stat(tuple(Point(p.seed, p.retain) for p in points if p.retain is not None))
+
+
+def ratios_of(model: ModelReport) -> dict[tuple[str, str], Stat]:
+    """R and C of a model by the headers of their columns."""
+    own = {("R", "robustness"): model.robustness}
+    return own | {("C", "FLOPs" if unit == "flops" else unit): stat for unit, stat in model.compute.items()}
+
+
+def ratio_columns(models: Sequence[ModelReport]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Headers of the columns of R and C in which some model has a value, and a sentence on those that are left out.
+
+    Returns neither for models that are not compared with data filtering.
+    """
+    found = [ratios_of(model) for model in models]
+    wanted = [header for header in found[0] if any(own[header] or own[header].missing for own in found)] if found else []
+    shown = [header for header in wanted if any(own[header] for own in found)]
+    gone = [header for header in wanted if header not in shown]
+    if not gone:
+        return shown, []
+    reasons: dict[str, list[str]] = {}
+    for model, own in zip(models, found, strict=True):
+        for reason in dict.fromkeys(reason for header in gone for reason in own[header].missing.values()):
+            reasons.setdefault(reason, []).append(model.label)
+    why = [reason if len(reasons) == 1 else f"{reason} ({', '.join(labels)})" for reason, labels in reasons.items()]
+    named = (f"{name} in {unit}" if any(name == other for other, _ in shown) else name for name, unit in gone)
+    names = " or ".join(dict.fromkeys(named))
+    return shown, [f"No model has {names}: {'; '.join(why)}."]
+
+
+def evaluated(report: Report, held_out: Sequence[str] = ()) -> list[str]:
+    """A sentence on how many sequences or questions the performances of the models are measured on; none if that is not known."""
+    sizes: dict[str, list[int]] = {}
+    for key in ("retain", "forget", *held_out):
+        known = [p.n for model in report.models for p in model.metrics.get(key, Stat()).points if p.n is not None]
+        if known:
+            sizes[key.replace("heldout_", "held-out ")] = known
+    if not sizes:
+        return []
+    texts = [f"{name} {_between(known)}" for name, known in sizes.items()]
+    text = f"Test {report.scored}: {', '.join(texts)}."
+    few = [name for name, known in sizes.items() if min(known) < FEW]
+    if few:
+        what, verb = "interval" if len(report.seeds) == 1 else "value", "is"
+        if len(few) > 1:
+            what, verb = f"{what}s", "are"
+        text += f" The {what} of {' and '.join(few)} {verb} rough, with fewer than {FEW} {report.scored}."
+    return [text]
+
+
+def _between(sizes: Sequence[int]) -> str:
+    return str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
 def attack_table(report: Report) -> Table:
@@ -156,7 +221,8 @@ def markdown(table: Table, names: int = 1) -> str:
     for row in table.rows:
         cells = [f"{plain(c.main)}{f' ({plain(c.small)})' if c.small else ''}{f' {c.noted}' if c.marks else ''}" for c in row]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + "".join(f"\n[{mark}] {plain(text)}\n" for mark, text in table.notes.items())
+    notes = [f"[{mark}] {plain(text)}" for mark, text in table.notes.items()]
+    return "\n".join(lines) + "\n" + "".join(f"\n{text}\n" for text in [*notes, *map(plain, table.below)])
 
 
 def plain(text: str) -> str:
@@ -208,8 +274,9 @@ def terminal(report: Report) -> Group:
 
 
 def terminal_notes(table: Table) -> list[Text]:
-    """Renders the footnotes of a table for a terminal, a line each."""
-    return [Text(f"[{mark}] {text}", style="yellow") for mark, text in table.notes.items()]
+    """Renders the footnotes of a table and the sentences below it for a terminal, a line each."""
+    notes = [Text(f"[{mark}] {text}", style="yellow") for mark, text in table.notes.items()]
+    return notes + [Text(text, style="dim") for text in table.below]
 
 
 def order_sentence(order: Order, report: Report) -> str:
@@ -217,7 +284,9 @@ def order_sentence(order: Order, report: Report) -> str:
     labels = {model.name: model.label for model in report.models}
     who = "By the means over seeds" if order.seed is None else f"Seed {order.seed}"
     chain = " → ".join(f"{labels[name]} {number(value, report.higher)}" for name, value in order.chain)
-    end = f" Not compared because they are censored: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
+    end = (
+        f" Not compared because they did not recover: {', '.join(labels[n] for n in order.left_out)}." if order.left_out else ""
+    )
     if order.holds:
         verdict = "the attack never gets easier along"
     else:
@@ -314,7 +383,9 @@ def model_marks(model: ModelReport, report: Report, notes: Notes) -> str:
         marks += notes.mark(hardly_forgotten(report))
     if model.censored:
         where = "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
-        marks += notes.mark(f"censored{where}: reached its step limit before the retain target, and enters neither R nor C")
+        marks += notes.mark(
+            f"did not recover{where}: reached its step limit before the retain target, and enters neither R nor C"
+        )
     if model.at_end_of_grid:
         marks += notes.mark(
             "only one learning rate was tried: a stronger attack may exist at another"

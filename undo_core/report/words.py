@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from typing import Any
 
 from undo_core.report import inside, search, slowdown, students
@@ -29,7 +30,15 @@ def method_name(name: str) -> str:
 
 def opening(report: Report) -> str:
     """Describes what was done and the main results in one paragraph."""
-    parts = (_done(report), _before(report), _forgotten(report), _attacked(report), _ratios(report), _limits(report))
+    parts = (
+        _done(report),
+        _before(report),
+        _forgotten(report),
+        _attacked(report),
+        _unrecovered(report),
+        _ratios(report),
+        _limits(report),
+    )
     text = " ".join(part for part in parts if part)
     return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
 
@@ -39,7 +48,8 @@ def captions(report: Report) -> dict[str, str]:
     band = (
         "Bands: smallest and largest seed." if len(report.seeds) > 1 else "Bands: 95 % intervals of the evaluation (one seed)."
     )
-    better = "Lower is more robust." if report.higher else "Higher is more robust."
+    better = "Lower is more robust" if report.higher else "Higher is more robust"
+    better += ", except for models that did not recover." if any(model.censored for model in report.main) else "."
     most, worst = "; at every step the learning rate that recovers most of it counts", " that is worst for the forget set"
     if len(report.rates) == 1:
         most, worst = f" at the learning rate {rate(report.rates[0])}", f" {rate(report.rates[0])}"
@@ -53,7 +63,7 @@ def captions(report: Report) -> dict[str, str]:
         "tradeoff": f"Retain against forget performance, before the attack (open) and after {report.headline} attack steps "
         f"(filled) at the learning rate{worst}; means over seeds.",
         "training": "Retain performance on the validation split during training. A student stops at its first evaluation that "
-        "reaches the target; a cross marks a student that reached its step limit first (censored).",
+        "reaches the target; a cross marks one that reached its step limit first, and so did not recover.",
         "rates": "Forget performance at every learning rate of the attack, and the worst case over them.",
         **students.captions(report),
         **inside.captions(report),
@@ -64,11 +74,11 @@ def captions(report: Report) -> dict[str, str]:
 
 def definitions(report: Report) -> list[tuple[str, str]]:
     """Returns the terms of the report, each with a one-line definition."""
-    value, scored = f"mean cross-entropy in {report.unit.replace('/', ' per ')}", "sequences"
+    value, scored = f"mean cross-entropy in {report.unit.replace('/', ' per ')}", report.scored
     if report.higher:
         value = "share of prompts whose greedy answer matches exactly"
-    if _asked(report):
-        value, scored = "share of multiple-choice questions whose right letter is the likeliest", "questions"
+    if report.asked:
+        value = "share of multiple-choice questions whose right letter is the likeliest"
     several = (
         "mean over seeds, with the smallest and the largest seed"
         if len(report.seeds) > 1
@@ -92,11 +102,12 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         f"{MIN_DENOMINATOR:g}{'' if report.higher else ' nats'} in size",
         "C": "compute, S_undo / S_filter: the training until the retain target was first reached; it includes the unlearning, "
         "and in FLOPs the teacher's forward passes",
-        "censored": "the model reached its step limit before the retain target; it has no R and no C",
+        "did not recover": "training reached its step limit before the retain target (in report.json: censored); the model has no R "
+        "and no C, and its forget performance after an attack is no evidence of robustness",
     }
     kinds = {model.kind for model in report.models}
     if report.of("defence"):
-        terms = {term: text for term, text in terms.items() if term not in ("R", "C", "censored")}
+        terms = {term: text for term, text in terms.items() if term not in ("R", "C", "did not recover")}
         if not report.higher:
             terms["nats per byte"] = (
                 "the sum of the cross-entropies over the UTF-8 bytes of the same text, which compares models with different "
@@ -116,12 +127,6 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         if kind not in kinds:
             terms.pop(term)
     return list(terms.items())
-
-
-def _asked(report: Report) -> bool:
-    """Whether performance is measured on multiple-choice questions."""
-    data: dict[str, Any] = (report.results[0].get("config") or {}).get("data") or {}
-    return bool((data.get("questions") or {}).get("forget"))
 
 
 def _over(report: Report) -> str:
@@ -207,33 +212,56 @@ def _attacked(report: Report) -> str:
     if not at:
         return "No model was attacked, so nothing is known about robustness." if report.models else ""
     parts = [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("unlearn") if m.name in at]
-    students = [m for m in report.of("undo") if m.name in at]
-    for name, some in (
-        ("UNDO", [m for m in students if not m.censored]),
-        ("censored UNDO", [m for m in students if m.censored]),
-    ):
-        if some:
-            low, high = (side(some, key=lambda m: at[m.name].mean) for side in (min, max))
-            text = f"{name} at {_say(at[low.name], report)} (α = {low.alpha:g})"
-            if high is not low:
-                lowest = number(at[low.name].mean, report.higher)
-                text = f"{name} between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
-            parts.append(text)
-    parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in [*report.of("random"), *report.of("filter")] if m.name in at]
+    students = [m for m in report.of("undo") if m.name in at and not m.censored]
+    if students:
+        low, high = (side(students, key=lambda m: at[m.name].mean) for side in (min, max))
+        text = f"UNDO at {_say(at[low.name], report)} (α = {low.alpha:g})"
+        if high is not low:
+            lowest = number(at[low.name].mean, report.higher)
+            text = f"UNDO between {lowest} (α = {low.alpha:g}) and {_say(at[high.name], report)} (α = {high.alpha:g})"
+        parts.append(text)
+    controls = [m for kind in ("random", "filter") for m in report.of(kind) if m.name in at and not m.censored]
+    parts += [f"{_name(m)} at {_say(at[m.name], report)}" for m in controls]
     parts += [f"{_name(m)} is at {_say(at[m.name], report)}" for m in report.of("defence") if m.name in at]
-    text = (
-        f"After {report.headline} attack steps{_or_further(report)}, in forget {'accuracy' if report.higher else 'loss'}, "
-        f"{_join(parts)}."
-        if parts
-        else ""
+    if not parts:
+        return ""
+    measured = "accuracy" if report.higher else "loss"
+    return f"After {report.headline} attack steps{_or_further(report)}, in forget {measured}, {_join(parts)}."
+
+
+def _unrecovered(report: Report) -> str:
+    """Names the models that did not recover, each with its retain beside its target, and says what their forget does not show."""
+    models = [m for m in report.models if m.censored]
+    if not models:
+        return ""
+    limits, attacked = [], []
+    for model in models:
+        seeds = [
+            seed for seed in model.censored if (model.trainings[seed].get("history") or [{}])[-1].get("retain") is not None
+        ]
+        text = f"{_name(model)} did not recover its retain performance{_in_seeds(model, report)}"
+        if seeds:
+            reached = statistics.fmean(model.trainings[seed]["history"][-1]["retain"] for seed in seeds)
+            wanted = statistics.fmean(report.targets[seed] for seed in seeds)
+            text += f": it reached {number(reached, report.higher)}{unit(report)} on the validation split, and the target is "
+            text += f"{number(wanted, report.higher)}{unit(report)}"
+        limits.append(text)
+        points = [p for p in model.worst.get(report.headline, Stat()).points if p.seed in model.censored]
+        if points:
+            attacked.append(f"{_say(Stat(tuple(points)), report)} of {_name(model)}")
+    text = f"{'; '.join(limits)}."
+    text = text[0].upper() + text[1:]
+    if not attacked:
+        return text
+    measured = "accuracy" if report.higher else "loss"
+    return (
+        f"{text} The forget {measured} after the attack, {_join(attacked)}, is therefore no evidence of robustness: a model that "
+        "is broken as a whole scores badly on the forget set too."
     )
-    censored = [m for m in report.models if m.censored]
-    if censored:
-        text += (
-            f" Censored, because training reached its step limit before the retain target: "
-            f"{_join([_name(m) for m in censored])}."
-        )
-    return text
+
+
+def _in_seeds(model: ModelReport, report: Report) -> str:
+    return "" if len(report.seeds) == 1 else f" in seed {', '.join(map(str, model.censored))}"
 
 
 def _ratios(report: Report) -> str:

@@ -77,8 +77,8 @@ def test_students_that_cannot_be_repaired_bound_the_search():
 def test_the_budget_and_an_undefined_r_end_it():
     tried, ended = search_with(CURVES["late"], (0.4, 0.8), tries=2)
     assert len(tried) == 4 and "budget of 2" in ended
-    _, ended = search_with(lambda alpha: "data filtering is censored", (0.4, 0.8))
-    assert ended == "R of α = 0.4 is not defined (data filtering is censored)"
+    _, ended = search_with(lambda alpha: "data filtering did not recover", (0.4, 0.8))
+    assert ended == "R of α = 0.4 is not defined (data filtering did not recover)"
 
 
 def test_noise_in_r_does_not_trap_it():

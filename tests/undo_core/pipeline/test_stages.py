@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stage_kinds import KINDS, NOWHERE, Ending
 
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import hash_file
+from undo_core.pipeline.run import stage_summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages import Distill, Initialise, Noise
 from undo_core.pipeline.store import OneFolder
@@ -78,3 +80,10 @@ def test_one_folder_is_made_once_and_never_over_something_else(tmp_path):
     assert hash_file(tmp_path / "out" / "manifest.json") == before and [path.name for path in Path(tmp_path).iterdir()] == [
         "out"
     ]
+
+
+def test_the_line_of_a_finished_training_says_that_its_values_are_of_the_validation_split():
+    facts = {"seconds": 2.0, "steps": 4, "history": [{"step": 4, "retain": 1.5, "forget": 2.5}]}
+    stage = SimpleNamespace(title="unlearn")
+    assert stage_summary(stage, facts).split("  ")[-2:] == ["valid retain 1.500", "valid forget 2.500"]
+    assert stage_summary(stage, {**facts, "curve": []}).split("  ")[-2:] == ["retain 1.500", "forget 2.500"], "an attack's"

@@ -108,6 +108,28 @@ def test_the_report_shows_it_only_where_flops_are_known():
     assert "No compute slowdown: no attack that trains on the forget text recorded its FLOPs." in page.render(report, {})
 
 
+def test_a_single_budget_has_a_table_and_no_figure():
+    short = result()
+    for entry in short["models"]:
+        for curve in (entry["attack"] or {"curves": ()})["curves"]:
+            for part in ("forget", "retain", "flops"):
+                curve[part] = curve[part][:2]
+    report = derive([short], "t")
+    assert figure(report) is None and slowdown_table(report).rows
+    undo = short["models"][2]["attack"]["curves"][0]
+    for part, value in (("forget", score(0.2)), ("retain", score(0.9)), ("flops", 1e11)):
+        undo[part].append(value)
+    assert figure(derive([short], "t")) is not None, "one model with two evaluations is enough"
+
+
+def test_the_legend_names_a_student_that_did_not_recover():
+    own = result()
+    own["metric"]["retain_target"] = 0.9
+    own["models"][2]["training"] = {"steps": 8, "stop_step": None}
+    names = [text.get_text() for text in figure(derive([own], "t")).legends[0].get_texts()]
+    assert names == ["unlearn only", "UNDO α=0.5 (did not recover)", "data filtering"]
+
+
 def test_attacks_on_other_text_are_left_out_of_table_and_figure():
     plain = result()
     config = {"relearn": {"kind": "finetune"}, "attacks": {"other-half": {"kind": "finetune", "text": {"forget_part": 0.5}}}}
