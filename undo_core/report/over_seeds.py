@@ -213,8 +213,12 @@ def _cells(quantity: Quantity, found: Difference | None, notes: Notes) -> list[C
     if found.interval is None:
         return [Cell(quantity.shown(found.median), marks=notes.mark(TOO_FEW)), Cell()]
     spread = " to ".join(map(quantity.shown, found.interval))
-    p = Cell() if found.corrected is None else Cell(f"{found.corrected:.3f}", remark="an order" if found.ordered else "")
+    p = Cell() if found.corrected is None else Cell(_p(found.corrected), remark="an order" if found.ordered else "")
     return [Cell(quantity.shown(found.median), spread), p]
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def _enough(report: Report, comparisons: Sequence[Comparison]) -> bool:
