@@ -48,7 +48,8 @@ def check_stages(config: RunConfig, stages: Iterable[Stage]) -> None:
     described = functools.cache(functools.partial(planned_skeleton, config))
     for stage in stages:
         source = None if stage.model_from is None else stage.inputs[stage.model_from]
+        model = described(isinstance(source, Stage) and source.untied)
         try:
-            stage.check(described(isinstance(source, Stage) and source.untied))
+            stage.check(model)
         except ValueError as error:
             raise ValueError(f"{stage.title}: {error}") from None

@@ -118,6 +118,7 @@ class Stage(abc.ABC):
         late: names of inputs that the stage does not read at first: it can begin while other processes build them.
         together: whether several ranks run the stage together; otherwise rank 0 runs it while the others wait.
         unties: whether the stage gives a tied head a weight of its own.
+        time_from: the settings on which its time depends, as a plan names them.
     """
 
     title: str = ""
@@ -128,6 +129,7 @@ class Stage(abc.ABC):
     late: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[bool] = False
     unties: ClassVar[bool] = False
+    time_from: ClassVar[str] = ""
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -161,6 +163,10 @@ class Stage(abc.ABC):
     def check(self, model: PreTrainedModel) -> None:
         """Raises a ValueError if the stage would refuse the model that it works on, here without weights on the meta device."""
         return
+
+    def estimated_seconds(self, scene: Scene) -> float | None:
+        """Time of a stage that takes no optimizer steps, tried on a sample; None if it is negligible or follows from :meth:`cost`."""
+        return None
 
     def check_ranks(self, count: int) -> None:
         """Raises a ValueError if the stage cannot be run on ``count`` ranks; what rank 0 runs alone can on any number."""

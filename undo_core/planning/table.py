@@ -15,11 +15,10 @@ from undo_core.pipeline.graph import attacked_models, graph_of, measured_models
 from undo_core.pipeline.memory.predictor import Predictor
 from undo_core.pipeline.needs import PARTS, Memory, Scene
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.stages.gate import Gate
 from undo_core.pipeline.store import Store, load_warning
 from undo_core.planning.communication import exchange_collectives, stage_collectives, wire_bytes
 from undo_core.planning.models import distilled_sequences, predictor_of, sequence_length
-from undo_core.planning.timing import Measure, basis, gate_seconds
+from undo_core.planning.timing import Measure, basis
 from undo_core.report.table import count
 
 Line = tuple[str, list[Stage]]
@@ -42,6 +41,7 @@ class Row:
         wire_bytes: bytes that each of several ranks sends to the others in a step.
         folder: name of the stage's folder.
         done: whether the stage is finished.
+        time_from: the settings on which its time depends.
     """
 
     title: str
@@ -56,6 +56,7 @@ class Row:
     wire_bytes: float
     folder: str
     done: bool
+    time_from: str = ""
 
 
 def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
@@ -89,8 +90,8 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
         scene = Scene(untied if stage.untied else model, sequence_length(config, stage), distilled)
         cost = stage.cost(scene)
         seconds = cost.steps * measure.seconds(cost.sequences, cost.passes, scene.length) if cost.steps else 0.0
-        if isinstance(stage, Gate):
-            seconds = gate_seconds(stage.config, distilled, scene.length)
+        if (estimated := stage.estimated_seconds(scene)) is not None:
+            seconds = estimated
         row = Row(
             title=title,
             steps=cost.steps * times,
@@ -104,6 +105,7 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
             wire_bytes=_wire(predict(stage), stage) if ranks > 1 else 0.0,
             folder=stage.name,
             done=all(map(store.done, stages)),
+            time_from=stage.time_from,
         )
         rows.append(row)
     return rows, sum(row.disk_bytes for row in rows if not row.done)
@@ -181,12 +183,12 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
 
 def _what_to_cut(rows: list[Row], total: float) -> str:
     """The settings on which most of a long plan's time depends, and where the guide says what to cut."""
-    spent: dict[str, float] = {}
+    spent: dict[tuple[str, str], float] = {}
     for row in rows:
-        kind = row.folder.rpartition("-")[0]
+        kind = row.folder.rpartition("-")[0], row.time_from
         spent[kind] = spent.get(kind, 0.0) + row.seconds
     most = sorted(spent, key=lambda kind: -spent[kind])[:2]
-    parts = [f"{kind} {spent[kind] / total:.0%} ({_SETTINGS.get(kind, kind)})" for kind in most if spent[kind]]
+    parts = [f"{kind[0]} {spent[kind] / total:.0%} ({kind[1]})" for kind in most if spent[kind]]
     return (
         f"This takes longer than a day on this machine. Most of it: {', '.join(parts)}; all grow with data.length. "
         'What to cut: docs/guides/checkpoint.md, "A small model, or a first trial".'
@@ -210,16 +212,6 @@ def _alike(rows: list[Row]) -> list[tuple[str, Row]]:
 
 
 LONG = 24 * 3600.0  # seconds from which the plan says what to cut
-_SETTINGS = {  # on which the time of a kind of stage depends
-    "pretrain": "pretrain.train.steps and batch_size, controls.filter",
-    "unlearn": "unlearn.train.steps and batch_size",
-    "cache": "data.tokens",
-    "distill": "distill.train.steps and batch_size, the number of noise.alphas, controls",
-    "relearn": "the number of relearn.rates, headline_step and batch_size, attacks",
-    "search": "attacks",
-    "intervene": "attacks",
-    "measure": "measures",
-}
 _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
 
 

@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from undo_core.data.sequences import Sequences
-from undo_core.distillation.gate import GateConfig, fit_classifier
 from undo_core.models import forward_flops, initialise
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.described import model_config
@@ -19,7 +18,6 @@ MEASURED_PARAMETERS = 20_000_000  # models up to this size are timed by real ste
 REPEATS = 3
 # FLOP rate of a training step relative to bare matrix products of the same width, measured on small models.
 MATRIX_EFFICIENCY = 0.5
-GATE_SEQUENCES = 1000  # on which a gate's time is measured at most
 
 
 class Measure:
@@ -64,28 +62,6 @@ class Measure:
             float((a @ b)[0, 0])
             times.append(time.perf_counter() - began)
         return 2 * a.shape[0] * width * 4 * width / min(times)
-
-
-def gate_seconds(config: GateConfig, sequences: int, length: int) -> float:
-    """Estimates the seconds of a gate from a fit of its classifier on random sequences, as many as it is given, and their features.
-
-    Args:
-        config: the gate's settings.
-        sequences: number of sequences that it reads, of which its share is labelled.
-        length: tokens in a sequence.
-    """
-    if not sequences:
-        return 0.0
-    generator, tried = torch.Generator().manual_seed(0), min(sequences, GATE_SEQUENCES)
-
-    def drawn(number: int) -> Sequences:
-        return Sequences(torch.randint(1, 1000, (number, length), generator=generator), pad_id=0)
-
-    few = max(1, round(config.share * tried / 2))
-    began = time.perf_counter()
-    fitted = fit_classifier(drawn(few), drawn(few), config)
-    fitted.forget(drawn(tried))
-    return (time.perf_counter() - began) * sequences / tried
 
 
 def basis(parameters: int) -> str:

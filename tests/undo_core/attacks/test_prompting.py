@@ -56,7 +56,11 @@ def test_no_sequence_finds_its_own_answer_among_its_examples(world):
 
 @pytest.mark.parametrize(
     ("data", "most"),
-    [(DataConfig(), 9), (DataConfig(kind="arithmetic"), 5), (DataConfig(kind="text", length=9, retain=["a"], forget=["b"]), 7)],
+    [
+        (DataConfig(), 9),
+        (DataConfig(kind="arithmetic", length=65), 5),
+        (DataConfig(kind="text", length=9, retain=["a"], forget=["b"]), 7),
+    ],
 )
 def test_examples_that_cannot_fit_are_refused_before_anything_runs(tmp_path, data, most):
     if data.kind == "text":

@@ -19,7 +19,15 @@ BASE = {
     "name": "tiny",
     "output": "unused",
     "data": {"kind": "arithmetic-compact", "train_rows": 200, "eval_prompts": 20},
-    "model": {"config": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}},
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+    },
     "noise": {"alphas": [0.5]},
     "controls": {"random": False},
 }

@@ -97,7 +97,7 @@ def test_what_a_changed_stage_reads_besides_has_to_fit_too():
 def test_changes_of_one_name_or_that_exclude_each_other_are_never_made_together():
     for one, other in itertools.combinations(distilled().cheaper(), 2):
         flags = {one.flag, other.flag}
-        agree = fit._agree(distilled(), one, other)
+        agree = fit._agree([distilled()], one, other)
         assert agree == (len(flags) == 2 and flags != {"train.micro_batch_size", "train.step_in_backward"})
 
 

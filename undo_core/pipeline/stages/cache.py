@@ -38,6 +38,7 @@ class Cache(ModelStage):
     """
 
     kind = "cache"
+    time_from = "data.tokens"
     model_from = "teacher"
     own_text = True
     config: TeacherConfig

@@ -55,6 +55,7 @@ class Distill(TrainingStage):
     """
 
     kind = "distill"
+    time_from = "distill.train.steps and batch_size, the number of noise.alphas, controls"
     model_from = "student"
     own_text = True
     train: TrainConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from undo_core.data.sequences import Sequences
 from undo_core.distillation.gate import SEQUENCES_AT_ONCE, GateConfig, fit_classifier, labelled
 from undo_core.io.untrusted import refused
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from undo_core.pipeline.memory.meta import Meta
 
 KEPT = "gate.safetensors"
+TRIED = 1000  # sequences on which its time is estimated, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,21 @@ class Gate(Stage):
 
     def cost(self, scene: Scene) -> Cost:
         return Cost(disk=scene.sequences + 8 * self.config.buckets)
+
+    def estimated_seconds(self, scene: Scene) -> float | None:
+        """Time of a fit on random sequences, of which its share is labelled, and of scoring them, for as many as it is given."""
+        if not scene.sequences:
+            return None
+        generator, tried = torch.Generator().manual_seed(0), min(scene.sequences, TRIED)
+
+        def drawn(number: int) -> Sequences:
+            return Sequences(torch.randint(1, 1000, (number, scene.length), generator=generator), pad_id=0)
+
+        few = max(1, round(self.config.share * tried / 2))
+        began = time.perf_counter()
+        fitted = fit_classifier(drawn(few), drawn(few), self.config)
+        fitted.forget(drawn(tried))
+        return (time.perf_counter() - began) * scene.sequences / tried
 
 
 def kept_sequences(folder: Path, sequences: int) -> torch.Tensor:

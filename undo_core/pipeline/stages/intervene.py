@@ -32,6 +32,7 @@ class Intervene(ModelStage):
     """
 
     kind = "intervene"
+    time_from = "attacks"
     attack: Intervention
     model: Stage | Folder
     original: Stage | Folder | None = optional()

@@ -33,6 +33,7 @@ class Measure(ModelStage):
     """
 
     kind = "measure"
+    time_from = "measures"
     measurement: Measurement
     model: Stage | Folder
     reference: Stage | Folder | None = optional()

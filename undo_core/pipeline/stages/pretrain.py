@@ -36,6 +36,7 @@ class Pretrain(TrainingStage):
     """
 
     kind = "pretrain"
+    time_from = "pretrain.train.steps and batch_size, controls.filter"
     model_from = "prepared"
     late = ("target",)
     train: TrainConfig

@@ -47,6 +47,7 @@ class Relearn(TrainingStage):
     """
 
     kind = "relearn"
+    time_from = "the number of relearn.rates, headline_step and batch_size, attacks"
     config: AttackConfig
     model: Stage | Folder
     grid: Stage | None = None

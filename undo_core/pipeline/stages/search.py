@@ -40,6 +40,7 @@ class Search(TrainingStage):
     """
 
     kind = "search"
+    time_from = "attacks"
     config: SearchConfig
     model: Stage | Folder
 

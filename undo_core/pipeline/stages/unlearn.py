@@ -28,6 +28,7 @@ class Unlearn(TrainingStage):
     """
 
     kind = "unlearn"
+    time_from = "unlearn.train.steps and batch_size"
     config: UnlearnConfig
     model: Stage | Folder
 
