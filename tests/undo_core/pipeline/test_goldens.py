@@ -31,6 +31,7 @@ from undo_core.models.config import ModelConfig
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.graph import graph_of
 from undo_core.pipeline.run import missing_stages, save_results
+from undo_core.pipeline.stages.gate import Gate
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.pipeline.workers import run_stages
@@ -178,6 +179,7 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Measure, "_step", lambda self, sequences, length: 1.0)
     monkeypatch.setattr(Measure, "_matrix_rate", lambda self: 1e12)
+    monkeypatch.setattr(Gate, "estimated_seconds", lambda self, scene: 1.0)
     with undo_kernels.backend("reference"):
         yield
 
