@@ -41,7 +41,7 @@ def test_differences_between_methods_are_paired_and_corrected():
         ps.append(t_test(differences))
     smaller, larger = sorted(ps)
     holm = {smaller: 2 * smaller, larger: max(2 * smaller, larger)}
-    assert [row[3].main for row in table.rows] == [f"{holm[p]:.3f}" for p in ps]
+    assert max(holm.values()) < 0.0005 and [row[3].main for row in table.rows] == ["< 0.001", "< 0.001"]
     assert [row[3].remark for row in table.rows] == ["an order", "an order"]
     said = order_sentences(found[0].report, comparisons)
     assert "NPO relearns less than MaxEnt; RMU relearns more than MaxEnt." in said[0]
