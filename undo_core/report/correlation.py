@@ -6,20 +6,23 @@ import math
 import random
 from collections.abc import Sequence
 
+from undo_core.report.attacks import Point
 from undo_core.report.inside import measures_of
-from undo_core.report.metrics import Report
+from undo_core.report.metrics import ModelReport, Report, Stat
 from undo_core.report.robustness import DIVERGED
 from undo_core.report.table import Cell, Table
 
 FEWEST = 5  # pairs of model and seed below which no correlation is stated
 DRAWS = 2000
+WORKING = 0.5  # share of the original's retain performance below which a model is broken
 Pair = tuple[float, float]
 
 
 def correlation_table(report: Report) -> Table:
     """Table of Spearman's rank correlation of each measure with the worst-case forget performance after the headline step.
 
-    Each model and seed that was attacked is a pair. No rows without measures, or with fewer than :data:`FEWEST` pairs.
+    Each model and seed that was attacked is a pair, except for broken models, which a sentence below names. No rows without measures,
+    or with fewer than :data:`FEWEST` pairs.
     """
     headers = [("measure", ""), ("rank correlation", "with worst-case forget"), ("95 % interval", ""), ("models and seeds", "")]
     rows = []
@@ -30,18 +33,54 @@ def correlation_table(report: Report) -> Table:
             shown = "n/a" if found is None else f"{found:+.2f}"
             span = "n/a" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
             rows.append([Cell(name), Cell(shown), Cell(span), Cell(str(len(pairs)))])
-    return Table(headers, rows)
+    lost = [
+        model.label for model in report.models if any(broken(report, model, point.seed) for point in _attacked(report, model))
+    ]
+    below = []
+    if rows and lost:
+        kept = (
+            "less than half of the original's retain accuracy"
+            if report.higher
+            else "a retain loss of more than log 2 above the original's"
+        )
+        below = [f"Models with {kept} before any attack are left out: {', '.join(lost)}."]
+    return Table(headers, rows, below=below)
 
 
 def pairs_of(report: Report, name: str) -> list[Pair]:
-    """The number of a measure before any attack and the worst case after it, for each model and seed that has both."""
+    """The number of a measure before any attack and the worst case after it, for each model and seed that has both.
+
+    Broken models are left out: they score badly after an attack too, whatever they hold.
+    """
     pairs = []
     for model in report.models:
-        for point in model.worst[report.headline].points if report.headline in model.worst else ():
+        for point in _attacked(report, model):
             number = ((model.entries[point.seed].get("measures") or {}).get(name) or {}).get("number")
-            if number is not None and point.value < DIVERGED:
+            if number is not None and point.value < DIVERGED and not broken(report, model, point.seed):
                 pairs.append((number, point.value))
     return pairs
+
+
+def broken(report: Report, model: ModelReport, seed: int) -> bool:
+    """Whether a model has less than :data:`WORKING` of the original's retain performance, before any attack.
+
+    Performance is the accuracy, or exp(-loss). False without an original.
+    """
+    ends = [
+        point.value
+        for own in (*report.of("original"), model)
+        for point in own.metrics.get("retain", Stat()).points
+        if point.seed == seed
+    ]
+    if len(ends) != 2:
+        return False
+    before, after = ends
+    return after < WORKING * before if report.higher else after > before - math.log(WORKING)
+
+
+def _attacked(report: Report, model: ModelReport) -> tuple[Point, ...]:
+    """The worst case of a model after the headline step, of each seed."""
+    return model.worst.get(report.headline, Stat()).points
 
 
 def spearman(pairs: Sequence[Pair]) -> float | None:
