@@ -213,7 +213,8 @@ def _differences(quantity: Quantity, comparisons: Sequence[Comparison]) -> list[
 def _cells(quantity: Quantity, found: Difference | None, seeds: int, notes: Notes) -> list[Cell]:
     if found is None:
         return [Cell(), Cell()]
-    marks = notes.mark(f"over seeds {', '.join(map(str, found.seeds))} alone") if len(found.seeds) < seeds else ""
+    alone = f"over seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))} alone"
+    marks = notes.mark(alone) if len(found.seeds) < seeds else ""
     if found.interval is None:
         return [Cell(quantity.shown(found.median), marks=marks + notes.mark(TOO_FEW)), Cell()]
     spread = " to ".join(map(quantity.shown, found.interval))
