@@ -6,15 +6,13 @@ import math
 import random
 from collections.abc import Sequence
 
-from undo_core.report.attacks import Point
 from undo_core.report.inside import measures_of
-from undo_core.report.metrics import ModelReport, Report, Stat
+from undo_core.report.metrics import Report, Stat
 from undo_core.report.robustness import DIVERGED
 from undo_core.report.table import Cell, Table
 
 FEWEST = 5  # pairs of model and seed below which no correlation is stated
 DRAWS = 2000
-WORKING = 0.5  # share of the original's retain performance below which a model is broken
 Pair = tuple[float, float]
 
 
@@ -33,18 +31,9 @@ def correlation_table(report: Report) -> Table:
             shown = "n/a" if found is None else f"{found:+.2f}"
             span = "n/a" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
             rows.append([Cell(name), Cell(shown), Cell(span), Cell(str(len(pairs)))])
-    lost = [
-        model.label for model in report.models if any(broken(report, model, point.seed) for point in _attacked(report, model))
-    ]
-    below = []
-    if rows and lost:
-        kept = (
-            "less than half of the original's retain accuracy"
-            if report.higher
-            else "a retain loss of more than log 2 above the original's"
-        )
-        below = [f"Models with {kept} before any attack are left out: {', '.join(lost)}."]
-    return Table(headers, rows, below=below)
+    lost = [model.label for model in report.models if model.broken]
+    said = f"Models with less than half of the original's retain performance before any attack are left out: {', '.join(lost)}."
+    return Table(headers, rows, below=[said] if rows and lost else [])
 
 
 def pairs_of(report: Report, name: str) -> list[Pair]:
@@ -54,33 +43,11 @@ def pairs_of(report: Report, name: str) -> list[Pair]:
     """
     pairs = []
     for model in report.models:
-        for point in _attacked(report, model):
+        for point in model.worst.get(report.headline, Stat()).points:
             number = ((model.entries[point.seed].get("measures") or {}).get(name) or {}).get("number")
-            if number is not None and point.value < DIVERGED and not broken(report, model, point.seed):
+            if number is not None and point.value < DIVERGED and point.seed not in model.broken:
                 pairs.append((number, point.value))
     return pairs
-
-
-def broken(report: Report, model: ModelReport, seed: int) -> bool:
-    """Whether a model has less than :data:`WORKING` of the original's retain performance, before any attack.
-
-    Performance is the accuracy, or exp(-loss). False without an original.
-    """
-    ends = [
-        point.value
-        for own in (*report.of("original"), model)
-        for point in own.metrics.get("retain", Stat()).points
-        if point.seed == seed
-    ]
-    if len(ends) != 2:
-        return False
-    before, after = ends
-    return after < WORKING * before if report.higher else after > before - math.log(WORKING)
-
-
-def _attacked(report: Report, model: ModelReport) -> tuple[Point, ...]:
-    """The worst case of a model after the headline step, of each seed."""
-    return model.worst.get(report.headline, Stat()).points
 
 
 def spearman(pairs: Sequence[Pair]) -> float | None:
