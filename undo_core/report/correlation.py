@@ -22,7 +22,12 @@ def correlation_table(report: Report) -> Table:
     Each model and seed that was attacked is a pair, except for broken models, which a sentence below names. No rows without measures,
     or with fewer than :data:`FEWEST` pairs.
     """
-    headers = [("measure", ""), ("rank correlation", "with worst-case forget"), ("95 % interval", ""), ("models and seeds", "")]
+    headers = [
+        ("measure", ""),
+        ("rank correlation", "with worst-case forget"),
+        ("95 % interval", "over models and seeds"),
+        ("pairs", "model and seed"),
+    ]
     rows = []
     for name in measures_of(report):
         pairs = pairs_of(report, name)
