@@ -22,13 +22,13 @@ from pathlib import Path
 from undo_core.cli import results as command
 from undo_core.io.files import replace_folder, write_bytes
 from undo_core.report.alpha_search import alpha_table
-from undo_core.report.attacks import Point, worst_by_attack
+from undo_core.report.attacks import Point, bounded, worst_by_attack
 from undo_core.report.claims import labelled_tokens
 from undo_core.report.compare import compare, load
 from undo_core.report.correlation import correlation_table
 from undo_core.report.inside import measure_table
 from undo_core.report.metrics import ModelReport, Report, Stat
-from undo_core.report.over_seeds import compared, differences_table, median_cell, order_sentences
+from undo_core.report.over_seeds import Comparison, compared, differences_table, median_cell, order_sentences
 from undo_core.report.points import Setting
 from undo_core.report.search import search_table
 from undo_core.report.slowdown import slowdown_table
@@ -58,6 +58,8 @@ COMMANDS = {  # what makes each recorded folder: its title, and the command
     ),
     "alpha": ("The cheapest alpha", f"{RUN} --target-robustness 0.9 --name alpha --output runs/alpha"),
 }
+MARGIN = 0.05  # by which an attack may lower the retain accuracy and still leave the model useful
+EMBEDDING = "only-embedding-redrawn"
 KEPT = ("*.md", "*.csv", "*.tex", "*.png")  # files of a report that docs/results keeps, where it has files of that name already
 
 
@@ -169,19 +171,16 @@ def methods(settings: Sequence[Setting]) -> str:
 
 def orders(settings: Sequence[Setting]) -> str:
     """The paired differences, and the orders that the seeds show."""
-    report, comparisons = settings[0].report, compared(settings)
-    said = "\n".join(f"- {sentence}" for sentence in order_sentences(report, comparisons))
-    return f"{markdown(differences_table(report, comparisons)).rstrip()}\n\n{said}"
+    return _differences(settings[0].report, compared(settings))
 
 
 def headline(settings: Sequence[Setting]) -> str:
     """The methods over more seeds, MaxEnt's alphas, and the orders between methods."""
-    own = next(setting for setting in settings if setting.report.of("filter") and not setting.lender)
-    return "\n\n".join([methods(settings), alphas([own]), orders(settings)])
+    return "\n\n".join([methods(settings), alphas([_with_filter(settings)]), orders(settings)])
 
 
 def attacks(settings: Sequence[Setting]) -> str:
-    """The worst case of every attack at its own headline step."""
+    """The worst case of every attack at its own headline step, and the worst over all that leaves the model useful."""
     report, notes = settings[0].report, Notes()
     models = [model for model in report.models if model.attacks]
     worst: dict[tuple[str | None, int], dict[str, list[Point]]] = {}
@@ -193,6 +192,10 @@ def attacks(settings: Sequence[Setting]) -> str:
         [Cell(name or "fine-tuning"), Cell(str(step)), *(_percent(Stat(tuple(found.get(m.name, ()))), notes) for m in models)]
         for (name, step), found in worst.items()
     ]
+    margin = {**report.results[0]["metric"], "retain_margin": MARGIN}
+    useful = [[bounded(entry, seed, margin) for seed, entry in model.entries.items()] for model in models]
+    label = f"any that leaves the model useful (retain at most {100 * MARGIN:g} points worse)"
+    rows.append([Cell(label), Cell("any"), *(_percent(Stat(tuple(filter(None, found))), notes) for found in useful)])
     return _table(["attack", "steps", *(f"{model.label}, %" for model in models)], rows, notes)
 
 
@@ -228,6 +231,14 @@ def students(settings: Sequence[Setting]) -> str:
     return _table(headers, list(rows.values()), notes)
 
 
+def beside_noise(settings: Sequence[Setting]) -> str:
+    """The paired differences of the student with a new embedding from the students of noise alone, of the same seeds in the other sweep."""
+    (student,) = (model for setting in settings if (model := _named(setting, EMBEDDING)))
+    own = _with_filter(compare(load([ROOT / RESULTS / "sweep-study"]), "sweep-study"))
+    comparisons = [Comparison((student.label, model.label), "", student, model) for model in own.report.of("undo")]
+    return _differences(own.report, comparisons)
+
+
 def of_the_report(*tables: Callable[[Report], Table]) -> Callable[[Sequence[Setting]], str]:
     """Tables as the run's report shows them."""
     return lambda settings: "\n\n".join(markdown(table(settings[0].report)).rstrip() for table in tables)
@@ -243,6 +254,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "on-policy": ("sweep-on-policy", students),
     "leak": ("leak-channels", students),
     "leak-seeds": ("sweep-leak-channels", students),
+    "leak-noise": ("sweep-leak-channels", beside_noise),
     "leak-measures": ("leak-channels", of_the_report(correlation_table)),
     "interventions": ("inside", of_the_report(attack_table)),
     "measures": ("inside", of_the_report(measure_table, correlation_table)),
@@ -254,6 +266,16 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
 
 def _table(headers: Sequence[str], rows: list[list[Cell]], notes: Notes) -> str:
     return markdown(Table([(name, "") for name in headers], rows, notes.texts)).rstrip()
+
+
+def _differences(report: Report, comparisons: Sequence[Comparison]) -> str:
+    said = "\n".join(f"- {sentence}" for sentence in order_sentences(report, comparisons))
+    return f"{markdown(differences_table(report, comparisons)).rstrip()}\n\n{said}"
+
+
+def _with_filter(settings: Sequence[Setting]) -> Setting:
+    """The setting whose data filtering the others use."""
+    return next(setting for setting in settings if setting.report.of("filter") and not setting.lender)
 
 
 def _scores(model: ModelReport, report: Report, notes: Notes) -> list[Cell]:

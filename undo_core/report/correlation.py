@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from undo_core.report.inside import measures_of
-from undo_core.report.metrics import Report
+from undo_core.report.metrics import Report, Stat
 from undo_core.report.robustness import DIVERGED
 from undo_core.report.table import Cell, Table
 
@@ -19,9 +19,15 @@ Pair = tuple[float, float]
 def correlation_table(report: Report) -> Table:
     """Table of Spearman's rank correlation of each measure with the worst-case forget performance after the headline step.
 
-    Each model and seed that was attacked is a pair. No rows without measures, or with fewer than :data:`FEWEST` pairs.
+    Each model and seed that was attacked is a pair, except for broken models, which a sentence below names. No rows without measures,
+    or with fewer than :data:`FEWEST` pairs.
     """
-    headers = [("measure", ""), ("rank correlation", "with worst-case forget"), ("95 % interval", ""), ("models and seeds", "")]
+    headers = [
+        ("measure", ""),
+        ("rank correlation", "with worst-case forget"),
+        ("95 % interval", "over models and seeds"),
+        ("pairs", "model and seed"),
+    ]
     rows = []
     for name in measures_of(report):
         pairs = pairs_of(report, name)
@@ -30,16 +36,21 @@ def correlation_table(report: Report) -> Table:
             shown = "n/a" if found is None else f"{found:+.2f}"
             span = "n/a" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
             rows.append([Cell(name), Cell(shown), Cell(span), Cell(str(len(pairs)))])
-    return Table(headers, rows)
+    lost = [model.label for model in report.models if model.broken]
+    said = f"Models with less than half of the original's retain performance before any attack are left out: {', '.join(lost)}."
+    return Table(headers, rows, below=[said] if rows and lost else [])
 
 
 def pairs_of(report: Report, name: str) -> list[Pair]:
-    """The number of a measure before any attack and the worst case after it, for each model and seed that has both."""
+    """The number of a measure before any attack and the worst case after it, for each model and seed that has both.
+
+    Broken models are left out: they score badly after an attack too, whatever they hold.
+    """
     pairs = []
     for model in report.models:
-        for point in model.worst[report.headline].points if report.headline in model.worst else ():
+        for point in model.worst.get(report.headline, Stat()).points:
             number = ((model.entries[point.seed].get("measures") or {}).get(name) or {}).get("number")
-            if number is not None and point.value < DIVERGED:
+            if number is not None and point.value < DIVERGED and point.seed not in model.broken:
                 pairs.append((number, point.value))
     return pairs
 

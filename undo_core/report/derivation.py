@@ -13,6 +13,7 @@ The worst case is the attack and learning rate with the largest forget accuracy 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,8 +24,10 @@ from undo_core.report.results import KINDS, check_results
 from undo_core.report.robustness import robustness_point
 
 CENSORED = "the model did not recover"
+BROKEN = "broken before the attack: less than half of the original's retain performance"
 FILTER_CENSORED = "data filtering did not recover"
 NO_FILTER = "no data filtering"
+WORKING = 0.5  # share of the original's retain performance below which a model is broken
 _STOP = {"steps": "stop_step", "tokens": "stop_tokens", "flops": "stop_flops"}
 
 
@@ -49,6 +52,18 @@ def is_censored(entry: dict[str, Any], has_target: bool) -> bool:
     return has_target and entry["kind"] in (*STUDENTS, "filter") and training is not None and training.get("stop_step") is None
 
 
+def is_broken(entry: dict[str, Any], original: dict[str, Any] | None, higher: bool) -> bool:
+    """Whether a model has less than :data:`WORKING` of the original's retain performance before any attack.
+
+    Performance is the accuracy, or exp(-loss). A broken model relearns little, whatever it holds. False without an original.
+    """
+    scores = [(each or {"metrics": {}})["metrics"].get("retain") for each in (original, entry)]
+    if scores[0] is None or scores[1] is None:
+        return False
+    before, after = (score["value"] for score in scores)
+    return after < WORKING * before if higher else after > before - math.log(WORKING)
+
+
 def _derived(results: list[dict[str, Any]], title: str) -> Report:
     results = sorted(results, key=lambda result: result["seed"])
     metric = results[0]["metric"]
@@ -59,10 +74,16 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
         for entry in result["models"]:
             entries.setdefault(entry["name"], {})[result["seed"]] = entry
     worst = {name: {seed: envelope(e, seed, higher, headline) for seed, e in by.items()} for name, by in entries.items()}
-    named = {kind: next((n for n, by in entries.items() if _first(by)["kind"] == kind), None) for kind in ("unlearn", "filter")}
+    named = {
+        kind: next((n for n, by in entries.items() if _first(by)["kind"] == kind), None)
+        for kind in ("original", "unlearn", "filter")
+    }
 
     def pick(table: dict[str, dict[int, Any]], name: str | None, seed: int) -> Any:
         return table.get(name or "", {}).get(seed)
+
+    def broken(name: str, seed: int) -> bool:
+        return is_broken(entries[name][seed], pick(entries, named["original"], seed), higher)
 
     def robustness(name: str, seed: int) -> Point | str:
         entry, control = entries[name][seed], pick(entries, named["filter"], seed)
@@ -73,6 +94,8 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
             return CENSORED
         if is_censored(control, seed in targets):
             return FILTER_CENSORED
+        if broken(name, seed):
+            return BROKEN
         if ends[0] is None or ends[1] is None or ends[2] is None:
             return "not attacked for the headline number of steps, or a control was not"
         return robustness_point(ends[0], ends[1], ends[2])
@@ -86,6 +109,8 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
         spent, base = ((e.get("training") or {}).get(_STOP[unit]) for e in (entry, control))
         if is_censored(entry, True) or is_censored(control, True):
             return CENSORED if is_censored(entry, True) else FILTER_CENSORED
+        if broken(name, seed):
+            return BROKEN
         if (control.get("training") or {}).get("short_of_target"):
             return "data filtering, another run's, ended before it met this retain target"
         if unit == "steps" and spent is not None:
@@ -118,6 +143,7 @@ def _derived(results: list[dict[str, Any]], title: str) -> Report:
                 robustness=_stat((seed, robustness(name, seed)) for seed in ranked),
                 compute={unit: _stat((seed, compute(name, seed, unit)) for seed in students) for unit in UNITS},
                 censored=tuple(seed for seed, e in by.items() if is_censored(e, seed in targets)),
+                broken=tuple(seed for seed in by if broken(name, seed)),
                 entries=by,
             )
         )

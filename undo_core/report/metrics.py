@@ -84,6 +84,7 @@ class ModelReport:
         robustness: R.
         compute: C in steps, tokens and FLOPs.
         censored: seeds in which training reached its step limit before the retain target.
+        broken: seeds in which the model is useless before any attack, and has neither R nor C.
         entries: the model's entry in each seed's results.
     """
 
@@ -98,6 +99,7 @@ class ModelReport:
     robustness: Stat
     compute: dict[str, Stat]
     censored: tuple[int, ...]
+    broken: tuple[int, ...]
     entries: dict[int, dict[str, Any]]
 
     @property

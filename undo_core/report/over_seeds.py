@@ -124,7 +124,7 @@ def between_alphas(report: Report) -> list[Comparison]:
 def medians_table(settings: Sequence[Setting]) -> Table:
     """Medians of every student, of unlearning alone and of data filtering.
 
-    It has no rows if no model has :data:`FEWEST` seeds. A footnote marks medians of fewer.
+    It has no rows if no model has :data:`FEWEST` seeds. Footnotes mark medians of fewer, and those that lack a seed.
     """
     report, notes = settings[0].report, Notes()
     headers = [
@@ -150,20 +150,23 @@ def medians_table(settings: Sequence[Setting]) -> Table:
 
 
 def median_cell(stat: Stat, shown: Callable[[float], str], notes: Notes) -> Cell:
-    """Cell with the median over the seeds and its bootstrap interval, or a footnote that there are too few seeds for one."""
+    """Cell with the median over the seeds and its bootstrap interval; footnotes say which seeds lack a value, or if they are too few."""
     if not stat:
         return Cell()
     values = [point.value for point in stat.points]
     interval, middle = bootstrap(values), shown(statistics.median(values))
+    some = f"median over {len(values)} of {len(values) + len(stat.missing)} seeds; in the others"
+    marks = "".join(notes.mark(f"{some}: {reason}") for reason in dict.fromkeys(stat.missing.values()))
     if interval is None:
-        return Cell(middle, marks=notes.mark(TOO_FEW))
-    return Cell(middle, f"{shown(interval[0])}–{shown(interval[1])}")
+        return Cell(middle, marks=marks + notes.mark(TOO_FEW))
+    return Cell(middle, f"{shown(interval[0])}–{shown(interval[1])}", marks=marks)
 
 
 def differences_table(report: Report, comparisons: Sequence[Comparison]) -> Table:
     """Paired differences of the comparisons; ``report`` gives metric and headline.
 
-    It has no rows if neither the report nor a compared model has :data:`FEWEST` seeds. A footnote marks differences over fewer.
+    It has no rows if neither the report nor a compared model has :data:`FEWEST` seeds. Footnotes mark differences over fewer, and
+    those over fewer than the row's others.
     """
     headers, columns, notes = [("difference", ""), ("seeds", "")], [], Notes()
     for quantity in quantities(report):
@@ -175,7 +178,7 @@ def differences_table(report: Report, comparisons: Sequence[Comparison]) -> Tabl
         name = ", ".join(filter(None, [" – ".join(comparison.names), comparison.where]))
         row = [Cell(name), Cell(str(seeds))]
         for quantity, found in columns:
-            row += _cells(quantity, found[index], notes)
+            row += _cells(quantity, found[index], seeds, notes)
         rows.append(row)
     return Table(headers, rows, notes.texts) if _enough(report, comparisons) else Table(headers, [])
 
@@ -207,14 +210,16 @@ def _differences(quantity: Quantity, comparisons: Sequence[Comparison]) -> list[
     return corrected([paired(*both) for both in points])
 
 
-def _cells(quantity: Quantity, found: Difference | None, notes: Notes) -> list[Cell]:
+def _cells(quantity: Quantity, found: Difference | None, seeds: int, notes: Notes) -> list[Cell]:
     if found is None:
         return [Cell(), Cell()]
+    alone = f"over seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))} alone"
+    marks = notes.mark(alone) if len(found.seeds) < seeds else ""
     if found.interval is None:
-        return [Cell(quantity.shown(found.median), marks=notes.mark(TOO_FEW)), Cell()]
+        return [Cell(quantity.shown(found.median), marks=marks + notes.mark(TOO_FEW)), Cell()]
     spread = " to ".join(map(quantity.shown, found.interval))
     p = Cell() if found.corrected is None else Cell(_p(found.corrected), remark="an order" if found.ordered else "")
-    return [Cell(quantity.shown(found.median), spread), p]
+    return [Cell(quantity.shown(found.median), spread, marks=marks), p]
 
 
 def _p(value: float) -> str:

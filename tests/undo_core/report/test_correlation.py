@@ -1,5 +1,6 @@
 """Rank correlations of measures with relearning, against values computed by hand and against another definition."""
 
+import math
 import random
 
 import pytest
@@ -55,3 +56,25 @@ def test_the_report_pairs_each_attacked_model_and_seed_with_its_measure():
     table = measure_table(report)
     assert table.headers[2] == ("cka", "mean, forget text") and len(table.rows) == len(report.models)
     assert table.rows[0][2].main == "n/a"
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_broken_model_is_no_pair_because_it_relearns_nothing(loss):
+    """An accuracy of half of the original's, or a loss of log 2 above it, still counts."""
+    result = run("one", 0, loss=loss)
+    shown = {"kind": "cka", "axis": "layer", "value": "linear CKA", "summary": "mean", "text": "forget"}
+    for index, entry in enumerate(result["models"]):
+        entry["measures"] = {"cka": {**shown, "number": 0.1 * index, "points": []}}
+    whole = pairs_of(derive([result], "whole"), "cka")
+    assert not correlation_table(derive([result], "whole")).below
+    entries = {entry["name"]: entry["metrics"]["retain"] for entry in result["models"]}
+    best = entries["original"]["value"]
+    entries["undo-0.8"]["value"] = best + math.log(2) - 1e-6 if loss else best / 2
+    entries["undo-0.6"]["value"] = best + math.log(2) + 1e-3 if loss else best / 2 - 1e-3
+    report = derive([result], "broken")
+    lost = next(index for index, entry in enumerate(result["models"]) if entry["name"] == "undo-0.6")
+    assert pairs_of(report, "cka") == [pair for pair in whole if pair[0] != 0.1 * lost]
+    table = correlation_table(report)
+    assert table.rows[0][3].main == str(len(whole) - 1) and table.below[0].endswith("left out: UNDO α=0.6.")
+    result["models"] = [entry for entry in result["models"] if entry["name"] != "original"]
+    assert pairs_of(derive([result], "without an original"), "cka") == whole

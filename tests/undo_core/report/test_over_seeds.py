@@ -144,3 +144,20 @@ def test_neighbouring_alphas_and_both_ends_are_compared():
         f"UNDO α={b} – UNDO α={a}" for a, b in ((0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.2, 0.8))
     ]
     assert "UNDO α=0.8 relearns less than UNDO α=0.6" in order_sentences(report, between_alphas(report))[0]
+
+
+def test_a_seed_without_a_value_is_told_at_the_cell():
+    """The control of one seed did not reach NPO's target: its C is over four seeds, everything else over five."""
+    loaded = [(name, run(name, seed, name, alphas=(0.4, 0.8))) for name in ("maxent", "npo") for seed in range(5)]
+    (lacking,) = [entry for entry in loaded[7][1]["models"] if entry["kind"] == "filter"]
+    lacking["training"]["short_of_target"] = True
+    found = compare(loaded, "t")
+    table = medians_table(found)
+    row = next(row for row in table.rows if (row[0].main, row[1].main) == ("NPO", "UNDO α=0.8"))
+    ((mark, text),) = table.notes.items()
+    assert text.startswith("median over 4 of 5 seeds; in the others: data filtering, another run's, ended before")
+    assert [cell.marks for cell in row[2:]] == ["", "", "", "", mark, mark] and row[2].main == "5"
+    differences = differences_table(found[0].report, compared(found))
+    (row,) = differences.rows
+    assert [cell.marks for cell in row[1:]] == ["", "", "", "", "", "a", ""] and row[1].main == "5"
+    assert differences.notes == {"a": "over seeds 0, 1, 3, 4 alone"}

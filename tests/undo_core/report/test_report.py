@@ -95,6 +95,20 @@ def test_a_censored_student_has_no_r_and_no_c() -> None:
     assert found.worst[100].points[0].seed == 0  # what was measured is still shown
 
 
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_a_broken_student_has_no_r_and_no_c(kind: str) -> None:
+    """It stopped at its target, and was made useless afterwards: what an attack fails to bring back is no robustness."""
+    results = [run(0, kind=kind), run(1, kind=kind)]
+    best = entry(results[0], "original")["metrics"]["retain"]["value"]
+    entry(results[0], "undo-0.6")["metrics"]["retain"]["value"] = best / 2 - 0.01 if kind == "accuracy" else best + 0.70
+    entry(results[1], "undo-0.6")["metrics"]["retain"]["value"] = best / 2 + 0.01 if kind == "accuracy" else best + 0.69
+    found = by_name(results)["undo-0.6"]
+    assert found.broken == (0,) and found.censored == ()
+    for stat in (found.robustness, *found.compute.values()):
+        assert [p.seed for p in stat.points] == [1] and stat.missing[0].startswith("broken before the attack")
+    assert found.worst[100].points[0].seed == 0, "what was measured is still shown"
+
+
 def test_censored_data_filtering_leaves_nothing_to_compare_with() -> None:
     result = run()
     censor(result, "filter")

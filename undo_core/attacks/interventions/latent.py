@@ -1,7 +1,7 @@
 """Latent adversarial perturbation: one vector, added to a layer's outputs, that brings the forget text back.
 
 ``h <- h + delta`` at every position, with ``delta`` minimising the cross-entropy of forget training text under
-``|delta| <= radius * mean |h|``, by projected Adam; the evaluation uses other forget text, so that the vector must generalise.
+``|delta| <= radius * mean |h|``, by projected Adam; it is evaluated on the test text, all of which the one vector must serve.
 Perturbations of activations as an attack, one for each prompt: Casper et al. 2024 (arXiv 2403.05030); this is the universal one.
 """
 
