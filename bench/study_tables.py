@@ -56,7 +56,10 @@ COMMANDS = {  # what makes each recorded folder: its title, and the command
         f"{RUN} --config configs/attack-search.yaml --name search --output runs/search --attacks.searched.budget=0.5 --noise.alphas='[0.8]' "
         "--controls.random=false --controls.oracle_steps=0",
     ),
-    "alpha": ("The cheapest alpha", f"{RUN} --target-robustness 0.9 --name alpha --output runs/alpha"),
+    "alpha": (
+        "The cheapest alpha",
+        f"{RUN} --target-robustness 0.9 --name alpha --output runs/alpha --controls.random=false --controls.oracle_steps=0",
+    ),
 }
 MARGIN = 0.05  # by which an attack may lower the retain accuracy and still leave the model useful
 EMBEDDING = "only-embedding-redrawn"
