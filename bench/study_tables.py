@@ -262,7 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "interventions": ("inside", of_the_report(attack_table)),
     "measures": ("inside", of_the_report(measure_table, correlation_table)),
     "search": ("search", of_the_report(attack_table, search_table)),
-    "slowdown": ("inside", of_the_report(slowdown_table)),
+    "slowdown": ("search", of_the_report(slowdown_table)),
     "cheapest-alpha": ("alpha", of_the_report(alpha_table)),
 }
 
