@@ -71,16 +71,18 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
         refuse_double_backward(_NAME)
         (ids,) = ctx.saved_tensors
+        ctx.tied.check()
         weight = ctx.tied.weight
-        if ctx.padding is not None:
-            gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        # The rows of a token are summed in float32 in a fixed order and added once: deterministic, and accurate in bfloat16.
-        tokens, place = _distinct(ids.flatten())
-        rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
-        sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
-        weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
+        if weight.requires_grad:  # not frozen since the forward
+            if ctx.padding is not None:
+                gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            # The rows of a token are summed in float32 in a fixed order and added once: deterministic, and accurate in bfloat16.
+            tokens, place = _distinct(ids.flatten())
+            rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
+            sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
+            weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
         ctx.tied._lookups -= 1
         ctx.tied._finish()
         return None, None, None, None
@@ -113,7 +115,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
 
     Raises:
         ValueError: the weight is a DTensor, has a gradient hook, or is trained by several processes: what is added in place would
-            be missed.
+            be missed. Also where the embedding gets another weight within the context.
         RuntimeError: in a backward pass that is differentiated again, or by ``torch.autograd.grad`` with respect to the weight.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -133,18 +135,21 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     forward, padding = embedding.forward, embedding.padding_idx
 
     def lookup_in_place(ids: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not embedding.weight.requires_grad:
             return forward(ids)
+        if embedding.weight is not own.weight:
+            raise ValueError(
+                f"{_NAME}: got a model whose embedding has another weight than when the context began, wanted the same parameter"
+            )
         own.check()
         rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
-        # Run the module's own forward, which may scale its output, with these rows as its weight.
+        # Run the module's own forward, which may scale its output, with these rows as its weight. Hooks run around it, once.
         order = torch.arange(len(rows), device=ids.device).view(ids.shape)
-        embedding.padding_idx = None
-        del embedding.forward
+        embedding.padding_idx, embedding._parameters["weight"] = None, rows
         try:
-            return torch.func.functional_call(embedding, {"weight": rows}, (order,))
+            return forward(order)
         finally:
-            embedding.padding_idx, embedding.forward = padding, lookup_in_place
+            embedding.padding_idx, embedding._parameters["weight"] = padding, own.weight
 
     embedding.forward = lookup_in_place
     try:

@@ -224,6 +224,43 @@ def test_an_evaluation_with_gradients_stops_no_update(mode):
     assert torch.equal(run(with_gradients), run(None))
 
 
+def test_hooks_of_the_embedding_run_once():
+    """NEFTune, for example, adds noise to the output of the embedding in a forward hook."""
+    model = model_of("gemma3_text")
+    embedding_of, ids, seen = model.get_input_embeddings(), batches(1)[0].input_ids, []
+    embedding_of.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    embedding_of.register_forward_hook(lambda module, given, output: output + 1)
+    wanted = embedding_of(ids)
+    with tied_gradient_in_place(model):
+        assert torch.equal(embedding_of(ids), wanted)
+    assert len(seen) == 2 and all(torch.equal(given, ids) for given in seen)
+
+
+@pytest.mark.parametrize("since", ["the beginning of the context", "the forward"])
+def test_a_weight_frozen_within_the_context_gets_no_gradient(since):
+    """The norm of all gradients, by which a trainer clips, would contain it."""
+    model = model_of("llama")
+    with tied_gradient_in_place(model) as tied:
+        loss = cross_entropy(model, batches(1)[0], 1) if since == "the forward" else None
+        tied.weight.requires_grad_(False)
+        loss = cross_entropy(model, batches(1)[0], 1) if loss is None else loss
+        loss.backward()
+    assert tied.weight.grad is None and model.model.norm.weight.grad.any()
+
+
+def test_a_weight_that_is_replaced_and_a_later_hook_are_refused():
+    model = model_of("llama")
+    with tied_gradient_in_place(model) as tied:
+        loss = cross_entropy(model, batches(1)[0], 1)
+        tied.weight.register_hook(lambda gradient: None)
+        with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a parameter with 1 gradient hooks"):
+            loss.backward()
+        embedding_of = model.get_input_embeddings()
+        embedding_of.weight = model.lm_head.weight = torch.nn.Parameter(2 * tied.weight.detach())
+        with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a model whose embedding has another weight"):
+            embedding_of(batches(1)[0].input_ids)
+
+
 def test_untied_and_frozen_weights_are_left_alone():
     untied, frozen = model_of("llama", tie_word_embeddings=False), model_of("llama").requires_grad_(False)
     for model in (untied, frozen):
