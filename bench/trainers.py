@@ -141,12 +141,15 @@ def trl_distillation(vocabulary: int, folder: str, beta: float) -> Contest:
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0  # a completion that ended early
     first = LENGTH // 8
+    tools = torch.ones_like(mask)
+    tools[0, first + 3 : first + 6] = 0  # the answer of a tool, which the student did not write
     inputs = {
         "prompt_ids": ids[:, :first],
         "completion_ids": ids[:, first:],
         "prompt_mask": mask[:, :first],
         "completion_mask": mask[:, first:],
-        "num_items_in_batch": mask[:, first:].sum().float(),
+        "tool_mask": tools[:, first:],
+        "num_items_in_batch": (mask * tools)[:, first:].sum().float(),
     }
     return Contest(
         model,
