@@ -29,6 +29,7 @@ class TiedEmbedding:
         self._complete: Callable[[torch.Tensor], None] | None = None
         self._lookups = 0  # embedding lookups whose backward pass has not run yet
         self._accumulated = False  # whether the head's gradient is in weight.grad
+        self.active = True  # until the end of the context
 
     def on_gradient(self, complete: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
         """Registers ``complete(weight)``, called in each backward pass once ``weight.grad`` holds both gradients.
@@ -132,28 +133,35 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     own = TiedEmbedding(embedding.weight)
     guard = own.weight.register_hook(OnlyBackward(_NAME, own.weight))
     anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)
-    forward, padding = embedding.forward, embedding.padding_idx
+    kind, padding = type(embedding), embedding.padding_idx
 
-    def lookup_in_place(ids: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not embedding.weight.requires_grad:
-            return forward(ids)
-        if embedding.weight is not own.weight:
-            raise ValueError(
-                f"{_NAME}: got a model whose embedding has another weight than when the context began, wanted the same parameter"
-            )
-        own.check()
-        rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
-        # Run the module's own forward, which may scale its output, with these rows as its weight. Hooks run around it, once.
-        order = torch.arange(len(rows), device=ids.device).view(ids.shape)
-        embedding.padding_idx, embedding._parameters["weight"] = None, rows
-        try:
-            return forward(order)
-        finally:
-            embedding.padding_idx, embedding._parameters["weight"] = padding, own.weight
+    class InPlace(kind):
+        """Class of the embedding within the context. A deep copy of the module has it too, and looks up its own weight."""
 
-    embedding.forward = lookup_in_place
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            taken = self is embedding and own.active and torch.is_grad_enabled() and self.weight.requires_grad
+            if not taken or torch.compiler.is_compiling():
+                return super().forward(ids)
+            if self.weight is not own.weight:
+                raise ValueError(
+                    f"{_NAME}: got a model whose embedding has another weight than when the context began, wanted the same parameter"
+                )
+            own.check()
+            rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
+            # Run the module's own forward, which may scale its output, with these rows as its weight. Hooks run around it, once.
+            order = torch.arange(len(rows), device=ids.device).view(ids.shape)
+            self.padding_idx, self._parameters["weight"] = None, rows
+            try:
+                return super().forward(order)
+            finally:
+                self.padding_idx, self._parameters["weight"] = padding, own.weight
+
+    InPlace.__name__, InPlace.__qualname__ = kind.__name__, kind.__qualname__
+    embedding.__class__ = InPlace
     try:
         yield own
     finally:
-        del embedding.forward
+        own.active = False
+        if type(embedding) is InPlace:  # else another class was made of it, which goes on with the plain lookup
+            embedding.__class__ = kind
         guard.remove()
