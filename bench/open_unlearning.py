@@ -1,4 +1,5 @@
-"""The losses of OpenUnlearning's trainers as they compute them (src/trainer/unlearn there), and MaxEnt's, from logits and hooks.
+"""The losses of OpenUnlearning's trainers as they compute them (src/trainer/unlearn there), from logits and hooks, and MaxEnt's, which
+it does not have, in their manner.
 
 Each takes the model, the original model, a batch ``{"forget": ..., "retain": ...}`` and an ``UnlearnConfig``. They share nothing with
 ``undo_core.unlearning`` but the settings and the direction that RMU draws.
@@ -59,7 +60,9 @@ def rmu(model: Any, original: Any, inputs: Any, config: Any) -> Any:
         return taken.pop()
 
     def mean(difference: Any, part: str) -> Any:
-        return difference.square()[inputs[part]["labels"] != -100].mean()
+        """Mean over the labels of each sequence, then over the sequences."""
+        labelled = inputs[part]["labels"] != -100
+        return ((difference.square().mean(-1) * labelled).sum(-1) / labelled.sum(-1)).mean()
 
     direction = settings.coefficient * ops.misdirection(model.config.hidden_size, config.train.seed or 0, settings.direction)
     with torch.no_grad():

@@ -141,12 +141,15 @@ def trl_distillation(vocabulary: int, folder: str, beta: float) -> Contest:
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0  # a completion that ended early
     first = LENGTH // 8
+    tools = torch.ones_like(mask)
+    tools[0, first + 3 : first + 6] = 0  # the answer of a tool, which the student did not write
     inputs = {
         "prompt_ids": ids[:, :first],
         "completion_ids": ids[:, first:],
         "prompt_mask": mask[:, :first],
         "completion_mask": mask[:, first:],
-        "num_items_in_batch": mask[:, first:].sum().float(),
+        "tool_mask": tools[:, first:],
+        "num_items_in_batch": (mask * tools)[:, first:].sum().float(),
     }
     return Contest(
         model,
@@ -307,7 +310,8 @@ def page(lines: list[list[str]], command: str) -> str:
         "unlearning of each part. `SFTTrainer` and `DistillationTrainer` have chunked losses of their own; the others hold logits. "
         "Hugging Face's `Trainer` has no distillation loss: its own is `F.kl_div` of both models' `log_softmax`, as such trainers are "
         "usually written. "
-        "OpenUnlearning's losses are written out in `bench/open_unlearning.py`. With a trunk this small the head is nearly the whole "
+        "OpenUnlearning's losses are written out in `bench/open_unlearning.py`; it has no MaxEnt, which is written in the same manner. Its "
+        "RMU takes the mean over each sequence first, which changes nothing here, where all have as many labels. With a trunk this small the head is nearly the whole "
         "step; a larger trunk brings both ways nearer to each other. OpenUnlearning's RMU runs both models whole, their heads included, "
         "undo-core's one layer. A forget and a retain loss in one graph each hold a gradient of the head until the backward pass. "
         "*Faster* is the median of the ratios within a turn, not the ratio of the two medians beside it.\n\n"

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from undo_core import ops
+from undo_core.distributed import in_forward
 from undo_core.models import head_of, hidden_states
 
 
@@ -19,21 +20,26 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.eval().to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student = self.accelerator.unwrap_model(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with torch.no_grad():
             target = hidden_states(self.teacher, ids, mask)[:, :-1]
-        head, teacher_head = head_of(student), head_of(self.teacher)
-        loss = ops.linear_kl_div(
-            hidden_states(student, ids, mask)[:, :-1],
-            head.weight,
-            target,
-            teacher_head.weight,
-            mask=inputs["labels"][:, 1:] != -100,
-            normalizer=num_items_in_batch,  # the tokens of all accumulated batches: accumulation does not change the gradient
-            **head.options("student_"),
-            **teacher_head.options("teacher_"),
-        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # DDP takes the mean over processes
+
+        def divergence(student):
+            head, teacher_head = head_of(student), head_of(self.teacher)
+            return ops.linear_kl_div(
+                hidden_states(student, ids, mask)[:, :-1],
+                head.weight,
+                target,
+                teacher_head.weight,
+                mask=inputs["labels"][:, 1:] != -100,
+                normalizer=num_items_in_batch,  # the tokens of all accumulated batches: accumulation does not change the gradient
+                **head.options("student_"),
+                **teacher_head.options("teacher_"),
+            )
+
+        loss = in_forward(model, divergence)
         return (loss, {}) if return_outputs else loss
 
 

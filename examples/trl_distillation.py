@@ -13,6 +13,7 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
 from undo_core import ops
+from undo_core.distributed import in_forward
 from undo_core.models import head_of, hidden_states
 
 WORKSPACE = (
@@ -24,7 +25,7 @@ class FusedDistillationTrainer(DistillationTrainer):
     """DistillationTrainer that computes the divergence from hidden states and heads, accurate where both nearly agree."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student, teacher = self.accelerator.unwrap_model(model), self.accelerator.unwrap_model(self.teacher_model)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         predicting = slice(inputs["prompt_ids"].shape[1] - 1, -1)  # position t predicts token t + 1
@@ -32,21 +33,26 @@ class FusedDistillationTrainer(DistillationTrainer):
             target = hidden_states(teacher.eval(), ids, mask)[:, predicting]
         if self.model.training:  # of all accumulated batches, as the student wrote them
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        head, teacher_head = head_of(student), head_of(teacher)
-        loss = ops.linear_kl_div(
-            hidden_states(student, ids, mask)[:, predicting],
-            head.weight,
-            target,
-            teacher_head.weight,
-            mask=inputs["completion_mask"].bool(),
-            divergence={0.0: "forward", 1.0: "reverse"}.get(self.beta, "jsd"),  # TRL's beta is the teacher's share, as here
-            beta=self.beta if 0 < self.beta < 1 else 0.5,
-            temperature=self.temperature,
-            workspace_bytes=WORKSPACE,
-            normalizer=num_items_in_batch,
-            **head.options("student_"),
-            **teacher_head.options("teacher_"),
-        )
+        counted = inputs["completion_mask"].bool() & inputs.get("tool_mask", inputs["completion_mask"]).bool()
+
+        def divergence(student):
+            head, teacher_head = head_of(student), head_of(teacher)
+            return ops.linear_kl_div(
+                hidden_states(student, ids, mask)[:, predicting],
+                head.weight,
+                target,
+                teacher_head.weight,
+                mask=counted,
+                divergence={0.0: "forward", 1.0: "reverse"}.get(self.beta, "jsd"),  # TRL's beta is the teacher's share, as here
+                beta=self.beta if 0 < self.beta < 1 else 0.5,
+                temperature=self.temperature,
+                workspace_bytes=WORKSPACE,
+                normalizer=num_items_in_batch,
+                **head.options("student_"),
+                **teacher_head.options("teacher_"),
+            )
+
+        loss = in_forward(model, divergence)
         return (loss, None) if return_outputs else loss
 
 

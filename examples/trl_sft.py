@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from undo_core import ops
+from undo_core.distributed import in_forward
 from undo_core.models import head_of, hidden_states
 
 WORKSPACE = (
@@ -16,20 +17,25 @@ WORKSPACE = (
 
 
 class FusedSFTTrainer(SFTTrainer):
-    """SFTTrainer that never holds ``[tokens, vocabulary]`` logits."""
+    """SFTTrainer that never holds ``[tokens, vocabulary]`` logits. Options of TRL's own loss, such as ``loss_type``, do nothing."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model = self.accelerator.unwrap_model(model)
-        hidden = hidden_states(model, inputs["input_ids"], inputs.get("attention_mask"))
-        head = head_of(model)
-        loss = ops.linear_cross_entropy(
-            hidden[:, :-1],
-            head.weight,
-            inputs["labels"][:, 1:],
-            workspace_bytes=WORKSPACE,
-            normalizer=num_items_in_batch,  # the tokens of all accumulated batches: accumulation does not change the gradient
-            **head.options(),
-        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes  # DDP takes the mean over processes
+
+        def cross_entropy(model):
+            columns = (inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))  # the last when packed
+            head = head_of(model)
+            return ops.linear_cross_entropy(
+                hidden_states(model, *columns)[:, :-1],
+                head.weight,
+                inputs["labels"][:, 1:],
+                workspace_bytes=WORKSPACE,
+                normalizer=num_items_in_batch,  # the tokens of all accumulated batches: accumulation does not change the gradient
+                **head.options(),
+            )
+
+        loss = in_forward(model, cross_entropy)
         return (loss, {}) if return_outputs else loss
 
 

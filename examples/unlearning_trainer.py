@@ -12,6 +12,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from undo_core import UnlearnConfig
+from undo_core.distributed import in_forward
+from undo_core.models import evaluating
 from undo_core.training import Batch
 from undo_core.unlearning import RMUConfig
 from undo_core.unlearning.method import METHODS
@@ -31,9 +33,10 @@ class UnlearningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.method = METHODS[unlearn.method](self.model, unlearn)  # now, as the model is still the original one
         if self.method.reference is not None:  # NPO compares with the original model: with numbers, not with a second model
-            for row in self.train_dataset:
-                with torch.no_grad():
-                    row["forget"]["reference"] = self.method.reference(self.model, batch_of(collate([row])["forget"]))[0]
+            with torch.no_grad(), evaluating(self.model):
+                for row in self.train_dataset:
+                    batch = batch_of(self._prepare_inputs(collate([row]))["forget"])
+                    row["forget"]["reference"] = self.method.reference(self.model, batch)[0].cpu()
 
     def train(self, *args, **kwargs):
         with self.method.alone(self.model):  # RMU trains some matrices and freezes the rest
@@ -42,7 +45,7 @@ class UnlearningTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batches = {name: batch_of(columns) for name, columns in inputs.items()}
         counted = {name: batch.counted for name, batch in batches.items()}
-        loss = self.method.loss(self.accelerator.unwrap_model(model), batches, counted)
+        loss = in_forward(model, lambda inner: self.method.loss(inner, batches, counted))
         return (loss, {}) if return_outputs else loss
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from gloo_processes import forked
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,53 @@ def test_trainers(example, tmp_path, name):
     )
     assert len(whole) == 8 and whole[-1] < (whole[0] / 2 if name == "hf_trainer" else whole[0])
     assert parts == pytest.approx(whole, rel=0.01)  # a logged loss has four digits; one that is divided twice would be half
+
+
+def _train_on_rank(mesh, name, folder, settings):
+    os.environ |= {"RANK": str(mesh.get_rank()), "LOCAL_RANK": str(mesh.get_rank()), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the processes have joined already
+    trained = _trained(importlib.import_module(name), folder, settings)
+    torch.save(trained.state_dict(), folder / f"rank{mesh.get_rank()}.pt")
+
+
+def _trained(module, folder, settings):
+    """Returns the model that the trainer of an example has trained."""
+    made, model = [], module.tiny.model
+    module.tiny.model = lambda *seed, **options: made.append(model(*seed, **options)) or made[-1]
+    try:
+        module.main(str(folder), **settings)
+    finally:
+        module.tiny.model = model
+    return made[0]
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft", "unlearning_trainer"])
+def test_trainers_in_two_processes(example, tmp_path, name):
+    """Under DDP every process ends with the model of one process that accumulates the batches of both."""
+    if name == "trl_sft":
+        pytest.importorskip("trl")
+    module = example(name)
+    settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": 4} | ({"method": "graddiff"} if name == "unlearning_trainer" else {})
+    before = {key: value.clone() for key, value in module.tiny.model().state_dict().items()}
+    assert not forked(2, _train_on_rank, name, tmp_path, {**settings, "ddp_backend": "gloo"})
+    one = _trained(module, tmp_path, {**settings, "gradient_accumulation_steps": 2}).state_dict()
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        moved = (value - before[key]).norm()
+        assert moved > 0 and (first[key] - value).norm() <= 1e-3 * moved, key
+
+
+def test_packed_documents_stay_apart_in_trl(example, tmp_path):
+    """TRL packs several documents into a sequence, and gives their positions instead of a mask."""
+    pytest.importorskip("trl")
+    from trl import SFTTrainer
+
+    losses = []
+    for of in (SFTTrainer, example("trl_sft").FusedSFTTrainer):
+        losses.append(example("trl_sft").main(str(tmp_path), of, packing=True, num_train_epochs=1, learning_rate=3e-2))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
 def test_trl_distillation(example, tmp_path):

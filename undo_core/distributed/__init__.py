@@ -19,6 +19,7 @@ from undo_core.distributed.ranks import (
     tensor,
     total,
 )
+from undo_core.distributed.replicas import in_forward
 
 __all__ = [
     "OtherRankFailed",
@@ -30,6 +31,7 @@ __all__ = [
     "explained",
     "first_to_fail",
     "gather",
+    "in_forward",
     "layout",
     "on_first",
     "rank",

@@ -29,6 +29,7 @@ class TiedEmbedding:
         self._complete: Callable[[torch.Tensor], None] | None = None
         self._lookups = 0  # embedding lookups whose backward pass has not run yet
         self._accumulated = False  # whether the head's gradient is in weight.grad
+        self.active = True  # until the end of the context
 
     def on_gradient(self, complete: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
         """Registers ``complete(weight)``, called in each backward pass once ``weight.grad`` holds both gradients.
@@ -71,16 +72,18 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
         refuse_double_backward(_NAME)
         (ids,) = ctx.saved_tensors
+        ctx.tied.check()
         weight = ctx.tied.weight
-        if ctx.padding is not None:
-            gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        # The rows of a token are summed in float32 in a fixed order and added once: deterministic, and accurate in bfloat16.
-        tokens, place = _distinct(ids.flatten())
-        rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
-        sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
-        weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
+        if weight.requires_grad:  # not frozen since the forward
+            if ctx.padding is not None:
+                gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            # The rows of a token are summed in float32 in a fixed order and added once: deterministic, and accurate in bfloat16.
+            tokens, place = _distinct(ids.flatten())
+            rows = gradient.flatten(0, -2).to(torch.promote_types(weight.dtype, torch.float32))
+            sums = torch.ops.aten.embedding_dense_backward(rows, place, len(tokens), -1, False)
+            weight.grad.index_copy_(0, tokens, sums.add_(weight.grad[tokens]).to(weight.dtype))
         ctx.tied._lookups -= 1
         ctx.tied._finish()
         return None, None, None, None
@@ -113,7 +116,7 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
 
     Raises:
         ValueError: the weight is a DTensor, has a gradient hook, or is trained by several processes: what is added in place would
-            be missed.
+            be missed. Also where the embedding gets another weight within the context.
         RuntimeError: in a backward pass that is differentiated again, or by ``torch.autograd.grad`` with respect to the weight.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -130,25 +133,35 @@ def tied_gradient_in_place(model: PreTrainedModel) -> Iterator[TiedEmbedding | N
     own = TiedEmbedding(embedding.weight)
     guard = own.weight.register_hook(OnlyBackward(_NAME, own.weight))
     anchor = torch.zeros((), device=embedding.weight.device, requires_grad=True)
-    forward, padding = embedding.forward, embedding.padding_idx
+    kind, padding = type(embedding), embedding.padding_idx
 
-    def lookup_in_place(ids: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return forward(ids)
-        own.check()
-        rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
-        # Run the module's own forward, which may scale its output, with these rows as its weight.
-        order = torch.arange(len(rows), device=ids.device).view(ids.shape)
-        embedding.padding_idx = None
-        del embedding.forward
-        try:
-            return torch.func.functional_call(embedding, {"weight": rows}, (order,))
-        finally:
-            embedding.padding_idx, embedding.forward = padding, lookup_in_place
+    class InPlace(kind):
+        """Class of the embedding within the context. A deep copy of the module has it too, and looks up its own weight."""
 
-    embedding.forward = lookup_in_place
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            taken = self is embedding and own.active and torch.is_grad_enabled() and self.weight.requires_grad
+            if not taken or torch.compiler.is_compiling():
+                return super().forward(ids)
+            if self.weight is not own.weight:
+                raise ValueError(
+                    f"{_NAME}: got a model whose embedding has another weight than when the context began, wanted the same parameter"
+                )
+            own.check()
+            rows = _Lookup.apply(anchor, ids, own, padding).flatten(0, -2)
+            # Run the module's own forward, which may scale its output, with these rows as its weight. Hooks run around it, once.
+            order = torch.arange(len(rows), device=ids.device).view(ids.shape)
+            self.padding_idx, self._parameters["weight"] = None, rows
+            try:
+                return super().forward(order)
+            finally:
+                self.padding_idx, self._parameters["weight"] = padding, own.weight
+
+    InPlace.__name__, InPlace.__qualname__ = kind.__name__, kind.__qualname__
+    embedding.__class__ = InPlace
     try:
         yield own
     finally:
-        del embedding.forward
+        own.active = False
+        if type(embedding) is InPlace:  # else another class was made of it, which goes on with the plain lookup
+            embedding.__class__ = kind
         guard.remove()

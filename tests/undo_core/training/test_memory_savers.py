@@ -1,6 +1,7 @@
 """Training with less memory: a tied embedding's gradient in place, activation checkpointing, attention kernels."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_the_gradient_is_the_same(kind, number):
             backward(model, number)
     for (name, p), q, exact in zip(wanted.named_parameters(), model.parameters(), wide.parameters(), strict=True):
         assert_same_function(q.grad, 2 * p.grad, 2 * exact.grad, name)
-    assert "forward" not in vars(model.get_input_embeddings())
+    assert type(model.get_input_embeddings()) is type(wanted.get_input_embeddings())
     backward(model, 1)  # as before the block
 
 
@@ -172,7 +173,7 @@ def test_uses_that_would_miss_a_part_are_refused(monkeypatch):
         tied_gradient_in_place(model),
     ):
         pass
-    assert not vars(model.get_input_embeddings()).get("forward")
+    assert type(model.get_input_embeddings()) is type(model_of("gemma2").get_input_embeddings())
     model = model_of("gemma2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -224,11 +225,67 @@ def test_an_evaluation_with_gradients_stops_no_update(mode):
     assert torch.equal(run(with_gradients), run(None))
 
 
+def test_hooks_of_the_embedding_run_once():
+    """NEFTune, for example, adds noise to the output of the embedding in a forward hook."""
+    model = model_of("gemma3_text")
+    embedding_of, ids, seen = model.get_input_embeddings(), batches(1)[0].input_ids, []
+    embedding_of.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    embedding_of.register_forward_hook(lambda module, given, output: output + 1)
+    wanted = embedding_of(ids)
+    with tied_gradient_in_place(model):
+        assert torch.equal(embedding_of(ids), wanted)
+    assert len(seen) == 2 and all(torch.equal(given, ids) for given in seen)
+
+
+def test_a_copy_looks_up_its_own_weight():
+    """A reference model or a teacher is often a deep copy."""
+    model, ids = model_of("gemma3_text"), batches(1)[0].input_ids
+    with tied_gradient_in_place(model):
+        copied = copy.deepcopy(model)
+        copied.get_input_embeddings().weight.data.mul_(2)
+        backward(copied, 1)
+        assert torch.equal(copied.get_input_embeddings()(ids), 2 * model.get_input_embeddings()(ids))
+    assert torch.equal(copied.get_input_embeddings()(ids), 2 * model.get_input_embeddings()(ids))
+    assert model.get_input_embeddings().weight.grad is None
+    wanted = model_of("gemma3_text")
+    wanted.get_input_embeddings().weight.data.mul_(2)
+    backward(wanted, 1)
+    gradients = (m.get_input_embeddings().weight.grad for m in (copied, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    with tied_gradient_in_place(copied) as tied:
+        assert tied is not None
+
+
+@pytest.mark.parametrize("since", ["the beginning of the context", "the forward"])
+def test_a_weight_frozen_within_the_context_gets_no_gradient(since):
+    """The norm of all gradients, by which a trainer clips, would contain it."""
+    model = model_of("llama")
+    with tied_gradient_in_place(model) as tied:
+        loss = cross_entropy(model, batches(1)[0], 1) if since == "the forward" else None
+        tied.weight.requires_grad_(False)
+        loss = cross_entropy(model, batches(1)[0], 1) if loss is None else loss
+        loss.backward()
+    assert tied.weight.grad is None and model.model.norm.weight.grad.any()
+
+
+def test_a_weight_that_is_replaced_and_a_later_hook_are_refused():
+    model = model_of("llama")
+    with tied_gradient_in_place(model) as tied:
+        loss = cross_entropy(model, batches(1)[0], 1)
+        tied.weight.register_hook(lambda gradient: None)
+        with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a parameter with 1 gradient hooks"):
+            loss.backward()
+        embedding_of = model.get_input_embeddings()
+        embedding_of.weight = model.lm_head.weight = torch.nn.Parameter(2 * tied.weight.detach())
+        with pytest.raises(ValueError, match=r"^tied_gradient_in_place: got a model whose embedding has another weight"):
+            embedding_of(batches(1)[0].input_ids)
+
+
 def test_untied_and_frozen_weights_are_left_alone():
     untied, frozen = model_of("llama", tie_word_embeddings=False), model_of("llama").requires_grad_(False)
     for model in (untied, frozen):
         with tied_gradient_in_place(model) as tied:
-            assert tied is None and "forward" not in vars(model.get_input_embeddings())
+            assert tied is None and type(model.get_input_embeddings()) is torch.nn.Embedding
 
 
 def test_evaluation_within_the_block_leaves_nothing_waiting():
