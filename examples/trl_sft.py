@@ -17,7 +17,13 @@ WORKSPACE = (
 
 
 class FusedSFTTrainer(SFTTrainer):
-    """SFTTrainer that never holds ``[tokens, vocabulary]`` logits. Options of TRL's own loss, such as ``loss_type``, do nothing."""
+    """SFTTrainer that never holds ``[tokens, vocabulary]`` logits. Its loss is cross-entropy; TRL's other losses are refused."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+            asked = f"{self.args.loss_type!r} with label smoothing {self.args.label_smoothing_factor}"
+            raise ValueError(f"loss_type: got {asked}, wanted 'nll' with 0: the fused loss is the cross-entropy of the labels")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

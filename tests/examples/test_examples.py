@@ -107,6 +107,13 @@ def test_packed_documents_stay_apart_in_trl(example, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
+@pytest.mark.parametrize("option", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_trl_losses_that_the_fused_one_is_not(example, tmp_path, option):
+    pytest.importorskip("trl")
+    with pytest.raises(ValueError, match="loss_type: got"):
+        example("trl_sft").main(str(tmp_path), **option)
+
+
 def test_trl_distillation(example, tmp_path):
     """The student learns on what it writes itself."""
     pytest.importorskip("trl")
