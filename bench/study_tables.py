@@ -41,6 +41,7 @@ RUN = "undo run configs/arithmetic-cpu.yaml"
 COMMANDS = {  # what makes each recorded folder: its title, and the command
     "sweep-alpha": ("Robustness over alpha", "undo sweep configs/sweep-alpha.yaml"),
     "sweep-methods": ("Every method before and after UNDO", "undo sweep configs/sweep-methods.yaml"),
+    "sweep-newer-methods": ("Newer methods beside MaxEnt", "undo sweep configs/sweep-newer-methods.yaml"),
     "sweep-attacks": ("Every attack", "undo sweep configs/sweep-attacks.yaml"),
     "sweep-labels": ("Budgets of labels", "undo sweep configs/sweep-labels.yaml"),
     "sweep-study": ("The headline rows over five seeds", "undo sweep configs/sweep-study.yaml"),
@@ -177,6 +178,11 @@ def orders(settings: Sequence[Setting]) -> str:
     return _differences(settings[0].report, compared(settings))
 
 
+def methods_and_orders(settings: Sequence[Setting]) -> str:
+    """Both of these tables."""
+    return f"{methods(settings)}\n\n{orders(settings)}"
+
+
 def headline(settings: Sequence[Setting]) -> str:
     """The methods over more seeds, MaxEnt's alphas, and the orders between methods."""
     return "\n\n".join([methods(settings), alphas([_with_filter(settings)]), orders(settings)])
@@ -251,6 +257,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Setting]], str]]] = {
     "alpha": ("sweep-alpha", alphas),
     "methods": ("sweep-methods", methods),
     "methods-orders": ("sweep-methods", orders),
+    "newer-methods": ("sweep-newer-methods", methods_and_orders),
     "attacks": ("sweep-attacks", attacks),
     "labels": ("sweep-labels", labels),
     "headline": ("sweep-study", headline),

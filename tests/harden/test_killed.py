@@ -45,7 +45,7 @@ MODES = {  # the settings, the kinds of stages that are killed, and how the comm
     "adapters": (shortest_run(relearn={**shortest_run()["relearn"], "kind": "lora"}), ("relearn",), {}),
     "controls, attacks and measures": (
         shortest_run(**FURTHER),
-        ("initialise", "gate", "damage", "probe", "grid", "intervene", "measure"),
+        ("initialise", "gate", "damage", "probe", "grid", "intervene", "search", "measure", "untie", "erase"),
         {},
     ),
     "two workers": (shortest_run(workers=2), TRAINED, {}),
