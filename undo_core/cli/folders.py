@@ -12,7 +12,7 @@ from safetensors import safe_open
 from undo_core import distributed
 from undo_core.checkpoints.files import read_header
 from undo_core.io.progress import console
-from undo_core.io.untrusted import read_object
+from undo_core.io.untrusted import read_object, refused
 from undo_core.models.folder import check_checkpoint, weight_files
 from undo_core.noise.model import TensorNoise, by_kind
 from undo_core.noise.parameters import Left, summary
@@ -48,7 +48,8 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
 def check_finite(name: str, folder: Path) -> None:
     """Raises a ValueError that begins with ``name`` if a weight is NaN or infinite: such a model would score as one that forgot."""
     for path in weight_files(folder):
-        read_header(path)  # names the file if it is damaged
+        with refused(f"{name}: got {folder}, of which a file may be cut off"):
+            read_header(path)
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it cannot be iterated
                 tensor = file.get_tensor(key)
