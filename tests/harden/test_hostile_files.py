@@ -1,7 +1,9 @@
 """Files from strangers: none runs code, leaves its folder, takes memory without a limit, or ends in more than one line."""
 
 import contextlib
+import io
 import json
+import math
 import os
 import pickle
 import re
@@ -20,9 +22,14 @@ pytest.importorskip("pyarrow")
 from hostile import Escaped, attack, limited, odd_places, watched
 from hostile_readers import checkpoint, readers
 from mutations import MODULE
+from safetensors.torch import load_file, save_file
 from sweep_results import results
 from tiny_run import RUN
+from tokenizer_kinds import tokenizer_of
+from tokenizers import Regex, Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from undo_core.attacks import AttackConfig
 from undo_core.cli import main
 from undo_core.cli.parser import parser_arguments
 from undo_core.data.reading import read_documents
@@ -237,6 +244,13 @@ def test_memory_is_limited(tmp_path):
     with limited() as begin, pytest.raises(ValueError, match="aliases"):
         begin()
         parse_value("a: [" + "0, " * 100_000 + "0]")
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(RUN))
+    many = {"grid": {f"noise.{name}": list(range(1000)) for name in ("alphas", "beta", "std")}}
+    with pytest.raises(ValueError, match=r"^grid, runs: got 1,000,000,000 runs, wanted at most 10,000"):
+        SweepConfig("s", str(base), str(tmp_path / "out"), **many)
+    with pytest.raises(ValueError, match=r"^seeds: got 1000000000, wanted an integer <= 1000"):
+        AttackConfig(seeds=10**9)
     table = tmp_path / "bomb.parquet"
     index = pyarrow.array([0] * 200_000, pyarrow.int32())
     column = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array(["y" * 1_000_000]))  # 200 GB of text in 70 kB
@@ -248,6 +262,56 @@ def test_memory_is_limited(tmp_path):
         assert sum(map(len, islice(read_documents([str(table)]), 300))) == 300_000_000
 
 
+def test_a_tokenizer_makes_no_text_much_longer(tmp_path):
+    """Few bytes of a tokenizer could ask for more memory than there is, or more than JSON may have."""
+    made = Tokenizer.from_str(tokenizer_of("llama").backend_tokenizer.to_str())
+    table = b"\0" * 4 + b"x" * 2000 + b"\0"
+    for name, normalizer, around in (
+        ("replaced", [normalizers.Replace("a", "a" * 100)] * 6, "<bos> $A"),
+        ("between", [normalizers.Replace(Regex(""), "aa")] * 40, "<bos> $A"),
+        ("before", [normalizers.Prepend("a" * 5000)], "<bos> $A"),
+        ("mapped", [normalizers.Precompiled(table)], "<bos> $A"),
+        ("around", [], "<bos> " * 2000 + "$A"),
+        ("repeated", [], "$A " * 2000),
+    ):
+        made.normalizer = normalizers.Sequence(normalizer)
+        made.post_processor = processors.TemplateProcessing(around.strip(), None, [("<bos>", 1)])
+        folder = tmp_path / name
+        PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>").save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"^tokenizer: got .* times longer, wanted at most 1024"):
+            load_tokenizer(folder)
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581"), normalizers.NFKC()]
+    )
+    made.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>").save_pretrained(tmp_path / "usual")
+    load_tokenizer(tmp_path / "usual")
+    for name in ("tokenizer.json", "vocab.txt", "chat_template.jinja"):
+        folder = checkpoint(tmp_path / f"large {name}")
+        (folder / name).touch()
+        os.truncate(folder / name, 1 << 40)
+        with pytest.raises(ValueError, match=f"{re.escape(name)}: got 1,099,511,627,776 bytes"):
+            load_tokenizer(folder)
+
+
+def test_weights_are_looked_at_before_they_are_hashed(tmp_path):
+    """A file that goes on after its tensors, an index of a million files and a NaN would take hours, or score as forgotten."""
+    out, many = str(tmp_path / "out"), {f"k{n}": f"f{n}" for n in range(10_000)}
+    longer, indexed, broken = (checkpoint(tmp_path / name) for name in ("longer", "indexed", "broken"))
+    os.truncate(longer / SINGLE, 1 << 43)
+    (indexed / SINGLE).unlink()
+    (indexed / INDEX).write_text(json.dumps({"weight_map": many}))
+    weights = load_file(broken / SINGLE)
+    weights["lm_head.weight"][0, 0] = math.nan
+    save_file(weights, broken / SINGLE)
+    (questions := tmp_path / "q.jsonl").write_text('{"question": "a", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n')
+    for folder, said in ((longer, SINGLE), (indexed, "an index of 10,000 files"), (broken, r"lm_head\.weight holds NaN")):
+        for arguments in (["noise", str(folder), out], ["evaluate", str(folder), "--multiple-choice", str(questions)]):
+            with contextlib.redirect_stderr(io.StringIO()) as error:
+                assert main(arguments) in (1, 2)
+            assert re.search(said, error.getvalue()) and error.getvalue().count("\n") == 1, error.getvalue()
+
+
 def test_the_command_says_one_line(tmp_path, capsys):
     """What the readers refuse, the command says in one line; one file of each kind."""
     folder, out = checkpoint(tmp_path / "plain"), str(tmp_path / "out")
@@ -257,6 +321,9 @@ def test_the_command_says_one_line(tmp_path, capsys):
         tmp_path / "run.yaml": b"model: !!python/object/apply:os.system ['true']",
         tmp_path / "results-seed0.json": b'{"format": 1}',
         tmp_path / "q.jsonl": b'{"question": 5}\n',
+        tmp_path / "whole.jsonl": b'{"question": "a?", "choices": ["a", "b"], "answer": 0, "subject": "s"}\n',
+        tmp_path / "colour.yaml": yaml.safe_dump({**RUN, "name": "\x1b[31mred"}).encode(),
+        tmp_path / "number.yaml": yaml.safe_dump({**RUN, "attacks": {1: {"rates": [1e-3]}}}).encode(),
         tmp_path / "data" / "data" / "test_forget.safetensors": b"\xff" * 64,
         tmp_path / "cache" / "cache.json": b'{"identity": []}',
     }.items():
@@ -270,6 +337,9 @@ def test_the_command_says_one_line(tmp_path, capsys):
         ["sweep", str(tmp_path / "run.yaml"), "--dry-run"],
         ["report", str(tmp_path / "results-seed0.json"), f"--output={out}"],
         ["evaluate", good, "--multiple-choice", str(tmp_path / "q.jsonl")],
+        ["evaluate", good, "--multiple-choice", str(tmp_path / "whole.jsonl")],  # a tokenizer without the characters
+        ["plan", str(tmp_path / "number.yaml")],
+        ["plan", str(tmp_path / "colour.yaml")],
         ["evaluate", good, str(tmp_path / "data")],
         ["distill", good, good, str(tmp_path / "data"), out, f"--cache={tmp_path / 'cache'}"],
     ):
@@ -292,6 +362,7 @@ def test_every_promise_names_a_test():
             assert re.search(rf"^def {test}\(", (root / path).read_text(), re.MULTILINE), f"{path}::{test} does not exist"
     limits = set(re.findall(r"`([A-Z][A-Z_]+)`", (root / "SECURITY.md").read_text()))
     modules = [
-        import_module(f"undo_core.{name}") for name in ("io.files", "pipeline.config_files", "models.folder", "models.loading")
+        import_module(f"undo_core.{name}")
+        for name in ("io.files", "pipeline.config_files", "pipeline.sweep_config", "models.folder", "models.loading")
     ]
     assert len(limits) >= 6 and all(any(hasattr(module, limit) for module in modules) for limit in limits)

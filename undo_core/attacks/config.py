@@ -19,6 +19,7 @@ KINDS = ("finetune", "lora", "fewshot", "quantise")
 TRAINED = ("finetune", "lora")
 NEEDS = {"lora": "peft", "quantise": "torchao", "search": "optuna"}  # required packages
 EXTRAS = {"search": "optuna"}  # the extra that installs them, if it is not "attacks"
+MOST_SEEDS = 1000  # of an attack: the plan has a trial for each
 SOURCES = ("forget", "retain")
 INITIALISATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
 Settings = TypeVar("Settings", bound="Seeded")
@@ -185,6 +186,8 @@ class AttackConfig:
         for name, low in (("extend", 0), ("batch_size", 1), ("seeds", 1), ("group_size", 1), ("together", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted an integer >= {low}")
+        if self.seeds > MOST_SEEDS:
+            raise ValueError(f"seeds: got {self.seeds}, wanted an integer <= {MOST_SEEDS}")
         _different("shots", self.shots, 1, 1 << 20)
         _different("bits", self.bits, 2, 8)
         self.sequences()

@@ -17,7 +17,7 @@ def check_attacks(relearn: AttackConfig, attacks: dict[str, AnyAttack]) -> None:
     if not relearn.trains:
         raise ValueError(f"relearn.kind: got {relearn.kind}, wanted finetune or lora; put other kinds under attacks")
     for name in attacks:
-        if name == HEADLINE or not re.fullmatch(r"[\w-]+", name):
+        if name == HEADLINE or not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ValueError(
                 f"attacks: got the name {name!r}, wanted letters, digits, - and _, and not relearn, the headline attack"
             )

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from safetensors import safe_open
 
 from undo_core import distributed
+from undo_core.checkpoints.files import read_header
 from undo_core.io.progress import console
-from undo_core.io.untrusted import read_object
-from undo_core.models.folder import check_checkpoint
+from undo_core.io.untrusted import read_object, refused
+from undo_core.models.folder import check_checkpoint, weight_files
 from undo_core.noise.model import TensorNoise, by_kind
 from undo_core.noise.parameters import Left, summary
 from undo_core.pipeline.stage import MANIFEST, Stage
@@ -32,6 +34,7 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
             check_prepared(folder.path)
         elif not folder.names:
             check_checkpoint(name, folder.path)
+            check_finite(name, folder.path)
     stage.check_ranks(distributed.count())
     output, store = Path(output), OneFolder(Path(output))
     known = distributed.on_first(lambda: store.done(stage))
@@ -40,6 +43,19 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
     if not quiet:
         console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))
     return read_object(output / MANIFEST)
+
+
+def check_finite(name: str, folder: Path) -> None:
+    """Raises a ValueError that begins with ``name`` if a weight is NaN or infinite: such a model would score as one that forgot."""
+    for path in weight_files(folder):
+        with refused(f"{name}: got {folder}, of which a file may be cut off"):
+            read_header(path)
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, it cannot be iterated
+                tensor = file.get_tensor(key)
+                wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite knows no float8
+                if not wide.isfinite().all():
+                    raise ValueError(f"{name}: got {folder}, whose {key} holds NaN or infinity; wanted finite weights")
 
 
 def check_prepared(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from undo_core import distributed
-from undo_core.cli.folders import check_prepared
+from undo_core.cli.folders import check_finite, check_prepared
 from undo_core.data.questions import DESCRIPTION
 from undo_core.io.progress import console
 from undo_core.io.untrusted import refused
@@ -51,6 +51,7 @@ def evaluate(
     if data is None and not multiple_choice:
         raise ValueError("data: got none and no multiple_choice, wanted one of the two")
     check_checkpoint("model", Path(model))
+    check_finite("model", Path(model))
     metrics: dict[str, Any] = {}
     files, shown = ([paths] if isinstance(paths, str) else list(paths) for paths in (multiple_choice, examples))
     config = MultipleChoiceConfig(files, shown, shots, description, limit, special_tokens) if files else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, parse: 
         return []
     texts = list(texts)
     try:
-        with refused("text: got one that the tokenizer cannot encode"):  # Rust's errors are of no narrower kind
+        with _encoding():
             found = tokenizer(texts, add_special_tokens=False, split_special_tokens=not parse)["input_ids"]
     except ValueError as error:
         if "Missing [UNK] token" not in str(error):
@@ -66,10 +67,11 @@ def surroundings(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[in
     """Returns the special tokens that the tokenizer puts before and after ``text`` by itself; either may be empty.
 
     Raises:
-        ValueError: the tokenizer does more to a text than put tokens around it.
+        ValueError: the tokenizer cannot encode the text, or does more to it than put tokens around it.
     """
     text = text.strip()[:8] or text  # a few characters are enough to see it
-    whole, bare = (tokenizer(text, add_special_tokens=add, split_special_tokens=True)["input_ids"] for add in (True, False))
+    with _encoding():
+        whole, bare = (tokenizer(text, add_special_tokens=add, split_special_tokens=True)["input_ids"] for add in (True, False))
     for first in range(len(whole) - len(bare) + 1):
         if whole[first : first + len(bare)] == bare:
             return whole[:first], whole[first + len(bare) :]
@@ -100,20 +102,26 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, s
     ids: list[int] = []
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        pieces = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
         literals = re.compile("|".join(map(re.escape, sorted(control.values(), key=len, reverse=True))))
-        for piece, _ in pieces:
-            cuts = [match.start() + 1 for match in literals.finditer(piece)]
-            for first, last in zip([0, *cuts], [*cuts, len(piece)], strict=True):
-                ids += [token.id for token in backend.model.tokenize(piece[first:last])]
+        with _encoding():
+            if backend.normalizer is not None:
+                text = backend.normalizer.normalize_str(text)
+            pieces = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+            for piece, _ in pieces:
+                cuts = [match.start() + 1 for match in literals.finditer(piece)]
+                for first, last in zip([0, *cuts], [*cuts, len(piece)], strict=True):
+                    ids += [token.id for token in backend.model.tokenize(piece[first:last])]
     if not ids or not control.keys().isdisjoint(ids):
         raise ValueError(
             f"text: got {_shown(text)}, of which the tokenizer makes a control token even if cut; wanted text without it, or "
             f"special_tokens parse"
         )
     return ids
+
+
+def _encoding() -> AbstractContextManager[None]:
+    """Turns what a tokenizer raises about a text into a ValueError; Rust's errors are of no narrower kind than Exception."""
+    return refused("text: got one that the tokenizer cannot encode")
 
 
 def _shown(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -61,7 +62,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces ``path`` by ``value`` as JSON, atomically."""
+    if place := _not_finite(value):
+        raise ValueError(f"{path.name}: got {place}, wanted finite numbers: weights or losses hold NaN or infinity")
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _not_finite(value: Any, at: str = "") -> str:
+    """Returns number and place of the first number in a JSON value that JSON cannot hold; empty if there is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} in {at!r}"
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, (_not_finite(entry, f"{at}.{name}".lstrip(".")) for name, entry in entries)), "")
 
 
 def read_json(path: Path) -> Any:
@@ -70,12 +81,17 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: the file is larger than :data:`JSON_BYTES`, is not UTF-8 or not JSON, or is nested too deeply.
     """
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path}: got {size:,} bytes, wanted JSON of at most {JSON_BYTES:,}")
+    check_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON, or torn ({error})") from None
+
+
+def check_size(path: Path) -> None:
+    """Raises a ValueError if a file that is read as a whole is larger than :data:`JSON_BYTES`."""
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{path}: got {size:,} bytes, wanted at most {JSON_BYTES:,}")
 
 
 def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:

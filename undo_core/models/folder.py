@@ -15,7 +15,12 @@ from undo_core.io.untrusted import checked_object, inside, read_object, refused
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges*", "*.model"),
+)
 
+MOST_FILES = 1 << 13  # of weights that an index may name
 MOST_PARTS = 2048  # largest number of layers or labels: transformers builds an object for each before it reads weights
 MOST_EXPERTS = 1 << 15  # Doge has 16384, as rows of a table
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # what needs no package of kernels
@@ -149,10 +154,10 @@ def named_weight_files(folder: Path) -> list[Path]:
         path = inside(folder, named, f"{folder / CONFIG}")
     if path.name.endswith(".index.json") and path.is_file():
         index = read_object(path, weight_map=dict)["weight_map"]
-        found = {inside(folder, file, f"{path}") for file in _texts(index.values(), f"{path}")}
-        if not found:
-            raise ValueError(f"{path}: got an index of no files, wanted at least one")
-        return sorted(found)
+        names = _texts(index.values(), f"{path}")
+        if not 0 < len(names) <= MOST_FILES:
+            raise ValueError(f"{path}: got an index of {len(names):,} files, wanted 1 to {MOST_FILES:,}")
+        return sorted(inside(folder, name, f"{path}") for name in names)
     return [path]
 
 

@@ -7,17 +7,20 @@ head's parts, so that with a fused backend no ``[tokens, V]`` tensor exists, wha
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import difflib
 import inspect
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -32,13 +35,22 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from undo_core.io.files import read_json
+from undo_core.io.files import check_size, read_json
 from undo_core.io.text_files import check_is_content
 from undo_core.io.untrusted import refused
-from undo_core.models.folder import CONFIG, check_configuration, check_settings, read_configuration, weight_files
+from undo_core.models.folder import (
+    CONFIG,
+    TOKENIZER_FILES,
+    check_configuration,
+    check_settings,
+    read_configuration,
+    weight_files,
+)
 
 PARAMETERS_PER_BYTE = 4  # of the weight files: no stored form has less than 2 bits for a parameter
 BUFFER_BYTES = 1 << 30  # of a checkpoint's model, or as many as its files have; buffers follow from the configuration alone
+
+MOST_GROWTH = 1 << 10  # how many times longer a tokenizer may make a text; Llama's can 4 times, ALBERT's some hundred
 
 
 def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -221,14 +233,45 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def growth_of(backend: Tokenizer) -> int:
+    """Returns a bound on how many times a tokenizer's normalizers and what it puts around a text can make the text longer.
+
+    The memory of an encoded text is in proportion to it. Few bytes could ask for more memory than there is.
+    """
+    grown, rest = (
+        1,
+        [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.post_processor) if part is not None],
+    )
+    for part in rest:
+        rest += [*(part.get("normalizers") or ()), *(part.get("processors") or ())]
+        if part["type"] in ("Replace", "Prepend"):
+            grown *= 1 + len((part.get("content") or part.get("prepend") or "").encode())
+        elif part["type"] == "Precompiled":  # a trie, whose size comes first, and the texts that it leads to
+            table = base64.b64decode(part["precompiled_charsmap"])
+            grown *= max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
+        elif part["type"] == "TemplateProcessing":
+            added = {name: len(token["ids"]) for name, token in part["special_tokens"].items()}
+            grown *= max(
+                1, sum(added[piece["SpecialToken"]["id"]] if "SpecialToken" in piece else 1 for piece in part["single"])
+            )
+    return grown
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a checkpoint folder; it needs no padding token, since sequences record where their text ends."""
-    for path in sorted(Path(folder).glob("*.json")):
-        check_is_content(path)
-    if (Path(folder) / CONFIG).is_file():  # transformers reads it to find the tokenizer's class
-        check_configuration(Path(folder))
+    folder = Path(folder)
+    for path in sorted({path for name in (*TOKENIZER_FILES, "*.json", "*.txt", "*.jinja") for path in folder.glob(name)}):
+        if path.is_file():
+            check_is_content(path)
+            check_size(path)
+    if (folder / CONFIG).is_file():  # transformers reads it to find the tokenizer's class
+        check_configuration(folder)
     with refused(f"tokenizer: got {folder}, of which transformers' AutoTokenizer makes no tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        grown = growth_of(tokenizer.backend_tokenizer) if tokenizer.is_fast else 1
+    if grown > MOST_GROWTH:
+        raise ValueError(f"tokenizer: got {folder}, which can make a text {grown:,} times longer, wanted at most {MOST_GROWTH}")
+    return tokenizer
 
 
 def check_vocab_size(vocab_size: int | None, **sizes: int) -> None:

@@ -129,6 +129,9 @@ class RunConfig:
     alpha_max: float = 0.9
 
     def __post_init__(self) -> None:
+        for key in ("name", "output"):  # both are printed
+            if not getattr(self, key).isprintable():
+                raise ValueError(f"{key}: got {getattr(self, key)!r}, wanted a text without control characters")
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
         if self.model.path and self.controls.filter:
@@ -149,7 +152,7 @@ class RunConfig:
         check_margin(self.retain_margin)
         for section, names in (("measures", self.measures), ("students", self.students)):
             for name in names:
-                if not re.fullmatch(r"[\w-]+", name):
+                if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
                     raise ValueError(f"{section}: got the name {name!r}, wanted letters, digits, - and _")
         for name, student in self.students.items():
             if student.model in ("random", "filter") and not getattr(self.controls, student.model):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from undo_core.checkpoints.files import stored_dtype
+from undo_core.checkpoints.files import read_header, stored_dtype
 from undo_core.io.files import hash_file, hash_json
-from undo_core.models.folder import CONFIG, weight_files
+from undo_core.models.folder import CONFIG, TOKENIZER_FILES, weight_files
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
 if TYPE_CHECKING:  # meta imports the whole training code
@@ -26,10 +26,6 @@ if TYPE_CHECKING:  # meta imports the whole training code
 
 FORMAT = 5  # part of every key; raise it when a stage computes something else, so that no stale folder is reused
 MANIFEST = "manifest.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges*", "*.model"),
-)
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,11 @@ class Folder:
         else:
             found = {path for name in ("data/*.safetensors", *TOKENIZER_FILES) for path in self.path.glob(name)}
             if (self.path / CONFIG).is_file():
-                found |= {self.path / CONFIG, *weight_files(self.path)}
-        return {path.relative_to(self.path).as_posix(): hash_file(path) for path in sorted(found)}
+                weights = weight_files(self.path)
+                for path in weights:
+                    read_header(path)  # a torn file is refused before hours of hashing
+                found |= {self.path / CONFIG, *weights}
+        return {path.relative_to(self.path).as_posix(): hash_file(path) for path in sorted(found) if path.is_file()}
 
     def stored(self) -> torch.dtype:
         """Dtype of the weights in the folder."""

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from undo_core.pipeline.config import RunConfig
 from undo_core.pipeline.config_files import PARSER_MODE, read_settings
 
+MOST_RUNS = 10_000
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 
@@ -77,6 +79,12 @@ class SweepConfig:
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{key}: got no values, wanted at least one")
+        count = math.prod(map(len, self.grid.values())) * max(1, len(self.runs))
+        if count > MOST_RUNS:
+            raise ValueError(f"grid, runs: got {count:,} runs, wanted at most {MOST_RUNS:,}")
+        for key in ("name", "output"):  # both are printed
+            if not getattr(self, key).isprintable():
+                raise ValueError(f"{key}: got {getattr(self, key)!r}, wanted a text without control characters")
         names = [str(run.get("name")) for run in self.runs]
         for name in names:
             if not _NAME.fullmatch(name) or names.count(name) > 1:

@@ -13,7 +13,7 @@ No op shifts labels. The losses share these options:
   influence either, even where it holds NaN, but the denominator still counts it.
 - ``vocab_size``: entries of the head from here on are padding. They get no probability and zero gradient.
 - ``reduction``: ``mean`` over counted tokens, ``sum``, or ``none`` (``[...]``, with zeros where masked).
-- ``normalizer``: a float or a 0-d tensor that replaces the denominator of the mean, for accumulation over micro-batches.
+- ``normalizer``: a float or a 0-d tensor that replaces the denominator of the mean, for accumulation over micro-batches; no gradient.
 - ``max_counted``: an upper bound on the number of counted tokens that the host knows. If more count, the loss is NaN.
 - ``plan``: ``direct`` is plain PyTorch, which holds ``[tokens, V]``. ``chunk`` keeps the logits of some tokens between the pass that
   finds the log-sum-exps and the pass that turns the logits into their gradient. ``recompute`` projects twice and keeps no logits.

@@ -9,6 +9,7 @@ import torch
 from undo_kernels.accumulation import check_part, check_unwatched, earlier_gradient
 from undo_kernels.ops import checks
 from undo_kernels.ops.dispatch import LossReduction
+from undo_kernels.ops.layout import check_apart
 from undo_kernels.ops.vocabulary_parallel import local_head
 from undo_kernels.projection import GivenLogits, Projection
 
@@ -28,14 +29,14 @@ def projection(
 ) -> Projection:
     """Returns the hidden states, flattened to ``[tokens, d]``, with their head and its options."""
     check_shape(prefix, scale, softcap, temperature)
-    into = accumulated_into(accumulate_into, weight, prefix)
+    into = accumulated_into(accumulate_into, hidden, weight, prefix)
     softcap = None if softcap is None else float(softcap)
     hidden, weight, bias, vocab_size, shard = local_head(prefix, hidden, weight, bias, vocab_size)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return Projection(flat, weight, bias, float(scale), softcap, float(temperature), vocab_size, shard, into)
 
 
-def accumulated_into(parameter: Any, weight: torch.Tensor, prefix: str) -> torch.Tensor | None:
+def accumulated_into(parameter: Any, hidden: torch.Tensor, weight: torch.Tensor, prefix: str) -> torch.Tensor | None:
     """Returns the parameter whose gradient the weight's is added to in place; None where autograd has nothing to add it to.
 
     A parameter without a gradient takes the first one as it is. One that is frozen, or a call without gradients, takes none.
@@ -62,20 +63,24 @@ def accumulated_into(parameter: Any, weight: torch.Tensor, prefix: str) -> torch
         return None
     check_part(name, weight, parameter)
     check_unwatched(name, parameter)
-    return None if earlier_gradient(parameter, weight) is None else parameter
+    gradient = earlier_gradient(parameter, weight)
+    if gradient is None:
+        return None
+    check_apart(name, {"grad": gradient, f"{prefix}hidden": hidden, f"{prefix}weight": weight}, {"grad"})
+    return parameter
 
 
 def check_shape(prefix: str, scale: Any, softcap: Any, temperature: Any) -> None:
     """Checks the options that shape the logits of a head."""
     checks.number(f"{prefix}scale", scale, "a finite number")
     if softcap is not None:
-        checks.number(f"{prefix}softcap", softcap, "a number > 0, or None", 0, open_ends=True)
-    checks.number("temperature", temperature, "a number > 0", 0, open_ends=True)
+        checks.positive(f"{prefix}softcap", softcap, "None, or a number > 0")
+    checks.positive("temperature", temperature)
 
 
 def given_logits(name: str, logits: torch.Tensor, temperature: float, vocab_size: int | None) -> Projection:
     """Returns logits that exist already as a projection that yields them."""
-    checks.number(name, temperature, "a number > 0", 0, open_ends=True)
+    checks.positive(name, temperature)
     if checks.is_dtensor(logits):
         wanted = "a plain tensor; for a head that is sharded by vocabulary entries call the linear form, which needs no logits"
         checks.fail("logits", f"a DTensor with placements {tuple(logits.placements)}", wanted)

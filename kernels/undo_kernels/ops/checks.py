@@ -14,6 +14,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 2**63 - 1  # of torch's integers
 _ELEMENTS = 2**59  # of a tensor of 8 bytes each whose bytes such an integer counts
 _LONGEST = 400  # characters of what an error shows
+LEAST = 2.0**-126  # of the positive numbers that float32 holds with all digits
+LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32, in which the kernels compute
 
 
 def fail(name: str, got: Any, wanted: str) -> NoReturn:
@@ -89,7 +91,7 @@ def same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
 
 def per_token(name: str, value: Any, leading: torch.Size, kind: str, device: torch.device) -> torch.Tensor:
     """Returns ``value`` if it is a tensor with one entry per token; ``kind`` is bool, int or float."""
-    value = dense(name, replicated(name, value), str(list(leading)))
+    value = dense(name, replicated(name, value), "[...]")
     right = {"bool": value.dtype == torch.bool, "int": whole(value), "float": value.is_floating_point()}[kind]
     if not right:
         fail(name, value.dtype, {"bool": "bool", "int": "an integer dtype", "float": "a float dtype"}[kind])
@@ -105,22 +107,18 @@ def whole(value: torch.Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
-def number(
-    name: str, value: Any, wanted: str, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
-) -> float:
-    """Returns ``value`` as a float if it is a finite number in [low, high], or in (low, high) with open ends."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+def number(name: str, value: Any, wanted: str, low: float = -LARGEST, high: float = LARGEST, open_ends: bool = False) -> float:
+    """Returns ``value`` as a float if it is a number of float32 in [low, high], or in (low, high) with open ends."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(name, value, wanted)
-    if not (low < value < high if open_ends else low <= value <= high):
+    if not (low < value < high if open_ends else low <= value <= high):  # comparisons alone can be traced into a graph
         fail(name, value, wanted)
     return float(value)
 
 
-def _finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer above the largest float
-        return False
+def positive(name: str, value: Any, wanted: str = "a number > 0") -> float:
+    """Returns ``value`` as a float if float32 holds it as a positive number; it would round smaller ones to 0."""
+    return number(name, value, f"{wanted} that float32 holds", LEAST)
 
 
 def integer(name: str, value: Any, wanted: str, low: int, high: int = _MOST) -> int:
@@ -215,7 +213,7 @@ def sparse_teacher(
     No index may repeat at a token or leave the vocabulary. The probabilities of a token may sum to at most 1, with a tolerance of 1e-3
     in float32 and of 64 roundings in 16 bits; logits passed by mistake exceed that by factors.
     """
-    wanted = f"integers {(*leading, 'k')}"
+    wanted = "integers [..., k], with the leading shape of the hidden states"
     dense("teacher_indices", indices, wanted)
     if not whole(indices) or indices.ndim == 0 or indices.shape[:-1] != leading:
         fail("teacher_indices", f"shape {tuple(indices.shape)} and {indices.dtype}", wanted)

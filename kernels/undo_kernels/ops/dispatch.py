@@ -57,8 +57,9 @@ class LossReduction:
                 checks.fail("normalizer", f"shape {tuple(normalizer.shape)} and {normalizer.dtype}", wanted)
             if normalizer.device != device and normalizer.device.type != "cpu":
                 checks.fail("normalizer", f"device {normalizer.device}", wanted)
+            normalizer = normalizer.detach()
         elif normalizer is not None:
-            normalizer = checks.number("normalizer", normalizer, "a number > 0", 0, open_ends=True)
+            normalizer = checks.positive("normalizer", normalizer)
         if max_counted is not None:
             checks.integer("max_counted", max_counted, "an integer >= 0, or None", 0)
         weight = None

@@ -8,6 +8,7 @@ import torch
 
 from undo_kernels.ops import arguments, checks
 from undo_kernels.ops.dispatch import LossReduction, reduced_loss
+from undo_kernels.ops.layout import check_apart
 from undo_kernels.ops.vocabulary_parallel import check_same_cut
 from undo_kernels.projection import Projection
 
@@ -166,7 +167,8 @@ def kl_div(
         student_logits: ``[..., V]``; gradient.
         teacher_logits: ``[..., V]``; no gradient.
         inplace_grad: lets the backward overwrite ``student_logits`` with their gradient, which saves a second ``[..., V]`` array. Code
-            that reads the logits afterwards reads the gradient. Plain PyTorch does not use the permission.
+            that reads the logits afterwards reads the gradient. Plain PyTorch does not use the permission. Refused for logits whose
+            elements share memory (``expand``), and for a teacher's that share the student's.
         mask: this and all further arguments as in :func:`linear_kl_div`.
 
     Example:
@@ -186,6 +188,9 @@ def kl_div(
         student_logits.shape[:-1], student_logits.device, token_weight, reduction, normalizer, max_counted
     )
     memory = {**arguments.memory(plan, workspace_bytes), "inplace": checks.flag("inplace_grad", inplace_grad)}
+    if inplace_grad and not torch.compiler.is_compiling():  # a graph overwrites no logits
+        written = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        check_apart("inplace_grad", written, {"student_logits"})
     return _kl(
         student, teacher, by, mask, divergence, beta, teacher_lse, labels, label_weight, ignore_index, return_stats, memory
     )

@@ -12,9 +12,9 @@ from undo_kernels.ops.sharding import local_of
 
 
 def check_apart(argument: str, tensors: Mapping[str, torch.Tensor], changed: Collection[str] | None = None) -> None:
-    """Refuses tensors that share memory with another one, or with themselves (``Tensor.expand``).
+    """Refuses tensors that share memory with another one, or with themselves (``Tensor.expand``), and views of negated memory.
 
-    A write to them would be applied more than once. The caller removes second names of the same tensor first.
+    A write to them would be applied more than once, or with the wrong sign. The caller removes second names of the same tensor first.
 
     Args:
         argument: name of the caller's argument, for the error.
@@ -22,14 +22,17 @@ def check_apart(argument: str, tensors: Mapping[str, torch.Tensor], changed: Col
         changed: names of the tensors that will be written; None for all.
 
     Raises:
-        ValueError: two tensors overlap; it names them.
+        ValueError: two tensors overlap, or one is negated; it names them.
     """
+    for name, tensor in tensors.items():
+        if (changed is None or name in changed) and local_of(tensor).is_neg():  # the imaginary part of a conjugate is
+            checks.fail(argument, f"{name!r}, a view of negated memory", "a tensor as resolve_neg() makes it")
     for first, second in overlaps(tensors):
         if changed is not None and first not in changed and second not in changed:
             continue
         got = f"{first!r}, whose elements share memory" if first == second else f"{first!r} and {second!r}, which share memory"
         checks.fail(
-            argument, got, "each element in memory of its own; clone them, or tie them by giving both names one Parameter"
+            argument, got, "each element in memory of its own; clone them, or tie parameters by giving both names one Parameter"
         )
 
 

@@ -63,7 +63,7 @@ class NoiseRule:
             checks.choice("law", self.law, LAWS)
         for name in ("std", "toward"):
             if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), "a finite number", 0 if name == "std" else -float("inf"))
+                checks.number(name, getattr(self, name), "a finite number", 0 if name == "std" else -checks.LARGEST)
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,6 @@ def describe(tensors: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, tuple
     for name, tensor in pairs:
         checks.text("tensors", name, "names that are strings of UTF-8")
         checks.dense(f"tensors[{name!r}]", tensor, "of floats")
-        if local_of(tensor).is_neg():  # as the imaginary part of a conjugate: memory holds the opposite of its values
-            checks.fail(
-                f"tensors[{name!r}]", "a view of negated memory", "a tensor in memory of its own, as resolve_neg() makes it"
-            )
         if (storage := _identity(tensor)) in seen:
             continue
         seen.add(storage)

@@ -82,6 +82,25 @@ def test_compiles_to_one_graph(reduction, plan):
         assert_as_exact_as(graph, plain, plain, probability_error(h, w))
 
 
+def test_compiles_to_one_graph_for_all_sizes_and_options():
+    """Sizes and numbers are symbols in such a graph: the checks of the arguments may compare them, and print them only to refuse."""
+
+    def loss(h, w, number):
+        indices, labels = torch.arange(2).expand(len(h), 2), torch.zeros(len(h), dtype=torch.long)
+        common = {"temperature": number, "scale": number, "softcap": 10 * number, "normalizer": number, "plan": "chunk"}
+        ce = ops.linear_cross_entropy(h, w, labels, mask=labels == 0, **common)
+        return (
+            ce
+            + ops.linear_sparse_kl_div(h, w, indices, torch.full(indices.shape, -1.0), **common)
+            + ops.rmu_loss(h, w[0], coefficient=number)
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for rows, number in ((7, 1.5), (3, 2.5)):
+        h, w, _, _ = draw(rows)
+        assert torch.equal(compiled(h, w, number), loss(h, w, number))
+
+
 def test_inductor_keeps_a_small_divergence():
     """The plain path becomes part of the graph, and Inductor replaces expm1 by exp(x) - 1."""
     generator = torch.Generator().manual_seed(0)

@@ -339,6 +339,11 @@ REFUSED = {
         lambda w: with_gradient(w, torch.zeros(V, D).to_sparse()),
         r"got a parameter with a gradient of layout torch.sparse",
     ),
+    "expanded": (
+        lambda w: with_gradient(w, torch.zeros(1, D).expand(V, D)),
+        r"got 'grad', whose elements share memory",
+    ),
+    "gradient in the weight": (lambda w: with_gradient(w, w.data), r"got 'grad' and 'student_weight', which share memory"),
     "with a graph": (
         lambda w: with_gradient(w, torch.zeros(V, D, requires_grad=True)),
         r"got a parameter with a gradient .* with a graph",

@@ -54,6 +54,12 @@ GOOD = dict(
         ({"workspace_bytes": 2**63}, "workspace_bytes"),
         ({"max_counted": 2**63}, "max_counted"),
         ({"temperature": 10**400}, "temperature"),
+        ({"temperature": 1e-46}, "temperature"),
+        ({"student_softcap": 1e-46}, "student_softcap"),
+        ({"teacher_softcap": 1e39}, "teacher_softcap"),
+        ({"student_scale": -1e39}, "student_scale"),
+        ({"normalizer": 1e-46}, "normalizer"),
+        ({"label_weight": 1e39}, "label_weight"),
         ({"temperature": torch.ones(2, 2)}, "temperature"),
         ({"normalizer": 10**5000}, "normalizer"),
         ({"normalizer": torch.tensor(1j)}, "normalizer"),
@@ -149,3 +155,26 @@ def test_a_label_to_ignore_may_be_an_integer_of_numpy():
     hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, -7, 2])
     own, numpys = (ops.linear_cross_entropy(hidden, weight, labels, ignore_index=index) for index in (-7, np.int64(-7)))
     assert torch.equal(own, numpys)
+
+
+@pytest.mark.parametrize("plan", ["direct", "chunk", "recompute"])
+def test_a_normalizer_has_no_gradient(plan):
+    hidden, weight, normalizer = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), torch.tensor(2.0, requires_grad=True)
+    loss = ops.linear_uniform_kl(hidden, weight, normalizer=normalizer, plan=plan)
+    assert torch.autograd.grad(loss, [hidden, normalizer], allow_unused=True)[1] is None
+
+
+def test_logits_that_share_memory_are_not_overwritten():
+    """Each of these got a wrong gradient, or an error of torch's in the backward: what one row writes, another one reads."""
+    base = torch.randn(200)
+    logits, other = base[:54].view(6, 9), torch.randn(6, 9)
+    for student, teacher in (
+        (base[:9].expand(6, 9), other),
+        (base.as_strided((6, 9), (3, 1)), other),
+        (base[9:63].view(6, 9), logits),
+        (torch._neg_view(logits), other),
+    ):
+        student = student.detach().requires_grad_()
+        assert ops.kl_div(student, teacher).isfinite()
+        with pytest.raises(ValueError, match=r"^inplace_grad: got .*student_logits.*, wanted "):
+            ops.kl_div(student, teacher, inplace_grad=True)

@@ -20,11 +20,11 @@ from undo_core.io.progress import console
 from undo_core.io.text_files import check_is_content
 from undo_core.models import build_model, configuration, load_model, positions_of
 from undo_core.models.config import ModelConfig
-from undo_core.models.folder import CONFIG, INDEX, SINGLE, check_checkpoint, named_weight_files
+from undo_core.models.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, check_checkpoint, named_weight_files
 from undo_core.pipeline.config import seeded
 from undo_core.pipeline.model_stage import save
 from undo_core.pipeline.needs import Memory
-from undo_core.pipeline.stage import TOKENIZER_FILES, Stage, Work
+from undo_core.pipeline.stage import Stage, Work
 
 if TYPE_CHECKING:
     from undo_core.pipeline.memory.meta import Meta
