@@ -4,12 +4,13 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from generated_questions import bytewise_tokenizer, questions, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from undo_core.cli import main
@@ -241,6 +242,18 @@ def test_a_mistake_is_one_line_before_anything_runs(place, attacked, checkpoints
     error = capsys.readouterr().err
     assert wanted in error and error.count("\n") == 1, error
     assert sorted(path for path in Path(attacked).rglob("*")) == before
+
+
+def test_a_checkpoint_with_a_nan_is_no_model_that_forgot(place, tmp_path, capsys):
+    broken = shutil.copytree(place / "theirs", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    for name in ("retain.txt", "forget.txt"):
+        shutil.copy(place / name, tmp_path)
+    assert attack(tmp_path, "broken") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("undo: error: ") and "whose model.norm.weight holds NaN" in error, error
 
 
 def test_no_row_is_replaced_by_other_numbers(place, attacked, tmp_path, capsys):

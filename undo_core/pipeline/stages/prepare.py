@@ -62,6 +62,9 @@ class Prepare(Stage):
             limits.check_sequences(sequences, f"data ({name})")
         if path:
             model = load_model(path, stored_dtype(Path(path)))
+            for name, parameter in model.named_parameters():
+                if not parameter.isfinite().all():  # it would score as a model that forgot
+                    raise ValueError(f"model.path: got {path}, whose {name} holds NaN or infinity; wanted finite weights")
         else:
             model = build_model(self.model.config, tokenizer, self.model.seed)
         (work.output / "data").mkdir()
