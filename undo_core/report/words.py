@@ -34,6 +34,7 @@ def opening(report: Report) -> str:
         _done(report),
         _before(report),
         _forgotten(report),
+        back(report),
         _attacked(report),
         _unrecovered(report),
         _ratios(report),
@@ -41,6 +42,46 @@ def opening(report: Report) -> str:
     )
     text = " ".join(part for part in parts if part)
     return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
+
+
+def back(report: Report) -> str:
+    """Says in which attacked models all of the original's forget performance is back, and after how many steps."""
+    original, attacked = report.original("forget"), [model for model in report.main if model.worst]
+    if not original or not attacked:
+        return ""
+    kept, taught, left = [], [], []
+    found: dict[int, list[str]] = {}
+    for model in attacked:
+        step, before = report.back_after(model), model.metrics.get("forget")
+        if model.never_had_it:
+            taught += [f"{_name(model)} {_after(step)}"] if step is not None else []
+        elif before and report.reaches(before.mean, original):
+            kept.append(_name(model))
+        elif step is not None:
+            found.setdefault(step, []).append(_name(model))
+        else:
+            left.append(_name(model))
+    spread = f", {'–'.join(number(end, report.higher) for end in original.spread)}" if original.spread else ""
+    level = f"the original's forget performance ({_say(original, report)}{spread})"
+    texts = []
+    if found:
+        parts = [f"in {_join(names)} {_after(step)}" for step, names in sorted(found.items())]
+        texts.append(f"All of {level} is back {_join(parts)}.")
+    if left:
+        within = f"within {max(report.steps)} steps{_or_further(report)}"
+        texts.append(f"Not all of {'it' if found else level} is back in {_join(left)} {within}.")
+    if kept:
+        texts.append(f"All of {'it' if texts else level} was there before the attack in {_join(kept)}.")
+    if taught:
+        level = "It" if texts else _upper(level)
+        texts.append(
+            f"{level} was also reached by {_join(taught)}, without having been there: so long an attack teaches it anew."
+        )
+    return " ".join(texts)
+
+
+def _after(step: int) -> str:
+    return f"after {step} attack step{'' if step == 1 else 's'}" if step else "before any step of training"
 
 
 def captions(report: Report) -> dict[str, str]:
@@ -92,6 +133,7 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         + ("not training" if len(report.rates) == 1 else "neither training nor the choice of the worst rate"),
         "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
         "separately at each step",
+        "all is back": "the worst case is at least as good as the worse end of the range of the original's forget performance",
         "unlearn only": "the suppressed model, which is also the teacher",
         "UNDO α": "a copy of it, damaged by noise of strength α and distilled back on unlabeled text",
         "random student": "the teacher distilled into a fresh initialisation",
@@ -115,6 +157,8 @@ def definitions(report: Report) -> list[tuple[str, str]]:
             )
     if not any(model.worst for model in report.models):
         terms.pop("worst case"), terms.pop("R", None)
+    if not back(report):
+        terms.pop("all is back")
     if not any("heldout" in key for model in report.models for key in model.metrics):
         terms.pop("held-out")
     for kind, term in {
@@ -203,8 +247,7 @@ def _before(report: Report) -> str:
 
 
 def _forgotten(report: Report) -> str:
-    text = hardly_forgotten(report)
-    return f"{text[0].upper()}{text[1:]}." if report.hardly_forgotten else ""
+    return f"{_upper(hardly_forgotten(report))}." if report.hardly_forgotten else ""
 
 
 def _attacked(report: Report) -> str:
@@ -249,8 +292,7 @@ def _unrecovered(report: Report) -> str:
         points = [p for p in model.worst.get(report.headline, Stat()).points if p.seed in model.censored]
         if points:
             attacked.append(f"{_say(Stat(tuple(points)), report)} of {_name(model)}")
-    text = f"{'; '.join(limits)}."
-    text = text[0].upper() + text[1:]
+    text = _upper(f"{'; '.join(limits)}.")
     if not attacked:
         return text
     measured = "accuracy" if report.higher else "loss"
@@ -300,6 +342,10 @@ def _name(model: ModelReport) -> str:
 def _say(stat: Stat, report: Report) -> str:
     text = number(stat.mean, report.higher)
     return text if text == "diverged" else text + unit(report)
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _join(parts: list[str]) -> str:

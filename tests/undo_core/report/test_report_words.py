@@ -26,7 +26,7 @@ from undo_core.report.figures import rates, relearning, tradeoff, training
 from undo_core.report.page import table_html
 from undo_core.report.style import spread_apart
 from undo_core.report.table import markdown, results_table
-from undo_core.report.words import captions, definitions, opening
+from undo_core.report.words import back, captions, definitions, opening
 
 
 def test_the_opening_quotes_the_numbers() -> None:
@@ -299,3 +299,50 @@ def test_a_notebooks_backend_that_is_not_installed_is_dropped(monkeypatch, name,
     monkeypatch.setenv("MPLBACKEND", name)
     importlib.reload(backend)
     assert ("MPLBACKEND" in os.environ) == kept
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+@pytest.mark.parametrize(("value", "is_back"), [(0.965, True), (0.99, True), (0.955, False)])
+def test_the_opening_says_when_all_of_it_is_back(kind: str, value: float, is_back: bool) -> None:
+    """The original has an accuracy of 0.98, from 0.96 to 1, or a loss of 0.02, from 0 to 0.04."""
+    result, flip = run(kind=kind), lambda v: v if kind == "accuracy" else 1 - v
+    for name in ("original", "unlearn", "undo-0.2", "undo-0.6", "random", "filter"):
+        entry(result, name)["metrics"]["forget"] = score(flip(0.98 if name == "original" else 0.05))
+    level = "98.0 %, 96.0–100.0" if kind == "accuracy" else "0.020 nats/token, 0.000–0.040"
+    assert back(derive([result], "title")) == (
+        f"Not all of the original's forget performance ({level}) is back in the unlearn-only model, UNDO α=0.2 and UNDO α=0.6 "
+        "within 100 steps."
+    )
+    at = entry(result, "unlearn")["attack"]["curves"][1]["forget"]
+    at[1], at[2] = score(flip(value)), score(flip(0.5))
+    entry(result, "undo-0.2")["attack"]["curves"][0]["forget"][2] = score(flip(value))
+    said = back(derive([result], "title"))
+    if not is_back:
+        assert said.startswith("Not all of")
+        return
+    assert said == (
+        f"All of the original's forget performance ({level}) is back in the unlearn-only model after 20 attack steps and in UNDO "
+        "α=0.2 after 100 attack steps. Not all of it is back in UNDO α=0.6 within 100 steps."
+    )
+    shown = [opening(derive([result], "title")).replace("\u00a0", " "), " ".join(printed(result).split())]
+    assert all(said in text for text in shown)
+    entry(result, "undo-0.6")["metrics"]["forget"] = score(flip(value))
+    entry(result, "filter")["attack"]["curves"][0]["forget"][2] = score(flip(value))
+    said = back(derive([result], "title"))
+    assert "All of it was there before the attack in UNDO α=0.6." in said
+    assert "It was also reached by data filtering after 100 attack steps, without having been there" in said
+    result["models"] = result["models"][1:]
+    assert back(derive([result], "title")) == "", "nothing to compare with"
+
+
+def test_an_attacked_checkpoint_is_back_and_a_reference_is_taught() -> None:
+    result = run(kind="loss")
+    result["models"] = result["models"][:3]
+    for part in result["models"][1:]:
+        part |= {"kind": "defence", "alpha": None}
+        part["attack"]["curves"][0]["forget"] = [score(0.95), score(0.9), score(0.0)]
+    entry(result, "original")["metrics"]["forget"] = score(0.02)
+    result["models"][2] |= {"name": "clean", "reference": True}
+    said = back(derive([result], "title"))
+    assert "is back in unlearn after 100 attack steps. It was also reached by clean after 100 attack steps, without" in said
+    assert "all is back" in dict(definitions(derive([result], "title")))
