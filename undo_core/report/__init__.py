@@ -73,7 +73,7 @@ def markdown_tables(report: Report) -> str:
     orders = [f"- {plain(order_sentence(order, report))}" for order in report.orders if order.holds is not None]
     parts = [
         f"# {plain(report.title)}",
-        plain(words.opening(report)),
+        *map(plain, words.opening(report)),
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]

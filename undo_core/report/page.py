@@ -96,7 +96,7 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     parts = [
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="soft">{escape(" · ".join(filter(None, [first.get("name"), seeds, device])))}</p>',
-        f"<p>{escape(words.opening(report))}</p>",
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in words.opening(report)),
         "<h2>Results</h2>",
         table_html(results_table(report)),
     ]
