@@ -152,7 +152,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines; an estimated {_duration(total)} with {config.workers} worker(s), "
+        f"To do: {len(left)} of {len(rows)} line{'s'[: len(rows) > 1]}; an estimated {_duration(total)} with {config.workers} worker(s), "
         f"{disk / 2**20:,.0f} MiB of disk.",
         "The estimate takes every stage to its last step: a stop rule usually ends one much earlier. It leaves out evaluations, grid "
         "extensions, loading and saving, and the lines without a time.",
