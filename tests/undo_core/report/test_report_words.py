@@ -27,7 +27,7 @@ from undo_core.report.attack_costs import attack_cost_table
 from undo_core.report.figures import rates, relearning, tradeoff, training
 from undo_core.report.page import table_html
 from undo_core.report.style import spread_apart
-from undo_core.report.table import markdown, results_table
+from undo_core.report.table import cost_table, markdown, results_table
 from undo_core.report.words import back, captions, definitions, opening
 
 ROOT = Path(__file__).parents[3]
@@ -397,3 +397,21 @@ def test_an_unlearned_model_that_is_better_on_retain_is_explained(kind: str) -> 
         part |= {"kind": "defence", "alpha": None}
     del result["config"]["unlearn"]
     assert " unlearn is better on retain than the original: unlearning often also" in said_first(derive([result], "title"))
+
+
+def test_the_columns_of_what_it_took_have_one_scope() -> None:
+    result = run()
+    entry(result, "undo-0.2")["training"] |= {
+        "unlearning_steps": 20,
+        "chain": {"steps": 140, "seconds": 90.0, "peak_bytes": 3 << 20},
+    }
+    entry(result, "undo-0.6")["training"]["unlearning_steps"] = 20  # as older versions wrote it
+    report = derive([result], "title")
+    rows = {row[0].main: [cell.main for cell in row[1:6]] for row in cost_table(report).rows}
+    assert rows["UNDO α=0.2"] == ["140", "1k", "5.00e+08", "90 s", "3 MiB"]
+    assert rows["UNDO α=0.6"] == ["–", "3k", "1.50e+09", "–", "–"]
+    assert rows["data filtering"] == ["500", "5k", "1.00e+09", "3 s", "1 MiB"]
+    said = "Every column of a student counts the unlearning of its teacher, the pass of a cached teacher and its own training"
+    for text in (markdown_tables(report), page.render(report, {})):
+        assert text.count(said) == 1 and "Means over seeds. " + said not in text
+    assert "Means over seeds. " + said in markdown_tables(derive([run(0), run(1)], "title"))
