@@ -21,9 +21,10 @@ NONE = "–"
 NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
 SCOPE = (
-    "Every column of a student counts the unlearning of its teacher, the pass of a cached teacher and its own training; peak memory is "
-    "the largest of them. Other rows count their own training alone. Tokens are those trained on."
+    "Every column of a student of the unlearned model counts the unlearning, the pass of a cached teacher and its own training; peak "
+    "memory is the largest of them. Other rows count their own training alone. Tokens are those trained on."
 )
+NO_CHAIN = "A dash: results of an older version have the steps, time and memory of a student's own training alone."
 FEW = 30  # sequences below which the interval of an evaluation is rough
 
 
@@ -198,15 +199,20 @@ def cost_table(report: Report) -> Table:
             values = [run[key] for run in runs if run.get(key) is not None]
             row.append(Cell(_AMOUNT.get(key, count)(sum(values) / len(values))) if values else Cell())
         rows.append(row)
-    return Table(headers, rows, below=[f"Means over seeds. {SCOPE}" if len(report.seeds) > 1 else SCOPE])
+    means = "Means over seeds. " if len(report.seeds) > 1 else ""
+    older = any(_lacks_chain(run) for model in report.models for run in model.trainings.values())
+    return Table(headers, rows, below=[means + SCOPE, *([NO_CHAIN] if older else [])])
 
 
 def _chain(run: dict[str, Any]) -> dict[str, Any]:
     """The costs of a training with those of the unlearning and the cache that it needed."""
     if "chain" in run:
         return {**run, **run["chain"]}
-    known = not run.get("unlearning_steps")  # older results have the steps, time and memory of a student's own training alone
-    return run if known else {**run, **dict.fromkeys(("steps", "seconds", "peak_bytes"))}
+    return {**run, **dict.fromkeys(("steps", "seconds", "peak_bytes"))} if _lacks_chain(run) else run
+
+
+def _lacks_chain(run: dict[str, Any]) -> bool:
+    return bool(run.get("unlearning_steps")) and "chain" not in run
 
 
 def group_table(report: Report) -> Table:

@@ -411,7 +411,9 @@ def test_the_columns_of_what_it_took_have_one_scope() -> None:
     assert rows["UNDO α=0.2"] == ["140", "1k", "5.00e+08", "90 s", "3 MiB"]
     assert rows["UNDO α=0.6"] == ["–", "3k", "1.50e+09", "–", "–"]
     assert rows["data filtering"] == ["500", "5k", "1.00e+09", "3 s", "1 MiB"]
-    said = "Every column of a student counts the unlearning of its teacher, the pass of a cached teacher and its own training"
+    said = "Every column of a student of the unlearned model counts the unlearning, the pass of a cached teacher and its own training"
     for text in (markdown_tables(report), page.render(report, {})):
         assert text.count(said) == 1 and "Means over seeds. " + said not in text
+    assert "A dash: results of an older version" in markdown_tables(report)
+    assert "A dash: " not in markdown_tables(derive([run()], "title"))
     assert "Means over seeds. " + said in markdown_tables(derive([run(0), run(1)], "title"))
