@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from undo_core.report import derive, terminal_table
+from undo_core.report.metrics import Report
+from undo_core.report.words import opening
 
 STEPS = [0, 20, 100]
 RATES = [1e-3, 4e-3]
@@ -120,6 +122,11 @@ def with_one_rate(result: dict[str, Any]) -> dict[str, Any]:
         if model["attack"]:
             model["attack"] |= {"rates": RATES[:1], "curves": model["attack"]["curves"][:1], "worst_at_end_of_grid": True}
     return result
+
+
+def said_first(report: Report) -> str:
+    """The paragraphs above the results as one line, with ordinary spaces."""
+    return " ".join(opening(report)).replace("\u00a0", " ")
 
 
 def printed(*results: dict[str, Any]) -> str:

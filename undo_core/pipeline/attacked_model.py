@@ -66,8 +66,8 @@ class Attacked:
         grids = {grid.key: grid for stage in stages if (grid := stage.inputs.get("grid"))}
         lines = [(f"{self.title}, {len(grid.trials)} at once", [grid]) for grid in grids.values()]
         alone = [stage for stage in stages if not stage.inputs.get("grid")]
-        of = "rates" if self.config.trains and self.config.seeds == 1 else "trials"
-        return lines + ([(f"{self.title}, {len(alone)} {of}", alone)] if alone else [])
+        of = "rate" if self.config.trains and self.config.seeds == 1 else "trial"
+        return lines + ([(f"{self.title}, {len(alone)} {of}{'s'[: len(alone) > 1]}", alone)] if alone else [])
 
     def extension(self, store: Store) -> list[Stage]:
         """The missing stages of the next learning rate, if the worst rate is an end of the grid and the grid may still grow."""

@@ -294,14 +294,16 @@ def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None
     if "steps" not in facts:
         return None
     ruled, inputs, teacher = facts["stopped"] is not None, model.training.inputs, graph.teacher
-    tokens, flops, unlearning = facts["tokens"], facts["flops"], 0
+    tokens, flops, unlearning, chain = facts["tokens"], facts["flops"], 0, [facts]
     taught = teacher.key in _lineage(inputs.get("teacher"))
     if taught:  # the cost of the method includes unlearning the teacher
         suppressed = store.manifest(teacher)
         tokens, flops, unlearning = tokens + suppressed["tokens"], flops + suppressed["flops"], suppressed["tokens"]
         unlearning = unlearning * facts["steps"] / facts["tokens"] if facts["tokens"] else 0
+        chain.append(suppressed)
         if cache := inputs.get("cache"):  # the teacher's forward passes
-            flops += store.manifest(cache)["flops"]
+            chain.append(store.manifest(cache))
+            flops += chain[-1]["flops"]
     stopped = facts["stopped"] if ruled else None
     source = teacher if taught or model.training.key == teacher.key else inputs.get("gate")
     labelled = {} if source is None else store.manifest(source)
@@ -320,5 +322,11 @@ def _training(store: Store, graph: Graph, model: Model) -> dict[str, Any] | None
         "labelled_retain_tokens": labelled.get("labelled_retain_tokens"),
         "labelled_distinct_tokens": labelled.get("labelled_distinct_tokens"),
         "peak_bytes": facts["peak_bytes"],
+        # As the tokens and FLOPs: with the unlearning and the cache of a student that the unlearned model teaches.
+        "chain": {
+            "steps": sum(part.get("steps", 0) for part in chain),
+            "seconds": sum(part["seconds"] for part in chain),
+            "peak_bytes": max(part["peak_bytes"] for part in chain),
+        },
         "history": facts["history"],
     }

@@ -22,6 +22,8 @@ from undo_core.planning.timing import Measure, basis
 from undo_core.report.table import count
 
 Line = tuple[str, list[Stage]]
+SHORT_RUN = 'docs/guides/checkpoint.md, "A small model, or a first trial"'  # what to cut in a run that takes too long
+SHORT_ATTACK = 'docs/guides/attack.md, "A short attack on a CPU"'
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,11 @@ def plan_table(config: RunConfig, ranks: int = 1) -> RenderableType:
 
 
 def stages_table(config: RunConfig, lines: list[Line], prepared: Stage) -> RenderableType:
-    """Returns the same tables for some lines, as in :func:`rows_of`."""
-    return _tables(config, *rows_of(config, lines, prepared, Store(Path(config.output) / "stages")), 1)
+    """Returns the same tables for the lines of ``undo attack``, as in :func:`rows_of`."""
+    return _tables(config, *rows_of(config, lines, prepared, Store(Path(config.output) / "stages")), 1, SHORT_ATTACK)
 
 
-def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> RenderableType:
+def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int, guide: str = SHORT_RUN) -> RenderableType:
     work = _table(
         f"{config.name}: what would run, disk in MiB", "stage", "steps", "positions", "FLOP", "time", "disk", "folder"
     )
@@ -152,7 +154,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     left = [row for row in rows if not row.done]
     total = sum(row.seconds for row in left) / config.workers
     notes = [
-        f"To do: {len(left)} of {len(rows)} lines; an estimated {_duration(total)} with {config.workers} worker(s), "
+        f"To do: {len(left)} of {len(rows)} line{'s'[: len(rows) > 1]}; an estimated {_duration(total)} with {config.workers} worker(s), "
         f"{disk / 2**20:,.0f} MiB of disk.",
         "The estimate takes every stage to its last step: a stop rule usually ends one much earlier. It leaves out evaluations, grid "
         "extensions, loading and saving, and the lines without a time.",
@@ -166,7 +168,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     if busy := load_warning():
         notes.append(f"{busy} The times above are longer for it.")
     if total > LONG:
-        notes.append(_what_to_cut(left, sum(row.seconds for row in left)))
+        notes.append(_what_to_cut(left, sum(row.seconds for row in left), guide))
     if ranks > 1:
         notes.append(
             f"Stages that send nothing run on rank 0. Times are of one process: {ranks} ranks divide the work of a step, but also wait "
@@ -181,7 +183,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
     return Group(work, memory, "", *notes)
 
 
-def _what_to_cut(rows: list[Row], total: float) -> str:
+def _what_to_cut(rows: list[Row], total: float, guide: str) -> str:
     """The settings on which most of a long plan's time depends, and where the guide says what to cut."""
     spent: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -191,7 +193,7 @@ def _what_to_cut(rows: list[Row], total: float) -> str:
     parts = [f"{kind[0]} {spent[kind] / total:.0%} ({kind[1]})" for kind in most if spent[kind]]
     return (
         f"This takes longer than a day on this machine. Most of it: {', '.join(parts)}; all grow with data.length. "
-        'What to cut: docs/guides/checkpoint.md, "A small model, or a first trial".'
+        f"What to cut: {guide}."
     )
 
 

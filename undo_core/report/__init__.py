@@ -64,7 +64,8 @@ def write_report(results: list[dict[str, Any]], folder: Path, title: str) -> Pat
 def terminal_table(results: list[dict[str, Any]]) -> RenderableType:
     """Returns the table of results for ``rich``; ``results`` and errors as in :func:`write_report`."""
     report = derive(results, str(results[0].get("name", "results")) if results else "")
-    return Group(terminal(report), *map(Text, alpha_sentences(report)))
+    said = words.back(report)
+    return Group(terminal(report), *map(Text, [said] if said else []), *map(Text, alpha_sentences(report)))
 
 
 def markdown_tables(report: Report) -> str:
@@ -72,7 +73,7 @@ def markdown_tables(report: Report) -> str:
     orders = [f"- {plain(order_sentence(order, report))}" for order in report.orders if order.holds is not None]
     parts = [
         f"# {plain(report.title)}",
-        plain(words.opening(report)),
+        *map(plain, words.opening(report)),
         markdown(results_table(report)).rstrip(),
         *(["\n".join(orders)] if orders else []),
     ]

@@ -25,6 +25,7 @@ LABELS = {
     "oracle-random": "oracle matching, random student",
 }
 UNITS = ("steps", "tokens", "flops")
+UNTAUGHT = ("random", "filter", "oracle-random")  # models whose training had no part in the forget capability
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class ModelReport:
         return any(attack.get("worst_at_end_of_grid") for attack in self.attacks.values())
 
     @property
+    def never_had_it(self) -> bool:
+        """Whether the model never had the forget capability: it can be taught it, but it has nothing to bring back."""
+        return self.kind in UNTAUGHT or any(entry.get("reference") for entry in self.entries.values())
+
+    @property
     def trainings(self) -> dict[int, dict[str, Any]]:
         """Training results by seed, for seeds that have one."""
         return {seed: entry["training"] for seed, entry in self.entries.items() if entry.get("training")}
@@ -216,6 +222,21 @@ class Report:
             return False
         before, after = (stat.mean for stat in ends)
         return after > KEPT * before if self.higher else after < before - math.log(KEPT)
+
+    def original(self, key: str) -> Stat:
+        """A performance of the original model before any attack; empty without one."""
+        return next((model.metrics[key] for model in self.of("original") if key in model.metrics), Stat())
+
+    def reaches(self, value: float, stat: Stat) -> bool:
+        """Whether a performance is at least as good as the worse end of a quantity's range, or as its mean if it has no range."""
+        ends = stat.spread or (stat.mean, stat.mean)
+        return value >= ends[0] if self.higher else value <= ends[1]
+
+    def back_after(self, model: ModelReport) -> int | None:
+        """First attack step after which the worst case reaches the original's forget performance; None if none does."""
+        original = self.original("forget")
+        steps = sorted(model.worst) if original else []
+        return next((step for step in steps if self.reaches(model.worst[step].mean, original)), None)
 
     @property
     def strongest(self) -> ModelReport | None:

@@ -96,7 +96,7 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     parts = [
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="soft">{escape(" · ".join(filter(None, [first.get("name"), seeds, device])))}</p>',
-        f"<p>{escape(words.opening(report))}</p>",
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in words.opening(report)),
         "<h2>Results</h2>",
         table_html(results_table(report)),
     ]
@@ -132,10 +132,8 @@ def render(report: Report, figures: dict[str, bytes]) -> str:
     if (predictions := correlation_table(report)).rows:
         parts.append(f"<h2>Does a measure predict relearning?</h2>{table_html(predictions)}")
     costs, groups = cost_table(report), group_table(report)
-    means = "Means over seeds. " if len(report.seeds) > 1 else ""
     if costs.rows:
         parts.append(f"<h2>What it took</h2>{table_html(costs)}")
-        parts.append(f'<p class="soft">{means}Tokens and FLOPs of students include the unlearning.</p>')
     if (attacking := attack_cost_table(report)).rows:
         parts.append(f'<h2>What each attack took</h2>{table_html(attacking)}<p class="soft">{escape(ABOUT_COSTS)}</p>')
     if groups.rows:

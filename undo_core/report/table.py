@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -19,6 +20,11 @@ from undo_core.report.robustness import DIVERGED
 NONE = "–"
 NEEDS_ORIGINAL = "needs the original model, and does not enter the worst case"
 MAX_STEPS = 4  # columns of attack steps; the figures show all steps
+SCOPE = (
+    "Every column of a student of the unlearned model counts the unlearning, the pass of a cached teacher and its own training; peak "
+    "memory is the largest of them. Other rows count their own training alone. Tokens are those trained on."
+)
+NO_CHAIN = "A dash: results of an older version have the steps, time and memory of a student's own training alone."
 FEW = 30  # sequences below which the interval of an evaluation is rough
 
 
@@ -171,7 +177,7 @@ def attack_table(report: Report) -> Table:
 
 
 def cost_table(report: Report) -> Table:
-    """Table of the training costs of each model, as means over seeds."""
+    """Table of the training costs of each model, as means over seeds; every column of a student includes the unlearning."""
     keys = ("steps", "tokens", "flops", "seconds", "peak_bytes", "labelled_forget_tokens", "labelled_retain_tokens")
     headers = [
         ("model", ""),
@@ -185,7 +191,7 @@ def cost_table(report: Report) -> Table:
     ]
     rows = []
     for model in report.models:
-        runs = list(model.trainings.values())
+        runs = [_chain(run) for run in model.trainings.values()]
         if not runs:
             continue
         row = [Cell(model.label)]
@@ -193,7 +199,20 @@ def cost_table(report: Report) -> Table:
             values = [run[key] for run in runs if run.get(key) is not None]
             row.append(Cell(_AMOUNT.get(key, count)(sum(values) / len(values))) if values else Cell())
         rows.append(row)
-    return Table(headers, rows)
+    means = "Means over seeds. " if len(report.seeds) > 1 else ""
+    older = any(_lacks_chain(run) for model in report.models for run in model.trainings.values())
+    return Table(headers, rows, below=[means + SCOPE, *([NO_CHAIN] if older else [])])
+
+
+def _chain(run: dict[str, Any]) -> dict[str, Any]:
+    """The costs of a training with those of the unlearning and the cache that it needed."""
+    if "chain" in run:
+        return {**run, **run["chain"]}
+    return {**run, **dict.fromkeys(("steps", "seconds", "peak_bytes"))} if _lacks_chain(run) else run
+
+
+def _lacks_chain(run: dict[str, Any]) -> bool:
+    return bool(run.get("unlearning_steps")) and "chain" not in run
 
 
 def group_table(report: Report) -> Table:

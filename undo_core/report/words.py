@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from undo_core.report import inside, search, slowdown, students
-from undo_core.report.metrics import ModelReport, Report, Stat
+from undo_core.report.metrics import LABELS, STUDENTS, ModelReport, Report, Stat
 from undo_core.report.robustness import MIN_DENOMINATOR
 from undo_core.report.table import hardly_forgotten, number, rate, ratio
 from undo_core.unlearning.config import METHODS as _METHODS
@@ -28,19 +28,58 @@ def method_name(name: str) -> str:
     )
 
 
-def opening(report: Report) -> str:
-    """Describes what was done and the main results in one paragraph."""
-    parts = (
-        _done(report),
-        _before(report),
-        _forgotten(report),
-        _attacked(report),
-        _unrecovered(report),
-        _ratios(report),
-        _limits(report),
+def opening(report: Report) -> list[str]:
+    """Returns the paragraphs above the results: what the attack brought back, what was done, its limits, and what to try next."""
+    paragraphs = (
+        (_forgotten(report), back(report), _attacked(report), _ratios(report)),
+        (_unrecovered(report),),
+        (_done(report),),
+        (_before(report), _better(report), _two_texts(report)),
+        (_limits(report),),
+        (_next(report),),
     )
-    text = " ".join(part for part in parts if part)
-    return text.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%")
+    texts = [" ".join(part for part in parts if part) for parts in paragraphs]
+    return [t.replace("α = ", "α\u00a0=\u00a0").replace("R = ", "R\u00a0=\u00a0").replace(" %", "\u00a0%") for t in texts if t]
+
+
+def back(report: Report) -> str:
+    """Says in which attacked models all of the original's forget performance is back, and after how many steps."""
+    original, attacked = report.original("forget"), [model for model in report.main if model.worst]
+    if not original or not attacked:
+        return ""
+    kept, taught, left = [], [], []
+    found: dict[int, list[str]] = {}
+    for model in attacked:
+        step, before = report.back_after(model), model.metrics.get("forget")
+        if model.never_had_it:
+            taught += [f"{_name(model)} {_after(step)}"] if step is not None else []
+        elif before and report.reaches(before.mean, original):
+            kept.append(_name(model))
+        elif step is not None:
+            found.setdefault(step, []).append(_name(model))
+        else:
+            left.append(_name(model))
+    spread = f", {'–'.join(number(end, report.higher) for end in original.spread)}" if original.spread else ""
+    level = f"the original's forget performance ({_say(original, report)}{spread})"
+    texts = []
+    if found:
+        parts = [f"in {_join(names)} {_after(step)}" for step, names in sorted(found.items())]
+        texts.append(f"All of {level} is back {_join(parts)}.")
+    if left:
+        within = f"within {max(report.steps)} steps{_or_further(report)}"
+        texts.append(f"Not all of {'it' if found else level} is back in {_join(left)} {within}.")
+    if kept:
+        texts.append(f"All of {'it' if texts else level} was there before the attack in {_join(kept)}.")
+    if taught:
+        level = "It" if texts else _upper(level)
+        texts.append(
+            f"{level} was also reached by {_join(taught)}, without having been there: so long an attack teaches it anew."
+        )
+    return " ".join(texts)
+
+
+def _after(step: int) -> str:
+    return f"after {step} attack step{'' if step == 1 else 's'}" if step else "before any step of training"
 
 
 def captions(report: Report) -> dict[str, str]:
@@ -92,6 +131,7 @@ def definitions(report: Report) -> list[tuple[str, str]]:
         + ("not training" if len(report.rates) == 1 else "neither training nor the choice of the worst rate"),
         "worst case": f"the {worst} forget {'accuracy' if report.higher else 'loss'} over {_over(report)}, chosen "
         "separately at each step",
+        "all is back": "the worst case is at least as good as the worse end of the range of the original's forget performance",
         "unlearn only": "the suppressed model, which is also the teacher",
         "UNDO α": "a copy of it, damaged by noise of strength α and distilled back on unlabeled text",
         "random student": "the teacher distilled into a fresh initialisation",
@@ -115,6 +155,8 @@ def definitions(report: Report) -> list[tuple[str, str]]:
             )
     if not any(model.worst for model in report.models):
         terms.pop("worst case"), terms.pop("R", None)
+    if not back(report):
+        terms.pop("all is back")
     if not any("heldout" in key for model in report.models for key in model.metrics):
         terms.pop("held-out")
     for kind, term in {
@@ -153,13 +195,14 @@ def _done(report: Report) -> str:
     names = [name for name in (unlearn.get("method"), unlearn.get("robust")) if name and name != "none"]
     by = f" with {method_name('+'.join(names))}" if names else ""
     alphas = [f"{m.alpha:g}" for m in report.of("undo") if m.alpha is not None]
-    text = f"The forget capability was suppressed{by}"
+    text = f"The forget capability was suppressed{by}."
     if alphas:
-        text += f"; copies of the result were damaged by noise (α = {', '.join(alphas)}) and distilled back on unlabeled text"
+        copies = "Copies of the result were" if len(alphas) > 1 else "A copy of the result was"
+        text += f" {copies} damaged by noise (α = {', '.join(alphas)}) and distilled back on unlabeled text."
     if report.rates:
-        text += f"; every model but the original was then {_fine_tuned(report)}"
+        text += f" Every model but the original was then {_fine_tuned(report)}."
     left = dict.fromkeys(e["left"] for m in report.models for e in m.entries.values() if e.get("left"))
-    return text + ". " + " ".join(f"The damage left {one}." for one in left) if left else text + "."
+    return " ".join([text, *(f"The damage left {one}." for one in left)])
 
 
 def _fine_tuned(report: Report) -> str:
@@ -194,17 +237,49 @@ def _before(report: Report) -> str:
         scores = [f"{_say(model.metrics[key], report)} on {key}" for key in ("retain", "forget") if model.metrics.get(key)]
         if scores:
             parts.append(f"{_name(model)} scores {' and '.join(scores)}")
-    kept = [m.metrics["retain"] for m in report.of("undo") if m.metrics.get("retain")]
-    if kept:
-        low, high = (side(kept, key=lambda stat: stat.mean) for side in (min, max))
-        span = _say(low, report) if low.mean == high.mean else f"{number(low.mean, report.higher)} to {_say(high, report)}"
-        parts.append(f"the UNDO students score {span} on retain")
-    return f"Before the attack {'; '.join(parts)}." if parts else ""
+    students = report.of("undo")
+    spans = [(key, [m.metrics[key] for m in students if m.metrics.get(key)]) for key in ("retain", "forget")]
+    scores = [f"{_span(stats, report)} on {key}" for key, stats in spans if stats]
+    if scores:
+        who = "the UNDO student scores" if len(students) == 1 else "the UNDO students score"
+        parts.append(f"{who} {' and '.join(scores)}")
+    return f"Before the attack, {'. '.join([parts[0], *map(_sentence, parts[1:])])}." if parts else ""
+
+
+def _span(stats: list[Stat], report: Report) -> str:
+    low, high = (side(stats, key=lambda stat: stat.mean) for side in (min, max))
+    return _say(low, report) if low.mean == high.mean else f"{number(low.mean, report.higher)} to {_say(high, report)}"
+
+
+def _better(report: Report) -> str:
+    """Explains why an unlearned model is better on retain than the range of the original's performance, if one is."""
+    original = report.original("retain")
+    if not original:
+        return ""
+    low, high = original.spread or (original.mean, original.mean)
+    values = [
+        (m, m.metrics["retain"].mean) for kind in ("unlearn", "defence") for m in report.of(kind) if m.metrics.get("retain")
+    ]
+    better = [m for m, value in values if (value > high if report.higher else value < low)]
+    unlearn: dict[str, Any] = (report.results[0].get("config") or {}).get("unlearn") or {}
+    if not better or unlearn.get("retain_weight") == 0:
+        return ""
+    why = "the unlearning" if report.of("unlearn") else "unlearning often"
+    names = _join([_name(model) for model in better])
+    text = (
+        f"{names} {'is' if len(better) == 1 else 'are'} better on retain than the original: {why} also trains on retain data."
+    )
+    return _sentence(text)
+
+
+def _two_texts(report: Report) -> str:
+    if report.higher:
+        return ""
+    return "Retain and forget are different texts, so a loss on one does not compare with a loss on the other."
 
 
 def _forgotten(report: Report) -> str:
-    text = hardly_forgotten(report)
-    return f"{text[0].upper()}{text[1:]}." if report.hardly_forgotten else ""
+    return f"{_upper(hardly_forgotten(report))}." if report.hardly_forgotten else ""
 
 
 def _attacked(report: Report) -> str:
@@ -249,13 +324,12 @@ def _unrecovered(report: Report) -> str:
         points = [p for p in model.worst.get(report.headline, Stat()).points if p.seed in model.censored]
         if points:
             attacked.append(f"{_say(Stat(tuple(points)), report)} of {_name(model)}")
-    text = f"{'; '.join(limits)}."
-    text = text[0].upper() + text[1:]
+    text = f"{'. '.join(map(_sentence, limits))}."
     if not attacked:
         return text
     measured = "accuracy" if report.higher else "loss"
     return (
-        f"{text} The forget {measured} after the attack, {_join(attacked)}, is therefore no evidence of robustness: a model that "
+        f"{text} The forget {measured} after the attack, {_join(attacked)}, is therefore no evidence of robustness. A model that "
         "is broken as a whole scores badly on the forget set too."
     )
 
@@ -292,6 +366,19 @@ def _limits(report: Report) -> str:
     return text
 
 
+def _next(report: Report) -> str:
+    """Says what to change where a student did not recover or the worst learning rate is at an end of the grid."""
+    steps = []
+    if short := [model for model in report.models if model.censored and model.kind in STUDENTS]:
+        lower = " or lower noise.alphas" if any(model.alpha for model in short) else ""
+        steps.append(f"raise distill.train.steps{lower}, so that the student{'s'[: len(short) > 1]} can recover")
+    if len(report.rates) == 1:
+        steps.append("try more learning rates (relearn.rates)")
+    elif any(model.at_end_of_grid for model in report.models):
+        steps.append("add learning rates beyond the end of the grid (relearn.rates), or let it grow (relearn.extend)")
+    return f'What to try next: {"; ".join(steps)}. See docs/guides/report.md, "What to try next".' if steps else ""
+
+
 def _name(model: ModelReport) -> str:
     named = {"original": "the original model", "unlearn": "the unlearn-only model", "random": "the random student"}
     return named.get(model.kind, model.label)
@@ -300,6 +387,16 @@ def _name(model: ModelReport) -> str:
 def _say(stat: Stat, report: Report) -> str:
     text = number(stat.mean, report.higher)
     return text if text == "diverged" else text + unit(report)
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital if it begins with a phrase of this report; the name of a checkpoint stays as it is."""
+    phrases = ("the ", *(label for label in LABELS.values() if " " in label))  # a checkpoint's name has no space
+    return _upper(text) if text.startswith(phrases) else text
 
 
 def _join(parts: list[str]) -> str:

@@ -215,7 +215,7 @@ def test_questions_are_scored_by_accuracy_under_the_name_of_the_suite(place):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     assert attack(place, "theirs", output="dry", extra=["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "adapters theirs, 1 rates" in printed and "Peak memory" in printed and not (place / "dry").exists()
+    assert "adapters theirs, 1 rate " in printed and "Peak memory" in printed and not (place / "dry").exists()
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def test_the_plan_has_a_line_for_each_attack(finished, capsys):
     capsys.readouterr()
     assert main(["plan", str(config)]) == 0
     table = capsys.readouterr().out
-    lines = {"same undo-0.5, 1 rates", "mixed unlearn, 2 trials", "adapters unlearn, 1 rates", "prompted unlearn, 2 trials"}
-    for line in lines | {"relearn unlearn, 1 rates", "rounded undo-0.5, 2 trials"}:
-        (row,) = [row for row in table.splitlines() if row.startswith(line) and "done" in row]
+    lines = {"same undo-0.5, 1 rate", "mixed unlearn, 2 trials", "adapters unlearn, 1 rate", "prompted unlearn, 2 trials"}
+    for line in lines | {"relearn unlearn, 1 rate", "rounded undo-0.5, 2 trials"}:
+        (row,) = [row for row in table.splitlines() if row.startswith(f"{line} ") and "done" in row]
         assert ("probe" in row) == ("prompted" in line or "rounded" in line)
 
 

@@ -104,6 +104,10 @@ def test_results_hold_every_model(finished):
     own = student["tokens"] - unlearned["tokens"]
     assert student["unlearning_steps"] == pytest.approx(unlearned["tokens"] / own * student["steps"]) and own > 0
     assert unlearned["unlearning_steps"] == 0
+    assert unlearned["chain"] == {key: unlearned[key] for key in ("steps", "seconds", "peak_bytes")}
+    assert student["chain"]["steps"] == student["steps"] + unlearned["steps"]
+    assert student["chain"]["seconds"] == pytest.approx(student["seconds"] + unlearned["seconds"])
+    assert student["chain"]["peak_bytes"] == max(student["peak_bytes"], unlearned["peak_bytes"])
     assert unlearned["labelled_forget_tokens"] > 0 and student["tokens"] > unlearned["tokens"]
     assert (finished[0] / "report" / "report.html").exists()
 

@@ -1,6 +1,7 @@
 """The stages run as ``undo plan`` says, and its flags make every stage fit."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from undo_core.pipeline.run import run
 from undo_core.pipeline.stages import Cache
 from undo_core.pipeline.store import Store
 from undo_core.planning.fit import bytes_of
-from undo_core.planning.table import Row, _alike, _tables, plan_rows, plan_table
+from undo_core.planning.table import SHORT_ATTACK, SHORT_RUN, Row, _alike, _tables, plan_rows, plan_table, stages_table
 from undo_core.planning.timing import Measure
 from undo_core.training import TrainConfig
 from undo_core.unlearning import UnlearnConfig
@@ -113,6 +114,15 @@ def test_a_plan_of_more_than_a_day_says_what_to_cut(tmp_path, monkeypatch, secon
     # Three models of three steps each are trained, and three attacked with two rates for two steps each.
     assert ("Most of it: relearn 50% (the number of relearn.rates" in printed and "distill 25%" in printed) == long
     assert ('docs/guides/checkpoint.md, "A small model, or a first trial"' in printed) == long
+    graph = graph_of(config(tmp_path))
+    lines = [(stage.title, [stage]) for stage in graph.stages() if stage.kind == "distill"]
+    console = Console(width=140, highlight=False)
+    with console.capture() as capture:
+        console.print(stages_table(config(tmp_path), lines, graph.prepared))
+    assert ('docs/guides/attack.md, "A short attack on a CPU"' in " ".join(capture.get().split())) == long
+    for guide in (SHORT_RUN, SHORT_ATTACK):
+        page, title = re.fullmatch(r'(\S+), "(.*)"', guide).groups()
+        assert f"\n## {title}\n" in (ROOT / page).read_text()
 
 
 def test_the_cached_teacher_and_the_gate_have_a_time_before_the_data_are_prepared(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from small_results import (
     censor,
     entry,
     run,
+    said_first,
     score,
     trained,
 )
@@ -23,14 +24,13 @@ from small_results import (
 from undo_core.report import derive, write_report
 from undo_core.report.robustness import ratio_of_robustness
 from undo_core.report.table import group_table
-from undo_core.report.words import opening
 
 
 def test_the_opening_says_what_the_damage_left() -> None:
     result, left = run(), "42 parameters (9,904 elements, 25.5% of the model): not text"
-    assert "The damage left" not in opening(derive([result], "title"))
+    assert "The damage left" not in said_first(derive([result], "title"))
     entry(result, "undo-0.2")["left"] = entry(result, "undo-0.6")["left"] = left
-    assert opening(derive([result], "title")).count(f"The damage left {left}.") == 1
+    assert said_first(derive([result], "title")).count(f"The damage left {left}.") == 1
 
 
 def test_many_groups_have_a_line_each() -> None:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from small_results import (
     entry,
     printed,
     run,
+    said_first,
     score,
     with_one_rate,
 )
@@ -25,17 +27,19 @@ from undo_core.report.attack_costs import attack_cost_table
 from undo_core.report.figures import rates, relearning, tradeoff, training
 from undo_core.report.page import table_html
 from undo_core.report.style import spread_apart
-from undo_core.report.table import markdown, results_table
-from undo_core.report.words import captions, definitions, opening
+from undo_core.report.table import cost_table, markdown, results_table
+from undo_core.report.words import back, captions, definitions, opening
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_opening_quotes_the_numbers() -> None:
     result = run()
-    text = opening(derive([result], "title")).replace("\u00a0", " ")
+    text = said_first(derive([result], "title"))
     assert "the unlearn-only model is at 90.0 %, UNDO between 50.0 (α = 0.6) and 70.0 % (α = 0.2)" in text
     assert "α = 0.6: R = 0.67 at 1.50 of data filtering's FLOPs" in text and "one seed" in text
     censor(result, "undo-0.6")
-    text = opening(derive([result], "title")).replace("\u00a0", " ")
+    text = said_first(derive([result], "title"))
     assert "UNDO at 70.0 % (α = 0.2)" in text and "UNDO α=0.6 did not recover" in text and "R = 0.67" not in text
 
 
@@ -44,7 +48,7 @@ def test_the_opening_says_that_a_student_did_not_recover(kind: str) -> None:
     results = [run(kind=kind)]
     results[0]["metric"]["retain_target"] = 0.95
     censor(results[0], "undo-0.6")  # its history ends at 0.9
-    text = opening(derive(results, "title")).replace("\u00a0", " ")
+    text = said_first(derive(results, "title"))
     one, two, three = ("90.0 %", "70.0 %", "40.0 %") if kind == "accuracy" else tuple(f"0.{n}00 nats/token" for n in (1, 3, 6))
     assert f"the unlearn-only model is at {one}, UNDO at {two} (α = 0.2), the random student at {three} and data" in text
     reached, target, forget = ("90.0 %", "95.0 %", "50.0 %")
@@ -64,7 +68,7 @@ def test_the_opening_says_in_which_seeds_a_student_did_not_recover() -> None:
         censor(results[seed], "undo-0.6")
         entry(results[seed], "undo-0.6")["attack"]["curves"][1]["forget"][-1] = score(value)
         entry(results[seed], "undo-0.6")["attack"]["curves"][0]["forget"][-1] = score(0.1)
-    text = opening(derive(results, "title")).replace("\u00a0", " ")
+    text = said_first(derive(results, "title"))
     assert "UNDO α=0.6 did not recover its retain performance in seed 0, 2: it reached" in text
     assert "The forget accuracy after the attack, 40.0 % of UNDO α=0.6, is therefore" in text, "the mean of 50 and 30 %"
 
@@ -188,7 +192,7 @@ def test_the_name_of_the_target_stands_inside_the_axes(kind: str) -> None:
 def test_the_words_fit_one_learning_rate() -> None:
     result = with_one_rate(run())
     report = derive([result], "title")
-    text = opening(report)
+    text = said_first(report)
     assert "on the forget set at one learning rate, 1e-3. Before" in text
     assert "Only one learning rate was tried, so a stronger attack may exist." in text
     shown = printed(result)
@@ -201,7 +205,7 @@ def test_the_words_fit_one_learning_rate() -> None:
         if model["attack"]:
             model["attack"]["curves"] *= 2
     report = derive([several], "title")
-    assert "at one learning rate, 1e-3, in several data orders, of which the worst counts" in opening(report)
+    assert "at one learning rate, 1e-3, in several data orders, of which the worst counts" in said_first(report)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +223,7 @@ def test_a_teacher_that_has_hardly_forgotten(kind: str, original: float, unlearn
     result = run(kind=kind)
     for name, value in {"original": original, "unlearn": unlearned}.items():
         entry(result, name)["metrics"]["forget"] = score(value)
-    shown, text = " ".join(printed(result).split()), opening(derive([result], "title"))
+    shown, text = " ".join(printed(result).split()), said_first(derive([result], "title"))
     for said in (shown, text):
         assert ("he teacher has hardly forgotten, because its forget" in said) == warned
         assert ("raise unlearn.train.steps or unlearn.train.lr before you trust the rest" in said) == warned
@@ -299,3 +303,117 @@ def test_a_notebooks_backend_that_is_not_installed_is_dropped(monkeypatch, name,
     monkeypatch.setenv("MPLBACKEND", name)
     importlib.reload(backend)
     assert ("MPLBACKEND" in os.environ) == kept
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+@pytest.mark.parametrize(("value", "is_back"), [(0.965, True), (0.99, True), (0.955, False)])
+def test_the_opening_says_when_all_of_it_is_back(kind: str, value: float, is_back: bool) -> None:
+    """The original has an accuracy of 0.98, from 0.96 to 1, or a loss of 0.02, from 0 to 0.04."""
+    result, flip = run(kind=kind), lambda v: v if kind == "accuracy" else 1 - v
+    for name in ("original", "unlearn", "undo-0.2", "undo-0.6", "random", "filter"):
+        entry(result, name)["metrics"]["forget"] = score(flip(0.98 if name == "original" else 0.05))
+    level = "98.0 %, 96.0–100.0" if kind == "accuracy" else "0.020 nats/token, 0.000–0.040"
+    assert back(derive([result], "title")) == (
+        f"Not all of the original's forget performance ({level}) is back in the unlearn-only model, UNDO α=0.2 and UNDO α=0.6 "
+        "within 100 steps."
+    )
+    at = entry(result, "unlearn")["attack"]["curves"][1]["forget"]
+    at[1], at[2] = score(flip(value)), score(flip(0.5))
+    entry(result, "undo-0.2")["attack"]["curves"][0]["forget"][2] = score(flip(value))
+    said = back(derive([result], "title"))
+    if not is_back:
+        assert said.startswith("Not all of")
+        return
+    assert said == (
+        f"All of the original's forget performance ({level}) is back in the unlearn-only model after 20 attack steps and in UNDO "
+        "α=0.2 after 100 attack steps. Not all of it is back in UNDO α=0.6 within 100 steps."
+    )
+    shown = [said_first(derive([result], "title")), " ".join(printed(result).split())]
+    assert all(said in text for text in shown)
+    entry(result, "undo-0.6")["metrics"]["forget"] = score(flip(value))
+    entry(result, "filter")["attack"]["curves"][0]["forget"][2] = score(flip(value))
+    said = back(derive([result], "title"))
+    assert "All of it was there before the attack in UNDO α=0.6." in said
+    assert "It was also reached by data filtering after 100 attack steps, without having been there" in said
+    result["models"] = result["models"][1:]
+    assert back(derive([result], "title")) == "", "nothing to compare with"
+
+
+def test_an_attacked_checkpoint_is_back_and_a_reference_is_taught() -> None:
+    result = run(kind="loss")
+    result["models"] = result["models"][:3]
+    for part in result["models"][1:]:
+        part |= {"kind": "defence", "alpha": None}
+        part["attack"]["curves"][0]["forget"] = [score(0.95), score(0.9), score(0.0)]
+    entry(result, "original")["metrics"]["forget"] = score(0.02)
+    result["models"][2] |= {"name": "clean", "reference": True}
+    said = back(derive([result], "title"))
+    assert "is back in unlearn after 100 attack steps. It was also reached by clean after 100 attack steps, without" in said
+    assert "all is back" in dict(definitions(derive([result], "title")))
+
+
+def test_the_opening_begins_with_the_verdict_and_ends_with_what_to_try() -> None:
+    result = run()
+    result["models"] = [entry(result, name) for name in ("original", "unlearn", "undo-0.2")]
+    said = opening(derive([result], "title"))
+    assert said[0].startswith("Not all of the original's forget performance") and "R is not given" in said[0]
+    assert said[1].startswith("The forget capability was suppressed with MaxEnt. A copy of the result was damaged by noise (")
+    assert "The UNDO student scores 95.0\u00a0% on retain and 5.0\u00a0% on forget." in said[2]
+    assert said[-1].startswith("There is one seed"), "nothing to try"
+    censor(result, "undo-0.2")
+    entry(result, "undo-0.2")["attack"]["worst_at_end_of_grid"] = True
+    said = opening(derive([result], "title"))
+    assert said[1].startswith("UNDO α=0.2 did not recover")
+    assert said[-1] == (
+        "What to try next: raise distill.train.steps or lower noise.alphas, so that the student can recover; add learning rates beyond "
+        'the end of the grid (relearn.rates), or let it grow (relearn.extend). See docs/guides/report.md, "What to try next".'
+    )
+    assert "\n## What to try next\n" in (ROOT / "docs/guides/report.md").read_text()
+    text = markdown_tables(derive([result], "title"))
+    assert "\n\nUNDO α=0.2 did not recover" in text and "\n\nWhat to try next: " in text
+    assert "<p>What to try next: " in page.render(derive([result], "title"), {})
+    both = run()
+    censor(both, "undo-0.2")
+    censor(both, "undo-0.6")
+    said = opening(derive([both], "title"))
+    assert "The UNDO students score 95.0" in said[3]
+    assert "What to try next: raise distill.train.steps or lower noise.alphas, so that the students can recover." in said[-1]
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+def test_an_unlearned_model_that_is_better_on_retain_is_explained(kind: str) -> None:
+    """The original's retain performance is 0.95, from 0.93 to 0.97."""
+    result, sign = run(kind=kind), 1 if kind == "accuracy" else -1
+    inside, beyond = (score(0.95 + sign * by) for by in (0.019, 0.021))
+    said = "The unlearn-only model is better on retain than the original: the unlearning also trains on retain data."
+    entry(result, "unlearn")["metrics"]["retain"] = inside
+    assert said not in said_first(derive([result], "title"))
+    entry(result, "unlearn")["metrics"]["retain"] = beyond
+    text = said_first(derive([result], "title"))
+    assert said in text and ("a loss on one does not compare with a loss on the other" in text) == (kind == "loss")
+    result["config"]["unlearn"]["retain_weight"] = 0.0
+    assert said not in said_first(derive([result], "title"))
+    for part in result["models"][1:]:
+        part |= {"kind": "defence", "alpha": None}
+    del result["config"]["unlearn"]
+    assert " unlearn is better on retain than the original: unlearning often also" in said_first(derive([result], "title"))
+
+
+def test_the_columns_of_what_it_took_have_one_scope() -> None:
+    result = run()
+    entry(result, "undo-0.2")["training"] |= {
+        "unlearning_steps": 20,
+        "chain": {"steps": 140, "seconds": 90.0, "peak_bytes": 3 << 20},
+    }
+    entry(result, "undo-0.6")["training"]["unlearning_steps"] = 20  # as older versions wrote it
+    report = derive([result], "title")
+    rows = {row[0].main: [cell.main for cell in row[1:6]] for row in cost_table(report).rows}
+    assert rows["UNDO α=0.2"] == ["140", "1k", "5.00e+08", "90 s", "3 MiB"]
+    assert rows["UNDO α=0.6"] == ["–", "3k", "1.50e+09", "–", "–"]
+    assert rows["data filtering"] == ["500", "5k", "1.00e+09", "3 s", "1 MiB"]
+    said = "Every column of a student of the unlearned model counts the unlearning, the pass of a cached teacher and its own training"
+    for text in (markdown_tables(report), page.render(report, {})):
+        assert text.count(said) == 1 and "Means over seeds. " + said not in text
+    assert "A dash: results of an older version" in markdown_tables(report)
+    assert "A dash: " not in markdown_tables(derive([run()], "title"))
+    assert "Means over seeds. " + said in markdown_tables(derive([run(0), run(1)], "title"))
