@@ -35,8 +35,6 @@ def run(config: RunConfig, command: str) -> Path:
     """
     distributed.arrange(config.parallel)
     store, graph = Store(Path(config.output) / "stages"), graph_of(config)
-    if (busy := load_warning()) and distributed.rank() == 0:
-        console.print(busy)
     missing = lambda: missing_stages(store, config, graph)  # noqa: E731
     build_all(store, _configured(config, graph), missing, config.workers, lambda stage: announce(store, stage))
     return distributed.on_first(lambda: finish(store, config, graph, command))
@@ -50,6 +48,8 @@ def build_all(
     finished: Callable[[Stage], None],
 ) -> None:
     """Builds what ``missing`` returns, on all ranks, until it returns nothing: attack grids can grow.
+
+    If there is anything to build on a busy machine, it says so first.
 
     Args:
         store: store in which the stages are built.
@@ -65,7 +65,11 @@ def build_all(
             console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
             workers = 1
     distributed.on_first(store.tidy)
+    busy = load_warning(workers)
     while stages := distributed.on_first(missing):
+        if busy and distributed.rank() == 0:
+            console.print(busy)
+        busy = ""
         run_stages(store, stages, workers, finished)
 
 

@@ -163,7 +163,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int) -> Render
             f"The search for R = {config.target_robustness:g} is not included: it may add {config.alpha_tries} alphas, each distilled "
             "and attacked like those above."
         )
-    if busy := load_warning():
+    if left and (busy := load_warning(config.workers)):
         notes.append(f"{busy} The times above are longer for it.")
     if total > LONG:
         notes.append(_what_to_cut(left, sum(row.seconds for row in left)))

@@ -105,6 +105,16 @@ def test_no_number_is_cut_whatever_the_titles(tmp_path, width, measured):
     assert [title for title, _ in _alike([row, other, smaller])] == ["relearn, 2 lines", "relearn a"]
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_a_plan_warns_of_a_busy_machine_while_there_is_work(tmp_path, monkeypatch, done):
+    monkeypatch.setattr("undo_core.planning.table.load_warning", lambda workers: f"BUSY with {workers} worker(s).")
+    row = Row("noise", 0, False, 0, 0.0, 0.0, Memory("step", weights=1), None, 0, 0.0, "noise-0", done)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(_tables(config(tmp_path), [row], 0, 1))
+    assert ("BUSY with 1 worker(s). The times above are longer for it." in capture.get()) == (not done)
+
+
 @pytest.mark.parametrize(("seconds", "long"), [(2e4, True), (0.01, False)])
 def test_a_plan_of_more_than_a_day_says_what_to_cut(tmp_path, monkeypatch, seconds, long):
     monkeypatch.setattr(Measure, "seconds", lambda *arguments: seconds)
