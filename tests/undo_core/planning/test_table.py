@@ -119,6 +119,16 @@ def test_a_plan_warns_of_a_busy_machine_while_there_is_work(tmp_path, monkeypatc
     assert ("BUSY with 1 worker(s). The times above are longer for it." in capture.get()) == (not done)
 
 
+@pytest.mark.parametrize(("process", "said"), [(550 << 20, True), (0, False)], ids=["cpu", "gpu"])
+def test_a_plan_for_a_cpu_says_how_much_more_was_measured(tmp_path, process, said):
+    memory = Memory("step", weights=1, process=process)
+    row = Row("noise", 0, False, 0, 0.0, 0.0, memory, None, 0, 0, 0.0, "noise-0", False)
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(_tables(config(tmp_path), [row], 0, 1))
+    assert ("On a CPU, leave room for a fifth more" in capture.get() and "9 to 17 % more" in capture.get()) == said
+
+
 @pytest.mark.parametrize(("seconds", "long"), [(2e4, True), (0.01, False)])
 def test_a_plan_of_more_than_a_day_says_what_to_cut(tmp_path, monkeypatch, seconds, long):
     monkeypatch.setattr(Measure, "seconds", lambda *arguments: seconds)
