@@ -12,7 +12,7 @@ from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.io.files import hash_json, read_json, write_json
-from undo_core.io.progress import console
+from undo_core.io.progress import console, shown_metrics
 from undo_core.io.untrusted import read_object
 from undo_core.pipeline.alpha_search import AlphaSearch, Outcome
 from undo_core.pipeline.attacked_model import Attacked
@@ -195,7 +195,8 @@ def stage_summary(stage: Stage, facts: dict[str, Any]) -> str:
         notes.insert(0, f"{facts['steps']} steps")
         last = facts["history"][-1] if facts["history"] else {}
         split = "" if "curve" in facts else "valid "
-        notes += [f"{split}{name} {last[name]:.3f}" for name in ("retain", "forget") if name in last]
+        shown = shown_metrics(stage.title, {f"{split}{name}": last[name] for name in ("retain", "forget") if name in last})
+        notes += [shown] if shown else []
     if facts.get("limit_reached"):
         notes.append("LIMIT REACHED before the stop rule was satisfied")
     return f"  {stage.title:<22} {'  '.join(notes)}"
