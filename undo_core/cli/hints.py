@@ -50,7 +50,6 @@ _UNKNOWN = (  # jsonargparse's messages about unknown names
     re.compile(r"does not accept option '(?P<key>[^']+)'"),
     re.compile(r"invalid choice: '(?P<key>[^']+)' \(choose from (?P<choices>[^)]*)\)"),
     re.compile(r"class_path '(?P<home>[\w.]+)': Option '(?P<key>[^']+)' is not accepted"),
-    re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<key>\S+)"),
 )
 
 
@@ -92,29 +91,78 @@ class HelpFormatter(DefaultHelpFormatter):
         )
 
 
-_OF_KINDS = re.compile(
-    r"Does not validate against any of the Union subtypes.*?Errors:(?P<errors>.*?)Given value type:.*", re.DOTALL
+_KEYED = re.compile(
+    r"^(?:Problem with given class_path '(?P<home>[\w.]+)':\s+)?Parser key \"(?P<key>[^\"]*)\":\s+(?P<rest>.*)$"
 )
-_OTHER_KIND = re.compile(
-    r"^(?:Problem with given class_path '[\w.]+':\s+Parser key \"kind\":\s+)?"
-    r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<kind>\S+)$"
+_UNION = re.compile(
+    r"^Does not validate against any of the Union subtypes.*? Errors: - (?P<errors>.*) Given value type: .*? Given value: (?P<got>.*)$"
 )
+_WRONG = (  # what jsonargparse says about a value of another type
+    re.compile(r"^Expected a (?P<type><class '\w+'>|typing\.Literal\[.*?\])(?:\. Got value: (?P<got>.*))?$"),
+    re.compile(r"^(?P<type>Expected a dot import path string): (?P<got>.*)$"),
+    re.compile(r"^(?P<type>Problem with given class_path) '(?P<got>.*?)': No module named .*$"),
+    re.compile(r"^(?P<type>Unable to load config) '(?P<got>.*?)' - .*$"),
+)
+# Said of the other classes that settings can have, about none of the settings that were given.
+_OF_ANOTHER_CLASS = re.compile(r"^(?:Subclasses are disabled for|Import path \S+ does not correspond to a subclass of) ")
+_MAPPING = "a mapping, as in '{KEY: VALUE}'"
+_TYPES = {  # how a type is written
+    **{
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "NoneType": "null",
+        "dict": _MAPPING,
+    },
+    **dict.fromkeys(("Expected a dot import path string", "Problem with given class_path", "Unable to load config"), _MAPPING),
+}
 
 
-def of_one_kind(message: str) -> str:
-    """Shortens the parser's message about settings whose class depends on ``kind`` to what it says about the given kind."""
-    match = _OF_KINDS.search(message)
-    if match is None:
+def of_types(message: str) -> str:
+    """Rewrites the parser's message about a value of a wrong type: the key, what came, what was expected and how to write it.
+
+    Where the class of the settings depends on their ``kind``, only what is said about the given kind is kept. A message of another
+    form is returned unchanged.
+    """
+    keyed = _KEYED.match(message)
+    if keyed is None:
         return message
-    errors = [error.strip() for error in re.split(r"(?:^|\s)- ", match["errors"]) if error.strip()]
-    others = [_OTHER_KIND.match(error) for error in errors]
-    left = [error for error, other in zip(errors, others, strict=True) if other is None]
-    if not left:
-        kinds = [kind for other in others if other for kind in re.findall(r"[\w-]+", other["choices"])]
-        given = next(other["kind"] for other in others if other)
-        near = difflib.get_close_matches(given, kinds, n=1)
-        left = [f"kind: got {given}, wanted one of {', '.join(kinds)}" + (f"; did you mean {near[0]}?" if near else "")]
-    return message[: match.start()] + "; ".join(left) + message[match.end() :]
+    union = _UNION.match(keyed["rest"])
+    if union is None:
+        inner = of_types(keyed["rest"]) if _KEYED.match(keyed["rest"]) else _wrong([keyed["rest"]], None)
+        return message if inner in (None, keyed["rest"]) else f"{keyed['key']}: {inner}"
+    errors = re.split(r" - (?=Expected a |Problem with |Subclasses are |Import path |Does not )", union["errors"])
+    errors = [error for error in errors if not _OF_ANOTHER_CLASS.match(error)]
+    kinds = [error for error in errors if (inner := _KEYED.match(error)) and inner["key"] == "kind"]
+    if kinds and len(kinds) == len(errors):
+        said = f"kind: {_wrong([_KEYED.sub(lambda inner: inner['rest'], error) for error in kinds], None)}"
+    else:
+        own = [error for error in errors if error not in kinds]
+        said = _wrong(own, union["got"]) or "; ".join(map(of_types, own))
+    return f"{keyed['key']}: {said}"
+
+
+def _wrong(errors: Sequence[str], got: str | None) -> str | None:
+    """What came and what was expected, from an error for each accepted type; None if one of them says something else."""
+    found = [next((match for pattern in _WRONG if (match := pattern.match(error))), None) for error in errors]
+    if not found or None in found:
+        return None
+    inner = [
+        match for match in found if match["got"] not in (None, got)
+    ]  # about a part of what came, such as an entry of a list
+    found = inner or found
+    came = inner[0]["got"] if inner else got or ""
+    came = {"": "''", "None": "null"}.get(came, came)
+    choices = [name for match in found for name in re.findall(r"'([^']*)'", match["type"]) if "Literal" in match["type"]]
+    wanted = [f"one of {', '.join(choices)}"] if choices else []
+    for match in found:
+        if "Literal" not in match["type"]:
+            name = match["type"].removeprefix("<class '").removesuffix("'>")
+            wanted.append(f"a list, as in '[{came}]'" if name == "list" else _TYPES.get(name, name))
+    near = difflib.get_close_matches(came, choices, n=1)
+    either = ", or " if any("," in name for name in wanted) else " or "
+    return f"got {came}, wanted {either.join(dict.fromkeys(wanted))}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def explained(message: str, command: str, parser_of: Callable[[str], ArgumentParser], files: Sequence[str] = ()) -> str:
@@ -122,7 +170,7 @@ def explained(message: str, command: str, parser_of: Callable[[str], ArgumentPar
 
     A name that stands in one of the ``files`` of settings, of which later ones override earlier ones, is reported with the file.
     """
-    message = of_one_kind(message)
+    message = of_types(message)
     if match := _AMBIGUOUS.search(message):
         flags = [flag for flag in match["flags"].split(", ") if not flag.endswith(("+", ".help"))]
         said = f"ambiguous option: --{match['given']} could match {', '.join(flags)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -17,9 +18,10 @@ def keep_freed_memory() -> bool:
     """Lets this process keep up to 256 MiB that it has freed, for its next allocations; returns whether it could be set.
 
     By default glibc returns the memory of a training step's activations to the system when they are freed, so that the next step
-    finds fresh pages, each of which the system has to clear: 7 % of the time of a step of the demo. Only glibc has this setting.
+    finds fresh pages, each of which the system has to clear: 7 % of the time of a step of the demo. Only glibc has this setting. A user who has set
+    ``MALLOC_MMAP_THRESHOLD_`` in the environment, so that freed tensors are returned, keeps that.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return mallopt is not None and all(mallopt(*one) == 1 for one in ((M_MMAP_THRESHOLD, MAPPED), (M_TRIM_THRESHOLD, KEPT)))

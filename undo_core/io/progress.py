@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -24,6 +26,7 @@ class Update:
         step: steps done.
         total: steps of the whole stage.
         note: text after the bar, such as loss and speed.
+        metrics: performances of the last evaluation, by name, as they were measured.
         start: step at which this run of the stage began (above 0 after a resume).
         done: whether to remove the bar.
     """
@@ -34,6 +37,45 @@ class Update:
     note: str = ""
     start: int = 0
     done: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Unit in which performances are shown.
+
+    Attributes:
+        name: the unit; empty to name none.
+        factors: what a performance is multiplied by, by the name of its split; others are shown as they are.
+    """
+
+    name: str = ""
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def show(self, metrics: Mapping[str, float]) -> str:
+        """The performances in this unit, without the bounds of their intervals."""
+        values = {name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}
+        shown = "  ".join(f"{name} {value * self.factors.get(name, 1):.3f}" for name, value in values.items())
+        return f"{shown} {self.name}" if shown and self.name else shown
+
+
+_unit_of: Callable[[str], Unit] = lambda title: Unit()  # noqa: E731
+
+
+@contextlib.contextmanager
+def shown_in(unit_of: Callable[[str], Unit]) -> Iterator[None]:
+    """Context in which the progress of a stage shows performances in the unit that ``unit_of`` returns for its title."""
+    global _unit_of
+    before, _unit_of = _unit_of, unit_of
+    try:
+        yield
+    finally:
+        _unit_of = before
+
+
+def shown_metrics(title: str, metrics: Mapping[str, float]) -> str:
+    """The performances of a stage as progress shows them: with the unit that :func:`shown_in` has set."""
+    return _unit_of(title).show(metrics)
 
 
 class _Note(ProgressColumn):
@@ -53,6 +95,9 @@ class Board:
 
     def show(self, update: Update) -> None:
         """Draws or prints ``update``."""
+        if update.metrics:
+            shown = shown_metrics(update.title, update.metrics)
+            update = dataclasses.replace(update, note=f"{update.note}  {shown}", metrics={})
         if console.is_terminal:
             self._draw(update)
         else:
@@ -120,7 +165,7 @@ class StageProgress:
         if self.enabled:
             _show(Update(self.title, self._step, self.total, start=self.start, done=True))
 
-    def update(self, step: int, read: int, loss: float | None, metrics: str = "") -> None:
+    def update(self, step: int, read: int, loss: float | None, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that ``step`` steps are done; ``read`` is the number of units (such as tokens) read since the last call."""
         self._read += read
         self._step = step
@@ -132,6 +177,4 @@ class StageProgress:
         speed = f"{rate / 1000:.1f}k {self.unit}/s" if rate >= 1000 else f"{rate:.0f} {self.unit}/s"
         parts = [] if loss is None else [f"loss {loss:.4f}"]
         parts += [speed, f"{resident_bytes() / 2**30:.2f} GiB"]
-        if metrics:
-            parts.append(metrics)
-        _show(Update(self.title, step, self.total, "  ".join(parts), self.start))
+        _show(Update(self.title, step, self.total, "  ".join(parts), self.start, metrics=metrics or {}))

@@ -6,9 +6,10 @@ The stages are those of a run: the text is prepared with the checkpoint's tokeni
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from undo_core.attacks.search import settled_attacks
 from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.data.text import split_bytes
 from undo_core.io.files import hash_json, write_json
-from undo_core.io.progress import console
+from undo_core.io.progress import Unit, console, shown_in
 from undo_core.io.untrusted import read_object
 from undo_core.models.config import ModelConfig
 from undo_core.pipeline.attack_config import NAME, AttackRunConfig
@@ -91,7 +92,8 @@ def attack_checkpoints(checkpoints: Sequence[str], config: AttackRunConfig, comm
         if not config.keep and stage.key not in prepared:
             distributed.on_first(lambda: remove_weights(store.folder(stage)))
 
-    build_all(store, stages, lambda: unfinished(store, stages, attacked), config.workers, finished)
+    with shown_in(_units(store, config, defences)):
+        build_all(store, stages, lambda: unfinished(store, stages, attacked), config.workers, finished)
     return distributed.on_first(lambda: _finish(store, config, defences, command))
 
 
@@ -246,11 +248,33 @@ def _check_alike(config: AttackRunConfig, defences: list[Defence]) -> None:
                 )
 
 
+def _units(store: Store, config: AttackRunConfig, defences: list[Defence]) -> Callable[[str], Unit]:
+    """The unit of the table for each stage that attacks, by its title, once the checkpoint's text is prepared."""
+    owners = {attacked.title: defence for defence in defences for attacked in defence.attacks.values()}
+
+    @functools.cache
+    def unit(name: str) -> Unit:
+        defence = next(defence for defence in defences if defence.name == name)
+        if not (sizes := _bytes(config)):
+            return Unit(_unit(config), {"forget": 100.0, "retain": 100.0})
+        return Unit(_unit(config), _tokens_per_byte(defence, store.manifest(defence.prepared), sizes))
+
+    def unit_of(title: str) -> Unit:
+        owner = next((owner for start, owner in owners.items() if f"{title} ".startswith(f"{start} ")), None)
+        return Unit() if owner is None else unit(owner.name)
+
+    return unit_of
+
+
+def _unit(config: AttackRunConfig) -> str:
+    return "nats/byte" if config.data.metric == "loss" else "%"
+
+
 def _metric(store: Store, config: AttackRunConfig, defence: Defence) -> dict[str, Any]:
     splits = store.manifest(defence.prepared)["splits"]
     return {
         "kind": config.data.metric,
-        "unit": "nats/byte" if config.data.metric == "loss" else "%",
+        "unit": _unit(config),
         "headline_step": config.relearn.headline_step,
         "retain_target": None,
         "eval_splits": {name: facts["rows"] for name, facts in splits.items() if not name.startswith("train")},
@@ -269,7 +293,7 @@ def _bytes(config: AttackRunConfig) -> dict[str, int]:
 
 def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     facts = store.manifest(defence.prepared)
-    tokens = {name: _tokens(defence, facts["splits"][f"test_{name}"]) / size for name, size in sizes.items()}
+    tokens = _tokens_per_byte(defence, facts, sizes)
     entry: dict[str, Any] = {
         "name": defence.name,
         "kind": defence.kind,
@@ -293,6 +317,10 @@ def _entry(store: Store, defence: Defence, metric: dict[str, Any], sizes: dict[s
         entry["attacks"] = {name: attacked.named_entry(store) for name, attacked in further.items()}
     entry = per_byte(entry, tokens) if tokens else entry
     return {**entry, "worst": worst_of(entry, metric)} if defence.attacks else entry
+
+
+def _tokens_per_byte(defence: Defence, facts: dict[str, Any], sizes: dict[str, int]) -> dict[str, float]:
+    return {name: _tokens(defence, facts["splits"][f"test_{name}"]) / size for name, size in sizes.items()}
 
 
 def _tokens(defence: Defence, split: dict[str, Any]) -> int:

@@ -26,6 +26,7 @@ from undo_core.pipeline.needs import Change, Cost, Scene
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder, Stage, Work
 from undo_core.training import TrainConfig, TrainResult
+from undo_core.training.optimizers import bytes_per_parameter
 from undo_core.training.precision import Precision, weight_dtype
 from undo_core.training.sharded import check_ranks
 
@@ -121,7 +122,11 @@ class TrainingStage(ModelStage):
         positions = steps * sequences * scene.length
         flops = passes * forward_flops(scene.model, scene.length) * positions
         disk = scene.parameters * self.stored().itemsize
-        return Cost(disk, steps, sequences, passes, positions, flops, self.ruled)
+        states = bytes_per_parameter(self.training, "cpu")[
+            "optimizer"
+        ]  # a checkpoint also has those that a GPU leaves on the host
+        checkpoint = disk + int(states * scene.parameters)
+        return Cost(disk, steps, sequences, passes, positions, flops, self.ruled, checkpoint)
 
     def cheaper(self) -> list[Change]:
         return [Change(self.flag(name), self._values_of(name, value)) for name, value in CHANGES if self.possible(name, value)]

@@ -75,6 +75,7 @@ class Cost:
         positions: tokens that run through the model in all steps, padding included.
         flops: floating-point operations.
         ruled: whether a stop rule may end the stage earlier.
+        checkpoint: bytes of a checkpoint within the stage; 0 if it writes none.
     """
 
     disk: int
@@ -84,6 +85,12 @@ class Cost:
     positions: int = 0
     flops: float = 0.0
     ruled: bool = False
+    checkpoint: int = 0
+
+    @property
+    def scratch(self) -> int:
+        """Bytes on disk that the stage needs for a while beyond its folder: the newest checkpoint is kept until the next is complete."""
+        return max(0, 2 * self.checkpoint - self.disk)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from undo_core.attacks.config import HEADLINE, check_installed
 from undo_core.attacks.grid import worst_of
 from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.io.files import hash_json, read_json, write_json
-from undo_core.io.progress import console
+from undo_core.io.progress import console, shown_metrics
 from undo_core.io.untrusted import read_object
 from undo_core.pipeline.alpha_search import AlphaSearch, Outcome
 from undo_core.pipeline.attacked_model import Attacked
@@ -35,8 +35,6 @@ def run(config: RunConfig, command: str) -> Path:
     """
     distributed.arrange(config.parallel)
     store, graph = Store(Path(config.output) / "stages"), graph_of(config)
-    if (busy := load_warning()) and distributed.rank() == 0:
-        console.print(busy)
     missing = lambda: missing_stages(store, config, graph)  # noqa: E731
     build_all(store, _configured(config, graph), missing, config.workers, lambda stage: announce(store, stage))
     return distributed.on_first(lambda: finish(store, config, graph, command))
@@ -50,6 +48,8 @@ def build_all(
     finished: Callable[[Stage], None],
 ) -> None:
     """Builds what ``missing`` returns, on all ranks, until it returns nothing: attack grids can grow.
+
+    If there is anything to build on a busy machine, it says so first.
 
     Args:
         store: store in which the stages are built.
@@ -65,7 +65,11 @@ def build_all(
             console.print(f"workers: {workers} is not used: all {distributed.count()} ranks build one stage at a time")
             workers = 1
     distributed.on_first(store.tidy)
+    busy = load_warning(workers)
     while stages := distributed.on_first(missing):
+        if busy and distributed.rank() == 0:
+            console.print(busy)
+        busy = ""
         run_stages(store, stages, workers, finished)
 
 
@@ -191,7 +195,8 @@ def stage_summary(stage: Stage, facts: dict[str, Any]) -> str:
         notes.insert(0, f"{facts['steps']} steps")
         last = facts["history"][-1] if facts["history"] else {}
         split = "" if "curve" in facts else "valid "
-        notes += [f"{split}{name} {last[name]:.3f}" for name in ("retain", "forget") if name in last]
+        shown = shown_metrics(stage.title, {f"{split}{name}": last[name] for name in ("retain", "forget") if name in last})
+        notes += [shown] if shown else []
     if facts.get("limit_reached"):
         notes.append("LIMIT REACHED before the stop rule was satisfied")
     return f"  {stage.title:<22} {'  '.join(notes)}"

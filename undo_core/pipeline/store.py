@@ -241,14 +241,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load_warning() -> str:
-    """One line about a machine with more running processes than cores; empty for another, and where the system does not say."""
+def threads_of_a_worker(workers: int) -> int:
+    """Number of CPU threads of each of ``workers`` processes: an equal share of OMP_NUM_THREADS or, without it, of the usable cores."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, (int(limit) if limit.isdigit() and int(limit) > 0 else usable_cores()) // workers)
+
+
+def load_warning(workers: int = 1) -> str:
+    """One line about a machine with more running processes than cores; empty for another, and where the system does not say.
+
+    It recommends a single thread unless each of the ``workers`` processes has no more than one.
+    """
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, usable_cores()
     if load <= cores:
         return ""
+    warning = f"WARNING the load average is {load:.1f} on {cores} cores: other processes compete for them"
+    if threads_of_a_worker(workers) == 1:
+        return f"{warning}."
     return (
-        f"WARNING the load average is {load:.1f} on {cores} cores: other processes compete for them, and threads that wait for each other "
-        "can take many times as long as one. OMP_NUM_THREADS=1 avoids that; keep it until the run is finished."
+        f"{warning}, and threads that wait for each other can take many times as long as one. OMP_NUM_THREADS=1 avoids that; keep it "
+        "until the run is finished."
     )
 
 

@@ -18,7 +18,7 @@ from undo_core import distributed
 from undo_core.io.memory_use import keep_freed_memory
 from undo_core.io.progress import Board, send_updates_to
 from undo_core.pipeline.stage import Stage
-from undo_core.pipeline.store import Store, usable_cores
+from undo_core.pipeline.store import Store, threads_of_a_worker
 
 Finished = Callable[[Stage], None]
 Failed = Callable[[Stage, Exception], None]
@@ -80,15 +80,10 @@ def gpus() -> list[str]:
 
 def use_threads(workers: int) -> None:
     """Limits this process to its share of the CPU threads, and makes its results deterministic."""
-    torch.set_num_threads(max(1, _cores() // workers))
+    torch.set_num_threads(threads_of_a_worker(workers))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel in use writes before it reads
-
-
-def _cores() -> int:
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return int(limit) if limit.isdigit() and int(limit) > 0 else usable_cores()
 
 
 def _ready(store: Store, stage: Stage) -> bool:

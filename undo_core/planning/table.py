@@ -40,6 +40,7 @@ class Row:
         memory: predicted peak memory, by parts.
         measured_bytes: measured peak memory of a finished stage, else None.
         disk_bytes: bytes that the stage's folder takes on disk.
+        scratch_bytes: bytes on disk that one trial needs for a while beyond that, for its checkpoints.
         wire_bytes: bytes that each of several ranks sends to the others in a step.
         folder: name of the stage's folder.
         done: whether the stage is finished.
@@ -55,6 +56,7 @@ class Row:
     memory: Memory
     measured_bytes: int | None
     disk_bytes: int
+    scratch_bytes: int
     wire_bytes: float
     folder: str
     done: bool
@@ -62,7 +64,7 @@ class Row:
 
 
 def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
-    """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed."""
+    """Returns the lines of the plan, with one line for all trials of an attack on a model, and the disk space still needed at most."""
     graph = graph_of(config)
     lines = [(stage.title, [stage]) for stage in graph.stages()]
     for models in attacked_models(config, graph).values():
@@ -74,7 +76,8 @@ def plan_rows(config: RunConfig, store: Store, ranks: int = 1) -> tuple[list[Row
 
 
 def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store, ranks: int = 1) -> tuple[list[Row], int]:
-    """Returns the rows for these lines, each a title and stages that differ only in their settings, and the disk still needed.
+    """Returns the rows for these lines, each a title and stages that differ only in their settings, and the disk still needed at most:
+    the stages' folders, and the checkpoints of as many of them as run at the same time.
 
     ``prepared`` is the stage of the data. It must have been made before: it raises for a missing folder, which transformers would
     look up on the hub.
@@ -86,7 +89,7 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
     predict, distilled = predictor_of(config, ranks), distilled_sequences(config, store, prepared)
     some_untied = any(stage.untied for _, stages in lines for stage in stages)
     untied = planned_skeleton(config, untied=True) if some_untied else model
-    rows = []
+    rows, scratch = [], []
     for title, stages in lines:
         stage, times = largest(stages), len(stages)
         scene = Scene(untied if stage.untied else model, sequence_length(config, stage), distilled)
@@ -104,13 +107,16 @@ def rows_of(config: RunConfig, lines: list[Line], prepared: Stage, store: Store,
             memory=predict(stage)(stage),
             measured_bytes=store.manifest(stage)["peak_bytes"] if store.done(stage) else None,
             disk_bytes=cost.disk * times,
+            scratch_bytes=cost.scratch,
             wire_bytes=_wire(predict(stage), stage) if ranks > 1 else 0.0,
             folder=stage.name,
             done=all(map(store.done, stages)),
             time_from=stage.time_from,
         )
         rows.append(row)
-    return rows, sum(row.disk_bytes for row in rows if not row.done)
+        scratch += [cost.scratch] * sum(not store.done(stage) for stage in stages)
+    at_once = sorted(scratch)[-config.workers :]
+    return rows, sum(row.disk_bytes for row in rows if not row.done) + sum(at_once)
 
 
 def _wire(predictor: Predictor, stage: Stage) -> float:
@@ -155,7 +161,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int, guide: st
     total = sum(row.seconds for row in left) / config.workers
     notes = [
         f"To do: {len(left)} of {len(rows)} line{'s'[: len(rows) > 1]}; an estimated {_duration(total)} with {config.workers} worker(s), "
-        f"{disk / 2**20:,.0f} MiB of disk.",
+        f"up to {disk / 2**20:,.0f} MiB of disk{_of_checkpoints(left, disk)}.",
         "The estimate takes every stage to its last step: a stop rule usually ends one much earlier. It leaves out evaluations, grid "
         "extensions, loading and saving, and the lines without a time.",
         f"Time per step: {basis(sum(p.numel() for p in planned_skeleton(config).parameters()))}.",
@@ -165,7 +171,7 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int, guide: st
             f"The search for R = {config.target_robustness:g} is not included: it may add {config.alpha_tries} alphas, each distilled "
             "and attacked like those above."
         )
-    if busy := load_warning():
+    if left and (busy := load_warning(config.workers)):
         notes.append(f"{busy} The times above are longer for it.")
     if total > LONG:
         notes.append(_what_to_cut(left, sum(row.seconds for row in left), guide))
@@ -180,7 +186,15 @@ def _tables(config: RunConfig, rows: list[Row], disk: int, ranks: int, guide: st
         notes.append(f"Memory is that of one stage; up to {config.workers} stages run at the same time.")
     else:
         notes.append("Memory is that of the process that runs the stage.")
+    if any(row.memory.process for row in rows):
+        notes.append(ON_A_CPU)
     return Group(work, memory, "", *notes)
+
+
+def _of_checkpoints(rows: list[Row], disk: int) -> str:
+    """The part of the disk space that is only for checkpoints within stages."""
+    passing = disk - sum(row.disk_bytes for row in rows)
+    return f", {passing / 2**20:,.0f} of them for checkpoints of training, which are removed" if passing else ""
 
 
 def _what_to_cut(rows: list[Row], total: float, guide: str) -> str:
@@ -213,6 +227,10 @@ def _alike(rows: list[Row]) -> list[tuple[str, Row]]:
     ]
 
 
+ON_A_CPU = (  # measured with configs/hf-trial.yaml, see docs/guides/memory.md
+    "On a CPU, leave room for a fifth more: glibc's heap keeps freed memory that does not fit later tensors. Three stages of a model of "
+    "135M parameters took 9 to 17 % more than predicted; with MALLOC_MMAP_THRESHOLD_=262144 set, the unlearning took 0.5 % more."
+)
 LONG = 24 * 3600.0  # seconds from which the plan says what to cut
 _HEADINGS = ("weights", "grads", "optim.", "activ.", "work", "teacher", "process")
 

@@ -263,7 +263,8 @@ def train(
     if stop is not None and stop_known is not None and folder is not None and count == 1:
         kept = KeptEvaluations(stop, stop_known, model, folder / "kept", result.steps)
     began = last_save = time.monotonic()
-    before, pause, shown = result.seconds, checkpoint_seconds, ""
+    before, pause = result.seconds, checkpoint_seconds
+    shown: Metrics = {}
 
     def stops_earlier() -> bool:
         """Whether an evaluation that was kept satisfies the stop rule; if so, goes back to it."""
@@ -286,7 +287,7 @@ def train(
         total, terms = torch.zeros((), device=device), 0
         result.history.append(entry)
         log.write({**entry, "tokens": sum(result.tokens.values())})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high")))
+        shown = metrics
         result.seconds = before + time.monotonic() - began
         if stop is not None:
             asked, result.stopped, last = time.monotonic(), False, result.steps == config.steps

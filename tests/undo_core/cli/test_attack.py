@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -201,11 +202,26 @@ def test_a_reference_gives_the_compute_slowdown(place, attacked, capsys):
     assert "has scratch as the reference; wanted the same" in capsys.readouterr().err
 
 
-def test_questions_are_scored_by_accuracy_under_the_name_of_the_suite(place):
+def test_the_lines_of_progress_are_in_the_unit_of_the_table(place, capsys):
+    assert attack(place, "theirs", output="lines", extra=["--attacks={}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  relearn theirs ")]
+    curves = results(place / "lines")["models"][0]["attack"]["curves"]
+    last = {f"{curve['rate']:g}": {name: curve[name][-1]["value"] for name in ("retain", "forget")} for curve in curves}
+    assert len(lines) == len(last) == 1
+    for line in lines:
+        found = re.fullmatch(r"  relearn theirs (\S+) +\d+ steps  [\d.]+ s  retain ([\d.]+)  forget ([\d.]+) nats/byte", line)
+        assert found, line
+        assert float(found[2]) == pytest.approx(last[found[1]]["retain"], abs=6e-4)
+        assert float(found[3]) == pytest.approx(last[found[1]]["forget"], abs=6e-4)
+
+
+def test_questions_are_scored_by_accuracy_under_the_name_of_the_suite(place, capsys):
     checkpoint(place / "asked", bytewise_tokenizer(), "gpt2")
     files = {part: write(place / f"{part}.jsonl", questions(30, seed=seed)) for seed, part in enumerate(("forget", "retain"))}
     asked = [f'--data.questions.{part}={{"files": ["{path}"]}}' for part, path in files.items()]
     assert attack(place, "asked", output="accuracy", extra=[*asked, "--attacks={}", "--measures.forget=wmdp"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  relearn asked ")]
+    assert lines and all(re.search(r"  retain [\d.]+  forget [\d.]+ %$", line) for line in lines)
     found, folder = results(place / "accuracy"), place / "accuracy" / "defences" / "asked" / "trial_0"
     assert found["metric"]["kind"] == "accuracy" and found["models"][0]["checkpoint"]["tokens_per_byte"] is None
     (row,) = read_json(folder / "defense_eval" / "tamperbench_evaluation" / "wmdp" / "evaluation.json")

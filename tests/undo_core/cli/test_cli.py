@@ -106,13 +106,29 @@ def test_the_plan_refuses_a_file_of_the_wrong_form(name, capsys, tmp_path):
     assert error.count("\n") == 1 and not output.exists()
 
 
-@pytest.mark.parametrize(("load", "warned"), [(9.5, True), (2.0, False)])
-def test_a_run_warns_of_a_busy_machine(load, warned, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("load", "missing", "warned"), [(9.5, 2, True), (9.5, 0, False), (2.0, 2, False)], ids=["busy", "finished", "idle"]
+)
+def test_a_run_warns_of_a_busy_machine_once(load, missing, warned, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(store, "usable_cores", lambda: 2)
-    for name in ("build_all", "finish"):
+    left = [["a stage"]] * missing + [[]]
+    monkeypatch.setattr(pipeline_run, "missing_stages", lambda *arguments: left.pop(0))
+    for name in ("run_stages", "finish"):
         monkeypatch.setattr(pipeline_run, name, lambda *arguments: None)
     assert main(["run", DEMO, f"--output={tmp_path}"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n") == int(warned)
-    assert ("WARNING the load average is 9.5 on 2 cores" in printed and "OMP_NUM_THREADS=1" in printed) == warned
+    assert printed.count("\n") == printed.count("WARNING the load average is 9.5 on 2 cores") == int(warned)
+
+
+@pytest.mark.parametrize(
+    ("limit", "workers", "advised"), [(None, 1, True), ("1", 1, False), ("2", 1, True), (None, 2, False), ("2", 2, False)]
+)
+def test_a_busy_machine_gets_no_advice_that_is_followed_already(limit, workers, advised, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.5, 0.0, 0.0))
+    monkeypatch.setattr(store, "usable_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if limit:
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    warning = store.load_warning(workers)
+    assert "the load average is 9.5 on 2 cores" in warning and ("OMP_NUM_THREADS=1 avoids that" in warning) == advised

@@ -40,6 +40,47 @@ def test_a_misspelt_name_on_the_command_line(capsys, arguments, wanted):
 
 
 @pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--data.retain=a.txt", "data.retain: got a.txt, wanted a list, as in '[a.txt]', or a mapping, as in '{KEY: VALUE}'"),
+        ("--data.retain=[1]", "data.retain: got 1, wanted text"),
+        ("--data.retain={a: x}", "data.retain: got x, wanted a number"),
+        ("--noise.alphas=0.3", "noise.alphas: got 0.3, wanted a list, as in '[0.3]'"),
+        ("--noise.alphas=[a]", "noise.alphas: got a, wanted a number"),
+        ("--noise.rules=[x]", "noise.rules: got x, wanted a mapping, as in '{KEY: VALUE}'"),
+        ("--unlearn.train.steps=1.5", "unlearn.train.steps: got 1.5, wanted a whole number"),
+        ("--unlearn.train.steps=null", "unlearn.train.steps: got null, wanted a whole number"),
+        ("--distill.recover=x", "distill.recover: got x, wanted a number or null"),
+        ("--relearn.save=maybe", "relearn.save: got maybe, wanted true or false"),
+        ("--model=x", "model: got x, wanted a mapping, as in '{KEY: VALUE}'"),
+        ("--model.config=x", "model.config: got x, wanted a mapping, as in '{KEY: VALUE}'"),
+        (
+            "--data.questions.forget=x.json",
+            "data.questions.forget: got x.json, wanted a mapping, as in '{KEY: VALUE}', or null",
+        ),
+        (
+            "--distill.teacher.kind=resdent",
+            "distill.teacher.kind: got resdent, wanted one of resident, streamed, cached, topk; did you mean resident?",
+        ),
+        ("--noise.law=y", "noise.law: got y, wanted one of xavier_uniform, xavier_normal, normal"),
+        ("--attacks={a: {kind: lora, rates: 3}}", "attacks: rates: got 3, wanted a list, as in '[3]'"),
+        ("--attacks={a: {kind: lora, lora: {rank: x}}}", "attacks: lora.rank: got x, wanted a whole number"),
+        ("--students={a: {alpha: [x]}}", "students: alpha: got ['x'], wanted a number or null"),
+        ("--measures={a: {kind: cka, sequences: x}}", "measures: sequences: got x, wanted a whole number"),
+    ],
+)
+def test_a_value_of_a_wrong_type(capsys, flag, wanted):
+    assert main(["plan", DEMO, flag]) == 2
+    assert capsys.readouterr().err == f"undo: error: {wanted}\n"
+
+
+def test_a_value_of_a_wrong_type_in_a_file(capsys, tmp_path):
+    (tmp_path / "over.yaml").write_text("noise: {alphas: 0.3}")
+    assert main(["plan", DEMO, "--config", str(tmp_path / "over.yaml")]) == 2
+    assert capsys.readouterr().err == "undo: error: noise.alphas: got 0.3, wanted a list, as in '[0.3]'\n"
+
+
+@pytest.mark.parametrize(
     ("path", "wanted"),
     [
         (["sed"], "seed"),

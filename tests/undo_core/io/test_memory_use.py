@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from undo_core.io.memory_use import keep_freed_memory
+
 FREE = """
 import ctypes
 import torch
@@ -41,3 +43,8 @@ def test_freed_memory_is_used_again_until_it_is_given_back():
         f"the process keeps the 128 MiB that it freed; without the setting it kept {before} MiB"
     )
     assert returned == "True", "a stage begins without what the one before has freed"
+
+
+def test_a_threshold_that_the_user_has_set_is_kept(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
+    assert not keep_freed_memory()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from undo_core.io import progress
-from undo_core.io.progress import Board, StageProgress
+from undo_core.io.progress import Board, StageProgress, Unit, shown_in
 from undo_core.training import Batch, TrainConfig, train
 
 
@@ -31,3 +31,15 @@ def test_a_training_speaks_before_its_first_evaluation(monkeypatch):
     loss = lambda model, batches, counted: model(batches["text"].input_ids.float()).square().sum()  # noqa: E731
     train(model, loss, source, TrainConfig(steps=1, batch_size=2), evaluate=evaluate, title="small")
     assert seen[0] == [(0, False)] and shown[-1].done
+
+
+def test_performances_are_shown_in_the_unit_of_their_stage(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_show", Board(every=-1.0).show)
+    units = {"relearn a": Unit("nats/byte", {"forget": 0.5})}
+    with shown_in(lambda title: units.get(title, Unit())):
+        for title in ("relearn a", "unlearn"):
+            with StageProgress(title, 60) as bar:
+                bar.update(1, 1, None, {"retain": 3.0, "forget": 2.5, "forget_low": 2.0})
+    attacked, trained = (line for line in capsys.readouterr().out.splitlines() if "1/60" in line)
+    assert attacked.endswith("  retain 3.000  forget 1.250 nats/byte") and trained.endswith("  retain 3.000  forget 2.500")
+    assert progress.shown_metrics("relearn a", {"forget": 2.5}) == "forget 2.500", "restored"

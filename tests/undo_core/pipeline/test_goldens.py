@@ -196,7 +196,7 @@ def close(one: str, other: str) -> bool:
 @pytest.mark.parametrize("path", [path for path in RUNS if path.stem != "leak-channels"], ids=lambda path: path.stem)
 def test_plans(path, files, anywhere, monkeypatch):
     """Work and disk agree exactly, memory within 3 %."""
-    monkeypatch.setattr("undo_core.planning.table.load_warning", lambda: "")
+    monkeypatch.setattr("undo_core.planning.table.load_warning", lambda workers: "")
     console = Console(width=140, highlight=False)
     with console.capture() as capture:
         console.print(plan_table(configuration(path)))

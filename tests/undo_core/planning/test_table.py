@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from stage_kinds import NOWHERE
+from transformers import AutoConfig
 
 from undo_core.attacks.relearning import AttackConfig
 from undo_core.cli import main
@@ -14,18 +17,19 @@ from undo_core.data.config import DataConfig
 from undo_core.distillation.config import DistillConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distillation.teacher import TeacherConfig
+from undo_core.models import initialise
 from undo_core.models.config import ModelConfig
 from undo_core.noise.config import NoiseConfig
 from undo_core.pipeline.config import ControlsConfig, PretrainConfig, RunConfig
 from undo_core.pipeline.graph import graph_of
-from undo_core.pipeline.needs import Memory
+from undo_core.pipeline.needs import Memory, Scene
 from undo_core.pipeline.run import run
-from undo_core.pipeline.stages import Cache
+from undo_core.pipeline.stages import Cache, Pretrain
 from undo_core.pipeline.store import Store
 from undo_core.planning.fit import bytes_of
 from undo_core.planning.table import SHORT_ATTACK, SHORT_RUN, Row, _alike, _tables, plan_rows, plan_table, stages_table
 from undo_core.planning.timing import Measure
-from undo_core.training import TrainConfig
+from undo_core.training import Batch, TrainConfig, train
 from undo_core.unlearning import UnlearnConfig
 
 SHAPE = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -90,7 +94,7 @@ def test_no_number_is_cut_whatever_the_titles(tmp_path, width, measured):
     memory = Memory("evaluation", **{name: number << 20 for name, number in parts.items()})
     title = "relearn only-embedding-redrawn, 3 rates"
     folder = "initialise-0123456789ab"
-    row = Row(title, 3000, True, 4_224_000, 11.47e12, 6300.0, memory, measured, 4321 << 20, 0.0, folder, False)
+    row = Row(title, 3000, True, 4_224_000, 11.47e12, 6300.0, memory, measured, 4321 << 20, 0, 0.0, folder, False)
     other = replace(row, title="relearn only-both-redrawn-equal-in-distance, 3 rates", folder="relearn-0123456789ab")
     smaller = replace(row, title="relearn a", memory=replace(memory, weights=7 << 20))
     console = Console(width=width, highlight=False)
@@ -104,6 +108,26 @@ def test_no_number_is_cut_whatever_the_titles(tmp_path, width, measured):
     wanted = ["7,331", *(["7,999"] if measured else []), "evaluation", "1,111", "1,222", "1,333", "1,444", "0", "1,555", "666"]
     assert line.split()[-len(wanted) :] == wanted
     assert [title for title, _ in _alike([row, other, smaller])] == ["relearn, 2 lines", "relearn a"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_plan_warns_of_a_busy_machine_while_there_is_work(tmp_path, monkeypatch, done):
+    monkeypatch.setattr("undo_core.planning.table.load_warning", lambda workers: f"BUSY with {workers} worker(s).")
+    row = Row("noise", 0, False, 0, 0.0, 0.0, Memory("step", weights=1), None, 0, 0, 0.0, "noise-0", done)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(_tables(config(tmp_path), [row], 0, 1))
+    assert ("BUSY with 1 worker(s). The times above are longer for it." in capture.get()) == (not done)
+
+
+@pytest.mark.parametrize(("process", "said"), [(550 << 20, True), (0, False)], ids=["cpu", "gpu"])
+def test_a_plan_for_a_cpu_says_how_much_more_was_measured(tmp_path, process, said):
+    memory = Memory("step", weights=1, process=process)
+    row = Row("noise", 0, False, 0, 0.0, 0.0, memory, None, 0, 0, 0.0, "noise-0", False)
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(_tables(config(tmp_path), [row], 0, 1))
+    assert ("On a CPU, leave room for a fifth more" in capture.get() and "9 to 17 % more" in capture.get()) == said
 
 
 @pytest.mark.parametrize(("seconds", "long"), [(2e4, True), (0.01, False)])
@@ -144,6 +168,32 @@ def test_the_cached_teacher_and_the_gate_have_a_time_before_the_data_are_prepare
     store.ensure(graph.prepared)
     after = {row.title: row for row in plan_rows(settings, store)[0]}
     assert before["cache teacher"].positions == pytest.approx(after["cache teacher"].positions, rel=0.1)
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "adamw"), ("bfloat16-master", "adamw"), ("bfloat16", "sgd")])
+def test_the_plan_knows_the_size_of_a_checkpoint_within_a_stage(tmp_path, precision, optimizer):
+    shape = {**SHAPE, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 5000}
+    model = initialise(AutoConfig.for_model(shape.pop("model_type"), **shape), 0)
+    settings = TrainConfig(steps=1, batch_size=2, precision=precision, optimizer=optimizer)
+    cost = Pretrain(train=settings, splits=("retain",), prepared=NOWHERE).cost(Scene(model, 8, 0))
+    source = {"text": lambda step: Batch(torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.bool))}
+    loss = lambda model, batches, counted: model(input_ids=batches["text"].input_ids).logits.square().mean()  # noqa: E731
+    train(model, loss, source, settings, folder=tmp_path, checkpoint_seconds=-1)
+    (checkpoint,) = (tmp_path / "checkpoint").iterdir()
+    written = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert cost.checkpoint == pytest.approx(written, rel=0.05)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_planned_disk_has_room_for_the_checkpoints_of_the_stages_that_run_together(tmp_path, workers):
+    """A published checkpoint is kept until the next is complete; a model in float32 has 4 bytes a parameter, with moments 12."""
+    settings = replace(config(tmp_path), workers=workers)
+    rows, disk = plan_rows(settings, Store(tmp_path / "stages"))
+    model = next(row.disk_bytes for row in rows if row.title == "pretrain")
+    folders = sum(row.disk_bytes for row in rows)
+    assert disk == folders + workers * (2 * 3 * model - model)
+    printed = " ".join(show(settings).split())
+    assert f"up to {disk / 2**20:,.0f} MiB of disk, {(disk - folders) / 2**20:,.0f} of them for checkpoints of" in printed
 
 
 def test_a_large_model_is_planned_without_being_built(tmp_path):

@@ -94,7 +94,12 @@ class Grid(TrainingStage):
     def cost(self, scene: Scene) -> Cost:
         one, many = self.trial(self.trials[0]).cost(scene), len(self.trials)
         return dataclasses.replace(
-            one, disk=many * one.disk, sequences=many * one.sequences, positions=many * one.positions, flops=many * one.flops
+            one,
+            disk=many * one.disk,
+            sequences=many * one.sequences,
+            positions=many * one.positions,
+            flops=many * one.flops,
+            checkpoint=0,
         )
 
     def passes(self, scene: Scene) -> float:

@@ -142,4 +142,5 @@ class Search(TrainingStage):
         passes, sequences = one.passes, one.batch_size
         steps = -(-self.config.compute // (passes * sequences))
         flops = float(self.config.compute * scene.length) * forward_flops(scene.model, scene.length)
-        return Cost(0, steps, sequences, passes, steps * sequences * scene.length, flops)
+        checkpoint = self.heaviest.cost(scene).checkpoint
+        return Cost(0, steps, sequences, passes, steps * sequences * scene.length, flops, checkpoint=checkpoint)

@@ -10,7 +10,7 @@ from undo_core.attacks import interventions
 from undo_core.attacks.config import with_seed
 from undo_core.attacks.interventions import INTERVENTIONS, Intervention, intervened
 from undo_core.attacks.interventions.merge import Merge
-from undo_core.cli.hints import of_one_kind
+from undo_core.cli.hints import of_types
 from undo_core.pipeline.attacked_model import Attacked
 
 
@@ -82,13 +82,16 @@ UNION = """Parser key "attacks":
   Given value: {{'kind': '{kind}'}}"""
 
 
+def said_of(**parts: str) -> str:
+    return of_types(" ".join(UNION.format(**parts).split()))
+
+
 def test_an_error_of_the_parser_is_about_the_given_kind():
-    message = UNION.format(kind="merge", second="Problem with given class_path 'b.B':\n Option 'weigths' is not accepted")
-    wanted = "Parser key \"attacks\":\n  Problem with given class_path 'b.B':\n Option 'weigths' is not accepted"
-    assert of_one_kind(message).strip() == wanted
+    second = "Problem with given class_path 'b.B': Option 'weigths' is not accepted"
+    assert said_of(kind="merge", second=second) == f"attacks: {second}"
     second = (
         "Problem with given class_path 'b.B':\n  Parser key \"kind\":\n  Expected a typing.Literal['merge']. Got value: mrge"
     )
-    said = of_one_kind(UNION.format(kind="mrge", second=second))
-    assert said.endswith("kind: got mrge, wanted one of finetune, lora, merge; did you mean merge?")
-    assert of_one_kind("anything else") == "anything else"
+    said = said_of(kind="mrge", second=second)
+    assert said == "attacks: kind: got mrge, wanted one of finetune, lora, merge; did you mean merge?"
+    assert of_types("anything else") == "anything else"
