@@ -7,6 +7,7 @@ A file of settings is data. The parser of the command line, jsonargparse, would 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def parse_value(text: str) -> Any:
 
 
 def check_values(root: yaml.Node | None) -> None:
-    """Raises a SettingsError if a YAML document names a class, or stands for more than :data:`MOST_VALUES` values.
+    """Raises a SettingsError if a YAML document names a class, sets a value twice, or stands for more than :data:`MOST_VALUES` values.
 
     Aliases let a text of a few lines stand for billions of values, which come into being when it is copied or printed.
     """
@@ -81,8 +82,12 @@ def check_values(root: yaml.Node | None) -> None:
         elif id(node) not in sizes:
             sizes[id(node)] = 1
             todo += [(node, True), *((part, False) for part in inner)]
-        if isinstance(node, yaml.MappingNode) and any(key.value == "class_path" for key, _ in node.value):
-            raise SettingsError("got class_path, which names code; wanted the settings themselves")
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if "class_path" in names:
+                raise SettingsError("got class_path, which names code; wanted the settings themselves")
+            if repeated := next((name for name, count in names.items() if count > 1), None):
+                raise SettingsError(f"got {repeated!r} more than once in a mapping, wanted it once: only the last would count")
     if root is not None and sizes[id(root)] > MOST_VALUES:
         raise SettingsError(f"got aliases that stand for more than {MOST_VALUES:,} values, wanted at most so many")
 

@@ -185,6 +185,8 @@ def test_configurations_and_checkpoints_follow_the_rule(tmp_path, capsys):
         ("run", b"output: !!python/name:os.system x", "c.yaml: invalid YAML"),
         ("sweep", b'output: "half \\ud83d"', "c.yaml: got the lone surrogate U+D83D"),
         ("plan", b"seed: " + b"9" * 5000, "c.yaml: invalid YAML"),
+        ("plan", b"noise: {beta: 0.1, beta: 0.2}", "c.yaml: invalid YAML: got 'beta' more than once"),
+        ("sweep", b"name: a\nname: b\n", "c.yaml: invalid YAML: got 'name' more than once"),
     ):
         path.write_bytes(content)
         assert main([command, str(path)]) == 2
