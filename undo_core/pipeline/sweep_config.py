@@ -85,7 +85,7 @@ class SweepConfig:
         for key in ("name", "output"):  # both are printed
             if not getattr(self, key).isprintable():
                 raise ValueError(f"{key}: got {getattr(self, key)!r}, wanted a text without control characters")
-        names = [str(run.get("name")) for run in self.runs]
+        names = ["" if run.get("name") is None else str(run["name"]) for run in self.runs]
         for name in names:
             if not _NAME.fullmatch(name) or names.count(name) > 1:
                 raise ValueError(

@@ -87,6 +87,7 @@ def test_named_runs_overlays_and_the_grid_multiply(tmp_path):
         ({"grid": {"noise.alpha": [0.1]}}, ["run alpha=0.1", "did you mean noise.alphas?"]),
         ({"grid": {"noise.alphas": [[0.5], [1.5]]}}, ["run alphas=1.5", "1.5", "[0, 1]"]),
         ({"runs": [{"name": "../up"}]}, ["runs: got the name '../up'"]),
+        ({"runs": [{"noise.beta": 0.1}]}, ["runs: got the name ''"]),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, ["runs: got the name 'a'"]),
         ({"runs": [{"name": "a", "overlay": "none.yaml"}]}, ["none.yaml", "not a file"]),
         ({"grid": {"seed": [1, 1]}}, ["got 2 runs named small with seed 1"]),
