@@ -238,11 +238,9 @@ def growth_of(backend: Tokenizer) -> int:
 
     The memory of an encoded text is in proportion to it. Few bytes could ask for more memory than there is.
     """
-    grown, rest = (
-        1,
-        [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.post_processor) if part is not None],
-    )
-    for part in rest:
+    parts = (backend.normalizer, backend.post_processor)
+    grown, rest = 1, [json.loads(part.__getstate__()) for part in parts if part is not None]
+    for part in rest:  # which grows by the parts within it
         rest += [*(part.get("normalizers") or ()), *(part.get("processors") or ())]
         if part["type"] in ("Replace", "Prepend"):
             grown *= 1 + len((part.get("content") or part.get("prepend") or "").encode())

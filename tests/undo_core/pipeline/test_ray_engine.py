@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
+from tiny_run import RUN
 
 from undo_core.cli import main
 from undo_core.pipeline import launcher, ray_engine
@@ -15,22 +16,7 @@ from undo_core.pipeline.ray_engine import Place, tasks_of
 from undo_core.pipeline.store import Store
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 
-BASE = {
-    "name": "tiny",
-    "output": "unused",
-    "data": {"kind": "arithmetic-compact", "train_rows": 200, "eval_prompts": 20},
-    "model": {
-        "config": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
-    },
-    "noise": {"alphas": [0.5]},
-    "controls": {"random": False},
-}
+BASE = {**{name: RUN[name] for name in ("name", "output", "data", "model", "noise")}, "controls": {"random": False}}
 
 
 @pytest.fixture
