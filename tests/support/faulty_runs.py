@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from faulty_files import Ended, Fault, FaultyFiles
 from tiny_run import RUN
 
 from undo_core import cli
+from undo_core.cli.parser import command_values
 from undo_core.distillation import cache
 from undo_core.io import locks
 from undo_core.io.files import hash_file, hash_json, read_json
@@ -90,11 +92,9 @@ class _Parser:
         key = (*arguments, Path(COMMAND[1]).read_text())
         if key not in self.known:
             parser = self.real(self.only)
-            self.known[key] = parser.instantiate(parser.parse_args(arguments))
+            parsed = parser.parse_args(arguments)
+            self.known[key] = SimpleNamespace(subcommand=parsed.subcommand, values=command_values(parser, parsed))
         return copy.deepcopy(self.known[key])
-
-    def instantiate(self, parsed: Any) -> Any:
-        return parsed
 
 
 def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = COMMAND) -> Life:
@@ -108,6 +108,7 @@ def live(folder: Path, fault: Fault | None = None, command: tuple[str, ...] = CO
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(cli, "command_parser", _Parser)
+        patch.setattr(cli, "command_values", lambda _, parsed: parsed.values)
         patch.setattr(figures, "png", lambda figure: b"a figure")
         patch.setitem(inspect.unwrap(loop.train).__kwdefaults__, "checkpoint_seconds", -1.0)
         patch.setitem(cache.cache_teacher.__kwdefaults__, "checkpoint_seconds", 0.0)

@@ -15,7 +15,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from undo_core import distributed
 from undo_core.cli import attack, hints, runs
-from undo_core.cli.parser import COMMANDS, as_run_config, command_parser, parser_arguments, settings_class, settings_files
+from undo_core.cli.parser import (
+    COMMANDS,
+    as_run_config,
+    command_parser,
+    command_values,
+    parser_arguments,
+    settings_class,
+    settings_files,
+)
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
@@ -91,7 +99,7 @@ def _failed(message: str, code: int) -> int:
 
 def _dispatch(parser: ArgumentParser, parsed: Namespace, command: str) -> int:
     name = parsed.subcommand
-    values = parser.instantiate(parsed)[name]
+    values = command_values(parser, parsed)
     if name in ("run", "plan"):
         config = as_run_config(values)
         return runs.run(config, command) if name == "run" else runs.plan(config, values.memory, values.ranks)

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from undo_core.cli import attack, hints, results, runs, single_stages
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import PARSER_MODE, read_settings
+from undo_core.pipeline.config_files import PARSER_MODE, check_sections, read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -158,7 +158,20 @@ def _laid_over(arguments: list[str]) -> list[str]:
 def run_config(arguments: Sequence[str]) -> RunConfig:
     """Returns the settings of ``undo run`` with these arguments: ``--config=FILE``, once or more, and flags."""
     parser = command_parser("run")
-    return as_run_config(parser.instantiate(parser.parse_args(["run", *arguments]))["run"])
+    return as_run_config(command_values(parser, parser.parse_args(["run", *arguments])))
+
+
+def command_values(parser: ArgumentParser, parsed: Namespace) -> Namespace:
+    """Returns the values of the command that was parsed, its settings as dataclasses.
+
+    Raises:
+        ValueError: :func:`undo_core.pipeline.config_files.check_sections` refuses them.
+    """
+    name = parsed.subcommand
+    owner = {"run": RunConfig, "plan": RunConfig, "sweep": SweepConfig}.get(name) or settings_class(COMMANDS[name])
+    if owner:
+        check_sections(parsed[name], owner)
+    return parser.instantiate(parsed)[name]
 
 
 def as_run_config(values: Namespace) -> RunConfig:

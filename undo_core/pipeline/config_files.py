@@ -6,13 +6,15 @@ A file of settings is data. The parser of the command line, jsonargparse, would 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 
 from undo_core.io.text_files import checked_text, read_text
 
@@ -64,6 +66,19 @@ def parse_value(text: str) -> Any:
     """
     check_values(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # as jsonargparse chooses
     return get_loader("yaml")(text)
+
+
+def check_sections(values: Namespace, owner: type, at: str = "") -> None:
+    """Raises a ValueError if a section among parsed values of ``owner``, which is a dataclass as are its sections, is no mapping.
+
+    The parser, when it instantiates them, would take the section's defaults, or raise a TypeError.
+    """
+    for name, kind in typing.get_type_hints(owner).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and name in values:
+            if not isinstance(values[name], Namespace):
+                got = "nothing" if values[name] is None else f"{values[name]!r:.60}"
+                raise ValueError(f"{at}{name}: got {got}, wanted settings, each as NAME: VALUE")
+            check_sections(values[name], kind, f"{at}{name}.")
 
 
 def check_values(root: yaml.Node | None) -> None:

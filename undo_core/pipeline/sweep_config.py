@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import PARSER_MODE, read_settings
+from undo_core.pipeline.config_files import PARSER_MODE, check_sections, read_settings
 
 MOST_RUNS = 10_000
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*")
@@ -133,7 +133,9 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
                     raise ValueError(f"run {name}: unrecognized arguments: --{key}")
             arguments = [f"--config={path}" for path in files] + [f"--{k}={_argument(v)}" for k, v in settings.items()]
             try:
-                read = vars(parser.instantiate(parser.parse_args(arguments)))
+                values = parser.parse_args(arguments)
+                check_sections(values, RunConfig)
+                read = vars(parser.instantiate(values))
             except (ArgumentError, ValueError) as error:
                 raise ValueError(f"run {name}: {error}") from error
             configs.append(RunConfig(**{key: value for key, value in read.items() if key != "config"}))

@@ -81,6 +81,28 @@ def test_a_value_of_a_wrong_type_in_a_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("relearn: [{rates: [0.1]}]", "relearn: got [{'rates': [0.1]}]"),
+        ("data: 3", "data: got 3"),
+        ("noise: {}\ncontrols:", "controls: got nothing"),
+        ("distill: {train: [1]}", "distill.train: got [1]"),
+    ],
+)
+def test_a_section_that_is_no_mapping(capsys, tmp_path, text, got):
+    """Its settings would count for nothing."""
+    over, sweep = tmp_path / "over.yaml", tmp_path / "sweep.yaml"
+    over.write_text(text)
+    line = f"{got}, wanted settings, each as NAME: VALUE\n"
+    assert main(["plan", DEMO, "--config", str(over)]) == 2
+    assert capsys.readouterr().err == f"undo: error: {line}"
+    settings = {"name": "s", "base": DEMO, "output": str(tmp_path / "out"), "overlays": [str(over)], "grid": {"seed": [0]}}
+    sweep.write_text(yaml.safe_dump(settings))
+    assert main(["sweep", str(sweep), "--dry-run"]) == 2
+    assert capsys.readouterr().err == f"undo: error: run s: {line}"
+
+
+@pytest.mark.parametrize(
     ("path", "wanted"),
     [
         (["sed"], "seed"),
