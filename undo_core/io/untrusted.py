@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,6 +16,7 @@ from undo_core.io.files import read_json
 # entry whatever its name; a tuple of shapes for any of them.
 Shape = Any
 NUMBER = (float, int)
+LARGEST = 1 << 63
 
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", float: "a number"}
 
@@ -52,12 +56,16 @@ def checked(value: Any, shape: Shape, where: str, at: str = "") -> Any:
         at: place of the value in the file, for an error.
 
     Raises:
-        ValueError: a value is of another type, or is not there. It names the place.
+        ValueError: a value is of another type, is not there, or is a number that is not finite. It names the place.
     """
     if isinstance(shape, tuple):
         return checked(value, next((one for one in shape if isinstance(value, _type(one))), shape[0]), where, at)
     if not isinstance(value, _type(shape)) or (isinstance(value, bool) and shape is not bool):
         raise ValueError(f"{where}: got {_kind(value)}{at and f' in {at!r}'}, wanted {_word(shape)}{at and ' there'}")
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has none, but Python reads them; 1e999 is one too
+        raise ValueError(f"{where}: got {value}{at and f' in {at!r}'}, wanted a finite number{at and ' there'}")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise ValueError(f"{where}: got an integer of more than 64 bits{at and f' in {at!r}'}, wanted a smaller one")
     if isinstance(shape, list):
         for number, entry in enumerate(value):
             checked(entry, shape[0], where, f"{at}[{number}]")
@@ -123,9 +131,13 @@ def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, or that of a thread's stack. torch raises a bare RuntimeError for the memory of the CPU."""
+    """Whether an allocation failed, or that of a thread's stack, or a file found no place in memory.
+
+    torch raises a bare RuntimeError for the memory of the CPU, and safetensors another one.
+    """
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(part in str(error) for part in ("can't allocate memory", "can't start new thread"))
+    said = ("can't allocate memory", "can't start new thread", os.strerror(errno.ENOMEM))
+    return known or any(part in str(error) for part in said)
 
 
 def _kind(value: Any) -> str:

@@ -1,11 +1,12 @@
 """An error of a library about a file becomes one line that names the file; what is no fault of the file stays what it is."""
 
 import errno
+import os
 
 import pytest
 import torch
 
-from undo_core.io.untrusted import refused
+from undo_core.io.untrusted import lacks_memory, refused
 
 
 class NeedsMore(OSError):
@@ -34,6 +35,20 @@ def test_a_lack_of_memory_is_no_fault_of_the_file(error):
     with pytest.raises(type(error)) as caught, refused("a.json"):
         raise error
     assert caught.value is error
+
+
+def test_a_file_for_which_there_is_no_address_is_no_fault_of_the_file(tmp_path):
+    resource = pytest.importorskip("resource", reason="the address space can be limited on Unix only")
+    path, (soft, hard) = tmp_path / "a.bin", resource.getrlimit(resource.RLIMIT_AS)
+    path.touch()
+    os.truncate(path, 1 << 33)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 33, hard))  # of which the process has taken some
+    try:
+        with pytest.raises(RuntimeError, match="unable to mmap") as caught, refused("a.bin"):
+            torch.UntypedStorage.from_file(str(path), False, 1 << 33)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert lacks_memory(caught.value)
 
 
 def test_an_error_of_the_system_keeps_its_number_and_kind():
