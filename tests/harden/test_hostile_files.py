@@ -48,7 +48,7 @@ NAMES = [
     *("YAML settings", "run configuration", "sweep"),
     *("teacher's cache", "shard of a cache", "unfinished cache", "manifest", "lock"),
     *("training state", "training state, weights", "training state, optimizer", "log", "kept evaluation", "gate"),
-    *("results", "results of an attack"),
+    *("results", "results, drawn", "results of an attack"),
 ]
 
 

@@ -160,5 +160,5 @@ def test_the_command_says_one_line_without_control_characters(tmp_path, capsys):
         error.count("\n") == 1
         and "\x1b" not in error
         and error.startswith("undo: error: ")
-        and f"results: {tmp_path}: got metric" in error
+        and f"{path}: got metric" in error
     )

@@ -5,21 +5,24 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import yaml
 from hostile import Reader
 from safetensors.torch import save_file
+from small_results import attack as attacked
+from small_results import measure, search
 from sweep_results import results
 from tiny_run import RUN
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.grid import next_rate
 from undo_core.checkpoints.files import MappedFile, checkpoint_skeleton, read_header, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
-from undo_core.cli.folders import check_prepared
-from undo_core.cli.parser import as_run_config, command_parser, parser_arguments
+from undo_core.cli.folders import check_prepared, print_noise
+from undo_core.cli.parser import as_run_config, command_parser, command_values, parser_arguments
+from undo_core.cli.results import report
 from undo_core.data.encoding import encoded
 from undo_core.data.questions import MultipleChoiceConfig, posed
 from undo_core.data.reading import read_documents, read_records
@@ -30,6 +33,7 @@ from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io import locks
 from undo_core.models import load_model, load_tokenizer
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, weight_files
+from undo_core.pipeline.attacked_model import trial_curve
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.run import metric_of, stage_summary
@@ -38,6 +42,7 @@ from undo_core.pipeline.stages.gate import KEPT, kept_sequences
 from undo_core.pipeline.stages.noise import left_entry
 from undo_core.pipeline.store import OneFolder, Store, provenance
 from undo_core.pipeline.sweep_config import SweepConfig, expand
+from undo_core.report import derive, markdown_tables
 from undo_core.report.compare import comparison_table, load
 from undo_core.report.defences import known_defences, merged
 from undo_core.training import TrainConfig, TrainResult
@@ -202,7 +207,7 @@ def _settings(root: Path) -> list[Reader]:
 
     def parsed(command: str, path: Path) -> None:
         parser = command_parser(command)
-        values = parser.instantiate(parser.parse_args(parser_arguments([command, str(path)])))[command]
+        values = command_values(parser, parser.parse_args(parser_arguments([command, str(path)])))
         if command == "run":
             as_run_config(values)
             return
@@ -240,6 +245,7 @@ def _run_folder(root: Path) -> list[Reader]:
 
     folder = root / "stages" / "noise-0123456789ab"
     folder.mkdir(parents=True)
+    score = {"value": 1.0, "low": 0.9, "high": 1.1, "n": 4}
     done = {
         "format": 5,
         "kind": "noise",
@@ -255,7 +261,10 @@ def _run_folder(root: Path) -> list[Reader]:
                 "test_retain": {"rows": 4, "length": 8, "tokens": 32},
             }
         },
-        **{"curve": [{"step": step, "forget": {"value": 1.0, "low": 0.9, "high": 1.1}, "retain": 2.0} for step in (0, 2)]},
+        **{"curve": [{"step": step, "forget": score, "retain": score} for step in (0, 2)]},
+        **{"trials": search((10, 1e6))["trials"], "best": 0, "erased": [{"token": "a", "id": 5}]},
+        **{"tensors": {"w": dict.fromkeys(("before", "after", "change", "shrink", "noise"), 0.5)}},
+        **{"strength": 1.0, "distance": 0.5, "wanted": None, "alpha": 0.5},
         **{"points": [{"at": 0, "value": 1.0}], "left": {"a": {"reason": "frozen", "elements": 3, "share": 0.1}}},
     }
     (folder / "manifest.json").write_text(json.dumps(done))
@@ -268,10 +277,11 @@ def _run_folder(root: Path) -> list[Reader]:
             return
         store = Store(folder.parent)
         facts = store.manifest(stage)
+        trial_curve(attack, store, stage)
         stage_summary(stage, facts)
         left_entry(facts)
+        print_noise(facts)
         metric_of(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
-        next_rate(attack, {trial: facts["curve"] for trial in attack.trials()}, False)
         provenance(folder)
         Folder(folder).content  # noqa: B018
         OneFolder(folder).done(stage)
@@ -341,10 +351,28 @@ def _run_folder(root: Path) -> list[Reader]:
     ]
 
 
+def _everything() -> dict[str, Any]:
+    """Results with every entry that a report reads."""
+    found = results("a", seed=1)
+    found["metric"]["retain_margin"] = 0.1
+    found["alpha_search"] = {"target": 0.5, "tried": [0.2, 0.4, 0.6, 0.8], "configured": 2, "ended": "it was found"}
+    for number, entry in enumerate(found["models"]):
+        entry["measures"] = {"cka": measure(0.1 * number)}
+        for curve in entry["attack"]["curves"] if entry["attack"] else ():
+            curve["flops"] = [1e6 * step for step in entry["attack"]["steps"]]
+        if entry["attack"]:
+            still = {**attacked([0.1], [0.2]), "steps": [0], "headline_step": 0, "kind": "lens"}
+            for curve, strength in zip(still["curves"], (0.5, 1.0), strict=True):
+                curve |= {"rate": None, "setting": f"strength-{strength}", "point": {"strength": strength}}
+                curve["retain"] = curve["retain"][:1]
+            entry["attacks"] = {"found": search((10, 1e6), (70, 3e6)), "lens": still}
+    return found
+
+
 def _results(root: Path) -> list[Reader]:
     run, attacked = root / "results", root / "attacked"
     run.mkdir()
-    (run / "results-seed1.json").write_text(json.dumps(results("a", seed=1)))
+    (run / "results-seed1.json").write_text(json.dumps(_everything()))
     trial = attacked / "defences" / "theirs" / "trial_0"
     trial.mkdir(parents=True)
     entry = results("b")
@@ -358,7 +386,12 @@ def _results(root: Path) -> list[Reader]:
     (trial / "defence.json").write_text(json.dumps({**entry, "command": "", "models": [model]}))
 
     def tables() -> None:
-        comparison_table(load([run]))
+        loaded = load([run])
+        comparison_table(loaded)
+        markdown_tables(derive([values for _, values in loaded], ""))
+
+    def drawn() -> None:
+        report([str(run)], output=str(run / "report"))
 
     def defences() -> None:
         for found in merged(known_defences(attacked)):
@@ -366,5 +399,6 @@ def _results(root: Path) -> list[Reader]:
 
     return [
         Reader("results", run / "results-seed1.json", tables, "json", 6, 1500, ("results", str(run))),
+        Reader("results, drawn", run / "results-seed1.json", drawn, "json", 1, 60, ("results", str(run))),
         Reader("results of an attack", trial / "defence.json", defences, "json", 15, 3000, ("results", str(trial))),
     ]

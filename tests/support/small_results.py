@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +38,25 @@ def attack(*curves: list[float]) -> dict[str, Any]:
             for i, (rate, curve) in enumerate(zip(RATES, curves, strict=True))
         ],
     }
+
+
+def search(*trials: tuple[int, float]) -> dict[str, Any]:
+    """Returns a search whose trials took so many steps and FLOPs."""
+    point = {"rate": 1e-3, "batch_size": 4, "optimizer": "sgd", "warmup": 0.1, "retain_share": 0.5, "rank": 0, "scaling": None}
+    scores = {"forget": [score(0.1), score(0.3)], "retain": [score(0.9), score(0.7)]}
+    found = [
+        {"setting": f"trial-{number}", "point": point, "steps": [0, steps], "flops": [0.0, flops], "best": 1, **scores}
+        for number, (steps, flops) in enumerate(trials)
+    ]
+    curve = {"rate": None, "forget": [score(0.3)], "retain": [score(0.7)], "stage": "s", "setting": "best"}
+    last = {"steps": [trials[-1][0]], "headline_step": trials[-1][0], "curves": [curve]}
+    return {"kind": "search", "trials": found, "best": 0, "spent_flops": math.fsum(flops for _, flops in trials), **last}
+
+
+def measure(number: float | None) -> dict[str, Any]:
+    """Returns a measure of one point with its number."""
+    shown = {"kind": "cka", "axis": "layer", "value": "linear CKA", "summary": "mean", "text": "forget"}
+    return {**shown, "number": number, "points": [{"at": 1, "value": number}]}
 
 
 def trained(steps: int, flops: float, reached: bool = True) -> dict[str, Any]:

@@ -7,8 +7,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
+from undo_core.io.untrusted import NUMBER, Shape
 
 Curve = list[dict[str, Any]]  # each point has ``step`` and ``forget``, a performance given as a number or as an evaluation
+
+# What files hold, as shapes: an evaluation, and a trial of a search.
+OPTIONAL = (*NUMBER, type(None))
+SCORE: Shape = {"value": NUMBER, "low?": OPTIONAL, "high?": OPTIONAL, "n?": (int, type(None))}
+TRIAL: Shape = {
+    **{"forget": [SCORE], "retain": [SCORE], "steps": [int], "flops": [NUMBER], "best": int},
+    "point": {
+        **{"rate": NUMBER, "batch_size": int, "optimizer": str, "warmup": NUMBER, "retain_share": NUMBER},
+        **{"rank": int, "scaling": OPTIONAL},
+    },
+}
 
 
 def explore(
@@ -30,10 +42,8 @@ def next_rate(config: AttackConfig, curves: dict[Trial, Curve], higher_is_better
         return None
     headline: dict[float, list[float]] = {}
     for trial, curve in curves.items():
-        values = [_value(point["forget"]) for point in curve if point["step"] == config.headline_step]
-        if not values:
-            raise ValueError(f"curve: got no evaluation at the headline step {config.headline_step}, wanted one; it is damaged")
-        headline.setdefault(trial.rate, []).append(values[0])
+        by_step = {point["step"]: _value(point["forget"]) for point in curve}
+        headline.setdefault(trial.rate, []).append(by_step[config.headline_step])
     worst = {rate: max(values, key=lambda value: harm(value, higher_is_better)) for rate, values in headline.items()}
     return extension_of(worst, higher_is_better)
 

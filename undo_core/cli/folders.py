@@ -12,11 +12,11 @@ from safetensors import safe_open
 from undo_core import distributed
 from undo_core.checkpoints.files import read_header
 from undo_core.io.progress import console
-from undo_core.io.untrusted import read_object, refused
+from undo_core.io.untrusted import refused
 from undo_core.models.folder import check_checkpoint, weight_files
 from undo_core.noise.model import TensorNoise, by_kind
 from undo_core.noise.parameters import Left, summary
-from undo_core.pipeline.stage import MANIFEST, Stage
+from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import OneFolder
 
 
@@ -42,7 +42,7 @@ def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, An
     store.ensure(stage)
     if not quiet:
         console.print(f"{output}: already there, made from the same inputs and settings" if known else str(output))
-    return read_object(output / MANIFEST)
+    return store.manifest(stage)
 
 
 def check_finite(name: str, folder: Path) -> None:

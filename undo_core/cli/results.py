@@ -78,11 +78,8 @@ def report(paths: list[str], output: str | None = None, title: str = "UNDO") -> 
         title: title of the pages.
     """
     from undo_core.report.compare import load
-    from undo_core.report.results import check_result
 
     loaded = load([Path(path) for path in paths])
-    for folder, values in loaded:
-        check_result(values, f"results: {folder}")
     if output is None:
         if len(paths) > 1 or not Path(paths[0]).is_dir():
             raise ValueError(

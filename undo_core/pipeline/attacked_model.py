@@ -9,7 +9,7 @@ from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
 from undo_core.attacks.interventions import Intervention
 from undo_core.attacks.search import SearchConfig
-from undo_core.pipeline.stage import Folder, Stage
+from undo_core.pipeline.stage import MANIFEST, Folder, Stage
 from undo_core.pipeline.stages import Grid, Probe, Relearn, Search
 from undo_core.pipeline.stages.intervene import intervene_stage
 from undo_core.pipeline.store import Store
@@ -120,13 +120,27 @@ class Attacked:
         curves: dict[Trial, Curve] = {}
         trials = self.config.trials()
         while True:
-            curves |= {trial: store.manifest(self.stage(trial))["curve"] for trial in trials}
+            curves |= {trial: trial_curve(self.config, store, self.stage(trial)) for trial in trials}
             beyond = next_rate(self.config, curves, self.higher_is_better)
             if beyond is None or not may_grow(self.config, curves):
                 return curves, beyond
             trials = self.config.trials([beyond])
             if not all(store.done(self.stage(trial)) for trial in trials):
                 return curves, beyond
+
+
+def trial_curve(config: AttackConfig | Intervention | SearchConfig, store: Store, stage: Stage) -> Curve:
+    """Returns the curve of a trial whose stage is complete.
+
+    Raises:
+        ValueError: it has no evaluation at the attack's headline step. The message names the file.
+    """
+    curve = store.manifest(stage)["curve"]
+    if config.trains and all(point["step"] != config.headline_step for point in curve):
+        raise ValueError(
+            f"{store.folder(stage) / MANIFEST}: got a curve without step {config.headline_step}, wanted one with it"
+        )
+    return curve
 
 
 def trial_stage(

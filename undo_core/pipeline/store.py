@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from undo_core import distributed
+from undo_core.attacks.grid import OPTIONAL, SCORE, TRIAL
 from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak, return_freed_memory
@@ -25,14 +26,16 @@ from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 
-_SCORE = (NUMBER, {"value": NUMBER})
 ENTRIES = {  # the entries of a manifest that are read, whatever the kind of its stage
     **{"seconds?": NUMBER, "peak_bytes?": int, "outputs?": {str: str}, "removed?": [str], "parameters?": int},
-    **{"splits?": {str: {"rows": int, "tokens": int}}, "curve?": [{"step": int, "forget": _SCORE, "retain": _SCORE}]},
+    **{"splits?": {str: {"rows": int, "tokens": int}}, "curve?": [{"step": int, "forget": SCORE, "retain": SCORE}]},
     **{"steps?": int, "tokens?": int, "flops?": NUMBER, "limit_reached?": bool, "history?": [{str: NUMBER}]},
-    **{"retain_target?": (NUMBER, type(None)), "labelled_forget_tokens?": int, "labelled_retain_tokens?": int},
-    **{"labelled_distinct_tokens?": {str: int}, "points?": [{"at": (NUMBER, str), "value": (NUMBER, type(None))}]},
-    **{"left?": {str: {"reason": str, "elements": int, "share": NUMBER}}},
+    **{"retain_target?": OPTIONAL, "labelled_forget_tokens?": int, "labelled_retain_tokens?": int},
+    **{"labelled_distinct_tokens?": {str: int}, "points?": [{"at": (NUMBER, str), "value": OPTIONAL}]},
+    **{"left?": {str: {"reason": str, "elements": int, "share": NUMBER}}, "stopped?": (bool, type(None))},
+    **{"tensors?": {str: {"before": NUMBER, "after": NUMBER, "change": NUMBER, "shrink": NUMBER, "noise": NUMBER}}},
+    **{"strength?": NUMBER, "distance?": NUMBER, "wanted?": OPTIONAL, "alpha?": NUMBER, "erased?": [{"token": str}]},
+    **{"trials?": [TRIAL], "best?": int},
 }
 THREADS = "threads.json"  # in the hidden folder of a stage
 _PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")

@@ -15,7 +15,7 @@ from undo_core.report import compare_figures, compare_page, compare_table
 from undo_core.report.claims import claims
 from undo_core.report.derivation import derive
 from undo_core.report.points import FIGURES, Setting, csv_text, plot_points
-from undo_core.report.results import settings_of
+from undo_core.report.results import read_results, settings_of
 from undo_core.report.words import method_name
 from undo_core.version import __version__
 
@@ -28,6 +28,7 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
 
     Raises:
         FileNotFoundError: a path has no results.
+        ValueError: a file holds something else. It names the file.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -41,7 +42,7 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
                 f"results: got {path}, which has no results-seedN.json; wanted what undo run or undo sweep wrote"
             )
         files.update({os.path.realpath(file): file for file in found})
-    return [(str(file.parent), read_json(file)) for file in files.values()]
+    return [(str(file.parent), read_results(file)) for file in files.values()]
 
 
 def write_comparison(loaded: Sequence[Loaded], folder: Path, title: str) -> Path:

@@ -28,8 +28,8 @@ from typing import Any
 
 from undo_core.attacks.grid import harm
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import read_object, refused
-from undo_core.report.results import settings_of
+from undo_core.io.untrusted import checked_object, refused
+from undo_core.report.results import read_results, settings_of
 
 DEFENCE = "defence"
 FACTS = "defence.json"
@@ -50,8 +50,9 @@ def defence_folder(output: Path, name: str, seed: int) -> Path:
 
 def known_defences(output: Path) -> list[dict[str, Any]]:
     """The results of every checkpoint and seed in the output folder, in the order of their names."""
-    models = [{"name": str, "kind": str, "checkpoint": dict}]
-    return [read_object(path, seed=int, models=models) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))]
+    shape = {"command": str, "models": [{"checkpoint": {"path": str, "content": str}}]}
+    found = {str(path): read_results(path) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))}
+    return [checked_object(result, path, **shape) for path, result in found.items()]
 
 
 def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

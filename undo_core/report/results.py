@@ -1,15 +1,60 @@
-"""The outline of a run's results, and the settings in which the runs of several seeds must agree."""
+"""The shape of a run's results, and the settings in which the runs of several seeds must agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from undo_core.io.untrusted import checked_object
+from undo_core.attacks.grid import OPTIONAL, SCORE, TRIAL
+from undo_core.io.untrusted import NUMBER, Shape, checked, checked_object, read_object
 
 FORMAT = 1
 KINDS = ("original", "defence", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
 SEARCH_SETTINGS = ("target_robustness", "alpha_resolution", "alpha_tries", "alpha_max")
+
+_NONE = type(None)
+_CURVE = {"forget": [SCORE], "retain?": [SCORE], "rate?": OPTIONAL, "flops?": [NUMBER], "setting?": str, "stage?": str}
+_ATTACK = {
+    **{"steps": [int], "curves": [{**_CURVE, "point?": {str: (*NUMBER, str)}}], "headline_step?": int, "kind?": str},
+    **{"needs_original?": bool, "trials?": [TRIAL], "best?": int, "spent_flops?": NUMBER},
+}
+_LABELLED = ({"forget": int, "retain": int}, _NONE)
+_TRAINING = {
+    **{"steps?": int, "tokens?": int, "flops?": NUMBER, "seconds?": NUMBER, "peak_bytes?": int, "limit_reached?": bool},
+    **{"stop_step?": (int, _NONE), "stop_tokens?": OPTIONAL, "stop_flops?": OPTIONAL, "unlearning_steps?": NUMBER},
+    **{"labelled_forget_tokens?": (int, _NONE), "labelled_retain_tokens?": (int, _NONE), "history?": [{str: NUMBER}]},
+    "chain?": {"steps": int, "seconds": NUMBER, "peak_bytes": int},
+}
+_MEASURE = {
+    **{"kind": str, "axis": str, "value": str, "summary": str, "text": (str, _NONE), "number": OPTIONAL},
+    "points": [{"at": NUMBER, "value": OPTIONAL}],
+}
+_MODEL = {
+    **{"name": str, "kind": str, "alpha?": OPTIONAL, "stage?": str, "training?": (_TRAINING, _NONE)},
+    "metrics": {str: {**SCORE, "groups?": {str: SCORE}}},
+    **{"attack?": (_ATTACK, _NONE), "attacks?": {str: _ATTACK}, "measures?": {str: _MEASURE}},
+    "costs?": {"pretraining_tokens": (int, _NONE), "labelled_tokens": _LABELLED},
+}
+_SECTIONS = {  # of the settings, what reports read
+    **{"noise?": {"alphas?": [NUMBER]}, "unlearn?": {"method?": str, "robust?": str, "retain_weight?": NUMBER}},
+    **{"relearn?": {"batch_size?": int}, "attacks?": {str: dict}, "students?": {str: dict}, "distill?": {"train?": dict}},
+    "data?": {"kind?": str, "length?": (int, _NONE), "questions?": (dict, _NONE)},
+}
+_SEARCH = {"target": NUMBER, "tried": [NUMBER], "configured": int, "ended": str}
+RESULT: Shape = {  # what reports read; runs of other versions may have more
+    **{"seed": int, "name?": str, "command?": str, "models": [_MODEL], "config?": _SECTIONS, "alpha_search?": _SEARCH},
+    "metric": {"kind": str, "headline_step": int, "retain_target?": OPTIONAL, "retain_margin?": OPTIONAL, "unit?": str},
+}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Returns the contents of a results file.
+
+    Raises:
+        ValueError: they are not those of a run or of an attack. It names the file.
+    """
+    return check_result(read_object(path), str(path))
 
 
 def check_results(results: list[dict[str, Any]]) -> None:
@@ -32,20 +77,44 @@ def check_results(results: list[dict[str, Any]]) -> None:
             )
 
 
-def check_result(result: Any, where: str = "results") -> None:
-    """Raises a ValueError that begins with ``where`` unless ``result`` has the outline of a run's results."""
+def check_result(result: Any, where: str = "results") -> dict[str, Any]:
+    """Returns ``result`` if it has the :data:`RESULT` shape of a run's results; a ValueError that begins with ``where`` if not."""
     checked_object(result, where)
     if result.get("format") != FORMAT:
         raise ValueError(f"{where}: got format {result.get('format')!r}, wanted {FORMAT}")
-    models = [{"name": str, "kind": str, "metrics": dict}]
-    checked_object(result, where, metric={"kind": str, "headline_step": int}, models=models, seed=int)
+    checked(result, RESULT, where)
     if result["metric"]["kind"] not in ("accuracy", "loss"):
         raise ValueError(f"{where}: got metric {result['metric']['kind']!r}, wanted accuracy or loss")
     for entry in result["models"]:
         if entry["kind"] not in KINDS:
             raise ValueError(f"{where}: got a model of kind {entry['kind']!r}, wanted one of {', '.join(KINDS)}")
+        for name, attack in {"attack": entry.get("attack"), **entry.get("attacks", {})}.items():
+            if attack:
+                _check_attack(attack, f"{where}: model {entry['name']!r}, attack {name!r}")
     if not result["models"]:
         raise ValueError(f"{where}: got a run without models, wanted at least one")
+    alphas = {entry.get("alpha") for entry in result["models"] if entry["kind"] == "undo"}
+    if lost := [alpha for alpha in result.get("alpha_search", {"tried": ()})["tried"] if alpha not in alphas]:
+        raise ValueError(f"{where}: got an alpha_search that tried {lost[0]}, wanted alphas of models of kind undo")
+    return result
+
+
+def _check_attack(attack: dict[str, Any], where: str) -> None:
+    """Raises a ValueError that begins with ``where`` unless every curve of an attack has an evaluation at each of its steps."""
+    for curve in [*attack["curves"], *attack.get("trials", [])]:
+        steps = curve.get("steps", attack["steps"])
+        lengths = {len(curve[part]) for part in ("forget", "retain", "flops") if part in curve}
+        if lengths != {len(steps)} or not steps:
+            raise ValueError(f"{where}: got a curve of {sorted(lengths)} evaluations, wanted one at each of the steps {steps}")
+        if curve.get("best", 0) not in range(len(steps)):
+            raise ValueError(f"{where}: got {curve['best']} as the best of {len(steps)} evaluations, wanted the index of one")
+    if "headline_step" in attack and attack["headline_step"] not in attack["steps"]:
+        raise ValueError(f"{where}: got the headline step {attack['headline_step']}, wanted one of the steps {attack['steps']}")
+    trials = attack.get("trials")
+    if trials is not None and attack.get("best", -1) not in range(len(trials)):
+        raise ValueError(f"{where}: got {attack.get('best')} as the best of {len(trials)} trials, wanted the index of one")
+    if trials is not None and "spent_flops" not in attack:
+        raise ValueError(f"{where}: got trials without spent_flops, wanted the FLOPs of all of them")
 
 
 def settings_of(result: dict[str, Any]) -> dict[str, Any]:

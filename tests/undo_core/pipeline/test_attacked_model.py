@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +167,18 @@ def test_the_command_attacks_a_checkpoint_in_every_way(finished, tmp_path, capsy
         curves = read_json(tmp_path / name / "curves.json")
         assert list(curves) == wanted[name] and all(curve[-1]["forget"]["n"] == 40 for curve in curves.values())
     assert json.loads((tmp_path / "rounded" / "int4" / "manifest.json").read_text())["quantised"] > 0
+
+
+def test_a_curve_without_the_headline_step_names_its_file(finished, tmp_path, capsys):
+    output, config = finished
+    copied = Path(shutil.copytree(output, tmp_path / "out"))
+    damaged = sorted(copied.glob("stages/relearn-*/manifest.json"))[0]
+    facts = read_json(damaged)
+    damaged.write_text(json.dumps({**facts, "curve": facts["curve"][:1]}))
+    capsys.readouterr()
+    assert main(["run", str(config), f"--output={copied}"]) == 2
+    said = capsys.readouterr().err
+    assert f"undo: error: {damaged}: got a curve without step " in said and "Traceback" not in said
 
 
 def test_the_plan_has_a_line_for_each_attack(finished, capsys):

@@ -257,7 +257,7 @@ def test_runs_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in names:
         for seed in (2, 10):
             (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "runs" / name / f"results-seed{seed}.json").write_text(json.dumps({"seed": seed}))
+            (tmp_path / "runs" / name / f"results-seed{seed}.json").write_text(json.dumps(results(name, seed)))
     found = [(Path(run).name, values["seed"]) for run, values in load([tmp_path])]
     assert found == [(name, seed) for name in [names[-1], *names[:-1]] for seed in (2, 10)]
 

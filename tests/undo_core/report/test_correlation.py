@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from small_results import measure
 from sweep_results import results as run
 
 from undo_core.report import derive
@@ -42,11 +43,10 @@ def test_the_interval_holds_the_correlation_and_narrows_with_more_pairs():
 def test_the_report_pairs_each_attacked_model_and_seed_with_its_measure():
     results = [run("one", seed) for seed in (0, 1)]
     assert correlation_table(derive(results, "none")).rows == [] == measure_table(derive(results, "none")).rows
-    shown = {"kind": "cka", "axis": "layer", "value": "linear CKA", "summary": "mean", "text": "forget"}
     for result in results:
         for index, entry in enumerate(result["models"]):
             number = None if entry["kind"] == "original" else 0.1 * index + result["seed"]
-            entry["measures"] = {"cka": {**shown, "number": number, "points": [{"at": 1, "value": number}]}}
+            entry["measures"] = {"cka": measure(number)}
     report = derive(results, "with")
     attacked = sum(entry["attack"] is not None for result in results for entry in result["models"])
     pairs = pairs_of(report, "cka")
@@ -62,9 +62,8 @@ def test_the_report_pairs_each_attacked_model_and_seed_with_its_measure():
 def test_a_broken_model_is_no_pair_because_it_relearns_nothing(loss):
     """An accuracy of half of the original's, or a loss of log 2 above it, still counts."""
     result = run("one", 0, loss=loss)
-    shown = {"kind": "cka", "axis": "layer", "value": "linear CKA", "summary": "mean", "text": "forget"}
     for index, entry in enumerate(result["models"]):
-        entry["measures"] = {"cka": {**shown, "number": 0.1 * index, "points": []}}
+        entry["measures"] = {"cka": measure(0.1 * index)}
     whole = pairs_of(derive([result], "whole"), "cka")
     assert not correlation_table(derive([result], "whole")).below
     entries = {entry["name"]: entry["metrics"]["retain"] for entry in result["models"]}

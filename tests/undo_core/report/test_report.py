@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from small_results import (
 )
 
 from undo_core.report import derive, write_report
+from undo_core.report.results import read_results
 from undo_core.report.robustness import ratio_of_robustness
 from undo_core.report.table import group_table
 
@@ -200,6 +204,34 @@ def test_the_folder(tmp_path: Any, kind: str, seeds: int) -> None:
     assert undo["C"]["flops"]["mean"] == pytest.approx(1.5)
     row = next(line for line in (path.parent / "table.md").read_text().splitlines() if line.startswith("| UNDO α=0.6"))
     assert "0.67" in row and "1.50" in row and "at 4e-3" in row
+
+
+def test_the_recorded_results_have_the_shape_that_reports_read() -> None:
+    recorded = list((Path(__file__).parents[3] / "bench" / "results").rglob("results-seed*.json"))
+    assert len(recorded) > 50 and all(read_results(path)["models"] for path in recorded)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (["models", 1, "metrics", "retain", "value"], [0.9], r"a list in 'models\[1\].metrics.retain.value', wanted a number"),
+        (
+            ["models", 2, "attack", "curves", 0, "rate"],
+            {},
+            r"an object in 'models\[2\].attack.curves\[0\].rate', wanted a number",
+        ),
+        (["config", "noise"], {"alphas": [[0.2]]}, r"a list in 'config.noise.alphas\[0\]', wanted a number"),
+        (["models", 0, "training", "history"], 5, r"an integer in 'models\[0\].training.history', wanted a list"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(tmp_path: Any, place: list[Any], value: Any, said: str) -> None:
+    result = run()
+    *outer, last = place
+    functools.reduce(lambda part, name: part[name], outer, result)[last] = value
+    path = tmp_path / "results-seed0.json"
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: got {said}"):
+        read_results(path)
 
 
 def test_the_same_results_give_the_same_files(tmp_path: Any) -> None:

@@ -19,6 +19,7 @@ from small_results import (
     run,
     said_first,
     score,
+    search,
     with_one_rate,
 )
 
@@ -151,13 +152,9 @@ def test_what_each_attack_took() -> None:
         longer = {**copy.deepcopy(part["attack"]), "steps": [0, 20, 250], "headline_step": 20, "kind": "finetune"}
         longer["curves"] = longer["curves"][: 1 if number else 2]
         still = {**copy.deepcopy(part["attack"]), "steps": [0], "headline_step": 0, "kind": "fewshot"}
-        searched = {"trials": [{"steps": [0, 10], "flops": [0.0, 1e6]}, {"steps": [0, 70], "flops": [0.0, 3e6]}]}
-        part["attacks"] = {
-            "mixed": longer,
-            "prompted": still,
-            "found": {**searched, "spent_flops": 4e6, "steps": [70], "curves": [{}], "headline_step": 70, "kind": "search"},
-        }
-        part["attacks"]["found"]["curves"] = [{"rate": None, "forget": [score(0.3)], "retain": [score(0.7)], "stage": "s"}]
+        for curve in still["curves"]:
+            curve |= {name: curve[name][:1] for name in ("forget", "retain", "flops")}
+        part["attacks"] = {"mixed": longer, "prompted": still, "found": search((10, 1e6), (70, 3e6))}
     report = derive([result], "title")
     assert [[cell.main for cell in row] for row in attack_cost_table(report).rows] == [
         # 100 * 4 * 32 and 250 * 8 * 32 tokens; five models with 1e9 to 5e9 FLOPs a trial
