@@ -20,6 +20,7 @@ help:  ## show this list
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing PyTorch and the other packages, then compiling the C++ kernels: some minutes.'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[test]'
 	@$(BIN)/python -c 'import undo_kernels; why = undo_kernels.unavailable().get("cpu"); why and print(f"undo-core: NO C++ KERNELS: {why}; the reference backend is used")'
 	@touch $@
