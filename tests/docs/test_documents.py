@@ -90,6 +90,14 @@ def test_commands_exist(path, block):
         assert all((ROOT / word).is_file() for word in words if re.fullmatch(r"(configs|examples)/[\w/-]+\.\w+", word)), line
 
 
+def test_named_tests_exist():
+    named = {found for path in DOCUMENTS for found in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", path.read_text())}
+    assert len(named) > 50
+    for path, test in sorted(named):
+        defined = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+        assert defined and (not test or re.search(rf"^def {test}\(", defined, re.M)), f"{path}::{test} does not exist"
+
+
 def test_yaml_is_yaml():
     for path in (*ROOT.glob("*.cff"), *(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict), path

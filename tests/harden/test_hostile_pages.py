@@ -157,8 +157,5 @@ def test_the_command_says_one_line_without_control_characters(tmp_path, capsys):
     assert main(["report", str(path), "--output", str(tmp_path / "\x1b[31mout")]) == 2
     error = capsys.readouterr().err
     assert (
-        error.count("\n") == 1
-        and "\x1b" not in error
-        and error.startswith("undo: error: ")
-        and f"{path}: got metric" in error
+        error.count("\n") == 1 and "\x1b" not in error and error.startswith("undo: error: ") and f"{path}: got metric" in error
     )

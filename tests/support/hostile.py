@@ -174,7 +174,8 @@ def attack(reader: Reader, count: int, only: int | None = None) -> tuple[int, in
             if len(faults) > 12:
                 break
     reader.file.write_bytes(data)
-    hint = f"repeat one with UNDO_HOSTILE_SEED=SEED pytest {Path(__file__).parents[1] / 'harden' / 'test_hostile_files.py'} -k '{reader.name}'"
+    test = f"{Path(__file__).parents[1] / 'harden' / 'test_hostile_files.py'}::test_no_mutated_file_does_more_than_be_refused"
+    hint = f"repeat one with UNDO_HOSTILE_SEED=SEED pytest '{test}[{reader.name}]'"
     assert not faults, f"{reader.name}: {len(faults)} kinds of fault among {seen} inputs; {hint}\n" + "\n".join(faults.values())
     return seen - refused, refused
 
