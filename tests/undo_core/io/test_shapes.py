@@ -30,6 +30,9 @@ def test_a_value_of_this_shape_is_returned():
         ({"splits": {"a": {}}}, "file: got no 'splits.a.names', wanted a list there"),
         ({"curve": [1, {"value": []}]}, "file: got a list in 'curve[1].value', wanted a number there"),
         ({"curve": 3}, "file: got an integer in 'curve', wanted a list there"),
+        ({"of": float("nan")}, "file: got nan in 'of', wanted a finite number there"),
+        ({"curve": [float("-inf")]}, "file: got -inf in 'curve[0]', wanted a finite number there"),
+        ({"rows": 1 << 63}, "file: got an integer of more than 64 bits in 'rows', wanted a smaller one"),
     ],
 )
 def test_another_one_is_refused_by_its_place(changed, said):
