@@ -46,7 +46,9 @@ NAMES = [
     *("config.json", "config.json, loaded", "tokenizer.json", "tokenizer_config.json"),
     *("text", "JSONL", "Parquet, text", "Parquet, records", "questions", "questions in Parquet", "prepared sequences"),
     *("YAML settings", "run configuration", "sweep"),
-    *("teacher's cache", "shard of a cache", "unfinished cache", "manifest", "lock"),
+    *("teacher's cache", "shard of a cache", "unfinished cache"),
+    *(f"manifest, {kind}" for kind in ("relearn", "noise", "damage", "erase", "search", "measure")),
+    "lock",
     *("training state", "training state, weights", "training state, optimizer", "log", "kept evaluation", "gate"),
     *("results", "results, drawn", "results of an attack"),
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from tiny_run import RUN
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from undo_core.attacks.config import AttackConfig
+from undo_core.attacks.slowdown import slowdown_entry
 from undo_core.checkpoints.files import MappedFile, checkpoint_skeleton, read_header, stored_dtype
 from undo_core.checkpoints.parameters import CheckpointParameters
 from undo_core.cli.folders import check_prepared, print_noise
@@ -33,18 +35,18 @@ from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io import locks
 from undo_core.models import load_model, load_tokenizer
 from undo_core.models.folder import CONFIG, INDEX, SINGLE, read_configuration, weight_files
+from undo_core.pipeline import stages
 from undo_core.pipeline.attacked_model import trial_curve
 from undo_core.pipeline.config_files import read_settings
 from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.run import metric_of, stage_summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages.gate import KEPT, kept_sequences
-from undo_core.pipeline.stages.noise import left_entry
 from undo_core.pipeline.store import OneFolder, Store, provenance
 from undo_core.pipeline.sweep_config import SweepConfig, expand
 from undo_core.report import derive, markdown_tables
 from undo_core.report.compare import comparison_table, load
-from undo_core.report.defences import known_defences, merged
+from undo_core.report.defences import known_defences, merged, write_heatmap
 from undo_core.training import TrainConfig, TrainResult
 from undo_core.training.kept import KeptEvaluations
 from undo_core.training.log import StageLog
@@ -243,49 +245,6 @@ def _run_folder(root: Path) -> list[Reader]:
         if (unfinished / FACTS).exists():
             (unfinished / FACTS).unlink()
 
-    folder = root / "stages" / "noise-0123456789ab"
-    folder.mkdir(parents=True)
-    score = {"value": 1.0, "low": 0.9, "high": 1.1, "n": 4}
-    done = {
-        "format": 5,
-        "kind": "noise",
-        "settings": {},
-        "sources": {},
-        "key": "0123456789ab",
-        "outputs": {"model.safetensors": "0"},
-        **{"seconds": 1.0, "peak_bytes": 1, "steps": 2, "tokens": 8, "flops": 1.0, "limit_reached": False, "stopped": None},
-        **{"history": [{"step": 2, "loss": 1.0, "retain": 2.0, "forget": 3.0}], "retain_target": None, "parameters": 9},
-        **{
-            "splits": {
-                "train_retain": {"rows": 4, "length": 8, "tokens": 32},
-                "test_retain": {"rows": 4, "length": 8, "tokens": 32},
-            }
-        },
-        **{"curve": [{"step": step, "forget": score, "retain": score} for step in (0, 2)]},
-        **{"trials": search((10, 1e6))["trials"], "best": 0, "erased": [{"token": "a", "id": 5}]},
-        **{"tensors": {"w": dict.fromkeys(("before", "after", "change", "shrink", "noise"), 0.5)}},
-        **{"strength": 1.0, "distance": 0.5, "wanted": None, "alpha": 0.5},
-        **{"points": [{"at": 0, "value": 1.0}], "left": {"a": {"reason": "frozen", "elements": 3, "share": 0.1}}},
-    }
-    (folder / "manifest.json").write_text(json.dumps(done))
-    stage = SimpleNamespace(name=folder.name, kind="noise", settings={}, key="0123456789ab", inputs={}, title="noise")
-    attack = AttackConfig(rates=[1e-3], evaluate_at=[0, 2], headline_step=2)
-    read_so = SimpleNamespace(data=SimpleNamespace(metric="loss"), relearn=attack, retain_margin=None)
-
-    def manifest() -> None:
-        if not Store(folder.parent).done(stage):
-            return
-        store = Store(folder.parent)
-        facts = store.manifest(stage)
-        trial_curve(attack, store, stage)
-        stage_summary(stage, facts)
-        left_entry(facts)
-        print_noise(facts)
-        metric_of(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
-        provenance(folder)
-        Folder(folder).content  # noqa: B018
-        OneFolder(folder).done(stage)
-
     held = root / "held"
     held.mkdir()
     claim = held / ".x.lock.1"
@@ -330,7 +289,7 @@ def _run_folder(root: Path) -> list[Reader]:
         Reader("teacher's cache", cache / FACTS, cached, "json", 20, 5000, ("cache", "k:", "vocab_size")),
         Reader("shard of a cache", shard, cached, "safetensors", 15, 4000, (str(cache), "text:")),
         Reader("unfinished cache", unfinished / "progress.json", continued, "json", 4, 300, (str(unfinished),)),
-        Reader("manifest", folder / "manifest.json", manifest, "json", 20, 4000, (str(folder),)),
+        *_manifests(root),
         Reader("lock", claim, lock, "json", 20, 3000, ()),
         Reader(
             "training state",
@@ -349,6 +308,67 @@ def _run_folder(root: Path) -> list[Reader]:
         Reader("kept evaluation", next(kept.iterdir()), first, "safetensors", 15, 2000, (str(kept),)),
         Reader("gate", gate / KEPT, lambda: kept_sequences(gate, 2), "safetensors", 15, 2000, (KEPT,)),
     ]
+
+
+def _manifests(root: Path) -> list[Reader]:
+    """The manifest of each kind of stage of which a run reads more than all manifests have."""
+    score = {"value": 1.0, "low": 0.9, "high": 1.1, "n": 4}
+    split = {"rows": 4, "length": 8, "tokens": 32}
+    left = {"a": {"reason": "frozen", "elements": 3, "share": 0.1}}
+    norms = dict.fromkeys(("before", "after", "change", "shrink", "noise"), 0.5)
+    attack = AttackConfig(rates=[1e-3], evaluate_at=[0, 2], headline_step=2)
+    read_so = SimpleNamespace(data=SimpleNamespace(metric="loss"), relearn=attack, retain_margin=None)
+    every = {
+        **{"format": 5, "settings": {}, "sources": {}, "key": "0123456789ab", "outputs": {"model.safetensors": "0"}},
+        **{"seconds": 1.0, "peak_bytes": 1, "steps": 2, "tokens": 8, "flops": 1.0, "limit_reached": False, "stopped": None},
+        **{"history": [{"step": 2, "loss": 1.0, "retain": 2.0, "forget": 3.0}], "retain_target": None, "parameters": 9},
+        **{"splits": {"train_retain": split, "test_retain": split, "test_forget": split}},
+        "curve": [{"step": step, "forget": score, "retain": score} for step in (0, 2)],
+    }
+
+    def of_kind(kind: Any, own: dict[str, Any], use: Callable[[dict[str, Any]], Any], full: int = 500) -> Reader:
+        folder = root / f"stages of {kind.kind}" / f"{kind.kind}-0123456789ab"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({**every, "kind": kind.kind, **own}))
+        called = {"name": folder.name, "kind": kind.kind, "entries": kind.entries, "title": kind.kind}
+        stage = SimpleNamespace(settings={}, key="0123456789ab", inputs={}, **called)
+
+        def read() -> None:
+            store = Store(folder.parent)
+            if store.done(stage):
+                facts = store.manifest(stage)
+                stage_summary(stage, facts)
+                use(facts)
+                metric_of(store, read_so, SimpleNamespace(prepared=stage, models=[SimpleNamespace(stage=stage)]))
+                provenance(folder)
+                Folder(folder).content  # noqa: B018
+                OneFolder(folder).done(stage)
+
+        return Reader(f"manifest, {kind.kind}", folder / "manifest.json", read, "json", 5, full, (str(folder),))
+
+    tensors = {"w": {name: norms[name] for name in ("before", "change")}}
+    damage = {"tensors": tensors, "left": left, "strength": 1.0, "distance": 0.5, "wanted": None}
+    return [
+        of_kind(stages.Relearn, {}, lambda facts: trial_curve(attack, facts), 2000),
+        of_kind(stages.Noise, {"tensors": {"w": norms}, "left": left, "alpha": 0.5, "distance": 0.5}, _of_noise),
+        of_kind(stages.Damage, damage, lambda facts: stages.Damage.results(SimpleNamespace(operator="prune"), facts)),
+        of_kind(stages.Erase, {"erased": [{"token": "a", "id": 5}]}, lambda facts: stages.Erase.results(None, facts)),
+        of_kind(
+            stages.Search,
+            {"trials": search((10, 1e6))["trials"], "best": 0},
+            lambda facts: stages.Search.results(None, facts),
+        ),
+        of_kind(
+            stages.Measure,
+            {"points": [{"at": 0, "value": 1.0}]},
+            lambda facts: [10 * point["at"] + (point["value"] or 0) for point in facts["points"]],
+        ),
+    ]
+
+
+def _of_noise(facts: dict[str, Any]) -> None:
+    stages.Noise.results(None, facts)
+    print_noise(facts)
 
 
 def _everything() -> dict[str, Any]:
@@ -370,20 +390,25 @@ def _everything() -> dict[str, Any]:
 
 
 def _results(root: Path) -> list[Reader]:
-    run, attacked = root / "results", root / "attacked"
+    run, attacked_folder = root / "results", root / "attacked"
     run.mkdir()
     (run / "results-seed1.json").write_text(json.dumps(_everything()))
-    trial = attacked / "defences" / "theirs" / "trial_0"
+    trial = attacked_folder / "defences" / "theirs" / "trial_0"
     trial.mkdir(parents=True)
-    entry = results("b")
+    entry = _everything()
     model = {
-        **entry["models"][0],
+        **entry["models"][1],
         "kind": "defence",
         "name": "theirs",
-        "attacks": {},
+        "training": None,
         "checkpoint": {"path": "x", "content": "0"},
     }
-    (trial / "defence.json").write_text(json.dumps({**entry, "command": "", "models": [model]}))
+    del entry["alpha_search"]
+    config = {
+        "relearn": {"kind": "finetune", "mix": {"forget": 1.0}},
+        "attacks": {"found": {"kind": "search"}, "lens": {"kind": "lens"}},
+    }
+    (trial / "defence.json").write_text(json.dumps({**entry, "command": "", "config": config, "models": [model]}))
 
     def tables() -> None:
         loaded = load([run])
@@ -394,8 +419,11 @@ def _results(root: Path) -> list[Reader]:
         report([str(run)], output=str(run / "report"))
 
     def defences() -> None:
-        for found in merged(known_defences(attacked)):
-            assert isinstance(found["seed"], int)
+        seeds = merged(known_defences(attacked_folder))
+        for found in seeds:
+            slowdown_entry(found)
+            write_heatmap(trial / "report", found)
+        markdown_tables(derive(seeds, ""))
 
     return [
         Reader("results", run / "results-seed1.json", tables, "json", 6, 1500, ("results", str(run))),

@@ -7,20 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from undo_core.attacks.config import HEADLINE, AttackConfig, Trial
-from undo_core.io.untrusted import NUMBER, Shape
 
 Curve = list[dict[str, Any]]  # each point has ``step`` and ``forget``, a performance given as a number or as an evaluation
-
-# What files hold, as shapes: an evaluation, and a trial of a search.
-OPTIONAL = (*NUMBER, type(None))
-SCORE: Shape = {"value": NUMBER, "low?": OPTIONAL, "high?": OPTIONAL, "n?": (int, type(None))}
-TRIAL: Shape = {
-    **{"forget": [SCORE], "retain": [SCORE], "steps": [int], "flops": [NUMBER], "best": int},
-    "point": {
-        **{"rate": NUMBER, "batch_size": int, "optimizer": str, "warmup": NUMBER, "retain_share": NUMBER},
-        **{"rank": int, "scaling": OPTIONAL},
-    },
-}
 
 
 def explore(

@@ -23,9 +23,18 @@ from typing import Any, ClassVar, Literal
 from undo_core.attacks.config import HEADLINE, AttackConfig, Trial, check_installed, ladder_of
 from undo_core.attacks.grid import harm, is_useful
 from undo_core.attacks.intervention import check_numbers
+from undo_core.evaluation.metrics import SCORE
+from undo_core.io.untrusted import NUMBER, OPTIONAL, Shape
 from undo_core.training.config import OptimizerName
 
 Point = dict[str, Any]  # the searched settings of one trial
+TRIAL: Shape = {  # a trial in a file
+    **{"forget": [SCORE], "retain": [SCORE], "steps": [int], "flops": [NUMBER], "best": int},
+    "point": {
+        **{"rate": NUMBER, "batch_size": int, "optimizer": str, "warmup": NUMBER, "retain_share": NUMBER},
+        **{"rank": int, "scaling": OPTIONAL},
+    },
+}
 # Settings of ``like`` that change the result of a trial; the others are searched, derived from what is, or without effect on it.
 HELD = (
     *("micro_batch_size", "clip", "weight_decay", "beta1", "precision"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from safetensors import safe_open
 from undo_core import distributed
 from undo_core.checkpoints.files import read_header
 from undo_core.io.progress import console
-from undo_core.io.untrusted import refused
+from undo_core.io.untrusted import Facts, refused
 from undo_core.models.folder import check_checkpoint, weight_files
 from undo_core.noise.model import TensorNoise, by_kind
-from undo_core.noise.parameters import Left, summary
 from undo_core.pipeline.stage import Stage
+from undo_core.pipeline.stages.noise import left_line
 from undo_core.pipeline.store import OneFolder
 
 
-def build(output: str | Path, stage: Stage, quiet: bool = False) -> dict[str, Any]:
+def build(output: str | Path, stage: Stage, quiet: bool = False) -> Facts:
     """Builds the folder ``output`` by running ``stage``, whose inputs are folders, and returns its manifest.
 
     An ``output`` that was made from the same inputs and settings is kept.
@@ -66,7 +67,8 @@ def check_prepared(folder: Path) -> None:
 
 def print_noise(facts: Mapping[str, Any]) -> None:
     """Prints what the noise did, a line for all tensors whose names differ only in numbers; the manifest lists each tensor."""
-    tensors = {name: TensorNoise(**norms) for name, norms in facts["tensors"].items()}
+    names = [field.name for field in dataclasses.fields(TensorNoise)]
+    tensors = {name: TensorNoise(**{key: norms[key] for key in names}) for name, norms in facts["tensors"].items()}
     table = Table(box=None, pad_edge=False)
     for heading in ("parameters", "n", "before", "after", "shrink", "noise"):
         table.add_column(heading, justify="left" if heading == "parameters" else "right", overflow="fold")
@@ -80,5 +82,5 @@ def print_noise(facts: Mapping[str, Any]) -> None:
 
 def print_left(facts: Mapping[str, Any]) -> None:
     """Prints which parameters the damage did not change; the manifest lists each name."""
-    if facts["left"]:
-        console.print(f"left as they were: {summary({name: Left(**one) for name, one in facts['left'].items()})}")
+    if said := left_line(facts):
+        console.print(f"left as they were: {said}")

@@ -29,7 +29,6 @@ from undo_core.pipeline.prepared import load_split
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages import Cache, Damage, Distill, Noise, Replay, Unlearn
 from undo_core.pipeline.stages.prepare import prepare_stage
-from undo_core.pipeline.store import OneFolder
 from undo_core.training.config import TrainConfig
 from undo_core.unlearning.config import UnlearnConfig
 
@@ -303,8 +302,7 @@ def relearn(
 
     def curve_of(trial: Trial) -> list[dict[str, Any]]:
         stage = trial_stage(config, trial, _folder(data), _folder(model), "")
-        build(Path(output) / trial.name, stage, quiet=True)
-        curve = trial_curve(config, OneFolder(Path(output) / trial.name), stage)
+        curve = trial_curve(config, build(Path(output) / trial.name, stage, quiet=True))
         line = "  ".join(f"{point['step']}: {point['forget']['value']:.3f}" for point in curve)
         console.print(f"{trial.name.replace('-', ' ', 1)}   forget at step  {line}")
         return curve

@@ -14,11 +14,22 @@ from undo_core.data.limits import limits_of
 from undo_core.data.sequences import Sequences
 from undo_core.distributed.head_ops import linear_cross_entropy, logits_of, most_likely
 from undo_core.distributed.sharding import run
+from undo_core.io.untrusted import NUMBER, Shape
 from undo_core.models import evaluating, head_of, hidden_states
 from undo_core.models.vocabulary_parallel import has_same_tokens
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 POSITIONS = 16_384  # tokens in a forward pass by default, in at most 512 sequences
+LARGEST = 3.4e38  # about the largest float32; stands in files for NaN and infinity, which JSON has not
+
+# What files hold, as shapes: the score of a model on sequences, and its scores by name, each also by group.
+SCORE: Shape = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
+SCORES: Shape = {str: {**SCORE, "groups?": {str: SCORE}}}
+
+
+def finite(value: float) -> float:
+    """Returns ``value``, or :data:`LARGEST` for NaN and infinity."""
+    return LARGEST if math.isnan(value) else max(-LARGEST, min(value, LARGEST))
 
 
 @torch.no_grad()
@@ -162,7 +173,5 @@ def _mean_nats(scores: torch.Tensor) -> dict[str, Any]:
     mean = nats.sum() / labels.sum()
     # Spread of a ratio estimator, because the sequences are independent draws and the tokens are not.
     spread = (nats - mean * labels).std(unbiased=len(scores) > 1) * math.sqrt(len(scores)) / labels.sum()
-    low, value, high = (
-        float(torch.nan_to_num(x, nan=3.4e38, posinf=3.4e38)) for x in (mean - _Z * spread, mean, mean + _Z * spread)
-    )
+    low, value, high = (finite(float(x)) for x in (mean - _Z * spread, mean, mean + _Z * spread))
     return {"value": value, "low": low, "high": high, "n": len(scores)}

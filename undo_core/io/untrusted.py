@@ -16,7 +16,8 @@ from undo_core.io.files import read_json
 # entry whatever its name; a tuple of shapes for any of them.
 Shape = Any
 NUMBER = (float, int)
-LARGEST = 1 << 63
+OPTIONAL = (*NUMBER, type(None))  # a number or null
+LARGEST = 1 << 64  # beyond the seeds of the noise, and beyond what an array holds
 
 _WORDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", float: "a number"}
 
@@ -56,7 +57,8 @@ def checked(value: Any, shape: Shape, where: str, at: str = "") -> Any:
         at: place of the value in the file, for an error.
 
     Raises:
-        ValueError: a value is of another type, is not there, or is a number that is not finite. It names the place.
+        ValueError: a value is of another type, is not there, or is a number that is not finite or has more than 64 bits. It names
+            the place.
     """
     if isinstance(shape, tuple):
         return checked(value, next((one for one in shape if isinstance(value, _type(one))), shape[0]), where, at)
@@ -65,7 +67,7 @@ def checked(value: Any, shape: Shape, where: str, at: str = "") -> Any:
     if isinstance(value, float) and not math.isfinite(value):  # JSON has none, but Python reads them; 1e999 is one too
         raise ValueError(f"{where}: got {value}{at and f' in {at!r}'}, wanted a finite number{at and ' there'}")
     if isinstance(value, int) and abs(value) >= LARGEST:
-        raise ValueError(f"{where}: got an integer of more than 64 bits{at and f' in {at!r}'}, wanted a smaller one")
+        raise ValueError(f"{where}: got an integer of more than 64 bits{at and f' in {at!r}'}, wanted fewer{at and ' there'}")
     if isinstance(shape, list):
         for number, entry in enumerate(value):
             checked(entry, shape[0], where, f"{at}[{number}]")
@@ -131,9 +133,9 @@ def refused(what: str, *keep: type[BaseException]) -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, or that of a thread's stack, or a file found no place in memory.
+    """Whether an allocation failed, or that of a thread's stack, or a file could not be mapped.
 
-    torch raises a bare RuntimeError for the memory of the CPU, and safetensors another one.
+    torch raises a bare RuntimeError for the memory of the CPU, also for a file that safetensors maps through it.
     """
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     said = ("can't allocate memory", "can't start new thread", os.strerror(errno.ENOMEM))

@@ -13,6 +13,7 @@ from undo_core.attacks.named import AnyAttack, check_attacks, check_margin
 from undo_core.attacks.text import AttackTextConfig
 from undo_core.data.config import DataConfig
 from undo_core.distributed.config import ParallelConfig
+from undo_core.pipeline.config import check_seed
 
 NAME = re.compile(r"\w[\w.-]*")
 
@@ -71,6 +72,7 @@ class AttackRunConfig:
     retain_margin: float | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
         check_attacks(self.relearn, self.attacks or {})

@@ -32,7 +32,7 @@ from undo_core.pipeline.config import ControlsConfig, RunConfig, derive_seed
 from undo_core.pipeline.run import announce, build_all, evaluation, margin_entry, results_file, unfinished
 from undo_core.pipeline.stage import MANIFEST, Stage
 from undo_core.pipeline.stages.prepare import Prepare, prepare_stage
-from undo_core.pipeline.store import ENTRIES, Store
+from undo_core.pipeline.store import Store
 from undo_core.pipeline.workers import use_threads
 from undo_core.report import terminal_table, write_report
 from undo_core.report.defences import DEFENCE, defence_folder, known_defences, merged, write_defence, write_heatmap
@@ -169,7 +169,7 @@ def remove_weights(folder: Path) -> None:
     """Removes the weights of a finished stage; its manifest keeps their hashes and names them as removed."""
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
-        facts = read_object(folder / MANIFEST, ENTRIES)
+        facts = read_object(folder / MANIFEST, {"removed?": [str]})
         write_json(
             folder / MANIFEST, {**facts, "removed": sorted({*facts.get("removed", []), *(path.name for path in weights)})}
         )

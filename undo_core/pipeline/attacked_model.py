@@ -9,7 +9,8 @@ from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.grid import Curve, may_grow, next_rate
 from undo_core.attacks.interventions import Intervention
 from undo_core.attacks.search import SearchConfig
-from undo_core.pipeline.stage import MANIFEST, Folder, Stage
+from undo_core.io.untrusted import Facts
+from undo_core.pipeline.stage import Folder, Stage
 from undo_core.pipeline.stages import Grid, Probe, Relearn, Search
 from undo_core.pipeline.stages.intervene import intervene_stage
 from undo_core.pipeline.store import Store
@@ -120,7 +121,7 @@ class Attacked:
         curves: dict[Trial, Curve] = {}
         trials = self.config.trials()
         while True:
-            curves |= {trial: trial_curve(self.config, store, self.stage(trial)) for trial in trials}
+            curves |= {trial: trial_curve(self.config, store.manifest(self.stage(trial))) for trial in trials}
             beyond = next_rate(self.config, curves, self.higher_is_better)
             if beyond is None or not may_grow(self.config, curves):
                 return curves, beyond
@@ -129,18 +130,16 @@ class Attacked:
                 return curves, beyond
 
 
-def trial_curve(config: AttackConfig | Intervention | SearchConfig, store: Store, stage: Stage) -> Curve:
-    """Returns the curve of a trial whose stage is complete.
+def trial_curve(config: AttackConfig | Intervention | SearchConfig, facts: Facts) -> Curve:
+    """Returns the curve in a trial's manifest.
 
     Raises:
-        ValueError: it has no evaluation at the attack's headline step. The message names the file.
+        ValueError: it has not one evaluation at each of the attack's steps. The message names the file.
     """
-    curve = store.manifest(stage)["curve"]
-    if config.trains and all(point["step"] != config.headline_step for point in curve):
-        raise ValueError(
-            f"{store.folder(stage) / MANIFEST}: got a curve without step {config.headline_step}, wanted one with it"
-        )
-    return curve
+    steps = [point["step"] for point in facts["curve"]]
+    if steps != config.evaluations:
+        raise ValueError(f"{facts.where}: got a curve with the steps {steps}, wanted {config.evaluations}")
+    return facts["curve"]
 
 
 def trial_stage(

@@ -19,6 +19,7 @@ from undo_core.distillation.config import DistillConfig
 from undo_core.distillation.gate import GateConfig
 from undo_core.distributed.config import ParallelConfig
 from undo_core.evaluation.inside import AnyMeasurement
+from undo_core.io.untrusted import LARGEST
 from undo_core.models.config import ModelConfig
 from undo_core.noise.config import NoiseConfig
 from undo_core.noise.damage import DamageConfig
@@ -132,6 +133,7 @@ class RunConfig:
         for key in ("name", "output"):  # both are printed
             if not getattr(self, key).isprintable():
                 raise ValueError(f"{key}: got {getattr(self, key)!r}, wanted a text without control characters")
+        check_seed(self.seed)
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, wanted an integer >= 1")
         if self.model.path and self.controls.filter:
@@ -176,6 +178,12 @@ class RunConfig:
             raise ValueError(f"alpha_tries: got {self.alpha_tries}, wanted an integer >= 1")
         if not 0 < self.alpha_max <= 1:
             raise ValueError(f"alpha_max: got {self.alpha_max}, wanted a number in (0, 1]")
+
+
+def check_seed(seed: int) -> None:
+    """Raises a ValueError if a run's seed is one that results cannot hold."""
+    if abs(seed) >= LARGEST:
+        raise ValueError(f"seed: got {seed}, wanted an integer of at most 64 bits")
 
 
 def derive_seed(seed: int, name: str) -> int:

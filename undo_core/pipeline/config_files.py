@@ -69,9 +69,14 @@ def parse_value(text: str) -> Any:
 
 
 def check_sections(values: Namespace, owner: type, at: str = "") -> None:
-    """Raises a ValueError if a section among parsed values of ``owner``, which is a dataclass as are its sections, is no mapping.
+    """Raises a ValueError if a section of parsed settings is not a mapping.
 
-    The parser, when it instantiates them, would take the section's defaults, or raise a TypeError.
+    The parser would take the section's defaults, or raise a TypeError.
+
+    Args:
+        values: the settings that were parsed for ``owner``.
+        owner: a dataclass; fields that are dataclasses are its sections.
+        at: the names of the outer sections, for an error.
     """
     for name, kind in typing.get_type_hints(owner).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and name in values:

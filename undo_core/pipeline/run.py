@@ -9,8 +9,9 @@ from typing import Any
 
 from undo_core import distributed
 from undo_core.attacks.config import HEADLINE, check_installed
-from undo_core.attacks.grid import SCORE, worst_of
+from undo_core.attacks.grid import worst_of
 from undo_core.attacks.slowdown import slowdown_entry
+from undo_core.evaluation.metrics import SCORES
 from undo_core.io.files import hash_json, read_json, write_json
 from undo_core.io.progress import console, shown_metrics
 from undo_core.io.untrusted import read_object
@@ -274,7 +275,7 @@ def evaluation(store: Store, stage: Stage, prepared: Stage) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_json(path, evaluate_folder(store.folder(stage), store.folder(prepared)))
-    return read_object(path, {str: {**SCORE, "groups?": {str: SCORE}}})
+    return read_object(path, SCORES)
 
 
 def evaluations(store: Store, graph: Graph) -> list[tuple[Stage, Stage]]:

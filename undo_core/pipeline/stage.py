@@ -16,6 +16,7 @@ import torch
 
 from undo_core.checkpoints.files import read_header, stored_dtype
 from undo_core.io.files import hash_file, hash_json
+from undo_core.io.untrusted import Shape
 from undo_core.models.folder import CONFIG, TOKENIZER_FILES, weight_files
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
 
@@ -112,6 +113,7 @@ class Stage(abc.ABC):
         title: title shown to the user; not part of the key.
         recorded: names of optional settings that are recorded even at their default.
         kind: unique name of the kind; first part of the folder's name.
+        entries: shape of what the kind alone writes into its manifest and others read.
         model_from: name of the input whose folder holds the model that the stage works on; None if there is none.
         own_text: whether the stage reads the distillation data, which may be other text (``data.distill``) of another length.
         late: names of inputs that the stage does not read at first: it can begin while other processes build them.
@@ -123,6 +125,7 @@ class Stage(abc.ABC):
     title: str = ""
     recorded: tuple[str, ...] = ()
     kind: ClassVar[str]
+    entries: ClassVar[Shape] = {}
     model_from: ClassVar[str | None] = "model"
     own_text: ClassVar[bool] = False
     late: ClassVar[tuple[str, ...]] = ()

@@ -16,26 +16,22 @@ import torch
 import transformers
 
 from undo_core import distributed
-from undo_core.attacks.grid import OPTIONAL, SCORE, TRIAL
+from undo_core.evaluation.metrics import SCORE
 from undo_core.io.files import errors_named, fresh, hash_file, publish, read_json, write_json
 from undo_core.io.locks import Hold, locked
 from undo_core.io.memory_use import peak_bytes, reset_peak, return_freed_memory
 from undo_core.io.progress import console
-from undo_core.io.untrusted import NUMBER, read_object
+from undo_core.io.untrusted import NUMBER, OPTIONAL, Facts, read_object
 from undo_core.models.folder import CONFIG, weight_files
 from undo_core.pipeline.stage import FORMAT, MANIFEST, Folder, Stage, Work
 from undo_core.version import __version__
 
-ENTRIES = {  # the entries of a manifest that are read, whatever the kind of its stage
+ENTRIES = {  # of a manifest; each is there for some kinds of stages. What a kind alone has is in its ``entries``
     **{"seconds?": NUMBER, "peak_bytes?": int, "outputs?": {str: str}, "removed?": [str], "parameters?": int},
     **{"splits?": {str: {"rows": int, "tokens": int}}, "curve?": [{"step": int, "forget": SCORE, "retain": SCORE}]},
     **{"steps?": int, "tokens?": int, "flops?": NUMBER, "limit_reached?": bool, "history?": [{str: NUMBER}]},
     **{"retain_target?": OPTIONAL, "labelled_forget_tokens?": int, "labelled_retain_tokens?": int},
-    **{"labelled_distinct_tokens?": {str: int}, "points?": [{"at": (NUMBER, str), "value": OPTIONAL}]},
-    **{"left?": {str: {"reason": str, "elements": int, "share": NUMBER}}, "stopped?": (bool, type(None))},
-    **{"tensors?": {str: {"before": NUMBER, "after": NUMBER, "change": NUMBER, "shrink": NUMBER, "noise": NUMBER}}},
-    **{"strength?": NUMBER, "distance?": NUMBER, "wanted?": OPTIONAL, "alpha?": NUMBER, "erased?": [{"token": str}]},
-    **{"trials?": [TRIAL], "best?": int},
+    **{"labelled_distinct_tokens?": {str: int}, "stopped?": (bool, type(None))},
 }
 THREADS = "threads.json"  # in the hidden folder of a stage
 _PARTIAL = re.compile(r"\.(?P<name>.+?)\.partial(\.(?P<number>\d+))?")
@@ -55,9 +51,9 @@ class Store:
         """Whether the stage's result is complete."""
         return isinstance(stage, Folder) or (self.folder(stage) / MANIFEST).exists()
 
-    def manifest(self, stage: Stage | Folder) -> dict[str, Any]:
-        """The manifest of a complete stage, whose entries have the shapes of :data:`ENTRIES`."""
-        return read_object(self.folder(stage) / MANIFEST, ENTRIES)
+    def manifest(self, stage: Stage) -> Facts:
+        """The manifest of a complete stage, whose entries have the shapes of :data:`ENTRIES` and of the stage's own ``entries``."""
+        return read_object(self.folder(stage) / MANIFEST, {**ENTRIES, **stage.entries})
 
     def description(self, stage: Stage) -> dict[str, Any]:
         """The entries of the manifest that identify the stage."""

@@ -28,7 +28,7 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
 
     Raises:
         FileNotFoundError: a path has no results.
-        ValueError: a file holds something else. It names the file.
+        ValueError: a file does not hold results of a run or of an attack. The message names it.
     """
     files: dict[str, Path] = {}
     for path in paths:

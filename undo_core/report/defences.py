@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from undo_core.attacks.grid import harm
+from undo_core.evaluation.metrics import SCORE
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import checked_object, refused
+from undo_core.io.untrusted import NUMBER, checked, refused
 from undo_core.report.results import read_results, settings_of
 
 DEFENCE = "defence"
@@ -42,6 +43,18 @@ NAMES = {  # TamperBench's names of attacks, by the kind of training and the tex
     ("lora", ("retain",)): "benign_lora_finetune",
 }
 
+_SETTINGS = {"kind": str, "mix?": {str: NUMBER}}
+_SHAPE = {  # what is read besides what every results file has
+    **{"command": str, "config": {"relearn": _SETTINGS, "attacks": {str: _SETTINGS}}},
+    "models": [
+        {
+            **{"checkpoint": {"path": str, "content": str}, "metrics": {"forget": SCORE, "retain": SCORE}},
+            **{"attack": ({"curves": [{"rate": NUMBER, "retain": list}]}, type(None))},
+            "attacks?": {str: {"curves": [{"setting": str, "retain": list}]}},
+        }
+    ],
+}
+
 
 def defence_folder(output: Path, name: str, seed: int) -> Path:
     """Folder of one checkpoint and seed."""
@@ -50,9 +63,16 @@ def defence_folder(output: Path, name: str, seed: int) -> Path:
 
 def known_defences(output: Path) -> list[dict[str, Any]]:
     """The results of every checkpoint and seed in the output folder, in the order of their names."""
-    shape = {"command": str, "models": [{"checkpoint": {"path": str, "content": str}}]}
-    found = {str(path): read_results(path) for path in sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))}
-    return [checked_object(result, path, **shape) for path, result in found.items()]
+    paths = sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))
+    found = [checked(read_results(path), _SHAPE, str(path)) for path in paths]
+    for path, result in zip(paths, found, strict=True):
+        headline, known = result["metric"]["headline_step"], result["config"]["attacks"]
+        for entry in result["models"]:
+            if entry["attack"] and headline not in entry["attack"]["steps"]:
+                raise ValueError(f"{path}: got an attack without the headline step {headline}, wanted one with it")
+            if unknown := sorted(set(entry.get("attacks", {})) - set(known)):
+                raise ValueError(f"{path}: got the attack {unknown[0]!r}, wanted one of those in its config")
+    return found
 
 
 def merged(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -150,7 +170,7 @@ def attacks_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     headline = {**entry["attack"], "headline_step": result["metric"]["headline_step"]}
     found = {}
-    counted = {name: attack for name, attack in entry["attacks"].items() if not attack.get("needs_original")}
+    counted = {name: attack for name, attack in entry.get("attacks", {}).items() if not attack.get("needs_original")}
     for name, attack in {"relearn": headline, **counted}.items():
         at = attack["steps"].index(attack["headline_step"])
         trials = {}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from undo_core.attacks.grid import OPTIONAL, SCORE, TRIAL
-from undo_core.io.untrusted import NUMBER, Shape, checked, checked_object, read_object
+from undo_core.attacks.search import TRIAL
+from undo_core.evaluation.metrics import SCORE, SCORES
+from undo_core.io.untrusted import NUMBER, OPTIONAL, Shape, checked, checked_object, read_object
 
 FORMAT = 1
 KINDS = ("original", "defence", "unlearn", "undo", "damaged", "gated", "random", "filter", "oracle", "oracle-random")
@@ -32,8 +33,7 @@ _MEASURE = {
 }
 _MODEL = {
     **{"name": str, "kind": str, "alpha?": OPTIONAL, "stage?": str, "training?": (_TRAINING, _NONE)},
-    "metrics": {str: {**SCORE, "groups?": {str: SCORE}}},
-    **{"attack?": (_ATTACK, _NONE), "attacks?": {str: _ATTACK}, "measures?": {str: _MEASURE}},
+    **{"metrics": SCORES, "attack?": (_ATTACK, _NONE), "attacks?": {str: _ATTACK}, "measures?": {str: _MEASURE}},
     "costs?": {"pretraining_tokens": (int, _NONE), "labelled_tokens": _LABELLED},
 }
 _SECTIONS = {  # of the settings, what reports read
@@ -100,7 +100,9 @@ def check_result(result: Any, where: str = "results") -> dict[str, Any]:
 
 
 def _check_attack(attack: dict[str, Any], where: str) -> None:
-    """Raises a ValueError that begins with ``where`` unless every curve of an attack has an evaluation at each of its steps."""
+    """Raises a ValueError that begins with ``where`` unless an attack has curves, and each has an evaluation at each of its steps."""
+    if not attack["curves"]:
+        raise ValueError(f"{where}: got no curves, wanted at least one")
     for curve in [*attack["curves"], *attack.get("trials", [])]:
         steps = curve.get("steps", attack["steps"])
         lengths = {len(curve[part]) for part in ("forget", "retain", "flops") if part in curve}

@@ -42,8 +42,7 @@ def search_table(report: Report) -> Table:
                 trial = attack["trials"][attack["best"]]
                 point, at = trial["point"], trial["best"]
                 scores = [performance(Stat((_point(seed, trial[part][at]),)), report.higher) for part in ("forget", "retain")]
-                scaled = "" if point["scaling"] is None else f", × {point['scaling']:g}"
-                trained = f"LoRA, rank {point['rank']}{scaled}" if point["rank"] else "all weights"
+                trained = f"LoRA, rank {point['rank']}, × {point['scaling']:g}" if point["rank"] else "all weights"
                 cells = [
                     Cell(model.label, f"seed {seed}" if len(report.seeds) > 1 else ""),
                     Cell(name),

@@ -19,6 +19,7 @@ from undo_kernels.ops.layout import check_trained
 from undo_core import distributed
 from undo_core.distributed.dropout import whole_dropout
 from undo_core.distributed.sharding import all_finite, release, run
+from undo_core.evaluation.metrics import finite
 from undo_core.io.progress import StageProgress
 from undo_core.io.untrusted import checked, refused
 from undo_core.models.adapters import bare, check_adapters
@@ -170,7 +171,7 @@ def train(
             evaluation that satisfies it, so the result is the same. Ignored without a ``folder`` and on several ranks, which
             wait for ``stop``.
         must_stay_finite: whether a loss or weight that is not finite raises an error. False lets an attack with too high a
-            learning rate finish with the weights it has.
+            learning rate finish with the weights it has; its ``history`` holds 3.4e38 for such a loss.
         folder: where ``checkpoint/`` and ``log.jsonl`` are kept, so that a killed stage resumes. A checkpoint is resumed only
             by the same stage; otherwise an error names what differs. The comparison covers ``config``, ``settings``, the model
             as passed in (weights, configuration, trained parameters), the sources (rows, order and seed; every batch of a
@@ -283,7 +284,7 @@ def train(
             if metrics is None:
                 metrics = {} if evaluate is None else evaluate(outer)
         release(model)
-        entry = {"step": result.steps, **({"loss": float(total) / terms} if terms else {}), **metrics}
+        entry = {"step": result.steps, **({"loss": finite(float(total) / terms)} if terms else {}), **metrics}
         total, terms = torch.zeros((), device=device), 0
         result.history.append(entry)
         log.write({**entry, "tokens": sum(result.tokens.values())})
@@ -299,7 +300,7 @@ def train(
     def save() -> None:
         if not done:  # else they are those of the evaluation at which it ended
             result.seconds = before + time.monotonic() - began
-        state = {"result": vars(result), "loss_sum": float(total), "loss_count": terms, "made_by": made_by}
+        state = {"result": vars(result), "loss_sum": finite(float(total)), "loss_count": terms, "made_by": made_by}
         checkpoints.write(result.steps, state)
 
     with StageProgress(

@@ -80,6 +80,12 @@ def test_a_value_of_a_wrong_type_in_a_file(capsys, tmp_path):
     assert capsys.readouterr().err == "undo: error: noise.alphas: got 0.3, wanted a list, as in '[0.3]'\n"
 
 
+@pytest.mark.parametrize("seed", [1 << 64, -(10**30)])
+def test_a_seed_that_results_cannot_hold(capsys, seed):
+    assert main(["plan", DEMO, f"--seed={seed}"]) == 2
+    assert capsys.readouterr().err == f"undo: error: seed: got {seed}, wanted an integer of at most 64 bits\n"
+
+
 @pytest.mark.parametrize(
     ("text", "got"),
     [

@@ -14,7 +14,7 @@ VALUE = {
 
 
 def test_a_value_of_this_shape_is_returned():
-    for value in (VALUE, {**VALUE, "of": None}, {"rows": 0, "splits": {}}):
+    for value in (VALUE, {**VALUE, "of": None}, {**VALUE, "rows": (1 << 64) - 1}, {"rows": 0, "splits": {}}):
         assert checked(value, SHAPE, "file") is value
 
 
@@ -32,7 +32,7 @@ def test_a_value_of_this_shape_is_returned():
         ({"curve": 3}, "file: got an integer in 'curve', wanted a list there"),
         ({"of": float("nan")}, "file: got nan in 'of', wanted a finite number there"),
         ({"curve": [float("-inf")]}, "file: got -inf in 'curve[0]', wanted a finite number there"),
-        ({"rows": 1 << 63}, "file: got an integer of more than 64 bits in 'rows', wanted a smaller one"),
+        ({"rows": 1 << 64}, "file: got an integer of more than 64 bits in 'rows', wanted fewer there"),
     ],
 )
 def test_another_one_is_refused_by_its_place(changed, said):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ def test_a_lack_of_memory_is_no_fault_of_the_file(error):
     assert caught.value is error
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of the address space is enforced on Linux only")
 def test_a_file_for_which_there_is_no_address_is_no_fault_of_the_file(tmp_path):
-    resource = pytest.importorskip("resource", reason="the address space can be limited on Unix only")
+    import resource
+
     path, (soft, hard) = tmp_path / "a.bin", resource.getrlimit(resource.RLIMIT_AS)
     path.touch()
     os.truncate(path, 1 << 33)

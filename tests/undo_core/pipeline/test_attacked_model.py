@@ -169,16 +169,18 @@ def test_the_command_attacks_a_checkpoint_in_every_way(finished, tmp_path, capsy
     assert json.loads((tmp_path / "rounded" / "int4" / "manifest.json").read_text())["quantised"] > 0
 
 
-def test_a_curve_without_the_headline_step_names_its_file(finished, tmp_path, capsys):
+@pytest.mark.parametrize(("attack", "left"), [("same", slice(0, 1)), ("same", slice(1, None)), ("prompted", slice(0, 0))])
+def test_a_curve_without_its_steps_names_its_file(finished, tmp_path, capsys, attack, left):
     output, config = finished
     copied = Path(shutil.copytree(output, tmp_path / "out"))
-    damaged = sorted(copied.glob("stages/relearn-*/manifest.json"))[0]
+    attacked = read_json(output / "results-seed0.json")["models"][1]
+    damaged = copied / "stages" / attacked["attacks"][attack]["curves"][0]["stage"] / "manifest.json"
     facts = read_json(damaged)
-    damaged.write_text(json.dumps({**facts, "curve": facts["curve"][:1]}))
+    damaged.write_text(json.dumps({**facts, "curve": facts["curve"][left]}))
     capsys.readouterr()
     assert main(["run", str(config), f"--output={copied}"]) == 2
     said = capsys.readouterr().err
-    assert f"undo: error: {damaged}: got a curve without step " in said and "Traceback" not in said
+    assert f"undo: error: {damaged}: got a curve with the steps [" in said and "Traceback" not in said
 
 
 def test_the_plan_has_a_line_for_each_attack(finished, capsys):

@@ -209,6 +209,25 @@ def test_a_diverged_run_says_so(tiny, sequences):
         train(tiny(), lambda *a: loss(*a) * math.nan, {"text": sequence_source(sequences, 16, 0)}, config(), progress=False)
 
 
+def test_an_attack_that_diverges_ends_with_numbers_that_a_file_can_hold(tiny, sequences, tmp_path):
+    """JSON has neither NaN nor infinity. The run is also interrupted, and goes on from what it has written."""
+
+    def diverging(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return loss(*arguments) * math.nan
+
+    steps, source, end = [], {"text": sequence_source(sequences, 16, 0)}, config(steps=6, eval_every=2)
+    options = {"must_stay_finite": False, "progress": False, "folder": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), diverging, source, end, **options)
+    assert list(tmp_path.glob("checkpoint/step-*"))
+    result = train(tiny(), diverging, source, end, **options)
+    json.dumps(result.history, allow_nan=False)
+    assert [entry["loss"] for entry in result.history[1:]] == [3.4e38] * 3 and len(steps) < 2 + 5 + 6
+
+
 def test_a_loss_that_was_not_read_is_in_the_sum(tiny, sequences, monkeypatch):
     """On a GPU a step does not wait for its loss; still, a NaN in any loss is found before the stage is published."""
     monkeypatch.setattr(loop, "_is_read", lambda device, step: step % 10 == 0)

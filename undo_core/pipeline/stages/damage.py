@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from undo_core.io.untrusted import NUMBER, OPTIONAL, Shape
 from undo_core.noise.damage import ELEMENT_BYTES, Operator, check_damage, damage_checkpoint
 from undo_core.noise.parameters import Parts
 from undo_core.pipeline.needs import Memory
 from undo_core.pipeline.stage import Folder, Stage, Work, optional
-from undo_core.pipeline.stages.noise import as_dicts, left_entry, with_rules
+from undo_core.pipeline.stages.noise import LEFT, as_dicts, left_entry, with_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class Damage(Stage):
     """
 
     kind = "damage"
+    entries: ClassVar[Shape] = {
+        "tensors": {str: {"before": NUMBER, "change": NUMBER}},
+        **{"left": LEFT, "strength": NUMBER, "distance": NUMBER, "wanted": OPTIONAL},
+    }
     operator: Operator
     seed: int
     layers: str | None

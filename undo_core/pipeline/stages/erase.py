@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from undo_core.data.characteristic import characteristic
+from undo_core.io.untrusted import Shape
 from undo_core.models import load_model, load_tokenizer
 from undo_core.noise.erase import EraseConfig, erase_
 from undo_core.pipeline.model_stage import save
@@ -32,6 +33,7 @@ class Erase(Stage):
     """
 
     kind = "erase"
+    entries: ClassVar[Shape] = {"erased": [{"token": str}]}
     config: EraseConfig
     seed: int
     prepared: Stage | Folder

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from undo_core.attacks.config import AttackConfig, Trial
 from undo_core.attacks.relearning import attack_together
 from undo_core.attacks.text import AttackTextConfig
+from undo_core.io.untrusted import Shape
 from undo_core.models import load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, halves, load_to_train, save
 from undo_core.pipeline.needs import Change, Cost, Memory, Scene
@@ -34,6 +35,7 @@ class Grid(TrainingStage):
     """
 
     kind = "grid"
+    entries: ClassVar[Shape] = {"trials": {str: dict}}
     config: AttackConfig
     trials: tuple[Trial, ...]
     model: Stage | Folder

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from undo_core.evaluation.inside import Measurement, Texts
+from undo_core.io.untrusted import NUMBER, OPTIONAL, Shape
 from undo_core.models import forward_flops, load_model
 from undo_core.models.layers import find_layers
 from undo_core.pipeline.model_stage import ModelStage
@@ -33,6 +34,7 @@ class Measure(ModelStage):
     """
 
     kind = "measure"
+    entries: ClassVar[Shape] = {"points": [{"at": NUMBER, "value": OPTIONAL}]}
     time_from = "measures"
     measurement: Measurement
     model: Stage | Folder

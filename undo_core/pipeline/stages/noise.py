@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from undo_kernels.ops.noise_rules import NoiseRule
 
+from undo_core.io.untrusted import NUMBER, Shape
 from undo_core.noise.checkpoint import check_noise, noise_checkpoint
 from undo_core.noise.parameters import Left, Parts, summary
 from undo_core.pipeline.needs import Memory
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from undo_core.pipeline.memory.meta import Meta
+
+LEFT: Shape = {str: {"reason": str, "elements": int, "share": NUMBER}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,10 @@ class Noise(Stage):
     """
 
     kind = "noise"
+    entries: ClassVar[Shape] = {
+        "tensors": {str: dict.fromkeys(("before", "after", "change", "shrink", "noise"), NUMBER)},
+        **{"left": LEFT, "alpha?": NUMBER, "distance?": NUMBER},
+    }
     alpha: float
     beta: float
     law: str
@@ -90,5 +97,10 @@ def as_dicts(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def left_entry(facts: Mapping[str, Any]) -> dict[str, str]:
     """The results entry ``left``: a line about parameters that the damage did not change; empty if there are none."""
-    left = {name: Left(**one) for name, one in facts["left"].items()}
-    return {"left": summary(left)} if left else {}
+    said = left_line(facts)
+    return {"left": said} if said else {}
+
+
+def left_line(facts: Mapping[str, Any]) -> str:
+    """The line about parameters that the damage did not change; empty if there are none."""
+    return summary({name: Left(one["reason"], one["elements"], one["share"]) for name, one in facts["left"].items()})

@@ -17,7 +17,8 @@ from undo_core.attacks.relearning import attack, mixed_cross_entropy
 from undo_core.attacks.text import AttackTextConfig, facts
 from undo_core.data.sequences import Sequences
 from undo_core.evaluation.metrics import evaluate
-from undo_core.io.files import hash_json, read_json
+from undo_core.io.files import hash_json
+from undo_core.io.untrusted import read_object
 from undo_core.models import forward_flops, load_tokenizer
 from undo_core.pipeline.model_stage import TrainingStage, load_to_train, save, training_facts
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -103,7 +104,11 @@ class Relearn(TrainingStage):
         """Takes the result out of the folder of the trials that trained together."""
         if self.config.save:
             shutil.copytree(work.inputs["grid"] / self.trial_name, work.output, dirs_exist_ok=True)
-        return read_json(work.inputs["grid"] / MANIFEST)["trials"][self.trial_name]
+        path = work.inputs["grid"] / MANIFEST
+        trials = read_object(path, self.grid.entries)["trials"]
+        if self.trial_name not in trials:
+            raise ValueError(f"{path}: got no trial {self.trial_name}, wanted one")
+        return trials[self.trial_name]
 
     @property
     def trial_name(self) -> str:

@@ -7,13 +7,14 @@ import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from undo_core import distributed
 from undo_core.attacks.config import AttackConfig
-from undo_core.attacks.search import HELD, SearchConfig, search
+from undo_core.attacks.search import HELD, TRIAL, SearchConfig, search
+from undo_core.evaluation.metrics import SCORE
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import read_object
+from undo_core.io.untrusted import NUMBER, Shape, read_object
 from undo_core.models import forward_flops
 from undo_core.pipeline.model_stage import TrainingStage
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -25,6 +26,8 @@ from undo_core.training.optimizers import bytes_per_parameter
 
 if TYPE_CHECKING:
     from undo_core.pipeline.memory.meta import Meta
+
+KEPT = {"curve": [{"step": int, "forget": SCORE, "retain": SCORE}], "steps": int, "flops": NUMBER}  # of a finished trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Search(TrainingStage):
     """
 
     kind = "search"
+    entries: ClassVar[Shape] = {"trials": [TRIAL], "best": int, "flops": NUMBER}
     time_from = "attacks"
     config: SearchConfig
     model: Stage | Folder
@@ -110,7 +114,7 @@ class Search(TrainingStage):
         title = f"{work.title} {number}"
         file, scratch = work.scratch / f"trial-{number}.json", work.scratch / f"trial-{number}"
         trial = self.trial(attack, title)
-        known = distributed.on_first(lambda: read_object(file, settings=dict, facts=dict) if file.exists() else None)
+        known = distributed.on_first(lambda: read_object(file, settings=dict, facts=KEPT) if file.exists() else None)
         if known is not None:
             if known["settings"] != trial.settings:
                 raise ValueError(
