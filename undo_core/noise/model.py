@@ -131,9 +131,11 @@ def by_kind(tensors: Mapping[str, TensorNoise]) -> dict[str, tuple[int, TensorNo
 
 
 def _sum(parts: list[TensorNoise]) -> TensorNoise:
-    change = sum(part.change**2 for part in parts)
+    squares = [part.change * part.change for part in parts]
+    change = sum(squares)
     shares = [
-        sum(getattr(part, name) * part.change**2 for part in parts) / change if change else 0.0 for name in ("shrink", "noise")
+        sum(getattr(part, name) * square for part, square in zip(parts, squares, strict=True)) / change if change else 0.0
+        for name in ("shrink", "noise")
     ]
     return TensorNoise(
         *(math.hypot(*(getattr(part, name) for part in parts)) for name in ("before", "after", "change")), *shares
