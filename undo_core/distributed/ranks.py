@@ -12,7 +12,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,9 @@ from undo_core.distributed.config import ParallelConfig
 from undo_core.io.progress import console, send_updates_to
 
 T = TypeVar("T")
+FORMING = datetime.timedelta(minutes=2)  # while ranks that have all arrived connect, none waits longer for one that was killed
 PATIENCE = datetime.timedelta(days=7)  # while rank 0 prepares data or writes a checkpoint, the other ranks wait
+_LOST = "lost another rank, which was killed or cannot be reached; the same command continues"
 LAST_WORDS = 5.0  # seconds in which rank 0 reports its error before the others end
 
 
@@ -77,6 +79,9 @@ def start() -> None:
     A default process group that the caller made is used as it is: its processes train one model together, and on which device is
     the caller's choice. Otherwise it is made from what ``torchrun`` says: each process takes the GPU of its number on the machine,
     with NCCL; without GPUs they communicate by gloo.
+
+    Raises:
+        ConnectionError: another rank did not come, or was lost.
     """
     global _joined, _ranks
     if _ranks is not None:
@@ -88,12 +93,15 @@ def start() -> None:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("undo", store), rank=rank, world_size=size)
+        with _others_expected():
+            store, rank, size = next(dist.rendezvous("env://"))
+            prefixed = dist.PrefixStore("undo", store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=prefixed, rank=rank, world_size=size)
     elif dist.get_world_size() == 1:
         return
     _joined = True
-    control, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    with _others_expected():
+        control, background = (_patient(dist.new_group(backend="gloo", timeout=FORMING)) for _ in range(2))
     _ranks = _Ranks(dist.get_rank(), dist.get_world_size(), control, background, store)
     if _ranks.rank:
         send_updates_to(lambda update: None)
@@ -117,9 +125,26 @@ def arrange(config: ParallelConfig) -> None:
         shape = (_ranks.count // config.tensor, config.tensor)
         cuda = torch.cuda.is_available() and dist.get_backend() != "gloo"
         mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("data", "tensor"))
-        control, _ = dist.new_subgroups(config.tensor, backend="gloo", timeout=PATIENCE)
-        layout = Layout(mesh, control)
+        control, _ = dist.new_subgroups(config.tensor, backend="gloo", timeout=FORMING)
+        layout = Layout(mesh, _patient(control))
     _ranks = dataclasses.replace(_ranks, layout=layout)
+
+
+def _patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group that has formed, in which a rank waits for the others as long as :data:`PATIENCE`."""
+    group.set_timeout(PATIENCE)
+    return group
+
+
+@contextlib.contextmanager
+def _others_expected() -> Iterator[None]:
+    """Turns the errors of a group that cannot form into a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+        said = " ".join(str(error).split())[:200]
+        raise ConnectionError(f"rank {rank} of {size} {_LOST} ({said})") from error
 
 
 def stop() -> None:
@@ -256,5 +281,5 @@ def explained(error: BaseException) -> str:
     own = f"rank {rank()} of {count()}"
     text = " ".join(str(error).split())
     if isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text:
-        return f"{own} lost another rank, which was killed or cannot be reached; the same command continues ({text[:200]})"
+        return f"{own} {_LOST} ({text[:200]})"
     return f"{own}: {type(error).__name__}: {text}"

@@ -1,16 +1,20 @@
 """An error on one rank, at any point, ends all ranks, with one message."""
 
+import os
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_cases import pretraining, untied
 from ranks import on_ranks
 from tiny_run import write_run
 
 from undo_core import distributed
 from undo_core.cli import main
+from undo_core.distributed import ranks
 from undo_core.training import Batch, TrainConfig
 from undo_core.training.optimizers import Updater
 
@@ -55,6 +59,36 @@ def test_an_error_on_one_rank_in_a_step_ends_all_with_one_message(tmp_path, wher
     said = [(tmp_path / f"said-{rank}").read_text().splitlines() for rank in (0, 1)]
     said = [[line for line in lines if line.startswith("undo: ")] for lines in said]
     assert said == [[], [f"undo: failed: rank 1 of 2: RuntimeError: broken {where}"]]
+
+
+def die_as_rank_1(make):
+    """Has rank 1 end where it would connect to the others."""
+
+    def dying(*arguments, **settings):
+        if dist.get_rank() == 1:
+            os._exit(9)
+        return make(*arguments, **settings)
+
+    return dying
+
+
+def test_a_rank_that_ends_while_all_connect_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ranks, "FORMING", timedelta(seconds=2))
+    monkeypatch.setattr(dist, "new_group", die_as_rank_1(dist.new_group))
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed:\nit died|rank 0 of 2 lost another rank, which was killed"):
+        on_ranks(2, int, kill=False)
+    assert time.monotonic() - began < 60, "a rank waits for the other"
+
+
+def late_sum():
+    time.sleep(3.0 * distributed.rank())
+    return sum(distributed.gather(distributed.rank()))
+
+
+def test_ranks_that_have_connected_wait_for_one_another(monkeypatch):
+    monkeypatch.setattr(ranks, "FORMING", timedelta(seconds=1))
+    assert on_ranks(2, late_sum) == [1, 1]
 
 
 def shrinking(step):
