@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import os
 import signal
 import subprocess
@@ -110,11 +111,31 @@ def _serve() -> None:
                 _become(asked, number, port)
             processes.append(process)
         print(json.dumps(processes), flush=True)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        codes = _ended(processes, asked["ranks"] > 1)
         if not learnt and not any(codes):
             learnt = True
             _learn(Path(asked["folder"]) / MODULES)
         print(json.dumps(codes), flush=True)
+
+
+def _ended(processes: list[int], ranks: bool) -> list[int]:
+    """Waits for processes and returns their exit codes; once one of several ranks has failed, ends the others as torchrun does."""
+    codes: dict[int, int] = {}
+    until, ways = math.inf, [(signal.SIGTERM, 30.0), (signal.SIGKILL, math.inf)]
+    while len(codes) < len(processes):
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended:
+            codes[ended] = os.waitstatus_to_exitcode(status)
+            if ranks and codes[ended] and until == math.inf:
+                until = time.monotonic()
+        elif time.monotonic() >= until:
+            way, patience = ways.pop(0)
+            until = time.monotonic() + patience
+            for process in set(processes) - set(codes):
+                os.kill(process, way)
+        else:
+            time.sleep(0.005)
+    return [codes[process] for process in processes]
 
 
 def _learn(modules: Path) -> None:

@@ -102,8 +102,12 @@ class Relearn(TrainingStage):
 
     def _from_grid(self, work: Work) -> dict[str, Any]:
         """Takes the result out of the folder of the trials that trained together."""
-        if self.config.save:
-            shutil.copytree(work.inputs["grid"] / self.trial_name, work.output, dirs_exist_ok=True)
+        source = work.inputs["grid"] / self.trial_name
+        for file in sorted(source.rglob("*")) if self.config.save else ():
+            copy = work.output / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_file():
+                shutil.copyfile(file, copy)  # without times and permissions, which not every file system has
         path = work.inputs["grid"] / MANIFEST
         trials = read_object(path, self.grid.entries)["trials"]
         if self.trial_name not in trials:
