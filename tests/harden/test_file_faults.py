@@ -66,8 +66,9 @@ def possible(number: int, kind: str, path: str, stage: str) -> list[Fault]:
     return ([] if kind == "read" else [Fault(number, None)]) + errors[number % len(errors) :][:1]
 
 
+@pytest.mark.parametrize("what", ["process ends", "operation fails"])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_fault_at_any_operation(name, finished, tries, account, tmp_path):
+def test_a_fault_at_any_operation(name, what, finished, tries, account, tmp_path):
     every = tries(1 if name == "plain" else 0, EVERY) > 1
     run = finished(name)
     kinds = {stage.split("-")[0] for stage in run.stages()} - {RESULTS}
@@ -78,15 +79,11 @@ def test_a_fault_at_any_operation(name, finished, tries, account, tmp_path):
         for stage in known
         for number, kind, path in unlike(live(run.without(stage, tmp_path / "count")).files.operations)
         for fault in possible(number, kind, path, stage)
+        if (fault.error is None) == (what == "process ends")
     ]
-    tried = {
-        "process ends": [(stage, fault) for stage, fault in faults if fault.error is None],
-        "operation fails": [(stage, fault) for stage, fault in faults if fault.error is not None],
-    }
-    for what, found in tried.items():
-        chosen = random.Random(1).sample(found, tries(1, len(found)))
-        survived = [strike(run, stage, tmp_path / "struck", fault) for stage, fault in chosen]
-        account(f"{what} at a file operation", tried=len(survived), survived=sum(survived), refused=survived.count(False))
+    chosen = random.Random(1).sample(faults, tries(1, len(faults)))
+    survived = [strike(run, stage, tmp_path / "struck", fault) for stage, fault in chosen]
+    account(f"{what} at a file operation", tried=len(survived), survived=sum(survived), refused=survived.count(False))
 
 
 @pytest.fixture(scope="module")
