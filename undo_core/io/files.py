@@ -97,12 +97,16 @@ def check_size(path: Path) -> None:
 def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:
     """Flushes every file of ``folder`` to disk and renames the folder to ``final``, which must not exist.
 
+    Whoever may read the folder may then read its files: safetensors writes them for their owner alone, whatever the umask.
     ``check`` is called just before the renaming, which it can prevent by raising.
     """
+    permissions = folder.stat().st_mode & 0o666  # those of a new file, since the umask has made those of the new folder
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with errors_named(path), open(path, "r+b") as file:  # Windows flushes only files that are open for writing
                 os.fsync(file.fileno())
+            if path.stat().st_mode & 0o666 != permissions:
+                path.chmod(permissions)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
