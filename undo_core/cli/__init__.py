@@ -25,6 +25,7 @@ from undo_core.cli.parser import (
     settings_class,
     settings_files,
 )
+from undo_core.io.progress import show_every_character
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
+    show_every_character()
     try:
         distributed.start()
         if distributed.count() > 1:

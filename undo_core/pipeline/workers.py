@@ -21,7 +21,7 @@ from undo_core import distributed
 from undo_core.io.files import errors_named
 from undo_core.io.locks import interrupt_if_lost
 from undo_core.io.memory_use import keep_freed_memory
-from undo_core.io.progress import Board, send_updates_to
+from undo_core.io.progress import Board, send_updates_to, show_every_character
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, threads_of_a_worker
 
@@ -243,6 +243,7 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
     if _MASKS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPT)
     disable_progress_bar()
+    show_every_character()
     keep_freed_memory()
     use_threads(workers)
 
