@@ -59,6 +59,15 @@ def test_published_weights_can_be_read_by_whom_the_umask_allows(umask, tmp_path)
     assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(ValueError, match=rf"{name}: got a pipe, a socket or a device, wanted a file"):
+            read_json(tmp_path / name)
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     new, final, rename = tmp_path / "new", tmp_path / "final", os.rename
 
