@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from undo_core import distributed
-from undo_core.cli import attack, hints, runs
+from undo_core.cli import attack, hints, runs, signals
 from undo_core.cli.parser import (
     COMMANDS,
     as_run_config,
@@ -24,6 +25,7 @@ from undo_core.cli.parser import (
     settings_class,
     settings_files,
 )
+from undo_core.io.progress import show_every_character
 from undo_core.pipeline.sweep_config import SweepConfig
 from undo_core.training import DivergedError
 
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``undo``.
 
     Returns:
-        The exit code: 0; 1 if a stage or a run failed; 2 for an error in the arguments or settings; 130 if interrupted.
+        The exit code: 0; 1 if a stage or a run failed; 2 for an error in the arguments or settings; 130 if interrupted, 143
+        after SIGTERM and 129 after SIGHUP.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # transformers' bars for loading and saving would disturb those of the stages
+    show_every_character()
     try:
         distributed.start()
         if distributed.count() > 1:
@@ -68,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"undo: failed: {_one_line(error)}{hints.what_to_do(error)}", 1)
     except BrokenProcessPool:
         return _failed("undo: failed: a worker was killed, perhaps for lack of memory; the same command continues", 1)
-    except KeyboardInterrupt:
-        return _failed("undo: interrupted; the same command continues", 130)
+    except KeyboardInterrupt as error:
+        said, code = signals.ended_by(error)
+        return _failed(f"undo: {said}; the same command continues", code)
     except Exception as error:
         if memory := hints.lack_of_memory(error):
             return _failed(f"undo: failed: {memory}", 1)
@@ -82,7 +87,9 @@ def _on_ranks(name: str, command: Callable[[], int]) -> int:
     """Runs a command on all ranks if they work on it together, else on rank 0 while the others wait."""
     if name == "sweep" and distributed.count() > 1:
         raise ValueError(f"sweep: got {distributed.count()} ranks of torchrun, wanted none: a sweep starts its own processes")
-    code = command() if name in TOGETHER else distributed.on_first(command)
+    # a rank that waits for another one inside a collective would not notice that it is to end
+    with signals.interrupting() if distributed.count() == 1 else contextlib.nullcontext():
+        code = command() if name in TOGETHER else distributed.on_first(command)
     distributed.stop()
     return code
 

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,20 +90,27 @@ def read_json(path: Path) -> Any:
 
 
 def check_size(path: Path) -> None:
-    """Raises a ValueError if a file that is read as a whole is larger than :data:`JSON_BYTES`."""
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise ValueError(f"{path}: got {size:,} bytes, wanted at most {JSON_BYTES:,}")
+    """Raises a ValueError unless a file that is read as a whole is an ordinary one, which has an end, of at most :data:`JSON_BYTES`."""
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # to open a folder is an error
+        raise ValueError(f"{path}: got a pipe, a socket or a device, wanted a file")
+    if found.st_size > JSON_BYTES:
+        raise ValueError(f"{path}: got {found.st_size:,} bytes, wanted at most {JSON_BYTES:,}")
 
 
 def publish(folder: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:
     """Flushes every file of ``folder`` to disk and renames the folder to ``final``, which must not exist.
 
+    Whoever may read the folder may then read its files: safetensors writes them for their owner alone, whatever the umask.
     ``check`` is called just before the renaming, which it can prevent by raising.
     """
+    permissions = folder.stat().st_mode & 0o666  # those of a new file, since the umask has made those of the new folder
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with errors_named(path), open(path, "r+b") as file:  # Windows flushes only files that are open for writing
                 os.fsync(file.fileno())
+            if path.stat().st_mode & 0o666 != permissions:
+                path.chmod(permissions)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)

@@ -130,6 +130,7 @@ class Hold:
     def __init__(self, file: Path, number: int, owner: Owner, takeover: str | None) -> None:
         self.file, self.number, self.owner, self.takeover, self.lost = file, number, owner, takeover, False
         self._stopped, self._interrupts = threading.Event(), threading.current_thread() is threading.main_thread()
+        _held.add(self)
         self._renewing = threading.Thread(target=self._renew, daemon=True)
         self._renewing.start()
 
@@ -143,6 +144,7 @@ class Hold:
         """Ends the renewal of the claim."""
         self._stopped.set()
         self._renewing.join()
+        _held.discard(self)
 
     def release(self, normal: bool) -> None:
         """Deletes the claim after a ``normal`` end, unless its number must stay known; else gives it up. A lost one is left alone."""
@@ -175,6 +177,15 @@ class Hold:
                 elif self._interrupts:
                     _thread.interrupt_main()
                 return
+
+
+_held: set[Hold] = set()
+
+
+def interrupt_if_lost(number: int, _: object) -> None:
+    """Handler of SIGINT for a process that leaves Ctrl-C to another one: only a lock that was lost interrupts it."""
+    if any(hold.lost for hold in _held):
+        raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager

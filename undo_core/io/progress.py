@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,12 @@ from rich.text import Text
 from undo_core.io.memory_use import resident_bytes
 
 console = Console(highlight=False, markup=False, soft_wrap=True)  # names and messages are text, whatever brackets they hold
+
+
+def show_every_character() -> None:
+    """Lets standard output write characters that its encoding lacks as escapes, as standard error does; by default they are an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from undo_core import distributed
+from undo_core.io.files import errors_named
+from undo_core.io.locks import interrupt_if_lost
 from undo_core.io.memory_use import keep_freed_memory
-from undo_core.io.progress import Board, send_updates_to
+from undo_core.io.progress import Board, send_updates_to, show_every_character
 from undo_core.pipeline.stage import Stage
 from undo_core.pipeline.store import Store, threads_of_a_worker
 
 Finished = Callable[[Stage], None]
 Failed = Callable[[Stage, Exception], None]
+_INTERRUPT, _MASKS = {signal.SIGINT}, hasattr(signal, "pthread_sigmask")  # Windows has none
 
 
 def run_stages(store: Store, stages: Iterable[Stage], workers: int, finished: Finished, failed: Failed | None = None) -> None:
@@ -120,9 +126,11 @@ def _side_by_side(store: Store, missing: dict[str, Stage], workers: int, finishe
     def start(worker: int) -> None:
         pipes[worker], sender = context.Pipe(duplex=False)
         stack.callback(pipes[worker].close)
-        with sender, _visible(devices[worker % len(devices)] if devices else None):
-            pools[worker] = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (workers, sender, os.getpid())))
-            pools[worker].submit(os.getpid)  # starts the process, with this environment
+        with sender, _inherited(devices[worker % len(devices)] if devices else None):
+            with errors_named(Path("/dev/shm")):  # where the system keeps the pool's semaphores
+                pool = ProcessPoolExecutor(1, context, _begin, (workers, sender, os.getpid()))
+            pools[worker] = stack.enter_context(pool)
+            pools[worker].submit(os.getpid)  # starts the process
 
     def end(worker: int) -> None:
         pipes.pop(worker, None)
@@ -186,18 +194,26 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 @contextlib.contextmanager
-def _visible(device: str | None) -> Iterator[None]:
-    """Makes only this GPU visible to processes that start inside the block; None changes nothing."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+def _inherited(device: str | None) -> Iterator[None]:
+    """What a process that starts inside the block inherits.
+
+    It sees only this GPU, or all of them if it is None; it imports no file of the current folder in place of a module of Python; and it
+    leaves Ctrl-C, which a terminal sends to all processes, to the one that started it, also while it imports.
+    """
+    values = {"PYTHONSAFEPATH": "1"} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    before = {name: os.environ.get(name) for name in values}
+    blocked = None
+    os.environ.update(values)
     try:
+        if _MASKS:
+            resource_tracker.ensure_running()  # a process of multiprocessing; to start it unblocks interrupts
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPT)
         yield
     finally:
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-        elif device is not None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _drain(pipe: Connection, board: Board) -> None:
@@ -223,7 +239,11 @@ def _begin(workers: int, updates: Connection, parent: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     end_with(parent)
+    signal.signal(signal.SIGINT, interrupt_if_lost)
+    if _MASKS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPT)
     disable_progress_bar()
+    show_every_character()
     keep_freed_memory()
     use_threads(workers)
 

@@ -1,11 +1,13 @@
 """A mistake gives one line that names the key and the fix, and exit code 2, before any work."""
 
+import builtins
 import os
 from pathlib import Path
 
 import pytest
 
 from undo_core.cli import main
+from undo_core.cli.parser import run_config
 from undo_core.pipeline import run as pipeline_run
 from undo_core.pipeline import store
 
@@ -132,3 +134,23 @@ def test_a_busy_machine_gets_no_advice_that_is_followed_already(limit, workers, 
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     warning = store.load_warning(workers)
     assert "the load average is 9.5 on 2 cores" in warning and ("OMP_NUM_THREADS=1 avoids that" in warning) == advised
+
+
+def test_settings_are_utf8_in_every_locale(tmp_path, monkeypatch):
+    opened = open
+
+    def in_ascii(path, mode="r", buffering=-1, encoding=None, **how):
+        return opened(path, mode, buffering, encoding or (None if "b" in mode else "ascii"), **how)
+
+    file = tmp_path / "run.yaml"
+    file.write_bytes("name: 한국어\n".encode())
+    monkeypatch.setattr(builtins, "open", in_ascii)
+    assert run_config([f"--config={DEMO}", f"--config={file}"]).name == "한국어"
+
+
+def test_a_file_of_settings_that_names_itself_is_refused(tmp_path, capsys):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"config: {other}.yaml\n")
+    assert main(["run", str(tmp_path / "one.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "one.yaml: got a config that leads back to this file" in error

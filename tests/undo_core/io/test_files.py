@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from undo_core.io.files import errors_named, read_json, replace_folder, see_changes, write_json
+from undo_core.io.files import errors_named, publish, read_json, replace_folder, see_changes, write_json
 
 
 def write_often(path: Path, value: int) -> None:
@@ -42,6 +44,28 @@ def test_machines_whose_processes_have_the_same_number_may_replace_the_same_file
     monkeypatch.setattr(os, "replace", second_machine)
     write_json(path, "first")
     assert read_json(path) == "first" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_published_weights_can_be_read_by_whom_the_umask_allows(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        (new := tmp_path / "new").mkdir()
+        save_file({"weight": torch.zeros(2)}, new / "model.safetensors")
+        publish(new, tmp_path / "final")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "final" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(ValueError, match=rf"{name}: got a pipe, a socket or a device, wanted a file"):
+            read_json(tmp_path / name)
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -334,6 +334,21 @@ def test_an_interrupt_stays_one(path):
     assert left(path) == [".stage.lock.1.free"]
 
 
+def test_a_worker_is_interrupted_by_a_lost_lock_alone(path, monkeypatch):
+    monkeypatch.setattr(locks, "RENEWAL", 0.01)
+    monkeypatch.setattr(locks, "_held", set())  # other tests leave locks that were lost
+    handler = signal.signal(signal.SIGINT, locks.interrupt_if_lost)
+    try:
+        with pytest.raises(LockLostError), locked(path, "waiting") as hold:
+            signal.raise_signal(signal.SIGINT)
+            hold.check()
+            hold.file.unlink()
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert hold.lost
+
+
 def test_an_error_in_the_block_is_the_one_to_report(path, monkeypatch):
     """A disk that became read-only does not let the lock be given up either."""
     with pytest.raises(ValueError, match="half way") as info, locked(path, "waiting"):

@@ -1,11 +1,14 @@
 """A line of progress comes when a stage starts or continues, before the work that may take minutes."""
 
+import io
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from undo_core.io import progress
-from undo_core.io.progress import Board, StageProgress, Unit, shown_in
+from undo_core.io.progress import Board, StageProgress, Unit, console, show_every_character, shown_in
 from undo_core.training import Batch, TrainConfig, train
 
 
@@ -43,3 +46,12 @@ def test_performances_are_shown_in_the_unit_of_their_stage(capsys, monkeypatch):
     attacked, trained = (line for line in capsys.readouterr().out.splitlines() if "1/60" in line)
     assert attacked.endswith("  retain 3.000  forget 1.250 nats/byte") and trained.endswith("  retain 3.000  forget 2.500")
     assert progress.shown_metrics("relearn a", {"forget": 2.5}) == "forget 2.500", "restored"
+
+
+def test_a_character_that_the_output_cannot_hold_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    show_every_character()
+    console.print("한국어 α ±")
+    sys.stdout.flush()
+    assert written.getvalue().decode("cp1252").split() == [r"\ud55c\uad6d\uc5b4", r"\u03b1", "±"]

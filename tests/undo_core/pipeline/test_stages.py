@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 from stage_kinds import KINDS, NOWHERE, Ending
+from tiny_run import RUN
 
+from undo_core.data.config import DataConfig
 from undo_core.distillation.teacher import TeacherConfig
 from undo_core.io.files import hash_file
+from undo_core.models.config import ModelConfig
 from undo_core.pipeline.run import stage_summary
 from undo_core.pipeline.stage import Folder
 from undo_core.pipeline.stages import Distill, Initialise, Noise
+from undo_core.pipeline.stages.prepare import prepare_stage
 from undo_core.pipeline.store import OneFolder
 from undo_core.training import TrainConfig
 
@@ -87,3 +91,15 @@ def test_the_line_of_a_finished_training_says_that_its_values_are_of_the_validat
     stage = SimpleNamespace(title="unlearn")
     assert stage_summary(stage, facts).split("  ")[-2:] == ["valid retain 1.500", "valid forget 2.500"]
     assert stage_summary(stage, {**facts, "curve": []}).split("  ")[-2:] == ["retain 1.500", "forget 2.500"], "an attack's"
+
+
+def test_a_file_that_changes_between_plan_and_reading_is_refused(tmp_path):
+    """The key of the stage names the old content."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"one two {number}\n" for number in range(200)))
+    data = DataConfig(kind="text", retain=[str(text)], forget=[str(text)], length=8, vocab_size=260)
+    stage = prepare_stage(data, ModelConfig({**RUN["model"]["config"], "hidden_size": 4}), 0)
+    text.write_text(text.read_text().replace("two", "six"))
+    with pytest.raises(ValueError, match=r"text\.txt: changed while it was read"):
+        OneFolder(tmp_path / "out").ensure(stage)
+    assert not (tmp_path / "out").exists()

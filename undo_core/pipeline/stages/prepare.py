@@ -71,6 +71,11 @@ class Prepare(Stage):
         for name, sequences in splits.items():
             sequences.save(work.output / "data" / f"{name}.safetensors")
         save(model, tokenizer, work.output)
+        for name, digest in self.files.items():
+            if hash_file(Path(name)) != digest:  # the key would name what was not read
+                raise ValueError(
+                    f"{name}: changed while it was read, wanted a file that stays the same; the same command reads the new one"
+                )
         facts = {
             name: {"rows": len(sequences), "length": sequences.length, "tokens": sequences.tokens()}
             for name, sequences in splits.items()
