@@ -7,19 +7,15 @@ import functools
 import inspect
 import itertools
 import json
-import os
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import Path_fr
 
 from undo_core.cli import attack, hints, results, runs, single_stages
-from undo_core.io.text_files import read_text
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import PARSER_MODE, check_sections, read_settings
+from undo_core.pipeline.config_files import SettingsParser, check_sections, read_settings
 from undo_core.pipeline.sweep_config import SweepConfig
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -77,24 +73,7 @@ machine that is lost run again on another one.
 """
 
 
-class _Parser(ArgumentParser):
-    """Reads files of settings as UTF-8; jsonargparse reads them in the encoding of the locale, which on Windows is another one."""
-
-    reading: ClassVar[list[str]] = []  # absolute paths; a file can name another one as its config
-
-    def parse_path(self, path: str | os.PathLike, *arguments: Any, **values: Any) -> Namespace:
-        file = Path_fr(path)
-        if file.absolute in self.reading:
-            raise ValueError(f"{path}: got a config that leads back to this file, wanted none")
-        self.reading.append(file.absolute)
-        try:
-            with file.relative_path_context():
-                return self.parse_string(read_text(Path(file.absolute)), os.path.basename(path), *arguments, **values)
-        finally:
-            self.reading.pop()
-
-
-_new_parser = functools.partial(_Parser, exit_on_error=False, formatter_class=hints.HelpFormatter, parser_mode=PARSER_MODE)
+_new_parser = functools.partial(SettingsParser, formatter_class=hints.HelpFormatter)
 
 
 def command_parser(only: str | None = None) -> ArgumentParser:

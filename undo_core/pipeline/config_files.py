@@ -8,19 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse.typing import Path_fr
 
 from undo_core.io.text_files import checked_text, read_text
 
 SETTINGS_BYTES = 1 << 20  # a larger file of settings is refused
 MOST_VALUES = 100_000  # so many values may a file have once its aliases are written out
 PARSER_MODE = "undo"  # jsonargparse's name of :func:`parse_value`
+
+
+class SettingsParser(ArgumentParser):
+    """Reads settings by :func:`parse_value`, and files of them as UTF-8; the locale's encoding is another one on Windows."""
+
+    reading: ClassVar[list[str]] = []  # absolute paths; a file can name another one as its config
+
+    def __init__(self, *arguments: Any, **values: Any) -> None:
+        super().__init__(*arguments, exit_on_error=False, parser_mode=PARSER_MODE, **values)
+
+    def parse_path(self, path: str | os.PathLike, *arguments: Any, **values: Any) -> Namespace:
+        file = Path_fr(path)
+        if file.absolute in self.reading:
+            raise ValueError(f"{path}: got a config that leads back to this file, wanted none")
+        self.reading.append(file.absolute)
+        try:
+            with file.relative_path_context():
+                return self.parse_string(read_text(Path(file.absolute)), os.path.basename(path), *arguments, **values)
+        finally:
+            self.reading.pop()
 
 
 class SettingsError(ValueError):

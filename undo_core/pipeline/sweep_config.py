@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from undo_core.pipeline.config import RunConfig
-from undo_core.pipeline.config_files import PARSER_MODE, check_sections, read_settings
+from undo_core.pipeline.config_files import SettingsParser, check_sections, read_settings
 
 MOST_RUNS = 10_000
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*")
@@ -100,7 +100,7 @@ def expand(sweep: SweepConfig) -> list[RunConfig]:
         FileNotFoundError: a file that the sweep names is missing.
         ValueError: a setting of a run is invalid, or two runs would share both name and seed.
     """
-    parser = ArgumentParser(exit_on_error=False, parser_mode=PARSER_MODE)
+    parser = SettingsParser()
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(RunConfig)
     known = {entry.name for entry in dataclasses.fields(RunConfig)}
