@@ -31,7 +31,7 @@ class SettingsParser(ArgumentParser):
     reading: ClassVar[list[str]] = []  # absolute paths; a file can name another one as its config
 
     def __init__(self, *arguments: Any, **values: Any) -> None:
-        super().__init__(*arguments, exit_on_error=False, parser_mode=PARSER_MODE, **values)
+        super().__init__(*arguments, **{"exit_on_error": False, "parser_mode": PARSER_MODE, **values})
 
     def parse_path(self, path: str | os.PathLike, *arguments: Any, **values: Any) -> Namespace:
         file = Path_fr(path)
