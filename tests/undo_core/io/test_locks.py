@@ -161,7 +161,7 @@ def test_an_owner_that_was_stopped_finds_it_lost(path, start):
     os.kill(owner.pid, signal.SIGSTOP)
     with locked(path, "waiting") as hold:
         os.kill(owner.pid, signal.SIGCONT)
-        assert ended.wait(10), "it was interrupted"
+        assert ended.wait(30), "it was interrupted"
         hold.check()
     assert left(path) == [".stage.lock.2.free"]
 

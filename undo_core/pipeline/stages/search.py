@@ -14,7 +14,7 @@ from undo_core.attacks.config import AttackConfig
 from undo_core.attacks.search import HELD, TRIAL, SearchConfig, search
 from undo_core.evaluation.metrics import SCORE
 from undo_core.io.files import write_json
-from undo_core.io.untrusted import NUMBER, Shape, read_object
+from undo_core.io.untrusted import NUMBER, Shape, checked, read_object
 from undo_core.models import forward_flops
 from undo_core.pipeline.model_stage import TrainingStage
 from undo_core.pipeline.needs import Cost, Memory, Scene
@@ -114,14 +114,14 @@ class Search(TrainingStage):
         title = f"{work.title} {number}"
         file, scratch = work.scratch / f"trial-{number}.json", work.scratch / f"trial-{number}"
         trial = self.trial(attack, title)
-        known = distributed.on_first(lambda: read_object(file, settings=dict, facts=KEPT) if file.exists() else None)
+        known = distributed.on_first(lambda: read_object(file, settings=dict, facts=dict) if file.exists() else None)
         if known is not None:
             if known["settings"] != trial.settings:
                 raise ValueError(
                     f"{file}: got settings that this search does not propose, perhaps by another version of optuna; wanted that "
                     f"version, or remove {work.scratch} to begin again"
                 )
-            return known["facts"]
+            return checked(known["facts"], KEPT, str(file), "facts")
         scratch.mkdir(exist_ok=True)
         found = trial.run(dataclasses.replace(work, scratch=scratch, title=title))
         facts = {name: found[name] for name in ("curve", "steps", "flops")}
