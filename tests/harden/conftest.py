@@ -2,6 +2,8 @@
 `make harden` all of it; both end with a table of what was tried."""
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,18 @@ def tries():
         if not SHARE and quick == 0:
             pytest.skip("long: make harden runs it")
         return max(1, quick, round(SHARE * full)) if SHARE else quick
+
+    return choose
+
+
+@pytest.fixture
+def some(tries):
+    """Returns what this run tries of a list, evenly spread: `some(listed, quick)` is so many entries, and all of them in full."""
+
+    def choose(listed: Iterable[Any], quick: int) -> list[Any]:
+        listed = list(listed)
+        count = min(len(listed), tries(quick, len(listed)))
+        return [listed[number * len(listed) // count] for number in range(count)]
 
     return choose
 

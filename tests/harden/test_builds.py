@@ -50,7 +50,7 @@ def copied(folder, where):
 
 def test_builds_have_the_same_bytes(tmp_path, tries, account):
     """In the quick part there is no compiler; the full part compiles the extension twice."""
-    compiler, bytes_of = tries({"CC": "false", "CXX": "false"}, {}), []
+    compiler, bytes_of = {} if tries(1, 2) > 1 else {"CC": "false", "CXX": "false"}, []
     for where in ELSEWHERE:
         folder = tmp_path / where["folder"]
         archive = build("sdist", copied(folder / "tree", where), folder / "sdist", where, compiler)

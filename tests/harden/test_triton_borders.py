@@ -60,9 +60,9 @@ def problems():
         return list(forms._problems("all", "sm_90"))
 
 
-def test_every_form_of_the_losses(tries, account):
+def test_every_form_of_the_losses(some, account):
     listed = problems()
-    chosen = range(0, len(listed), tries(len(listed) // 5, 1))
+    chosen = some(range(len(listed)), 5)
     launched = set()
     for number in chosen:
         problem, borders = real(listed[number], number)
@@ -76,9 +76,8 @@ def test_every_form_of_the_losses(tries, account):
     account("Triton losses between borders", tried=len(chosen), survived=len(chosen))
 
 
-def test_every_form_of_noise_and_rmu(tries, account):
-    pairs = list(itertools.product(noise.DTYPES, (True, False), (1, 5, 1030)))
-    pairs = pairs[:: tries(7, 1)]
+def test_every_form_of_noise_and_rmu(some, account):
+    pairs = some(itertools.product(noise.DTYPES, (True, False), (1, 5, 1030)), 4)
     for dtype, stochastic, count in pairs:
         borders = Bordered()
         laws = ("uniform", "normal", "constant")
@@ -88,8 +87,7 @@ def test_every_form_of_noise_and_rmu(tries, account):
             noise.noise_(segments, 1, stochastic)
         borders.assert_whole()
         assert {"noise_blocks", "noise_sums"} == set(launches) and all(t.isfinite().all() for t in tensors)
-    kinds = list(itertools.product(forms._DTYPES.values(), (1, 33, 1025), *[(True, False)] * 3))
-    kinds = kinds[:: tries(13, 1)]
+    kinds = some(itertools.product(forms._DTYPES.values(), (1, 33, 1025), *[(True, False)] * 3), 6)
     for dtype, width, own, factor, needs in kinds:
         borders = Bordered()
         hidden, target = (borders(torch.randn(3, width).to(dtype)) for _ in range(2))
