@@ -62,7 +62,11 @@ def defence_folder(output: Path, name: str, seed: int) -> Path:
 
 
 def known_defences(output: Path) -> list[dict[str, Any]]:
-    """The results of every checkpoint and seed in the output folder, in the order of their names."""
+    """The results of every checkpoint and seed in the output folder, in the order of their names.
+
+    Raises:
+        ValueError: a file does not hold the results of an attack. The message names it.
+    """
     paths = sorted((output / "defences").glob(f"*/trial_*/{FACTS}"))
     found = [checked(read_results(path), _SHAPE, str(path)) for path in paths]
     for path, result in zip(paths, found, strict=True):
